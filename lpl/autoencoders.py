@@ -1,0 +1,137 @@
+"""What differs between VAE classes: how latents are scaled, and where the decoder's blocks are.
+
+Vocabulary. *Scaled* latents are those the denoiser is trained on, ``(encode(pixels) - shift) * scale``, with
+``latents_mean`` and ``latents_std`` where the VAE's config has them; ``vae.decode`` takes *raw* ones. Blocks are
+counted in the order in which the decoder runs: ``mid``, ``up_0``, ``up_1``, ... ; ``rgb`` stands for the decoded pixels.
+The first block works at the latents' own resolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from diffusers import AutoModel
+from torch import Tensor, nn
+
+from lpl.objectives import at_least_float32
+
+
+RGB = "rgb"
+
+
+def block_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the decoder blocks, from the VAE's configuration alone."""
+    return ("mid", *(f"up_{i}" for i in range(len(config["block_out_channels"]))))
+
+
+def decoder_blocks(vae: nn.Module) -> dict[str, nn.Module]:
+    """The decoder's blocks by name, in the order in which they run.
+
+    Raises:
+        ValueError: where the autoencoder's decoder is not made of a mid block and up blocks.
+    """
+    decoder = getattr(vae, "decoder", None)
+    if not hasattr(decoder, "mid_block") or not hasattr(decoder, "up_blocks"):
+        raise ValueError(
+            f"the decoder of {type(vae).__name__} has no mid and up blocks; supported are AutoencoderKL and "
+            "autoencoders with its decoder"
+        )
+    return dict(zip(block_names(vae.config), (decoder.mid_block, *decoder.up_blocks), strict=True))
+
+
+def select_blocks(blocks: Sequence[str] | None, available: Sequence[str]) -> tuple[str, ...]:
+    """The blocks asked for, in the order in which the decoder runs them; None = every one.
+
+    Raises:
+        ValueError: for a name that the decoder has not, one given twice, none at all, or "rgb" beside others.
+    """
+    if blocks is None:
+        return tuple(available)
+    if isinstance(blocks, str):
+        blocks = (blocks,)
+    if list(blocks) == [RGB]:
+        return (RGB,)
+    unknown = [name for name in blocks if name not in available]
+    if unknown or not blocks or len(set(blocks)) != len(blocks):
+        raise ValueError(
+            f"--lpl_blocks {' '.join(map(str, blocks)) or '(none)'}: this decoder's blocks are "
+            f"{', '.join(available)}, each once; or {RGB} alone for the decoded pixels"
+        )
+    return tuple(name for name in available if name in blocks)
+
+
+def downscaling_factor(config: Mapping[str, Any]) -> int:
+    """Pixels per latent position along a side."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
+
+
+def _affine(vae: nn.Module, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """Shift and scale with ``scaled = (raw - shift) * scale``; per channel, (1, C, 1, 1), where the config says so."""
+    config = vae.config
+    scale = config.get("scaling_factor") or 1.0
+    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        mean, std = (
+            torch.tensor(config[key], device=like.device, dtype=like.dtype).view(1, -1, 1, 1)
+            for key in ("latents_mean", "latents_std")
+        )
+        return mean, scale / std
+    return config.get("shift_factor") or 0.0, scale
+
+
+def unscale(vae: nn.Module, latents: Tensor) -> Tensor:
+    """Scaled latents -> raw latents, (B, C, h, w)."""
+    shift, scale = _affine(vae, latents)
+    return latents / scale + shift
+
+
+@torch.no_grad()
+def encode(vae: nn.Module, pixels: Tensor, posterior_noise: Tensor) -> Tensor:
+    """Images to the latents that the denoiser is trained on: pixels [-1, 1] (B, 3, H, W) -> scaled (B, C, h, w).
+
+    Args:
+        posterior_noise: N(0, I), (B, C, h, w); the sample of the posterior is its mean + std * posterior_noise.
+    """
+    with exact_precision(pixels.device):
+        posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
+    raw = at_least_float32(posterior.mean) + at_least_float32(posterior.std) * posterior_noise
+    shift, scale = _affine(vae, raw)
+    return (raw - shift) * scale
+
+
+def feature_vae(vae: nn.Module, name_or_path: str | None, dtype: torch.dtype) -> nn.Module:
+    """The VAE whose decoder the loss looks through: the pipeline's own, or a frozen copy or another in ``dtype``.
+
+    Raises:
+        ValueError: where another VAE's latents have not as many channels, so that it cannot be the same latent space.
+    """
+    if name_or_path is None:
+        return vae if vae.dtype == dtype else deepcopy(vae).to(dtype)
+    other = AutoModel.from_pretrained(name_or_path, dtype=dtype).requires_grad_(False).eval()
+    if other.config.latent_channels != vae.config.latent_channels:
+        raise ValueError(
+            f"--lpl_vae_name_or_path {name_or_path}: its latents have {other.config.latent_channels} channels and the "
+            f"pipeline's {vae.config.latent_channels}; it must have the same latent space"
+        )
+    return other.to(vae.device)
+
+
+def exact_precision(device: torch.device) -> torch.autocast:
+    """The VAE computes in its own dtype, also where the caller's step runs under autocast."""
+    return torch.autocast(device.type, enabled=False)
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Within, no parameter needs a gradient; afterwards those that did do again."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)

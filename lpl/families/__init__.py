@@ -1,0 +1,28 @@
+"""The model families that can be trained, found by the class name in a pipeline's ``model_index.json``."""
+
+from __future__ import annotations
+
+from lpl.families.base import Conditions, Family
+from lpl.families.sd import StableDiffusion
+from lpl.families.sd3 import StableDiffusion3
+
+
+FAMILIES: tuple[type[Family], ...] = (StableDiffusion, StableDiffusion3)
+
+
+def find_family(pipeline_class_name: str | None) -> type[Family]:
+    """The family of a pipeline.
+
+    Raises:
+        ValueError: where none of ours is trained through that pipeline class.
+    """
+    for family in FAMILIES:
+        if family.pipeline_class.__name__ == pipeline_class_name:
+            return family
+    known = ", ".join(f"{family.pipeline_class.__name__} ({family.name})" for family in FAMILIES)
+    raise ValueError(
+        f"--pretrained_model_name_or_path: the pipeline's class is {pipeline_class_name}; supported are {known}"
+    )
+
+
+__all__ = ["FAMILIES", "Conditions", "Family", "find_family"]

@@ -1,0 +1,26 @@
+"""Stable Diffusion 1.x and 2.x: a UNet with one CLIP text encoder; epsilon or v_prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor, nn
+
+from lpl.families.base import Conditions, Family
+
+
+class StableDiffusion(Family):
+    name = "stable-diffusion"
+    pipeline_class = StableDiffusionPipeline
+    denoiser_name = "unet"
+    text_encoder_names = ("text_encoder",)
+    default_resolution = 512
+
+    def encode_prompts(self, captions: Sequence[str], device: torch.device) -> Conditions:
+        embeddings, _ = self.pipeline.encode_prompt(list(captions), device, 1, False)
+        return {"encoder_hidden_states": embeddings}  # (B, tokens, dim)
+
+    def predict(self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        return denoiser(noisy_latents, timesteps, **conditions, return_dict=False)[0]

@@ -1,0 +1,315 @@
+"""What the denoiser is asked to predict, and how the clean latent follows from its answer (Table 1, Sec. 3.3).
+
+Vocabulary. ``latents`` is z0, ``noise`` is eps ~ N(0, I), ``noisy_latents`` is ``z_t = a_t z0 + b_t eps``, all
+(B, C, h, w); ``timesteps`` is (B,); ``sigma = b_t / a_t`` is the noise-to-signal ratio, (B,).
+
+=============== =============== =============== ============================== ===========================
+objective       a_t             b_t             target of the denoiser D       estimate of z0 from D
+=============== =============== =============== ============================== ===========================
+epsilon         1/sqrt(1+s^2)   s/sqrt(1+s^2)   eps                            sqrt(1+s^2) z_t - s D
+v_prediction    the same        the same        a eps - b z0                   a z_t - b D
+sample          the same        the same        z0                             D
+flow_matching   1 - t           t               eps - z0 (the velocity)        z_t - t D
+=============== =============== =============== ============================== ===========================
+
+The paper's row for Flow-OT, (x_t - t D) / (1 - t), is for a D that predicts the noise; the flow models trained here
+predict the velocity.
+
+Invariants. Everything is computed in float32 (float64 where the latents are float64), whatever the precision of the
+model's output: a division by a small ``a_t`` in half precision destroys the estimate. ``(B,)`` coefficients are spread
+over ``(B, C, h, w)`` in one place, :func:`expand`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
+from torch import Tensor
+
+
+WEIGHTING_SCHEMES = ("logit_normal", "mode", "cosmap", "sigma_sqrt", "none")
+# The betas of Stable Diffusion, and of Sec. 4.1, for a model that comes without any.
+SCALED_LINEAR_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def expand(values: Tensor, like: Tensor) -> Tensor:
+    """One value per sample, (B,), to the rank of ``like``, (B, C, h, w) -> (B, 1, 1, 1), in ``like``'s dtype.
+
+    Raises:
+        ValueError: where ``values`` is not (B,): broadcasting would then silently weigh columns, not samples.
+    """
+    if values.ndim != 1 or values.shape[0] != like.shape[0]:
+        raise ValueError(
+            f"one value per sample is needed, shape ({like.shape[0]},), but the shape is {tuple(values.shape)} "
+            f"for latents of shape {tuple(like.shape)}"
+        )
+    return values.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """float16 and bfloat16 to float32; float32 and float64 as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Objective:
+    """What all objectives share. ``timesteps`` are those that the denoiser is given.
+
+    Args:
+        scheduler: a diffusers scheduler that holds the noise schedule.
+
+    Raises:
+        ValueError: where the scheduler's schedule is not the one that this objective is defined on.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, scheduler: Any) -> None:
+        self.num_train_timesteps: int = scheduler.config.num_train_timesteps
+
+    def coefficients(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """a_t and b_t, (B,) -> two of (B,), float64."""
+        raise NotImplementedError
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """z_t = a_t z0 + b_t eps, (B, C, h, w)."""
+        latents, noise = at_least_float32(latents), at_least_float32(noise)
+        a, b = (expand(c, latents) for c in self.coefficients(timesteps))
+        return a * latents + b * noise
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What D should return, (B, C, h, w) (Table 1)."""
+        raise NotImplementedError
+
+    def clean_latents(self, model_output: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+        """The estimate of z0, (B, C, h, w), from D and z_t (Table 1)."""
+        raise NotImplementedError
+
+    def sigma(self, timesteps: Tensor) -> Tensor:
+        """b_t / a_t, (B,), float64; infinite where a_t is 0."""
+        a, b = self.coefficients(timesteps)
+        return b / a
+
+    def sample_timesteps(self, uniform: Tensor) -> Tensor:
+        """Numbers in [0, 1), (B,), to timesteps of the training schedule, (B,)."""
+        raise NotImplementedError
+
+
+class DiffusionObjective(Objective):
+    """The variance-preserving objectives: a_t^2 = abar_t, b_t^2 = 1 - abar_t, integer timesteps (DDPM)."""
+
+    def __init__(self, scheduler: Any) -> None:
+        if is_flow(scheduler) or not hasattr(scheduler, "alphas_cumprod"):
+            raise ValueError(
+                f"the objective {self.name!r} needs a scheduler with betas, but the pipeline has "
+                f"{type(scheduler).__name__}, which has none; use --prediction_type flow_matching, "
+                f"or lpl.training_scheduler({self.name!r}, scheduler)"
+            )
+        super().__init__(scheduler)
+        self._alphas_cumprod = {torch.device("cpu"): scheduler.alphas_cumprod.double().cpu()}
+
+    def coefficients(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        device = timesteps.device
+        if device not in self._alphas_cumprod:
+            self._alphas_cumprod[device] = self._alphas_cumprod[torch.device("cpu")].to(device)
+        alphas_cumprod = self._alphas_cumprod[device][timesteps.long()]  # (B,)
+        return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+
+    def sample_timesteps(self, uniform: Tensor) -> Tensor:
+        return (uniform * self.num_train_timesteps).long().clamp(max=self.num_train_timesteps - 1)
+
+    def min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
+        """The weight of the diffusion loss, (B,), that caps the signal-to-noise ratio at gamma (Min-SNR, Sec. 3.4).
+
+        It is min(SNR, gamma) for an error in z0, and that divided by SNR for one in eps, by SNR + 1 for one in v.
+        """
+        snr = self.sigma(timesteps) ** -2
+        return snr.clamp(max=gamma) / self._error_scale(snr)
+
+    def _error_scale(self, snr: Tensor) -> Tensor:
+        """Squared error of D over squared error of z0_hat, (B,)."""
+        raise NotImplementedError
+
+
+class Epsilon(DiffusionObjective):
+    """D predicts the noise."""
+
+    name = "epsilon"
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return at_least_float32(noise)
+
+    def clean_latents(self, model_output: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+        model_output, noisy_latents = at_least_float32(model_output), at_least_float32(noisy_latents)
+        a, b = (expand(c, noisy_latents) for c in self.coefficients(timesteps))
+        return (noisy_latents - b * model_output) / a
+
+    def min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
+        # min(SNR, gamma) / SNR, written so that it is 1, not 0/0, where a zero-terminal schedule has no signal.
+        return (gamma * self.sigma(timesteps) ** 2).clamp(max=1)
+
+
+class VPrediction(DiffusionObjective):
+    """D predicts v = a eps - b z0 (Salimans & Ho)."""
+
+    name = "v_prediction"
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        latents, noise = at_least_float32(latents), at_least_float32(noise)
+        a, b = (expand(c, latents) for c in self.coefficients(timesteps))
+        return a * noise - b * latents
+
+    def clean_latents(self, model_output: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+        model_output, noisy_latents = at_least_float32(model_output), at_least_float32(noisy_latents)
+        a, b = (expand(c, noisy_latents) for c in self.coefficients(timesteps))
+        return a * noisy_latents - b * model_output
+
+    def _error_scale(self, snr: Tensor) -> Tensor:
+        return snr + 1
+
+
+class Sample(DiffusionObjective):
+    """D predicts the clean latent itself."""
+
+    name = "sample"
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return at_least_float32(latents)
+
+    def clean_latents(self, model_output: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+        return at_least_float32(model_output)
+
+    def _error_scale(self, snr: Tensor) -> Tensor:
+        return torch.ones_like(snr)
+
+
+class FlowMatching(Objective):
+    """D predicts the velocity eps - z0 of the straight path (Flow-OT); t = timesteps / num_train_timesteps."""
+
+    name = "flow_matching"
+
+    def __init__(self, scheduler: Any) -> None:
+        if not is_flow(scheduler):
+            raise ValueError(
+                f"the objective 'flow_matching' needs a flow scheduler, but the pipeline has "
+                f"{type(scheduler).__name__}; use --prediction_type epsilon, v_prediction or sample, "
+                "or lpl.training_scheduler('flow_matching', scheduler)"
+            )
+        super().__init__(scheduler)
+        config = scheduler.config
+        # A dynamic shift depends on the image's size at sampling time; training leaves it out, as diffusers does.
+        shift = 1.0 if config.get("use_dynamic_shifting") else config.get("shift", config.get("flow_shift", 1.0))
+        self.shift = float(shift or 1.0)
+
+    def coefficients(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        t = timesteps.double() / self.num_train_timesteps
+        return 1 - t, t
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return at_least_float32(noise) - at_least_float32(latents)
+
+    def clean_latents(self, model_output: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+        model_output, noisy_latents = at_least_float32(model_output), at_least_float32(noisy_latents)
+        _, t = self.coefficients(timesteps)
+        return noisy_latents - expand(t, noisy_latents) * model_output
+
+    def sample_timesteps(self, uniform: Tensor) -> Tensor:
+        """Continuous t. ``uniform`` counts from the noisy end, as diffusers' density does; the shift enters here only."""
+        t = 1 - uniform
+        t = self.shift * t / (1 + (self.shift - 1) * t)
+        return t * self.num_train_timesteps
+
+    def scheme_weight(self, timesteps: Tensor, weighting_scheme: str) -> Tensor:
+        """The weight of the diffusion loss, (B,), under ``--weighting_scheme`` (SD3, Sec. 3.1)."""
+        _, t = self.coefficients(timesteps)
+        return compute_loss_weighting_for_sd3(weighting_scheme, t.clamp(min=1 / self.num_train_timesteps))
+
+
+OBJECTIVES: dict[str, type[Objective]] = {c.name: c for c in (Epsilon, VPrediction, Sample, FlowMatching)}
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether a scheduler integrates a flow: an Euler-type flow scheduler, or a multistep one with flow sigmas."""
+    config = scheduler.config
+    return (
+        hasattr(scheduler, "scale_noise")
+        or bool(config.get("use_flow_sigmas"))
+        or config.get("prediction_type") == "flow_prediction"
+    )
+
+
+def own_objective(scheduler: Any) -> str:
+    """The name of the objective that a pipeline's scheduler says its model was trained on."""
+    return FlowMatching.name if is_flow(scheduler) else scheduler.config.get("prediction_type", Epsilon.name)
+
+
+def get_objective(name: str, scheduler: Any) -> Objective:
+    """The objective of that name on the scheduler's noise schedule.
+
+    Raises:
+        ValueError: for an unknown name, or a scheduler that has not the schedule that the objective needs.
+    """
+    return _objective_class(name)(scheduler)
+
+
+def _objective_class(name: str) -> type[Objective]:
+    if name not in OBJECTIVES:
+        raise ValueError(f"unknown objective {name!r}; --prediction_type takes one of {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[name]
+
+
+def training_scheduler(name: str, scheduler: Any) -> Any:
+    """A scheduler on which the objective can be trained and then sampled, made from a pipeline's own.
+
+    - epsilon, v_prediction, sample: DDIM with the model's own betas; coming from a flow model, Stable Diffusion's.
+      Nothing is clipped, since latents are not confined to [-1, 1], and the last step goes all the way to z0.
+    - flow_matching: the pipeline's own scheduler where it is one for flows, else a multistep solver with flow sigmas,
+      which the pipelines of diffusion models accept.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if issubclass(_objective_class(name), FlowMatching):
+        if is_flow(scheduler):
+            return type(scheduler).from_config(scheduler.config)
+        return DPMSolverMultistepScheduler(
+            num_train_timesteps=scheduler.config.num_train_timesteps,
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+        )
+    settings = {"prediction_type": name, "clip_sample": False, "thresholding": False, "set_alpha_to_one": True}
+    if is_flow(scheduler):
+        steps = scheduler.config.num_train_timesteps
+        return DDIMScheduler(num_train_timesteps=steps, timestep_spacing="trailing", **SCALED_LINEAR_BETAS, **settings)
+    if scheduler.config.get("rescale_betas_zero_snr"):
+        settings["timestep_spacing"] = "trailing"  # else sampling never visits the step that has no signal
+    return DDIMScheduler.from_config(scheduler.config, **settings)
+
+
+def timestep_density(
+    weighting_scheme: str, generator: torch.Generator, *, logit_mean: float, logit_std: float, mode_scale: float
+) -> Tensor:
+    """One number in [0, 1] from ``--weighting_scheme``'s density, (1,), for :meth:`Objective.sample_timesteps`.
+
+    Raises:
+        ValueError: for an unknown scheme, which the library would silently take for the uniform one.
+    """
+    if weighting_scheme not in WEIGHTING_SCHEMES:
+        raise ValueError(f"unknown --weighting_scheme {weighting_scheme!r}; accepted: {', '.join(WEIGHTING_SCHEMES)}")
+    return compute_density_for_timestep_sampling(
+        weighting_scheme, 1, logit_mean=logit_mean, logit_std=logit_std, mode_scale=mode_scale, generator=generator
+    )
+
+
+def sigma_threshold_at(threshold: float, height: int, width: int, base_resolution: int) -> float:
+    """tau for images of height x width pixels: stated at ``base_resolution``, scaled with the side (Sec. 4.1).
+
+    >>> sigma_threshold_at(3.0, 1024, 1024, 256)
+    12.0
+    >>> sigma_threshold_at(3.0, 1024, 1024, 0)  # 0 = do not scale
+    3.0
+    """
+    return threshold * math.sqrt(height * width) / base_resolution if base_resolution else threshold

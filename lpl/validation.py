@@ -1,0 +1,147 @@
+"""Samples of the model in training, from the same prompts and seeds every time, so that grids compare.
+
+``samples/step-000500/00.png`` ... are the images, ``samples/step-000500.png`` their grid: real images that bear the
+same captions where the data set has them, the model before training, the model now, and its EMA where one is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch import nn
+
+from lpl.autoencoders import exact_precision, unscale
+from lpl.families import Family
+from lpl.pictures import labelled_grid, save_picture
+
+
+class Validation:
+    """Samples ``prompts`` and keeps what it sampled.
+
+    Args:
+        scheduler: one that samples the objective in training.
+        settings: the flags about validation.
+        real: training images that bear the prompts, for the first row.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        scheduler: Any,
+        settings: Any,
+        real: Sequence[Image.Image] | None,
+    ) -> None:
+        self.family, self.scheduler, self.settings, self.real = family, scheduler, settings, real
+        self.prompts: list[str] = settings.validation_prompts or []
+        self.folder = Path(settings.output_dir, "samples")
+
+    def run(self, accelerator: Accelerator, denoiser: nn.Module, ema: EMAModel | None, step: int) -> Path | None:
+        """Sample the prompts with the present weights, save images and grid, and show them to the trackers.
+
+        On the main process only; the others wait. Returns the grid's path.
+        """
+        grid = None
+        if self.prompts and accelerator.is_main_process:
+            model = accelerator.unwrap_model(denoiser)
+            rows = {f"step {step}": self._sampled(accelerator, model, self._name(step))}
+            if ema is not None and step:
+                with averaged(ema, model):
+                    rows[f"step {step}, EMA"] = self._sampled(accelerator, model, f"{self._name(step)}-ema")
+            grid = self._grid(rows, step)
+            log_images(accelerator, grid, step)
+        accelerator.wait_for_everyone()
+        return grid
+
+    def before_after(self, step: int) -> Path | None:
+        """The final comparison, from what was saved: before, after (the EMA's where there is one), real images."""
+        after = [name for name in (f"{self._name(step)}-ema", self._name(step)) if (self.folder / name).is_dir()]
+        if not self.prompts or not after:
+            return None
+        rows = {"after": self._saved(after[0])}
+        return save_picture(labelled_grid(self._with_context(rows), self.prompts), self.folder / "before_after.png")
+
+    def _grid(self, rows: dict[str, list[Image.Image]], step: int) -> Path:
+        grid = labelled_grid(self._with_context(rows) if step else rows, self.prompts)
+        return save_picture(grid, self.folder / f"{self._name(step)}.png")
+
+    def _with_context(self, rows: dict[str, list[Image.Image]]) -> dict[str, list[Image.Image]]:
+        before = self._saved(self._name(0))
+        context = {"before training": before} if before else {}
+        return context | rows | ({"real images": list(self.real)} if self.real else {})
+
+    def _name(self, step: int) -> str:
+        return f"step-{step:06d}"
+
+    def _saved(self, name: str) -> list[Image.Image]:
+        return [Image.open(path).copy() for path in sorted((self.folder / name).glob("*.png"))]
+
+    def _sampled(self, accelerator: Accelerator, model: nn.Module, name: str) -> list[Image.Image]:
+        images = sample(self.family, self.scheduler, model, self.prompts, self.settings, accelerator)
+        for number, image in enumerate(images):
+            save_picture(image, self.folder / name / f"{number:02d}.png")
+        return images
+
+
+@torch.no_grad()
+def sample(
+    family: Family, scheduler: Any, model: nn.Module, prompts: Sequence[str], settings: Any, accelerator: Accelerator
+) -> list[Image.Image]:
+    """One image per prompt; the n-th from the seed's n-th successor, whatever the other prompts are."""
+    pipeline = family.pipeline
+    pipeline.register_modules(
+        **{family.denoiser_name: model, "scheduler": type(scheduler).from_config(scheduler.config)}
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    arguments = family.sampling_arguments()
+    if settings.validation_guidance_scale is not None:
+        arguments["guidance_scale"] = settings.validation_guidance_scale
+    was_training = model.training
+    model.eval()
+    images = []
+    for number, prompt in enumerate(prompts):
+        with accelerator.autocast():
+            latents = pipeline(
+                prompt,
+                height=settings.resolution,
+                width=settings.resolution,
+                num_inference_steps=settings.validation_inference_steps,
+                generator=torch.Generator().manual_seed(settings.seed + number),
+                output_type="latent",
+                **arguments,
+            ).images
+        with exact_precision(latents.device):  # not under autocast: a VAE in half precision makes black images
+            pixels = family.vae.decode(unscale(family.vae, latents.to(family.vae.dtype)), return_dict=False)[0]
+        images += pipeline.image_processor.postprocess(pixels)
+    model.train(was_training)
+    return images
+
+
+@contextmanager
+def averaged(ema: EMAModel, model: nn.Module) -> Iterator[None]:
+    """Within, the model has the moving average's weights."""
+    ema.store(model.parameters())
+    ema.copy_to(model.parameters())
+    try:
+        yield
+    finally:
+        ema.restore(model.parameters())
+
+
+def log_images(accelerator: Accelerator, grid: Path, step: int) -> None:
+    """Show a grid to the trackers that are on."""
+    for tracker in accelerator.trackers:
+        image = np.asarray(Image.open(grid).convert("RGB"))
+        if tracker.name == "tensorboard":
+            tracker.writer.add_image("validation", image, step, dataformats="HWC")
+        elif tracker.name == "wandb":
+            import wandb
+
+            tracker.log({"validation": wandb.Image(str(grid))}, step=step)

@@ -1,0 +1,119 @@
+"""The weight of the latent perceptual loss in the total (Eq. 3), fixed or found from a share.
+
+The paper's best weight is "roughly a fifth of the total loss" (Sec. 4.3); its number belongs to an unpublished reduction,
+the share carries over. ``auto:0.2`` measures both terms' means over the first steps and sets w so that
+``w LPL / (L_diffusion + w LPL) = 0.2``. No step is lost: each step uses what the steps before it measured (the first one
+trains on the diffusion loss alone); after ``measuring_steps`` w is fixed.
+
+Invariants. Everything stays on the device, so that no step waits for a number; the mean is over all processes and
+micro-batches of a step, so that w does not depend on how a batch is divided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+SHARE_RANGE = (0.05, 0.5)  # outside, the run warns: the term does nothing, or drowns the diffusion loss
+
+
+def parse_weight(text: str) -> tuple[float | None, float | None]:
+    """``"auto:0.2"`` -> (None, 0.2), a share of the total loss; ``"3.0"`` -> (3.0, None), a weight.
+
+    Raises:
+        ValueError: for anything else, a share outside (0, 1), or a weight that is negative or not finite.
+
+    >>> parse_weight("auto:0.2"), parse_weight("0")
+    ((None, 0.2), (0.0, None))
+    """
+    kind, _, number = text.rpartition(":")
+    try:
+        value = float(number)
+    except ValueError:
+        value = -1.0
+    if kind == "auto" and 0 < value < 1:
+        return None, value
+    if not kind and 0 <= value < float("inf"):
+        return value, None
+    raise ValueError(
+        f"--lpl_weight {text}: accepted are auto:SHARE with a share between 0 and 1, such as auto:0.2, "
+        "a weight of 0 or more, and 0 for no latent perceptual loss"
+    )
+
+
+class LplWeight:
+    """w of Eq. 3.
+
+    Args:
+        text: ``--lpl_weight``.
+        measuring_steps: optimizer steps with LPL over which both terms are measured.
+    """
+
+    def __init__(self, text: str, measuring_steps: int, device: torch.device) -> None:
+        fixed, self.share = parse_weight(text)
+        self.measuring_steps = measuring_steps
+        self.steps = 0
+        self._step_sums = torch.zeros(2, device=device)  # diffusion loss and LPL within the current step
+        self._sums = torch.zeros(2, device=device)  # the same over all measured steps
+        self.value: Tensor = torch.full((), 0.0 if fixed is None else fixed, device=device)
+
+    @property
+    def measuring(self) -> bool:
+        return self.steps < self.measuring_steps
+
+    def observe(self, diffusion_loss: Tensor, lpl: Tensor) -> None:
+        """The unweighted means of one micro-batch, two of ()."""
+        if self.measuring:
+            self._step_sums += torch.stack([diffusion_loss, lpl]).detach()
+
+    def end_step(self, reduce: Callable[[Tensor], Tensor]) -> bool:
+        """After an optimizer step; ``reduce`` is the mean over processes. True where the measuring ends with it.
+
+        Where no sample was inside the threshold in all that time there is no weight yet, and the measuring goes on.
+        """
+        if not self.measuring:
+            return False
+        self._sums += reduce(self._step_sums)
+        self._step_sums.zero_()
+        self.steps += 1
+        if self.share is not None:
+            diffusion_loss, lpl = self._sums
+            ratio = self.share / (1 - self.share) * diffusion_loss / lpl
+            self.value = torch.where(lpl > 0, ratio, torch.zeros_like(ratio))
+        if not self.measuring and not bool(self._sums[1] > 0):
+            self.measuring_steps *= 2
+        return not self.measuring
+
+    def measured_share(self) -> float:
+        """LPL's share of the total loss over the measured steps under the present weight; waits for the device."""
+        diffusion_loss, lpl = self._sums.tolist()
+        weighted = float(self.value) * lpl
+        return weighted / max(diffusion_loss + weighted, 1e-12)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "steps": self.steps,
+            "measuring_steps": self.measuring_steps,
+            "sums": self._sums.clone(),
+            "value": self.value.clone(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps, self.measuring_steps = state["steps"], state["measuring_steps"]
+        self._sums = state["sums"].to(self._sums.device)
+        self.value = state["value"].to(self._sums.device)
+
+
+def ramp(step: int, start_step: int, ramp_steps: int) -> float:
+    """The factor on w at an optimizer step, counted from 0: 0 before the start, then linearly up to 1.
+
+    >>> [ramp(step, 2, 2) for step in range(5)], ramp(0, 0, 0)
+    ([0.0, 0.0, 0.5, 1.0, 1.0], 1.0)
+    """
+    if step < start_step:
+        return 0.0
+    return min(1.0, (step - start_step + 1) / ramp_steps) if ramp_steps else 1.0

@@ -1,0 +1,341 @@
+#!/usr/bin/env python
+"""Fine-tune a latent diffusion model on captioned images with the latent perceptual loss (LPL).
+
+    accelerate launch train_text_to_image_lpl.py --pretrained_model_name_or_path PIPELINE --train_data_dir IMAGES
+
+Read from top to bottom: arguments -> data -> models -> optimizer -> resume -> loop -> save -> push. The method is in
+``lpl/``: objectives in ``lpl/objectives.py`` (Table 1), the loss in ``lpl/loss.py`` (Eq. 2), its weight in
+``lpl/weighting.py`` (Eq. 3). ``--lpl_weight 0`` is the plain diffusion baseline and never runs the decoder.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+import sys
+from argparse import Namespace
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lpl import LatentPerceptualLoss, checkpoints, get_objective, hub, training_scheduler
+from lpl.arguments import DTYPES, check_pipeline, loss_options, parse_arguments, read_pipeline_configs
+from lpl.autoencoders import downscaling_factor, encode, feature_vae
+from lpl.data import KeyedBatches, TrainingImages, load_training_images, real_images, training_batches
+from lpl.logs import Log, public
+from lpl.objectives import DiffusionObjective, Objective, own_objective, sigma_threshold_at
+from lpl.pictures import loss_curves
+from lpl.validation import Validation
+from lpl.weighting import SHARE_RANGE, LplWeight, ramp
+
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> None:
+    # Arguments: everything that can be refused is refused here, before any weights are loaded.
+    args = parse_arguments()
+    try:
+        configs = read_pipeline_configs(args)
+        check_pipeline(args, configs)
+        accelerator = start_accelerator(args)
+        resumable = checkpoints.find_resumable(args.output_dir, args.resume_from_checkpoint)
+        progress = start_or_resume(args, resumable)
+        with accelerator.main_process_first():
+            dataset = load_training_images(args)
+        if args.push_to_hub and accelerator.is_main_process:
+            args.hub_model_id = hub.prepare_repository(args.hub_model_id, args.output_dir, args.hub_token)
+    except (ValueError, hub.HubError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+
+    # Models: a frozen VAE and frozen text encoders around the denoiser that is trained in float32 master weights.
+    device = accelerator.device
+    text_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    source = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
+    family = configs.family.load(args.pretrained_model_name_or_path, text_dtype, args.max_sequence_length, **source)
+    for frozen_model in (family.vae, *family.text_encoders):
+        frozen_model.to(device)
+    denoiser = family.denoiser.requires_grad_(True).train().to(device)
+    if args.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+
+    scheduler = configs.scheduler
+    if args.prediction_type != own_objective(scheduler):
+        scheduler = training_scheduler(args.prediction_type, scheduler)
+    objective = get_objective(args.prediction_type, scheduler)
+    ema = None
+    if args.use_ema:
+        ema = EMAModel(
+            denoiser.parameters(),
+            decay=args.ema_decay,
+            foreach=args.foreach_ema,
+            model_cls=type(denoiser),
+            model_config=denoiser.config,
+        )
+
+    # The loss looks through the decoder only where sigma is below the threshold (Sec. 3.2).
+    lpl_loss, lpl_weight = None, LplWeight(args.lpl_weight, args.lpl_measuring_steps, device)
+    if args.use_lpl:
+        lpl_loss = LatentPerceptualLoss(
+            feature_vae(family.vae, args.lpl_vae_name_or_path, DTYPES[args.lpl_vae_dtype]),
+            blocks=args.lpl_blocks,
+            gradient_checkpointing=args.lpl_gradient_checkpointing,
+            **loss_options(args),
+        )
+    threshold = sigma_threshold_at(
+        args.lpl_sigma_threshold, args.resolution, args.resolution, args.lpl_threshold_base_resolution
+    )
+
+    # Data: batches in an order, and with random numbers, that depend on seed and position only.
+    side = args.resolution // downscaling_factor(configs.vae)
+    images = TrainingImages(dataset, objective, (configs.vae["latent_channels"], side, side), args)
+    global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    steps_per_epoch = math.ceil(len(images) / global_batch)
+    max_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(images) / global_batch)
+    batches = training_batches(
+        images,
+        KeyedBatches(
+            len(images),
+            args.train_batch_size,
+            args.seed,
+            accelerator.process_index,
+            accelerator.num_processes,
+            first_batch=progress.step * args.gradient_accumulation_steps,
+        ),
+        args.dataloader_num_workers,
+    )
+
+    # Optimizer. The schedule counts optimizer steps, whatever the number of processes and micro-batches.
+    optimizer = make_optimizer(args, denoiser.parameters(), global_batch)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=max_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+    checkpoints.register(accelerator, denoiser, family.denoiser_name, ema)
+    denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
+    accelerator.register_for_checkpointing(lr_scheduler, lpl_weight)
+    if ema is not None and not args.offload_ema:
+        ema.to(device)
+
+    # Resume: the same command goes on where the checkpoint stands.
+    if resumable is not None:
+        accelerator.load_state(str(resumable))
+        logger.info(f"resumed from {resumable}")
+
+    real = real_images(images, args.validation_prompts) if args.validation_prompts else None
+    validation = Validation(family, scheduler, args, real)
+    validate_every = args.validation_steps or args.validation_epochs * steps_per_epoch
+    if progress.step == 0:
+        validation.run(accelerator, denoiser, ema, 0)
+
+    if accelerator.is_main_process:
+        write_recipe(args)
+    announce(args, len(images), max_steps, global_batch, threshold, share_inside(images, threshold))
+    log = Log(accelerator, args, progress.step)
+    bar = tqdm(total=max_steps, initial=progress.step, disable=not accelerator.is_main_process, desc="steps")
+    while progress.step < max_steps:
+        lpl_factor = ramp(progress.step, args.lpl_start_step, args.lpl_ramp_steps) if args.use_lpl else 0.0
+        for _ in range(args.gradient_accumulation_steps):
+            batch = next(batches)
+            with accelerator.accumulate(denoiser):
+                timesteps = batch["timestep"]  # (B,), on the CPU: the step never waits to learn which rows to decode
+                inside = rows_inside(objective.sigma(timesteps), threshold)
+                pixels, noise, posterior_noise, timesteps, rows = (
+                    x.to(device, non_blocking=True)
+                    for x in (batch["pixels"], batch["noise"], batch["posterior_noise"], timesteps, inside)
+                )
+
+                # z0, z_t and D
+                latents = encode(family.vae, pixels, posterior_noise)  # pixels [-1, 1] -> scaled (B, C, h, w)
+                input_noise = noise
+                if args.input_perturbation:
+                    input_noise = noise + args.input_perturbation * batch["input_noise"].to(device, non_blocking=True)
+                noisy_latents = objective.add_noise(latents, input_noise, timesteps)  # (B, C, h, w)
+                with torch.no_grad():
+                    conditions = family.encode_prompts(batch["caption"], device)
+                model_output = family.predict(denoiser, noisy_latents, timesteps, conditions).float()  # (B, C, h, w)
+
+                # L_diffusion
+                target = objective.target(latents, noise, timesteps)
+                error = (model_output - target).square().flatten(1).mean(1)  # (B,)
+                diffusion_loss = (diffusion_weight(objective, timesteps, args) * error).mean()
+
+                # LPL, averaged over the whole batch: rows above the threshold count as 0 (Eq. 2)
+                lpl = torch.zeros_like(diffusion_loss)
+                if lpl_factor and len(inside):
+                    predicted_latents = objective.clean_latents(
+                        model_output[rows], noisy_latents[rows], timesteps[rows]
+                    )
+                    lpl = lpl_loss(predicted_latents, latents[rows]).sum() / len(latents)
+                if lpl_factor:
+                    lpl_weight.observe(diffusion_loss, lpl)
+
+                # L_total = L_diffusion + w LPL (Eq. 3)
+                weight = lpl_weight.value * lpl_factor
+                loss = diffusion_loss + weight * lpl
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(denoiser.parameters(), args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+                log.add(loss, diffusion_loss, lpl, weight * lpl, len(inside) / len(latents))
+
+        learning_rate = lr_scheduler.get_last_lr()[0]
+        lr_scheduler.step()
+        if ema is not None:
+            update_ema(ema, accelerator.unwrap_model(denoiser), args.offload_ema)
+        progress.step += 1
+        if lpl_factor and lpl_weight.end_step(lambda sums: accelerator.reduce(sums, "mean")):
+            report_share(lpl_weight)
+
+        bar.update()
+        if progress.step % args.logging_steps == 0 or progress.step == max_steps:
+            bar.set_postfix(log.write(progress.step, learning_rate, weight))
+        if progress.step % args.checkpointing_steps == 0:
+            checkpoints.save_checkpoint(accelerator, args.output_dir, progress, args.checkpoints_total_limit)
+        if progress.step % validate_every == 0 or progress.step == max_steps:
+            validation.run(accelerator, denoiser, ema, progress.step)
+    bar.close()
+
+    # Save: a pipeline that loads and samples by itself, with the EMA's weights where one was kept.
+    if accelerator.is_main_process:
+        trained = accelerator.unwrap_model(denoiser, keep_fp32_wrapper=False)
+        if ema is not None:
+            ema.copy_to(trained.parameters())
+        components = {family.denoiser_name: trained}
+        if scheduler is not configs.scheduler:
+            components["scheduler"] = scheduler
+        pipeline = family.pipeline_class.from_pretrained(
+            args.pretrained_model_name_or_path, dtype=torch.float32, **source, **components
+        )
+        pipeline.save_pretrained(args.output_dir)
+        validation.before_after(max_steps)
+        loss_curves(log.records(), Path(args.output_dir, "loss_curves.png"))
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def announce(args: Namespace, num_images: int, steps: int, global_batch: int, threshold: float, inside: float) -> None:
+    """What is about to happen, in four lines."""
+    logger.info(
+        f"{num_images} images, {steps} optimizer steps of {global_batch} images: {steps * global_batch / num_images:.1f} epochs"
+    )
+    logger.info(
+        f"objective {args.prediction_type}, {args.resolution} px, seed {args.seed}, results in {args.output_dir}"
+    )
+    if args.use_lpl:
+        logger.info(
+            f"LPL with weight {args.lpl_weight} where sigma <= {threshold:g}, {inside:.0%} of the timesteps drawn"
+        )
+
+
+def report_share(lpl_weight: LplWeight) -> None:
+    """What the first steps measured, and whether LPL's part in the loss makes sense."""
+    share = lpl_weight.measured_share()
+    logger.info(
+        f"LPL weight {float(lpl_weight.value):.4g}: {share:.1%} of the total loss over the first steps with LPL"
+    )
+    low, high = SHARE_RANGE
+    if not low <= share <= high:
+        logger.warning(
+            f"LPL is {share:.1%} of the loss; the paper found a fifth best, and outside {low:.0%} to {high:.0%} it does "
+            "next to nothing or drowns the diffusion loss; --lpl_weight auto:0.2 finds the weight for a fifth"
+        )
+
+
+def update_ema(ema: EMAModel, denoiser: torch.nn.Module, offload: bool) -> None:
+    """One step of the moving average; with ``offload`` it waits in the CPU's memory for the next one."""
+    if offload:
+        ema.to(denoiser.device, non_blocking=True)
+    ema.step(denoiser.parameters())
+    if offload:
+        ema.to("cpu", non_blocking=True)
+
+
+def start_accelerator(args: Namespace) -> Accelerator:
+    """Accelerate's state, with trackers for the flags that they can show."""
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
+    )
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s: %(message)s",
+        datefmt="%H:%M:%S",
+        level=logging.INFO if accelerator.is_main_process else logging.ERROR,
+    )
+    for library in ("accelerate", "httpx"):  # they tell every file that they touch
+        logging.getLogger(library).setLevel(logging.WARNING)
+    torch.backends.cuda.matmul.allow_tf32 |= args.allow_tf32
+    return accelerator
+
+
+def start_or_resume(args: Namespace, resumable: Path | None) -> checkpoints.Progress:
+    """Where the run begins, and its seed: the checkpoint's, else the one given, else one drawn for all processes."""
+    if resumable is not None:
+        progress = checkpoints.Progress.load(resumable)
+        if args.seed not in (None, progress.seed):
+            raise ValueError(f"--seed {args.seed}: the run to resume has the seed {progress.seed}; leave the flag out")
+    else:
+        drawn = broadcast_object_list([secrets.randbelow(2**31)])[0]
+        progress = checkpoints.Progress(step=0, seed=drawn if args.seed is None else args.seed)
+    args.seed = progress.seed
+    set_seed(args.seed)
+    return progress
+
+
+def write_recipe(args: Namespace) -> None:
+    """Every flag of the run, with its resolved value."""
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(public(args), sort_keys=True))
+
+
+def make_optimizer(args: Namespace, parameters: Iterable[Tensor], global_batch: int) -> torch.optim.Optimizer:
+    """AdamW, in 8 bits with --use_8bit_adam."""
+    optimizer_class = torch.optim.AdamW
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit as optimizer_class
+    return optimizer_class(
+        parameters,
+        lr=args.learning_rate * (global_batch if args.scale_lr else 1),
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+
+
+def rows_inside(sigma: Tensor, threshold: float) -> Tensor:
+    """Indices of the samples that LPL applies to: sigma_t finite and at most tau, (B,) -> (n,) (Eq. 2)."""
+    return (sigma.isfinite() & (sigma <= threshold)).nonzero().flatten()
+
+
+def share_inside(images: TrainingImages, threshold: float, draws: int = 2000) -> float:
+    """Share of the timesteps drawn in training at which LPL applies."""
+    timesteps = torch.stack([images.timestep(0, index) for index in range(draws)])
+    return len(rows_inside(images.objective.sigma(timesteps), threshold)) / draws
+
+
+def diffusion_weight(objective: Objective, timesteps: Tensor, args: Namespace) -> Tensor | float:
+    """The weight of each sample's diffusion loss, (B,); it weighs that term only."""
+    if not isinstance(objective, DiffusionObjective):
+        return objective.scheme_weight(timesteps, args.weighting_scheme).float()
+    return 1.0 if args.snr_gamma is None else objective.min_snr_weight(timesteps, args.snr_gamma).float()
+
+
+if __name__ == "__main__":
+    main()
