@@ -31,6 +31,7 @@ from lpl import LatentPerceptualLoss, checkpoints, get_objective, hub, training_
 from lpl.arguments import DTYPES, check_pipeline, loss_options, parse_arguments, read_pipeline_configs
 from lpl.autoencoders import downscaling_factor, encode, feature_vae
 from lpl.data import KeyedBatches, TrainingImages, load_training_images, real_images, training_batches
+from lpl.families import Family
 from lpl.logs import Log, public
 from lpl.objectives import DiffusionObjective, Objective, own_objective, sigma_threshold_at
 from lpl.pictures import loss_curves
@@ -60,7 +61,7 @@ def main() -> None:
     # Models: a frozen VAE and frozen text encoders around the denoiser that is trained in float32 master weights.
     device = accelerator.device
     text_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    source = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
+    source = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir, **configs.absent}
     family = configs.family.load(args.pretrained_model_name_or_path, text_dtype, args.max_sequence_length, **source)
     for frozen_model in (family.vae, *family.text_encoders):
         frozen_model.to(device)
@@ -222,8 +223,14 @@ def main() -> None:
             args.pretrained_model_name_or_path, dtype=torch.float32, **source, **components
         )
         pipeline.save_pretrained(args.output_dir)
-        validation.before_after(max_steps)
-        loss_curves(log.records(), Path(args.output_dir, "loss_curves.png"))
+        validation.before_after(progress.step)
+        records = log.records()
+        loss_curves(records, Path(args.output_dir, "loss_curves.png"))
+        card = describe(args, family, lpl_loss, records, progress.step, global_batch, threshold, accelerator)
+        hub.write_model_card(args.output_dir, card)
+        logger.info(f"the pipeline, its samples and its model card are in {args.output_dir}")
+        if args.push_to_hub and (url := hub.push_folder(args.output_dir, args.hub_model_id, args.hub_token)):
+            logger.info(f"published at {url}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
@@ -263,6 +270,50 @@ def update_ema(ema: EMAModel, denoiser: torch.nn.Module, offload: bool) -> None:
     ema.step(denoiser.parameters())
     if offload:
         ema.to("cpu", non_blocking=True)
+
+
+def describe(
+    args: Namespace,
+    family: Family,
+    lpl_loss: LatentPerceptualLoss | None,
+    records: list[dict[str, float]],
+    steps: int,
+    global_batch: int,
+    threshold: float,
+    accelerator: Accelerator,
+) -> hub.RunCard:
+    """The run, as its model card tells it."""
+    with_lpl = [record for record in records if record["lpl_weight"] > 0]
+    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "CPU"
+    return hub.RunCard(
+        base_model=args.pretrained_model_name_or_path,
+        dataset=args.dataset_name or args.train_data_dir,
+        pipeline_class=family.pipeline_class.__name__,
+        repo_id=args.hub_model_id,
+        tags=(family.name,),
+        resolution=args.resolution,
+        prompt=(args.validation_prompts or ["a photo"])[0],
+        dtype="float32" if accelerator.mixed_precision == "no" else "bfloat16",
+        inference_steps=args.validation_inference_steps,
+        guidance_scale=args.validation_guidance_scale,
+        sampling_arguments=family.sampling_arguments(),
+        steps=steps,
+        batch_size=global_batch,
+        learning_rate=args.learning_rate * (global_batch if args.scale_lr else 1),
+        objective=args.prediction_type,
+        lr_scheduler=args.lr_scheduler,
+        mixed_precision=accelerator.mixed_precision,
+        ema_decay=args.ema_decay if args.use_ema else None,
+        seed=args.seed,
+        hardware=f"{accelerator.num_processes} x {device}",
+        lpl_weight=with_lpl[-1]["lpl_weight"] if with_lpl else None,
+        lpl_weight_setting=args.lpl_weight,
+        lpl_share=sum(record["lpl_share"] for record in with_lpl) / len(with_lpl) if with_lpl else None,
+        lpl_sigma_threshold=threshold,
+        lpl_blocks=lpl_loss.block_names if lpl_loss else (),
+        lpl_start_step=args.lpl_start_step,
+        command=sys.argv,
+    )
 
 
 def start_accelerator(args: Namespace) -> Accelerator:

@@ -205,8 +205,40 @@ def _depth_weighting(words: Sequence[str]) -> str | list[float]:
         return " ".join(words)
 
 
-POSITIVE = ["resolution", "max_train_samples", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_epochs", "validation_steps", "validation_inference_steps", "num_validation_images", "logging_steps", "lpl_measuring_steps", "max_sequence_length", "learning_rate", "adam_epsilon", "snr_gamma", "logit_std", "lpl_sigma_threshold"]
-NOT_NEGATIVE = ["lpl_threshold_base_resolution", "lpl_start_step", "lpl_ramp_steps", "dataloader_num_workers", "lr_warmup_steps", "noise_offset", "input_perturbation", "adam_weight_decay", "max_grad_norm", "seed"]
+POSITIVE = [
+    "resolution",
+    "max_train_samples",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_train_steps",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "validation_epochs",
+    "validation_steps",
+    "validation_inference_steps",
+    "num_validation_images",
+    "logging_steps",
+    "lpl_measuring_steps",
+    "max_sequence_length",
+    "learning_rate",
+    "adam_epsilon",
+    "snr_gamma",
+    "logit_std",
+    "lpl_sigma_threshold",
+]
+NOT_NEGATIVE = [
+    "lpl_threshold_base_resolution",
+    "lpl_start_step",
+    "lpl_ramp_steps",
+    "dataloader_num_workers",
+    "lr_warmup_steps",
+    "noise_offset",
+    "input_perturbation",
+    "adam_weight_decay",
+    "max_grad_norm",
+    "seed",
+]
 SHARES = ["adam_beta1", "adam_beta2", "ema_decay", "proportion_empty_prompts"]
 
 
@@ -307,6 +339,7 @@ class PipelineConfigs:
     vae: Mapping[str, Any]
     denoiser: Mapping[str, Any]
     scheduler: Any  # a scheduler is its configuration
+    absent: Mapping[str, None]  # components that this pipeline does without, such as SD3's T5
 
 
 def read_pipeline_configs(args: argparse.Namespace) -> PipelineConfigs:
@@ -325,6 +358,9 @@ def read_pipeline_configs(args: argparse.Namespace) -> PipelineConfigs:
             f"model_index.json nor a repository on the Hub that can be reached ({str(error).strip().splitlines()[0]})"
         ) from error
     family = find_family(index.get("_class_name"))
+    components = {name: entry for name, entry in index.items() if isinstance(entry, list | tuple)}
+    absent = dict.fromkeys(name for name, entry in components.items() if tuple(entry) == (None, None))
+    absent |= dict.fromkeys(name for name in family.optional_components if name not in components)
     library, scheduler_class = index.get("scheduler", (None, None))
     if library != "diffusers" or not hasattr(diffusers, scheduler_class):
         raise ValueError(
@@ -337,6 +373,7 @@ def read_pipeline_configs(args: argparse.Namespace) -> PipelineConfigs:
         scheduler=getattr(diffusers, scheduler_class).from_config(
             DDIMScheduler.load_config(path, subfolder="scheduler", **where)
         ),
+        absent=absent,
     )
 
 

@@ -8,8 +8,7 @@ The first block works at the latents' own resolution.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -122,16 +121,3 @@ def feature_vae(vae: nn.Module, name_or_path: str | None, dtype: torch.dtype) ->
 def exact_precision(device: torch.device) -> torch.autocast:
     """The VAE computes in its own dtype, also where the caller's step runs under autocast."""
     return torch.autocast(device.type, enabled=False)
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Within, no parameter needs a gradient; afterwards those that did do again."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)

@@ -7,14 +7,15 @@ Hooking, rather than walking through the decoder's modules, keeps whatever ``vae
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from lpl.autoencoders import RGB, decoder_blocks, exact_precision, frozen, select_blocks, unscale
+from lpl.autoencoders import RGB, decoder_blocks, exact_precision, select_blocks, unscale
+from lpl.objectives import at_least_float32
 
 
 class _LastBlockReached(Exception):
@@ -30,13 +31,17 @@ class DecoderFeatureExtractor:
     Args:
         vae: a diffusers autoencoder.
         blocks: names out of "mid", "up_0", "up_1", ...; None = all of them; ``("rgb",)`` = the decoded pixels.
+        gradient_checkpointing: recompute each block in the backward pass, to save memory.
 
     Raises:
         ValueError: for a block that the decoder has not, an autoencoder of another make, or one that slices or tiles.
     """
 
-    def __init__(self, vae: nn.Module, blocks: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, vae: nn.Module, blocks: Sequence[str] | None = None, gradient_checkpointing: bool = False
+    ) -> None:
         self.vae = vae
+        self.gradient_checkpointing = gradient_checkpointing
         modules = decoder_blocks(vae)
         self.block_names = select_blocks(blocks, tuple(modules))
         self._modules = {name: modules[name] for name in self.block_names if name != RGB}
@@ -46,11 +51,21 @@ class DecoderFeatureExtractor:
         """Scaled latents, (B, C, h, w) -> {name: (B, C_l, H_l, W_l)}, in the VAE's dtype, in decoding order.
 
         Gradients flow to ``latents``, unless under ``torch.no_grad()``.
+
+        Raises:
+            ValueError: where the latents are not this VAE's, or it has come to slice or tile.
         """
         self._refuse_tiles()
+        channels = self.vae.config.latent_channels
+        if latents.ndim != 4 or latents.shape[1] != channels:
+            raise ValueError(f"latents must be (B, {channels}, h, w) for this VAE, but are {tuple(latents.shape)}")
         features: dict[str, Tensor] = {}
-        raw = unscale(self.vae, latents).to(self.vae.dtype)  # (B, C, h, w)
-        with self._hooks(features), frozen(self.vae), exact_precision(latents.device):
+        raw = unscale(self.vae, at_least_float32(latents)).to(self.vae.dtype)  # (B, C, h, w)
+        with (
+            self._hooks(features),
+            DecoderPass(self.vae, self.gradient_checkpointing),
+            exact_precision(latents.device),
+        ):
             try:
                 pixels = self.vae.decode(raw, return_dict=False)[0]
             except _LastBlockReached:
@@ -82,14 +97,44 @@ class DecoderFeatureExtractor:
                 )
 
 
-@contextmanager
-def checkpointed_blocks(vae: nn.Module) -> Iterator[None]:
-    """Within, a pass with gradient keeps only what goes from block to block, and recomputes the rest in backward."""
-    if vae.is_gradient_checkpointing or not torch.is_grad_enabled():
-        yield
-        return
-    vae.enable_gradient_checkpointing()
-    try:
-        yield
-    finally:
-        vae.disable_gradient_checkpointing()
+class DecoderPass:
+    """While one runs, the VAE's parameters need no gradient, and its blocks are checkpointed as the loss wants it.
+
+    Whatever the caller's settings are, they stand again afterwards. Entered anew for each block that the backward pass
+    recomputes, so that it is recomputed as it was computed.
+    """
+
+    def __init__(self, vae: nn.Module, gradient_checkpointing: bool) -> None:
+        self.vae, self.gradient_checkpointing = vae, gradient_checkpointing
+        self._left: list[Any] = []  # what to undo, one entry per pass that runs
+
+    def __enter__(self) -> None:
+        decoder = self.vae.decoder
+        trained = [parameter for parameter in self.vae.parameters() if parameter.requires_grad]
+        settings = [
+            (module, {name: module.__dict__[name] for name in _SETTINGS if name in module.__dict__})
+            for module in decoder.modules()
+            if hasattr(module, "gradient_checkpointing")
+        ]
+        self._left.append((trained, settings))
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        for module, _ in settings:
+            module.gradient_checkpointing = self.gradient_checkpointing and module is decoder
+            module.__dict__["_gradient_checkpointing_func"] = self._checkpoint
+
+    def __exit__(self, *_: object) -> None:
+        trained, settings = self._left.pop()
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for module, values in settings:
+            for name in _SETTINGS:
+                module.__dict__.pop(name, None)
+            module.__dict__.update(values)
+
+    def _checkpoint(self, block: nn.Module, *inputs: Any) -> Tensor:
+        recomputation = DecoderPass(self.vae, gradient_checkpointing=False)
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), recomputation))
+
+
+_SETTINGS = ("gradient_checkpointing", "_gradient_checkpointing_func")  # of diffusers' modules

@@ -139,12 +139,15 @@ def _explain(error: Exception, name: str) -> str:
     return f"the Hub cannot be reached ({reason}); leave --push_to_hub out and upload later with `hf upload`."
 
 
-def _reason(error: Exception) -> str:
-    """The error on one line of at most 200 characters, without request ids and tokens."""
+def _reason(error: BaseException) -> str:
+    """The error and what it came from on one line of at most 200 characters, without request ids and tokens."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     said = getattr(error, "server_message", None) or str(error) or type(error).__name__
     said = " ".join(_without_secrets(re.sub(r"\(Request ID: [^)]*\)", "", said)).split()).rstrip(".")
-    return (f"{status}: {said}" if status and str(status) not in said else said)[:200]
+    if status:
+        return (said if str(status) in said else f"{status}: {said}")[:200]
+    cause = _reason(error.__cause__) if error.__cause__ else ""
+    return (said if cause in said else f"{said}: {cause}")[:200]
 
 
 # The model card -----------------------------------------------------------------------------------------------------
@@ -182,6 +185,7 @@ class RunCard:
     dtype: str = "float16"  # of torch, for inference
     inference_steps: int | None = None  # None: the pipeline's default
     guidance_scale: float | None = None  # None: the pipeline's default
+    sampling_arguments: Mapping[str, object] = field(default_factory=dict)  # further ones of the pipeline's call
     # How it was trained
     steps: int  # optimizer steps
     batch_size: int  # samples per optimizer step, over all devices and accumulation
@@ -249,14 +253,15 @@ def _metadata(card: RunCard) -> ModelCardData:
 
 def _introduction(folder: Path, card: RunCard) -> str:
     base = _link(card.base_model)
-    what = f"A LoRA of rank {card.lora_rank} for {base}, trained" if card.lora_rank else f"{base}, fine-tuned"
-    what = f"A model with the architecture of {base}, trained from scratch" if card.from_scratch else what
+    what = f"This is a LoRA of rank {card.lora_rank} for {base}, trained" if card.lora_rank else None
+    what = f"This model has the architecture of {base} and was trained from scratch" if card.from_scratch else what
+    what = what or f"This is {base}, fine-tuned"
     text = f"{what} on {_link(card.dataset, 'datasets/')} for {card.steps:,} steps at {card.resolution} px"
     if card.lpl:
         text += (
-            f" with the [latent perceptual loss]({PAPER}) (LPL). LPL compares the predicted with the true latents as "
-            "the autoencoder's decoder sees them, in the features of its blocks, so that the denoiser learns most "
-            "from the errors that would show in the image"
+            f" with the [latent perceptual loss]({PAPER}) (LPL). Beside the usual diffusion loss, LPL compares the "
+            "predicted latents with the true ones in the features of the autoencoder's decoder, and so weighs the "
+            "errors that would show in the image"
         )
     return f"# {_title(folder, card)}\n\n{text}."
 
@@ -271,9 +276,9 @@ def _use(folder: Path, card: RunCard) -> str:
     source = _shown(card.base_model) if card.lora_rank else here
     imports = ["import torch", f"from diffusers import {card.pipeline_class}"]
     adapted = []
-    if card.lora_rank and (found := [*folder.glob("adapter_config.json"), *folder.glob("*/adapter_config.json")]):
+    if card.lora_rank and (adapter := _peft_folder(folder)):
         imports.append("from peft import PeftModel")
-        inside = f", subfolder={_literal(found[0].parent.name)}" if found[0].parent != folder else ""
+        inside = f", subfolder={_literal(adapter.name)}" if adapter != folder else ""
         loaded = f"PeftModel.from_pretrained(pipeline.transformer, {_literal(here)}{inside})"
         adapted.append(f"pipeline.transformer = {loaded}")
     elif card.lora_rank:
@@ -284,18 +289,25 @@ def _use(folder: Path, card: RunCard) -> str:
     return "## Use it\n\n" + _fenced("python", "\n".join(code))
 
 
+def _peft_folder(folder: Path) -> Path | None:
+    """Where peft saved an adapter, `folder` or one inside it; None where diffusers saved it, or nobody."""
+    found = [*folder.glob("adapter_config.json"), *sorted(folder.glob("*/adapter_config.json"))]
+    return next((path.parent for path in found if not path.parent.name.startswith("checkpoint-")), None)
+
+
 def _call_arguments(card: RunCard) -> list[str]:
     """Text pipelines take prompt and size; class-conditional ones take labels and draw at the one size they know."""
     arguments = {"prompt": card.prompt, "height": card.resolution, "width": card.resolution}
     if card.class_conditional:
         arguments = {"class_labels": [card.prompt]}
     arguments |= {"num_inference_steps": card.inference_steps, "guidance_scale": card.guidance_scale}
+    arguments |= card.sampling_arguments
     return [f"{name}={_literal(value)}" for name, value in arguments.items() if value is not None]
 
 
-def _literal(value: str | float | list[int]) -> str:
-    """Python source of a value, with double quotes."""
-    return json.dumps(value, ensure_ascii=False)
+def _literal(value: object) -> str:
+    """Python source of a plain value; text stands in double quotes."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
 def _training(folder: Path, card: RunCard) -> str:
@@ -393,7 +405,7 @@ def _link(source: str, kind: str = "") -> str:
 # What may be shown --------------------------------------------------------------------------------------------------
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
-WHOLE_PATH = re.compile(r"""([A-Za-z]:)?[~.]{0,2}[/\\][^:,;'"]*|[^\s:,;'"]*[/\\][^\s:,;'"]*""")
+WHOLE_PATH = re.compile(r"""([A-Za-z]:|[~.]{0,2})/[^:,;'"]*|[A-Za-z]:\\[^:,;'"]*|[^\s:,;'"]*/[^\s:,;'"]*""")
 PATH_WITHIN = re.compile(r"""(?<![^\s,;:='"(|<>\[])(file:/{0,2})?~?(/[^\s/,;:'"]+)+/(?=[^\s/])""")
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 CREDENTIALS = re.compile(r"(?<=://)[^\s/@]+@")

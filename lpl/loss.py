@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lpl.autoencoders import block_names
-from lpl.features import DecoderFeatureExtractor, checkpointed_blocks
+from lpl.features import DecoderFeatureExtractor
 from lpl.objectives import at_least_float32
 from lpl.outliers import morphology, outlier_mask, within_bounds
 
@@ -70,7 +69,7 @@ class LatentPerceptualLoss:
         gradient_checkpointing: bool = False,
     ) -> None:
         self.vae = vae
-        self.extractor = DecoderFeatureExtractor(vae, blocks)
+        self.extractor = DecoderFeatureExtractor(vae, blocks, gradient_checkpointing)
         self.block_names = self.extractor.block_names
         check_options(
             normalization, detach_statistics, depth_weighting, mask_outliers, distance, variant, len(self.block_names)
@@ -92,8 +91,7 @@ class LatentPerceptualLoss:
         self._check_latents(predicted_latents, latents)
         with torch.no_grad():
             target = self.extractor(latents)
-        with checkpointed_blocks(self.vae) if self.gradient_checkpointing else nullcontext():
-            predicted = self.extractor(predicted_latents)
+        predicted = self.extractor(predicted_latents)
 
         first_side = math.sqrt(
             latents.shape[-2] * latents.shape[-1]
@@ -154,9 +152,9 @@ class LatentPerceptualLoss:
         return block_names(self.vae.config).index(name)
 
     def _check_latents(self, predicted_latents: Tensor, latents: Tensor) -> None:
-        if predicted_latents.shape != latents.shape or latents.ndim != 4:
+        if predicted_latents.shape != latents.shape:
             raise ValueError(
-                "predicted_latents and latents must both be (B, C, h, w), but are "
+                "predicted_latents and latents must have one shape, but have "
                 f"{tuple(predicted_latents.shape)} and {tuple(latents.shape)}"
             )
 
@@ -195,15 +193,19 @@ def check_options(
         )
     if normalization == "none" and detach_statistics:
         raise ValueError("--lpl_detach_statistics has no effect with --lpl_normalization none; leave one out")
-    defaults = ("shared", False, "inverse", True, "l2")
-    if (
-        variant == "reference"
-        and (normalization, detach_statistics, depth_weighting, mask_outliers, distance) != defaults
-    ):
-        raise ValueError(
-            "--lpl_variant reference fixes normalisation, statistics, depth weights, masks and distance; leave out the "
-            "other loss options, or use --lpl_variant paper"
-        )
+    if variant == "reference":
+        given = {
+            "normalization": normalization != "shared",
+            "detach_statistics": detach_statistics,
+            "depth_weighting": depth_weighting != "inverse",
+            "mask_outliers": not mask_outliers,
+            "distance": distance != "l2",
+        }
+        if any(given.values()):
+            raise ValueError(
+                f"--lpl_variant reference goes without {', '.join(name for name in given if given[name])}: it fixes all "
+                "options of the loss; leave them out, or use --lpl_variant paper"
+            )
 
 
 def depth_weight(weighting: str | Sequence[float], relative_side: float, index: int) -> float:

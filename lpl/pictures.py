@@ -70,33 +70,34 @@ def labelled_grid(
             f"a row has {columns} images and there are {len(captions)} captions: give one for each column"
         )
     tile = tile or _natural_tile(images)
+    size = _font_size(tile)
     fitted = {label: [_fit(image, tile) for image in row] for label, row in rows.items()}
-    return _draw_grid(fitted, captions[:columns], tile)
+    cell = max(6 * size, *(image.width for row in fitted.values() for image in row))
+    lines = [[_text("", size, 0), *(_text(caption, size, int(0.95 * cell)) for caption in captions[:columns])]]
+    lines += [[_text(label, size, max(tile // 2, 7 * size), align="right"), *row] for label, row in fitted.items()]
+    return _lay_out(lines, gap=max(8, tile // 24))
 
 
-def _draw_grid(rows: dict[str, list[Image.Image]], captions: Sequence[str], tile: int) -> Image.Image:
-    """Lay fitted images out: a column of labels, a line of captions, then the rows."""
-    gap, size = max(6, tile // 24), _font_size(tile)
-    cell = max(max(image.width for row in rows.values() for image in row), 6 * size)
-    above = [_Text.wrapped(caption, size, cell, lines=6) for caption in captions]
-    left = [_Text.wrapped(label, size, max(tile // 2, 7 * size), lines=6) for label in rows]
-    label_width, caption_height = max(text.width for text in left), max(text.height for text in above)
-    heights = [max([text.height, *(image.height for image in row)]) for text, row in zip(left, rows.values())]
-
-    x0 = gap + (label_width + 2 * gap if label_width else gap)
-    y0 = gap + (caption_height + gap if caption_height else gap)
-    width, height = x0 + len(captions) * (cell + gap) + gap, y0 + sum(heights) + len(heights) * gap + gap
-    canvas = Image.new("RGB", (width, height), PAPER)
-    for column, text in enumerate(above):
-        text.draw(canvas, x0 + column * (cell + gap) + cell // 2, y0 - gap - text.height, anchor="ma", align="center")
-    y = y0
-    for text, row, row_height in zip(left, rows.values(), heights):
-        text.draw(canvas, x0 - 2 * gap, y + (row_height - text.height) // 2, anchor="ra", align="right")
-        for column, image in enumerate(row):
-            x = x0 + column * (cell + gap)
-            canvas.paste(image, (x + (cell - image.width) // 2, y + (row_height - image.height) // 2))
-        y += row_height + gap
+def _lay_out(lines: list[list[Image.Image]], gap: int) -> Image.Image:
+    """Paste lines of images: captions (line 0) stand on their column, labels (column 0) end at their row."""
+    widest = max(image.width for line in lines for image in line[1:])
+    widths = [max(line[0].width for line in lines), *[widest] * (max(map(len, lines)) - 1)]
+    heights = [max(image.height for image in line) for line in lines]
+    lefts, tops = _starts(widths, gap), _starts(heights, gap)
+    canvas = Image.new("RGB", (lefts[-1], tops[-1]), PAPER)
+    for i, line in enumerate(lines):
+        for j, image in enumerate(line):
+            x, y = widths[j] - image.width, heights[i] - image.height  # room to spare
+            canvas.paste(image, (lefts[j] + (x // 2 if j else x), tops[i] + (y // 2 if i else y)))
     return canvas
+
+
+def _starts(sizes: list[int], gap: int) -> list[int]:
+    """Where each of `sizes` begins, and at last where the paper ends; what is empty takes no gap."""
+    starts = [gap]
+    for size in sizes:
+        starts.append(starts[-1] + (size + gap if size else 0))
+    return starts
 
 
 def _natural_tile(images: list[Image.Image]) -> int:
@@ -125,29 +126,17 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, PAPER), image).convert("RGB")
 
 
-class _Text(NamedTuple):
-    """Wrapped text with its size in pixels; empty text is 0 by 0 and draws nothing."""
-
-    text: str
-    font: ImageFont.FreeTypeFont
-    width: int
-    height: int
-
-    @classmethod
-    def wrapped(cls, text: str, size: int, width: int, lines: int) -> "_Text":
-        """Break `text` into at most `lines` lines of at most `width` pixels; an ellipsis stands for the rest."""
-        text = " ".join(str(text).encode(errors="replace").decode().split())
-        font = _font(size, wide=any(ord(letter) >= WIDE_SCRIPTS for letter in text))
-        broken = _break(text, font, width)
-        if len(broken) > lines:
-            broken = [*broken[: lines - 1], _shorten(broken[lines - 1], font, width)]
-        return cls("\n".join(broken), font, *_extent(broken, font))
-
-    def draw(self, canvas: Image.Image, x: int, y: int, anchor: str, align: str) -> None:
-        """Draw with the top at y; x is the middle of the text for anchor "ma", its right edge for "ra"."""
-        if self.text:
-            draw = ImageDraw.Draw(canvas)
-            draw.multiline_text((x, y), self.text, INK, self.font, anchor, spacing=_spacing(self.font), align=align)
+def _text(text: str, size: int, width: int, align: str = "center", lines: int = 6) -> Image.Image:
+    """Draw text in at most `lines` lines of `width` pixels, an ellipsis for the rest; nothing is 0 by 0 pixels."""
+    text = " ".join(str(text).encode(errors="replace").decode().split())
+    font = _font(size, wide=any(ord(letter) >= WIDE_SCRIPTS for letter in text))
+    broken = _break(text, font, width)
+    if len(broken) > lines:
+        broken = [*broken[: lines - 1], _shorten(broken[lines - 1], font, width)]
+    image = Image.new("RGB", _extent(broken, font), PAPER)
+    if broken:
+        ImageDraw.Draw(image).multiline_text((0, 0), "\n".join(broken), INK, font, spacing=_spacing(font), align=align)
+    return image
 
 
 def _font_size(tile: int) -> int:

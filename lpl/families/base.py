@@ -29,6 +29,7 @@ class Family:
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     denoiser_name: ClassVar[str]  # the pipeline's component that is trained
     text_encoder_names: ClassVar[tuple[str, ...]]
+    optional_components: ClassVar[tuple[str, ...]] = ()  # what a pipeline's index may lack
     default_resolution: ClassVar[int]
 
     def __init__(self, pipeline: DiffusionPipeline, max_sequence_length: int) -> None:
@@ -38,13 +39,11 @@ class Family:
             component.requires_grad_(False).eval()
 
     @classmethod
-    def load(
-        cls, path: str, text_encoder_dtype: torch.dtype, max_sequence_length: int, **source: str | None
-    ) -> Family:
+    def load(cls, path: str, text_encoder_dtype: torch.dtype, max_sequence_length: int, **source: Any) -> Family:
         """From a pipeline's folder or id; the text encoders in the given dtype, the VAE and the denoiser in float32.
 
         Args:
-            source: ``revision``, ``variant`` and ``cache_dir`` of ``from_pretrained``.
+            source: ``revision``, ``variant`` and ``cache_dir`` of ``from_pretrained``, and None for absent components.
         """
         dtypes = {"default": torch.float32, **dict.fromkeys(cls.text_encoder_names, text_encoder_dtype)}
         return cls(cls.pipeline_class.from_pretrained(path, dtype=dtypes, **source), max_sequence_length)

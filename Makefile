@@ -1,0 +1,48 @@
+# Each target sets up what it needs: a virtual environment with the tried versions of constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# The quickstart's length in optimizer steps, and where it puts its data and results.
+QUICKSTART_STEPS ?= 600
+QUICKSTART ?= quickstart
+
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+
+.PHONY: help install quickstart quickstart-weights test test-slow style quality clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
+
+install: $(READY)  ## virtual environment with everything
+$(READY): requirements.txt requirements-dev.txt constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt -c constraints.txt
+	touch $@
+
+quickstart: $(READY)  ## fine-tune the small shipped pipeline with LPL on real pictures, on a CPU
+	$(BIN)/python examples/quickstart/prepare_data.py --output_dir $(QUICKSTART)/data
+	HF_HUB_OFFLINE=1 $(LAUNCH) train_text_to_image_lpl.py \
+	  --pretrained_model_name_or_path examples/quickstart/pipeline \
+	  --train_data_dir $(QUICKSTART)/data --output_dir $(QUICKSTART)/output \
+	  --max_train_steps $(QUICKSTART_STEPS) $$(cat examples/quickstart/flags.txt)
+	@echo "Look at $(QUICKSTART)/output/samples/before_after.png and $(QUICKSTART)/output/loss_curves.png"
+
+quickstart-weights: $(READY)  ## train the quickstart's pipeline anew, without LPL (about two hours on 2 cores)
+	PATH="$(CURDIR)/$(BIN):$$PATH" examples/quickstart/train_pipeline.sh $(QUICKSTART)
+
+test: $(READY)  ## the tests
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-slow: $(READY)  ## the long ones
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+style: $(READY)  ## format
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+quality: $(READY)  ## check the format
+	$(BIN)/ruff format --check . && $(BIN)/ruff check .
+
+clean:  ## drop what quickstart and tests made
+	rm -rf $(QUICKSTART) .pytest_cache .ruff_cache

@@ -1,0 +1,27 @@
+"""The latent perceptual loss inside somebody else's training loop: all that it needs is in this function.
+
+from lpl import LatentPerceptualLoss, get_objective
+
+loss_fn = LatentPerceptualLoss(vae)
+objective = get_objective("epsilon", noise_scheduler)
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def training_loss(unet, objective, loss_fn, latents, embeddings, weight=1.0, sigma_threshold=3.0):
+    """Diffusion loss plus LPL (Eq. 3), for scaled latents (B, C, h, w) and text embeddings (B, tokens, dim)."""
+    noise = torch.randn_like(latents)
+    timesteps = torch.randint(objective.num_train_timesteps, (len(latents),), device=latents.device)  # (B,)
+    noisy_latents = objective.add_noise(latents, noise, timesteps)
+    model_output = unet(noisy_latents, timesteps, embeddings).sample
+    loss = F.mse_loss(model_output.float(), objective.target(latents, noise, timesteps))
+
+    inside = (
+        objective.sigma(timesteps) <= sigma_threshold
+    )  # where the noise is low enough for z0_hat to mean something
+    if inside.any():
+        predicted_latents = objective.clean_latents(model_output[inside], noisy_latents[inside], timesteps[inside])
+        loss = loss + weight * loss_fn(predicted_latents, latents[inside]).sum() / len(latents)
+    return loss

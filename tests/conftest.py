@@ -1,0 +1,71 @@
+"""Settings and shared fixtures: one thread, no hub, each tiny pipeline built once in a session."""
+
+import os
+import sys
+from pathlib import Path
+
+
+for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[_variable] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything of Hugging Face is imported
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `pytest` alone does not add the repository's root
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes more than a few seconds; runs only with `-m slow`")
+
+
+def pytest_collection_modifyitems(config, items):
+    if "slow" in (config.getoption("-m") or ""):
+        return
+    skip = pytest.mark.skip(reason="slow: run with `-m slow`")
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def sd_pipeline(tmp_path_factory):
+    """Folder of a tiny Stable Diffusion that predicts epsilon."""
+    from tiny import tiny_sd
+
+    return tiny_sd(tmp_path_factory.mktemp("sd"))
+
+
+@pytest.fixture(scope="session")
+def sd_v_pipeline(tmp_path_factory):
+    """Folder of a tiny Stable Diffusion that predicts v."""
+    from tiny import tiny_sd
+
+    return tiny_sd(tmp_path_factory.mktemp("sd_v"), prediction_type="v_prediction")
+
+
+@pytest.fixture(scope="session")
+def sd3_pipeline(tmp_path_factory):
+    """Folder of a tiny Stable Diffusion 3 with its T5."""
+    from tiny import tiny_sd3
+
+    return tiny_sd3(tmp_path_factory.mktemp("sd3"))
+
+
+@pytest.fixture(scope="session")
+def sd3_without_t5(tmp_path_factory):
+    """Folder of a tiny Stable Diffusion 3 whose third text encoder is None."""
+    from tiny import tiny_sd3
+
+    return tiny_sd3(tmp_path_factory.mktemp("sd3_without_t5"), t5=False)
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """Folder of eight real pictures with captions, of various sizes and modes."""
+    from tiny import tiny_image_folder
+
+    return tiny_image_folder(tmp_path_factory.mktemp("images"), count=8)

@@ -1,0 +1,271 @@
+"""Tiny *real* diffusers pipelines and data sets, built offline.
+
+Every builder writes a folder that `DiffusionPipeline.from_pretrained(folder)` (or `load_dataset("imagefolder", ...)`)
+reads under HF_HUB_OFFLINE=1, and returns that folder. Weights are random but seeded, so a builder gives the same bits
+every time; the caller's random state is left alone. The VAEs downsample by 4 (three levels): a 32 px image has 8 x 8
+latents and decoder maps of 8 (mid), 16 (up_0), 32 (up_1) and 32 px (up_2).
+"""
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AsymmetricAutoencoderKL,
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+
+VAE_FACTOR = 4
+VAE_CONFIGS = {
+    "sd": {"block_out_channels": (8, 16, 16), "layers_per_block": 1, "latent_channels": 4, "scaling_factor": 0.18215},
+    "sd3": {
+        "block_out_channels": (8, 16, 16),
+        "layers_per_block": 1,
+        "latent_channels": 16,
+        "scaling_factor": 1.5305,
+        "shift_factor": 0.0609,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    },
+    "asymmetric": {
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "down_block_out_channels": (8, 8, 16),
+        "layers_per_down_block": 1,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "up_block_out_channels": (8, 16, 16),
+        "layers_per_up_block": 1,
+        "latent_channels": 4,
+        "scaling_factor": 0.18215,
+    },
+}
+WITHOUT_T5 = {"text_encoder_3": None, "tokenizer_3": None}
+CLIP_LENGTH = 77
+T5_LENGTH = 512
+
+
+@contextmanager
+def seeded(seed):
+    """Seeds torch inside the block, gives the caller's random state back afterwards."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+# --- autoencoders ----------------------------------------------------------------------------------------------------
+
+
+def tiny_vae(kind="sd", dtype=torch.float32, seed=0, **overrides):
+    """An autoencoder alone, in eval mode, on the CPU.
+
+    "sd": 4 latent channels, quant and post-quant convs, scaling factor 0.18215, no shift.
+    "sd3": 16 latent channels, no quant convs, scaling factor 1.5305, shift factor 0.0609.
+    "asymmetric": AsymmetricAutoencoderKL, whose decoder is wider than its encoder (the paper's main results).
+    `overrides` go to the constructor; `block_out_channels` also decides the number of levels ("sd" and "sd3").
+    """
+    if kind not in VAE_CONFIGS:
+        raise ValueError(f"kind is {kind!r}, accepted: {', '.join(VAE_CONFIGS)}")
+    config = {"sample_size": 32, "norm_num_groups": 4, **VAE_CONFIGS[kind], **overrides}
+    if kind != "asymmetric":
+        levels = len(config["block_out_channels"])
+        config["down_block_types"] = ("DownEncoderBlock2D",) * levels
+        config["up_block_types"] = ("UpDecoderBlock2D",) * levels
+    with seeded(seed):
+        vae = AsymmetricAutoencoderKL(**config) if kind == "asymmetric" else AutoencoderKL(**config)
+    return torch.nn.Module.to(vae, dtype).eval()  # diffusers' own `to` logs a warning at every cast
+
+
+# --- tokenizers and text encoders ------------------------------------------------------------------------------------
+
+
+def _clip_tokenizer(pad_token="<|endoftext|>"):
+    letters = [chr(code) for code in range(33, 127)]
+    pieces = letters + [letter + "</w>" for letter in letters]
+    merges = [("c", "a"), ("ca", "t</w>"), ("d", "o"), ("do", "g</w>"), ("t", "h"), ("th", "e</w>")]
+    pieces += ["".join(pair) for pair in merges]
+    pieces += ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    return CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad_token, model_max_length=CLIP_LENGTH)
+
+
+def _clip_config(tokenizer, hidden_size, projection_dim, layers=2):
+    vocab = tokenizer.get_vocab()
+    return CLIPTextConfig(
+        vocab_size=len(vocab),
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        projection_dim=projection_dim,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        max_position_embeddings=CLIP_LENGTH,
+        bos_token_id=vocab["<|startoftext|>"],
+        eos_token_id=vocab["<|endoftext|>"],
+        pad_token_id=vocab[tokenizer.pad_token],
+    )
+
+
+def _t5_tokenizer():
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,!?-'\"()"
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)] + [(letter, -3.0) for letter in letters]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=T5_LENGTH)
+
+
+def _t5_config(tokenizer, d_model):
+    return T5Config(
+        vocab_size=len(tokenizer.get_vocab()),
+        d_model=d_model,
+        d_kv=8,
+        d_ff=2 * d_model,
+        num_layers=1,
+        num_heads=2,
+        pad_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+    )
+
+
+# --- pipelines -------------------------------------------------------------------------------------------------------
+
+
+def tiny_sd(folder, prediction_type="epsilon"):
+    """StableDiffusionPipeline as SD 1.5 (epsilon) or 2.1 (v_prediction) have it, without a safety checker."""
+    tokenizer = _clip_tokenizer()
+    with seeded(1):
+        text_encoder = CLIPTextModel(_clip_config(tokenizer, hidden_size=16, projection_dim=16))
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=16,
+            attention_head_dim=2,
+            norm_num_groups=4,
+        )
+    scheduler = PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=tiny_vae("sd"),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return Path(folder)
+
+
+def tiny_sd3(folder, t5=True):
+    """StableDiffusion3Pipeline with both CLIPs; `t5=False` leaves the third encoder and tokenizer out (None).
+
+    diffusers saves such a pipeline but loads it only with `from_pretrained(folder, **WITHOUT_T5)`: the two are no
+    optional components of the class.
+    """
+    tokenizer, tokenizer_2 = _clip_tokenizer(), _clip_tokenizer(pad_token="!")
+    tokenizer_3 = _t5_tokenizer() if t5 else None
+    joint_dim = 32  # = the T5's d_model; the two CLIPs together (16 + 16) are padded to it
+    with seeded(2):
+        text_encoder = CLIPTextModelWithProjection(_clip_config(tokenizer, hidden_size=16, projection_dim=16))
+        text_encoder_2 = CLIPTextModelWithProjection(_clip_config(tokenizer_2, hidden_size=16, projection_dim=24))
+        text_encoder_3 = T5EncoderModel(_t5_config(tokenizer_3, joint_dim)) if t5 else None
+        transformer = SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=16,
+            out_channels=16,
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            caption_projection_dim=16,  # heads * head_dim
+            joint_attention_dim=joint_dim,
+            pooled_projection_dim=16 + 24,
+            pos_embed_max_size=32,
+        )
+    pipeline = StableDiffusion3Pipeline(
+        vae=tiny_vae("sd3"),
+        transformer=transformer,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=tokenizer_2,
+        text_encoder_3=text_encoder_3,
+        tokenizer_3=tokenizer_3,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return Path(folder)
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+PICTURES = {  # pictures that scikit-image ships
+    "astronaut": "a smiling astronaut in an orange suit",
+    "chelsea": "a ginger cat looking to the side",
+    "coffee": "a cup of coffee with a spoon",
+    "rocket": "a rocket on its launch pad",
+    "camera": "a man with a camera",
+}
+MODES = (("RGB", "png"), ("RGB", "jpg"), ("L", "png"), ("RGBA", "png"), ("P", "png"), ("CMYK", "jpg"))
+SHAPES = ((1.0, 1.0), (1.5, 1.0), (1.0, 2.0), (1.25, 1.25), (1.0, 1.75), (2.0, 1.5), (1.0, 1.0))  # width, height
+
+
+def tiny_image_folder(folder, count=8, size=48):
+    """An imagefolder data set of real pictures with captions ("text") in metadata.jsonl.
+
+    Widths and heights are multiples of `size` between 1 and 2, modes and formats vary; each crop has its own caption.
+    """
+    import skimage.data
+    from PIL import Image
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = {name: Image.fromarray(getattr(skimage.data, name)()).convert("RGB") for name in PICTURES}
+    names = list(PICTURES)
+    lines = []
+    for index in range(count):
+        name = names[index % len(names)]
+        mode, suffix = MODES[index % len(MODES)]
+        width, height = (round(factor * size) for factor in SHAPES[index % len(SHAPES)])
+        image = _crop(pictures[name], width, height, index)
+        file_name = f"{index:03d}-{name}.{suffix}"
+        image.convert(mode).save(folder / file_name)
+        lines.append({"file_name": file_name, "text": f"{PICTURES[name]}, crop {index}"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def _crop(picture, width, height, index):
+    """Crop number `index`: half the picture's extent, walking over its corners, then reduced to width x height."""
+    scale = min(picture.width / width, picture.height / height) / 2
+    crop_width, crop_height = round(width * scale), round(height * scale)
+    left = (picture.width - crop_width) * (index % 3) // 2
+    top = (picture.height - crop_height) * (index // 3 % 3) // 2
+    return picture.crop((left, top, left + crop_width, top + crop_height)).resize((width, height))
