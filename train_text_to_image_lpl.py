@@ -238,7 +238,7 @@ def main() -> None:
 def announce(args: Namespace, num_images: int, steps: int, global_batch: int, threshold: float, inside: float) -> None:
     """What is about to happen, in four lines."""
     logger.info(
-        f"{num_images} images, {steps} optimizer steps of {global_batch} images: {steps * global_batch / num_images:.1f} epochs"
+        f"{num_images} images, {steps} steps of {global_batch}: {steps * global_batch / num_images:.1f} epochs"
     )
     logger.info(
         f"objective {args.prediction_type}, {args.resolution} px, seed {args.seed}, results in {args.output_dir}"
@@ -258,8 +258,8 @@ def report_share(lpl_weight: LplWeight) -> None:
     low, high = SHARE_RANGE
     if not low <= share <= high:
         logger.warning(
-            f"LPL is {share:.1%} of the loss; the paper found a fifth best, and outside {low:.0%} to {high:.0%} it does "
-            "next to nothing or drowns the diffusion loss; --lpl_weight auto:0.2 finds the weight for a fifth"
+            f"LPL is {share:.1%} of the loss; the paper found a fifth best, and outside {low:.0%} to {high:.0%} it "
+            "does next to nothing or drowns the diffusion loss; --lpl_weight auto:0.2 finds the weight for a fifth"
         )
 
 
@@ -296,6 +296,7 @@ def describe(
         dtype="float32" if accelerator.mixed_precision == "no" else "bfloat16",
         inference_steps=args.validation_inference_steps,
         guidance_scale=args.validation_guidance_scale,
+        loading_arguments=family.loading_arguments(),
         sampling_arguments=family.sampling_arguments(),
         steps=steps,
         batch_size=global_batch,
@@ -329,7 +330,7 @@ def start_accelerator(args: Namespace) -> Accelerator:
         datefmt="%H:%M:%S",
         level=logging.INFO if accelerator.is_main_process else logging.ERROR,
     )
-    for library in ("accelerate", "httpx"):  # they tell every file that they touch
+    for library in ("accelerate", "httpx", "httpx2"):  # they tell every file that they touch
         logging.getLogger(library).setLevel(logging.WARNING)
     torch.backends.cuda.matmul.allow_tf32 |= args.allow_tf32
     return accelerator

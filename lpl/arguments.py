@@ -1,7 +1,7 @@
 """All flags of the training script, their defaults, and whatever can be checked before anything is loaded.
 
-Names, meanings and defaults are those of diffusers' training scripts wherever one of those has the flag. Checks come in
-two rounds: :func:`check_arguments` needs nothing but the command line, :func:`check_pipeline` the pipeline's small
+Names, meanings and defaults are those of diffusers' training scripts wherever one of those has the flag. Checks come
+in two rounds: :func:`check_arguments` needs nothing but the command line, :func:`check_pipeline` the pipeline's small
 configuration files. Each refusal is one sentence: what was given, what is accepted, which flag to change.
 """
 
@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--lpl_weight",
         default="auto:0.2",
-        help="auto:SHARE finds the weight that gives LPL that share of the total loss; a number is the weight; 0 = off",
+        help="auto:SHARE finds the weight that gives LPL that share of the loss; a number is the weight; 0 is off",
     )
     add("--lpl_measuring_steps", type=int, default=50, help="first steps with LPL, over which its share is measured")
     add("--lpl_blocks", nargs="+", help="decoder blocks to compare: mid up_0 up_1 ..., or rgb alone; default: all")
@@ -364,7 +364,7 @@ def read_pipeline_configs(args: argparse.Namespace) -> PipelineConfigs:
     library, scheduler_class = index.get("scheduler", (None, None))
     if library != "diffusers" or not hasattr(diffusers, scheduler_class):
         raise ValueError(
-            f"--pretrained_model_name_or_path {path}: its scheduler {scheduler_class} is none of this diffusers version's"
+            f"--pretrained_model_name_or_path {path}: this version of diffusers has no scheduler {scheduler_class}"
         )
     return PipelineConfigs(
         family=family,
@@ -388,12 +388,12 @@ def check_pipeline(args: argparse.Namespace, configs: PipelineConfigs) -> None:
         args.prediction_type = own
     if args.prediction_type not in OBJECTIVES:
         raise ValueError(
-            f"the pipeline's scheduler has prediction_type {own!r}; choose --prediction_type among {', '.join(OBJECTIVES)}"
+            f"the pipeline's scheduler predicts {own!r}; give --prediction_type, one of {', '.join(OBJECTIVES)}"
         )
     if args.prediction_type != own:
         warnings.warn(
-            f"--prediction_type {args.prediction_type}: the pipeline was trained on {own}, so it has to learn anew what "
-            "its output means; expect a long training",
+            f"--prediction_type {args.prediction_type}: the pipeline was trained on {own}, so it has to learn anew "
+            "what its output means; expect a long training",
             stacklevel=2,
         )
     flow = args.prediction_type == FlowMatching.name

@@ -2,7 +2,7 @@
 
 Vocabulary. *Scaled* latents are those the denoiser is trained on, ``(encode(pixels) - shift) * scale``, with
 ``latents_mean`` and ``latents_std`` where the VAE's config has them; ``vae.decode`` takes *raw* ones. Blocks are
-counted in the order in which the decoder runs: ``mid``, ``up_0``, ``up_1``, ... ; ``rgb`` stands for the decoded pixels.
+counted in the order in which the decoder runs: ``mid``, ``up_0``, ``up_1``, ... ; ``rgb`` stands for decoded pixels.
 The first block works at the latents' own resolution.
 """
 

@@ -1,5 +1,5 @@
-"""Checkpoints from which a run goes on: ``checkpoint-N`` holds the denoiser in diffusers' layout, the EMA, the optimizer,
-the learning-rate schedule, and where the run stands.
+"""Checkpoints from which a run goes on: ``checkpoint-N`` holds the denoiser and its EMA in diffusers' layout, the
+optimizer, the learning-rate schedule, the weight of LPL, and where the run stands.
 
 A checkpoint is written beside its place and then renamed, so that what bears the name is whole.
 """

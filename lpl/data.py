@@ -1,7 +1,7 @@
 """Images and captions, and every random number of a training sample.
 
-Whatever is random about a sample (crop, flip, caption, dropout of the caption, posterior sample, noise, timestep) comes
-from generators keyed by (seed, epoch, sample index). So a run is the same after a resume, with any number of loader
+Whatever is random about a sample (crop, flip, caption, empty caption, posterior sample, noise, timestep) comes from
+generators keyed by (seed, epoch, sample index). So a run is the same after a resume, with any number of loader
 workers, and over one process or several.
 
 The order of samples is one endless sequence: epoch after epoch, each a permutation keyed by (seed, epoch). Where a run
@@ -272,7 +272,7 @@ def local_folder_problem(folder: str, caption_column: str) -> str | None:
         return f"--train_data_dir {folder}: the folder has no images"
     if not any(file.stem == "metadata" and file.suffix in (".jsonl", ".csv", ".parquet") for file in files):
         return (
-            f"--train_data_dir {folder}: there are no captions; put a metadata.jsonl beside the images, one line each, "
+            f"--train_data_dir {folder}: there are no captions; put a metadata.jsonl beside the images, a line each, "
             f'such as {{"file_name": "cat.png", "{caption_column}": "a photo of a cat"}}'
         )
     return None

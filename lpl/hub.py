@@ -24,7 +24,17 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
 logger = logging.getLogger(__name__)
 
-NOT_UPLOADED = ("checkpoint-*", "logs/*", "wandb/*", "cache/*", ".cache/*", "*/.cache/*", "*tfevents*", "*.tmp")
+NOT_UPLOADED = (
+    "checkpoint-*",
+    "logs/*",
+    "wandb/*",
+    "recipe.yaml",
+    "cache/*",
+    ".cache/*",
+    "*/.cache/*",
+    "*tfevents*",
+    "*.tmp",
+)
 PICTURES = {
     "samples/before_after.png": "Samples before and after the training",
     "loss_curves.png": "Losses, LPL's share of them and the learning rate over the training",
@@ -185,6 +195,7 @@ class RunCard:
     dtype: str = "float16"  # of torch, for inference
     inference_steps: int | None = None  # None: the pipeline's default
     guidance_scale: float | None = None  # None: the pipeline's default
+    loading_arguments: Mapping[str, None] = field(default_factory=dict)  # components that the pipeline does without
     sampling_arguments: Mapping[str, object] = field(default_factory=dict)  # further ones of the pipeline's call
     # How it was trained
     steps: int  # optimizer steps
@@ -283,7 +294,8 @@ def _use(folder: Path, card: RunCard) -> str:
         adapted.append(f"pipeline.transformer = {loaded}")
     elif card.lora_rank:
         adapted.append(f"pipeline.load_lora_weights({_literal(here)})")
-    load = f"pipeline = {card.pipeline_class}.from_pretrained({_literal(source)}, dtype=torch.{card.dtype})"
+    absent = "".join(f", {name}=None" for name in card.loading_arguments)
+    load = f"pipeline = {card.pipeline_class}.from_pretrained({_literal(source)}, dtype=torch.{card.dtype}{absent})"
     call = ["image = pipeline(", *(f"    {argument}," for argument in _call_arguments(card)), ").images[0]"]
     code = [*imports, "", load, *adapted, 'pipeline.to("cuda")', "", *call, 'image.save("image.png")']
     return "## Use it\n\n" + _fenced("python", "\n".join(code))

@@ -1,7 +1,8 @@
 """What a run tells while it runs: the progress bar's numbers, ``metrics.jsonl``, and the trackers.
 
-Numbers are summed on the device and fetched at logging steps only, so that no other step waits for them. ``lpl_share`` is
-``w LPL / L_total``; ``inside`` the share of samples below the sigma threshold; both over the steps since the last entry.
+Numbers are summed on the device and fetched at logging steps only, so that no other step waits for them.
+``lpl_share`` is ``w LPL / L_total``, ``inside`` the share of samples below the sigma threshold, both over the steps
+since the last entry.
 """
 
 from __future__ import annotations

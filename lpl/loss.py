@@ -1,15 +1,15 @@
 """The latent perceptual loss (Eq. 2): how far two latents are apart as the VAE's decoder sees them.
 
 Vocabulary. ``latents`` is z0 and ``predicted_latents`` its estimate z0_hat, both scaled, (B, C, h, w). ``target`` and
-``predicted`` are their decoder features phi_l and phi_hat_l at one block, (B, C_l, H_l, W_l); ``mask`` is rho_l, True =
-keep; ``depth_weight`` is omega_l.
+``predicted`` are their decoder features phi_l and phi_hat_l at one block, (B, C_l, H_l, W_l); ``mask`` is rho_l, True
+= keep; ``depth_weight`` is omega_l.
 
 Per sample b::
 
     LPL_b = sum_l omega_l * mean_c [ sum_hw rho * (phi' - phi_hat')^2 / max(1, sum_hw rho) ]
 
-Invariants. One number per sample, independent of the batch's other samples; the caller gates and reduces. Differences and
-statistics are float32 (float64 for a float64 VAE). The gradient reaches the prediction only.
+Invariants. One number per sample, independent of the batch's other samples; the caller gates and reduces. Differences
+and statistics are float32 (float64 for a float64 VAE). The gradient reaches the prediction only.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class LatentPerceptualLoss:
 
     Args:
         vae: any supported diffusers autoencoder; used as it is, in its own dtype, and left as it was.
-        blocks: decoder blocks to compare, e.g. ``("mid", "up_0")``; None = mid and every up block; ``("rgb",)`` alone =
-            decoded pixels, the ablation of Sec. 4.3.
+        blocks: decoder blocks to compare, e.g. ``("mid", "up_0")``; None = mid and every up block; ``("rgb",)`` alone
+            = decoded pixels, the ablation of Sec. 4.3.
         normalization: "shared": both sides standardised by the prediction's statistics; "separate": each by its own;
             "none" (Sec. 3.2, Sec. 4.3).
         detach_statistics: no gradient through those statistics. Eq. 2 as written has it flow.
@@ -129,8 +129,8 @@ class LatentPerceptualLoss:
     def _statistics(self, features: Tensor, mask: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and biased variance + e of the kept positions, (B, C, 1, 1) each.
 
-        e = 1e-4 * mean over channels of the variance, without gradient, + 1e-12: relative to the block's scale, so that
-        a dead channel cannot dominate.
+        e = 1e-4 * mean over channels of the variance, without gradient, + 1e-12: relative to the block's scale, so
+        that a dead channel cannot dominate.
         """
         if self.detach_statistics:
             features = features.detach()
@@ -203,8 +203,8 @@ def check_options(
         }
         if any(given.values()):
             raise ValueError(
-                f"--lpl_variant reference goes without {', '.join(name for name in given if given[name])}: it fixes all "
-                "options of the loss; leave them out, or use --lpl_variant paper"
+                f"--lpl_variant reference goes without {', '.join(name for name in given if given[name])}: it fixes "
+                "all options of the loss; leave them out, or use --lpl_variant paper"
             )
 
 

@@ -217,7 +217,7 @@ class FlowMatching(Objective):
         return noisy_latents - expand(t, noisy_latents) * model_output
 
     def sample_timesteps(self, uniform: Tensor) -> Tensor:
-        """Continuous t. ``uniform`` counts from the noisy end, as diffusers' density does; the shift enters here only."""
+        """Continuous t. ``uniform`` counts from the noisy end, as diffusers' density does; the shift enters here."""
         t = 1 - uniform
         t = self.shift * t / (1 + (self.shift - 1) * t)
         return t * self.num_train_timesteps

@@ -60,7 +60,7 @@ def _rank(share: float, count: int) -> int:
 
 
 def morphology(keep: Tensor, dilation: int, erosion: int) -> Tensor:
-    """Dilate, then erode the kept region, bool (B, C, H, W); odd kernels, 1 = none; the border sees only what is inside."""
+    """Dilate, then erode the kept region, bool (B, C, H, W); odd kernels, 1 = none; nothing lies beyond the border."""
     keep = keep.float()
     if dilation > 1:
         keep = F.max_pool2d(keep, dilation, stride=1, padding=dilation // 2)

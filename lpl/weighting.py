@@ -1,8 +1,8 @@
 """The weight of the latent perceptual loss in the total (Eq. 3), fixed or found from a share.
 
-The paper's best weight is "roughly a fifth of the total loss" (Sec. 4.3); its number belongs to an unpublished reduction,
-the share carries over. ``auto:0.2`` measures both terms' means over the first steps and sets w so that
-``w LPL / (L_diffusion + w LPL) = 0.2``. No step is lost: each step uses what the steps before it measured (the first one
+The paper's best weight is "roughly a fifth of the total loss" (Sec. 4.3); its number belongs to an unpublished
+reduction, the share carries over. ``auto:0.2`` measures both terms' means over the first steps and sets w so that
+``w LPL / (L_diffusion + w LPL) = 0.2``. No step is lost: each uses what the steps before it measured (the first one
 trains on the diffusion loss alone); after ``measuring_steps`` w is fixed.
 
 Invariants. Everything stays on the device, so that no step waits for a number; the mean is over all processes and

@@ -45,7 +45,7 @@ def result(tmp_path):
     """The output folder of a run, with what belongs on the Hub and what does not."""
     weights, no = os.urandom(2048), b"not for the Hub"
     contents = {
-        "model_index.json": b"{}", "unet/diffusion_pytorch_model.safetensors": weights, "recipe.yaml": b"a: 1",
+        "model_index.json": b"{}", "unet/diffusion_pytorch_model.safetensors": weights, "recipe.yaml": no, "metrics.jsonl": b"{}",
         "samples/before_after.png": b"png", "loss_curves.png": b"png",
         "checkpoint-500/unet/model.safetensors": no, "logs/run/events.out.tfevents.1": no, "wandb/run": no,
         ".cache/x": no, "unet/.cache/y": no, "cache/latents/0.safetensors": no, "samples/.a.png.1.tmp": no,
@@ -58,7 +58,7 @@ def result(tmp_path):
 
 
 UPLOADED = {
-    "README.md", "model_index.json", "unet/diffusion_pytorch_model.safetensors", "recipe.yaml",
+    "README.md", "model_index.json", "unet/diffusion_pytorch_model.safetensors", "metrics.jsonl",
     "samples/before_after.png", "loss_curves.png",
 }  # fmt: skip
 
@@ -179,9 +179,9 @@ def test_what_belongs_on_the_hub_is_uploaded_and_can_be_downloaded(hub, result, 
 def test_pushing_again_sends_what_has_changed(hub, result):
     repo_id = prepare_repository(None, result, TOKEN)
     push_folder(result, repo_id, TOKEN)
-    (result / "recipe.yaml").write_text("a: 2")
+    (result / "metrics.jsonl").write_text("[]")
     assert push_folder(result, repo_id, TOKEN)
-    assert hub.repos[repo_id].files["recipe.yaml"] == b"a: 2"
+    assert hub.repos[repo_id].files["metrics.jsonl"] == b"[]"
     assert len([request for request in hub.requests if request.startswith("PUT /lfs/")]) == 1
     assert push_folder(result, repo_id, TOKEN) and len(hub.repos[repo_id].commits) == 2  # nothing new, no commit
 

@@ -74,6 +74,10 @@ class Family:
         """What a call of the pipeline needs beyond prompt, size, steps and guidance to sample as in training."""
         return {}
 
+    def loading_arguments(self) -> dict[str, None]:
+        """What ``from_pretrained`` has to be told to load a pipeline like this one: the components that it lacks."""
+        return {name: None for name in self.optional_components if getattr(self.pipeline, name) is None}
+
     @classmethod
     def resolution_multiple(cls, configs: Mapping[str, Mapping[str, Any]]) -> int:
         """Images' sides must be multiples of this many pixels; ``configs`` holds those of VAE and denoiser."""
