@@ -8,8 +8,6 @@ READY := $(VENV)/.ready
 QUICKSTART_STEPS ?= 600
 QUICKSTART ?= quickstart
 
-LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
-
 .PHONY: help install quickstart quickstart-weights test test-slow style quality clean
 
 help:  ## this list
@@ -23,13 +21,10 @@ $(READY): requirements.txt requirements-dev.txt constraints.txt
 
 quickstart: $(READY)  ## fine-tune the small shipped pipeline with LPL on real pictures, on a CPU
 	$(BIN)/python examples/quickstart/prepare_data.py --output_dir $(QUICKSTART)/data
-	HF_HUB_OFFLINE=1 $(LAUNCH) train_text_to_image_lpl.py \
-	  --pretrained_model_name_or_path examples/quickstart/pipeline \
-	  --train_data_dir $(QUICKSTART)/data --output_dir $(QUICKSTART)/output \
-	  --max_train_steps $(QUICKSTART_STEPS) $$(cat examples/quickstart/flags.txt)
+	PATH="$(CURDIR)/$(BIN):$$PATH" examples/quickstart/finetune.sh $(QUICKSTART)/data $(QUICKSTART)/output $(QUICKSTART_STEPS)
 	@echo "Look at $(QUICKSTART)/output/samples/before_after.png and $(QUICKSTART)/output/loss_curves.png"
 
-quickstart-weights: $(READY)  ## train the quickstart's pipeline anew, without LPL (about two hours on 2 cores)
+quickstart-weights: $(READY)  ## train the quickstart's pipeline anew, without LPL (about an hour and a half on 2 cores)
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/quickstart/train_pipeline.sh $(QUICKSTART)
 
 test: $(READY)  ## the tests

@@ -53,6 +53,13 @@ def main() -> None:
         progress = start_or_resume(args, resumable)
         with accelerator.main_process_first():
             dataset = load_training_images(args)
+        scheduler = configs.scheduler
+        if args.prediction_type != own_objective(scheduler):
+            scheduler = training_scheduler(args.prediction_type, scheduler)
+        objective = get_objective(args.prediction_type, scheduler)
+        side = args.resolution // downscaling_factor(configs.vae)
+        images = TrainingImages(dataset, objective, (configs.vae["latent_channels"], side, side), args)
+        images[0, 0]  # one image at least can be read
         if args.push_to_hub and accelerator.is_main_process:
             args.hub_model_id = hub.prepare_repository(args.hub_model_id, args.output_dir, args.hub_token)
     except (ValueError, hub.HubError) as error:
@@ -69,10 +76,6 @@ def main() -> None:
     if args.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
 
-    scheduler = configs.scheduler
-    if args.prediction_type != own_objective(scheduler):
-        scheduler = training_scheduler(args.prediction_type, scheduler)
-    objective = get_objective(args.prediction_type, scheduler)
     ema = None
     if args.use_ema:
         ema = EMAModel(
@@ -97,8 +100,6 @@ def main() -> None:
     )
 
     # Data: batches in an order, and with random numbers, that depend on seed and position only.
-    side = args.resolution // downscaling_factor(configs.vae)
-    images = TrainingImages(dataset, objective, (configs.vae["latent_channels"], side, side), args)
     global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     steps_per_epoch = math.ceil(len(images) / global_batch)
     max_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(images) / global_batch)
@@ -188,7 +189,7 @@ def main() -> None:
                 weight = lpl_weight.value * lpl_factor
                 loss = diffusion_loss + weight * lpl
                 accelerator.backward(loss)
-                if accelerator.sync_gradients:
+                if accelerator.sync_gradients and args.max_grad_norm:
                     accelerator.clip_grad_norm_(denoiser.parameters(), args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -332,6 +333,8 @@ def start_accelerator(args: Namespace) -> Accelerator:
     )
     for library in ("accelerate", "httpx", "httpx2"):  # they tell every file that they touch
         logging.getLogger(library).setLevel(logging.WARNING)
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("fp16 (in accelerate's configuration) needs a GPU; give --mixed_precision bf16 or no")
     torch.backends.cuda.matmul.allow_tf32 |= args.allow_tf32
     return accelerator
 

@@ -20,7 +20,6 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
-from diffusers.optimization import SchedulerType
 
 from lpl.autoencoders import block_names, select_blocks
 from lpl.checkpoints import find_resumable
@@ -33,6 +32,7 @@ from lpl.weighting import parse_weight
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TRACKERS = ("tensorboard", "wandb")
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 EMA_DECAY, EMA_DECAY_WITH_LPL = 0.9999, 0.99975  # Sec. 4.3, "Impact on EMA"
 
 
@@ -137,7 +137,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max_train_steps", type=int, help="optimizer steps in all")
     add("--learning_rate", type=float, default=1e-4, help="learning rate after warm-up")
     add("--scale_lr", action="store_true", help="multiply it by processes, micro-batches and batch size")
-    add("--lr_scheduler", choices=[s.value for s in SchedulerType], default="constant", help="learning-rate schedule")
+    add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="learning-rate schedule")
     add("--lr_warmup_steps", type=int, default=500, help="optimizer steps of warm-up, for schedules that have one")
     add("--lr_num_cycles", type=int, default=1, help="restarts of cosine_with_restarts")
     add("--lr_power", type=float, default=1.0, help="power of the polynomial schedule")
@@ -146,7 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--adam_beta2", type=float, default=0.999, help="decay of AdamW's second moment")
     add("--adam_weight_decay", type=float, default=1e-2, help="AdamW's weight decay")
     add("--adam_epsilon", type=float, default=1e-8, help="AdamW's epsilon")
-    add("--max_grad_norm", type=float, default=1.0, help="norm that gradients are clipped to")
+    add("--max_grad_norm", type=float, default=1.0, help="norm that gradients are clipped to; 0 = no clipping")
     add("--use_ema", action="store_true", help="keep and save an exponential moving average of the weights")
     add("--ema_decay", type=float, help=f"its decay; default: {EMA_DECAY_WITH_LPL} with LPL, {EMA_DECAY} without")
     add("--foreach_ema", action="store_true", help="faster EMA by fused updates")
@@ -214,6 +214,7 @@ POSITIVE = [
     "max_train_steps",
     "checkpointing_steps",
     "checkpoints_total_limit",
+    "lr_num_cycles",
     "validation_epochs",
     "validation_steps",
     "validation_inference_steps",
@@ -239,7 +240,8 @@ NOT_NEGATIVE = [
     "max_grad_norm",
     "seed",
 ]
-SHARES = ["adam_beta1", "adam_beta2", "ema_decay", "proportion_empty_prompts"]
+SHARES = ["ema_decay", "proportion_empty_prompts"]
+DECAYS = ["adam_beta1", "adam_beta2"]
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -258,10 +260,37 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--ema_decay has no effect without --use_ema; add it or leave both out")
     if args.hub_model_id and not args.push_to_hub:
         raise ValueError("--hub_model_id has no effect without --push_to_hub; add it or leave both out")
+    _warn_of_idle_flags(
+        args,
+        {
+            "offload_ema": args.use_ema,
+            "foreach_ema": args.use_ema,
+            "hub_token": args.push_to_hub,
+            "num_validation_images": args.validation_prompt is not None,
+            "validation_steps": args.validation_prompt is not None or args.validation_prompts,
+            "validation_epochs": args.validation_prompt is not None or args.validation_prompts,
+            "lr_power": args.lr_scheduler == "polynomial",
+            "lr_num_cycles": args.lr_scheduler == "cosine_with_restarts",
+            "lr_warmup_steps": args.lr_scheduler != "constant",
+            "lpl_start_step": args.max_train_steps is None or args.lpl_start_step < args.max_train_steps,
+        },
+    )
     if Path(args.output_dir).is_file():
         raise ValueError(f"--output_dir {args.output_dir}: this is a file; give a folder")
     if args.resume_from_checkpoint not in (None, "latest"):
         find_resumable(args.output_dir, args.resume_from_checkpoint)
+
+
+def warn(message: str) -> None:
+    """A warning that names the flag, not a line of this file."""
+    warnings.warn(message, stacklevel=3)
+
+
+def _warn_of_idle_flags(args: argparse.Namespace, has_effect: Mapping[str, Any]) -> None:
+    """Say so where a flag is given that does nothing in this run; ``has_effect`` by the flag's name."""
+    for name, effective in has_effect.items():
+        if name in args.given and not effective:
+            warn(f"--{name} has no effect in this run")
 
 
 def _check_ranges(args: argparse.Namespace) -> None:
@@ -269,6 +298,7 @@ def _check_ranges(args: argparse.Namespace) -> None:
         (POSITIVE, lambda value: 0 < value < math.inf, "more than 0"),
         (NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "0 or more"),
         (SHARES, lambda value: 0 <= value <= 1, "between 0 and 1"),
+        (DECAYS, lambda value: 0 <= value < 1, "0 or more and less than 1"),
     )
     for names, accepted, words in rules:
         for name in names:
@@ -294,12 +324,7 @@ def _check_lpl(args: argparse.Namespace) -> None:
     changed = sorted(name for name in args.given if name.startswith("lpl_") and name != "lpl_weight")
     if weight == 0 and changed:
         raise ValueError(f"--lpl_weight 0 turns the loss off, so --{changed[0]} has no effect; leave one of them out")
-    blocks = args.lpl_blocks
-    if blocks is not None:
-        count = len(blocks)
-    else:  # not known before the VAE is; check_pipeline counts
-        count = 1 if isinstance(args.lpl_depth_weighting, str) else len(args.lpl_depth_weighting)
-    check_options(*loss_options(args).values(), num_blocks=count)
+    check_options(*loss_options(args).values(), args.lpl_blocks)
 
 
 def loss_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -328,7 +353,7 @@ def _check_machine(args: argparse.Namespace) -> None:
         flag = "--mixed_precision fp16" if args.mixed_precision == "fp16" else "--lpl_vae_dtype float16"
         raise ValueError(f"{flag} needs a GPU, and this machine has none; use bf16 or full precision")
     if args.allow_tf32 and not cuda:
-        warnings.warn("--allow_tf32 has no effect without a GPU", stacklevel=2)
+        warn("--allow_tf32 has no effect without a GPU")
 
 
 @dataclass(frozen=True)
@@ -366,15 +391,26 @@ def read_pipeline_configs(args: argparse.Namespace) -> PipelineConfigs:
         raise ValueError(
             f"--pretrained_model_name_or_path {path}: this version of diffusers has no scheduler {scheduler_class}"
         )
+    vae, denoiser, scheduler = (
+        _component_config(path, name, **where) for name in ("vae", family.denoiser_name, "scheduler")
+    )
     return PipelineConfigs(
         family=family,
-        vae=AutoencoderKL.load_config(path, subfolder="vae", **where),
-        denoiser=AutoencoderKL.load_config(path, subfolder=family.denoiser_name, **where),
-        scheduler=getattr(diffusers, scheduler_class).from_config(
-            DDIMScheduler.load_config(path, subfolder="scheduler", **where)
-        ),
+        vae=vae,
+        denoiser=denoiser,
+        scheduler=getattr(diffusers, scheduler_class).from_config(scheduler),
         absent=absent,
     )
+
+
+def _component_config(path: str, name: str, **where: str | None) -> Mapping[str, Any]:
+    reader = DDIMScheduler if name == "scheduler" else AutoencoderKL  # each knows its file's name, for any class
+    try:
+        return reader.load_config(path, subfolder=name, **where)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--pretrained_model_name_or_path {path}: the pipeline has no {name} whose configuration can be read"
+        ) from error
 
 
 def check_pipeline(args: argparse.Namespace, configs: PipelineConfigs) -> None:
@@ -391,10 +427,9 @@ def check_pipeline(args: argparse.Namespace, configs: PipelineConfigs) -> None:
             f"the pipeline's scheduler predicts {own!r}; give --prediction_type, one of {', '.join(OBJECTIVES)}"
         )
     if args.prediction_type != own:
-        warnings.warn(
+        warn(
             f"--prediction_type {args.prediction_type}: the pipeline was trained on {own}, so it has to learn anew "
-            "what its output means; expect a long training",
-            stacklevel=2,
+            "what its output means; expect a long training"
         )
     flow = args.prediction_type == FlowMatching.name
     if flow and args.snr_gamma is not None:
@@ -405,11 +440,40 @@ def check_pipeline(args: argparse.Namespace, configs: PipelineConfigs) -> None:
         raise ValueError(f"--weighting_scheme is for flow_matching; for {args.prediction_type} use --snr_gamma")
     args.weighting_scheme = args.weighting_scheme or ("logit_normal" if flow else "none")
     if flow and is_flow(configs.scheduler) and configs.scheduler.config.get("use_dynamic_shifting"):
-        warnings.warn("the pipeline's flow shift depends on the image's size; training uses none", stacklevel=2)
+        warn("the pipeline's flow shift depends on the image's size; training uses none")
+    limit = configs.family.max_sequence_length
+    _warn_of_idle_flags(
+        args,
+        {
+            "max_sequence_length": limit is not None,
+            "logit_mean": args.weighting_scheme == "logit_normal",
+            "logit_std": args.weighting_scheme == "logit_normal",
+            "mode_scale": args.weighting_scheme == "mode",
+        },
+    )
+    if limit is not None and args.max_sequence_length > limit:
+        raise ValueError(f"--max_sequence_length {args.max_sequence_length}: this pipeline takes {limit} at most")
     _check_resolution(args, configs)
     if args.use_lpl:
-        names = select_blocks(args.lpl_blocks, block_names(configs.vae))
-        check_options(*loss_options(args).values(), num_blocks=len(names))
+        names = select_blocks(args.lpl_blocks, block_names(_feature_vae_config(args, configs.vae)))
+        check_options(*loss_options(args).values(), names)
+
+
+def _feature_vae_config(args: argparse.Namespace, own: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of the VAE that LPL looks through."""
+    path = args.lpl_vae_name_or_path
+    if path is None:
+        return own
+    try:
+        config = AutoencoderKL.load_config(path, cache_dir=args.cache_dir)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--lpl_vae_name_or_path {path}: no autoencoder is found there") from error
+    if config.get("latent_channels") != own["latent_channels"]:
+        raise ValueError(
+            f"--lpl_vae_name_or_path {path}: its latents have {config.get('latent_channels')} channels and the "
+            f"pipeline's {own['latent_channels']}; it must have the same latent space"
+        )
+    return config
 
 
 def _check_resolution(args: argparse.Namespace, configs: PipelineConfigs) -> None:

@@ -102,20 +102,11 @@ def encode(vae: nn.Module, pixels: Tensor, posterior_noise: Tensor) -> Tensor:
 
 
 def feature_vae(vae: nn.Module, name_or_path: str | None, dtype: torch.dtype) -> nn.Module:
-    """The VAE whose decoder the loss looks through: the pipeline's own, or a frozen copy or another in ``dtype``.
-
-    Raises:
-        ValueError: where another VAE's latents have not as many channels, so that it cannot be the same latent space.
-    """
+    """The VAE whose decoder the loss looks through: the pipeline's own, or a frozen copy or another in ``dtype``."""
     if name_or_path is None:
         return vae if vae.dtype == dtype else deepcopy(vae).to(dtype)
-    other = AutoModel.from_pretrained(name_or_path, dtype=dtype).requires_grad_(False).eval()
-    if other.config.latent_channels != vae.config.latent_channels:
-        raise ValueError(
-            f"--lpl_vae_name_or_path {name_or_path}: its latents have {other.config.latent_channels} channels and the "
-            f"pipeline's {vae.config.latent_channels}; it must have the same latent space"
-        )
-    return other.to(vae.device)
+    other = AutoModel.from_pretrained(name_or_path, dtype=dtype)
+    return other.requires_grad_(False).eval().to(vae.device)
 
 
 def exact_precision(device: torch.device) -> torch.autocast:

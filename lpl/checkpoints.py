@@ -58,10 +58,14 @@ def register(accelerator: Accelerator, denoiser: nn.Module, name: str, ema: EMAM
         while models:
             saved = model_class.from_pretrained(folder, subfolder=name)
             accelerator.unwrap_model(models.pop()).load_state_dict(saved.state_dict())
-        if ema is not None:
+        if ema is not None and os.path.isdir(os.path.join(folder, f"{name}_ema")):
             restored = EMAModel.from_pretrained(os.path.join(folder, f"{name}_ema"), model_class)
             ema.load_state_dict(restored.state_dict())
-            ema.to(accelerator.device)
+        elif ema is not None:
+            logger.warning(
+                "--use_ema: the checkpoint has no moving average, so it starts from the weights as they are"
+            )
+            ema.shadow_params = [parameter.detach().clone() for parameter in denoiser.parameters()]
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
@@ -110,7 +114,8 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str, progress: Progres
         shutil.rmtree(place, ignore_errors=True)
         unfinished.rename(place)
         if total_limit is not None:
-            for old in find_checkpoints(output_dir)[:-total_limit]:
+            others = [path for path in find_checkpoints(output_dir) if path != place]
+            for old in others[: len(others) + 1 - total_limit]:
                 shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return place

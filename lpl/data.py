@@ -142,12 +142,10 @@ class TrainingImages:
             candidate %= len(self)
             try:
                 row = self.dataset[candidate]
-                return ImageOps.exif_transpose(row[self.args.image_column]).convert("RGB"), row[
-                    self.args.caption_column
-                ]
+                return to_rgb(row[self.args.image_column]), row[self.args.caption_column]
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 logger.warning("image %d cannot be read and the next one is taken instead: %s", candidate, error)
-        raise ValueError("not one image of the data set can be read; check --train_data_dir or --dataset_name")
+        raise ValueError("--train_data_dir, --dataset_name: not one image of the data set can be read")
 
     def _pixels(self, image: Image.Image, vertical: float, horizontal: float, flip: bool) -> Tensor:
         """The shorter side to the resolution, a square cropped at those shares of the play -> (3, R, R) in [-1, 1]."""
@@ -180,6 +178,20 @@ class TrainingImages:
         if self.args.noise_offset:  # the same shift over a whole channel: lets the model change the brightness
             noise += self.args.noise_offset * torch.randn(self.latent_shape[0], 1, 1, generator=generator)
         return noise
+
+
+def to_rgb(image: Image.Image | None) -> Image.Image:
+    """An image of any mode, turned upright, as 8-bit RGB.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    if image is None:
+        raise ValueError("there is no image in this row")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits, which PIL would clip to white
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def choose_caption(caption: str | Sequence[str], choice: float) -> str:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lpl.autoencoders import block_names
+from lpl.autoencoders import RGB, block_names
 from lpl.features import DecoderFeatureExtractor
 from lpl.objectives import at_least_float32
 from lpl.outliers import morphology, outlier_mask, within_bounds
@@ -72,7 +72,7 @@ class LatentPerceptualLoss:
         self.extractor = DecoderFeatureExtractor(vae, blocks, gradient_checkpointing)
         self.block_names = self.extractor.block_names
         check_options(
-            normalization, detach_statistics, depth_weighting, mask_outliers, distance, variant, len(self.block_names)
+            normalization, detach_statistics, depth_weighting, mask_outliers, distance, variant, self.block_names
         )
         self.normalization = normalization
         self.detach_statistics = detach_statistics
@@ -166,9 +166,12 @@ def check_options(
     mask_outliers: bool,
     distance: str,
     variant: str,
-    num_blocks: int,
+    blocks: Sequence[str] | None,
 ) -> None:
     """Refuse loss options that are unknown or exclude one another, before any model is at hand.
+
+    Args:
+        blocks: the selected blocks; None where they are not known yet.
 
     Raises:
         ValueError: with what was given, what is accepted, and the flag to change.
@@ -186,14 +189,18 @@ def check_options(
                 f"--lpl_depth_weighting {depth_weighting}: accepted are {', '.join(DEPTH_WEIGHTINGS)}, "
                 "or one number per block"
             )
-    elif len(depth_weighting) != num_blocks or not all(0 <= w < math.inf for w in depth_weighting):
+    elif len(depth_weighting) != len(blocks or depth_weighting) or not all(0 <= w < math.inf for w in depth_weighting):
         raise ValueError(
-            f"--lpl_depth_weighting {list(depth_weighting)}: {num_blocks} finite numbers of 0 or more are needed, "
-            "one per selected block"
+            f"--lpl_depth_weighting {list(depth_weighting)}: {len(blocks or depth_weighting)} finite numbers of 0 or "
+            "more are needed, one per selected block"
         )
     if normalization == "none" and detach_statistics:
         raise ValueError("--lpl_detach_statistics has no effect with --lpl_normalization none; leave one out")
     if variant == "reference":
+        if RGB in (blocks or ()):
+            raise ValueError(
+                f"--lpl_variant reference compares decoder blocks; choose others than {RGB} in --lpl_blocks"
+            )
         given = {
             "normalization": normalization != "shared",
             "detach_statistics": detach_statistics,

@@ -6,6 +6,7 @@ same captions where the data set has them, the model before training, the model 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,8 @@ class Validation:
         """
         grid = None
         if self.prompts and accelerator.is_main_process:
+            for stale in self.folder.glob(f"{self._name(step)}*/"):  # of an earlier run in the same place
+                shutil.rmtree(stale)
             model = accelerator.unwrap_model(denoiser)
             rows = {f"step {step}": self._sampled(accelerator, model, self._name(step))}
             if ema is not None and step:

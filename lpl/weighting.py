@@ -11,11 +11,15 @@ micro-batches of a step, so that w does not depend on how a batch is divided.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+logger = logging.getLogger(__name__)
 
 
 SHARE_RANGE = (0.05, 0.5)  # outside, the run warns: the term does nothing, or drowns the diffusion loss
@@ -54,6 +58,7 @@ class LplWeight:
     """
 
     def __init__(self, text: str, measuring_steps: int, device: torch.device) -> None:
+        self.text = text
         fixed, self.share = parse_weight(text)
         self.measuring_steps = measuring_steps
         self.steps = 0
@@ -96,6 +101,7 @@ class LplWeight:
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            "text": self.text,
             "steps": self.steps,
             "measuring_steps": self.measuring_steps,
             "sums": self._sums.clone(),
@@ -103,6 +109,10 @@ class LplWeight:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What was measured counts for the setting that it was measured for; another one starts anew."""
+        if state["text"] != self.text:
+            logger.warning("--lpl_weight was %s in the checkpoint and is %s from here on", state["text"], self.text)
+            return
         self.steps, self.measuring_steps = state["steps"], state["measuring_steps"]
         self._sums = state["sums"].to(self._sums.device)
         self.value = state["value"].to(self._sums.device)

@@ -1,4 +1,4 @@
-"""Trains the small `AutoencoderKL` of the quickstart: 64-pixel pictures to 8 x 16 x 16 latents, 28 minutes on 2 cores.
+"""Trains the small `AutoencoderKL` of the quickstart: 64-pixel pictures to 8 x 16 x 16 latents, 33 minutes on 2 cores.
 
 The autoencoder is convolutional, so most of the time goes to cheap 32-pixel windows and only the end to 64 pixels.
 One number drives the run: `progress` from 0 to 1, the larger of steps taken / `--steps` and time spent /
@@ -184,7 +184,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="Folder written by prepare_data.py.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the autoencoder.")
     parser.add_argument("--steps", type=int, default=12000, help="End after so many steps (default: %(default)s) ...")
-    parser.add_argument("--max_minutes", type=float, default=28, help="... or so many minutes (default: %(default)s).")
+    parser.add_argument("--max_minutes", type=float, default=33, help="... or so many minutes (default: %(default)s).")
     parser.add_argument("--save_minutes", type=float, default=4, help="Save this often (default: %(default)s).")
     parser.add_argument("--batch_size", type=int, default=12, help="Windows per step (default: %(default)s).")
     parser.add_argument("--learning_rate", type=float, default=2e-3, help="Its peak (default: %(default)s).")

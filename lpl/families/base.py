@@ -31,10 +31,11 @@ class Family:
     text_encoder_names: ClassVar[tuple[str, ...]]
     optional_components: ClassVar[tuple[str, ...]] = ()  # what a pipeline's index may lack
     default_resolution: ClassVar[int]
+    max_sequence_length: ClassVar[int | None] = None  # what --max_sequence_length may be; None: it has no effect
 
     def __init__(self, pipeline: DiffusionPipeline, max_sequence_length: int) -> None:
         self.pipeline = pipeline
-        self.max_sequence_length = max_sequence_length
+        self.sequence_length = max_sequence_length
         for component in (self.vae, *self.text_encoders):
             component.requires_grad_(False).eval()
 

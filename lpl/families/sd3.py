@@ -20,6 +20,7 @@ class StableDiffusion3(Family):
     text_encoder_names = ("text_encoder", "text_encoder_2", "text_encoder_3")
     optional_components = ("text_encoder_3", "tokenizer_3")
     default_resolution = 1024
+    max_sequence_length = 512
 
     def encode_prompts(self, captions: Sequence[str], device: torch.device) -> Conditions:
         captions = list(captions)
@@ -29,7 +30,7 @@ class StableDiffusion3(Family):
             captions,
             device=device,
             do_classifier_free_guidance=False,
-            max_sequence_length=self.max_sequence_length,
+            max_sequence_length=self.sequence_length,
         )
         return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}  # (B, tokens, dim), (B, dim)
 
@@ -37,7 +38,7 @@ class StableDiffusion3(Family):
         return denoiser(hidden_states=noisy_latents, timestep=timesteps, **conditions, return_dict=False)[0]
 
     def sampling_arguments(self) -> dict[str, Any]:
-        return {"max_sequence_length": self.max_sequence_length}
+        return {"max_sequence_length": self.sequence_length}
 
     @classmethod
     def resolution_multiple(cls, configs: Mapping[str, Mapping[str, Any]]) -> int:
