@@ -16,30 +16,39 @@ import secrets
 import sys
 from argparse import Namespace
 from collections.abc import Iterable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    set_seed,
+)
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from lpl import LatentPerceptualLoss, checkpoints, get_objective, hub, training_scheduler
-from lpl.arguments import DTYPES, check_pipeline, loss_options, parse_arguments, read_pipeline_configs
+from lpl.arguments import DTYPES, check_pipeline, first_line, loss_options, parse_arguments, read_pipeline_configs
 from lpl.autoencoders import downscaling_factor, encode, feature_vae
 from lpl.data import KeyedBatches, TrainingImages, load_training_images, real_images, training_batches
 from lpl.families import Family
 from lpl.logs import Log, public
 from lpl.objectives import DiffusionObjective, Objective, own_objective, sigma_threshold_at
-from lpl.pictures import loss_curves
+from lpl.pictures import loss_curves, write_whole
 from lpl.validation import Validation
 from lpl.weighting import SHARE_RANGE, LplWeight, ramp
 
 
 logger = logging.getLogger(__name__)
+
+SCRIPT = Path(__file__).name
 
 
 def main() -> None:
@@ -63,13 +72,21 @@ def main() -> None:
         if args.push_to_hub and accelerator.is_main_process:
             args.hub_model_id = hub.prepare_repository(args.hub_model_id, args.output_dir, args.hub_token)
     except (ValueError, hub.HubError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+        sys.exit(f"{SCRIPT}: error: {error}")
 
     # Models: a frozen VAE and frozen text encoders around the denoiser that is trained in float32 master weights.
     device = accelerator.device
     text_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     source = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir, **configs.absent}
-    family = configs.family.load(args.pretrained_model_name_or_path, text_dtype, args.max_sequence_length, **source)
+    try:
+        family = configs.family.load(
+            args.pretrained_model_name_or_path, text_dtype, args.max_sequence_length, **source
+        )
+    except (OSError, ValueError) as error:
+        sys.exit(
+            f"{SCRIPT}: error: --pretrained_model_name_or_path {args.pretrained_model_name_or_path}: its weights "
+            f"cannot be loaded; look at --variant and --revision ({first_line(error)})"
+        )
     for frozen_model in (family.vae, *family.text_encoders):
         frozen_model.to(device)
     denoiser = family.denoiser.requires_grad_(True).train().to(device)
@@ -90,7 +107,7 @@ def main() -> None:
     lpl_loss, lpl_weight = None, LplWeight(args.lpl_weight, args.lpl_measuring_steps, device)
     if args.use_lpl:
         lpl_loss = LatentPerceptualLoss(
-            feature_vae(family.vae, args.lpl_vae_name_or_path, DTYPES[args.lpl_vae_dtype]),
+            feature_vae(family.vae, args.lpl_vae_name_or_path, DTYPES[args.lpl_vae_dtype], args.cache_dir),
             blocks=args.lpl_blocks,
             gradient_checkpointing=args.lpl_gradient_checkpointing,
             **loss_options(args),
@@ -129,16 +146,20 @@ def main() -> None:
     checkpoints.register(accelerator, denoiser, family.denoiser_name, ema)
     denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
     accelerator.register_for_checkpointing(lr_scheduler, lpl_weight)
-    if ema is not None and not args.offload_ema:
-        ema.to(device)
 
     # Resume: the same command goes on where the checkpoint stands.
     if resumable is not None:
         accelerator.load_state(str(resumable))
         logger.info(f"resumed from {resumable}")
+    if ema is not None:
+        ema.decay = args.ema_decay  # a baseline goes on with LPL, and with LPL's decay
+        ema.to("cpu" if args.offload_ema else device)
 
-    real = real_images(images, args.validation_prompts) if args.validation_prompts else None
+    real = None
+    if args.validation_prompts and accelerator.is_main_process:
+        real = real_images(images, args.validation_prompts)
     validation = Validation(family, scheduler, args, real)
+    log = Log(accelerator, args, progress.step)
     validate_every = args.validation_steps or args.validation_epochs * steps_per_epoch
     if progress.step == 0:
         validation.run(accelerator, denoiser, ema, 0)
@@ -146,7 +167,6 @@ def main() -> None:
     if accelerator.is_main_process:
         write_recipe(args)
     announce(args, len(images), max_steps, global_batch, threshold, share_inside(images, threshold))
-    log = Log(accelerator, args, progress.step)
     bar = tqdm(total=max_steps, initial=progress.step, disable=not accelerator.is_main_process, desc="steps")
     while progress.step < max_steps:
         lpl_factor = ramp(progress.step, args.lpl_start_step, args.lpl_ramp_steps) if args.use_lpl else 0.0
@@ -171,8 +191,11 @@ def main() -> None:
                 model_output = family.predict(denoiser, noisy_latents, timesteps, conditions).float()  # (B, C, h, w)
 
                 # L_diffusion
-                target = objective.target(latents, noise, timesteps)
-                error = (model_output - target).square().flatten(1).mean(1)  # (B,)
+                if args.precondition_outputs:  # SD3's alternative: the error of z0_hat instead
+                    error = objective.clean_latents(model_output, noisy_latents, timesteps) - latents
+                else:
+                    error = model_output - objective.target(latents, noise, timesteps)
+                error = error.square().flatten(1).mean(1)  # (B,)
                 diffusion_loss = (diffusion_weight(objective, timesteps, args) * error).mean()
 
                 # LPL, averaged over the whole batch: rows above the threshold count as 0 (Eq. 2)
@@ -198,10 +221,12 @@ def main() -> None:
         learning_rate = lr_scheduler.get_last_lr()[0]
         lr_scheduler.step()
         if ema is not None:
-            update_ema(ema, accelerator.unwrap_model(denoiser), args.offload_ema)
+            update_ema(ema, accelerator.unwrap_model(denoiser, keep_torch_compile=False), args.offload_ema)
         progress.step += 1
         if lpl_factor and lpl_weight.end_step(lambda sums: accelerator.reduce(sums, "mean")):
             report_share(lpl_weight)
+            if accelerator.is_main_process:
+                write_recipe(args, lpl_weight_measured=float(lpl_weight.value))
 
         bar.update()
         if progress.step % args.logging_steps == 0 or progress.step == max_steps:
@@ -212,19 +237,20 @@ def main() -> None:
             validation.run(accelerator, denoiser, ema, progress.step)
     bar.close()
 
-    # Save: a pipeline that loads and samples by itself, with the EMA's weights where one was kept.
+    # Save: first what was trained, then a pipeline that loads and samples by itself; with the EMA's weights if kept.
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        trained = accelerator.unwrap_model(denoiser, keep_fp32_wrapper=False)
+        trained = accelerator.unwrap_model(denoiser, keep_fp32_wrapper=False, keep_torch_compile=False)
         if ema is not None:
             ema.copy_to(trained.parameters())
+        trained.save_pretrained(Path(args.output_dir, family.denoiser_name))
         components = {family.denoiser_name: trained}
         if scheduler is not configs.scheduler:
             components["scheduler"] = scheduler
-        pipeline = family.pipeline_class.from_pretrained(
-            args.pretrained_model_name_or_path, dtype=torch.float32, **source, **components
-        )
+        # The frozen parts as they were shipped, not as this run cast them.
+        pipeline = family.pipeline_class.from_pretrained(args.pretrained_model_name_or_path, **source, **components)
         pipeline.save_pretrained(args.output_dir)
-        validation.before_after(progress.step)
+        validation.before_after()
         records = log.records()
         loss_curves(records, Path(args.output_dir, "loss_curves.png"))
         card = describe(args, family, lpl_loss, records, progress.step, global_batch, threshold, accelerator)
@@ -232,7 +258,6 @@ def main() -> None:
         logger.info(f"the pipeline, its samples and its model card are in {args.output_dir}")
         if args.push_to_hub and (url := hub.push_folder(args.output_dir, args.hub_model_id, args.hub_token)):
             logger.info(f"published at {url}")
-    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
@@ -321,6 +346,8 @@ def describe(
 def start_accelerator(args: Namespace) -> Accelerator:
     """Accelerate's state, with trackers for the flags that they can show."""
     accelerator = Accelerator(
+        # The others wait while the main process samples, saves or prepares the data set.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
@@ -333,6 +360,12 @@ def start_accelerator(args: Namespace) -> Accelerator:
     )
     for library in ("accelerate", "httpx", "httpx2"):  # they tell every file that they touch
         logging.getLogger(library).setLevel(logging.WARNING)
+    logging.getLogger("diffusers.pipelines").setLevel(logging.ERROR)  # they tell every caption that they cut
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"{accelerator.distributed_type.value} (in accelerate's configuration) is not supported; launch "
+            "with --multi_gpu, and save memory by --gradient_checkpointing, --use_8bit_adam and --offload_ema"
+        )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("fp16 (in accelerate's configuration) needs a GPU; give --mixed_precision bf16 or no")
     torch.backends.cuda.matmul.allow_tf32 |= args.allow_tf32
@@ -341,6 +374,11 @@ def start_accelerator(args: Namespace) -> Accelerator:
 
 def start_or_resume(args: Namespace, resumable: Path | None) -> checkpoints.Progress:
     """Where the run begins, and its seed: the checkpoint's, else the one given, else one drawn for all processes."""
+    if resumable is None and (earlier := checkpoints.find_checkpoints(args.output_dir)):
+        logger.warning(
+            f"--output_dir {args.output_dir} has checkpoints of an earlier run, {earlier[-1].name} among them; this "
+            "run starts afresh and leaves them there; to go on, add --resume_from_checkpoint latest"
+        )
     if resumable is not None:
         progress = checkpoints.Progress.load(resumable)
         if args.seed not in (None, progress.seed):
@@ -353,11 +391,10 @@ def start_or_resume(args: Namespace, resumable: Path | None) -> checkpoints.Prog
     return progress
 
 
-def write_recipe(args: Namespace) -> None:
-    """Every flag of the run, with its resolved value."""
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(public(args), sort_keys=True))
+def write_recipe(args: Namespace, **measured: float) -> None:
+    """Every flag of the run with its resolved value, and what the run has found out."""
+    recipe = yaml.safe_dump(public(args) | measured, sort_keys=True)
+    write_whole(Path(args.output_dir, "recipe.yaml"), lambda path: path.write_text(recipe))
 
 
 def make_optimizer(args: Namespace, parameters: Iterable[Tensor], global_batch: int) -> torch.optim.Optimizer:

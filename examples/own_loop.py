@@ -10,8 +10,11 @@ import torch
 import torch.nn.functional as F
 
 
-def training_loss(unet, objective, loss_fn, latents, embeddings, weight=1.0, sigma_threshold=3.0):
-    """Diffusion loss plus LPL (Eq. 3), for scaled latents (B, C, h, w) and text embeddings (B, tokens, dim)."""
+def training_loss(unet, objective, loss_fn, latents, embeddings, weight=1.0, sigma_threshold=6.0):
+    """Diffusion loss plus LPL (Eq. 3), for scaled latents (B, C, h, w) and text embeddings (B, tokens, dim).
+
+    The threshold is 3 at 256 px and grows with the image's side: 6 at 512, 12 at 1024 (Sec. 4.1).
+    """
     noise = torch.randn_like(latents)
     timesteps = torch.randint(objective.num_train_timesteps, (len(latents),), device=latents.device)  # (B,)
     noisy_latents = objective.add_noise(latents, noise, timesteps)

@@ -23,7 +23,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
 
 from lpl.autoencoders import block_names, select_blocks
 from lpl.checkpoints import find_resumable
-from lpl.data import INTERPOLATION_MODES, local_folder_problem
+from lpl.data import INTERPOLATION_MODES, first_line, local_folder_problem
 from lpl.families import Family, find_family
 from lpl.loss import DEPTH_WEIGHTINGS, DISTANCES, NORMALIZATIONS, VARIANTS, check_options
 from lpl.objectives import OBJECTIVES, WEIGHTING_SCHEMES, FlowMatching, is_flow, own_objective
@@ -126,6 +126,13 @@ def build_parser() -> argparse.ArgumentParser:
         choices=WEIGHTING_SCHEMES,
         help="flow matching: density of timesteps and weight of the loss; default: logit_normal",
     )
+    add(
+        "--precondition_outputs",
+        type=int,
+        choices=(0, 1),
+        default=0,
+        help="flow matching: 1 takes the error of the estimated clean latent instead of the velocity's",
+    )
     add("--logit_mean", type=float, default=0.0, help="mean of the logit_normal density")
     add("--logit_std", type=float, default=1.0, help="standard deviation of the logit_normal density")
     add("--mode_scale", type=float, default=1.29, help="scale of the mode density")
@@ -190,7 +197,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         check_arguments(args)
     except ValueError as error:
         parser.error(str(error))
-    args.use_lpl = args.lpl_weight != 0 and parse_weight(args.lpl_weight) != (0.0, None)
+    args.use_lpl = parse_weight(args.lpl_weight) != (0.0, None)
     if args.ema_decay is None:
         args.ema_decay = EMA_DECAY_WITH_LPL if args.use_lpl else EMA_DECAY
     if args.validation_prompts is None and args.validation_prompt is not None:
@@ -380,7 +387,8 @@ def read_pipeline_configs(args: argparse.Namespace) -> PipelineConfigs:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--pretrained_model_name_or_path {path}: no pipeline is found there, neither a folder with a "
-            f"model_index.json nor a repository on the Hub that can be reached ({str(error).strip().splitlines()[0]})"
+            f"model_index.json nor a repository on the Hub that can be reached ({first_line(error)}); if "
+            "it is gated or private, accept its licence on its page and run hf auth login"
         ) from error
     family = find_family(index.get("_class_name"))
     components = {name: entry for name, entry in index.items() if isinstance(entry, list | tuple)}
@@ -453,6 +461,12 @@ def check_pipeline(args: argparse.Namespace, configs: PipelineConfigs) -> None:
     )
     if limit is not None and args.max_sequence_length > limit:
         raise ValueError(f"--max_sequence_length {args.max_sequence_length}: this pipeline takes {limit} at most")
+    if args.precondition_outputs and not flow:
+        raise ValueError(f"--precondition_outputs is for flow_matching, not for {args.prediction_type}; leave it out")
+    if (vae_class := configs.vae.get("_class_name")) != AutoencoderKL.__name__:
+        raise ValueError(
+            f"--pretrained_model_name_or_path: the pipeline's VAE is {vae_class}; supported: AutoencoderKL"
+        )
     _check_resolution(args, configs)
     if args.use_lpl:
         names = select_blocks(args.lpl_blocks, block_names(_feature_vae_config(args, configs.vae)))

@@ -101,11 +101,13 @@ def encode(vae: nn.Module, pixels: Tensor, posterior_noise: Tensor) -> Tensor:
     return (raw - shift) * scale
 
 
-def feature_vae(vae: nn.Module, name_or_path: str | None, dtype: torch.dtype) -> nn.Module:
+def feature_vae(
+    vae: nn.Module, name_or_path: str | None, dtype: torch.dtype, cache_dir: str | None = None
+) -> nn.Module:
     """The VAE whose decoder the loss looks through: the pipeline's own, or a frozen copy or another in ``dtype``."""
     if name_or_path is None:
         return vae if vae.dtype == dtype else deepcopy(vae).to(dtype)
-    other = AutoModel.from_pretrained(name_or_path, dtype=dtype)
+    other = AutoModel.from_pretrained(name_or_path, dtype=dtype, cache_dir=cache_dir)
     return other.requires_grad_(False).eval().to(vae.device)
 
 

@@ -49,7 +49,7 @@ def register(accelerator: Accelerator, denoiser: nn.Module, name: str, ema: EMAM
     def save(models: Sequence[nn.Module], weights: list[Any], folder: str) -> None:
         if accelerator.is_main_process:
             for model in models:
-                accelerator.unwrap_model(model).save_pretrained(os.path.join(folder, name))
+                accelerator.unwrap_model(model, keep_torch_compile=False).save_pretrained(os.path.join(folder, name))
             if ema is not None:
                 ema.save_pretrained(os.path.join(folder, f"{name}_ema"))
         weights.clear()  # nothing is left for accelerate to write
@@ -57,7 +57,7 @@ def register(accelerator: Accelerator, denoiser: nn.Module, name: str, ema: EMAM
     def load(models: list[nn.Module], folder: str) -> None:
         while models:
             saved = model_class.from_pretrained(folder, subfolder=name)
-            accelerator.unwrap_model(models.pop()).load_state_dict(saved.state_dict())
+            accelerator.unwrap_model(models.pop(), keep_torch_compile=False).load_state_dict(saved.state_dict())
         if ema is not None and os.path.isdir(os.path.join(folder, f"{name}_ema")):
             restored = EMAModel.from_pretrained(os.path.join(folder, f"{name}_ema"), model_class)
             ema.load_state_dict(restored.state_dict())
@@ -115,7 +115,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str, progress: Progres
         unfinished.rename(place)
         if total_limit is not None:
             others = [path for path in find_checkpoints(output_dir) if path != place]
-            for old in others[: len(others) + 1 - total_limit]:
+            for old in others[: max(0, len(others) + 1 - total_limit)]:
                 shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return place

@@ -10,7 +10,9 @@ stands is one number, a position in that sequence; batches are always full and m
 
 from __future__ import annotations
 
+import glob
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -49,6 +51,11 @@ def keyed_generator(seed: int, *key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
 
 
+def first_line(error: Exception) -> str:
+    """What an error of a library says, in one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def load_training_images(args: Any) -> Dataset:
     """The training split, with checked columns.
 
@@ -58,16 +65,19 @@ def load_training_images(args: Any) -> Dataset:
     where = f"--train_data_dir {args.train_data_dir}" if args.train_data_dir else f"--dataset_name {args.dataset_name}"
     try:
         if args.train_data_dir:
-            dataset = load_dataset(
-                "imagefolder", data_dir=args.train_data_dir, split="train", cache_dir=args.cache_dir
-            )
+            # All files under one name: left to itself, the library takes "test" in a file's name for a split.
+            files = {"train": os.path.join(glob.escape(args.train_data_dir), "**")}
+            dataset = load_dataset("imagefolder", data_files=files, split="train", cache_dir=args.cache_dir)
         else:
             dataset = load_dataset(
                 args.dataset_name, args.dataset_config_name, split="train", cache_dir=args.cache_dir
             )
     except Exception as error:  # the library raises a dozen kinds; each means that there is nothing to train on
-        raise ValueError(f"{where}: the data set cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"{where}: the data set cannot be loaded: {first_line(error)}") from error
     check_columns(dataset, args.image_column, args.caption_column, where)
+    dataset = dataset.select_columns([args.image_column, args.caption_column])
+    if args.train_data_dir and (left := len(image_files(args.train_data_dir)) - len(dataset)) > 0:
+        logger.warning("%s: %d images are left out, since no metadata file names them", where, left)
     if args.max_train_samples is not None:
         dataset = dataset.shuffle(seed=args.seed).select(range(min(args.max_train_samples, len(dataset))))
     return dataset
@@ -95,11 +105,12 @@ def check_columns(dataset: Dataset, image_column: str, caption_column: str, wher
             )
     if not isinstance(dataset.features[image_column], ImageFeature):
         raise ValueError(f"{where}: column {image_column!r} (--image_column) holds no images")
-    first = dataset[caption_column][0]
-    if not isinstance(first, str | list) or not first:
+    feature = dataset.features[caption_column]
+    kind = getattr(getattr(feature, "feature", feature), "dtype", None)  # of a list's entries, or of the value itself
+    if kind not in ("string", "large_string"):
         raise ValueError(
             f"{where}: column {caption_column!r} (--caption_column) must hold strings or lists of strings, "
-            f"but its first value is {first!r}"
+            f"but its first value is {dataset[caption_column][0]!r}"
         )
 
 
@@ -123,26 +134,26 @@ class TrainingImages:
         augmentation, noise = (
             keyed_generator(self.args.seed, epoch, index, stream) for stream in (Stream.AUGMENTATION, Stream.NOISE)
         )
-        image, caption = self._readable(index)
         vertical, horizontal, flip, choice, drop = torch.rand(5, generator=augmentation).tolist()
+        image, caption = self._readable(index, choice)
         if self.args.center_crop:
             vertical = horizontal = 0.5
         return {
             "pixels": self._pixels(image, vertical, horizontal, self.args.random_flip and flip < 0.5),
-            "caption": "" if drop < self.args.proportion_empty_prompts else choose_caption(caption, choice),
+            "caption": "" if drop < self.args.proportion_empty_prompts else caption,
             "timestep": self.timestep(epoch, index),
             "posterior_noise": torch.randn(self.latent_shape, generator=noise),
             "noise": self._noise(noise),
             "input_noise": torch.randn(self.latent_shape, generator=noise) if self.args.input_perturbation else None,
         }
 
-    def _readable(self, index: int) -> tuple[Image.Image, Any]:
-        """The image and its caption; where a file cannot be read, the next one in the data set that can."""
+    def _readable(self, index: int, choice: float = 0.0) -> tuple[Image.Image, str]:
+        """The image and its caption; where one cannot be read or lacks one, the next in the data set."""
         for candidate in range(index, index + len(self)):
             candidate %= len(self)
             try:
                 row = self.dataset[candidate]
-                return to_rgb(row[self.args.image_column]), row[self.args.caption_column]
+                return to_rgb(row[self.args.image_column]), choose_caption(row[self.args.caption_column], choice)
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 logger.warning("image %d cannot be read and the next one is taken instead: %s", candidate, error)
         raise ValueError("--train_data_dir, --dataset_name: not one image of the data set can be read")
@@ -273,16 +284,20 @@ def real_images(images: TrainingImages, captions: Sequence[str]) -> list[Image.I
     return found
 
 
+def image_files(folder: str) -> list[Path]:
+    """Files in a folder, and the folders below, whose name is an image's."""
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    return [file for file in Path(folder).rglob("*") if file.suffix.lower() in suffixes]
+
+
 def local_folder_problem(folder: str, caption_column: str) -> str | None:
     """Why a --train_data_dir cannot be trained on, in words, or None; looks at names only."""
     path = Path(folder)
     if not path.is_dir():
         return f"--train_data_dir {folder}: there is no such folder"
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    files = [file for file in path.rglob("*") if file.is_file()]
-    if not any(file.suffix.lower() in suffixes for file in files):
+    if not image_files(folder):
         return f"--train_data_dir {folder}: the folder has no images"
-    if not any(file.stem == "metadata" and file.suffix in (".jsonl", ".csv", ".parquet") for file in files):
+    if not any(file.suffix in (".jsonl", ".csv", ".parquet") for file in path.rglob("metadata.*")):
         return (
             f"--train_data_dir {folder}: there are no captions; put a metadata.jsonl beside the images, a line each, "
             f'such as {{"file_name": "cat.png", "{caption_column}": "a photo of a cat"}}'

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 NOT_UPLOADED = (
     "checkpoint-*",
+    ".checkpoint-*",
     "logs/*",
     "wandb/*",
     "recipe.yaml",

@@ -76,6 +76,9 @@ class LatentPerceptualLoss:
         )
         self.normalization = normalization
         self.detach_statistics = detach_statistics
+        if not isinstance(depth_weighting, str):  # given in the order of ``blocks``, used in the decoder's
+            by_name = dict(zip(blocks or self.block_names, depth_weighting))
+            depth_weighting = [by_name[name] for name in self.block_names]
         self.depth_weighting = depth_weighting
         self.mask_outliers = mask_outliers
         self.distance = distance
@@ -89,6 +92,8 @@ class LatentPerceptualLoss:
             ValueError: where the two shapes differ or are not (B, C, h, w).
         """
         self._check_latents(predicted_latents, latents)
+        if len(latents) == 0:  # no sample was inside the threshold
+            return at_least_float32(predicted_latents).flatten(1).sum(1)
         with torch.no_grad():
             target = self.extractor(latents)
         predicted = self.extractor(predicted_latents)

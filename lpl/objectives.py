@@ -50,6 +50,11 @@ def expand(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
+def _precise(device: torch.device) -> torch.dtype:
+    """float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """float16 and bfloat16 to float32; float32 and float64 as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -114,7 +119,7 @@ class DiffusionObjective(Objective):
     def coefficients(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         device = timesteps.device
         if device not in self._alphas_cumprod:
-            self._alphas_cumprod[device] = self._alphas_cumprod[torch.device("cpu")].to(device)
+            self._alphas_cumprod[device] = self._alphas_cumprod[torch.device("cpu")].to(device, _precise(device))
         alphas_cumprod = self._alphas_cumprod[device][timesteps.long()]  # (B,)
         return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
@@ -205,7 +210,7 @@ class FlowMatching(Objective):
         self.shift = float(shift or 1.0)
 
     def coefficients(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        t = timesteps.double() / self.num_train_timesteps
+        t = timesteps.to(_precise(timesteps.device)) / self.num_train_timesteps
         return 1 - t, t
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

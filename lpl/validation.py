@@ -6,6 +6,7 @@ same captions where the data set has them, the model before training, the model 
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -43,6 +44,7 @@ class Validation:
         self.family, self.scheduler, self.settings, self.real = family, scheduler, settings, real
         self.prompts: list[str] = settings.validation_prompts or []
         self.folder = Path(settings.output_dir, "samples")
+        self._latest: list[Image.Image] = []  # what this run sampled last
 
     def run(self, accelerator: Accelerator, denoiser: nn.Module, ema: EMAModel | None, step: int) -> Path | None:
         """Sample the prompts with the present weights, save images and grid, and show them to the trackers.
@@ -51,45 +53,47 @@ class Validation:
         """
         grid = None
         if self.prompts and accelerator.is_main_process:
-            for stale in self.folder.glob(f"{self._name(step)}*/"):  # of an earlier run in the same place
+            name = f"step-{step:06d}"
+            for stale in self.folder.glob(f"{name}*/"):  # of an earlier run in the same place
                 shutil.rmtree(stale)
-            model = accelerator.unwrap_model(denoiser)
-            rows = {f"step {step}": self._sampled(accelerator, model, self._name(step))}
+            model = accelerator.unwrap_model(denoiser, keep_torch_compile=False)
+            rows = {f"step {step}": self._sampled(accelerator, model, name)}
             if ema is not None and step:
                 with averaged(ema, model):
-                    rows[f"step {step}, EMA"] = self._sampled(accelerator, model, f"{self._name(step)}-ema")
-            grid = self._grid(rows, step)
+                    rows[f"step {step}, EMA"] = self._sampled(accelerator, model, f"{name}-ema")
+            self._latest = list(rows.values())[-1] if step else []
+            grid = self._grid(rows if step else {"before training": rows[f"step {step}"]}, f"{name}.png")
             log_images(accelerator, grid, step)
         accelerator.wait_for_everyone()
         return grid
 
-    def before_after(self, step: int) -> Path | None:
-        """The final comparison, from what was saved: before, after (the EMA's where there is one), real images."""
-        after = [name for name in (f"{self._name(step)}-ema", self._name(step)) if (self.folder / name).is_dir()]
-        if not self.prompts or not after:
-            return None
-        rows = {"after": self._saved(after[0])}
-        return save_picture(labelled_grid(self._with_context(rows), self.prompts), self.folder / "before_after.png")
+    def before_after(self) -> Path | None:
+        """The final comparison: before, after (the EMA where there is one), real images."""
+        return self._grid({"after": self._latest}, "before_after.png") if self._latest else None
 
-    def _grid(self, rows: dict[str, list[Image.Image]], step: int) -> Path:
-        grid = labelled_grid(self._with_context(rows) if step else rows, self.prompts)
-        return save_picture(grid, self.folder / f"{self._name(step)}.png")
-
-    def _with_context(self, rows: dict[str, list[Image.Image]]) -> dict[str, list[Image.Image]]:
-        before = self._saved(self._name(0))
+    def _grid(self, rows: dict[str, list[Image.Image]], name: str) -> Path:
+        before = self._saved_before()
         context = {"before training": before} if before else {}
-        return context | rows | ({"real images": list(self.real)} if self.real else {})
+        real = {"real images": list(self.real)} if self.real else {}
+        return save_picture(labelled_grid(context | rows | real, self.prompts), self.folder / name)
 
-    def _name(self, step: int) -> str:
-        return f"step-{step:06d}"
+    def _saved_before(self) -> list[Image.Image]:
+        """The samples before training, unless other settings made them: a resumed run may have changed its prompts."""
+        folder = self.folder / "step-000000"
+        settings = folder / "settings.json"
+        if not settings.is_file() or json.loads(settings.read_text()) != self._settings():
+            return []
+        return [Image.open(path).copy() for path in sorted(folder.glob("*.png"))]
 
-    def _saved(self, name: str) -> list[Image.Image]:
-        return [Image.open(path).copy() for path in sorted((self.folder / name).glob("*.png"))]
+    def _settings(self) -> dict[str, Any]:
+        names = ("seed", "resolution", "validation_inference_steps", "validation_guidance_scale")
+        return {"prompts": self.prompts} | {name: getattr(self.settings, name) for name in names}
 
     def _sampled(self, accelerator: Accelerator, model: nn.Module, name: str) -> list[Image.Image]:
         images = sample(self.family, self.scheduler, model, self.prompts, self.settings, accelerator)
         for number, image in enumerate(images):
             save_picture(image, self.folder / name / f"{number:02d}.png")
+        (self.folder / name / "settings.json").write_text(json.dumps(self._settings()))
         return images
 
 

@@ -73,7 +73,8 @@ class LplWeight:
     def observe(self, diffusion_loss: Tensor, lpl: Tensor) -> None:
         """The unweighted means of one micro-batch, two of ()."""
         if self.measuring:
-            self._step_sums += torch.stack([diffusion_loss, lpl]).detach()
+            terms = torch.stack([diffusion_loss, lpl]).detach()
+            self._step_sums += torch.where(terms.isfinite().all(), terms, torch.zeros_like(terms))
 
     def end_step(self, reduce: Callable[[Tensor], Tensor]) -> bool:
         """After an optimizer step; ``reduce`` is the mean over processes. True where the measuring ends with it.
@@ -90,6 +91,7 @@ class LplWeight:
             ratio = self.share / (1 - self.share) * diffusion_loss / lpl
             self.value = torch.where(lpl > 0, ratio, torch.zeros_like(ratio))
         if not self.measuring and not bool(self._sums[1] > 0):
+            logger.warning("no sample was inside the sigma threshold yet, so the weight of LPL is measured on")
             self.measuring_steps *= 2
         return not self.measuring
 

@@ -4,7 +4,7 @@
 set -euo pipefail
 here=$(dirname "$0")
 HF_HUB_OFFLINE=1 accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-  --num_cpu_threads_per_process "$(nproc)" \
+  --num_cpu_threads_per_process "$(getconf _NPROCESSORS_ONLN)" \
   "$here/../../train_text_to_image_lpl.py" \
   --pretrained_model_name_or_path "$here/pipeline" --train_data_dir "$1" --output_dir "$2" \
   --resolution 64 --max_sequence_length 16 --proportion_empty_prompts 0.1 \

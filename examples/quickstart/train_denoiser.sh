@@ -3,7 +3,7 @@
 # Usage: train_denoiser.sh UNTRAINED_PIPELINE DATA OUTPUT [MORE FLAGS]; resumes where it was interrupted.
 set -euo pipefail
 HF_HUB_OFFLINE=1 accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-  --num_cpu_threads_per_process "$(nproc)" \
+  --num_cpu_threads_per_process "$(getconf _NPROCESSORS_ONLN)" \
   "$(dirname "$0")/../../train_text_to_image_lpl.py" \
   --pretrained_model_name_or_path "$1" --train_data_dir "$2" --output_dir "$3" \
   --lpl_weight 0 --resolution 64 --max_sequence_length 16 --proportion_empty_prompts 0.1 \

@@ -7,7 +7,7 @@ work=${1:?folder for data and intermediate results}
 result=${2:-$here/pipeline}
 
 python "$here/prepare_data.py" --output_dir "$work/data"
-[ -d "$work/autoencoder" ] || python "$here/train_autoencoder.py" --data "$work/data" --output_dir "$work/autoencoder"
+[ -f "$work/autoencoder/reconstructions.png" ] || python "$here/train_autoencoder.py" --data "$work/data" --output_dir "$work/autoencoder"
 python "$here/build_pipeline.py" --vae "$work/autoencoder" --data "$work/data" --output_dir "$work/untrained_pipeline"
 "$here/train_denoiser.sh" "$work/untrained_pipeline" "$work/data" "$work/denoiser"
 python "$here/store_half.py" --pipeline "$work/denoiser" --output_dir "$result"

@@ -19,7 +19,7 @@ class StableDiffusion3(Family):
     denoiser_name = "transformer"
     text_encoder_names = ("text_encoder", "text_encoder_2", "text_encoder_3")
     optional_components = ("text_encoder_3", "tokenizer_3")
-    default_resolution = 1024
+    default_resolution = 512
     max_sequence_length = 512
 
     def encode_prompts(self, captions: Sequence[str], device: torch.device) -> Conditions:
