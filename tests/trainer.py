@@ -13,6 +13,7 @@ from argparse import Namespace
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
@@ -35,7 +36,12 @@ DEFAULTS = {
 }
 
 
-def arguments(pipeline, images, output_dir, **flags):
+def bug(reason):
+    """Marks a test that fails for a known fault; it must be taken off with the fault."""
+    return pytest.mark.xfail(strict=True, reason=reason)
+
+
+def arguments(pipeline, images, output_dir, /, **flags):
     """The words of a command line, without the script."""
     paths = {
         "pretrained_model_name_or_path": pipeline,
@@ -54,7 +60,7 @@ def arguments(pipeline, images, output_dir, **flags):
     return words
 
 
-def parsed(pipeline, images, output_dir, **flags):
+def parsed(pipeline, images, output_dir, /, **flags):
     """What the script knows before it loads any weights: (args, configurations)."""
     args = parse_arguments(arguments(pipeline, images, output_dir, **flags))
     configs = read_pipeline_configs(args)
@@ -81,16 +87,16 @@ def run(words):
             reset_accelerate()
 
 
-def train(pipeline, images, output_dir, **flags):
+def train(pipeline, images, output_dir, /, **flags):
     """Train in this process; the output folder."""
     run(arguments(pipeline, images, output_dir, **flags))
     return Path(output_dir)
 
 
-def launch(pipeline, images, output_dir, *launcher, **flags):
-    """Train in processes of its own by `accelerate launch LAUNCHER ...`; the output folder."""
+def launch(pipeline, images, output_dir, /, *options, module="accelerate.commands.launch", **flags):
+    """Train in processes of its own by `accelerate launch OPTIONS ...`, or another launcher; the output folder."""
     words = arguments(pipeline, images, output_dir, **flags)
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "train_text_to_image_lpl.py", *words]
+    command = [sys.executable, "-m", module, *options, "train_text_to_image_lpl.py", *words]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -107,9 +113,7 @@ def weights(folder):
     """Every tensor of a saved model, or of a whole pipeline, by file and name."""
     files = sorted(Path(folder).rglob("*.safetensors"))
     assert files, f"{folder} has no weights"
-    return {
-        (str(file.relative_to(folder)), name): value for file in files for name, value in load_file(file).items()
-    }
+    return {(str(file.relative_to(folder)), name): value for file in files for name, value in load_file(file).items()}
 
 
 def same(first, second):

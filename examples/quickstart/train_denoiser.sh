@@ -7,8 +7,8 @@ HF_HUB_OFFLINE=1 accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
   "$(dirname "$0")/../../train_text_to_image_lpl.py" \
   --pretrained_model_name_or_path "$1" --train_data_dir "$2" --output_dir "$3" \
   --lpl_weight 0 --resolution 64 --max_sequence_length 16 --proportion_empty_prompts 0.1 \
-  --train_batch_size 24 --max_train_steps 3000 --learning_rate 1e-3 --lr_scheduler cosine --lr_warmup_steps 100 \
+  --train_batch_size 24 --max_train_steps 3500 --learning_rate 1e-3 --lr_scheduler cosine --lr_warmup_steps 100 \
   --adam_weight_decay 0.01 --use_ema --ema_decay 0.995 --seed 0 --report_to none --logging_steps 50 \
   --validation_prompts "a photo of a tabby cat" "a cup of coffee on a saucer" "a wall of bricks" "a red motorcycle in a garage" \
-  --validation_steps 300 --validation_guidance_scale 2.0 \
-  --checkpointing_steps 300 --checkpoints_total_limit 1 --resume_from_checkpoint latest "${@:4}"
+  --validation_steps 500 --validation_guidance_scale 2.0 \
+  --checkpointing_steps 500 --checkpoints_total_limit 1 --resume_from_checkpoint latest "${@:4}"

@@ -1,0 +1,176 @@
+"""Checkpoints: whole or not there, in diffusers' layout, the newest ones kept, found again by name and by `latest`."""
+
+import json
+import shutil
+from argparse import Namespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from trainer import arguments, metrics, reset_accelerate, run, same, script, train, weights
+
+from lpl.checkpoints import Progress, find_checkpoints, find_resumable, save_checkpoint
+
+
+@pytest.fixture(scope="module")
+def trained(sd_pipeline, image_folder, tmp_path_factory):
+    """Four steps with EMA, a checkpoint after each, two of them kept."""
+    return train(
+        sd_pipeline,
+        image_folder,
+        tmp_path_factory.mktemp("trained"),
+        lpl_weight=0,
+        max_train_steps=4,
+        use_ema=True,
+        checkpointing_steps=1,
+        checkpoints_total_limit=2,
+        seed=3,
+    )
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    reset_accelerate()
+    yield Accelerator()
+    reset_accelerate()
+
+
+def folders(place, *names):
+    for name in names:
+        (place / name).mkdir(parents=True)
+        Progress(step=1, seed=0).save(place / name)
+    return place
+
+
+def names(output_dir):
+    return [path.name for path in find_checkpoints(output_dir)]
+
+
+def test_the_oldest_checkpoints_above_the_limit_are_dropped(trained):
+    assert names(trained) == ["checkpoint-3", "checkpoint-4"]
+    assert not list(trained.glob(".*"))  # nothing unfinished
+
+
+def test_a_checkpoint_has_diffusers_layout(trained):
+    checkpoint = trained / "checkpoint-4"
+    unet = UNet2DConditionModel.from_pretrained(checkpoint / "unet")
+    ema = EMAModel.from_pretrained(checkpoint / "unet_ema", UNet2DConditionModel)
+    assert ema.optimization_step == 4 and ema.decay == 0.9999
+    assert not all(torch.equal(a, b) for a, b in zip(unet.parameters(), ema.shadow_params))
+    assert not list(checkpoint.glob("*.safetensors"))  # the weights are there once, not twice
+    assert json.loads((checkpoint / "progress.json").read_text()) == {"step": 4, "seed": 3}
+
+
+def test_the_pipeline_gets_the_averaged_weights(trained):
+    assert same(weights(trained / "unet"), weights(trained / "checkpoint-4" / "unet_ema"))
+    assert not same(weights(trained / "unet"), weights(trained / "checkpoint-4" / "unet"))
+
+
+def test_latest_is_the_highest_number_and_never_an_unfinished_one(tmp_path):
+    folders(tmp_path, "checkpoint-9", "checkpoint-10", ".checkpoint-11.unfinished", "checkpoint-best", "checkpoint-")
+    assert names(tmp_path) == ["checkpoint-9", "checkpoint-10"]
+    assert find_resumable(str(tmp_path), "latest") == tmp_path / "checkpoint-10"
+
+
+def test_latest_without_a_checkpoint_starts_afresh(tmp_path, caplog):
+    assert find_resumable(str(tmp_path), "latest") is None and "starts afresh" in caplog.text
+    assert find_resumable(str(tmp_path / "not there"), "latest") is None
+    assert find_resumable(str(folders(tmp_path, "checkpoint-1")), None) is None
+
+
+def test_a_checkpoint_is_found_by_its_name_or_path(tmp_path):
+    folders(tmp_path / "run", "checkpoint-5")
+    for name in ("checkpoint-5", str(tmp_path / "run" / "checkpoint-5")):
+        assert find_resumable(str(tmp_path / "run"), name) == tmp_path / "run" / "checkpoint-5"
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
+    (tmp_path / "checkpoint-5").mkdir()
+    for name in ("checkpoint-4", "checkpoint-5", str(tmp_path)):
+        with pytest.raises(ValueError) as error:
+            find_resumable(str(tmp_path), name)
+        assert "--resume_from_checkpoint" in str(error.value) and name in str(error.value)
+
+
+def test_an_interrupted_save_leaves_no_checkpoint(accelerator, tmp_path, monkeypatch):
+    def interrupted(folder):
+        (tmp_path / ".checkpoint-1.unfinished").mkdir()
+        (tmp_path / ".checkpoint-1.unfinished" / "half").write_text("")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(accelerator, "save_state", interrupted)
+        save_checkpoint(accelerator, str(tmp_path), Progress(1, 0), None)
+    assert find_checkpoints(tmp_path) == []
+    place = save_checkpoint(accelerator, str(tmp_path), Progress(1, 0), None)
+    assert find_checkpoints(tmp_path) == [place] and not (place / "half").exists()
+
+
+def test_saving_again_replaces_a_checkpoint(accelerator, tmp_path):
+    for seed in (0, 1):
+        place = save_checkpoint(accelerator, str(tmp_path), Progress(7, seed), 1)
+    assert names(tmp_path) == ["checkpoint-7"] and Progress.load(place) == Progress(7, 1)
+
+
+def test_what_was_just_saved_outlives_an_earlier_runs_checkpoints(accelerator, tmp_path):
+    folders(tmp_path, "checkpoint-9")
+    assert save_checkpoint(accelerator, str(tmp_path), Progress(1, 0), 1).is_dir()
+    assert names(tmp_path) == ["checkpoint-1"]
+
+
+def test_resuming_takes_the_seed_of_the_run(trained):
+    args = Namespace(seed=None)
+    assert script.start_or_resume(args, trained / "checkpoint-3") == Progress(3, 3)
+    assert args.seed == 3
+
+
+def test_another_seed_is_refused_on_resume(trained, sd_pipeline, image_folder, capsys):
+    words = arguments(
+        sd_pipeline, image_folder, trained, lpl_weight=0, max_train_steps=5, resume_from_checkpoint="latest", seed=4
+    )
+    with pytest.raises(SystemExit) as error:
+        run(words)
+    assert "--seed 4" in str(error.value.code) and "3" in str(error.value.code)
+
+
+def test_a_seed_that_was_drawn_is_written_down(accelerator, tmp_path):
+    drawn = [Namespace(seed=None, output_dir=str(tmp_path)) for _ in range(2)]
+    for args in drawn:
+        assert script.start_or_resume(args, None) == Progress(0, args.seed)
+    assert drawn[0].seed != drawn[1].seed
+
+
+def test_starting_afresh_beside_older_checkpoints_is_said(accelerator, tmp_path, caplog):
+    folders(tmp_path, "checkpoint-9", "checkpoint-10")
+    script.start_or_resume(Namespace(seed=0, output_dir=str(tmp_path)), None)
+    assert "checkpoint-10" in caplog.text and "--resume_from_checkpoint latest" in caplog.text
+
+
+def test_ema_can_be_switched_on_at_a_resume(sd_pipeline, image_folder, tmp_path):
+    plain = {"lpl_weight": 0, "checkpointing_steps": 1}
+    train(sd_pipeline, image_folder, tmp_path, **plain, max_train_steps=1)
+    train(sd_pipeline, image_folder, tmp_path, **plain, use_ema=True, resume_from_checkpoint="latest")
+    assert len(metrics(tmp_path)) == 2
+    averaged, last = (weights(tmp_path / "checkpoint-2" / name) for name in ("unet_ema", "unet"))
+    assert all(torch.allclose(averaged[name], last[name], atol=1e-6) for name in last)  # its first step copies them
+
+
+def test_a_restored_ema_goes_to_the_device(trained, sd_pipeline, image_folder, tmp_path, monkeypatch):
+    calls = []
+    for name in ("to", "step", "load_state_dict"):
+        original = getattr(EMAModel, name)
+
+        def spy(self, *args, name=name, original=original, **kwargs):
+            calls.append(name)
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(EMAModel, name, spy)
+    resumed = shutil.copytree(trained, tmp_path / "run")
+    flags = {"lpl_weight": 0, "use_ema": True, "resume_from_checkpoint": "latest", "seed": 3, "max_train_steps": 5}
+    train(sd_pipeline, image_folder, resumed, **flags, checkpointing_steps=5)
+    ema = EMAModel.from_pretrained(resumed / "checkpoint-5" / "unet_ema", UNet2DConditionModel)
+    assert ema.optimization_step == 5  # it went on
+    assert calls[calls.index("step") - 1] == "to"
