@@ -24,7 +24,7 @@ quickstart: $(READY)  ## fine-tune the small shipped pipeline with LPL on real p
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/quickstart/finetune.sh $(QUICKSTART)/data $(QUICKSTART)/output $(QUICKSTART_STEPS)
 	@echo "Look at $(QUICKSTART)/output/samples/before_after.png and $(QUICKSTART)/output/loss_curves.png"
 
-quickstart-weights: $(READY)  ## train the quickstart's pipeline anew, without LPL (about an hour and a half on 2 cores)
+quickstart-weights: $(READY)  ## train the quickstart's pipeline anew, without LPL (under two hours on 2 cores)
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/quickstart/train_pipeline.sh $(QUICKSTART)
 
 test: $(READY)  ## the tests

@@ -63,6 +63,7 @@ class LplWeight:
         self.measuring_steps = measuring_steps
         self.steps = 0
         self._step_sums = torch.zeros(2, device=device)  # diffusion loss and LPL within the current step
+        self._micro_batches = 0  # in it
         self._sums = torch.zeros(2, device=device)  # the same over all measured steps
         self.value: Tensor = torch.full((), 0.0 if fixed is None else fixed, device=device)
 
@@ -73,6 +74,7 @@ class LplWeight:
     def observe(self, diffusion_loss: Tensor, lpl: Tensor) -> None:
         """The unweighted means of one micro-batch, two of ()."""
         if self.measuring:
+            self._micro_batches += 1
             terms = torch.stack([diffusion_loss, lpl]).detach()
             self._step_sums += torch.where(terms.isfinite().all(), terms, torch.zeros_like(terms))
 
@@ -83,8 +85,9 @@ class LplWeight:
         """
         if not self.measuring:
             return False
-        self._sums += reduce(self._step_sums)
+        self._sums += reduce(self._step_sums / self._micro_batches)
         self._step_sums.zero_()
+        self._micro_batches = 0
         self.steps += 1
         if self.share is not None:
             diffusion_loss, lpl = self._sums

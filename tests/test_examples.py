@@ -106,7 +106,7 @@ def test_the_shipped_pipeline_is_small_and_samples():
     assert saturation[0] > 1.5 * saturation[1]
 
 
-def test_a_run_is_published(hub, sd_pipeline, image_folder, tmp_path):
+def test_a_run_is_published(hub, sd_pipeline, image_folder, tmp_path):  # noqa: F811
     flags = {"max_train_steps": 1, "checkpointing_steps": 1, "validation_prompts": ["a cat"]}
     train(sd_pipeline, image_folder, tmp_path / "my-model", **flags, push_to_hub=True, hub_token=TOKEN)
     files = hub.repos["user/my-model"].files

@@ -45,8 +45,8 @@ def result(tmp_path):
     """The output folder of a run, with what belongs on the Hub and what does not."""
     weights, no = os.urandom(2048), b"not for the Hub"
     contents = {
-        "model_index.json": b"{}", "unet/diffusion_pytorch_model.safetensors": weights, "recipe.yaml": no, "metrics.jsonl": b"{}",
-        "samples/before_after.png": b"png", "loss_curves.png": b"png",
+        "model_index.json": b"{}", "unet/diffusion_pytorch_model.safetensors": weights, "recipe.yaml": no,
+        "metrics.jsonl": b"{}", "samples/before_after.png": b"png", "loss_curves.png": b"png",
         "checkpoint-500/unet/model.safetensors": no, "logs/run/events.out.tfevents.1": no, "wandb/run": no,
         ".cache/x": no, "unet/.cache/y": no, "cache/latents/0.safetensors": no, "samples/.a.png.1.tmp": no,
     }  # fmt: skip
