@@ -229,9 +229,10 @@ def main() -> None:
                 write_recipe(args, lpl_weight_measured=float(lpl_weight.value))
 
         bar.update()
-        if progress.step % args.logging_steps == 0 or progress.step == max_steps:
+        save = progress.step % args.checkpointing_steps == 0
+        if save or progress.step % args.logging_steps == 0 or progress.step == max_steps:
             bar.set_postfix(log.write(progress.step, learning_rate, weight))
-        if progress.step % args.checkpointing_steps == 0:
+        if save:
             checkpoints.save_checkpoint(accelerator, args.output_dir, progress, args.checkpoints_total_limit)
         if progress.step % validate_every == 0 or progress.step == max_steps:
             validation.run(accelerator, denoiser, ema, progress.step)

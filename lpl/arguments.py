@@ -284,6 +284,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     )
     if Path(args.output_dir).is_file():
         raise ValueError(f"--output_dir {args.output_dir}: this is a file; give a folder")
+    if Path(args.output_dir).resolve() == Path(args.pretrained_model_name_or_path).resolve():
+        raise ValueError(f"--output_dir {args.output_dir}: this is the pipeline to start from; give another folder")
     if args.resume_from_checkpoint not in (None, "latest"):
         find_resumable(args.output_dir, args.resume_from_checkpoint)
 

@@ -400,3 +400,8 @@ def test_one_validation_prompt_stands_for_several_images(sd_pipeline, image_fold
 def test_depth_weights_are_a_name_or_numbers(words, meaning, sd_pipeline, image_folder, tmp_path):
     args, _ = parsed(sd_pipeline, image_folder, tmp_path, lpl_depth_weighting=words)
     assert args.lpl_depth_weighting == meaning
+
+
+def test_the_pipeline_is_not_overwritten(sd_pipeline, image_folder, capsys, no_weights):
+    message = refusal(capsys, arguments(sd_pipeline, image_folder, sd_pipeline))
+    assert "--output_dir" in message and "another folder" in message
