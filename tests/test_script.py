@@ -486,7 +486,7 @@ def test_max_train_steps_goes_before_epochs(uninterrupted):
 
 
 def test_logged_numbers_are_means_over_the_steps_between(uninterrupted, sd_pipeline, image_folder, tmp_path):
-    train(sd_pipeline, image_folder, tmp_path, **RUN, logging_steps=3)
+    train(sd_pipeline, image_folder, tmp_path, **RUN | {"logging_steps": 3, "checkpointing_steps": 3})
     every = metrics(uninterrupted, "diffusion_loss", "lpl", "inside")
     third, fourth = metrics(tmp_path, "diffusion_loss", "lpl", "inside")
     assert third == pytest.approx([sum(column) / 3 for column in zip(*every[:3])], rel=1e-5)
