@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 # The quickstart's length in optimizer steps, and where it puts its data and results.
-QUICKSTART_STEPS ?= 600
+QUICKSTART_STEPS ?= 400
 QUICKSTART ?= quickstart
 
 .PHONY: help install quickstart quickstart-weights test test-slow style quality clean

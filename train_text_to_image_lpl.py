@@ -14,6 +14,7 @@ import logging
 import math
 import secrets
 import sys
+import warnings
 from argparse import Namespace
 from collections.abc import Iterable
 from datetime import timedelta
@@ -49,10 +50,12 @@ from lpl.weighting import SHARE_RANGE, LplWeight, ramp
 logger = logging.getLogger(__name__)
 
 SCRIPT = Path(__file__).name
+FEW_INSIDE = 0.05  # share of the samples below the sigma threshold under which the run warns
 
 
 def main() -> None:
     # Arguments: everything that can be refused is refused here, before any weights are loaded.
+    warnings.formatwarning = lambda message, *_, **__: f"{SCRIPT}: warning: {message}\n"
     args = parse_arguments()
     try:
         configs = read_pipeline_configs(args)
@@ -150,7 +153,7 @@ def main() -> None:
     # Resume: the same command goes on where the checkpoint stands.
     if resumable is not None:
         accelerator.load_state(str(resumable))
-        logger.info(f"resumed from {resumable}")
+        logger.info(f"resumed from {resumable}, {max(0, max_steps - progress.step)} of {max_steps} steps to go")
     if ema is not None:
         ema.decay = args.ema_decay  # a baseline goes on with LPL, and with LPL's decay
         ema.to("cpu" if args.offload_ema else device)
@@ -254,6 +257,10 @@ def main() -> None:
         validation.before_after()
         records = log.records()
         loss_curves(records, Path(args.output_dir, "loss_curves.png"))
+        if args.use_lpl and not any(record["lpl_weight"] > 0 for record in records):
+            logger.warning(
+                "no step was trained with LPL: no sample was inside the threshold, or the run was too short"
+            )
         card = describe(args, family, lpl_loss, records, progress.step, global_batch, threshold, accelerator)
         hub.write_model_card(args.output_dir, card)
         logger.info(f"the pipeline, its samples and its model card are in {args.output_dir}")
@@ -272,8 +279,13 @@ def announce(args: Namespace, num_images: int, steps: int, global_batch: int, th
     )
     if args.use_lpl:
         logger.info(
-            f"LPL with weight {args.lpl_weight} where sigma <= {threshold:g}, {inside:.0%} of the timesteps drawn"
+            f"LPL with weight {args.lpl_weight} where sigma <= {threshold:g}: {inside:.0%} of the samples are inside"
         )
+        if inside < FEW_INSIDE:
+            logger.warning(
+                f"LPL sees {inside:.1%} of the samples only; raise --lpl_sigma_threshold, which is scaled to this "
+                "resolution unless --lpl_threshold_base_resolution is 0"
+            )
 
 
 def report_share(lpl_weight: LplWeight) -> None:
@@ -340,7 +352,7 @@ def describe(
         lpl_sigma_threshold=threshold,
         lpl_blocks=lpl_loss.block_names if lpl_loss else (),
         lpl_start_step=args.lpl_start_step,
-        command=sys.argv,
+        command=[*sys.argv, *([] if "seed" in args.given else ["--seed", str(args.seed)])],
     )
 
 

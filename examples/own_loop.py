@@ -18,7 +18,7 @@ def training_loss(unet, objective, loss_fn, latents, embeddings, weight=1.0, sig
     noise = torch.randn_like(latents)
     timesteps = torch.randint(objective.num_train_timesteps, (len(latents),), device=latents.device)  # (B,)
     noisy_latents = objective.add_noise(latents, noise, timesteps)
-    model_output = unet(noisy_latents, timesteps, embeddings).sample
+    model_output = unet(noisy_latents.to(unet.dtype), timesteps, embeddings).sample
     loss = F.mse_loss(model_output.float(), objective.target(latents, noise, timesteps))
 
     inside = (

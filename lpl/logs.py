@@ -63,7 +63,7 @@ class Log:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": step} | record) + "\n")
         return {
-            "loss": f"{diffusion_loss:.4f}",
+            "diffusion": f"{diffusion_loss:.4f}",
             "lpl": f"{lpl:.4f}",
             "share": f"{record['lpl_share']:.0%}",
             "lr": f"{lr:.1e}",
