@@ -283,6 +283,7 @@ def training_scheduler(name: str, scheduler: Any) -> Any:
         return DPMSolverMultistepScheduler(
             num_train_timesteps=scheduler.config.num_train_timesteps,
             prediction_type="flow_prediction",
+            steps_offset=1,  # what Stable Diffusion's pipeline insists on; flow sigmas do not use it
             use_flow_sigmas=True,
         )
     settings = {"prediction_type": name, "clip_sample": False, "thresholding": False, "set_alpha_to_one": True}
