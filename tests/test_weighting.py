@@ -163,3 +163,10 @@ def test_refused_weights(text):
 )
 def test_ramp(start, steps, factors):
     assert [ramp(step, start, steps) for step in range(5)] == factors
+
+
+def test_what_is_not_finite_is_not_measured():
+    weight = LplWeight("auto:0.2", 2, CPU)
+    step(weight, (float("nan"), 1.0))
+    step(weight, (1.0, 1.0))
+    assert float(weight.value) == pytest.approx(0.25)  # 0.2 / 0.8
