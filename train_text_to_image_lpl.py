@@ -270,7 +270,7 @@ def main() -> None:
 
 
 def announce(args: Namespace, num_images: int, steps: int, global_batch: int, threshold: float, inside: float) -> None:
-    """What is about to happen, in four lines."""
+    """What is about to happen, in a few lines."""
     logger.info(
         f"{num_images} images, {steps} steps of {global_batch}: {steps * global_batch / num_images:.1f} epochs"
     )
@@ -305,10 +305,10 @@ def report_share(lpl_weight: LplWeight) -> None:
 def update_ema(ema: EMAModel, denoiser: torch.nn.Module, offload: bool) -> None:
     """One step of the moving average; with ``offload`` it waits in the CPU's memory for the next one."""
     if offload:
-        ema.to(denoiser.device, non_blocking=True)
+        ema.to(denoiser.device)
     ema.step(denoiser.parameters())
     if offload:
-        ema.to("cpu", non_blocking=True)
+        ema.to("cpu")  # blocking: a checkpoint may read it at once
 
 
 def describe(

@@ -189,7 +189,6 @@ class RunCard:
     repo_id: str | None = None  # None: not on the Hub, and the folder's name is the title
     tags: Sequence[str] = ()  # the family: "stable-diffusion", "sd3", ...
     license: str | None = None  # the Hub's identifier, "creativeml-openrail-m"
-    from_scratch: bool = False  # only the architecture is the base model's
     # How to use it
     resolution: int  # pixels
     prompt: str | int = "a photo of a lighthouse at dusk"  # an int is a class label, for class-conditional models
@@ -209,7 +208,6 @@ class RunCard:
     lora_rank: int | None = None  # None: full fine-tuning
     seed: int | None = None
     hardware: str | None = None  # "1 x NVIDIA H200"
-    more_facts: Mapping[str, str] = field(default_factory=dict)  # further rows of the table of the training
     # What LPL did
     lpl_weight: float | None = None  # w as it was in the end; None or 0: LPL was off
     lpl_weight_setting: str | None = None  # as the user gave it, "auto:0.2" or "3.0"
@@ -217,7 +215,6 @@ class RunCard:
     lpl_sigma_threshold: float | None = None  # tau at this resolution; None or inf: none
     lpl_blocks: Sequence[str] = ()  # of the decoder, "mid", "up_0"
     lpl_start_step: int = 0
-    lpl_more_facts: Mapping[str, str] = field(default_factory=dict)  # further rows of the table of LPL
     # How to run it again
     command: Sequence[str] = ()  # sys.argv
     versions: Mapping[str, str] = field(default_factory=installed_versions)
@@ -248,7 +245,7 @@ def write_model_card(folder: str | os.PathLike, card: RunCard) -> Path:
 
 def _metadata(card: RunCard) -> ModelCardData:
     """What the Hub indexes; only Hub ids count as base model and data set there."""
-    own = _is_hub_id(card.base_model) and not card.from_scratch
+    own = _is_hub_id(card.base_model)
     tags = ["diffusers", *(["class-conditional"] if card.class_conditional else ["text-to-image"])]
     tags += ["diffusers-training", *(["lora"] if card.lora_rank else []), *card.tags]
     return ModelCardData(
@@ -266,7 +263,6 @@ def _metadata(card: RunCard) -> ModelCardData:
 def _introduction(folder: Path, card: RunCard) -> str:
     base = _link(card.base_model)
     what = f"This is a LoRA of rank {card.lora_rank} for {base}, trained" if card.lora_rank else None
-    what = f"This model has the architecture of {base} and was trained from scratch" if card.from_scratch else what
     what = what or f"This is {base}, fine-tuned"
     text = f"{what} on {_link(card.dataset, 'datasets/')} for {card.steps:,} steps at {card.resolution} px"
     if card.lpl:
@@ -326,7 +322,7 @@ def _literal(value: object) -> str:
 def _training(folder: Path, card: RunCard) -> str:
     precision = card.mixed_precision if card.mixed_precision not in (None, "no") else None
     rows = {
-        "Base model": _link(card.base_model) + (" (architecture only)" if card.from_scratch else ""),
+        "Base model": _link(card.base_model),
         "Data set": _link(card.dataset, "datasets/"),
         "Trained": f"LoRA of rank {card.lora_rank}" if card.lora_rank else "all weights of the denoiser",
         "Objective": f"`{card.objective}`",
@@ -337,7 +333,6 @@ def _training(folder: Path, card: RunCard) -> str:
         "Precision": f"{precision} mixed precision" if precision else "float32",
         "EMA": f"decay {card.ema_decay:g}" if card.ema_decay else "none",
         "Seed": card.seed,
-        **card.more_facts,
         "Hardware": card.hardware,
         "Libraries": ", ".join(f"{name} {version}" for name, version in card.versions.items()) or None,
     }
@@ -355,7 +350,6 @@ def _perceptual_loss(folder: Path, card: RunCard) -> str:
         "Applied at": f"noise-to-signal ratio σ ≤ {threshold:g}" if bounded else "all noise levels",
         "Decoder blocks": ", ".join(f"`{name}`" for name in card.lpl_blocks) or None,
         "From step": f"{card.lpl_start_step:,}" if card.lpl_start_step else None,
-        **card.lpl_more_facts,
     }
     return "## Latent perceptual loss\n\n" + _table(rows)
 

@@ -131,11 +131,6 @@ class DiffusionObjective(Objective):
 
         It is min(SNR, gamma) for an error in z0, and that divided by SNR for one in eps, by SNR + 1 for one in v.
         """
-        snr = self.sigma(timesteps) ** -2
-        return snr.clamp(max=gamma) / self._error_scale(snr)
-
-    def _error_scale(self, snr: Tensor) -> Tensor:
-        """Squared error of D over squared error of z0_hat, (B,)."""
         raise NotImplementedError
 
 
@@ -172,8 +167,9 @@ class VPrediction(DiffusionObjective):
         a, b = (expand(c, noisy_latents) for c in self.coefficients(timesteps))
         return a * noisy_latents - b * model_output
 
-    def _error_scale(self, snr: Tensor) -> Tensor:
-        return snr + 1
+    def min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
+        snr = self.sigma(timesteps) ** -2
+        return snr.clamp(max=gamma) / (snr + 1)
 
 
 class Sample(DiffusionObjective):
@@ -187,8 +183,8 @@ class Sample(DiffusionObjective):
     def clean_latents(self, model_output: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
         return at_least_float32(model_output)
 
-    def _error_scale(self, snr: Tensor) -> Tensor:
-        return torch.ones_like(snr)
+    def min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
+        return (self.sigma(timesteps) ** -2).clamp(max=gamma)
 
 
 class FlowMatching(Objective):

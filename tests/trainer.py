@@ -13,7 +13,6 @@ from argparse import Namespace
 from pathlib import Path
 from unittest import mock
 
-import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
@@ -34,11 +33,6 @@ DEFAULTS = {
     "validation_inference_steps": 2,
     "lpl_threshold_base_resolution": 0,
 }
-
-
-def bug(reason):
-    """Marks a test that fails for a known fault; it must be taken off with the fault."""
-    return pytest.mark.xfail(strict=True, reason=reason)
 
 
 def arguments(pipeline, images, output_dir, /, **flags):

@@ -136,7 +136,9 @@ def write_contact_sheet(folder: Path, path: Path, columns: int = 12) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True, help="Folder that gets `train/` and `contacts.png`.")
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, help="Folder that gets `train/`; a contact sheet goes beside it."
+    )
     parser.add_argument("--crops", type=int, default=52, help="Crops per subject (default: %(default)s).")
     parser.add_argument("--size", type=int, default=72, help="Side of a crop in pixels (default: %(default)s).")
     args = parser.parse_args()
@@ -148,7 +150,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     count = write_dataset(args.output_dir / "train", args.crops, args.size)
-    write_contact_sheet(args.output_dir / "train", args.output_dir / "contacts.png")
+    write_contact_sheet(args.output_dir / "train", args.output_dir.with_name(f"{args.output_dir.name}_contacts.png"))
     print(f"{count} crops of {len(SUBJECTS)} subjects in {args.output_dir}")
 
 

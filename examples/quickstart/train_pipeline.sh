@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains the pipeline that the quickstart starts from, without LPL: data, autoencoder, text encoders, denoiser.
-# Took 33 + 1 + 72 minutes on 2 busy cores, the denoiser on one of them. Usage: train_pipeline.sh WORK_FOLDER [PIPELINE_FOLDER]
+# Took 33 + 1 + 66 minutes on 2 busy cores, the denoiser on one of them. Usage: train_pipeline.sh WORK_FOLDER [PIPELINE_FOLDER]
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 work=${1:?folder for data and intermediate results}
