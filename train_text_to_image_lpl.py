@@ -16,14 +16,17 @@ import secrets
 import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import (
+    DistributedDataParallelKwargs,
     DistributedType,
     InitProcessGroupKwargs,
     ProjectConfiguration,
@@ -32,17 +35,31 @@ from accelerate.utils import (
 )
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lpl import LatentPerceptualLoss, checkpoints, get_objective, hub, training_scheduler
-from lpl.arguments import DTYPES, check_pipeline, first_line, loss_options, parse_arguments, read_pipeline_configs
+from lpl.arguments import parse_arguments, recipe
 from lpl.autoencoders import downscaling_factor, encode, feature_vae
-from lpl.data import KeyedBatches, TrainingImages, load_training_images, real_images, training_batches
+from lpl.checks import DTYPES, PipelineConfigs, check_pipeline, loss_options, read_pipeline_configs
+from lpl.data import (
+    KeyedBatches,
+    TrainingImages,
+    class_names,
+    first_line,
+    held_out_batches,
+    load_training_images,
+    real_images,
+    training_batches,
+)
 from lpl.families import Family
-from lpl.logs import Log, public
-from lpl.objectives import DiffusionObjective, Objective, own_objective, sigma_threshold_at
+from lpl.loading import load_denoiser, load_family, pipeline_source, replaced_components
+from lpl.logs import Log
+from lpl.objectives import DiffusionObjective, Objective, expand, own_objective, sigma_threshold_at
+from lpl.optimizers import make_optimizer
 from lpl.pictures import loss_curves, write_whole
+from lpl.report import DryRun, Plan
+from lpl.trainee import Trainee, averaged
 from lpl.validation import Validation
 from lpl.weighting import SHARE_RANGE, LplWeight, ramp
 
@@ -50,7 +67,6 @@ from lpl.weighting import SHARE_RANGE, LplWeight, ramp
 logger = logging.getLogger(__name__)
 
 SCRIPT = Path(__file__).name
-FEW_INSIDE = 0.05  # share of the samples below the sigma threshold under which the run warns
 
 
 def main() -> None:
@@ -63,52 +79,49 @@ def main() -> None:
         accelerator = start_accelerator(args)
         resumable = checkpoints.find_resumable(args.output_dir, args.resume_from_checkpoint)
         progress = start_or_resume(args, resumable)
+        empty = configs.family.empty_caption(configs.parts)
+        num_classes = empty if configs.family.class_conditional else None
         with accelerator.main_process_first():
-            dataset = load_training_images(args)
+            dataset, held_out = load_training_images(args, num_classes)
+        prompts, classes = args.validation_prompts or [], {}
+        if num_classes is not None:
+            classes = configs.family.class_names(configs.index) | class_names(dataset, args.caption_column)
+            prompts = [configs.family.class_label(prompt, classes) for prompt in prompts]
         scheduler = configs.scheduler
         if args.prediction_type != own_objective(scheduler):
             scheduler = training_scheduler(args.prediction_type, scheduler)
         objective = get_objective(args.prediction_type, scheduler)
         side = args.resolution // downscaling_factor(configs.vae)
-        images = TrainingImages(dataset, objective, (configs.vae["latent_channels"], side, side), args)
+        images = TrainingImages(dataset, objective, (configs.vae["latent_channels"], side, side), args, empty)
         images[0, 0]  # one image at least can be read
-        if args.push_to_hub and accelerator.is_main_process:
+        if args.push_to_hub and not args.dry_run and accelerator.is_main_process:
             args.hub_model_id = hub.prepare_repository(args.hub_model_id, args.output_dir, args.hub_token)
     except (ValueError, hub.HubError) as error:
         sys.exit(f"{SCRIPT}: error: {error}")
 
-    # Models: a frozen VAE and frozen text encoders around the denoiser that is trained in float32 master weights.
+    # Models: a frozen VAE and frozen text encoders around what is trained, which is in float32.
     device = accelerator.device
-    text_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    source = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir, **configs.absent}
     try:
-        family = configs.family.load(
-            args.pretrained_model_name_or_path, text_dtype, args.max_sequence_length, **source
-        )
+        family = load_family(args, configs, weight_dtype(accelerator))
     except (OSError, ValueError) as error:
         sys.exit(
             f"{SCRIPT}: error: --pretrained_model_name_or_path {args.pretrained_model_name_or_path}: its weights "
             f"cannot be loaded; look at --variant and --revision ({first_line(error)})"
         )
-    for frozen_model in (family.vae, *family.text_encoders):
-        frozen_model.to(device)
-    denoiser = family.denoiser.requires_grad_(True).train().to(device)
-    if args.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
-
+    trainee = Trainee(family, args)
+    for model in (family.vae, family.denoiser, *family.text_encoders):
+        model.to(device)
     ema = None
     if args.use_ema:
-        ema = EMAModel(
-            denoiser.parameters(),
-            decay=args.ema_decay,
-            foreach=args.foreach_ema,
-            model_cls=type(denoiser),
-            model_config=denoiser.config,
-        )
+        ema = EMAModel(trainee.trained(), decay=args.ema_decay, foreach=args.foreach_ema)
+        if args.non_ema_revision:  # the average goes on from the pipeline's own weights, which are one
+            own = load_denoiser(args, configs, torch.float32)
+            for shadow, weight in zip(ema.shadow_params, own.parameters()):  # the denoiser's come first
+                shadow.copy_(weight.detach())
 
     # The loss looks through the decoder only where sigma is below the threshold (Sec. 3.2).
     lpl_loss, lpl_weight = None, LplWeight(args.lpl_weight, args.lpl_measuring_steps, device)
-    if args.use_lpl:
+    if args.lpl or held_out is not None:
         lpl_loss = LatentPerceptualLoss(
             feature_vae(family.vae, args.lpl_vae_name_or_path, DTYPES[args.lpl_vae_dtype], args.cache_dir),
             blocks=args.lpl_blocks,
@@ -118,6 +131,7 @@ def main() -> None:
     threshold = sigma_threshold_at(
         args.lpl_sigma_threshold, args.resolution, args.resolution, args.lpl_threshold_base_resolution
     )
+    losses = Losses(family, objective, lpl_loss, threshold, args)
 
     # Data: batches in an order, and with random numbers, that depend on seed and position only.
     global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
@@ -137,7 +151,7 @@ def main() -> None:
     )
 
     # Optimizer. The schedule counts optimizer steps, whatever the number of processes and micro-batches.
-    optimizer = make_optimizer(args, denoiser.parameters(), global_batch)
+    optimizer = make_optimizer(args, trainee, global_batch)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -146,68 +160,52 @@ def main() -> None:
         num_cycles=args.lr_num_cycles,
         power=args.lr_power,
     )
-    checkpoints.register(accelerator, denoiser, family.denoiser_name, ema)
-    denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
+    checkpoints.register(accelerator, trainee, ema)
+    model, optimizer = accelerator.prepare(trainee, optimizer)
     accelerator.register_for_checkpointing(lr_scheduler, lpl_weight)
 
     # Resume: the same command goes on where the checkpoint stands.
     if resumable is not None:
-        accelerator.load_state(str(resumable))
+        try:
+            accelerator.load_state(str(resumable))
+        except ValueError as error:
+            sys.exit(f"{SCRIPT}: error: --resume_from_checkpoint {resumable.name}: {first_line(error)}")
         logger.info(f"resumed from {resumable}, {max(0, max_steps - progress.step)} of {max_steps} steps to go")
     if ema is not None:
         ema.decay = args.ema_decay  # a baseline goes on with LPL, and with LPL's decay
         ema.to("cpu" if args.offload_ema else device)
 
+    plan = Plan(args, trainee, accelerator, images, objective, threshold, max_steps, global_batch, lr_scheduler)
+    if args.dry_run:
+        DryRun(plan, losses, model, optimizer, batches, lpl_weight).report()
+        accelerator.end_training()
+        return
+
     real = None
-    if args.validation_prompts and accelerator.is_main_process:
-        real = real_images(images, args.validation_prompts)
-    validation = Validation(family, scheduler, args, real)
-    log = Log(accelerator, args, progress.step)
+    if prompts and accelerator.is_main_process:
+        real = real_images(images, prompts)
+    names = [classes.get(prompt, str(prompt)) for prompt in prompts]
+    validation = Validation(family, scheduler, args, prompts, names, real)
+    log = Log(accelerator, args, progress.step, global_batch)
     validate_every = args.validation_steps or args.validation_epochs * steps_per_epoch
+    if held_out is not None:
+        held_out = TrainingImages(held_out, objective, images.latent_shape, args, empty)
     if progress.step == 0:
-        validation.run(accelerator, denoiser, ema, 0)
+        validation.run(accelerator, trainee, ema, 0)
+        if held_out is not None:
+            log.validation(0, losses_on(held_out, losses, trainee, ema, accelerator))
 
     if accelerator.is_main_process:
         write_recipe(args)
-    announce(args, len(images), max_steps, global_batch, threshold, share_inside(images, threshold))
+    plan.announce()
     bar = tqdm(total=max_steps, initial=progress.step, disable=not accelerator.is_main_process, desc="steps")
     while progress.step < max_steps:
-        lpl_factor = ramp(progress.step, args.lpl_start_step, args.lpl_ramp_steps) if args.use_lpl else 0.0
+        lpl_factor = ramp(progress.step, args.lpl_start_step, args.lpl_ramp_steps) if args.lpl else 0.0
         for _ in range(args.gradient_accumulation_steps):
             batch = next(batches)
-            with accelerator.accumulate(denoiser):
-                timesteps = batch["timestep"]  # (B,), on the CPU: the step never waits to learn which rows to decode
-                inside = rows_inside(objective.sigma(timesteps), threshold)
-                pixels, noise, posterior_noise, timesteps, rows = (
-                    x.to(device, non_blocking=True)
-                    for x in (batch["pixels"], batch["noise"], batch["posterior_noise"], timesteps, inside)
-                )
-
-                # z0, z_t and D
-                latents = encode(family.vae, pixels, posterior_noise)  # pixels [-1, 1] -> scaled (B, C, h, w)
-                input_noise = noise
-                if args.input_perturbation:
-                    input_noise = noise + args.input_perturbation * batch["input_noise"].to(device, non_blocking=True)
-                noisy_latents = objective.add_noise(latents, input_noise, timesteps)  # (B, C, h, w)
-                with torch.no_grad():
-                    conditions = family.encode_prompts(batch["caption"], device)
-                model_output = family.predict(denoiser, noisy_latents, timesteps, conditions).float()  # (B, C, h, w)
-
-                # L_diffusion
-                if args.precondition_outputs:  # SD3's alternative: the error of z0_hat instead
-                    error = objective.clean_latents(model_output, noisy_latents, timesteps) - latents
-                else:
-                    error = model_output - objective.target(latents, noise, timesteps)
-                error = error.square().flatten(1).mean(1)  # (B,)
-                diffusion_loss = (diffusion_weight(objective, timesteps, args) * error).mean()
-
-                # LPL, averaged over the whole batch: rows above the threshold count as 0 (Eq. 2)
-                lpl = torch.zeros_like(diffusion_loss)
-                if lpl_factor and len(inside):
-                    predicted_latents = objective.clean_latents(
-                        model_output[rows], noisy_latents[rows], timesteps[rows]
-                    )
-                    lpl = lpl_loss(predicted_latents, latents[rows]).sum() / len(latents)
+            with accelerator.accumulate(model):
+                errors, lpl, inside = losses(model, batch, with_lpl=lpl_factor > 0)  # (B,), (), n
+                diffusion_loss = errors.mean()
                 if lpl_factor:
                     lpl_weight.observe(diffusion_loss, lpl)
 
@@ -216,76 +214,106 @@ def main() -> None:
                 loss = diffusion_loss + weight * lpl
                 accelerator.backward(loss)
                 if accelerator.sync_gradients and args.max_grad_norm:
-                    accelerator.clip_grad_norm_(denoiser.parameters(), args.max_grad_norm)
+                    accelerator.clip_grad_norm_(trainee.trained(), args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-                log.add(loss, diffusion_loss, lpl, weight * lpl, len(inside) / len(latents))
+                log.add(loss, diffusion_loss, lpl, weight * lpl, inside / len(errors))
+                if args.debug_loss:
+                    log.samples(progress.step + 1, batch["index"], errors)
 
         learning_rate = lr_scheduler.get_last_lr()[0]
         lr_scheduler.step()
         if ema is not None:
-            update_ema(ema, accelerator.unwrap_model(denoiser, keep_torch_compile=False), args.offload_ema)
+            update_ema(ema, trainee, device, args.offload_ema)
         progress.step += 1
         if lpl_factor and lpl_weight.end_step(lambda sums: accelerator.reduce(sums, "mean")):
             report_share(lpl_weight)
             if accelerator.is_main_process:
-                write_recipe(args, lpl_weight_measured=float(lpl_weight.value))
+                write_recipe(args, lpl_weight=float(lpl_weight.value), lpl_share=lpl_weight.measured_share())
 
-        bar.update()
         save = progress.step % args.checkpointing_steps == 0
         if save or progress.step % args.logging_steps == 0 or progress.step == max_steps:
-            bar.set_postfix(log.write(progress.step, learning_rate, weight))
-        if save:
-            checkpoints.save_checkpoint(accelerator, args.output_dir, progress, args.checkpoints_total_limit)
-        if progress.step % validate_every == 0 or progress.step == max_steps:
-            validation.run(accelerator, denoiser, ema, progress.step)
+            bar.set_postfix(log.write(progress.step, learning_rate, weight), refresh=False)
+            bar.update(progress.step - bar.n)
+        with log.paused():  # images per second are those of the training alone
+            if save:
+                checkpoints.save_checkpoint(accelerator, args.output_dir, progress, args.checkpoints_total_limit)
+            if progress.step % validate_every == 0 or progress.step == max_steps:
+                validation.run(accelerator, trainee, ema, progress.step)
+                if held_out is not None:
+                    log.validation(progress.step, losses_on(held_out, losses, trainee, ema, accelerator))
     bar.close()
 
-    # Save: first what was trained, then a pipeline that loads and samples by itself; with the EMA's weights if kept.
+    # Save: a pipeline that loads and samples by itself, or the LoRA that one loads; with the EMA's weights if kept.
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        trained = accelerator.unwrap_model(denoiser, keep_fp32_wrapper=False, keep_torch_compile=False)
-        if ema is not None:
-            ema.copy_to(trained.parameters())
-        trained.save_pretrained(Path(args.output_dir, family.denoiser_name))
-        components = {family.denoiser_name: trained}
-        if scheduler is not configs.scheduler:
-            components["scheduler"] = scheduler
-        # The frozen parts as they were shipped, not as this run cast them.
-        pipeline = family.pipeline_class.from_pretrained(args.pretrained_model_name_or_path, **source, **components)
-        pipeline.save_pretrained(args.output_dir)
+        with averaged(ema, trainee):
+            save_result(args, configs, trainee, scheduler, classes)
         validation.before_after()
         records = log.records()
         loss_curves(records, Path(args.output_dir, "loss_curves.png"))
-        if args.use_lpl and not any(record["lpl_weight"] > 0 for record in records):
+        if args.lpl and not any(record.get("lpl_weight", 0) > 0 for record in records):
             logger.warning(
                 "no step was trained with LPL: no sample was inside the threshold, or the run was too short"
             )
-        card = describe(args, family, lpl_loss, records, progress.step, global_batch, threshold, accelerator)
+        card = describe(args, family, lpl_loss, records, progress.step, global_batch, threshold, accelerator, prompts)
         hub.write_model_card(args.output_dir, card)
-        logger.info(f"the pipeline, its samples and its model card are in {args.output_dir}")
+        logger.info(f"the {'LoRA' if args.lora else 'pipeline'}, its samples and its card are in {args.output_dir}")
         if args.push_to_hub and (url := hub.push_folder(args.output_dir, args.hub_model_id, args.hub_token)):
             logger.info(f"published at {url}")
     accelerator.end_training()
 
 
-def announce(args: Namespace, num_images: int, steps: int, global_batch: int, threshold: float, inside: float) -> None:
-    """What is about to happen, in a few lines."""
-    logger.info(
-        f"{num_images} images, {steps} steps of {global_batch}: {steps * global_batch / num_images:.1f} epochs"
-    )
-    logger.info(
-        f"objective {args.prediction_type}, {args.resolution} px, seed {args.seed}, results in {args.output_dir}"
-    )
-    if args.use_lpl:
-        logger.info(
-            f"LPL with weight {args.lpl_weight} where sigma <= {threshold:g}: {inside:.0%} of the samples are inside"
+@dataclass
+class Losses:
+    """Both terms of Eq. 3 for a batch: the method, line by line.
+
+    ``losses(model, batch, with_lpl)`` gives the weighted diffusion loss of each sample, (B,), LPL averaged over the
+    batch, (), and the number of samples inside the threshold.
+    """
+
+    family: Family
+    objective: Objective
+    lpl_loss: LatentPerceptualLoss | None
+    threshold: float  # tau at this resolution
+    args: Namespace
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Any], with_lpl: bool) -> tuple[Tensor, Tensor, int]:
+        family, objective, args, device = self.family, self.objective, self.args, self.family.vae.device
+        # Timesteps and gate are known on the CPU: the step never waits to learn which rows to decode.
+        inside = rows_inside(objective.sigma(batch["timestep"]), self.threshold)
+        pixels, noise, posterior_noise, timesteps, rows = (
+            x.to(device, non_blocking=True)
+            for x in (batch["pixels"], batch["noise"], batch["posterior_noise"], batch["timestep"], inside)
         )
-        if inside < FEW_INSIDE:
-            logger.warning(
-                f"LPL sees {inside:.1%} of the samples only; raise --lpl_sigma_threshold, which is scaled to this "
-                "resolution unless --lpl_threshold_base_resolution is 0"
-            )
+        # z0, z_t and D
+        latents = encode(family.vae, pixels, posterior_noise)  # pixels [-1, 1] -> scaled (B, C, h, w)
+        input_noise = noise
+        if args.input_perturbation:
+            input_noise = noise + args.input_perturbation * batch["input_noise"].to(device, non_blocking=True)
+        noisy_latents = objective.add_noise(latents, input_noise, timesteps)  # (B, C, h, w)
+        conditions = trainee_of(model).conditions(batch, device)
+        if args.dream_training:
+            with torch.no_grad():
+                shift = dream_shift(objective, model(noisy_latents, timesteps, conditions), noise, timesteps, args)
+            noise = noise + shift
+            noisy_latents = objective.add_noise(latents, input_noise + shift, timesteps)
+        model_output = model(noisy_latents, timesteps, conditions).float()  # (B, C, h, w)
+
+        # L_diffusion
+        if args.precondition_outputs:  # SD3's alternative: the error of z0_hat instead
+            error = objective.clean_latents(model_output, noisy_latents, timesteps) - latents
+        else:
+            error = model_output - objective.target(latents, noise, timesteps)
+        errors = diffusion_weight(objective, timesteps, args) * error.square().flatten(1).mean(1)  # (B,)
+
+        # LPL, averaged over the whole batch: rows above the threshold count as 0 (Eq. 2)
+        lpl = torch.zeros((), device=device)
+        if with_lpl and len(inside):
+            predicted_latents = objective.clean_latents(model_output[rows], noisy_latents[rows], timesteps[rows])
+            lpl = self.lpl_loss(predicted_latents, latents[rows]).sum()
+            lpl = lpl / (len(rows) if args.lpl_variant == "reference" else len(latents))
+        return errors, lpl, len(inside)
 
 
 def report_share(lpl_weight: LplWeight) -> None:
@@ -302,11 +330,11 @@ def report_share(lpl_weight: LplWeight) -> None:
         )
 
 
-def update_ema(ema: EMAModel, denoiser: torch.nn.Module, offload: bool) -> None:
+def update_ema(ema: EMAModel, trainee: Trainee, device: torch.device, offload: bool) -> None:
     """One step of the moving average; with ``offload`` it waits in the CPU's memory for the next one."""
     if offload:
-        ema.to(denoiser.device)
-    ema.step(denoiser.parameters())
+        ema.to(device)
+    ema.step(trainee.trained())
     if offload:
         ema.to("cpu")  # blocking: a checkpoint may read it at once
 
@@ -320,9 +348,10 @@ def describe(
     global_batch: int,
     threshold: float,
     accelerator: Accelerator,
+    prompts: list[str] | list[int],
 ) -> hub.RunCard:
     """The run, as its model card tells it."""
-    with_lpl = [record for record in records if record["lpl_weight"] > 0]
+    with_lpl = [record for record in records if record.get("lpl_weight", 0) > 0]
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "CPU"
     return hub.RunCard(
         base_model=args.pretrained_model_name_or_path,
@@ -331,7 +360,7 @@ def describe(
         repo_id=args.hub_model_id,
         tags=(family.name,),
         resolution=args.resolution,
-        prompt=(args.validation_prompts or ["a photo"])[0],
+        prompt=(prompts or [0 if family.class_conditional else "a photo"])[0],
         dtype="float32" if accelerator.mixed_precision == "no" else "bfloat16",
         inference_steps=args.validation_inference_steps,
         guidance_scale=args.validation_guidance_scale,
@@ -343,14 +372,15 @@ def describe(
         objective=args.prediction_type,
         lr_scheduler=args.lr_scheduler,
         mixed_precision=accelerator.mixed_precision,
-        ema_decay=args.ema_decay if args.use_ema else None,
+        ema_decay=args.ema_decay,
+        lora_rank=args.rank if args.lora else None,
         seed=args.seed,
         hardware=f"{accelerator.num_processes} x {device}",
         lpl_weight=with_lpl[-1]["lpl_weight"] if with_lpl else None,
         lpl_weight_setting=args.lpl_weight,
         lpl_share=sum(record["lpl_share"] for record in with_lpl) / len(with_lpl) if with_lpl else None,
         lpl_sigma_threshold=threshold,
-        lpl_blocks=lpl_loss.block_names if lpl_loss else (),
+        lpl_blocks=lpl_loss.block_names if args.lpl else (),
         lpl_start_step=args.lpl_start_step,
         command=[*sys.argv, *([] if "seed" in args.given else ["--seed", str(args.seed)])],
     )
@@ -360,10 +390,14 @@ def start_accelerator(args: Namespace) -> Accelerator:
     """Accelerate's state, with trackers for the flags that they can show."""
     accelerator = Accelerator(
         # The others wait while the main process samples, saves or prepares the data set.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(hours=12)),
+            # A text encoder's last layers may be computed for nothing: SDXL takes the ones before.
+            DistributedDataParallelKwargs(find_unused_parameters=args.train_text_encoder),
+        ],
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
+        log_with=None if args.report_to == "none" or args.dry_run else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
     )
     logging.basicConfig(
@@ -404,24 +438,53 @@ def start_or_resume(args: Namespace, resumable: Path | None) -> checkpoints.Prog
     return progress
 
 
+def weight_dtype(accelerator: Accelerator) -> torch.dtype:
+    """The precision of whatever is not trained."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+
 def write_recipe(args: Namespace, **measured: float) -> None:
-    """Every flag of the run with its resolved value, and what the run has found out."""
-    recipe = yaml.safe_dump(public(args) | measured, sort_keys=True)
-    write_whole(Path(args.output_dir, "recipe.yaml"), lambda path: path.write_text(recipe))
+    """Every flag of the run with its resolved value, for --config, and what the run has found out."""
+    text = yaml.safe_dump(recipe(args) | ({"measured": measured} if measured else {}), sort_keys=True)
+    write_whole(Path(args.output_dir, "recipe.yaml"), lambda path: path.write_text(text))
 
 
-def make_optimizer(args: Namespace, parameters: Iterable[Tensor], global_batch: int) -> torch.optim.Optimizer:
-    """AdamW, in 8 bits with --use_8bit_adam."""
-    optimizer_class = torch.optim.AdamW
-    if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit as optimizer_class
-    return optimizer_class(
-        parameters,
-        lr=args.learning_rate * (global_batch if args.scale_lr else 1),
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
+def save_result(
+    args: Namespace, configs: PipelineConfigs, trainee: Trainee, scheduler: Any, classes: Mapping[int, str]
+) -> None:
+    """What the run was for: the pipeline with what was trained in it, or the LoRA."""
+    changed = {"scheduler": scheduler} if scheduler is not configs.scheduler else {}
+    if args.lora:
+        trainee.save(args.output_dir)
+        for name, component in changed.items():
+            component.save_pretrained(Path(args.output_dir, name))
+        return
+    trainee.save(args.output_dir)  # first, so that nothing that follows can lose it
+    # The frozen parts as they were shipped, not as this run cast them.
+    components = changed | replaced_components(args, configs) | dict(trainee.parts)
+    source = pipeline_source(args, configs) | components
+    pipeline = configs.family.pipeline_class.from_pretrained(args.pretrained_model_name_or_path, **source)
+    if classes:  # which the pipeline reads from its index, but would not write there
+        pipeline.register_to_config(id2label={str(label): name for label, name in sorted(classes.items())})
+    pipeline.save_pretrained(args.output_dir)
+
+
+@torch.no_grad()
+def losses_on(
+    held_out: TrainingImages, losses: Losses, trainee: Trainee, ema: EMAModel | None, accelerator: Accelerator
+) -> dict[str, float]:
+    """Both terms on the held-out samples, under the EMA's weights where there are any, LPL's unweighted."""
+    sums = torch.zeros(3, device=accelerator.device)
+    trainee.eval()
+    with averaged(ema, trainee):
+        for batch in held_out_batches(
+            held_out, losses.args.train_batch_size, accelerator.process_index, accelerator.num_processes
+        ):
+            errors, lpl, _ = losses(trainee, batch, with_lpl=True)
+            sums += torch.stack([errors.sum(), lpl * len(errors), torch.ones_like(lpl) * len(errors)])
+    trainee.train()
+    diffusion_loss, lpl, count = accelerator.reduce(sums, "sum").tolist()
+    return {"validation_loss": diffusion_loss / count, "validation_lpl": lpl / count}
 
 
 def rows_inside(sigma: Tensor, threshold: float) -> Tensor:
@@ -429,17 +492,25 @@ def rows_inside(sigma: Tensor, threshold: float) -> Tensor:
     return (sigma.isfinite() & (sigma <= threshold)).nonzero().flatten()
 
 
-def share_inside(images: TrainingImages, threshold: float, draws: int = 2000) -> float:
-    """Share of the timesteps drawn in training at which LPL applies."""
-    timesteps = torch.stack([images.timestep(0, index) for index in range(draws)])
-    return len(rows_inside(images.objective.sigma(timesteps), threshold)) / draws
-
-
 def diffusion_weight(objective: Objective, timesteps: Tensor, args: Namespace) -> Tensor | float:
     """The weight of each sample's diffusion loss, (B,); it weighs that term only."""
     if not isinstance(objective, DiffusionObjective):
-        return objective.scheme_weight(timesteps, args.weighting_scheme).float()
+        return objective.scheme_weight(timesteps, args.weighting_scheme or "none").float()
     return 1.0 if args.snr_gamma is None else objective.min_snr_weight(timesteps, args.snr_gamma).float()
+
+
+def dream_shift(
+    objective: Objective, model_output: Tensor, noise: Tensor, timesteps: Tensor, args: Namespace
+) -> Tensor:
+    """What DREAM adds to the noise, (B, C, h, w): the model's own error, times b_t^p (Zhou et al., Sec. 3)."""
+    _, b = objective.coefficients(timesteps)
+    scale = expand(b**args.dream_detail_preservation, noise)
+    return scale * (noise - model_output.float())
+
+
+def trainee_of(model: nn.Module) -> Trainee:
+    """Without what accelerate has wrapped around it."""
+    return getattr(model, "module", model)
 
 
 if __name__ == "__main__":

@@ -1,73 +1,152 @@
-"""All flags of the training script, their defaults, and whatever can be checked before anything is loaded.
+"""All flags of the training script, their defaults, and the recipes that hold them.
 
-Names, meanings and defaults are those of diffusers' training scripts wherever one of those has the flag. Checks come
-in two rounds: :func:`check_arguments` needs nothing but the command line, :func:`check_pipeline` the pipeline's small
-configuration files. Each refusal is one sentence: what was given, what is accepted, which flag to change.
+Names, meanings and defaults are those of diffusers' training scripts wherever one of those has the flag; where they
+differ ``train_text_to_image.py`` decides. A default of None is often filled in later, from the pipeline
+(:func:`lpl.checks.check_pipeline`). What is wrong about the flags is found in :mod:`lpl.checks`.
+
+A *recipe* (``--config``) is a YAML file that maps flags to values. The command line wins over it, it wins over the
+defaults. :func:`recipe` gives the one that a run writes; given as ``--config`` it means the same flags again.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import math
-import os
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import datetime
+import difflib
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import diffusers
-import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
+import yaml
 
-from lpl.autoencoders import block_names, select_blocks
-from lpl.checkpoints import find_resumable
-from lpl.data import INTERPOLATION_MODES, first_line, local_folder_problem
-from lpl.families import Family, find_family
-from lpl.loss import DEPTH_WEIGHTINGS, DISTANCES, NORMALIZATIONS, VARIANTS, check_options
-from lpl.objectives import OBJECTIVES, WEIGHTING_SCHEMES, FlowMatching, is_flow, own_objective
+from lpl.checks import (
+    DTYPES,
+    OPTIMIZERS,
+    TRACKERS,
+    PipelineConfigs,
+    check_arguments,
+    check_pipeline,
+    check_ranges,
+    holds_out,
+    idle_without_lpl,
+    loss_options,
+    read_pipeline_configs,
+    warn,
+)
+from lpl.loss import DEPTH_WEIGHTINGS, DISTANCES, NORMALIZATIONS, VARIANTS
+from lpl.objectives import BIAS_STRATEGIES, OBJECTIVES, WEIGHTING_SCHEMES
 from lpl.weighting import parse_weight
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TRACKERS = ("tensorboard", "wandb")
+__all__ = [
+    "DTYPES",
+    "EMA_DECAY",
+    "EMA_DECAY_WITH_LPL",
+    "PipelineConfigs",
+    "build_parser",
+    "check_pipeline",
+    "loss_options",
+    "parse_arguments",
+    "read_pipeline_configs",
+    "recipe",
+]
+
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 EMA_DECAY, EMA_DECAY_WITH_LPL = 0.9999, 0.99975  # Sec. 4.3, "Impact on EMA"
+INTERPOLATION_MODES = ("nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos")  # torchvision's
+RANK = 4  # of LoRA, as in diffusers' scripts
 
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the whole usage before it."""
 
+    source = ""  # where the words come from that are being parsed, if not from the command line
+
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (all flags: --help)\n")
+        self.exit(2, f"{self.prog}: error: {self.source}{message} (all flags: --help)\n")
 
 
-def build_parser() -> argparse.ArgumentParser:
+class HelpFormatter(argparse.MetavarTypeHelpFormatter):
+    """Shows each flag's type, and its default where there is one that counts."""
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return (action.type or str).__name__
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default = action.default
+        if action.nargs == 0 or default is None or action.dest in FROM_OTHER_SCRIPTS:
+            return action.help
+        words = " ".join(default) if isinstance(default, list) else str(default)
+        return f"{action.help} (default: {words.lower() if action.type is boolean else words})"
+
+
+def boolean(word: str) -> bool:
+    """A flag's value true or false, in words."""
+    if word.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{word!r}: accepted are true and false")
+    return word.lower() == "true"
+
+
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The parser of the command line; the name of the program is that of the running script unless given."""
     parser = Parser(
+        prog=prog,
+        usage="%(prog)s --pretrained_model_name_or_path PIPELINE (--train_data_dir | --dataset_name) DATA [flags]",
         description="Fine-tune a latent diffusion model on captioned images with the latent perceptual loss.",
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
-    add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", metavar="PATH", help="pipeline to fine-tune: a folder or an id on the Hub")
+    for title, add_flags in GROUPS.items():
+        add_flags(parser.add_argument_group(title).add_argument)
+    return parser
+
+
+def _model(add: Callable[..., Any]) -> None:
+    add("--pretrained_model_name_or_path", help="pipeline to fine-tune: a folder or an id on the Hub")
     add("--revision", help="branch, tag or commit of the pipeline on the Hub")
     add("--variant", help="variant of the weight files, e.g. fp16")
+    add("--non_ema_revision", help="revision with the denoiser's weights that are no moving average, to start from")
+    add("--pretrained_vae_model_name_or_path", help="another VAE to encode and decode with")
     add("--cache_dir", help="where downloaded models and data sets are kept")
-    add("--max_sequence_length", type=int, default=77, help="tokens of a caption that SD3's T5 is given")
+    add("--from_scratch", action="store_true", help="start the denoiser from random weights, not from the pipeline's")
+    add("--train_text_encoder", action="store_true", help="train the CLIP text encoders too, at --text_encoder_lr")
+    add(
+        "--max_sequence_length",
+        type=int,
+        help="tokens of a caption that a T5 or Gemma is given; default: the family's",
+    )
+    add("--guidance_scale", type=float, default=3.5, help="guidance that Flux's denoiser is told in training")
     add(
         "--prediction_type",
         choices=tuple(OBJECTIVES),
         help="what the denoiser is trained to predict; default: what the pipeline was trained on",
     )
 
-    add = parser.add_argument_group("data").add_argument
+
+def _lora(add: Callable[..., Any]) -> None:
+    add("--lora", action="store_true", help="train low-rank adapters (LoRA) instead of all weights")
+    add("--rank", type=int, help=f"their rank; given, it means --lora; default: {RANK}")
+    add("--lora_alpha", type=float, help="their scale, divided by the rank; default: the rank")
+    add("--lora_dropout", type=float, default=0.0, help="share of their inputs that is dropped")
+    add("--lora_target_modules", nargs="+", help="names of the denoiser's modules that get one; default: the family's")
+    add("--use_dora", action="store_true", help="DoRA: adapt direction and magnitude of the weights apart")
+    add("--use_rslora", action="store_true", help="rank-stabilised LoRA: divide alpha by the rank's square root")
+    add("--quantize_base", choices=("8bit", "4bit"), help="keep the frozen denoiser in so many bits; needs a GPU")
+
+
+def _data(add: Callable[..., Any]) -> None:
     add("--dataset_name", help="data set on the Hub, or a folder that load_dataset understands")
     add("--dataset_config_name", help="configuration of that data set")
-    add("--train_data_dir", help="folder of images with a metadata.jsonl (file_name, text)")
+    add(
+        "--train_data_dir", help="folder of images with a metadata.jsonl (file_name, text), or with a folder per class"
+    )
     add("--image_column", default="image", help="column with the images")
-    add("--caption_column", default="text", help="column with a caption, or a list of them to draw from")
+    add("--caption_column", default="text", help="column with a caption or several; with DiT class labels, from label")
     add("--max_train_samples", type=int, help="train on so many images at most, drawn by the seed")
+    add("--validation_split", help="split of --dataset_name for the validation loss, which is not trained on")
+    add("--validation_every_nth", type=int, help="keep every so many-th image for the validation loss instead")
+    add("--num_validation_samples", type=int, default=64, help="images at most that the validation loss is taken on")
     add("--resolution", type=int, help="side of the square training images in pixels; default: the family's")
     add("--center_crop", action="store_true", help="crop the centre instead of a random square")
     add("--random_flip", action="store_true", help="mirror half of the images")
@@ -77,10 +156,11 @@ def build_parser() -> argparse.ArgumentParser:
         default="lanczos",
         help="how images are resized",
     )
-    add("--proportion_empty_prompts", type=float, default=0.0, help="share of captions that are left empty")
+    add("--proportion_empty_prompts", type=float, help="share of captions that are left empty; default: the family's")
     add("--dataloader_num_workers", type=int, default=0, help="processes that load images; 0 = the main process")
 
-    add = parser.add_argument_group("latent perceptual loss").add_argument
+
+def _lpl(add: Callable[..., Any]) -> None:
     add(
         "--lpl_weight",
         default="auto:0.2",
@@ -124,10 +204,23 @@ def build_parser() -> argparse.ArgumentParser:
         help="another VAE with the same latent space to look through; default: the pipeline's",
     )
 
-    add = parser.add_argument_group("diffusion loss").add_argument
+
+def _diffusion(add: Callable[..., Any]) -> None:
     add("--snr_gamma", type=float, help="gamma of min-SNR weighting; 5.0 is its paper's; not for flow matching")
     add("--noise_offset", type=float, default=0.0, help="scale of a noise that is equal over a whole channel")
     add("--input_perturbation", type=float, default=0.0, help="scale of noise added to the denoiser's input only")
+    add("--dream_training", action="store_true", help="DREAM: correct the training pair by the model's own error")
+    add("--dream_detail_preservation", type=float, default=1.0, help="DREAM's p: larger keeps more detail")
+    add(
+        "--timestep_bias_strategy",
+        choices=BIAS_STRATEGIES,
+        default="none",
+        help="timesteps to draw more often: the earlier (less noisy) ones, the later ones, or a range",
+    )
+    add("--timestep_bias_multiplier", type=float, default=1.0, help="how much more often those are drawn")
+    add("--timestep_bias_begin", type=int, default=0, help="first timestep of the range")
+    add("--timestep_bias_end", type=int, default=1000, help="timestep before which the range ends")
+    add("--timestep_bias_portion", type=float, default=0.25, help="share of the timesteps that is earlier, or later")
     add(
         "--weighting_scheme",
         choices=WEIGHTING_SCHEMES,
@@ -144,46 +237,69 @@ def build_parser() -> argparse.ArgumentParser:
     add("--logit_std", type=float, default=1.0, help="standard deviation of the logit_normal density")
     add("--mode_scale", type=float, default=1.29, help="scale of the mode density")
 
-    add = parser.add_argument_group("optimization").add_argument
+
+def _optimization(add: Callable[..., Any]) -> None:
     add("--train_batch_size", type=int, default=16, help="images per process and micro-batch")
     add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per optimizer step")
     add("--num_train_epochs", type=int, default=100, help="passes over the data, unless --max_train_steps is given")
     add("--max_train_steps", type=int, help="optimizer steps in all")
     add("--learning_rate", type=float, default=1e-4, help="learning rate after warm-up")
-    add("--scale_lr", action="store_true", help="multiply it by processes, micro-batches and batch size")
+    add("--text_encoder_lr", type=float, help="that of the text encoders; default: the family's, or the same")
+    add("--scale_lr", action="store_true", help="multiply both by processes, micro-batches and batch size")
     add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="learning-rate schedule")
     add("--lr_warmup_steps", type=int, default=500, help="optimizer steps of warm-up, for schedules that have one")
     add("--lr_num_cycles", type=int, default=1, help="restarts of cosine_with_restarts")
     add("--lr_power", type=float, default=1.0, help="power of the polynomial schedule")
+    add("--optimizer", default=OPTIMIZERS[0], help=f"{' or '.join(OPTIMIZERS)}")
     add("--use_8bit_adam", action="store_true", help="8-bit AdamW of bitsandbytes")
-    add("--adam_beta1", type=float, default=0.9, help="decay of AdamW's first moment")
-    add("--adam_beta2", type=float, default=0.999, help="decay of AdamW's second moment")
-    add("--adam_weight_decay", type=float, default=1e-2, help="AdamW's weight decay")
-    add("--adam_epsilon", type=float, default=1e-8, help="AdamW's epsilon")
+    add("--adam_beta1", type=float, default=0.9, help="decay of the first moment, also Prodigy's")
+    add("--adam_beta2", type=float, default=0.999, help="decay of the second moment, also Prodigy's")
+    add("--adam_weight_decay", type=float, default=1e-2, help="weight decay, also Prodigy's")
+    add("--adam_weight_decay_text_encoder", type=float, help="that of the text encoders; default: as for their rate")
+    add("--adam_epsilon", type=float, default=1e-8, help="what keeps the division by the second moment finite")
+    add("--prodigy_beta3", type=float, help="decay of Prodigy's step size; default: the root of --adam_beta2")
+    add("--prodigy_decouple", type=boolean, default=True, help="Prodigy: weight decay as in AdamW")
+    add("--prodigy_use_bias_correction", type=boolean, default=True, help="Prodigy: Adam's bias correction")
+    add(
+        "--prodigy_safeguard_warmup",
+        type=boolean,
+        default=True,
+        help="Prodigy: keep the warm-up out of its estimate of the step size",
+    )
     add("--max_grad_norm", type=float, default=1.0, help="norm that gradients are clipped to; 0 = no clipping")
     add("--use_ema", action="store_true", help="keep and save an exponential moving average of the weights")
     add("--ema_decay", type=float, help=f"its decay; default: {EMA_DECAY_WITH_LPL} with LPL, {EMA_DECAY} without")
     add("--foreach_ema", action="store_true", help="faster EMA by fused updates")
     add("--offload_ema", action="store_true", help="keep the EMA in the CPU's memory between updates")
-    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's configuration")
+    add(
+        "--mixed_precision",
+        choices=("no", "fp16", "bf16"),
+        help="of computation; default: as accelerate is configured",
+    )
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and later")
-    add("--gradient_checkpointing", action="store_true", help="recompute the denoiser's activations to save memory")
+    add("--gradient_checkpointing", action="store_true", help="recompute activations in backward to save memory")
     add("--seed", type=int, help="seed of everything random; default: drawn and written down")
 
-    add = parser.add_argument_group("validation and logging").add_argument
-    add("--validation_prompt", help="prompt to sample --num_validation_images images of")
+
+def _logging(add: Callable[..., Any]) -> None:
+    add("--dry_run", action="store_true", help="show what would be done, its memory and time, and stop")
+    add("--validation_prompt", help="prompt to sample --num_validation_images images of; with DiT a class")
     add("--validation_prompts", nargs="+", help="prompts to sample an image of each")
     add("--num_validation_images", type=int, default=4, help="images of the --validation_prompt")
-    add("--validation_epochs", type=int, default=5, help="sample every so many epochs")
-    add("--validation_steps", type=int, help="sample every so many optimizer steps instead")
+    add("--validation_epochs", type=int, default=5, help="sample and take the validation loss every so many epochs")
+    add("--validation_steps", type=int, help="do so every so many optimizer steps instead")
     add("--validation_inference_steps", type=int, default=25, help="sampling steps of validation images")
     add("--validation_guidance_scale", type=float, help="their guidance scale; default: the pipeline's")
     add("--report_to", default="tensorboard", help=f"{', '.join(TRACKERS)}, all or none")
     add("--tracker_project_name", default="text2image-fine-tune", help="project name in the tracker")
     add("--logging_dir", default="logs", help="the trackers' folder within --output_dir")
     add("--logging_steps", type=int, default=10, help="optimizer steps between two log entries")
+    add("--debug_loss", action="store_true", help="log every image's own diffusion loss")
 
-    add = parser.add_argument_group("output").add_argument
+
+def _output(add: Callable[..., Any]) -> None:
+    add("--config", help="recipe: a YAML file of flags and values, such as a run's recipe.yaml; flags given here win")
+    add("--without", nargs="+", help="flags of the recipe to leave out, e.g. one that it turns on")
     add("--output_dir", default="sd-model-finetuned", help="where checkpoints, samples and the pipeline go")
     add("--checkpointing_steps", type=int, default=500, help="optimizer steps between two checkpoints")
     add("--checkpoints_total_limit", type=int, help="keep so many checkpoints")
@@ -191,25 +307,88 @@ def build_parser() -> argparse.ArgumentParser:
     add("--push_to_hub", action="store_true", help="publish pipeline, samples and model card at the end")
     add("--hub_model_id", help="repository to publish to; default: the name of --output_dir")
     add("--hub_token", help="token for it; a login or the environment is safer")
-    return parser
+
+
+def _others(add: Callable[..., Any]) -> None:
+    add("--enable_xformers_memory_efficient_attention", action="store_true", help="ignored: PyTorch's own serves")
+    add("--enable_npu_flash_attention", action="store_true", help="ignored likewise")
+    add("--local_rank", type=int, default=-1, help="ignored: the launcher's environment tells it")
+    add("--use_lpl", action="store_true", help="ignored: LPL is on unless --lpl_weight is 0")
+    add("--lpl_scale", action="store_true", help="ignored: --lpl_weight and the sigma threshold weigh LPL")
+    add("--lpl_loss_type", choices=("mse", "l1"), default="mse", help="taken for --lpl_distance l2 or l1")
+    add("--lpl_start", type=int, default=0, help="taken for --lpl_start_step")
+    add("--lpl_num_blocks", type=int, default=4, help="N is taken for --lpl_blocks mid up_0 ... up_(N-1)")
+    add("--lpl_t_threshold", type=int, default=200, help="taken for the --lpl_sigma_threshold of that timestep")
+    add(
+        "--lpl_norm_type",
+        choices=("default", "shared", "batch"),
+        default="default",
+        help="shared, with the two flags below: taken for --lpl_variant reference; else ignored",
+    )
+    add("--lpl_pow_law", action="store_true", help="see --lpl_norm_type")
+    add("--lpl_remove_outliers", action="store_true", help="see --lpl_norm_type too")
+
+
+GROUPS = {
+    "model": _model,
+    "LoRA": _lora,
+    "data": _data,
+    "latent perceptual loss": _lpl,
+    "diffusion loss": _diffusion,
+    "optimization": _optimization,
+    "validation and logging": _logging,
+    "output and recipes": _output,
+    "accepted from other scripts": _others,
+}
+
+# Those that do nothing here, and what serves instead.
+IGNORED = {
+    "enable_xformers_memory_efficient_attention": "PyTorch's own memory-efficient attention is always used",
+    "enable_npu_flash_attention": "PyTorch's own attention is always used",
+    "local_rank": "each process learns its number from the launcher's environment",
+    "use_lpl": "LPL is on unless --lpl_weight is 0",
+    "lpl_scale": "LPL is weighted by --lpl_weight and applies below --lpl_sigma_threshold",
+}
+TRANSLATED = (
+    *("lpl_loss_type", "lpl_start", "lpl_num_blocks", "lpl_t_threshold"),
+    *("lpl_norm_type", "lpl_pow_law", "lpl_remove_outliers"),
+)
+FROM_OTHER_SCRIPTS = (*IGNORED, *TRANSLATED)
+# What a recipe does not say: where it is itself, how a run is started, and secrets.
+NOT_IN_RECIPES = ("help", "config", "without", "dry_run", "resume_from_checkpoint", "hub_token", *FROM_OTHER_SCRIPTS)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The checked command line; ends the process with one sentence where it cannot be run."""
+    """The checked command line; ends the process with one sentence where it cannot be run.
+
+    Beside the flags it has ``given``, the names of those that were given, by words or by a recipe that says something
+    else than the default, and ``lpl``, whether LPL is trained on.
+    """
     parser = build_parser()
-    args = parser.parse_args(argv)
-    args.given = {action.dest for action in parser._actions if getattr(args, action.dest, None) != action.default}
-    args.lpl_depth_weighting = _depth_weighting(args.lpl_depth_weighting)
     try:
+        args = _read(parser, sys.argv[1:] if argv is None else argv)
+        args.lpl_depth_weighting = _depth_weighting(args.lpl_depth_weighting)
+        check_ranges(args)
+        _translate(args)
         check_arguments(args)
     except ValueError as error:
         parser.error(str(error))
-    args.use_lpl = parse_weight(args.lpl_weight) != (0.0, None)
-    if args.ema_decay is None:
-        args.ema_decay = EMA_DECAY_WITH_LPL if args.use_lpl else EMA_DECAY
-    if args.validation_prompts is None and args.validation_prompt is not None:
-        args.validation_prompts = [args.validation_prompt] * args.num_validation_images
+    _resolve(args)
     return args
+
+
+def _resolve(args: argparse.Namespace) -> None:
+    """Fill in the defaults that depend on other flags."""
+    args.optimizer = next(name for name in OPTIMIZERS if name.lower() == args.optimizer.lower())
+    args.lpl = parse_weight(args.lpl_weight) != (0.0, None)
+    if args.use_ema and args.ema_decay is None:
+        args.ema_decay = EMA_DECAY_WITH_LPL if args.lpl else EMA_DECAY
+    args.lora = args.lora or args.rank is not None
+    if args.lora:
+        args.rank = args.rank or RANK
+        args.lora_alpha = args.lora_alpha or float(args.rank)
+    if args.validation_prompt is not None:
+        args.validation_prompts = [args.validation_prompt] * args.num_validation_images
 
 
 def _depth_weighting(words: Sequence[str]) -> str | list[float]:
@@ -219,296 +398,211 @@ def _depth_weighting(words: Sequence[str]) -> str | list[float]:
         return " ".join(words)
 
 
-POSITIVE = [
-    "resolution",
-    "max_train_samples",
-    "train_batch_size",
-    "gradient_accumulation_steps",
-    "num_train_epochs",
-    "max_train_steps",
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-    "lr_num_cycles",
-    "validation_epochs",
-    "validation_steps",
-    "validation_inference_steps",
-    "num_validation_images",
-    "logging_steps",
-    "lpl_measuring_steps",
-    "max_sequence_length",
-    "learning_rate",
-    "adam_epsilon",
-    "snr_gamma",
-    "logit_std",
-    "lpl_sigma_threshold",
-]
-NOT_NEGATIVE = [
-    "lpl_threshold_base_resolution",
-    "lpl_start_step",
-    "lpl_ramp_steps",
-    "dataloader_num_workers",
-    "lr_warmup_steps",
-    "noise_offset",
-    "input_perturbation",
-    "adam_weight_decay",
-    "max_grad_norm",
-    "seed",
-]
-SHARES = ["ema_decay", "proportion_empty_prompts"]
-DECAYS = ["adam_beta1", "adam_beta2"]
+# Recipes -------------------------------------------------------------------------------------------------------------
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """Whatever the command line alone tells to be wrong.
+def recipe(args: argparse.Namespace) -> dict[str, Any]:
+    """Every flag of a run, resolved, in YAML's types; as ``--config`` it stands for the same flags."""
+    names = [action.dest for action in _flags(build_parser()) if action.dest not in NOT_IN_RECIPES]
+    values = {name: getattr(args, name) for name in names}
+    if args.validation_prompt is not None:
+        values["validation_prompts"] = None  # they follow from it
+    return values
+
+
+def _flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    return parser._actions
+
+
+def _read(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
+    """Defaults, over them the recipe, over it the command line; ``given`` is set.
 
     Raises:
-        ValueError: with what was given, what is accepted, and the flag to change.
+        ValueError: where the recipe cannot be read or says something impossible.
     """
-    _check_ranges(args)
-    _check_sources(args)
-    _check_lpl(args)
-    _check_machine(args)
-    if args.validation_prompt is not None and args.validation_prompts is not None:
-        raise ValueError("--validation_prompt and --validation_prompts exclude one another; give one of them")
-    if args.ema_decay is not None and not args.use_ema:
-        raise ValueError("--ema_decay has no effect without --use_ema; add it or leave both out")
-    if args.hub_model_id and not args.push_to_hub:
-        raise ValueError("--hub_model_id has no effect without --push_to_hub; add it or leave both out")
-    _warn_of_idle_flags(
-        args,
-        {
-            "offload_ema": args.use_ema,
-            "foreach_ema": args.use_ema,
-            "hub_token": args.push_to_hub,
-            "num_validation_images": args.validation_prompt is not None,
-            "validation_steps": args.validation_prompt is not None or args.validation_prompts,
-            "validation_epochs": args.validation_prompt is not None or args.validation_prompts,
-            "lr_power": args.lr_scheduler == "polynomial",
-            "lr_num_cycles": args.lr_scheduler == "cosine_with_restarts",
-            "lr_warmup_steps": args.lr_scheduler != "constant",
-            "lpl_start_step": args.max_train_steps is None or args.lpl_start_step < args.max_train_steps,
-        },
-    )
-    if Path(args.output_dir).is_file():
-        raise ValueError(f"--output_dir {args.output_dir}: this is a file; give a folder")
-    if Path(args.output_dir).resolve() == Path(args.pretrained_model_name_or_path).resolve():
-        raise ValueError(f"--output_dir {args.output_dir}: this is the pipeline to start from; give another folder")
-    if args.resume_from_checkpoint not in (None, "latest"):
-        find_resumable(args.output_dir, args.resume_from_checkpoint)
+    args = parser.parse_args(words)
+    typed = _typed(words)
+    given = set(typed)
+    if args.config is None:
+        if args.without:
+            raise ValueError("--without leaves out flags of a recipe; give one with --config, or leave it out")
+    else:
+        values = _read_recipe(parser, args.config, args.without or ())
+        given |= {
+            action.dest
+            for action in _flags(parser)
+            if action.dest in values and (values[action.dest] != action.default or action.dest in FROM_OTHER_SCRIPTS)
+        }
+        parser.set_defaults(**values)
+        args = parser.parse_args(words)
+        if "lpl_weight" in typed and parse_weight(args.lpl_weight) == (0.0, None):
+            given -= _forget_lpl(args, given - typed)
+    args.given = given
+    return args
 
 
-def warn(message: str) -> None:
-    """A warning that names the flag, not a line of this file."""
-    warnings.warn(message, stacklevel=3)
+def _typed(words: Sequence[str]) -> set[str]:
+    """The flags in the words of a command line that is known to be right."""
+    parser = build_parser()
+    for action in _flags(parser):
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args(words)))
 
 
-def _warn_of_idle_flags(args: argparse.Namespace, has_effect: Mapping[str, Any]) -> None:
-    """Say so where a flag is given that does nothing in this run; ``has_effect`` by the flag's name."""
-    for name, effective in has_effect.items():
-        if name in args.given and not effective:
-            warn(f"--{name} has no effect in this run")
+def _forget_lpl(args: argparse.Namespace, names: Collection[str]) -> set[str]:
+    """For the baseline of a recipe with LPL: set to their defaults those flags that have no meaning without it."""
+    idle = set(idle_without_lpl(names, holds_out(args)))
+    for name in sorted(idle):
+        setattr(args, name, build_parser().get_default(name))
+        warn(f"--lpl_weight 0: {name} of the recipe has no effect and is left out")
+    return idle
 
 
-def _check_ranges(args: argparse.Namespace) -> None:
-    rules = (
-        (POSITIVE, lambda value: 0 < value < math.inf, "more than 0"),
-        (NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "0 or more"),
-        (SHARES, lambda value: 0 <= value <= 1, "between 0 and 1"),
-        (DECAYS, lambda value: 0 <= value < 1, "0 or more and less than 1"),
-    )
-    for names, accepted, words in rules:
-        for name in names:
-            value = getattr(args, name)
-            if value is not None and not accepted(value):
-                raise ValueError(f"--{name} {value}: it must be {words}")
-
-
-def _check_sources(args: argparse.Namespace) -> None:
-    if not args.pretrained_model_name_or_path:
-        raise ValueError("--pretrained_model_name_or_path is missing: a folder with a pipeline, or its id on the Hub")
-    if bool(args.dataset_name) == bool(args.train_data_dir):
-        given = "both are given" if args.dataset_name else "neither is given"
-        raise ValueError(f"one of --dataset_name and --train_data_dir is needed, but {given}")
-    if args.dataset_config_name and not args.dataset_name:
-        raise ValueError("--dataset_config_name has no effect without --dataset_name; leave it out")
-    if args.train_data_dir and (problem := local_folder_problem(args.train_data_dir, args.caption_column)):
-        raise ValueError(problem)
-
-
-def _check_lpl(args: argparse.Namespace) -> None:
-    weight, _ = parse_weight(args.lpl_weight)
-    changed = sorted(name for name in args.given if name.startswith("lpl_") and name != "lpl_weight")
-    if weight == 0 and changed:
-        raise ValueError(f"--lpl_weight 0 turns the loss off, so --{changed[0]} has no effect; leave one of them out")
-    check_options(*loss_options(args).values(), args.lpl_blocks)
-
-
-def loss_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags that are options of the loss, by its names, in the order of :func:`lpl.loss.check_options`."""
-    return {
-        "normalization": args.lpl_normalization,
-        "detach_statistics": args.lpl_detach_statistics,
-        "depth_weighting": args.lpl_depth_weighting,
-        "mask_outliers": not args.lpl_no_outlier_mask,
-        "distance": args.lpl_distance,
-        "variant": args.lpl_variant,
-    }
-
-
-def _check_machine(args: argparse.Namespace) -> None:
-    """What this machine and its packages can do."""
-    if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes, or leave the flag out")
-    if args.report_to not in (*TRACKERS, "all", "none"):
-        raise ValueError(f"--report_to {args.report_to}: accepted are {', '.join(TRACKERS)}, all and none")
-    if args.report_to in TRACKERS and importlib.util.find_spec(args.report_to) is None:
-        raise ValueError(f"--report_to {args.report_to}: pip install {args.report_to}, or choose --report_to none")
-    cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
-    half = args.mixed_precision == "fp16" or args.lpl_vae_dtype == "float16"
-    if half and not cuda:
-        flag = "--mixed_precision fp16" if args.mixed_precision == "fp16" else "--lpl_vae_dtype float16"
-        raise ValueError(f"{flag} needs a GPU, and this machine has none; use bf16 or full precision")
-    if args.allow_tf32 and not cuda:
-        warn("--allow_tf32 has no effect without a GPU")
-
-
-@dataclass(frozen=True)
-class PipelineConfigs:
-    """The small configuration files of a pipeline, read before its weights."""
-
-    family: type[Family]
-    vae: Mapping[str, Any]
-    denoiser: Mapping[str, Any]
-    scheduler: Any  # a scheduler is its configuration
-    absent: Mapping[str, None]  # components that this pipeline does without, such as SD3's T5
-
-
-def read_pipeline_configs(args: argparse.Namespace) -> PipelineConfigs:
-    """Family and configurations of --pretrained_model_name_or_path.
+def _read_recipe(parser: Parser, path: str, without: Sequence[str]) -> dict[str, Any]:
+    """Values by flag, of the flags' types. What is null or false in the recipe is left to the default.
 
     Raises:
-        ValueError: where it is no pipeline, or one of a family that is not supported.
+        ValueError: for what is no recipe, an unknown flag, or a value that the flag cannot have.
     """
-    path = args.pretrained_model_name_or_path
-    where = {"revision": args.revision, "cache_dir": args.cache_dir}
     try:
-        index = DiffusionPipeline.load_config(path, **where)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--pretrained_model_name_or_path {path}: no pipeline is found there, neither a folder with a "
-            f"model_index.json nor a repository on the Hub that can be reached ({first_line(error)}); if "
-            "it is gated or private, accept its licence on its page and run hf auth login"
-        ) from error
-    family = find_family(index.get("_class_name"))
-    components = {name: entry for name, entry in index.items() if isinstance(entry, list | tuple)}
-    absent = dict.fromkeys(name for name, entry in components.items() if tuple(entry) == (None, None))
-    absent |= dict.fromkeys(name for name in family.optional_components if name not in components)
-    library, scheduler_class = index.get("scheduler", (None, None))
-    if library != "diffusers" or not hasattr(diffusers, scheduler_class):
-        raise ValueError(
-            f"--pretrained_model_name_or_path {path}: this version of diffusers has no scheduler {scheduler_class}"
-        )
-    vae, denoiser, scheduler = (
-        _component_config(path, name, **where) for name in ("vae", family.denoiser_name, "scheduler")
-    )
-    return PipelineConfigs(
-        family=family,
-        vae=vae,
-        denoiser=denoiser,
-        scheduler=getattr(diffusers, scheduler_class).from_config(scheduler),
-        absent=absent,
-    )
+        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path}: it cannot be read ({_in_one_line(error)})") from error
+    if not isinstance(entries, Mapping):
+        raise ValueError(f"--config {path}: it must map flags to values, a line each, such as learning_rate: 1.0e-5")
+    flags = {action.dest: action for action in _flags(parser) if action.dest not in ("help", "config", "without")}
+    for name in without:
+        if name not in entries:
+            raise ValueError(f"--without {name}: the recipe has no such flag{_close_match(name, entries)}")
+    values = {}
+    for name, value in entries.items():
+        if name == "measured" or name in without:
+            continue
+        if name == "hub_token":
+            raise ValueError(f"--config {path}: hub_token does not belong in a file; log in by hf auth login instead")
+        if name not in flags:
+            raise ValueError(f"--config {path}: there is no flag {name!r}{_close_match(str(name), flags)}")
+        value = _recipe_value(parser, path, flags[name], value)
+        if value is not None:
+            values[name] = value
+    return values
 
 
-def _component_config(path: str, name: str, **where: str | None) -> Mapping[str, Any]:
-    reader = DDIMScheduler if name == "scheduler" else AutoencoderKL  # each knows its file's name, for any class
-    try:
-        return reader.load_config(path, subfolder=name, **where)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--pretrained_model_name_or_path {path}: the pipeline has no {name} whose configuration can be read"
-        ) from error
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
-def check_pipeline(args: argparse.Namespace, configs: PipelineConfigs) -> None:
-    """Fill in the defaults that depend on the pipeline, and check the flags against it.
+def _close_match(name: str, known: Collection[Any]) -> str:
+    words = [str(word) for word in known]
+    close = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), words, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _recipe_value(parser: Parser, path: str, action: argparse.Action, value: Any) -> Any:
+    """What the flag would be on a command line with that value; None: absent."""
+    name = action.dest
+    if value is None:
+        return None
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise ValueError(f"--config {path}: {name} takes true or false, not {value!r}")
+        return value or None
+    if isinstance(value, list) and action.nargs != "+":
+        raise ValueError(f"--config {path}: {name} takes one value, not a list")
+    items = value if isinstance(value, list) else [value]
+    if not items:
+        raise ValueError(f"--config {path}: {name} is an empty list; leave it out")
+    parser.source = f"--config {path}: "
+    # Each by a command line of its own, with "=", for values that look like flags.
+    words = [_word(path, action, item) for item in items]
+    parsed = [getattr(parser.parse_args([f"--{name}={word}"]), name) for word in words]
+    parser.source = ""
+    return [item for part in parsed for item in part] if action.nargs == "+" else parsed[0]
+
+
+def _word(path: str, action: argparse.Action, value: Any) -> str:
+    """A value of YAML's as it would be typed.
 
     Raises:
-        ValueError: with what was given, what is accepted, and the flag to change.
+        ValueError: for one that cannot be typed.
     """
-    own = own_objective(configs.scheduler)
-    if args.prediction_type is None:
-        args.prediction_type = own
-    if args.prediction_type not in OBJECTIVES:
+    if isinstance(value, bool) and action.type is not boolean:
+        if value is False and "no" in (action.choices or ()):  # YAML reads a bare no as false
+            return "no"
         raise ValueError(
-            f"the pipeline's scheduler predicts {own!r}; give --prediction_type, one of {', '.join(OBJECTIVES)}"
+            f"--config {path}: {action.dest} takes a value, not {str(value).lower()}; put it in quotes if it is a word"
         )
-    if args.prediction_type != own:
-        warn(
-            f"--prediction_type {args.prediction_type}: the pipeline was trained on {own}, so it has to learn anew "
-            "what its output means; expect a long training"
-        )
-    flow = args.prediction_type == FlowMatching.name
-    if flow and args.snr_gamma is not None:
+    if isinstance(value, datetime.date) or not isinstance(value, str | int | float):
+        kind = "a date; put it in quotes" if isinstance(value, datetime.date) else f"{type(value).__name__}"
+        raise ValueError(f"--config {path}: {action.dest} takes a plain value, not {kind}")
+    return str(value)
+
+
+# Flags of diffusers' research script for LPL -------------------------------------------------------------------------
+
+
+def _translate(args: argparse.Namespace) -> None:
+    """Warn of flags that do nothing here, say those of the research script in ours, and forget them all.
+
+    ``lpl_t_threshold``, where given, is left for :func:`lpl.checks.check_pipeline`, which knows the betas.
+
+    Raises:
+        ValueError: where one contradicts a flag of ours.
+    """
+    foreign = {name: vars(args).pop(name) for name in FROM_OTHER_SCRIPTS}
+    foreign = {name: value for name, value in foreign.items() if name in args.given}
+    args.given = args.given - set(foreign)
+    for name in IGNORED:
+        if name in foreign:
+            warn(f"--{name} has no effect: {IGNORED[name]}")
+    if "lpl_loss_type" in foreign:
+        kind = foreign["lpl_loss_type"]
+        _take_for(args, f"--lpl_loss_type {kind}", "lpl_distance", {"mse": "l2", "l1": "l1"}[kind])
+    if "lpl_start" in foreign:
+        _take_for(args, f"--lpl_start {foreign['lpl_start']}", "lpl_start_step", foreign["lpl_start"])
+    if "lpl_num_blocks" in foreign:
+        count = foreign["lpl_num_blocks"]
+        _take_for(args, f"--lpl_num_blocks {count}", "lpl_blocks", ["mid", *(f"up_{i}" for i in range(count))])
+    if "lpl_t_threshold" in foreign:
+        for name in ("lpl_sigma_threshold", "lpl_threshold_base_resolution"):
+            if name in args.given:
+                raise ValueError(f"--lpl_t_threshold and --{name} are two thresholds; leave one of them out")
+        args.lpl_t_threshold = foreign["lpl_t_threshold"]
+        args.given = args.given | {"lpl_t_threshold"}
+    _translate_variant(args, foreign)
+
+
+def _take_for(args: argparse.Namespace, words: str, name: str, value: Any) -> None:
+    """Set a flag of ours to what a foreign one means."""
+    ours = f"--{name} {' '.join(value) if isinstance(value, list) else value}"
+    if name in args.given and getattr(args, name) != value:
         raise ValueError(
-            "--snr_gamma is for epsilon, v_prediction and sample; for flow_matching use --weighting_scheme"
+            f"{words} means {ours} here, which is not the --{name} that is given too; leave one of them out"
         )
-    if not flow and args.weighting_scheme is not None:
-        raise ValueError(f"--weighting_scheme is for flow_matching; for {args.prediction_type} use --snr_gamma")
-    args.weighting_scheme = args.weighting_scheme or ("logit_normal" if flow else "none")
-    if flow and is_flow(configs.scheduler) and configs.scheduler.config.get("use_dynamic_shifting"):
-        warn("the pipeline's flow shift depends on the image's size; training uses none")
-    limit = configs.family.max_sequence_length
-    _warn_of_idle_flags(
-        args,
-        {
-            "max_sequence_length": limit is not None,
-            "logit_mean": args.weighting_scheme == "logit_normal",
-            "logit_std": args.weighting_scheme == "logit_normal",
-            "mode_scale": args.weighting_scheme == "mode",
-        },
+    setattr(args, name, value)
+    args.given = args.given | {name}
+    warn(f"{words} is taken for {ours}")
+
+
+def _translate_variant(args: argparse.Namespace, foreign: Mapping[str, Any]) -> None:
+    """Normalisation, depth weights and masks of the research script, which its README gives as one set."""
+    names = ("lpl_norm_type", "lpl_pow_law", "lpl_remove_outliers")
+    words = " ".join(
+        f"--{name}" + (f" {foreign[name]}" if name == names[0] else "") for name in names if name in foreign
     )
-    if limit is not None and args.max_sequence_length > limit:
-        raise ValueError(f"--max_sequence_length {args.max_sequence_length}: this pipeline takes {limit} at most")
-    if args.precondition_outputs and not flow:
-        raise ValueError(f"--precondition_outputs is for flow_matching, not for {args.prediction_type}; leave it out")
-    if (vae_class := configs.vae.get("_class_name")) != AutoencoderKL.__name__:
-        raise ValueError(
-            f"--pretrained_model_name_or_path: the pipeline's VAE is {vae_class}; supported: AutoencoderKL"
-        )
-    _check_resolution(args, configs)
-    if args.use_lpl:
-        names = select_blocks(args.lpl_blocks, block_names(_feature_vae_config(args, configs.vae)))
-        check_options(*loss_options(args).values(), names)
-
-
-def _feature_vae_config(args: argparse.Namespace, own: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Of the VAE that LPL looks through."""
-    path = args.lpl_vae_name_or_path
-    if path is None:
-        return own
-    try:
-        config = AutoencoderKL.load_config(path, cache_dir=args.cache_dir)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--lpl_vae_name_or_path {path}: no autoencoder is found there") from error
-    if config.get("latent_channels") != own["latent_channels"]:
-        raise ValueError(
-            f"--lpl_vae_name_or_path {path}: its latents have {config.get('latent_channels')} channels and the "
-            f"pipeline's {own['latent_channels']}; it must have the same latent space"
-        )
-    return config
-
-
-def _check_resolution(args: argparse.Namespace, configs: PipelineConfigs) -> None:
-    family, parts = configs.family, {"vae": configs.vae, configs.family.denoiser_name: configs.denoiser}
-    if args.resolution is None:
-        args.resolution = family.default_resolution
-    multiple, largest = family.resolution_multiple(parts), family.max_resolution(parts)
-    if args.resolution % multiple:
-        below = args.resolution // multiple * multiple
-        raise ValueError(
-            f"--resolution {args.resolution}: this pipeline takes multiples of {multiple}, "
-            f"such as {below or multiple} or {below + multiple}"
-        )
-    if largest is not None and args.resolution > largest:
-        raise ValueError(f"--resolution {args.resolution}: this pipeline takes {largest} at most")
+    if not words:
+        return
+    if len(words.split()) == 4 and foreign["lpl_norm_type"] == "shared" and args.lpl_distance == "l2":
+        _take_for(args, words, "lpl_variant", "reference")
+        return
+    weighting = args.lpl_depth_weighting
+    mask = "--lpl_no_outlier_mask" if args.lpl_no_outlier_mask else "outlier masks"
+    used = f"--lpl_normalization {args.lpl_normalization}, --lpl_depth_weighting " + (
+        weighting if isinstance(weighting, str) else " ".join(map(str, weighting))
+    )
+    if args.lpl_variant == "reference":
+        used, mask = "--lpl_variant reference", "its masks"
+    warn(
+        f"{words} has no counterpart (only --lpl_norm_type shared --lpl_pow_law --lpl_remove_outliers together, with "
+        f"squared differences, has one: --lpl_variant reference); this run uses {used} and {mask}"
+    )

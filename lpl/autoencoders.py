@@ -3,7 +3,7 @@
 Vocabulary. *Scaled* latents are those the denoiser is trained on, ``(encode(pixels) - shift) * scale``, with
 ``latents_mean`` and ``latents_std`` where the VAE's config has them; ``vae.decode`` takes *raw* ones. Blocks are
 counted in the order in which the decoder runs: ``mid``, ``up_0``, ``up_1``, ... ; ``rgb`` stands for decoded pixels.
-The first block works at the latents' own resolution.
+The first block works at the latents' own resolution. AutoencoderDC has no mid block, so there it is ``up_0``.
 """
 
 from __future__ import annotations
@@ -13,33 +13,50 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from diffusers import AutoModel
+from diffusers import AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderKL, AutoModel
 from torch import Tensor, nn
 
 from lpl.objectives import at_least_float32
 
 
 RGB = "rgb"
+SUPPORTED = tuple(kind.__name__ for kind in (AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderDC))
+# Where a class's configuration has the widths of its levels; a key of its own comes before the common one, which
+# AsymmetricAutoencoderKL has only sometimes.
+_ENCODER_WIDTHS = ("down_block_out_channels", "encoder_block_out_channels", "block_out_channels")
+_DECODER_WIDTHS = ("up_block_out_channels", "decoder_block_out_channels", "block_out_channels")
+_DECODER_LAYERS = "decoder_layers_per_block"  # AutoencoderDC's
+
+
+def _first_of(config: Mapping[str, Any], keys: Sequence[str]) -> Any:
+    return next(config[key] for key in keys if key in config)
 
 
 def block_names(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of the decoder blocks, from the VAE's configuration alone."""
-    return ("mid", *(f"up_{i}" for i in range(len(config["block_out_channels"]))))
+    levels = len(_first_of(config, _DECODER_WIDTHS))
+    if _DECODER_LAYERS in config:  # no mid block; some of its models have nothing at full resolution
+        return tuple(f"up_{i}" for i in range(sum(layers > 0 for layers in config[_DECODER_LAYERS])))
+    return ("mid", *(f"up_{i}" for i in range(levels)))
 
 
 def decoder_blocks(vae: nn.Module) -> dict[str, nn.Module]:
     """The decoder's blocks by name, in the order in which they run.
 
     Raises:
-        ValueError: where the autoencoder's decoder is not made of a mid block and up blocks.
+        ValueError: for an autoencoder of another make.
     """
     decoder = getattr(vae, "decoder", None)
-    if not hasattr(decoder, "mid_block") or not hasattr(decoder, "up_blocks"):
+    if isinstance(vae, AutoencoderDC):  # kept from the image's side, run from the latents'
+        modules = [block for block in reversed(decoder.up_blocks) if len(block)]
+    elif hasattr(decoder, "mid_block") and hasattr(decoder, "up_blocks"):
+        modules = [decoder.mid_block, *decoder.up_blocks]
+    else:
         raise ValueError(
-            f"the decoder of {type(vae).__name__} has no mid and up blocks; supported are AutoencoderKL and "
-            "autoencoders with its decoder"
+            f"the decoder of {type(vae).__name__} has no blocks that are known here; supported are "
+            f"{', '.join(SUPPORTED)}, and autoencoders with such a decoder"
         )
-    return dict(zip(block_names(vae.config), (decoder.mid_block, *decoder.up_blocks), strict=True))
+    return dict(zip(block_names(vae.config), modules, strict=True))
 
 
 def select_blocks(blocks: Sequence[str] | None, available: Sequence[str]) -> tuple[str, ...]:
@@ -65,7 +82,7 @@ def select_blocks(blocks: Sequence[str] | None, available: Sequence[str]) -> tup
 
 def downscaling_factor(config: Mapping[str, Any]) -> int:
     """Pixels per latent position along a side."""
-    return 2 ** (len(config["block_out_channels"]) - 1)
+    return 2 ** (len(_first_of(config, _ENCODER_WIDTHS)) - 1)
 
 
 def _affine(vae: nn.Module, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
@@ -92,11 +109,16 @@ def encode(vae: nn.Module, pixels: Tensor, posterior_noise: Tensor) -> Tensor:
     """Images to the latents that the denoiser is trained on: pixels [-1, 1] (B, 3, H, W) -> scaled (B, C, h, w).
 
     Args:
-        posterior_noise: N(0, I), (B, C, h, w); the sample of the posterior is its mean + std * posterior_noise.
+        posterior_noise: N(0, I), (B, C, h, w); the sample of the posterior is its mean + std * posterior_noise. An
+            AutoencoderDC has no posterior, and none is added.
     """
     with exact_precision(pixels.device):
-        posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
-    raw = at_least_float32(posterior.mean) + at_least_float32(posterior.std) * posterior_noise
+        encoded = vae.encode(pixels.to(vae.dtype))
+    if isinstance(vae, AutoencoderDC):
+        raw = at_least_float32(encoded.latent)
+    else:
+        mean, std = at_least_float32(encoded.latent_dist.mean), at_least_float32(encoded.latent_dist.std)
+        raw = mean + std * posterior_noise
     shift, scale = _affine(vae, raw)
     return (raw - shift) * scale
 

@@ -1,5 +1,5 @@
-"""Checkpoints from which a run goes on: ``checkpoint-N`` holds the denoiser and its EMA in diffusers' layout, the
-optimizer, the learning-rate schedule, the weight of LPL, and where the run stands.
+"""Checkpoints from which a run goes on: ``checkpoint-N`` holds what is trained in diffusers' layout, its moving
+average in ``ema/`` likewise, the optimizer, the learning-rate schedule, LPL's weight, and where the run stands.
 
 A checkpoint is written beside its place and then renamed, so that what bears the name is whole.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,8 @@ from typing import Any, ClassVar
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import nn
+
+from lpl.trainee import Trainee, load_ema, save_ema
 
 
 logger = logging.getLogger(__name__)
@@ -42,30 +43,23 @@ class Progress:
         return cls(**json.loads((folder / cls.FILE).read_text()))
 
 
-def register(accelerator: Accelerator, denoiser: nn.Module, name: str, ema: EMAModel | None) -> None:
-    """Have accelerate save and load the denoiser and its EMA in diffusers' layout, ``unet/`` and ``unet_ema/``."""
-    model_class = type(denoiser)
+def register(accelerator: Accelerator, trainee: Trainee, ema: EMAModel | None) -> None:
+    """Have accelerate save and load what is trained, and its moving average, in the layout of the result itself."""
 
     def save(models: Sequence[nn.Module], weights: list[Any], folder: str) -> None:
         if accelerator.is_main_process:
-            for model in models:
-                accelerator.unwrap_model(model, keep_torch_compile=False).save_pretrained(os.path.join(folder, name))
+            trainee.save(folder)
             if ema is not None:
-                ema.save_pretrained(os.path.join(folder, f"{name}_ema"))
+                save_ema(ema, trainee, folder)
         weights.clear()  # nothing is left for accelerate to write
 
     def load(models: list[nn.Module], folder: str) -> None:
-        while models:
-            saved = model_class.from_pretrained(folder, subfolder=name)
-            accelerator.unwrap_model(models.pop(), keep_torch_compile=False).load_state_dict(saved.state_dict())
-        if ema is not None and os.path.isdir(os.path.join(folder, f"{name}_ema")):
-            restored = EMAModel.from_pretrained(os.path.join(folder, f"{name}_ema"), model_class)
-            ema.load_state_dict(restored.state_dict())
-        elif ema is not None:
+        models.clear()  # nothing is left for accelerate to read
+        if ema is not None and not load_ema(ema, trainee, folder):
             logger.warning(
                 "--use_ema: the checkpoint has no moving average, so it starts from the weights as they are"
             )
-            ema.shadow_params = [parameter.detach().clone() for parameter in denoiser.parameters()]
+        trainee.load(folder)
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)

@@ -12,28 +12,33 @@ from __future__ import annotations
 
 import glob
 import logging
+import math
 import os
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, load_dataset
+from datasets import ClassLabel, Dataset, Value, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from lpl.objectives import Objective, timestep_density
+from lpl.objectives import Objective, timestep_density, timestep_weights
 
 
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
-INTERPOLATION_MODES = tuple(mode.name.lower() for mode in Image.Resampling)
+# torchvision's names, which diffusers' scripts take, and what PIL has for them
+RESAMPLING = {mode.name.lower(): mode for mode in Image.Resampling} | {"nearest_exact": Image.Resampling.NEAREST}
+INTERPOLATION_MODES = tuple(RESAMPLING)
 
 
 class Stream(IntEnum):
@@ -56,34 +61,52 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def load_training_images(args: Any) -> Dataset:
-    """The training split, with checked columns.
+def load_training_images(args: Any, num_classes: int | None = None) -> tuple[Dataset, Dataset | None]:
+    """What is trained on, and what is held out for the validation loss (None: nothing is).
+
+    Args:
+        num_classes: of a class-conditional family, whose captions are class labels.
 
     Raises:
         ValueError: where there is nothing to train on, or a column is missing or of the wrong kind.
     """
+    dataset, held_out = _load_split(args, "train", num_classes), None
+    if args.max_train_samples is not None:
+        dataset = dataset.shuffle(seed=args.seed).select(range(min(args.max_train_samples, len(dataset))))
+    if args.validation_split is not None:
+        held_out = _load_split(args, args.validation_split, num_classes)
+    elif args.validation_every_nth is not None:
+        every_nth = range(0, len(dataset), args.validation_every_nth)
+        held_out = dataset.select(every_nth)
+        dataset = dataset.select(sorted(set(range(len(dataset))) - set(every_nth)))
+        if len(dataset) == 0:
+            raise ValueError(f"--validation_every_nth {args.validation_every_nth}: nothing is left to train on")
+    if held_out is not None:
+        held_out = held_out.select(range(min(args.num_validation_samples, len(held_out))))
+    return dataset, held_out
+
+
+def _load_split(args: Any, split: str, num_classes: int | None) -> Dataset:
     where = f"--train_data_dir {args.train_data_dir}" if args.train_data_dir else f"--dataset_name {args.dataset_name}"
     try:
         if args.train_data_dir:
             # All files under one name: left to itself, the library takes "test" in a file's name for a split.
             files = {"train": os.path.join(glob.escape(args.train_data_dir), "**")}
-            dataset = load_dataset("imagefolder", data_files=files, split="train", cache_dir=args.cache_dir)
+            dataset = load_dataset("imagefolder", data_files=files, split=split, cache_dir=args.cache_dir)
         else:
-            dataset = load_dataset(
-                args.dataset_name, args.dataset_config_name, split="train", cache_dir=args.cache_dir
-            )
+            dataset = load_dataset(args.dataset_name, args.dataset_config_name, split=split, cache_dir=args.cache_dir)
     except Exception as error:  # the library raises a dozen kinds; each means that there is nothing to train on
         raise ValueError(f"{where}: the data set cannot be loaded: {first_line(error)}") from error
-    check_columns(dataset, args.image_column, args.caption_column, where)
+    check_columns(dataset, args.image_column, args.caption_column, where, num_classes)
     dataset = dataset.select_columns([args.image_column, args.caption_column])
     if args.train_data_dir and (left := len(image_files(args.train_data_dir)) - len(dataset)) > 0:
         logger.warning("%s: %d images are left out, since no metadata file names them", where, left)
-    if args.max_train_samples is not None:
-        dataset = dataset.shuffle(seed=args.seed).select(range(min(args.max_train_samples, len(dataset))))
     return dataset
 
 
-def check_columns(dataset: Dataset, image_column: str, caption_column: str, where: str) -> None:
+def check_columns(
+    dataset: Dataset, image_column: str, caption_column: str, where: str, num_classes: int | None = None
+) -> None:
     """Refuse a data set that is empty, lacks the named columns, or has something else in them.
 
     Raises:
@@ -93,38 +116,72 @@ def check_columns(dataset: Dataset, image_column: str, caption_column: str, wher
         raise ValueError(f"{where}: the data set has no images")
     for flag, column in (("--image_column", image_column), ("--caption_column", caption_column)):
         if column not in dataset.column_names:
-            hint = (
-                "; a folder of images takes its captions from a metadata.jsonl with the keys file_name and "
-                f"{caption_column}"
-                if "imagefolder" in str(dataset.info.builder_name)
-                else ""
-            )
             raise ValueError(
                 f"{where}: there is no column {column!r} ({flag}); its columns are "
-                f"{', '.join(dataset.column_names)}{hint}"
+                f"{', '.join(dataset.column_names)}{_folder_hint(dataset, caption_column, num_classes)}"
             )
     if not isinstance(dataset.features[image_column], ImageFeature):
         raise ValueError(f"{where}: column {image_column!r} (--image_column) holds no images")
-    feature = dataset.features[caption_column]
+    if num_classes is None:
+        _check_captions(dataset, caption_column, where)
+    else:
+        _check_labels(dataset, caption_column, where, num_classes)
+
+
+def _folder_hint(dataset: Dataset, caption_column: str, num_classes: int | None) -> str:
+    if "imagefolder" not in str(dataset.info.builder_name):
+        return ""
+    if num_classes is not None:
+        return "; a folder of images takes its class labels from its sub-folders' names, or from a metadata.jsonl"
+    return (
+        "; a folder of images takes its captions from a metadata.jsonl with the keys file_name and " + caption_column
+    )
+
+
+def _check_captions(dataset: Dataset, column: str, where: str) -> None:
+    feature = dataset.features[column]
     kind = getattr(getattr(feature, "feature", feature), "dtype", None)  # of a list's entries, or of the value itself
     if kind not in ("string", "large_string"):
         raise ValueError(
-            f"{where}: column {caption_column!r} (--caption_column) must hold strings or lists of strings, "
-            f"but its first value is {dataset[caption_column][0]!r}"
+            f"{where}: column {column!r} (--caption_column) must hold strings or lists of strings, "
+            f"but its first value is {dataset[column][0]!r}"
         )
+
+
+def _check_labels(dataset: Dataset, column: str, where: str, num_classes: int) -> None:
+    feature = dataset.features[column]
+    if not isinstance(feature, ClassLabel) and not (isinstance(feature, Value) and "int" in feature.dtype):
+        raise ValueError(
+            f"{where}: column {column!r} (--caption_column) must hold class labels, numbers from 0 on, "
+            f"but its first value is {dataset[column][0]!r}"
+        )
+    labels = [label for label in dataset[column] if label is not None]
+    if not labels or min(labels) < 0 or max(labels) >= num_classes:
+        raise ValueError(
+            f"{where}: the class labels in column {column!r} (--caption_column) must be from 0 to {num_classes - 1}, "
+            f"the classes of this model, but they go from {min(labels, default=None)} to {max(labels, default=None)}"
+        )
+
+
+def class_names(dataset: Dataset, column: str) -> dict[int, str]:
+    """The names of the classes by label, where the data set has them."""
+    return dict(enumerate(getattr(dataset.features[column], "names", None) or []))
 
 
 @dataclass
 class TrainingImages:
     """``images[epoch, index] -> sample``: a map-style data set whose samples depend on (seed, epoch, index) only.
 
-    Sample: ``pixels`` (3, R, R) in [-1, 1]; ``caption``; ``posterior_noise`` and ``noise`` (C, h, w); ``timestep`` ().
+    Sample: ``pixels`` (3, R, R) in [-1, 1]; ``caption``, a string or a class label; ``original_size``, ``target_size``
+    and ``crop_top_left``, (2,), height or top first, in pixels, the crop's place in the resized and mirrored image;
+    ``posterior_noise`` and ``noise`` (C, h, w); ``timestep`` ().
     """
 
     dataset: Dataset
     objective: Objective
     latent_shape: tuple[int, int, int]  # (C, h, w)
     args: Any  # the flags about data and timesteps
+    empty_caption: str | int = ""  # what stands for no caption
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -138,51 +195,77 @@ class TrainingImages:
         image, caption = self._readable(index, choice)
         if self.args.center_crop:
             vertical = horizontal = 0.5
+        pixels, crop_top_left = self._pixels(image, vertical, horizontal, self.args.random_flip and flip < 0.5)
         return {
-            "pixels": self._pixels(image, vertical, horizontal, self.args.random_flip and flip < 0.5),
-            "caption": "" if drop < self.args.proportion_empty_prompts else caption,
+            "index": torch.tensor(index),
+            "pixels": pixels,
+            "caption": self.empty_caption if drop < self.args.proportion_empty_prompts else caption,
+            "original_size": torch.tensor([image.height, image.width]),
+            "crop_top_left": torch.tensor(crop_top_left),
+            "target_size": torch.tensor([self.args.resolution] * 2),
             "timestep": self.timestep(epoch, index),
             "posterior_noise": torch.randn(self.latent_shape, generator=noise),
             "noise": self._noise(noise),
             "input_noise": torch.randn(self.latent_shape, generator=noise) if self.args.input_perturbation else None,
         }
 
-    def _readable(self, index: int, choice: float = 0.0) -> tuple[Image.Image, str]:
+    def _readable(self, index: int, choice: float = 0.0) -> tuple[Image.Image, str | int]:
         """The image and its caption; where one cannot be read or lacks one, the next in the data set."""
         for candidate in range(index, index + len(self)):
             candidate %= len(self)
             try:
                 row = self.dataset[candidate]
-                return to_rgb(row[self.args.image_column]), choose_caption(row[self.args.caption_column], choice)
+                caption = row[self.args.caption_column]
+                if not isinstance(self.empty_caption, int) or caption is None:  # else it is a class label
+                    caption = choose_caption(caption, choice)
+                return to_rgb(row[self.args.image_column]), caption
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 logger.warning("image %d cannot be read and the next one is taken instead: %s", candidate, error)
         raise ValueError("--train_data_dir, --dataset_name: not one image of the data set can be read")
 
-    def _pixels(self, image: Image.Image, vertical: float, horizontal: float, flip: bool) -> Tensor:
-        """The shorter side to the resolution, a square cropped at those shares of the play -> (3, R, R) in [-1, 1]."""
+    def _pixels(
+        self, image: Image.Image, vertical: float, horizontal: float, flip: bool
+    ) -> tuple[Tensor, tuple[int, int]]:
+        """The shorter side to the resolution, mirrored or not, a square cropped at those shares of the play.
+
+        Returns:
+            Pixels, (3, R, R) in [-1, 1], and the crop's top and left.
+        """
         side = self.args.resolution
         scale = side / min(image.size)
         size = tuple(max(side, round(length * scale)) for length in image.size)
-        image = image.resize(size, Image.Resampling[self.args.image_interpolation_mode.upper()])
+        image = image.resize(size, RESAMPLING[self.args.image_interpolation_mode])
+        if flip:
+            image = ImageOps.mirror(image)
         left, top = (
             int(share * (length - side + 1)) for share, length in zip((horizontal, vertical), size, strict=True)
         )
         image = image.crop((left, top, left + side, top + side))
-        if flip:
-            image = ImageOps.mirror(image)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1, (top, left)
 
     def timestep(self, epoch: int, index: int) -> Tensor:
         """The timestep drawn for a sample in an epoch, ()."""
         args = self.args
         density = timestep_density(
-            args.weighting_scheme,
+            args.weighting_scheme or "none",
             keyed_generator(args.seed, epoch, index, Stream.TIMESTEP),
             logit_mean=args.logit_mean,
             logit_std=args.logit_std,
             mode_scale=args.mode_scale,
         )
-        return self.objective.sample_timesteps(density)[0]
+        return self.objective.sample_timesteps(density, self._timestep_weights)[0]
+
+    @cached_property
+    def _timestep_weights(self) -> Tensor | None:
+        args = self.args
+        return timestep_weights(
+            args.timestep_bias_strategy,
+            self.objective.num_train_timesteps,
+            multiplier=args.timestep_bias_multiplier,
+            begin=args.timestep_bias_begin,
+            end=args.timestep_bias_end,
+            portion=args.timestep_bias_portion,
+        )
 
     def _noise(self, generator: torch.Generator) -> Tensor:
         noise = torch.randn(self.latent_shape, generator=generator)
@@ -271,10 +354,39 @@ def training_batches(images: TrainingImages, batches: KeyedBatches, num_workers:
     )
 
 
-def real_images(images: TrainingImages, captions: Sequence[str]) -> list[Image.Image] | None:
+HELD_OUT = {  # nothing random is left in the flags, and the seed is the same for all runs
+    "seed": 0,
+    "center_crop": True,
+    "random_flip": False,
+    "proportion_empty_prompts": 0.0,
+    "noise_offset": 0.0,
+    "input_perturbation": 0.0,
+}
+
+
+def held_out_batches(images: TrainingImages, batch_size: int, first: int = 0, stride: int = 1) -> Iterator[Batch]:
+    """Every ``stride``-th of the samples once, the same at every call and in every run.
+
+    The n-th of N samples is taken at the (n + 1/2) / N quantile of the timesteps, so that all noise levels have their
+    part, and that two runs of the same objective can be compared number by number.
+    """
+    fixed = replace(images, args=Namespace(**vars(images.args) | HELD_OUT))
+    count = len(images)
+    # Neighbours in the data set are often alike; a stride that has no factor in common with N spreads their timesteps.
+    spread = next(step for step in range(max(1, round(count * 0.618)), count + 1) if math.gcd(step, count) == 1)
+    mine = range(first, count, stride)
+    for start in range(0, len(mine), batch_size):
+        samples = []
+        for number in mine[start : start + batch_size]:
+            quantile = torch.tensor([(number * spread % count + 0.5) / count])
+            samples.append(fixed[0, number] | {"timestep": images.objective.sample_timesteps(quantile)[0]})
+        yield collate(samples)
+
+
+def real_images(images: TrainingImages, captions: Sequence[str | int]) -> list[Image.Image] | None:
     """For each caption a training image that bears it, centre-cropped; None unless every caption has one."""
     caption_column = list(images.dataset[images.args.caption_column])
-    if not set(captions) <= {caption for caption in caption_column if isinstance(caption, str)}:
+    if not set(captions) <= {caption for caption in caption_column if isinstance(caption, str | int)}:
         return None
     found = []
     for number, caption in enumerate(captions):
@@ -288,18 +400,3 @@ def image_files(folder: str) -> list[Path]:
     """Files in a folder, and the folders below, whose name is an image's."""
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     return [file for file in Path(folder).rglob("*") if file.suffix.lower() in suffixes]
-
-
-def local_folder_problem(folder: str, caption_column: str) -> str | None:
-    """Why a --train_data_dir cannot be trained on, in words, or None; looks at names only."""
-    path = Path(folder)
-    if not path.is_dir():
-        return f"--train_data_dir {folder}: there is no such folder"
-    if not image_files(folder):
-        return f"--train_data_dir {folder}: the folder has no images"
-    if not any(file.suffix in (".jsonl", ".csv", ".parquet") for file in path.rglob("metadata.*")):
-        return (
-            f"--train_data_dir {folder}: there are no captions; put a metadata.jsonl beside the images, a line each, "
-            f'such as {{"file_name": "cat.png", "{caption_column}": "a photo of a cat"}}'
-        )
-    return None

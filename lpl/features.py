@@ -6,11 +6,12 @@ Hooking, rather than walking through the decoder's modules, keeps whatever ``vae
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -30,7 +31,8 @@ class DecoderFeatureExtractor:
 
     Args:
         vae: a diffusers autoencoder.
-        blocks: names out of "mid", "up_0", "up_1", ...; None = all of them; ``("rgb",)`` = the decoded pixels.
+        blocks: names out of "mid" (AutoencoderDC has none), "up_0", "up_1", ...; None = all of them; ``("rgb",)`` =
+            the decoded pixels.
         gradient_checkpointing: recompute each block in the backward pass, to save memory.
 
     Raises:
@@ -106,35 +108,31 @@ class DecoderPass:
 
     def __init__(self, vae: nn.Module, gradient_checkpointing: bool) -> None:
         self.vae, self.gradient_checkpointing = vae, gradient_checkpointing
-        self._left: list[Any] = []  # what to undo, one entry per pass that runs
+        self._left: list[ExitStack] = []  # what to undo, one entry per pass that runs
 
     def __enter__(self) -> None:
-        decoder = self.vae.decoder
-        trained = [parameter for parameter in self.vae.parameters() if parameter.requires_grad]
-        settings = [
-            (module, {name: module.__dict__[name] for name in _SETTINGS if name in module.__dict__})
-            for module in decoder.modules()
-            if hasattr(module, "gradient_checkpointing")
-        ]
-        self._left.append((trained, settings))
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        for module, _ in settings:
-            module.gradient_checkpointing = self.gradient_checkpointing and module is decoder
-            module.__dict__["_gradient_checkpointing_func"] = self._checkpoint
+        self._left.append(stack := ExitStack())
+        for parameter in self.vae.parameters():
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+                stack.callback(parameter.requires_grad_, True)
+        for module in self.vae.decoder.modules():
+            if hasattr(module, "gradient_checkpointing"):  # diffusers' own way, which AutoencoderDC has not
+                _set(stack, module, "gradient_checkpointing", False)
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            for block in decoder_blocks(self.vae).values():
+                _set(stack, block, "forward", partial(self._checkpoint, block.forward))
 
     def __exit__(self, *_: object) -> None:
-        trained, settings = self._left.pop()
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        for module, values in settings:
-            for name in _SETTINGS:
-                module.__dict__.pop(name, None)
-            module.__dict__.update(values)
+        self._left.pop().close()
 
-    def _checkpoint(self, block: nn.Module, *inputs: Any) -> Tensor:
+    def _checkpoint(self, forward: Callable[..., Tensor], *inputs: Any) -> Tensor:
         recomputation = DecoderPass(self.vae, gradient_checkpointing=False)
-        return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), recomputation))
+        return checkpoint(forward, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), recomputation))
 
 
-_SETTINGS = ("gradient_checkpointing", "_gradient_checkpointing_func")  # of diffusers' modules
+def _set(stack: ExitStack, module: nn.Module, name: str, value: Any) -> None:
+    """Give a module an attribute of its own until the stack is closed."""
+    own = module.__dict__
+    stack.callback(own.__setitem__, name, own[name]) if name in own else stack.callback(own.pop, name)
+    own[name] = value

@@ -280,28 +280,29 @@ def _pictures(folder: Path, card: RunCard) -> str:
 
 def _use(folder: Path, card: RunCard) -> str:
     """Code that draws one image, with the whole pipeline or with the base model's and the LoRA found in `folder`."""
-    here = card.repo_id or _local_name(folder)
-    source = _shown(card.base_model) if card.lora_rank else here
-    imports = ["import torch", f"from diffusers import {card.pipeline_class}"]
-    adapted = []
+    here = _literal(card.repo_id or _local_name(folder))
+    source = _literal(_shown(card.base_model)) if card.lora_rank else here
+    classes, imports, adapted = [card.pipeline_class], ["import torch"], []
     if card.lora_rank and (adapter := _peft_folder(folder)):
         imports.append("from peft import PeftModel")
-        inside = f", subfolder={_literal(adapter.name)}" if adapter != folder else ""
-        loaded = f"PeftModel.from_pretrained(pipeline.transformer, {_literal(here)}{inside})"
+        loaded = f"PeftModel.from_pretrained(pipeline.transformer, {here}, subfolder={_literal(adapter.name)})"
         adapted.append(f"pipeline.transformer = {loaded}")
     elif card.lora_rank:
-        adapted.append(f"pipeline.load_lora_weights({_literal(here)})")
+        adapted.append(f"pipeline.load_lora_weights({here})")
+    if card.lora_rank and (scheduler := folder / "scheduler" / "scheduler_config.json").is_file():  # a new objective's
+        classes.insert(0, json.loads(scheduler.read_text())["_class_name"])
+        adapted.append(f'pipeline.scheduler = {classes[0]}.from_pretrained({here}, subfolder="scheduler")')
+    imports.insert(1, f"from diffusers import {', '.join(classes)}")
     absent = "".join(f", {name}=None" for name in card.loading_arguments)
-    load = f"pipeline = {card.pipeline_class}.from_pretrained({_literal(source)}, dtype=torch.{card.dtype}{absent})"
+    load = f"pipeline = {card.pipeline_class}.from_pretrained({source}, dtype=torch.{card.dtype}{absent})"
     call = ["image = pipeline(", *(f"    {argument}," for argument in _call_arguments(card)), ").images[0]"]
     code = [*imports, "", load, *adapted, 'pipeline.to("cuda")', "", *call, 'image.save("image.png")']
     return "## Use it\n\n" + _fenced("python", "\n".join(code))
 
 
 def _peft_folder(folder: Path) -> Path | None:
-    """Where peft saved an adapter, `folder` or one inside it; None where diffusers saved it, or nobody."""
-    found = [*folder.glob("adapter_config.json"), *sorted(folder.glob("*/adapter_config.json"))]
-    return next((path.parent for path in found if not path.parent.name.startswith("checkpoint-")), None)
+    """Where in `folder` peft saved an adapter; None where diffusers saved it, or nobody."""
+    return next((path.parent for path in sorted(folder.glob("*/adapter_config.json"))), None)
 
 
 def _call_arguments(card: RunCard) -> list[str]:

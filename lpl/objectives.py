@@ -32,6 +32,7 @@ from torch import Tensor
 
 
 WEIGHTING_SCHEMES = ("logit_normal", "mode", "cosmap", "sigma_sqrt", "none")
+BIAS_STRATEGIES = ("earlier", "later", "range", "none")
 # The betas of Stable Diffusion, and of Sec. 4.1, for a model that comes without any.
 SCALED_LINEAR_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -98,8 +99,15 @@ class Objective:
         a, b = self.coefficients(timesteps)
         return b / a
 
-    def sample_timesteps(self, uniform: Tensor) -> Tensor:
-        """Numbers in [0, 1), (B,), to timesteps of the training schedule, (B,)."""
+    def sample_timesteps(self, uniform: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Numbers in [0, 1), (B,), to timesteps of the training schedule, (B,).
+
+        Args:
+            weights: how often each timestep is to be drawn, relative to the others (:func:`timestep_weights`).
+
+        Raises:
+            ValueError: for weights where timesteps are continuous.
+        """
         raise NotImplementedError
 
 
@@ -123,8 +131,13 @@ class DiffusionObjective(Objective):
         alphas_cumprod = self._alphas_cumprod[device][timesteps.long()]  # (B,)
         return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
-    def sample_timesteps(self, uniform: Tensor) -> Tensor:
-        return (uniform * self.num_train_timesteps).long().clamp(max=self.num_train_timesteps - 1)
+    def sample_timesteps(self, uniform: Tensor, weights: Tensor | None = None) -> Tensor:
+        if weights is None:
+            timesteps = (uniform * self.num_train_timesteps).long()
+        else:  # the inverse of the cumulative distribution
+            cumulative = weights.double().cumsum(0)  # (num_train_timesteps,)
+            timesteps = torch.searchsorted(cumulative, uniform.double() * cumulative[-1], right=True)
+        return timesteps.clamp(max=self.num_train_timesteps - 1)
 
     def min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
         """The weight of the diffusion loss, (B,), that caps the signal-to-noise ratio at gamma (Min-SNR, Sec. 3.4).
@@ -217,8 +230,10 @@ class FlowMatching(Objective):
         _, t = self.coefficients(timesteps)
         return noisy_latents - expand(t, noisy_latents) * model_output
 
-    def sample_timesteps(self, uniform: Tensor) -> Tensor:
+    def sample_timesteps(self, uniform: Tensor, weights: Tensor | None = None) -> Tensor:
         """Continuous t. ``uniform`` counts from the noisy end, as diffusers' density does; the shift enters here."""
+        if weights is not None:
+            raise ValueError("--timestep_bias_strategy is not for flow_matching; use --weighting_scheme")
         t = 1 - uniform
         t = self.shift * t / (1 + (self.shift - 1) * t)
         return t * self.num_train_timesteps
@@ -304,6 +319,35 @@ def timestep_density(
     return compute_density_for_timestep_sampling(
         weighting_scheme, 1, logit_mean=logit_mean, logit_std=logit_std, mode_scale=mode_scale, generator=generator
     )
+
+
+def timestep_weights(
+    strategy: str, num_train_timesteps: int, *, multiplier: float, begin: int, end: int, portion: float
+) -> Tensor | None:
+    """How often ``--timestep_bias_strategy`` has each timestep drawn, (num_train_timesteps,); None: all equally.
+
+    ``multiplier`` times as often as the others are drawn: the first (low-noise) ``portion`` of the timesteps for
+    "earlier", the last one for "later", and those from ``begin`` up to but without ``end`` for "range".
+
+    Raises:
+        ValueError: for an unknown strategy.
+
+    >>> timestep_weights("earlier", 4, multiplier=2.0, begin=0, end=1000, portion=0.25).tolist()
+    [2.0, 1.0, 1.0, 1.0]
+    """
+    if strategy not in BIAS_STRATEGIES:
+        raise ValueError(f"unknown --timestep_bias_strategy {strategy!r}; accepted: {', '.join(BIAS_STRATEGIES)}")
+    if strategy == "none":
+        return None
+    count = int(portion * num_train_timesteps)
+    first, last = {
+        "earlier": (0, count),
+        "later": (num_train_timesteps - count, num_train_timesteps),
+        "range": (begin, end),
+    }[strategy]
+    weights = torch.ones(num_train_timesteps, dtype=torch.float64)
+    weights[first:last] *= multiplier
+    return weights
 
 
 def sigma_threshold_at(threshold: float, height: int, width: int, base_resolution: int) -> float:

@@ -2,7 +2,8 @@
 
 A *tile* is the square, `tile` pixels on a side, that an image is fitted into with its shape kept. A *row* of the grid
 is one state of the model (before, after, real images), a *column* is one caption. A *record* is one line of the
-training log: a dict with "step" and any of "diffusion_loss", "lpl", "lpl_share", "lr"; what it lacks is not drawn.
+training log: a dict with "step" and any of "diffusion_loss", "lpl", "lpl_share", "lr", or of "validation_loss" and
+"validation_lpl", which are of held-out samples; what it lacks is not drawn.
 
 Files appear whole or not at all: they are written beside their place and moved there.
 """
@@ -196,6 +197,9 @@ def _shorten(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
 # The curves of the losses -------------------------------------------------------------------------------------------
 
 
+Curve = tuple[np.ndarray, np.ndarray]  # steps (N,) ascending, values (N,)
+
+
 class Panel(NamedTuple):
     """One quantity of the training log and how it is shown."""
 
@@ -205,11 +209,12 @@ class Panel(NamedTuple):
     colour: str
     scale: float = 1.0
     smoothed: bool = True
+    held_out: str | None = None  # the key of the same quantity on held-out samples
 
 
 PANELS = (
-    Panel("diffusion_loss", "Diffusion loss", "mean squared error", "#3465a4"),
-    Panel("lpl", "Latent perceptual loss", "LPL, before its weight", "#c4601d"),
+    Panel("diffusion_loss", "Diffusion loss", "mean squared error", "#3465a4", held_out="validation_loss"),
+    Panel("lpl", "Latent perceptual loss", "LPL, before its weight", "#c4601d", held_out="validation_lpl"),
     Panel("lpl_share", "LPL's share of the loss", "% of the total loss", "#4a8a3c", scale=100.0),
     Panel("lr", "Learning rate", "learning rate", "#75507b", smoothed=False),
 )
@@ -218,13 +223,15 @@ PANELS = (
 def loss_curves(records: Sequence[Mapping[str, float]], path: str | os.PathLike) -> Path | None:
     """Draw diffusion loss, LPL, LPL's share and learning rate over the optimizer step, and write them to `path` (PNG).
 
-    Each panel shows its values as a thin line and their running mean as a thick one; a panel without values is left
-    out. Records may come in any order and repeat a step, as those of a resumed run do: the last one counts.
+    Each panel shows its values as a thin line and their running mean as a thick one, and what was found on held-out
+    samples as a dotted line; a panel without values is left out. Records may come in any order and repeat a step, as
+    those of a resumed run do: the last one counts.
 
     Returns:
         `path`, or None where no record holds anything to draw; then no file is written.
     """
-    curves = {panel: curve for panel in PANELS if len((curve := _curve(records, panel))[0])}
+    curves = {panel: (_curve(records, panel.key, panel.scale), _curve(records, panel.held_out)) for panel in PANELS}
+    curves = {panel: pair for panel, pair in curves.items() if any(len(steps) for steps, _ in pair)}
     if not curves:
         return None
     from matplotlib.figure import Figure  # not pyplot: no global state, no window, no backend to choose
@@ -233,18 +240,18 @@ def loss_curves(records: Sequence[Mapping[str, float]], path: str | os.PathLike)
     lines = math.ceil(len(curves) / columns)
     figure = Figure(figsize=(5.5 * columns, 3.2 * lines), dpi=120, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
-    for index, (panel, curve) in enumerate(curves.items(), start=1):
-        _draw_panel(figure.add_subplot(lines, columns, index), panel, *curve)
+    for index, (panel, pair) in enumerate(curves.items(), start=1):
+        _draw_panel(figure.add_subplot(lines, columns, index), panel, *pair)
     return write_whole(path, lambda unfinished: figure.savefig(unfinished, format="png"))
 
 
-def _curve(records: Sequence[Mapping[str, float]], panel: Panel) -> tuple[np.ndarray, np.ndarray]:
-    """Steps (N,) ascending and the panel's finite values (N,) at them."""
+def _curve(records: Sequence[Mapping[str, float]], key: str | None, scale: float = 1.0) -> Curve:
+    """Steps (N,) ascending and the key's finite values (N,) at them."""
     points = {}
     for record in records:
-        step, value = record.get("step"), record.get(panel.key)
+        step, value = record.get("step"), record.get(key)
         if step is not None and value is not None and math.isfinite(value):
-            points[int(step)] = panel.scale * float(value)
+            points[int(step)] = scale * float(value)
     steps = sorted(points)
     return np.array(steps), np.array([points[step] for step in steps])
 
@@ -264,17 +271,24 @@ def _reach(values: np.ndarray) -> tuple[float, float]:
     return max(values.min(), low - (high - low) / 4), min(values.max(), high + (high - low) / 4)
 
 
-def _draw_panel(axes, panel: Panel, steps: np.ndarray, values: np.ndarray) -> None:
+def _draw_panel(axes, panel: Panel, training: Curve, held_out: Curve) -> None:
     """One quantity over the optimizer step."""
     from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
+    steps, values = training
     if panel.smoothed and len(values) > 4:
         axes.plot(steps, values, color=panel.colour, linewidth=0.7, alpha=0.35)
-        axes.plot(steps, _running_mean(values), color=panel.colour, linewidth=2.0)
-        _frame(axes, values)
+        axes.plot(steps, _running_mean(values), color=panel.colour, linewidth=2.0, label="training")
+        _frame(axes, *(part for part in (values, held_out[1]) if len(part)))
     else:
-        axes.plot(steps, values, color=panel.colour, linewidth=2.0, marker="o" if len(values) == 1 else None)
-        axes.set_ylim(min(0, 1.1 * values.min()), 1.1 * values.max() or None)
+        if len(values):
+            single = "o" if len(values) == 1 else None
+            axes.plot(steps, values, color=panel.colour, linewidth=2.0, marker=single, label="training")
+        shown = np.concatenate([values, held_out[1]])
+        axes.set_ylim(min(0, 1.1 * shown.min()), 1.1 * shown.max() or None)
+    if len(held_out[0]):
+        axes.plot(*held_out, color=INK, linewidth=1.2, linestyle=":", marker="o", markersize=4, label="validation")
+        axes.legend(fontsize=9, frameon=False)
     if panel.key == "lr":
         axes.yaxis.set_major_formatter(FuncFormatter(_short))
     axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold", color=INK)
@@ -288,9 +302,10 @@ def _draw_panel(axes, panel: Panel, steps: np.ndarray, values: np.ndarray) -> No
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _frame(axes, values: np.ndarray) -> None:
-    """Set the vertical range to what is worth showing, on a log scale where that spans decades."""
-    low, high = _reach(values)
+def _frame(axes, *curves: np.ndarray) -> None:
+    """Set the vertical range to what is worth showing of each, on a log scale where that spans decades."""
+    lowest, highest = zip(*map(_reach, curves), strict=True)
+    low, high = min(lowest), max(highest)
     if low > 0 and high / low > 50:
         axes.set_yscale("log")
         axes.set_ylim(low / 1.2, high * 1.2)

@@ -13,16 +13,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
-from lpl.autoencoders import exact_precision, unscale
+from lpl.autoencoders import exact_precision
 from lpl.families import Family
+from lpl.logs import log_image
 from lpl.pictures import labelled_grid, save_picture
+from lpl.trainee import Trainee, averaged
 
 
 class Validation:
@@ -31,7 +32,9 @@ class Validation:
     Args:
         scheduler: one that samples the objective in training.
         settings: the flags about validation.
-        real: training images that bear the prompts, for the first row.
+        prompts: captions; class labels in a class-conditional family.
+        names: what stands over the grid's columns.
+        real: training images that bear the prompts, for the last row.
     """
 
     def __init__(
@@ -39,14 +42,16 @@ class Validation:
         family: Family,
         scheduler: Any,
         settings: Any,
+        prompts: Sequence[str | int],
+        names: Sequence[str],
         real: Sequence[Image.Image] | None,
     ) -> None:
         self.family, self.scheduler, self.settings, self.real = family, scheduler, settings, real
-        self.prompts: list[str] = settings.validation_prompts or []
+        self.prompts, self.names = list(prompts), list(names)
         self.folder = Path(settings.output_dir, "samples")
         self._latest: list[Image.Image] = []  # what this run sampled last
 
-    def run(self, accelerator: Accelerator, denoiser: nn.Module, ema: EMAModel | None, step: int) -> Path | None:
+    def run(self, accelerator: Accelerator, trainee: Trainee, ema: EMAModel | None, step: int) -> Path | None:
         """Sample the prompts with the present weights, save images and grid, and show them to the trackers.
 
         On the main process only; the others wait. Returns the grid's path.
@@ -56,14 +61,13 @@ class Validation:
             name = f"step-{step:06d}"
             for stale in self.folder.glob(f"{name}*/"):  # of an earlier run in the same place
                 shutil.rmtree(stale)
-            model = accelerator.unwrap_model(denoiser, keep_torch_compile=False)
-            rows = {f"step {step}": self._sampled(accelerator, model, name)}
+            rows = {f"step {step}": self._sampled(accelerator, trainee, name)}
             if ema is not None and step:
-                with averaged(ema, model):
-                    rows[f"step {step}, EMA"] = self._sampled(accelerator, model, f"{name}-ema")
+                with averaged(ema, trainee):
+                    rows[f"step {step}, EMA"] = self._sampled(accelerator, trainee, f"{name}-ema")
             self._latest = list(rows.values())[-1] if step else []
             grid = self._grid(rows if step else {"before training": rows[f"step {step}"]}, f"{name}.png")
-            log_images(accelerator, grid, step)
+            log_image(accelerator, grid, step)
         accelerator.wait_for_everyone()
         return grid
 
@@ -75,7 +79,7 @@ class Validation:
         before = self._saved_before()
         context = {"before training": before} if before else {}
         real = {"real images": list(self.real)} if self.real else {}
-        return save_picture(labelled_grid(context | rows | real, self.prompts), self.folder / name)
+        return save_picture(labelled_grid(context | rows | real, self.names), self.folder / name)
 
     def _saved_before(self) -> list[Image.Image]:
         """The samples before training, unless other settings made them: a resumed run may have changed its prompts."""
@@ -89,8 +93,10 @@ class Validation:
         names = ("seed", "resolution", "validation_inference_steps", "validation_guidance_scale")
         return {"prompts": self.prompts} | {name: getattr(self.settings, name) for name in names}
 
-    def _sampled(self, accelerator: Accelerator, model: nn.Module, name: str) -> list[Image.Image]:
-        images = sample(self.family, self.scheduler, model, self.prompts, self.settings, accelerator)
+    def _sampled(self, accelerator: Accelerator, trainee: Trainee, name: str) -> list[Image.Image]:
+        trainee.eval()
+        images = sample(self.family, self.scheduler, self.prompts, self.settings, accelerator)
+        trainee.train()
         for number, image in enumerate(images):
             save_picture(image, self.folder / name / f"{number:02d}.png")
         (self.folder / name / "settings.json").write_text(json.dumps(self._settings()))
@@ -99,56 +105,36 @@ class Validation:
 
 @torch.no_grad()
 def sample(
-    family: Family, scheduler: Any, model: nn.Module, prompts: Sequence[str], settings: Any, accelerator: Accelerator
+    family: Family, scheduler: Any, prompts: Sequence[str | int], settings: Any, accelerator: Accelerator
 ) -> list[Image.Image]:
     """One image per prompt; the n-th from the seed's n-th successor, whatever the other prompts are."""
     pipeline = family.pipeline
-    pipeline.register_modules(
-        **{family.denoiser_name: model, "scheduler": type(scheduler).from_config(scheduler.config)}
-    )
+    pipeline.register_modules(scheduler=type(scheduler).from_config(scheduler.config))
     pipeline.set_progress_bar_config(disable=True)
-    arguments = family.sampling_arguments()
-    if settings.validation_guidance_scale is not None:
-        arguments["guidance_scale"] = settings.validation_guidance_scale
-    was_training = model.training
-    model.eval()
+    guidance = settings.validation_guidance_scale
     images = []
     for number, prompt in enumerate(prompts):
-        with accelerator.autocast():
-            latents = pipeline(
-                prompt,
-                height=settings.resolution,
-                width=settings.resolution,
+        with accelerator.autocast(), decoding_exactly(family.vae):
+            images += pipeline(
                 num_inference_steps=settings.validation_inference_steps,
                 generator=torch.Generator().manual_seed(settings.seed + number),
-                output_type="latent",
-                **arguments,
+                **({} if guidance is None else {"guidance_scale": guidance}),
+                **family.call_arguments(prompt, settings.resolution),
             ).images
-        with exact_precision(latents.device):  # not under autocast: a VAE in half precision makes black images
-            pixels = family.vae.decode(unscale(family.vae, latents.to(family.vae.dtype)), return_dict=False)[0]
-        images += pipeline.image_processor.postprocess(pixels)
-    model.train(was_training)
     return images
 
 
 @contextmanager
-def averaged(ema: EMAModel, model: nn.Module) -> Iterator[None]:
-    """Within, the model has the moving average's weights."""
-    ema.store(model.parameters())
-    ema.copy_to(model.parameters())
+def decoding_exactly(vae: nn.Module) -> Iterator[None]:
+    """Within, the VAE decodes in its own precision, also under autocast: in half precision some make black images."""
+    decode = vae.decode
+
+    def exactly(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with exact_precision(latents.device):
+            return decode(latents.to(vae.dtype), *args, **kwargs)
+
+    vae.decode = exactly
     try:
         yield
     finally:
-        ema.restore(model.parameters())
-
-
-def log_images(accelerator: Accelerator, grid: Path, step: int) -> None:
-    """Show a grid to the trackers that are on."""
-    for tracker in accelerator.trackers:
-        image = np.asarray(Image.open(grid).convert("RGB"))
-        if tracker.name == "tensorboard":
-            tracker.writer.add_image("validation", image, step, dataformats="HWC")
-        elif tracker.name == "wandb":
-            import wandb
-
-            tracker.log({"validation": wandb.Image(str(grid))}, step=step)
+        del vae.decode

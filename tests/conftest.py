@@ -64,8 +64,72 @@ def sd3_without_t5(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def sdxl_pipeline(tmp_path_factory):
+    """Folder of a tiny Stable Diffusion XL."""
+    from tiny import tiny_sdxl
+
+    return tiny_sdxl(tmp_path_factory.mktemp("sdxl"))
+
+
+@pytest.fixture(scope="session")
+def sdxl_v_pipeline(tmp_path_factory):
+    """Folder of a tiny Stable Diffusion XL that predicts v."""
+    from tiny import tiny_sdxl
+
+    return tiny_sdxl(tmp_path_factory.mktemp("sdxl_v"), prediction_type="v_prediction")
+
+
+@pytest.fixture(scope="session")
+def pixart_alpha_pipeline(tmp_path_factory):
+    """Folder of a tiny PixArt alpha that is told the image's size."""
+    from tiny import tiny_pixart
+
+    return tiny_pixart(tmp_path_factory.mktemp("pixart_alpha"), "alpha")
+
+
+@pytest.fixture(scope="session")
+def pixart_sigma_pipeline(tmp_path_factory):
+    """Folder of a tiny PixArt Sigma."""
+    from tiny import tiny_pixart
+
+    return tiny_pixart(tmp_path_factory.mktemp("pixart_sigma"), "sigma")
+
+
+@pytest.fixture(scope="session")
+def dit_pipeline(tmp_path_factory):
+    """Folder of a tiny class-conditional DiT."""
+    from tiny import tiny_dit
+
+    return tiny_dit(tmp_path_factory.mktemp("dit"))
+
+
+@pytest.fixture(scope="session")
+def flux_pipeline(tmp_path_factory):
+    """Folder of a tiny Flux that is told the guidance."""
+    from tiny import tiny_flux
+
+    return tiny_flux(tmp_path_factory.mktemp("flux"))
+
+
+@pytest.fixture(scope="session")
+def sana_pipeline(tmp_path_factory):
+    """Folder of a tiny Sana."""
+    from tiny import tiny_sana
+
+    return tiny_sana(tmp_path_factory.mktemp("sana"))
+
+
+@pytest.fixture(scope="session")
 def image_folder(tmp_path_factory):
     """Folder of eight real pictures with captions, of various sizes and modes."""
     from tiny import tiny_image_folder
 
     return tiny_image_folder(tmp_path_factory.mktemp("images"), count=8)
+
+
+@pytest.fixture(scope="session")
+def class_folder(tmp_path_factory):
+    """Folder of nine real pictures in three classes, a sub-folder each."""
+    from tiny import tiny_class_folder
+
+    return tiny_class_folder(tmp_path_factory.mktemp("classes"))

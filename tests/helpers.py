@@ -3,6 +3,7 @@
 from contextlib import contextmanager
 
 import torch
+from diffusers import AutoencoderDC
 from tiny import seeded
 
 
@@ -26,7 +27,10 @@ def pair(vae, batch=2, height=4, width=4, seed=0, spikes=True):
 
 def block(vae, name):
     """The decoder's module whose output is called `name`."""
-    return vae.decoder.mid_block if name == "mid" else vae.decoder.up_blocks[int(name.removeprefix("up_"))]
+    if name == "mid":
+        return vae.decoder.mid_block
+    index = int(name.removeprefix("up_"))
+    return vae.decoder.up_blocks[-1 - index if isinstance(vae, AutoencoderDC) else index]
 
 
 @contextmanager

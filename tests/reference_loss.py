@@ -8,6 +8,7 @@ import math
 from fractions import Fraction
 
 import torch
+from diffusers import AutoencoderDC
 
 
 # --- features --------------------------------------------------------------------------------------------------------
@@ -31,12 +32,25 @@ def decoder_features(vae, latents):
     if getattr(vae, "post_quant_conv", None) is not None:
         hidden = vae.post_quant_conv(hidden)
     decoder = vae.decoder
+    if isinstance(vae, AutoencoderDC):
+        return _dc_features(decoder, hidden)
     hidden = decoder.conv_in(hidden)
     features = {}
     hidden = features["mid"] = decoder.mid_block(hidden)
     for index, block in enumerate(decoder.up_blocks):
         hidden = features[f"up_{index}"] = block(hidden)
     features["rgb"] = decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(hidden)))
+    return features
+
+
+def _dc_features(decoder, hidden):
+    """AutoencoderDC: a shortcut around the first convolution, no mid block, the last of the blocks runs first."""
+    hidden = decoder.conv_in(hidden) + hidden.repeat_interleave(decoder.in_shortcut_repeats, dim=1)
+    features = {}
+    for index in range(len(decoder.up_blocks)):
+        hidden = features[f"up_{index}"] = decoder.up_blocks[-1 - index](hidden)
+    hidden = decoder.norm_out(hidden.movedim(1, -1)).movedim(-1, 1)
+    features["rgb"] = decoder.conv_out(decoder.conv_act(hidden))
     return features
 
 
@@ -144,10 +158,11 @@ def block_loss(predicted, target, masks, statistics, e, normalization="shared", 
 
 def depth_weights(features, blocks, depth_weighting):
     sides = {name: math.sqrt(maps.shape[-2] * maps.shape[-1]) for name, maps in features.items()}
+    first = sides[next(iter(features))]
     if depth_weighting == "inverse":
-        return [sides["mid"] / sides[name] for name in blocks]
+        return [first / sides[name] for name in blocks]
     if depth_weighting == "exponential":
-        return [2 ** (-sides[name] / sides["mid"]) for name in blocks]
+        return [2 ** (-sides[name] / first) for name in blocks]
     if depth_weighting == "uniform":
         return [1.0 for _ in blocks]
     assert len(depth_weighting) == len(blocks)

@@ -1,83 +1,136 @@
-"""The command line: a bad one gets one sentence and loads nothing; defaults are diffusers'; every flag has a help."""
+"""The command line: every flag of diffusers' scripts with its type and default, a help of its own, and recipes."""
 
-import importlib.util
-import json
+import math
 import shutil
+import warnings
+from pathlib import Path
 
 import pytest
-import transformers
-from diffusers import DiffusionPipeline, ModelMixin
-from trainer import arguments, parsed, run
+import torch
+import yaml
+from trainer import arguments, parsed
 
-from lpl.arguments import EMA_DECAY, EMA_DECAY_WITH_LPL, build_parser
+from lpl import training_scheduler
+from lpl.arguments import (
+    EMA_DECAY,
+    EMA_DECAY_WITH_LPL,
+    FROM_OTHER_SCRIPTS,
+    boolean,
+    build_parser,
+    check_pipeline,
+    parse_arguments,
+    read_pipeline_configs,
+    recipe,
+)
+from lpl.data import RESAMPLING
+from lpl.families import FAMILIES
 
 
-# FLAGS.md: `train_text_to_image.py` decides, then the other scripts from left to right.
-DIFFUSERS_DEFAULTS = {
-    "adam_beta1": 0.9,
-    "adam_beta2": 0.999,
-    "adam_epsilon": 1e-08,
-    "adam_weight_decay": 0.01,
-    "allow_tf32": False,
-    "cache_dir": None,
-    "caption_column": "text",
-    "center_crop": False,
-    "checkpointing_steps": 500,
-    "checkpoints_total_limit": None,
-    "dataloader_num_workers": 0,
-    "dataset_config_name": None,
-    "dataset_name": None,
-    "foreach_ema": False,
-    "gradient_accumulation_steps": 1,
-    "gradient_checkpointing": False,
-    "hub_model_id": None,
-    "hub_token": None,
-    "image_column": "image",
-    "image_interpolation_mode": "lanczos",
-    "input_perturbation": 0,
-    "learning_rate": 1e-4,
-    "logging_dir": "logs",
-    "logit_mean": 0.0,
-    "logit_std": 1.0,
-    "lr_num_cycles": 1,
-    "lr_power": 1.0,
-    "lr_scheduler": "constant",
-    "lr_warmup_steps": 500,
-    "max_grad_norm": 1.0,
-    "max_sequence_length": 77,
-    "max_train_samples": None,
-    "max_train_steps": None,
-    "mixed_precision": None,
-    "mode_scale": 1.29,
-    "noise_offset": 0,
-    "num_train_epochs": 100,
-    "num_validation_images": 4,
-    "offload_ema": False,
-    "output_dir": "sd-model-finetuned",
-    "prediction_type": None,
-    "pretrained_model_name_or_path": None,
-    "proportion_empty_prompts": 0,
-    "push_to_hub": False,
-    "random_flip": False,
-    "report_to": "tensorboard",
-    "resume_from_checkpoint": None,
-    "revision": None,
-    "scale_lr": False,
-    "seed": None,
-    "snr_gamma": None,
-    "tracker_project_name": "text2image-fine-tune",
-    "train_batch_size": 16,
-    "train_data_dir": None,
-    "use_8bit_adam": False,
-    "use_ema": False,
-    "validation_epochs": 5,
-    "validation_prompt": None,
-    "validation_prompts": None,
-    "variant": None,
+HELP = Path(__file__).parent.parent / "docs" / "help.txt"
+
+# FLAGS.md: by type, the default; `train_text_to_image.py` decides, then the other scripts from left to right.
+FLAGS = {
+    float: {
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "adam_epsilon": 1e-08,
+        "adam_weight_decay": 0.01,
+        "adam_weight_decay_text_encoder": 0.001,
+        "dream_detail_preservation": 1.0,
+        "input_perturbation": 0,
+        "learning_rate": 0.0001,
+        "logit_mean": 0.0,
+        "logit_std": 1.0,
+        "lr_power": 1.0,
+        "max_grad_norm": 1.0,
+        "mode_scale": 1.29,
+        "noise_offset": 0,
+        "prodigy_beta3": None,
+        "proportion_empty_prompts": 0,
+        "snr_gamma": None,
+        "text_encoder_lr": 5e-06,
+        "timestep_bias_multiplier": 1.0,
+        "timestep_bias_portion": 0.25,
+    },
+    int: {
+        "checkpointing_steps": 500,
+        "checkpoints_total_limit": None,
+        "dataloader_num_workers": 0,
+        "gradient_accumulation_steps": 1,
+        "local_rank": -1,
+        "lpl_num_blocks": 4,
+        "lpl_start": 0,
+        "lpl_t_threshold": 200,
+        "lr_num_cycles": 1,
+        "lr_warmup_steps": 500,
+        "max_sequence_length": 77,
+        "max_train_samples": None,
+        "max_train_steps": None,
+        "num_train_epochs": 100,
+        "num_validation_images": 4,
+        "precondition_outputs": 0,  # SPEC.md: 0, not 1
+        "rank": 4,
+        "resolution": 512,
+        "seed": None,
+        "timestep_bias_begin": 0,
+        "timestep_bias_end": 1000,
+        "train_batch_size": 16,
+        "validation_epochs": 5,
+    },
+    None: {  # words
+        "cache_dir": None,
+        "caption_column": "text",
+        "dataset_config_name": None,
+        "dataset_name": None,
+        "hub_model_id": None,
+        "hub_token": None,
+        "image_column": "image",
+        "image_interpolation_mode": "lanczos",
+        "logging_dir": "logs",
+        "lpl_loss_type": "mse",
+        "lpl_norm_type": "default",
+        "lpl_weight": "auto:0.2",  # SPEC.md: a number is taken literally
+        "lr_scheduler": "constant",
+        "mixed_precision": None,
+        "non_ema_revision": None,
+        "optimizer": "AdamW",
+        "output_dir": "sd-model-finetuned",
+        "prediction_type": None,
+        "pretrained_model_name_or_path": None,
+        "pretrained_vae_model_name_or_path": None,
+        "report_to": "tensorboard",
+        "resume_from_checkpoint": None,
+        "revision": None,
+        "timestep_bias_strategy": "none",
+        "tracker_project_name": "text2image-fine-tune",
+        "train_data_dir": None,
+        "validation_prompt": None,
+        "validation_prompts": None,
+        "variant": None,
+        "weighting_scheme": "logit_normal",
+    },
+    boolean: {"prodigy_decouple": True, "prodigy_safeguard_warmup": True, "prodigy_use_bias_correction": True},
+    True: dict.fromkeys(  # flags without a value
+        (
+            *("allow_tf32", "center_crop", "debug_loss", "dream_training", "enable_npu_flash_attention"),
+            *("enable_xformers_memory_efficient_attention", "foreach_ema", "gradient_checkpointing", "lpl_pow_law"),
+            *("lpl_remove_outliers", "lpl_scale", "offload_ema", "push_to_hub", "random_flip", "scale_lr"),
+            *("train_text_encoder", "use_8bit_adam", "use_ema", "use_lpl"),
+        ),
+        False,
+    ),
 }
-OWN_DEFAULTS = {  # SPEC.md
-    "precondition_outputs": 0,
-    "lpl_weight": "auto:0.2",
+# None in the parser: these follow the pipeline or another flag.
+RESOLVED_LATER = {
+    "adam_weight_decay_text_encoder",
+    "max_sequence_length",
+    "proportion_empty_prompts",
+    "rank",
+    "resolution",
+    "text_encoder_lr",
+    "weighting_scheme",
+}
+OWN = {  # SPEC.md, and what this project adds
     "lpl_blocks": None,
     "lpl_sigma_threshold": 3.0,
     "lpl_threshold_base_resolution": 256,
@@ -92,303 +145,203 @@ OWN_DEFAULTS = {  # SPEC.md
     "lpl_gradient_checkpointing": False,
     "lpl_vae_dtype": "float32",
     "lpl_vae_name_or_path": None,
+    "lpl_measuring_steps": 50,
+    "config": None,
+    "without": None,
+    "dry_run": False,
+    "lora": False,
+    "lora_alpha": None,
+    "lora_dropout": 0.0,
+    "lora_target_modules": None,
+    "use_dora": False,
+    "use_rslora": False,
+    "quantize_base": None,
+    "from_scratch": False,
+    "guidance_scale": 3.5,
+    "validation_split": None,
+    "validation_every_nth": None,
+    "num_validation_samples": 64,
+    "ema_decay": None,
+    "logging_steps": 10,
+    "validation_guidance_scale": None,
+    "validation_inference_steps": 25,
+    "validation_steps": None,
 }
-DATA_SET = {"train_data_dir": None, "dataset_name": "someone/something"}
 
 
-@pytest.fixture
-def no_weights(monkeypatch):
-    """Nothing may load weights, nor a data set."""
-
-    def loaded(*args, **kwargs):
-        raise AssertionError("weights or data were loaded before the command was refused")
-
-    for loader in (DiffusionPipeline, ModelMixin, transformers.PreTrainedModel):
-        monkeypatch.setattr(loader, "from_pretrained", loaded)
-    monkeypatch.setattr("lpl.data.load_dataset", loaded)
+def flags():
+    return {action.dest: action for action in build_parser()._actions if action.dest != "help"}
 
 
-def refusal(capsys, words):
-    """What the script says to a command that it refuses: one sentence."""
+def silently(function, *args, **kwargs):
+    """The result of a call that must not warn of any flag."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=r".*(--|pipeline)")
+        return function(*args, **kwargs)
+
+
+def resolved(words):
+    args = parse_arguments([str(word) for word in words])
+    check_pipeline(args, read_pipeline_configs(args))
+    return args
+
+
+def said(capsys, words):
+    """What the program says to a command line that it ends on."""
     with pytest.raises(SystemExit) as error:
-        run(words)
-    code = error.value.code
-    message = capsys.readouterr().err.rpartition("error: ")[2] if code == 2 else str(code).partition("error: ")[2]
-    assert code != 0 and message and "Traceback" not in message
-    assert "\n" not in message.strip()
-    return message
+        parse_arguments([str(word) for word in words])
+    message = capsys.readouterr().err
+    assert error.value.code == 2 and message.count("\n") == 1
+    return message.rpartition("error: ")[2]
 
 
-def cases(*rows):
-    return [pytest.param(flags, words, id=" ".join(f"{k}={v}" for k, v in flags.items())) for flags, words in rows]
+# Names, types and defaults -------------------------------------------------------------------------------------------
 
 
-ALONE = cases(  # wrong whatever the pipeline: what is given, what the sentence must name
-    ({"pretrained_model_name_or_path": None}, ["--pretrained_model_name_or_path"]),
-    ({"pretrained_model_name_or_path": "no/where"}, ["--pretrained_model_name_or_path no/where", "model_index.json"]),
-    ({"train_data_dir": "nowhere"}, ["--train_data_dir", "nowhere", "no such folder"]),
-    ({"train_data_dir": None}, ["--dataset_name", "--train_data_dir", "neither"]),
-    ({"dataset_name": "a/b"}, ["--dataset_name", "--train_data_dir", "both"]),
-    ({"dataset_config_name": "de"}, ["--dataset_config_name", "--dataset_name"]),
-    ({"output_dir": __file__}, ["--output_dir", __file__]),
-    ({"resume_from_checkpoint": "checkpoint-7"}, ["--resume_from_checkpoint", "checkpoint-7", "latest"]),
-    ({"prediction_type": "noise"}, ["--prediction_type", "noise", "epsilon", "flow_matching"]),
-    ({"lr_scheduler": "sine"}, ["--lr_scheduler", "sine", "cosine"]),
-    ({"image_interpolation_mode": "cubic"}, ["--image_interpolation_mode", "cubic", "bicubic"]),
-    ({"weighting_scheme": "uniform"}, ["--weighting_scheme", "uniform", "logit_normal"]),
-    ({"report_to": "mlflow"}, ["--report_to", "mlflow", "tensorboard", "wandb", "none"]),
-    ({"mixed_precision": "fp8"}, ["--mixed_precision", "fp8", "bf16"]),
-    ({"mixed_precision": "fp16"}, ["--mixed_precision", "fp16", "bf16"]),
-    ({"lpl_vae_dtype": "float16"}, ["--lpl_vae_dtype", "float16", "bf16"]),
-    ({"lpl_weight": "auto:2"}, ["--lpl_weight", "auto:2", "auto:0.2"]),
-    ({"lpl_weight": "-1"}, ["--lpl_weight", "-1"]),
-    ({"lpl_weight": "much"}, ["--lpl_weight", "much"]),
-    ({"lpl_normalization": "batch"}, ["--lpl_normalization", "batch", "separate"]),
-    ({"lpl_distance": "huber"}, ["--lpl_distance", "huber", "l1"]),
-    ({"lpl_variant": "mine"}, ["--lpl_variant", "mine", "reference"]),
-    ({"lpl_depth_weighting": ["quadratic"]}, ["--lpl_depth_weighting quadratic", "inverse", "one number per block"]),
-    ({"lpl_depth_weighting": [1, 2], "lpl_blocks": ["mid"]}, ["--lpl_depth_weighting", "1 finite", "[1.0, 2.0]"]),
-    ({"lpl_depth_weighting": [1, "nan", 1, 1]}, ["--lpl_depth_weighting", "nan", "finite"]),
-    ({"lpl_variant": "reference", "lpl_distance": "l1"}, ["--lpl_variant reference", "--lpl_variant paper"]),
-    ({"lpl_normalization": "none", "lpl_detach_statistics": True}, ["--lpl_detach_statistics", "no effect"]),
-    ({"lpl_weight": 0, "lpl_distance": "l1"}, ["--lpl_weight 0", "--lpl_distance", "no effect"]),
-    ({"ema_decay": 0.9}, ["--ema_decay", "--use_ema"]),
-    ({"hub_model_id": "a/b"}, ["--hub_model_id", "--push_to_hub"]),
-    ({"validation_prompt": "a", "validation_prompts": ["b"]}, ["--validation_prompt ", "--validation_prompts"]),
-    ({"train_batch_size": 0}, ["--train_batch_size 0", "more than 0"]),
-    ({"learning_rate": "nan"}, ["--learning_rate nan", "more than 0"]),
-    ({"learning_rate": "fast"}, ["--learning_rate", "fast"]),
-    ({"lr_warmup_steps": -1}, ["--lr_warmup_steps -1", "0 or more"]),
-    ({"proportion_empty_prompts": 1.5}, ["--proportion_empty_prompts 1.5", "between 0 and 1"]),
-    ({"adam_beta1": 1.0}, ["--adam_beta1 1.0", "less than 1"]),
-    ({"lr_scheduler": "piecewise_constant"}, ["--lr_scheduler", "piecewise_constant", "cosine"]),
-    ({"lpl_blocks": ["rgb"], "lpl_variant": "reference"}, ["--lpl_variant reference", "rgb", "--lpl_blocks"]),
-    ({"lpl_vae_name_or_path": "no/where"}, ["--lpl_vae_name_or_path no/where"]),
-)
-WITH_SD = cases(
-    ({"lpl_blocks": ["up_9"]}, ["--lpl_blocks up_9", "mid, up_0, up_1, up_2", "rgb"]),
-    ({"lpl_blocks": ["mid", "mid"]}, ["--lpl_blocks mid mid", "once"]),
-    ({"lpl_blocks": ["rgb", "mid"]}, ["--lpl_blocks rgb mid", "alone"]),
-    ({"lpl_depth_weighting": [1, 2, 3]}, ["--lpl_depth_weighting", "4 finite"]),
-    ({"resolution": 30}, ["--resolution 30", "multiples of 4", "28 or 32"]),
-    ({"resolution": 2}, ["--resolution 2", "multiples of 4"]),
-    ({"precondition_outputs": 1}, ["--precondition_outputs", "flow_matching", "epsilon"]),
-    ({"weighting_scheme": "mode"}, ["--weighting_scheme", "flow_matching", "--snr_gamma"]),
-)
-WITH_SD3 = cases(
-    ({"resolution": 36}, ["--resolution 36", "multiples of 8", "32 or 40"]),
-    ({"resolution": 264}, ["--resolution 264", "256 at most"]),
-    ({"max_sequence_length": 600}, ["--max_sequence_length 600", "512 at most"]),
-    ({"snr_gamma": 5}, ["--snr_gamma", "flow_matching", "--weighting_scheme"]),
-)
+@pytest.mark.parametrize("kind, name", [(kind, name) for kind in FLAGS for name in FLAGS[kind]])
+def test_every_flag_of_diffusers_with_its_type_and_default(kind, name):
+    action = flags()[name]
+    assert action.default == (None if name in RESOLVED_LATER else FLAGS[kind][name])
+    if kind is True:
+        assert action.nargs == 0 and action.const is True
+    else:
+        assert action.type is kind and action.nargs == ("+" if name == "validation_prompts" else None)
 
 
-@pytest.mark.parametrize("flags, words", ALONE + WITH_SD)
-def test_refused_with_sd(flags, words, sd_pipeline, image_folder, tmp_path, capsys, no_weights):
-    message = refusal(capsys, arguments(sd_pipeline, image_folder, tmp_path, **flags))
-    assert all(word in message for word in words), message
+def test_no_flag_is_unknown_to_these_lists():
+    names = {name for group in FLAGS.values() for name in group}
+    assert len(names) == 95 and not names & set(OWN)
+    assert {name: action.default for name, action in flags().items() if name not in names} == OWN
 
 
-@pytest.mark.parametrize("flags, words", WITH_SD3)
-def test_refused_with_sd3(flags, words, sd3_pipeline, image_folder, tmp_path, capsys, no_weights):
-    message = refusal(capsys, arguments(sd3_pipeline, image_folder, tmp_path, **flags))
-    assert all(word in message for word in words), message
-
-
-def test_a_vae_with_another_latent_space(sd_pipeline, sd3_pipeline, image_folder, tmp_path, capsys, no_weights):
-    words = arguments(sd_pipeline, image_folder, tmp_path, lpl_vae_name_or_path=sd3_pipeline / "vae")
-    message = refusal(capsys, words)
-    assert all(word in message for word in ("--lpl_vae_name_or_path", "16 channels", "4"))
+SD, SDXL, SD3 = "sd_pipeline", "sdxl_pipeline", "sd3_pipeline"
 
 
 @pytest.mark.parametrize(
-    "package, flags", [("bitsandbytes", {"use_8bit_adam": True}), ("wandb", {"report_to": "wandb"})]
+    "pipeline, words, expected",
+    [
+        (SD, "", {"resolution": 512, "proportion_empty_prompts": 0.0, "weighting_scheme": None, "rank": None}),
+        (SD, "--lora", {"rank": 4, "lora_alpha": 4.0, "lora": True}),
+        (SD, "--train_text_encoder --learning_rate 0.01", {"text_encoder_lr": 0.01}),
+        (SD, "--train_text_encoder --adam_weight_decay 0.3", {"adam_weight_decay_text_encoder": 0.3}),
+        (SD, "", {"text_encoder_lr": None, "adam_weight_decay_text_encoder": None, "max_sequence_length": None}),
+        (SDXL, "", {"resolution": 32, "proportion_empty_prompts": 0.0, "prediction_type": "epsilon"}),
+        (SD3, "", {"max_sequence_length": 77, "weighting_scheme": "logit_normal", "proportion_empty_prompts": 0.0}),
+        (SD3, "--train_text_encoder", {"text_encoder_lr": 5e-6, "adam_weight_decay_text_encoder": 1e-3}),
+        (SD3, "--train_text_encoder --text_encoder_lr 1e-7", {"text_encoder_lr": 1e-7}),
+    ],
 )
-def test_a_package_that_is_missing(
-    package, flags, sd_pipeline, image_folder, tmp_path, capsys, monkeypatch, no_weights
-):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
-    message = refusal(capsys, arguments(sd_pipeline, image_folder, tmp_path, **flags))
-    assert f"pip install {package}" in message and f"--{next(iter(flags))}" in message
+def test_defaults_that_follow_the_pipeline(pipeline, words, expected, request, image_folder, tmp_path):
+    source = request.getfixturevalue(pipeline)
+    resolution = 32 if pipeline == SD3 else None  # the tiny one has no positions for its default, 512
+    base = arguments(source, image_folder, tmp_path, learning_rate=None, resolution=resolution)
+    args = silently(resolved, [*base, *words.split()])
+    assert {name: getattr(args, name) for name in expected} == expected
 
 
-def test_every_number_that_cannot_be_negative_is_checked(sd_pipeline, image_folder, tmp_path, capsys, no_weights):
-    may_be = {"logit_mean", "mode_scale", "lr_power", "validation_guidance_scale"}
-    actions = build_parser()._actions
-    numbers = {action.dest for action in actions if action.type in (int, float) and not action.choices}
-    accepted = set()
-    for name in numbers - may_be:
-        try:
-            message = refusal(capsys, arguments(sd_pipeline, image_folder, tmp_path, **{"use_ema": True, name: -1}))
-            assert f"--{name} -1" in message
-        except AssertionError as error:
-            if "were loaded" not in str(error):
-                raise
-            accepted.add(name)
-    assert not accepted
+@pytest.mark.parametrize(
+    "name, sample_size, side", [("stable-diffusion", 64, 512), ("stable-diffusion-xl", 128, 1024)]
+)
+def test_default_resolutions_of_real_models(name, sample_size, side):
+    family = next(family for family in FAMILIES if family.name == name)
+    configs = {"vae": {"block_out_channels": [128, 256, 512, 512]}, "unet": {"sample_size": sample_size}}
+    assert family.default_resolution(configs) == side
 
 
-@pytest.mark.parametrize("word", ["--lpl_weigh", "--resume", "--train_batch"])
-def test_abbreviations_are_refused(word, sd_pipeline, image_folder, tmp_path, capsys, no_weights):
-    message = refusal(capsys, [*arguments(sd_pipeline, image_folder, tmp_path), word, "1"])
+def test_interpolation_modes_are_torchvisions_and_can_be_done():
+    modes = flags()["image_interpolation_mode"].choices
+    assert set(modes) == {"nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos"}
+    assert set(modes) <= set(RESAMPLING) and RESAMPLING["nearest_exact"] == RESAMPLING["nearest"]
+
+
+@pytest.mark.parametrize("word, value", [("true", True), ("True", True), ("false", False), ("False", False)])
+def test_truth_in_words(word, value):
+    assert build_parser().parse_args(["--prodigy_decouple", word]).prodigy_decouple is value
+
+
+def test_other_words_are_no_truth(capsys):
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["--prodigy_decouple", "perhaps"])
+    assert "--prodigy_decouple" in (message := capsys.readouterr().err) and "true and false" in message
+
+
+@pytest.mark.parametrize("word, name", [("adamw", "AdamW"), ("ADAMW", "AdamW"), ("Prodigy", "prodigy")])
+def test_optimizers_in_any_case(word, name, sd_pipeline, image_folder, tmp_path):
+    assert parsed(sd_pipeline, image_folder, tmp_path, optimizer=word, learning_rate=1.0)[0].optimizer == name
+
+
+@pytest.mark.parametrize("word", ["--lpl_weigh", "--resume", "--train_batch", "--conf"])
+def test_abbreviations_are_refused(word, sd_pipeline, image_folder, tmp_path, capsys):
+    message = said(capsys, [*arguments(sd_pipeline, image_folder, tmp_path), word, "1"])
     assert "unrecognized" in message and word in message
 
 
-def folder_without(source, target, part):
-    shutil.copytree(source, target)
-    shutil.rmtree(target / part)
-    return target
-
-
-def reindexed(source, target, **changes):
-    """A copy of a pipeline with another model_index.json."""
-    shutil.copytree(source, target)
-    index = json.loads((target / "model_index.json").read_text())
-    (target / "model_index.json").write_text(json.dumps(index | changes))
-    return target
-
-
-def test_an_unknown_family(sd_pipeline, image_folder, tmp_path, capsys, no_weights):
-    kandinsky = reindexed(sd_pipeline, tmp_path / "pipeline", _class_name="KandinskyPipeline")
-    message = refusal(capsys, arguments(kandinsky, image_folder, tmp_path / "out"))
-    supported = ("StableDiffusionPipeline", "StableDiffusion3Pipeline")
-    assert all(word in message for word in ("--pretrained_model_name_or_path", "KandinskyPipeline", *supported))
-
-
-def test_an_unknown_scheduler(sd_pipeline, image_folder, tmp_path, capsys, no_weights):
-    pipeline = reindexed(sd_pipeline, tmp_path / "pipeline", scheduler=["diffusers", "MyScheduler"])
-    assert "MyScheduler" in refusal(capsys, arguments(pipeline, image_folder, tmp_path / "out"))
-
-
-def test_a_pipeline_trained_on_an_unknown_objective(sd_pipeline, image_folder, tmp_path, capsys, no_weights):
-    pipeline = shutil.copytree(sd_pipeline, tmp_path / "pipeline")
-    config = json.loads((pipeline / "scheduler" / "scheduler_config.json").read_text())
-    (pipeline / "scheduler" / "scheduler_config.json").write_text(json.dumps(config | {"prediction_type": "score"}))
-    message = refusal(capsys, arguments(pipeline, image_folder, tmp_path / "out"))
-    assert "'score'" in message and "--prediction_type" in message and "v_prediction" in message
-
-
-@pytest.mark.parametrize("part", ["vae", "unet", "scheduler"])
-def test_an_incomplete_pipeline(part, sd_pipeline, image_folder, tmp_path, capsys, no_weights):
-    pipeline = folder_without(sd_pipeline, tmp_path / "pipeline", part)
-    message = refusal(capsys, arguments(pipeline, image_folder, tmp_path / "out"))
-    assert part in message and "--pretrained_model_name_or_path" in message
-
-
-def test_a_data_folder_without_images_or_captions(sd_pipeline, tmp_path, capsys, no_weights):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    (folder / "notes.txt").write_text("no picture")
-    assert "has no images" in refusal(capsys, arguments(sd_pipeline, folder, tmp_path / "out"))
-    (folder / "a.PNG").write_bytes(b"")
-    message = refusal(capsys, arguments(sd_pipeline, folder, tmp_path / "out", caption_column="prompt"))
-    assert "metadata.jsonl" in message and '"prompt"' in message and str(folder) in message
-
-
-@pytest.mark.parametrize(
-    "flags, word",
-    [
-        ({"prediction_type": "v_prediction"}, "--prediction_type v_prediction"),
-        ({"allow_tf32": True}, "--allow_tf32"),
-        ({"offload_ema": True}, "--offload_ema"),
-        ({"foreach_ema": True}, "--foreach_ema"),
-        ({"hub_token": "hf_x"}, "--hub_token"),
-        ({"num_validation_images": 2}, "--num_validation_images"),
-        ({"validation_steps": 2}, "--validation_steps"),
-        ({"mode_scale": 1.0}, "--mode_scale"),
-        ({"logit_std": 2.0}, "--logit_std"),
-        ({"lr_power": 2.0}, "--lr_power"),
-        ({"lr_num_cycles": 2}, "--lr_num_cycles"),
-        ({"max_sequence_length": 128}, "--max_sequence_length"),
-        ({"lpl_start_step": 2}, "--lpl_start_step"),  # --max_train_steps is 2
-    ],
-)
-def test_a_flag_without_effect_warns(flags, word, sd_pipeline, image_folder, tmp_path):
-    with pytest.warns(UserWarning, match=word):
-        parsed(sd_pipeline, image_folder, tmp_path, **flags)
-
-
-def test_flags_with_effect_do_not_warn(sd_pipeline, sd3_pipeline, image_folder, tmp_path, recwarn):
-    flags = {"use_ema": True, "foreach_ema": True, "offload_ema": True, "ema_decay": 0.9, "lr_scheduler": "polynomial"}
-    flags |= {"lr_power": 2.0, "lr_warmup_steps": 1, "validation_prompts": ["a"], "validation_steps": 2}
-    parsed(sd_pipeline, image_folder, tmp_path, **flags, lpl_start_step=1)
-    parsed(sd3_pipeline, image_folder, tmp_path, max_sequence_length=128, logit_std=2.0, logit_mean=0.5)
-    parsed(sd3_pipeline, image_folder, tmp_path, weighting_scheme="mode", mode_scale=1.0)
-    assert [str(warning.message) for warning in recwarn if "--" in str(warning.message)] == []
-
-
-# Defaults and help --------------------------------------------------------------------------------------------------
-
-
-def defaults():
-    return {action.dest: action.default for action in build_parser()._actions if action.dest != "help"}
-
-
-def test_defaults_are_those_of_diffusers_and_of_the_specification():
-    ours, expected = defaults(), DIFFUSERS_DEFAULTS | OWN_DEFAULTS
-    assert {name: ours[name] for name in expected} == expected
-    assert set(ours) - set(expected) == {  # ours, or None where diffusers' value depends on the family
-        "ema_decay",
-        "logging_steps",
-        "lpl_measuring_steps",
-        "resolution",
-        "validation_guidance_scale",
-        "validation_inference_steps",
-        "validation_steps",
-        "weighting_scheme",
-    }
+# Help -------------------------------------------------------------------------------------------------------------
 
 
 def test_every_flag_has_a_help_text_of_its_own():
-    actions = [action for action in build_parser()._actions if action.dest != "help"]
+    actions = flags().values()
     texts = [action.help or "" for action in actions]
-    assert all(len(text) > 5 for text in texts)
+    assert all(len(text) > 5 and "\n" not in text for text in texts)
     assert len(set(texts)) == len(texts)
     assert all(action.option_strings == [f"--{action.dest}"] for action in actions)  # no second spelling
-    assert "--lpl_weight LPL_WEIGHT" in build_parser().format_help()  # a stray % in a help text would raise
 
 
-def test_defaults_that_depend_on_the_pipeline(sd_pipeline, sd_v_pipeline, sd3_pipeline, image_folder, tmp_path):
-    def resolved(pipeline, **flags):
-        args, _ = parsed(pipeline, image_folder, tmp_path, **flags)
-        return args.prediction_type, args.weighting_scheme, args.resolution
-
-    assert resolved(sd_pipeline, resolution=None) == ("epsilon", "none", 512)
-    assert resolved(sd_v_pipeline) == ("v_prediction", "none", 32)
-    assert resolved(sd3_pipeline) == ("flow_matching", "logit_normal", 32)
-    with pytest.warns(UserWarning, match="trained on epsilon"):
-        assert resolved(sd_pipeline, prediction_type="flow_matching") == ("flow_matching", "logit_normal", 32)
+def test_the_help_that_is_committed(monkeypatch):
+    """`COLUMNS=102 python train_text_to_image_lpl.py --help > docs/help.txt`."""
+    monkeypatch.setenv("COLUMNS", "102")
+    text = build_parser(prog="train_text_to_image_lpl.py").format_help()
+    assert text.split() == HELP.read_text().split()
+    assert all(f"--{name}" in text for name in flags())
 
 
-def test_sd3_at_its_default_resolution(sd3_pipeline, image_folder, tmp_path):
-    config = json.loads((sd3_pipeline / "transformer" / "config.json").read_text()) | {"pos_embed_max_size": 64}
-    pipeline = shutil.copytree(sd3_pipeline, tmp_path / "pipeline")
-    (pipeline / "transformer" / "config.json").write_text(json.dumps(config))
-    assert parsed(pipeline, image_folder, tmp_path, resolution=None)[0].resolution == 512
+def test_help_shows_defaults_that_are_in_force():
+    text = " ".join(build_parser().format_help().split())
+    assert "--lpl_ramp_steps int steps over which its weight then grows to its full value (default: 0)" in text
+    assert "--lpl_depth_weighting str [str ...] one of inverse, exponential, uniform, or one number" in text
+    assert "(default: inverse)" in text and "(default: None)" not in text and "(default: False)" not in text
+    assert "--lpl_t_threshold int taken for the --lpl_sigma_threshold of that timestep --lpl_norm_type" in text
 
 
-def test_an_autoencoder_of_another_make(sd_pipeline, image_folder, tmp_path, capsys, no_weights):
-    pipeline = shutil.copytree(sd_pipeline, tmp_path / "pipeline")
-    config = json.loads((pipeline / "vae" / "config.json").read_text()) | {"_class_name": "AutoencoderTiny"}
-    (pipeline / "vae" / "config.json").write_text(json.dumps(config))
-    message = refusal(capsys, arguments(pipeline, image_folder, tmp_path / "out"))
-    assert "AutoencoderTiny" in message and "AutoencoderKL" in message
+# Values that follow other flags --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "flags, decay",
-    [({}, EMA_DECAY_WITH_LPL), ({"lpl_weight": 0}, EMA_DECAY), ({"ema_decay": 0.5, "use_ema": True}, 0.5)],
+    [
+        ({"use_ema": True}, EMA_DECAY_WITH_LPL),
+        ({"use_ema": True, "lpl_weight": 0}, EMA_DECAY),
+        ({"ema_decay": 0.5, "use_ema": True}, 0.5),
+        ({}, None),
+    ],
 )
 def test_ema_decay_depends_on_lpl(flags, decay, sd_pipeline, image_folder, tmp_path):
     assert (EMA_DECAY_WITH_LPL, EMA_DECAY) == (0.99975, 0.9999)
     assert parsed(sd_pipeline, image_folder, tmp_path, **flags)[0].ema_decay == decay
 
 
-@pytest.mark.parametrize("weight, used", [("auto:0.2", True), ("0.1", True), ("0", False), ("0.0", False)])
+@pytest.mark.parametrize(
+    "weight, used", [("auto:0.2", True), ("0.1", True), ("1.0", True), ("0", False), ("0.0", False)]
+)
 def test_lpl_is_used_unless_its_weight_is_zero(weight, used, sd_pipeline, image_folder, tmp_path):
     flags = {"lpl_threshold_base_resolution": None, "lpl_weight": weight}
-    assert parsed(sd_pipeline, image_folder, tmp_path, **flags)[0].use_lpl is used
+    args, _ = parsed(sd_pipeline, image_folder, tmp_path, **flags)
+    assert args.lpl is used and args.lpl_weight == weight
+
+
+@pytest.mark.parametrize(
+    "flags, lora",
+    [
+        ({}, (False, None, None)),
+        ({"lora": True}, (True, 4, 4.0)),
+        ({"rank": 16}, (True, 16, 16.0)),
+        ({"rank": 16, "lora": True, "lora_alpha": 3.5}, (True, 16, 3.5)),
+    ],
+)
+def test_rank_means_lora(flags, lora, sd_pipeline, image_folder, tmp_path):
+    args, configs = parsed(sd_pipeline, image_folder, tmp_path, **flags)
+    assert (args.lora, args.rank, args.lora_alpha) == lora
+    assert args.lora_target_modules == (list(configs.family.lora_targets) if args.lora else None)
 
 
 def test_one_validation_prompt_stands_for_several_images(sd_pipeline, image_folder, tmp_path):
@@ -402,6 +355,398 @@ def test_depth_weights_are_a_name_or_numbers(words, meaning, sd_pipeline, image_
     assert args.lpl_depth_weighting == meaning
 
 
-def test_the_pipeline_is_not_overwritten(sd_pipeline, image_folder, capsys, no_weights):
-    message = refusal(capsys, arguments(sd_pipeline, image_folder, sd_pipeline))
-    assert "--output_dir" in message and "another folder" in message
+def test_given_flags_are_those_that_were_typed(sd_pipeline, image_folder, tmp_path):
+    words = arguments(sd_pipeline, image_folder, tmp_path, learning_rate=1e-4, seed=None)
+    assert resolved(words).given == {word.removeprefix("--") for word in words if word.startswith("--")}
+
+
+# Flags of other scripts ----------------------------------------------------------------------------------------------
+
+REFERENCE = {"lpl_norm_type": "shared", "lpl_pow_law": True, "lpl_remove_outliers": True}
+
+
+def translated(pipeline, images, output_dir, **foreign):
+    """args and the warnings, for a command line with the given flags."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        args, _ = parsed(pipeline, images, output_dir, lpl_threshold_base_resolution=None, **foreign)
+    assert not set(vars(args)) & set(FROM_OTHER_SCRIPTS) and not args.given & set(FROM_OTHER_SCRIPTS)
+    return args, [text for warning in caught if "--" in (text := str(warning.message))]
+
+
+@pytest.mark.parametrize(
+    "foreign, ours",
+    [
+        ({"lpl_loss_type": "mse"}, {"lpl_distance": "l2"}),
+        ({"lpl_loss_type": "l1"}, {"lpl_distance": "l1"}),
+        ({"lpl_start": 1}, {"lpl_start_step": 1}),
+        ({"lpl_num_blocks": 1}, {"lpl_blocks": ["mid", "up_0"]}),
+        ({"lpl_num_blocks": 2}, {"lpl_blocks": ["mid", "up_0", "up_1"]}),
+        (REFERENCE, {"lpl_variant": "reference"}),
+        (REFERENCE | {"lpl_loss_type": "mse"}, {"lpl_variant": "reference", "lpl_distance": "l2"}),
+    ],
+)
+def test_the_research_scripts_flags_in_ours(foreign, ours, sd_pipeline, image_folder, tmp_path):
+    args, said = translated(sd_pipeline, image_folder, tmp_path, **foreign)
+    assert {name: getattr(args, name) for name in ours} == ours and set(ours) <= args.given
+    assert len(said) == len(ours)
+    for name, value in ours.items():
+        words = " ".join(value) if isinstance(value, list) else value
+        assert any(f"--{name} {words}" in text for text in said)
+    assert all(any(f"--{name}" in text for text in said) for name in foreign)
+
+
+@pytest.mark.parametrize("limit", [1, 200, 1000])
+def test_the_research_scripts_threshold_lets_the_same_timesteps_in(limit, sd_pipeline, image_folder, tmp_path):
+    args, said = translated(sd_pipeline, image_folder, tmp_path, lpl_t_threshold=limit)
+    _, configs = parsed(sd_pipeline, image_folder, tmp_path)
+    abar = configs.scheduler.alphas_cumprod.double()
+    inside = ((1 - abar) / abar).sqrt() <= args.lpl_sigma_threshold
+    assert torch.equal(inside, torch.arange(1000) < limit)
+    assert args.lpl_threshold_base_resolution == 0
+    assert len(said) == 1 and "--lpl_sigma_threshold" in said[0] and f"--lpl_t_threshold {limit}" in said[0]
+
+
+def test_the_threshold_where_the_last_timestep_has_no_signal(sd_pipeline, image_folder, tmp_path):
+    pipeline = shutil.copytree(sd_pipeline, tmp_path / "pipeline")
+    _, configs = parsed(sd_pipeline, image_folder, tmp_path)
+    zero_snr = type(training_scheduler("epsilon", configs.scheduler)).from_config(
+        configs.scheduler.config, rescale_betas_zero_snr=True, prediction_type="v_prediction"
+    )
+    zero_snr.save_pretrained(pipeline / "scheduler")
+    index = (pipeline / "model_index.json").read_text().replace("PNDMScheduler", "DDIMScheduler")
+    (pipeline / "model_index.json").write_text(index)
+    args, _ = translated(pipeline, image_folder, tmp_path / "out", lpl_t_threshold=1000)
+    assert 0 < args.lpl_sigma_threshold < math.inf
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        {"lpl_norm_type": "default"},
+        {"lpl_norm_type": "batch", "lpl_pow_law": True, "lpl_remove_outliers": True},
+        {"lpl_pow_law": True},
+        {"lpl_norm_type": "shared", "lpl_remove_outliers": True},
+        REFERENCE | {"lpl_loss_type": "l1"},
+    ],
+)
+def test_other_combinations_have_no_counterpart(foreign, sd_pipeline, image_folder, tmp_path):
+    args, said = translated(sd_pipeline, image_folder, tmp_path, **foreign)
+    assert args.lpl_variant == "paper" and args.lpl_normalization == "shared"
+    assert "no counterpart" in said[-1] and "--lpl_normalization shared" in said[-1] and "outlier masks" in said[-1]
+
+
+@pytest.mark.parametrize(
+    "name, value, serves",
+    [
+        ("enable_xformers_memory_efficient_attention", True, "PyTorch's own"),
+        ("enable_npu_flash_attention", True, "PyTorch's own"),
+        ("local_rank", 0, "launcher"),
+        ("use_lpl", True, "--lpl_weight is 0"),
+        ("lpl_scale", True, "--lpl_weight"),
+    ],
+)
+def test_flags_without_meaning_warn(name, value, serves, sd_pipeline, image_folder, tmp_path):
+    _, said = translated(sd_pipeline, image_folder, tmp_path, **{name: value})
+    assert len(said) == 1 and f"--{name} has no effect" in said[0] and serves in said[0]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"lpl_loss_type": "l1", "lpl_distance": "l2"},
+        {"lpl_start": 1, "lpl_start_step": 0},
+        {"lpl_num_blocks": 1, "lpl_blocks": "mid"},
+        {"lpl_t_threshold": 200, "lpl_sigma_threshold": 1.0},
+        {"lpl_t_threshold": 200, "lpl_threshold_base_resolution": 0},
+        REFERENCE | {"lpl_variant": "paper"},
+    ],
+)
+def test_a_contradiction_with_our_own_flag(flags, sd_pipeline, image_folder, tmp_path, capsys):
+    words = arguments(sd_pipeline, image_folder, tmp_path, **{"lpl_threshold_base_resolution": None} | flags)
+    message = said(capsys, words)
+    assert "leave one of them out" in message and all(f"--{name}" in message for name in flags)
+
+
+def test_the_same_said_twice_is_no_contradiction(sd_pipeline, image_folder, tmp_path):
+    args, _ = translated(sd_pipeline, image_folder, tmp_path, lpl_loss_type="l1", lpl_distance="l1")
+    assert args.lpl_distance == "l1"
+
+
+def test_the_threshold_needs_betas(sd3_pipeline, image_folder, tmp_path):
+    with pytest.raises(ValueError, match="--lpl_t_threshold 200.*flow_matching.*--lpl_sigma_threshold"):
+        parsed(sd3_pipeline, image_folder, tmp_path, lpl_threshold_base_resolution=None, lpl_t_threshold=200)
+
+
+# Each script's flags as its users write them; DATA and OUT are filled in.
+COMMANDS = {
+    "sd": (
+        SD,
+        "--use_ema --resolution=512 --center_crop --random_flip --train_batch_size=1 --gradient_accumulation_steps=4"
+        " --gradient_checkpointing --max_train_steps=15000 --learning_rate=1e-05 --max_grad_norm=1 --lr_scheduler"
+        " constant --lr_warmup_steps=0 --snr_gamma=5.0 --dream_training --dream_detail_preservation 0.5"
+        " --noise_offset 0.1 --input_perturbation 0.1 --foreach_ema --offload_ema --non_ema_revision main"
+        " --validation_prompts=a --validation_epochs 1 --mixed_precision=bf16 --report_to tensorboard"
+        " --image_interpolation_mode nearest_exact --tracker_project_name t --checkpointing_steps 100",
+        {"--non_ema_revision"},  # it is of the Hub, and the pipeline here is a folder
+    ),
+    "sd lora": (
+        SD,
+        "--caption_column=text --resolution=512 --random_flip --train_batch_size=1 --num_train_epochs=100"
+        " --checkpointing_steps=5000 --learning_rate=1e-04 --lr_scheduler=constant --lr_warmup_steps=0 --seed=42"
+        " --rank=4 --validation_prompt=cute --num_validation_images=2 --checkpoints_total_limit 2 --local_rank=-1",
+        {"--local_rank"},
+    ),
+    "sdxl": (
+        SDXL,
+        "--enable_xformers_memory_efficient_attention --resolution=512 --center_crop --random_flip"
+        " --proportion_empty_prompts=0.2 --train_batch_size=1 --gradient_accumulation_steps=4"
+        " --gradient_checkpointing --max_train_steps=10000 --use_8bit_adam --learning_rate=1e-06 --lr_scheduler"
+        " constant --lr_warmup_steps=0 --validation_prompt=cute --validation_epochs 5 --timestep_bias_strategy later"
+        " --timestep_bias_multiplier 2.0 --timestep_bias_portion 0.5 --use_ema --allow_tf32",
+        {"--enable_xformers_memory_efficient_attention", "--allow_tf32"},
+    ),
+    "sdxl lora": (
+        SDXL,
+        "--dataloader_num_workers=8 --resolution=1024 --center_crop --random_flip --train_batch_size=1"
+        " --train_text_encoder --rank 8 --debug_loss --num_train_epochs 2 --checkpointing_steps=500"
+        " --learning_rate=1e-04 --lr_scheduler=constant --lr_warmup_steps=0 --mixed_precision=no --seed=42",
+        set(),
+    ),
+    "sd3": (
+        SD3,
+        "--resolution=32 --train_batch_size=1 --gradient_accumulation_steps=4 --optimizer=prodigy --learning_rate=1.0"
+        " --prodigy_beta3 0.9 --prodigy_decouple True --prodigy_use_bias_correction True --prodigy_safeguard_warmup"
+        " False --lr_scheduler=constant --lr_warmup_steps=0 --weighting_scheme logit_normal --logit_mean 0.1"
+        " --logit_std 1.2 --precondition_outputs 1 --max_sequence_length 77 --max_train_steps=500"
+        " --train_text_encoder --adam_weight_decay_text_encoder 1e-3 --adam_weight_decay 1e-4 --seed=0"
+        " --validation_prompt=dog --validation_epochs=25",
+        set(),
+    ),
+    "lpl": (
+        SDXL,
+        "--use_lpl --lpl_weight=1.0 --lpl_loss_type=mse --lpl_norm_type=shared --lpl_pow_law --lpl_num_blocks=2"
+        " --lpl_t_threshold=200 --lpl_scale --lpl_start=0 --lpl_remove_outliers --resolution=512"
+        " --proportion_empty_prompts=0.1 --learning_rate=1e-06 --use_ema --max_train_steps 5000 --snr_gamma 5",
+        {"--use_lpl", "--lpl_loss_type", "--lpl_norm_type", "--lpl_num_blocks", "--lpl_t_threshold", "--lpl_scale"}
+        | {"--lpl_start"},
+    ),
+}
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_a_command_line_of_each_script_of_diffusers(script, request, image_folder, tmp_path):
+    pipeline, words, warned = COMMANDS[script]
+    sources = f"--pretrained_model_name_or_path={request.getfixturevalue(pipeline)} --train_data_dir={image_folder}"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        args = resolved([*sources.split(), f"--output_dir={tmp_path}", *words.split()])
+    texts = [str(warning.message) for warning in caught if "--" in str(warning.message)]
+    assert {text.split()[0] for text in texts} == warned
+    assert args.resolution == int(words.partition("--resolution=")[2].split()[0])
+    assert args.lora is ("lora" in script) and args.lpl
+    again = silently(resolved, ["--config", write(tmp_path, recipe(args))]) if not warned else None
+    assert again is None or meaning(again) == meaning(args)
+
+
+# Recipes ----------------------------------------------------------------------------------------------------------
+
+
+def write(folder, entries):
+    path = folder / "recipe.yaml"
+    path.write_text(entries if isinstance(entries, str) else yaml.safe_dump(entries))
+    return str(path)
+
+
+def meaning(args):
+    """All that a run looks at."""
+    return {name: value for name, value in vars(args).items() if name not in ("given", "config")}
+
+
+ROUND_TRIPS = [
+    (SD, {}),
+    (SD, {"resolution": None, "lpl_weight": 0}),
+    (SD, {"use_ema": True, "rank": 8, "use_dora": True, "lora_target_modules": ["to_q", "conv1"]}),
+    (SD, {"lora": True, "lora_dropout": 0.1, "validation_prompt": "- a cat: 'x'", "num_validation_images": 2}),
+    (SD, {"validation_prompts": ["a 'dog'", "7", "no"], "validation_steps": 5, "lr_scheduler": "cosine"}),
+    (SD, {"lpl_depth_weighting": [1, 2, 3, 4.5], "train_text_encoder": True, "adam_epsilon": 3e-9}),
+    (SD, {"lpl_t_threshold": 321, "lpl_threshold_base_resolution": None, "lpl_num_blocks": 2}),
+    (SD, {"timestep_bias_strategy": "range", "timestep_bias_begin": 3, "timestep_bias_multiplier": 0.5}),
+    (SD, {"prediction_type": "flow_matching", "logit_mean": -0.25, "from_scratch": True}),
+    (SD, {"optimizer": "PRODIGY", "learning_rate": 1.0, "prodigy_decouple": "false", "train_text_encoder": True}),
+    (SD, {"train_data_dir": None, "dataset_name": "a/b", "validation_split": "test", "mixed_precision": "no"}),
+    (SD3, {"train_text_encoder": True, "lora": True}),
+    (SD3, {"weighting_scheme": "mode", "mode_scale": 1.0, "max_sequence_length": 128}),
+    (SDXL, {"resolution": None, "snr_gamma": 5, "proportion_empty_prompts": 0.1}),
+    ("pixart_alpha_pipeline", {}),
+    ("pixart_sigma_pipeline", {"rank": 2}),
+    ("flux_pipeline", {"guidance_scale": 1.0, "lora": True}),
+    ("sana_pipeline", {}),
+]
+
+
+@pytest.mark.parametrize("pipeline, flags", ROUND_TRIPS)
+@pytest.mark.filterwarnings("ignore:.*(is taken for|shift depends|--guidance_scale)")
+def test_a_runs_own_recipe_means_the_same_again(pipeline, flags, request, image_folder, tmp_path):
+    args, _ = parsed(request.getfixturevalue(pipeline), image_folder, tmp_path / "out", **flags)
+    path = write(tmp_path, recipe(args))
+    again = silently_but_for_the_pipeline(resolved, ["--config", path])
+    assert meaning(again) == meaning(args)
+    assert recipe(again) == recipe(args)
+
+
+def silently_but_for_the_pipeline(function, *args):
+    """As `silently`, but a warning about the pipeline itself comes at every run."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*--")
+        warnings.filterwarnings("ignore", message=".*--guidance_scale")
+        return function(*args)
+
+
+def test_a_class_conditional_recipe_means_the_same_again(dit_pipeline, class_folder, tmp_path):
+    args, _ = parsed(dit_pipeline, class_folder, tmp_path / "out", validation_prompts=["1", "3"])
+    again = silently(resolved, ["--config", write(tmp_path, recipe(args))])
+    assert meaning(again) == meaning(args) and args.caption_column == "label"
+
+
+def test_what_a_recipe_holds(sd_pipeline, image_folder, tmp_path):
+    words = arguments(sd_pipeline, image_folder, tmp_path, push_to_hub=True, hub_token="secret", dry_run=True)
+    entries = recipe(resolved([*words, "--resume_from_checkpoint", "latest"]))
+    left_out = {"config", "without", "dry_run", "resume_from_checkpoint", "hub_token", *FROM_OTHER_SCRIPTS}
+    assert set(entries) == set(flags()) - left_out
+    assert yaml.safe_load(yaml.safe_dump(entries)) == entries
+    assert (entries["resolution"], entries["prediction_type"], entries["weighting_scheme"]) == (32, "epsilon", None)
+
+
+def with_recipe(pipeline, images, folder, entries, *words):
+    """Pipeline and data set on the command line, the rest in a recipe."""
+    base = arguments(pipeline, images, folder / "out", **dict.fromkeys(("learning_rate", "resolution", "seed")))
+    return resolved([*base, "--config", write(folder, entries), *words])
+
+
+def test_the_order_is_defaults_recipe_command_line(sd_pipeline, image_folder, tmp_path):
+    entries = {"learning_rate": 1.0, "resolution": 64, "lpl_blocks": ["mid", "up_0"]}
+    args = with_recipe(sd_pipeline, image_folder, tmp_path, entries, "--learning_rate", "2", "--lpl_blocks", "up_1")
+    assert (args.learning_rate, args.resolution, args.lpl_blocks, args.snr_gamma) == (2.0, 64, ["up_1"], None)
+    assert {"learning_rate", "resolution"} <= args.given
+
+
+@pytest.mark.parametrize(
+    "text, name, value",
+    [
+        ("learning_rate: 1e-5", "learning_rate", 1e-5),  # to YAML that is a string
+        ("learning_rate: 1", "learning_rate", 1.0),
+        ("logit_mean: -1e-7\nprediction_type: flow_matching\nfrom_scratch: true", "logit_mean", -1e-7),
+        ("lpl_weight: 1", "lpl_weight", "1"),
+        ("lpl_weight: auto:0.3", "lpl_weight", "auto:0.3"),
+        ("mixed_precision: no", "mixed_precision", "no"),  # to YAML that is false
+        ("random_flip: true", "random_flip", True),
+        ("random_flip: false", "random_flip", False),
+        ("random_flip:", "random_flip", False),
+        ("snr_gamma: null", "snr_gamma", None),
+        ("validation_prompts: a cat", "validation_prompts", ["a cat"]),
+        ("validation_prompts: [--cat, 12]", "validation_prompts", ["--cat", "12"]),
+        ("lpl_depth_weighting: [1, 0.5, 2, 0]", "lpl_depth_weighting", [1.0, 0.5, 2.0, 0.0]),
+        ("lpl_depth_weighting: uniform", "lpl_depth_weighting", "uniform"),
+        ("optimizer: Prodigy\nlearning_rate: 1.0\nprodigy_decouple: false", "prodigy_decouple", False),
+        ("tracker_project_name: --x", "tracker_project_name", "--x"),
+        ("measured: {lpl_weight: 0.3}\nseed: 3", "seed", 3),
+        ("resume_from_checkpoint: latest", "resume_from_checkpoint", "latest"),
+    ],
+)
+def test_recipes_as_people_write_them(text, name, value, sd_pipeline, image_folder, tmp_path):
+    got = getattr(with_recipe(sd_pipeline, image_folder, tmp_path, text), name)
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("learning_rat: 1.0", ["'learning_rat'", "did you mean learning_rate?"]),
+        ("learning-rate: 1.0", ["'learning-rate'", "learning_rate?"]),
+        ("1: 2", ["there is no flag 1"]),
+        ("zzzzz: 2", ["there is no flag 'zzzzz'"]),
+        ("config: other.yaml", ["there is no flag 'config'"]),
+        ("hub_token: hf_x", ["hub_token", "hf auth login"]),
+        ("learning_rate: fast", ["learning_rate", "'fast'"]),
+        ("train_batch_size: 2.5", ["train_batch_size", "'2.5'"]),
+        ("lr_scheduler: sine", ["lr_scheduler", "'sine'", "cosine"]),
+        ("logging_epochs: 3\nsnr_gamma: 0", ["no flag 'logging_epochs'", "did you mean"]),
+        ("learning_rate: {a: 1}", ["learning_rate", "plain value", "dict"]),
+        ("learning_rate: [1, 2]", ["learning_rate", "not a list"]),
+        ("lpl_blocks: []", ["lpl_blocks", "empty list"]),
+        ("lpl_blocks: [[mid]]", ["lpl_blocks", "plain value", "list"]),
+        ("random_flip: 1", ["random_flip", "true or false", "1"]),
+        ("random_flip: 'true'", ["random_flip", "true or false", "'true'"]),
+        ("snr_gamma: true", ["snr_gamma", "not true", "quotes"]),
+        ("revision: 2024-01-01", ["revision", "date", "quotes"]),
+        ("prodigy_decouple: 1", ["prodigy_decouple", "true and false"]),
+        ("- a\n- b", ["must map flags to values"]),
+        ("", ["must map flags to values"]),
+        ("a: [", ["cannot be read", "while parsing"]),
+    ],
+)
+def test_recipes_that_are_refused(text, words, sd_pipeline, image_folder, tmp_path, capsys):
+    message = said(capsys, [*arguments(sd_pipeline, image_folder, tmp_path), "--config", write(tmp_path, text)])
+    assert all(word in message for word in words), message
+    assert message.startswith("--config ")
+
+
+def test_a_recipe_that_is_not_there(sd_pipeline, image_folder, tmp_path, capsys):
+    message = said(capsys, [*arguments(sd_pipeline, image_folder, tmp_path), "--config", "no/where.yaml"])
+    assert "--config no/where.yaml" in message and "No such file" in message
+
+
+def test_flags_of_a_recipe_can_be_left_out(sd_pipeline, image_folder, tmp_path):
+    entries = {"use_ema": True, "ema_decay": 0.5, "snr_gamma": 5.0, "random_flip": True}
+    words = ["--without", "use_ema", "ema_decay", "snr_gamma"]
+    args = with_recipe(sd_pipeline, image_folder, tmp_path, entries, *words)
+    assert (args.use_ema, args.ema_decay, args.snr_gamma, args.random_flip) == (False, None, None, True)
+
+
+def test_leaving_out_what_is_not_there(sd_pipeline, image_folder, tmp_path, capsys):
+    words = arguments(sd_pipeline, image_folder, tmp_path)
+    path = write(tmp_path, {"use_ema": True})
+    assert "did you mean use_ema?" in said(capsys, [*words, "--config", path, "--without", "use_emma"])
+    assert "--config" in said(capsys, [*words, "--without", "use_ema"])
+
+
+def test_defaults_in_a_recipe_are_not_given(sd_pipeline, image_folder, tmp_path):
+    """Each would be refused, or warned of, on the command line."""
+    entries = {"lpl_weight": 0, "lpl_distance": "l2", "lr_power": 1.0, "offload_ema": False, "lora_dropout": 0.0}
+    entries |= {"mode_scale": 1.29, "num_validation_images": 4, "timestep_bias_end": 1000, "validation_epochs": 5}
+    words = arguments(sd_pipeline, image_folder, tmp_path / "out", lpl_weight=0)
+    del words[words.index("--lpl_weight") : words.index("--lpl_weight") + 2]
+    args = silently(resolved, [*words, "--config", write(tmp_path, entries)])
+    assert not args.lpl and not args.given & (set(entries) - {"lpl_weight"})
+
+
+def test_a_research_flag_in_a_recipe_counts_also_at_its_default(sd_pipeline, image_folder, tmp_path):
+    base = arguments(sd_pipeline, image_folder, tmp_path / "out", lpl_threshold_base_resolution=None)
+    with pytest.warns(UserWarning, match="--lpl_t_threshold 200 is taken for"):
+        args = resolved([*base, "--config", write(tmp_path, {"lpl_t_threshold": 200})])
+    assert args.lpl_threshold_base_resolution == 0
+
+
+def test_the_baseline_of_a_recipe_with_lpl(sd_pipeline, image_folder, tmp_path):
+    base = arguments(sd_pipeline, image_folder, tmp_path / "out", lpl_weight=0)
+    path = write(tmp_path, {"lpl_weight": "auto:0.3", "lpl_distance": "l1", "lpl_measuring_steps": 50})
+    with pytest.warns(UserWarning, match="lpl_distance of the recipe has no effect"):
+        args = resolved([*base, "--config", path])
+    assert not args.lpl and args.lpl_distance == "l2"
+
+
+def test_the_baseline_keeps_the_loss_that_validation_measures(sd_pipeline, image_folder, tmp_path):
+    base = arguments(sd_pipeline, image_folder, tmp_path / "out", lpl_weight=0, validation_every_nth=2)
+    path = write(tmp_path, {"lpl_distance": "l1", "lpl_ramp_steps": 5})
+    with pytest.warns(UserWarning, match="lpl_ramp_steps of the recipe has no effect"):
+        args = resolved([*base, "--config", path])
+    assert args.lpl_distance == "l1" and args.lpl_ramp_steps == 0
+
+
+def test_paths_in_a_recipe_are_relative_to_the_working_directory(sd_pipeline, image_folder, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(image_folder.parent)
+    entries = {"train_data_dir": image_folder.name, "pretrained_model_name_or_path": str(sd_pipeline)}
+    args = resolved(["--config", write(tmp_path / "elsewhere", entries)])
+    assert args.train_data_dir == image_folder.name

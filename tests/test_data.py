@@ -20,7 +20,9 @@ from lpl.data import (
     TrainingImages,
     check_columns,
     choose_caption,
+    class_names,
     collate,
+    held_out_batches,
     keyed_generator,
     load_training_images,
     real_images,
@@ -298,7 +300,7 @@ def folder_of(folder, files, captions=True):
 def loaded(folder, **changes):
     """TrainingImages over a folder, loaded as the script loads it."""
     args = settings(train_data_dir=str(folder), cache_dir=str(folder.with_name("cache")), **changes)
-    dataset = load_training_images(args)
+    dataset, _ = load_training_images(args)
     return TrainingImages(dataset, get_objective("epsilon", DDPMScheduler()), LATENT_SHAPE, args)
 
 
@@ -384,3 +386,112 @@ def test_max_train_samples_are_drawn_by_the_seed(tmp_path):
     drawn = [sorted(loaded(folder, max_train_samples=3, seed=seed).dataset["text"]) for seed in (0, 0, 1)]
     assert len(drawn[0]) == 3 and drawn[0] == drawn[1] != drawn[2]
     assert len(loaded(folder, max_train_samples=99)) == 6
+
+
+# What else a sample says about its image ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [{}, {"center_crop": True}, {"random_flip": True}])
+def test_the_crop_is_described_as_it_was_taken(flags):
+    """The pixel at the crop's corner is the resized, mirrored picture's at ``crop_top_left``."""
+    images = images_of(coordinates(48, 32), coordinates(32, 64), **flags)  # no resizing: the shorter side is 32
+    for epoch, index in ((epoch, index) for epoch in range(12) for index in range(2)):
+        sample, width = images[epoch, index], (48, 32)[index]
+        crop = levels(sample)
+        top, left = sample["crop_top_left"].tolist()
+        mirrored = crop[0, 0, 0] > crop[0, 1, 0]
+        assert crop[0, 0, 1] == top and crop[0, 0, 0] == (width - 1 - left if mirrored else left)
+        assert sample["original_size"].tolist() == [[32, 48], [64, 32]][index]
+        assert sample["target_size"].tolist() == [32, 32] and sample["index"] == index
+
+
+def test_the_original_size_is_the_one_before_resizing():
+    sample = images_of(static(200, 100), center_crop=True)[0, 0]
+    assert sample["original_size"].tolist() == [100, 200] and sample["crop_top_left"].tolist() == [0, 16]
+
+
+def test_timesteps_follow_the_bias():
+    biased = images_of(static(8, 8), timestep_bias_strategy="earlier", timestep_bias_multiplier=1e9)
+    assert max(int(biased.timestep(epoch, 0)) for epoch in range(50)) < 250
+    plain = images_of(static(8, 8))
+    assert max(int(plain.timestep(epoch, 0)) for epoch in range(50)) > 800
+
+
+# Class labels -------------------------------------------------------------------------------------------------------
+
+
+def labelled(labels, feature):
+    features = Features({"image": ImageFeature(), "label": feature})
+    return Dataset.from_dict({"image": [static() for _ in labels], "label": labels}, features)
+
+
+def test_class_labels_are_captions(tmp_path):
+    for name in ("cats", "dogs"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(2):
+            static(seed=number).save(tmp_path / "data" / name / f"{number}.png")
+    args = settings(train_data_dir=str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"), caption_column="label")
+    dataset, _ = load_training_images(args, num_classes=10)
+    images = TrainingImages(dataset, get_objective("epsilon", DDPMScheduler()), LATENT_SHAPE, args, empty_caption=10)
+    assert sorted(images[0, index]["caption"] for index in range(4)) == [0, 0, 1, 1]
+    assert class_names(dataset, "label") == {0: "cats", 1: "dogs"}
+    args.proportion_empty_prompts = 1.0
+    assert images[0, 0]["caption"] == 10
+
+
+def test_a_share_of_the_labels_is_dropped():
+    images = images_of(static(8, 8), captions=[3], proportion_empty_prompts=0.3)
+    images.empty_caption = 1000
+    drawn = Counter(images[epoch, 0]["caption"] for epoch in range(200))
+    assert set(drawn) == {3, 1000} and 40 < drawn[1000] < 80
+
+
+@pytest.mark.parametrize(
+    "labels, feature, words",
+    [
+        ([0, 1], Value("string"), ("class labels", "--caption_column")),
+        ([0, 10], Value("int64"), ("0 to 9", "0 to 10")),
+        ([-1, 1], Value("int64"), ("0 to 9", "-1 to 1")),
+    ],
+)
+def test_labels_that_the_model_does_not_have(labels, feature, words):
+    dataset = labelled(list(map(str, labels)) if feature.dtype == "string" else labels, feature)
+    refused(lambda: check_columns(dataset, "image", "label", "--dataset_name x", 10), "'label'", *words)
+
+
+def test_a_folder_without_classes(tmp_path):
+    folder = folder_of(tmp_path / "data", {"a.png": static()})
+    args = settings(train_data_dir=str(folder), cache_dir=str(tmp_path / "cache"), caption_column="label")
+    refused(lambda: load_training_images(args, 10), "'label'", "sub-folders")
+
+
+# Held out ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_nth_sample_is_held_out(tmp_path):
+    folder = folder_of(tmp_path / "data", {f"{number}.png": static(8, 8) for number in range(7)})
+    args = settings(train_data_dir=str(folder), cache_dir=str(tmp_path / "cache"), validation_every_nth=3)
+    dataset, held_out = load_training_images(args)
+    assert held_out["text"] == ["0.png", "3.png", "6.png"] and dataset["text"] == ["1.png", "2.png", "4.png", "5.png"]
+    args.num_validation_samples = 2
+    assert load_training_images(args)[1]["text"] == ["0.png", "3.png"]
+
+
+def test_held_out_batches_are_the_same_in_every_run():
+    pictures = [static(seed=seed) for seed in range(5)]
+    one = images_of(*pictures, seed=3, random_flip=True, noise_offset=0.1, proportion_empty_prompts=0.9)
+    other = images_of(*pictures, seed=4, center_crop=True, input_perturbation=0.1)
+    for first, second in zip(held_out_batches(one, 2), held_out_batches(other, 2), strict=True):
+        assert first["caption"] == second["caption"] and "" not in first["caption"]
+        assert all(torch.equal(first[name], second[name]) for name in RANDOM)
+
+
+def test_held_out_batches_cover_samples_and_timesteps_once_over_all_processes():
+    images = images_of(*(static(seed=seed) for seed in range(7)))
+    whole = list(held_out_batches(images, 3))
+    assert [len(batch["caption"]) for batch in whole] == [3, 3, 1]
+    assert sorted(torch.cat([batch["timestep"] for batch in whole]).tolist()) == [71, 214, 357, 500, 642, 785, 928]
+    shared = [batch for process in range(2) for batch in held_out_batches(images, 3, process, 2)]
+    by_index = {int(i): t for batch in whole for i, t in zip(batch["index"], batch["timestep"])}
+    assert {int(i): t for batch in shared for i, t in zip(batch["index"], batch["timestep"])} == by_index
+    assert sorted(by_index) == list(range(7))

@@ -1,19 +1,36 @@
-"""The contract of every model family, on its tiny pipeline; a family without one fails here."""
+"""The contract of every model family, on its tiny pipelines; a family without one fails here."""
 
+import inspect
 import json
+from argparse import Namespace
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import DiffusionPipeline
+from diffusers.models.embeddings import LabelEmbedding
+from tiny import VAE_FACTOR
+from torch import nn
 
+from lpl.autoencoders import unscale
 from lpl.families import FAMILIES, Family, find_family
+from lpl.families.dit import DiT
+from lpl.objectives import OBJECTIVES, get_objective, training_scheduler
 
 
 TINY = {  # family -> fixtures of tests/conftest.py
     "stable-diffusion": ["sd_pipeline", "sd_v_pipeline"],
+    "stable-diffusion-xl": ["sdxl_pipeline"],
     "stable-diffusion-3": ["sd3_pipeline", "sd3_without_t5"],
+    "pixart-alpha": ["pixart_alpha_pipeline"],
+    "pixart-sigma": ["pixart_sigma_pipeline"],
+    "dit": ["dit_pipeline"],
+    "flux": ["flux_pipeline"],
+    "sana": ["sana_pipeline"],
 }
+FAMILY_OF = {family.name: family for family in FAMILIES}
 CAPTIONS = ["a cat", "", "the dog, and a very long caption " * 8]
+LABELS = [3, 1000, 999]  # no class, as no caption, in the middle
+SIZE = 32  # pixels
 CPU = torch.device("cpu")
 
 
@@ -22,22 +39,192 @@ def folder(request):
     return request.getfixturevalue(request.param)
 
 
-def load(folder, text_encoder_dtype=torch.float32, max_sequence_length=77):
+def load(folder, dtype=torch.float32, max_sequence_length=77, guidance_scale=3.5):
     index = json.loads((folder / "model_index.json").read_text())
     absent = {name: None for name, entry in index.items() if entry == [None, None]}
-    return find_family(index["_class_name"]).load(folder, text_encoder_dtype, max_sequence_length, **absent)
+    settings = Namespace(max_sequence_length=max_sequence_length, guidance_scale=guidance_scale)
+    kind = find_family(index["_class_name"])
+    dtypes = {"default": torch.float32, **dict.fromkeys(kind.text_encoder_names, dtype)}
+    family = kind.load(folder, settings, dtypes, **absent)
+    family.pipeline.set_progress_bar_config(disable=True)
+    return family
+
+
+def configs_of(family):
+    return {name: dict(getattr(family.pipeline, name).config) for name in ("vae", family.denoiser_name)}
+
+
+def captions_of(family, count=3):
+    return (LABELS if family.class_conditional else CAPTIONS)[:count]
+
+
+def batch_of(family, captions=None, **sizes):
+    """A batch of whole images of SIZE px, as the data gives it."""
+    captions = captions_of(family) if captions is None else captions
+    whole = {"original_size": (SIZE, SIZE), "crop_top_left": (0, 0), "target_size": (SIZE, SIZE)}
+    return {"caption": captions} | {
+        name: torch.tensor([size] * len(captions)) for name, size in (whole | sizes).items()
+    }
 
 
 def inputs(family, batch=3, side=8):
     """Latents, timesteps and conditions of a batch; no two samples are alike."""
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(batch, family.vae.config.latent_channels, side, side, generator=generator)
-    return latents, torch.tensor([1.0, 500.0, 900.0])[:batch], family.encode_prompts(CAPTIONS[:batch], CPU)
+    conditions = family.conditions(batch_of(family, captions_of(family, batch)), CPU)
+    return latents, torch.tensor([1.0, 500.0, 900.0])[:batch], conditions
+
+
+class Calls:
+    """What the denoiser is called with while the context lasts, by argument; nested dictionaries are flattened."""
+
+    def __init__(self, family):
+        self.family, self.calls = family, []
+
+    def __enter__(self):
+        self.handle = self.family.denoiser.register_forward_pre_hook(self.note, with_kwargs=True)
+        return self.calls
+
+    def __exit__(self, *_):
+        self.handle.remove()
+
+    def note(self, module, args, kwargs):
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        call = dict(zip(names, args)) | kwargs
+        call |= call.pop("added_cond_kwargs", None) or {}
+        call = {name: value for name, value in call.items() if isinstance(value, torch.Tensor)}
+        self.calls.append({{"sample": "hidden_states"}.get(name, name): value for name, value in call.items()})
+
+
+def sample(family, prompts, **arguments):
+    """What the pipeline draws, for the call that the family gives; of several prompts at once."""
+    calls = [family.call_arguments(prompt, SIZE) for prompt in prompts]
+    merged = {key: [x for call in calls for x in call[key]] for key in ("class_labels",) if key in calls[0]}
+    merged |= {key: [call[key] for call in calls] for key in ("prompt",) if key in calls[0]}
+    return family.pipeline(**{**calls[0], **merged, "num_inference_steps": 2, **arguments}).images
+
+
+def unpacked(family, hidden_states):
+    """The latents, (B, C, h, w), in the way that the denoiser is given them."""
+    if family.name != "flux":
+        return hidden_states
+    return family.pipeline._unpack_latents(hidden_states, SIZE, SIZE, family.pipeline.vae_scale_factor)
+
+
+def guidance_off(family):
+    """Flux's `guidance_scale` is told to the denoiser, and guides nothing."""
+    return {} if family.name == "flux" else {"guidance_scale": 1.0}
+
+
+# --- the registry ----------------------------------------------------------------------------------------------------
 
 
 def test_every_family_has_a_tiny_pipeline_here():
-    assert {family.name for family in FAMILIES} == set(TINY)
+    assert set(FAMILY_OF) == set(TINY) and len(FAMILY_OF) == len(FAMILIES)
     assert len({family.pipeline_class for family in FAMILIES}) == len(FAMILIES)
+
+
+@pytest.mark.parametrize("name", ["KandinskyPipeline", "StableDiffusion", "", None])
+def test_unknown_pipelines_are_refused(name):
+    with pytest.raises(ValueError) as error:
+        find_family(name)
+    assert str(name) in str(error.value) and "--pretrained_model_name_or_path" in str(error.value)
+    assert all(family.pipeline_class.__name__ in str(error.value) for family in FAMILIES)
+
+
+def test_class_attributes_name_components_of_the_pipeline(folder):
+    family = load(folder)
+    expected = set(family.pipeline.components)
+    assert {family.denoiser_name, *family.text_encoder_names, *family.optional_components, "vae"} <= expected
+    encoders = {name for name in expected if name.startswith("text_encoder")}
+    assert set(family.text_encoder_names) == encoders >= set(family.trainable_text_encoders)
+    assert issubclass(type(family), Family) and issubclass(family.pipeline_class, DiffusionPipeline)
+    assert family.objectives and set(family.objectives) <= set(OBJECTIVES)
+
+
+def test_lora_targets_are_layers_of_the_denoiser(folder):
+    family = load(folder)
+    layers = dict(family.denoiser.named_modules())
+    for target in family.lora_targets:
+        found = [layer for name, layer in layers.items() if name == target or name.endswith("." + target)]
+        assert found and all(isinstance(layer, nn.Linear) for layer in found), target
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def test_everything_is_frozen_and_in_its_precision(folder):
+    family = load(folder, dtype=torch.bfloat16)
+    assert family.vae.dtype == family.denoiser.dtype == torch.float32
+    assert bool(family.text_encoders) != family.class_conditional
+    assert all(encoder.dtype == torch.bfloat16 for encoder in family.text_encoders)
+    for part in (family.denoiser, family.vae, *family.text_encoders):
+        assert not part.training and not any(parameter.requires_grad for parameter in part.parameters())
+
+
+# --- the denoiser is called as the pipeline calls it -----------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [77, 20])
+def test_the_denoiser_is_called_as_the_pipeline_calls_it(folder, length, monkeypatch):
+    """At the first step of sampling these captions without guidance: conditions, latents, timesteps, and its answer
+    as the scheduler gets it."""
+    family = load(folder, max_sequence_length=length, guidance_scale=3.5)  # 3.5: the default of Flux's pipeline
+    captions = captions_of(family)
+    if family.name == "sana":
+        captions = [caption for caption in captions if caption]  # the empty one is guidance's, see below
+    answers, step = [], family.pipeline.scheduler.step
+    monkeypatch.setattr(
+        family.pipeline.scheduler, "step", lambda answer, *a, **k: answers.append(answer) or step(answer, *a, **k)
+    )
+    with Calls(family) as sampling:
+        sample(family, captions, **guidance_off(family))
+    expected = sampling[0]
+    latents = unpacked(family, expected["hidden_states"])
+    conditions = family.conditions(batch_of(family, captions), CPU)
+    timesteps = family.pipeline.scheduler.timesteps[:1].expand(len(captions))
+    with Calls(family) as training:
+        answer = family.predict(family.denoiser, latents, timesteps, conditions)
+    torch.testing.assert_close(answer, unpacked(family, answers[0]))
+    assert len(training) == 1 and training[0].keys() == expected.keys() and len(expected) >= 3
+    for name, value in training[0].items():
+        assert torch.equal(value, expected[name].expand_as(value)), name
+        assert value.dtype == expected[name].dtype or name == "timestep", name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", sorted(set(TINY) - {"flux"}))
+def test_no_caption_is_what_guidance_starts_from(name, request):
+    """The unconditional half of a guided step; Flux has none."""
+    family = load(request.getfixturevalue(TINY[name][0]))
+    if family.name == "stable-diffusion-xl":  # else its pipeline takes zeros for an empty prompt
+        family.pipeline.register_to_config(force_zeros_for_empty_prompt=False)
+    prompts = [7] if family.class_conditional else ["a cat"]
+    with Calls(family) as calls:
+        sample(family, prompts, guidance_scale=3.0)
+    empty = family.conditions(batch_of(family, [family.empty_caption(configs_of(family))]), CPU)
+    full = family.conditions(batch_of(family, prompts), CPU)
+    for name, value in empty.items():
+        halves = [calls[0][name][:1], calls[0][name][1:]]
+        if family.class_conditional:  # there the conditional half comes first
+            halves.reverse()
+        assert torch.equal(halves[0], value) and torch.equal(halves[1], full[name]), name
+
+
+@torch.no_grad()
+def test_call_arguments_draw_one_image(folder):
+    family = load(folder)
+    prompt = 207 if family.class_conditional else "a cat"
+    arguments = {**family.call_arguments(prompt, SIZE), "num_inference_steps": 2}
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 0)]
+    (first,), (again,) = (family.pipeline(**arguments, generator=generator).images for generator in generators)
+    assert first.size == (SIZE, SIZE) and first.tobytes() == again.tobytes()
+    if not family.class_conditional:
+        assert arguments["prompt"] == prompt
+        assert arguments.get("max_sequence_length", 77) == 77 and ("max_sequence_length" in arguments) == bool(
+            family.sequence_length
+        )
 
 
 @torch.no_grad()
@@ -57,71 +244,261 @@ def test_timesteps_and_captions_matter(folder):
     family = load(folder)
     latents, timesteps, conditions = inputs(family)
     output = family.predict(family.denoiser, latents, timesteps, conditions)
+    others = [7] * 3 if family.class_conditional else ["a dog"] * 3
     later = family.predict(family.denoiser, latents, timesteps + 50, conditions)
-    other = family.predict(family.denoiser, latents, timesteps, family.encode_prompts(["a dog"] * 3, CPU))
+    other = family.conditions(batch_of(family, others), CPU)
+    other = family.predict(family.denoiser, latents, timesteps, other)
     for changed in (later, other):
         assert (changed - output).abs().flatten(1).max(1).values.min() > 1e-6
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("length", [77, 20])
-def test_conditions_are_those_of_the_pipeline(folder, length):
-    """What the pipeline itself gives its denoiser when it samples these captions without guidance."""
-    family = load(folder, max_sequence_length=length)
-    seen = {}
-    family.denoiser.register_forward_pre_hook(lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True)
-    arguments = {"guidance_scale": 1.0, "num_inference_steps": 1, "height": 32, "width": 32, "output_type": "latent"}
-    family.pipeline.set_progress_bar_config(disable=True)
-    family.pipeline(CAPTIONS, **arguments, **family.sampling_arguments())
-    conditions = family.encode_prompts(CAPTIONS, CPU)
-    assert conditions and all(torch.equal(value, seen[name]) for name, value in conditions.items())
-    assert {name for name, value in seen.items() if isinstance(value, torch.Tensor)} <= {
-        *conditions,
-        "hidden_states",
-        "timestep",
-    }
+def test_a_denoiser_in_half_precision_under_autocast(folder):
+    """The frozen base of LoRA in bfloat16; latents and timesteps stay float32."""
+    family = load(folder, dtype=torch.bfloat16)
+    latents, timesteps, conditions = inputs(family)
+    in_float32 = {name: value.float() if value.is_floating_point() else value for name, value in conditions.items()}
+    exact = family.predict(family.denoiser, latents, timesteps, in_float32)
+    nn.Module.to(family.denoiser, torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = family.predict(family.denoiser, latents, timesteps, conditions)
+    assert (output.float() - exact).square().mean().sqrt() < 0.05 * exact.std()
 
 
-def test_only_the_denoiser_can_be_trained_and_is_in_float32(folder):
-    family = load(folder, text_encoder_dtype=torch.bfloat16)
-    assert family.vae.dtype == family.denoiser.dtype == torch.float32
-    assert family.text_encoders and all(encoder.dtype == torch.bfloat16 for encoder in family.text_encoders)
-    for frozen in (family.vae, *family.text_encoders):
-        assert not frozen.training and not any(parameter.requires_grad for parameter in frozen.parameters())
-    assert all(parameter.requires_grad for parameter in family.denoiser.parameters())
+# --- gradients -------------------------------------------------------------------------------------------------------
+
+
+def test_gradients_stay_out_of_frozen_text_encoders(folder):
+    family = load(folder)
+    assert not any(value.requires_grad for value in family.conditions(batch_of(family), CPU).values())
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if FAMILY_OF[name].trainable_text_encoders])
+def test_gradients_reach_trained_text_encoders(name, request):
+    family = load(request.getfixturevalue(TINY[name][0]))
+    encoders = [getattr(family.pipeline, encoder) for encoder in family.trainable_text_encoders]
+    for encoder in encoders:
+        encoder.requires_grad_(True)
+    family.denoiser.requires_grad_(True)
+    latents, timesteps, conditions = inputs(family)
+    family.predict(family.denoiser, latents, timesteps, conditions).square().mean().backward()
+    for part in (family.denoiser, *encoders):
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
+    assert not any(
+        p.requires_grad for encoder in family.text_encoders if encoder not in encoders for p in encoder.parameters()
+    )
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_gradients_stay_out_of_captions(folder):
-    assert not any(value.requires_grad for value in load(folder).encode_prompts(CAPTIONS, CPU).values())
-
-
-def test_class_attributes_name_components_of_the_pipeline(folder):
+def test_resolutions(folder):
+    """The default is a multiple as needed; the largest works, and SD3 fails beyond it."""
     family = load(folder)
-    expected = set(family.pipeline.components)
-    assert {family.denoiser_name, *family.text_encoder_names, *family.optional_components, "vae"} <= expected
-    assert issubclass(type(family), Family) and issubclass(family.pipeline_class, DiffusionPipeline)
-
-
-@torch.no_grad()
-def test_the_largest_resolution_works_and_nothing_beyond(folder):
-    family = load(folder)
-    configs = {name: dict(getattr(family.pipeline, name).config) for name in ("vae", family.denoiser_name)}
-    multiple, largest = family.resolution_multiple(configs), family.max_resolution(configs)
-    pixels_per_latent = 32 // AutoencoderKL.encode(family.vae, torch.zeros(1, 3, 32, 32)).latent_dist.mean.shape[-1]
-    assert multiple % pixels_per_latent == 0
-    side = (largest or multiple * 3) // pixels_per_latent
+    configs = configs_of(family)
+    multiple, (smallest, largest) = family.resolution_multiple(configs), family.resolution_range(configs)
+    assert family.default_resolution(configs) % multiple == 0 and multiple % VAE_FACTOR == 0
+    side = (largest or max(smallest, multiple * 3)) // VAE_FACTOR  # in latents
     latents, timesteps, conditions = inputs(family, batch=1, side=side)
     assert family.predict(family.denoiser, latents, timesteps, conditions).shape == latents.shape
-    if largest is not None:
-        latents, timesteps, conditions = inputs(family, batch=1, side=side + multiple // pixels_per_latent)
+    if family.name == "stable-diffusion-3":
+        latents, timesteps, conditions = inputs(family, batch=1, side=side + multiple // VAE_FACTOR)
         with pytest.raises(ValueError):
             family.predict(family.denoiser, latents, timesteps, conditions)
 
 
-@pytest.mark.parametrize("name", ["KandinskyPipeline", "StableDiffusion", "", None])
-def test_unknown_pipelines_are_refused(name):
+REAL_SIZES = [  # the denoiser's and the VAE's configuration in the published models; default, multiple, range
+    ("stable-diffusion", {"sample_size": 64}, 4, (512, 8, (1, None))),
+    ("stable-diffusion-xl", {"sample_size": 128}, 4, (1024, 8, (1, None))),
+    ("stable-diffusion-3", {"sample_size": 128, "patch_size": 2, "pos_embed_max_size": 192}, 4, (512, 16, (1, 3072))),
+    ("pixart-alpha", {"sample_size": 128, "patch_size": 2}, 4, (1024, 16, (1, None))),
+    ("pixart-sigma", {"sample_size": 64, "patch_size": 2}, 4, (512, 16, (1, None))),
+    ("dit", {"sample_size": 32, "patch_size": 2}, 4, (256, 16, (256, 256))),
+    ("flux", {"patch_size": 1}, 4, (1024, 16, (1, None))),
+    ("sana", {"sample_size": 32, "patch_size": 1}, 6, (1024, 32, (1, None))),
+    ("sana", {"sample_size": 64, "patch_size": 1}, 5, (1024, 32, (1, None))),  # whatever its autoencoder is
+]
+
+
+@pytest.mark.parametrize("name, denoiser, levels, expected", REAL_SIZES)
+def test_resolutions_of_the_published_models(name, denoiser, levels, expected):
+    family = FAMILY_OF[name]
+    key = "encoder_block_out_channels" if name == "sana" else "block_out_channels"
+    configs = {"vae": {key: [8] * levels}, family.denoiser_name: denoiser}
+    found = family.default_resolution(configs), family.resolution_multiple(configs), family.resolution_range(configs)
+    assert found == expected
+
+
+# --- single families -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_sdxl_is_told_sizes_and_crop(sdxl_pipeline):
+    family = load(sdxl_pipeline)
+    latents, timesteps, conditions = inputs(family)
+    output = family.predict(family.denoiser, latents, timesteps, conditions)
+    assert conditions["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]] * 3
+    for sizes in ({"original_size": (32, 48)}, {"crop_top_left": (0, 5)}, {"target_size": (24, 32)}):
+        changed = family.conditions(batch_of(family, **sizes), CPU)
+        changed = family.predict(family.denoiser, latents, timesteps, changed)
+        assert (changed - output).abs().flatten(1).max(1).values.min() > 1e-6
+    told = family.conditions(batch_of(family, original_size=(1, 2), crop_top_left=(3, 4), target_size=(5, 6)), CPU)
+    assert told["time_ids"].tolist() == [[1, 2, 3, 4, 5, 6]] * 3  # the pipeline's order, height or top first
+
+
+def test_pixart_is_told_the_size_where_the_pipeline_tells_it(pixart_alpha_pipeline, pixart_sigma_pipeline):
+    alpha = load(pixart_alpha_pipeline)
+    told = alpha.conditions(batch_of(alpha, target_size=(24, 32)), CPU)
+    assert told["resolution"].tolist() == [[24, 32]] * 3 and told["aspect_ratio"].tolist() == [[0.75]] * 3
+    small = load(pixart_alpha_pipeline)
+    small.denoiser.register_to_config(sample_size=64)
+    for family in (small, load(pixart_sigma_pipeline)):
+        assert set(family.conditions(batch_of(family), CPU)) == {"encoder_hidden_states", "encoder_attention_mask"}
+
+
+@pytest.mark.parametrize("fixture", ["pixart_alpha_pipeline", "pixart_sigma_pipeline", "sana_pipeline"])
+def test_captions_are_not_cleaned_in_training_nor_in_sampling(fixture, request, monkeypatch):
+    """The pipelines can rewrite captions, where Beautiful Soup is installed, and do so by default."""
+    family = load(request.getfixturevalue(fixture))
+    seen, encode_prompt = [], family.pipeline.encode_prompt
+    monkeypatch.setattr(
+        family.pipeline, "encode_prompt", lambda *a, **k: seen.append(k["clean_caption"]) or encode_prompt(*a, **k)
+    )
+    family.conditions(batch_of(family), CPU)
+    sample(family, ["a cat"])
+    assert len(seen) >= 2 and not any(seen)
+
+
+@torch.no_grad()
+def test_dit_drops_no_labels_of_itself(dit_pipeline):
+    family = load(dit_pipeline)
+    family.denoiser.train()
+    embedders = [module for module in family.denoiser.modules() if isinstance(module, LabelEmbedding)]
+    assert len(embedders) == 2 and all(len(module.embedding_table.weight) == 1001 for module in embedders)
+    latents, timesteps, conditions = (
+        value[:1].expand(64, *value.shape[1:]) if torch.is_tensor(value) else value for value in inputs(family)
+    )
+    output = family.predict(family.denoiser, latents, timesteps, {"class_labels": torch.full((64,), 3)})
+    torch.testing.assert_close(output, output[:1].expand_as(output))  # in train mode 1 in 10 would be another
+
+
+def test_dit_refuses_what_is_not_square(dit_pipeline):
+    family = load(dit_pipeline)
+    with pytest.raises(ValueError, match="8 x 6"):
+        family.predict(
+            family.denoiser, torch.zeros(1, 4, 8, 6), torch.tensor([1]), {"class_labels": torch.tensor([1])}
+        )
+
+
+def test_dit_reads_its_classes_names_from_the_index(dit_pipeline):
+    index = json.loads((dit_pipeline / "model_index.json").read_text())
+    assert DiT.class_names(index) == NAMES
+    assert DiT.class_names({"_class_name": "DiTPipeline"}) == {}
+    labels = load(dit_pipeline).pipeline.labels  # as diffusers understands the same entry
+    assert labels and all(DiT.class_label(name, NAMES) == label for name, label in labels.items())
+
+
+NAMES = {0: "tench, Tinca tinca", 1: "goldfish", 207: "golden retriever"}
+
+
+@pytest.mark.parametrize(
+    "prompt, names, label",
+    [
+        ("goldfish", NAMES, 1),
+        (" Golden Retriever ", NAMES, 207),
+        ("Tinca tinca", NAMES, 0),
+        ("tench, Tinca tinca", NAMES, 0),
+        ("999", NAMES, 999),
+        (5, NAMES, 5),
+        ("cups", {0: "cats", 1: "cups"}, 1),
+        ("7", {0: "3", 1: "5", 2: "7"}, 2),  # a name, before it is a number
+        ("12", {}, 12),
+    ],
+)
+def test_class_labels(prompt, names, label):
+    assert DiT.class_label(prompt, names) == label
+
+
+@pytest.mark.parametrize("prompt", ["a goldfish", "1000", "-1", "1.5", "", "²"])
+@pytest.mark.parametrize("names, shown", [(NAMES, "goldfish"), ({}, "0 to 999"), ({0: "cats", 1: "cups"}, "cups")])
+def test_class_labels_that_are_none(prompt, names, shown):
     with pytest.raises(ValueError) as error:
-        find_family(name)
-    assert str(name) in str(error.value) and "--pretrained_model_name_or_path" in str(error.value)
-    assert all(family.pipeline_class.__name__ in str(error.value) for family in FAMILIES)
+        DiT.class_label(prompt, names)
+    assert prompt in str(error.value) and shown in str(error.value) and "--validation_prompts" in str(error.value)
+
+
+def test_dit_with_another_number_of_classes_is_refused():
+    with pytest.raises(ValueError, match="10 classes.*1000"):
+        DiT.empty_caption({"vae": {}, "transformer": {"num_embeds_ada_norm": 10}})
+
+
+@torch.no_grad()
+def test_flux_is_told_the_guidance(flux_pipeline):
+    family, other = load(flux_pipeline), load(flux_pipeline, guidance_scale=1.0)
+    latents, timesteps, conditions = inputs(family)
+    outputs = [each.predict(each.denoiser, latents, timesteps, conditions) for each in (family, other)]
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-6
+    other.denoiser.register_to_config(guidance_embeds=False)
+    with Calls(other) as calls, pytest.raises(Exception):  # noqa: B017  the tiny model has the embedder all the same
+        other.predict(other.denoiser, latents, timesteps, conditions)
+    assert "guidance" not in calls[0]
+
+
+def test_sana_mixes_captions_with_and_without_text(sana_pipeline):
+    family = load(sana_pipeline)
+    together = family.encode_prompts(["", "a cat", "", "a dog"], CPU)
+    for row, caption in enumerate(["", "a cat", "", "a dog"]):
+        for name, value in family.encode_prompts([caption], CPU).items():
+            torch.testing.assert_close(together[name][row : row + 1], value, msg=f"{caption!r}, {name}")
+
+
+# --- what is trained can be sampled ----------------------------------------------------------------------------------
+
+
+def oracle(family, objective, clean):
+    """A denoiser's forward that knows z0: its exact answer to whatever z_t the pipeline hands it."""
+    flux, channels = family.name == "flux", clean.shape[1]
+    out = family.denoiser.config.out_channels or channels
+
+    def forward(*args, **kwargs):
+        names = list(inspect.signature(type(family.denoiser).forward).parameters)[1:]
+        call = dict(zip(names, args)) | kwargs
+        noisy = unpacked(family, call["sample"] if "sample" in call else call["hidden_states"])
+        timesteps = call["timestep"].reshape(-1).expand(len(noisy)).double()
+        timesteps = timesteps * 1000 if flux else timesteps / family.denoiser.config.get("timestep_scale", 1.0)
+        a, b = (value.view(-1, 1, 1, 1) for value in objective.coefficients(timesteps))
+        z0 = clean.double().expand_as(noisy)
+        noise = (noisy - a * z0) / b
+        answer = objective.target(z0, noise, timesteps).float()
+        if flux:
+            return (family.pipeline._pack_latents(answer, *answer.shape),)
+        answer = torch.cat([answer, torch.full_like(answer, 7.0)], 1) if out == 2 * channels else answer
+        return (answer,) if call.get("return_dict") is False else Namespace(sample=answer)
+
+    return forward
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name, objective_name",
+    [(name, objective) for name in TINY for objective in FAMILY_OF[name].objectives],
+)
+def test_what_is_trained_can_be_sampled(name, objective_name, request, tmp_path, monkeypatch):
+    """The family's pipeline with the scheduler of training, as saved and read again, leads to z0."""
+    family = load(request.getfixturevalue(TINY[name][0]))
+    family.pipeline.register_modules(scheduler=training_scheduler(objective_name, family.pipeline.scheduler))
+    family.pipeline.save_pretrained(tmp_path)
+    family = load(tmp_path)
+    objective = get_objective(objective_name, family.pipeline.scheduler)
+    clean = torch.randn(1, family.vae.config.latent_channels, 8, 8, generator=torch.Generator().manual_seed(5))
+    monkeypatch.setattr(family.denoiser, "forward", oracle(family, objective, clean))
+    decoded = []
+    decode = type(family.vae).decode
+    monkeypatch.setattr(family.vae, "decode", lambda z, *a, **k: decoded.append(z) or decode(family.vae, z, *a, **k))
+    prompts = [7] if family.class_conditional else ["a cat"]
+    images = sample(family, prompts, num_inference_steps=20, output_type="pt")
+    expected = unscale(family.vae, clean)
+    assert (decoded[0] - expected).abs().max() < 0.02 * expected.abs().max()
+    picture = (decode(family.vae, expected).sample / 2 + 0.5).clamp(0, 1)
+    assert images.shape == picture.shape and (images - picture).abs().max() < 0.02

@@ -2,19 +2,26 @@
 
 import pytest
 import torch
+from diffusers import AutoencoderDC, AutoencoderKL
 from helpers import block, hook_count, random_latents
 from reference_loss import decoder_features
-from tiny import VAE_CONFIGS, tiny_vae
+from tiny import VAE_CONFIGS, VAE_FACTOR, seeded, tiny_vae
 
 from lpl import DecoderFeatureExtractor
+from lpl.autoencoders import SUPPORTED, block_names, decoder_blocks, downscaling_factor, encode, unscale
 
 
 EVERY = ["mid", "up_0", "up_1", "up_2"]
+EVERY_DC = EVERY[1:]  # AutoencoderDC has no mid block
 
 
 @pytest.fixture(params=list(VAE_CONFIGS))
 def vae(request):
     return tiny_vae(request.param, torch.float64)
+
+
+def every(vae):
+    return EVERY_DC if isinstance(vae, AutoencoderDC) else EVERY
 
 
 def count_calls(module):
@@ -27,10 +34,12 @@ def test_equal_to_the_modules_called_by_hand(vae):
     latents = random_latents(vae, height=4, width=6)
     extractor = DecoderFeatureExtractor(vae)
     features, expected = extractor(latents), decoder_features(vae, latents)
-    assert list(extractor.block_names) == list(features) == EVERY
-    for name in EVERY:
+    assert list(extractor.block_names) == list(features) == every(vae)
+    for name in every(vae):
         torch.testing.assert_close(features[name], expected[name], rtol=1e-10, atol=1e-10)
-    assert [tuple(maps.shape[-2:]) for maps in features.values()] == [(4, 6), (8, 12), (16, 24), (16, 24)]
+    sizes = [(4, 6), (8, 12), (16, 24)]
+    sizes += [] if isinstance(vae, AutoencoderDC) else sizes[-1:]
+    assert [tuple(maps.shape[-2:]) for maps in features.values()] == sizes
 
 
 def test_scaling_and_shift_are_undone():
@@ -60,21 +69,22 @@ def test_post_quant_conv_is_applied(kind):
     assert not torch.allclose(extractor(latents)["mid"], before, rtol=1e-3)
 
 
-@pytest.mark.parametrize("last", range(4))
+@pytest.mark.parametrize("last", range(-3, 0))
 def test_decoding_stops_after_the_last_block_asked_for(vae, last):
-    calls = [count_calls(block(vae, name)) for name in EVERY]
+    calls = [count_calls(block(vae, name)) for name in every(vae)]
     head = count_calls(vae.decoder.conv_out)
-    features = DecoderFeatureExtractor(vae, blocks=(EVERY[last],))(random_latents(vae))
-    assert list(features) == [EVERY[last]]
-    assert [len(seen) for seen in calls] == [1] * (last + 1) + [0] * (3 - last)
+    features = DecoderFeatureExtractor(vae, blocks=(every(vae)[last],))(random_latents(vae))
+    assert list(features) == [every(vae)[last]]
+    left_out = -1 - last
+    assert [len(seen) for seen in calls] == [1] * (len(calls) - left_out) + [0] * left_out
     assert not head
 
 
 def test_a_subset_of_blocks(vae):
-    latents = random_latents(vae)
-    extractor = DecoderFeatureExtractor(vae, blocks=("mid", "up_1"))
+    latents, subset = random_latents(vae), [every(vae)[0], "up_1"]
+    extractor = DecoderFeatureExtractor(vae, blocks=subset)
     features, expected = extractor(latents), decoder_features(vae, latents)
-    assert list(extractor.block_names) == list(features) == ["mid", "up_1"]
+    assert list(extractor.block_names) == list(features) == subset
     for name, maps in features.items():
         torch.testing.assert_close(maps, expected[name], rtol=1e-10, atol=1e-10)
 
@@ -82,6 +92,55 @@ def test_a_subset_of_blocks(vae):
 def test_as_many_up_blocks_as_the_decoder_has():
     vae = tiny_vae("sd", block_out_channels=(4, 4, 8, 8))
     assert list(DecoderFeatureExtractor(vae).block_names) == [*EVERY, "up_3"]
+
+
+def test_blocks_without_layers_are_no_blocks():
+    """Some of AutoencoderDC's models have nothing at full resolution: the block before would be compared twice."""
+    config = {"layers_per_block": (0, 1, 1), "block_types": "ResBlock"}
+    vae = tiny_vae(
+        "dc",
+        torch.float64,
+        **{f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in config.items()},
+    )
+    latents = random_latents(vae)
+    features = DecoderFeatureExtractor(vae)(latents)
+    assert list(features) == list(block_names(vae.config)) == ["up_0", "up_1"]
+    assert [tuple(maps.shape[-2:]) for maps in features.values()] == [(4, 4), (8, 8)]
+    raw = latents / vae.config.scaling_factor
+    assert torch.equal(DecoderFeatureExtractor(vae, blocks=("rgb",))(latents)["rgb"], vae.decode(raw).sample)
+
+
+@pytest.mark.parametrize("kind", list(VAE_CONFIGS))
+def test_names_and_factor_from_the_configuration_alone(kind, tmp_path):
+    """As it is read from a file, before any weights are loaded."""
+    vae = tiny_vae(kind)
+    vae.save_config(tmp_path)
+    config = AutoencoderKL.load_config(tmp_path)
+    assert config["_class_name"] in SUPPORTED
+    assert list(block_names(config)) == every(vae) == list(decoder_blocks(vae))
+    assert downscaling_factor(config) == VAE_FACTOR
+
+
+def test_an_asymmetric_autoencoder_of_the_first_versions():
+    """Its configuration lacks the common key."""
+    config = {name: value for name, value in tiny_vae("asymmetric").config.items() if name != "block_out_channels"}
+    assert list(block_names(config)) == EVERY and downscaling_factor(config) == VAE_FACTOR
+
+
+@pytest.mark.parametrize("kind", list(VAE_CONFIGS))
+def test_encode_is_what_unscale_undoes(kind):
+    vae = tiny_vae(kind)
+    with seeded(0):
+        pixels, noise = torch.rand(2, 3, 32, 32) * 2 - 1, torch.randn(2, vae.config.latent_channels, 8, 8)
+    encoded = vae.encode(pixels)
+    if kind == "dc":  # no posterior
+        expected = encoded.latent
+    else:
+        expected = encoded.latent_dist.mean + encoded.latent_dist.std * noise
+        assert (encoded.latent_dist.std * noise).abs().max() > 0.1
+    latents = encode(vae, pixels, noise)
+    assert latents.shape == noise.shape and not latents.requires_grad
+    torch.testing.assert_close(unscale(vae, latents), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_rgb_alone_is_the_decoded_image(vae):
@@ -126,11 +185,11 @@ def test_no_hook_stays_after_an_exception(vae):
         extractor(latents)
     assert hook_count(vae) == 0
     del vae.decoder.up_blocks[1].forward
-    assert list(extractor(latents)) == EVERY
+    assert list(extractor(latents)) == every(vae)
 
 
 def test_hooks_of_others_stay(vae):
-    calls = count_calls(vae.decoder.mid_block)
+    calls = count_calls(block(vae, "up_0"))
     DecoderFeatureExtractor(vae)(random_latents(vae))
     assert calls and hook_count(vae) == 1
 

@@ -262,15 +262,24 @@ def test_the_code_of_class_conditional_models(tmp_path):
     assert "class-conditional" in card.data.tags and card.data.pipeline_tag is None
 
 
-@pytest.mark.parametrize("place, argument", [(".", ""), ("transformer_lora", ', subfolder="transformer_lora"')])
-def test_the_code_of_an_adapter_saved_by_peft(tmp_path, place, argument):
-    (tmp_path / place).mkdir(exist_ok=True)
-    (tmp_path / place / "adapter_config.json").write_text("{}")
-    (tmp_path / "checkpoint-500").mkdir()
-    (tmp_path / "checkpoint-500" / "adapter_config.json").write_text("{}")
+def test_the_code_of_an_adapter_saved_by_peft(tmp_path):
+    for place in ("transformer_lora", "checkpoint-500/transformer_lora"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "adapter_config.json").write_text("{}")
     text = code(written(tmp_path, lora_rank=8).text, "python")
     compile(text, "card", "exec")
-    assert f'PeftModel.from_pretrained(pipeline.transformer, "user/fox-lpl"{argument})' in text
+    loaded = 'PeftModel.from_pretrained(pipeline.transformer, "user/fox-lpl", subfolder="transformer_lora")'
+    assert f"pipeline.transformer = {loaded}" in text
+
+
+def test_the_code_of_a_lora_with_another_objective(tmp_path):
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "DDIMScheduler"}')
+    text = code(written(tmp_path, lora_rank=8).text, "python")
+    compile(text, "card", "exec")
+    assert "from diffusers import DDIMScheduler, Stable" in text
+    assert 'pipeline.scheduler = DDIMScheduler.from_pretrained("user/fox-lpl", subfolder="scheduler")' in text
+    assert "scheduler" not in code(written(tmp_path).text, "python")  # a whole pipeline has it inside
 
 
 def test_the_code_of_a_lora(tmp_path):

@@ -67,8 +67,8 @@ def test_every_option(normalization, depth_weighting):
         )
 
 
-@pytest.mark.parametrize("kind", ["sd", "sd3", "asymmetric"])
-@pytest.mark.parametrize("blocks", [None, ("mid",), ("up_0", "up_2"), ("up_2",)])
+@pytest.mark.parametrize("kind", ["sd", "sd3", "asymmetric", "standardised", "dc"])
+@pytest.mark.parametrize("blocks", [None, ("up_0",), ("up_0", "up_2"), ("up_2",)])
 def test_every_vae_and_choice_of_blocks(kind, blocks):
     predicted, latents = pair(vae_of(kind), height=4, width=6, seed=3)
     assert_equal_to_reference(vae_of(kind), predicted, latents, blocks=blocks)
@@ -293,10 +293,12 @@ def test_gradient_to_the_first_argument_only():
     assert predicted.grad.abs().sum() > 0 and latents.grad is None
 
 
-@pytest.mark.parametrize("options", [{}, {"variant": "reference"}, {"blocks": ("mid", "up_1")}, {"blocks": ("rgb",)}])
-def test_gradient_checkpointing_changes_nothing(options):
-    predicted, latents = pair(vae_of())
-    plain, saving = (LatentPerceptualLoss(vae_of(), gradient_checkpointing=flag, **options) for flag in (False, True))
+@pytest.mark.parametrize("kind", ["sd", "asymmetric", "dc"])
+@pytest.mark.parametrize("options", [{}, {"variant": "reference"}, {"blocks": ("up_0", "up_1")}, {"blocks": ("rgb",)}])
+def test_gradient_checkpointing_changes_nothing(options, kind):
+    vae = vae_of(kind)
+    predicted, latents = pair(vae)
+    plain, saving = (LatentPerceptualLoss(vae, gradient_checkpointing=flag, **options) for flag in (False, True))
     assert torch.equal(plain(predicted, latents), saving(predicted, latents))
     expected = gradient(plain, predicted, latents)
     torch.testing.assert_close(gradient(saving, predicted, latents), expected, rtol=1e-9, atol=0)
@@ -314,11 +316,12 @@ def test_a_vae_that_checkpoints_of_itself(gradient_checkpointing):
     assert vae.decoder.gradient_checkpointing
 
 
-def test_gradient_checkpointing_saves_memory():
+@pytest.mark.parametrize("kind", ["sd", "asymmetric", "dc"])
+def test_gradient_checkpointing_saves_memory(kind):
     def saved_numbers(flag):
         sizes = []
-        predicted, latents = pair(vae_of())
-        loss = LatentPerceptualLoss(vae_of(), gradient_checkpointing=flag)
+        predicted, latents = pair(vae_of(kind))
+        loss = LatentPerceptualLoss(vae_of(kind), gradient_checkpointing=flag)
         with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
             loss(predicted.requires_grad_(), latents)
         return sum(sizes)
@@ -340,10 +343,12 @@ def test_without_gradient():
 @pytest.mark.parametrize("variant", ["paper", "reference"])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_the_vae_is_left_as_it_was(requires_grad, training, variant, gradient_checkpointing):
-    vae = tiny_vae("sd", dtype=torch.float32).train(training).requires_grad_(requires_grad)
+@pytest.mark.parametrize("kind", ["sd", "dc"])
+def test_the_vae_is_left_as_it_was(kind, requires_grad, training, variant, gradient_checkpointing):
+    vae = tiny_vae(kind, dtype=torch.float32).train(training).requires_grad_(requires_grad)
     frozen = vae.decoder.conv_in.weight.requires_grad_(not requires_grad)  # a VAE that is half frozen stays so
     before = {name: value.clone() for name, value in vae.state_dict().items()}
+    attributes = {module: set(vars(module)) for module in vae.modules()}
     loss = LatentPerceptualLoss(vae, variant=variant, gradient_checkpointing=gradient_checkpointing)
     predicted, latents = pair(vae)
     value = loss(predicted.requires_grad_(), latents)
@@ -355,6 +360,7 @@ def test_the_vae_is_left_as_it_was(requires_grad, training, variant, gradient_ch
     assert all(module.training == training for module in vae.modules())
     assert vae.dtype == torch.float32 and hook_count(vae) == 0
     assert not any(getattr(module, "gradient_checkpointing", False) for module in vae.modules())
+    assert {module: set(vars(module)) for module in vae.modules()} == attributes
     assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
 
 

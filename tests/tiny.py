@@ -13,12 +13,26 @@ from pathlib import Path
 import torch
 from diffusers import (
     AsymmetricAutoencoderKL,
+    AutoencoderDC,
     AutoencoderKL,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     PNDMScheduler,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from transformers import (
@@ -26,6 +40,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -54,7 +71,26 @@ VAE_CONFIGS = {
         "latent_channels": 4,
         "scaling_factor": 0.18215,
     },
+    "standardised": {
+        "block_out_channels": (8, 16, 16),
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "scaling_factor": 0.5,
+        "latents_mean": (0.5, -1.0, 0.0, 2.0),
+        "latents_std": (2.0, 1.0, 0.5, 3.0),
+    },
+    "dc": {
+        "latent_channels": 4,
+        "attention_head_dim": 8,
+        **{f"{side}_block_types": ("ResBlock", "ResBlock", "EfficientViTBlock") for side in ("encoder", "decoder")},
+        **{f"{side}_block_out_channels": (8, 16, 16) for side in ("encoder", "decoder")},
+        **{f"{side}_layers_per_block": (1, 1, 1) for side in ("encoder", "decoder")},
+        **{f"{side}_qkv_multiscales": ((), (), (5,)) for side in ("encoder", "decoder")},
+        "scaling_factor": 0.41407,
+    },
 }
+VAE_CLASSES = {"asymmetric": AsymmetricAutoencoderKL, "dc": AutoencoderDC}  # of the others: AutoencoderKL
+DIT_LABELS = {"0": "tench, Tinca tinca", "1": "goldfish", "207": "golden retriever"}
 WITHOUT_T5 = {"text_encoder_3": None, "tokenizer_3": None}
 CLIP_LENGTH = 77
 T5_LENGTH = 512
@@ -77,17 +113,21 @@ def tiny_vae(kind="sd", dtype=torch.float32, seed=0, **overrides):
     "sd": 4 latent channels, quant and post-quant convs, scaling factor 0.18215, no shift.
     "sd3": 16 latent channels, no quant convs, scaling factor 1.5305, shift factor 0.0609.
     "asymmetric": AsymmetricAutoencoderKL, whose decoder is wider than its encoder (the paper's main results).
-    `overrides` go to the constructor; `block_out_channels` also decides the number of levels ("sd" and "sd3").
+    "standardised": as "sd", with a mean and a deviation for each latent channel.
+    "dc": AutoencoderDC (Sana), without a mid block: maps of 8 (up_0), 16 (up_1) and 32 px (up_2) for a 32 px image.
+    `overrides` go to the constructor; `block_out_channels` also decides the number of levels (AutoencoderKL).
     """
     if kind not in VAE_CONFIGS:
         raise ValueError(f"kind is {kind!r}, accepted: {', '.join(VAE_CONFIGS)}")
-    config = {"sample_size": 32, "norm_num_groups": 4, **VAE_CONFIGS[kind], **overrides}
-    if kind != "asymmetric":
+    config = {**VAE_CONFIGS[kind], **overrides}
+    if kind != "dc":
+        config = {"sample_size": 32, "norm_num_groups": 4, **config}
+    if kind not in VAE_CLASSES:
         levels = len(config["block_out_channels"])
         config["down_block_types"] = ("DownEncoderBlock2D",) * levels
         config["up_block_types"] = ("UpDecoderBlock2D",) * levels
     with seeded(seed):
-        vae = AsymmetricAutoencoderKL(**config) if kind == "asymmetric" else AutoencoderKL(**config)
+        vae = VAE_CLASSES.get(kind, AutoencoderKL)(**config)
     return torch.nn.Module.to(vae, dtype).eval()  # diffusers' own `to` logs a warning at every cast
 
 
@@ -137,6 +177,39 @@ def _t5_config(tokenizer, d_model):
         pad_token_id=0,
         eos_token_id=1,
         decoder_start_token_id=0,
+    )
+
+
+def _gemma_tokenizer():
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁"]
+    pieces += [f"<0x{byte:02X}>" for byte in range(256)]  # what no other piece covers falls back to bytes
+    pieces += [chr(code) for code in range(33, 127)]
+    merges = [
+        ("▁", "a"),
+        ("▁", "t"),
+        ("i", "n"),
+        ("e", "r"),
+        ("o", "r"),
+        ("r", "e"),
+        ("t", "h"),
+        ("e", "d"),
+        ("a", "t"),
+    ]
+    pieces += ["".join(pair) for pair in merges]
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    return GemmaTokenizer(vocab=vocab, merges=merges, model_max_length=8192)
+
+
+def _gemma_config(tokenizer, hidden_size):
+    return Gemma2Config(
+        vocab_size=len(tokenizer.get_vocab()),
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+        query_pre_attn_scalar=8,
     )
 
 
@@ -224,6 +297,169 @@ def tiny_sd3(folder, t5=True):
     return Path(folder)
 
 
+def tiny_sdxl(folder, prediction_type="epsilon"):
+    """StableDiffusionXLPipeline with both CLIPs."""
+    tokenizer, tokenizer_2 = _clip_tokenizer(), _clip_tokenizer(pad_token="!")
+    with seeded(3):
+        text_encoder = CLIPTextModel(_clip_config(tokenizer, hidden_size=16, projection_dim=16))
+        text_encoder_2 = CLIPTextModelWithProjection(_clip_config(tokenizer_2, hidden_size=16, projection_dim=24))
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2),
+            cross_attention_dim=16 + 16,  # both encoders' hidden sizes
+            attention_head_dim=2,
+            norm_num_groups=4,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 24,  # the six numbers, and the pooled embedding
+        )
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        timestep_spacing="leading",
+        prediction_type=prediction_type,
+    )
+    pipeline = StableDiffusionXLPipeline(
+        vae=tiny_vae("sd", scaling_factor=0.13025),
+        text_encoder=text_encoder,
+        text_encoder_2=text_encoder_2,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        unet=unet,
+        scheduler=scheduler,
+        add_watermarker=False,
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return Path(folder)
+
+
+def tiny_pixart(folder, kind="alpha"):
+    """PixArtAlphaPipeline as the 1024 px one, which wants the image's size, or PixArtSigmaPipeline, which does not."""
+    alpha = kind == "alpha"
+    tokenizer = _t5_tokenizer()
+    with seeded(4):
+        text_encoder = T5EncoderModel(_t5_config(tokenizer, d_model=32))
+        transformer = PixArtTransformer2DModel(
+            sample_size=128 if alpha else 8,  # by this number the pipeline knows that the size is wanted
+            use_additional_conditions=alpha,
+            patch_size=2,
+            in_channels=4,
+            out_channels=8,  # the second half is a learned variance
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=12,  # a third of the width embeds the size
+            cross_attention_dim=24,
+            caption_channels=32,
+        )
+    pipeline = (PixArtAlphaPipeline if alpha else PixArtSigmaPipeline)(
+        vae=tiny_vae("sd", scaling_factor=0.18215 if alpha else 0.13025),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+        scheduler=DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear"),
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return Path(folder)
+
+
+def tiny_dit(folder):
+    """DiTPipeline with 1000 classes; names of some are in model_index.json, as facebook/DiT-XL-2-256 has them."""
+    with seeded(5):
+        transformer = DiTTransformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            out_channels=8,
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_embeds_ada_norm=1000,  # the pipeline's null class is 1000
+        )
+        for module in transformer.modules():  # else they are drawn with a deviation of 1 and drown the timesteps
+            if isinstance(module, torch.nn.Embedding):
+                torch.nn.init.normal_(module.weight, std=0.2)
+    pipeline = DiTPipeline(
+        transformer=transformer,
+        vae=tiny_vae("sd"),
+        scheduler=DDIMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear", clip_sample=False),
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    index = Path(folder, "model_index.json")  # diffusers reads the names there, but does not write them
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"id2label": DIT_LABELS}, indent=2))
+    return Path(folder)
+
+
+def tiny_flux(folder):
+    """FluxPipeline as FLUX.1-dev has it: guidance is embedded, the schedule's shift depends on the image's size."""
+    tokenizer, tokenizer_2 = _clip_tokenizer(), _t5_tokenizer()
+    with seeded(6):
+        text_encoder = CLIPTextModel(_clip_config(tokenizer, hidden_size=16, projection_dim=16))
+        text_encoder_2 = T5EncoderModel(_t5_config(tokenizer_2, d_model=32))
+        transformer = FluxTransformer2DModel(
+            in_channels=4 * 16,  # 2 x 2 latent positions of 16 channels
+            num_layers=1,
+            num_single_layers=1,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            joint_attention_dim=32,
+            pooled_projection_dim=16,
+            guidance_embeds=True,
+            axes_dims_rope=(4, 6, 6),
+        )
+    pipeline = FluxPipeline(
+        vae=tiny_vae("sd3", scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=tokenizer_2,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return Path(folder)
+
+
+def tiny_sana(folder):
+    """SanaPipeline with a Gemma 2 and an AutoencoderDC that downsamples by 4."""
+    tokenizer = _gemma_tokenizer()
+    with seeded(7):
+        text_encoder = Gemma2Model(_gemma_config(tokenizer, hidden_size=16))
+        transformer = SanaTransformer2DModel(
+            sample_size=8,
+            patch_size=1,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=8,
+            cross_attention_dim=16,
+            caption_channels=16,
+            timestep_scale=0.5,  # 1 in the first models, but there is such a number
+        )
+    pipeline = SanaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=tiny_vae("dc"),
+        transformer=transformer,
+        scheduler=DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, solver_order=2
+        ),
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return Path(folder)
+
+
 # --- data ------------------------------------------------------------------------------------------------------------
 
 PICTURES = {  # pictures that scikit-image ships
@@ -260,6 +496,22 @@ def tiny_image_folder(folder, count=8, size=48):
         lines.append({"file_name": file_name, "text": f"{PICTURES[name]}, crop {index}"})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
+
+
+CLASSES = {"cats": "chelsea", "cups": "coffee", "rockets": "rocket"}  # a class's sub-folder: its picture
+
+
+def tiny_class_folder(folder, count=3, size=40):
+    """An imagefolder data set with three classes ("label"): a sub-folder each, of `count` real pictures."""
+    import skimage.data
+    from PIL import Image
+
+    for name, picture in CLASSES.items():
+        (Path(folder) / name).mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray(getattr(skimage.data, picture)())
+        for index in range(count):
+            _crop(picture, size + 8 * index, size, index).save(Path(folder) / name / f"{index}.png")
+    return Path(folder)
 
 
 def _crop(picture, width, height, index):

@@ -18,7 +18,8 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 import train_text_to_image_lpl as script
-from lpl.arguments import check_pipeline, parse_arguments, read_pipeline_configs
+from lpl.arguments import parse_arguments
+from lpl.checks import check_pipeline, read_pipeline_configs
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,9 +99,18 @@ def launch(pipeline, images, output_dir, /, *options, module="accelerate.command
 
 
 def metrics(folder, *names):
-    """The entries of a run's log; with names, those numbers of each."""
+    """The training entries of a run's log, without its speed; with names, those numbers of each."""
     records = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    records = [{name: value for name, value in record.items() if name != "images_per_second"} for record in records]
+    records = [record for record in records if "loss" in record]
     return [[record[name] for name in names] for record in records] if names else records
+
+
+def validation_metrics(folder):
+    """[step, validation loss, validation LPL] of each time that the held-out samples were looked at."""
+    records = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    names = ("step", "validation_loss", "validation_lpl")
+    return [[record[name] for name in names] for record in records if "validation_loss" in record]
 
 
 def weights(folder):
@@ -130,6 +140,11 @@ def settings(**changes):
         "logit_mean": 0.0,
         "logit_std": 1.0,
         "mode_scale": 1.29,
+        "timestep_bias_strategy": "none",
+        "timestep_bias_multiplier": 1.0,
+        "timestep_bias_begin": 0,
+        "timestep_bias_end": 1000,
+        "timestep_bias_portion": 0.25,
         "noise_offset": 0.0,
         "input_perturbation": 0.0,
         "max_train_samples": None,
@@ -137,5 +152,8 @@ def settings(**changes):
         "dataset_name": None,
         "dataset_config_name": None,
         "cache_dir": None,
+        "validation_split": None,
+        "validation_every_nth": None,
+        "num_validation_samples": 64,
     }
     return Namespace(**values | changes)

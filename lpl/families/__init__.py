@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 from lpl.families.base import Conditions, Family
+from lpl.families.dit import DiT
+from lpl.families.flux import Flux
+from lpl.families.pixart import PixArtAlpha, PixArtSigma
+from lpl.families.sana import Sana
 from lpl.families.sd import StableDiffusion
 from lpl.families.sd3 import StableDiffusion3
+from lpl.families.sdxl import StableDiffusionXL
 
 
-FAMILIES: tuple[type[Family], ...] = (StableDiffusion, StableDiffusion3)
+FAMILIES: tuple[type[Family], ...] = (
+    StableDiffusion,
+    StableDiffusionXL,
+    StableDiffusion3,
+    PixArtAlpha,
+    PixArtSigma,
+    DiT,
+    Flux,
+    Sana,
+)
 
 
 def find_family(pipeline_class_name: str | None) -> type[Family]:

@@ -1,7 +1,11 @@
 """What the trainer asks of a model family; a new family is one more file in this folder and one line in its registry.
 
-A family knows its diffusers pipeline, which component is the denoiser, how captions become conditions, and how the
-denoiser is called. Everything else (objective, loss, data, saving) is the same for all families.
+A family knows its diffusers pipeline, which component is the denoiser, what a batch conditions it on, how it is
+called, and where LoRA goes. Everything else (objective, loss, data, saving) is the same for all families.
+
+Vocabulary. *Conditions* are what the denoiser is given beside latents and timesteps. They are made of a batch's
+``caption`` (B strings; B class labels in a class-conditional family) and, where the family wants it, of
+``original_size``, ``crop_top_left`` and ``target_size``, each (B, 2), height or top first, in pixels.
 """
 
 from __future__ import annotations
@@ -14,15 +18,20 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from lpl.autoencoders import downscaling_factor
+from lpl.objectives import OBJECTIVES
 
 
 Conditions = dict[str, Tensor]
+Configs = Mapping[str, Mapping[str, Any]]  # of the VAE and of the denoiser, by the component's name
 
 
 class Family:
     """One pipeline, loaded: frozen text encoders and VAE around the denoiser that is trained.
 
     Class attributes say what the family is; an instance holds the components.
+
+    Args:
+        settings: the flags; a family looks at ``max_sequence_length`` and ``guidance_scale``.
     """
 
     name: ClassVar[str]  # as on the model card's tags
@@ -30,24 +39,31 @@ class Family:
     denoiser_name: ClassVar[str]  # the pipeline's component that is trained
     text_encoder_names: ClassVar[tuple[str, ...]]
     optional_components: ClassVar[tuple[str, ...]] = ()  # what a pipeline's index may lack
-    default_resolution: ClassVar[int]
-    max_sequence_length: ClassVar[int | None] = None  # what --max_sequence_length may be; None: it has no effect
+    objectives: ClassVar[tuple[str, ...]] = tuple(OBJECTIVES)  # those that its pipeline can sample
+    class_conditional: ClassVar[bool] = False  # captions are class labels, numbers from 0
+    empty_share: ClassVar[float] = 0.0  # default of --proportion_empty_prompts
+    sequence_length: ClassVar[int | None] = None  # default of --max_sequence_length; None: it has no effect
+    max_sequence_length: ClassVar[int | None] = None
+    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    trainable_text_encoders: ClassVar[tuple[str, ...]] = ()  # those that --train_text_encoder trains
+    text_encoder_learning_rate: ClassVar[float | None] = None  # default of --text_encoder_lr; None: --learning_rate
+    text_encoder_weight_decay: ClassVar[float | None] = None  # likewise
 
-    def __init__(self, pipeline: DiffusionPipeline, max_sequence_length: int) -> None:
-        self.pipeline = pipeline
-        self.sequence_length = max_sequence_length
-        for component in (self.vae, *self.text_encoders):
+    def __init__(self, pipeline: DiffusionPipeline, settings: Any) -> None:
+        self.pipeline, self.settings = pipeline, settings
+        for component in (self.vae, self.denoiser, *self.text_encoders):
             component.requires_grad_(False).eval()
 
     @classmethod
-    def load(cls, path: str, text_encoder_dtype: torch.dtype, max_sequence_length: int, **source: Any) -> Family:
-        """From a pipeline's folder or id; the text encoders in the given dtype, the VAE and the denoiser in float32.
+    def load(cls, path: str, settings: Any, dtypes: Mapping[str, torch.dtype], **source: Any) -> Family:
+        """From a pipeline's folder or id.
 
         Args:
-            source: ``revision``, ``variant`` and ``cache_dir`` of ``from_pretrained``, and None for absent components.
+            dtypes: of components by name, and of those not named as "default".
+            source: ``revision``, ``variant`` and ``cache_dir`` of ``from_pretrained``, components that are loaded
+                already, and None for absent ones.
         """
-        dtypes = {"default": torch.float32, **dict.fromkeys(cls.text_encoder_names, text_encoder_dtype)}
-        return cls(cls.pipeline_class.from_pretrained(path, dtype=dtypes, **source), max_sequence_length)
+        return cls(cls.pipeline_class.from_pretrained(path, dtype=dict(dtypes), **source), settings)
 
     @property
     def denoiser(self) -> nn.Module:
@@ -63,28 +79,51 @@ class Family:
         encoders = (getattr(self.pipeline, name) for name in self.text_encoder_names)
         return [encoder for encoder in encoders if encoder is not None]
 
+    def conditions(self, batch: Mapping[str, Any], device: torch.device) -> Conditions:
+        """What :meth:`predict` needs of a batch, each (B, ...). Without gradient unless text encoders are trained."""
+        return self.encode_prompts(batch["caption"], device)
+
     def encode_prompts(self, captions: Sequence[str], device: torch.device) -> Conditions:
-        """Captions, B of them -> what :meth:`predict` needs of them, each (B, ...). Call without gradient."""
+        """The part of the conditions that comes from B captions."""
         raise NotImplementedError
 
     def predict(self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
-        """The denoiser's output D, (B, C, h, w), for z_t and (B,) timesteps."""
+        """The denoiser's output D, (B, C, h, w), for z_t and (B,) timesteps; without a learned variance's half."""
         raise NotImplementedError
+
+    def call_arguments(self, prompt: str | int, resolution: int) -> dict[str, Any]:
+        """How the pipeline is called to draw what a caption (or class label) says, beside steps and guidance."""
+        return {"prompt": prompt, "height": resolution, "width": resolution} | self.sampling_arguments()
 
     def sampling_arguments(self) -> dict[str, Any]:
         """What a call of the pipeline needs beyond prompt, size, steps and guidance to sample as in training."""
-        return {}
+        return {"max_sequence_length": self.settings.max_sequence_length} if self.sequence_length else {}
 
     def loading_arguments(self) -> dict[str, None]:
         """What ``from_pretrained`` has to be told to load a pipeline like this one: the components that it lacks."""
         return {name: None for name in self.optional_components if getattr(self.pipeline, name) is None}
 
     @classmethod
-    def resolution_multiple(cls, configs: Mapping[str, Mapping[str, Any]]) -> int:
-        """Images' sides must be multiples of this many pixels; ``configs`` holds those of VAE and denoiser."""
-        return downscaling_factor(configs["vae"])
+    def default_resolution(cls, configs: Configs) -> int:
+        """Side in pixels: what the denoiser was made for."""
+        return configs[cls.denoiser_name]["sample_size"] * downscaling_factor(configs["vae"])
 
     @classmethod
-    def max_resolution(cls, configs: Mapping[str, Mapping[str, Any]]) -> int | None:
-        """The largest side in pixels, where the denoiser has one."""
-        return None
+    def resolution_multiple(cls, configs: Configs) -> int:
+        """Images' sides must be multiples of this many pixels."""
+        return downscaling_factor(configs["vae"]) * configs[cls.denoiser_name].get("patch_size", 1)
+
+    @classmethod
+    def resolution_range(cls, configs: Configs) -> tuple[int, int | None]:
+        """The smallest and the largest side in pixels; None: no limit."""
+        return 1, None
+
+    @classmethod
+    def empty_caption(cls, configs: Configs) -> str | int:
+        """What stands for no caption, in training and for classifier-free guidance."""
+        return ""
+
+    @classmethod
+    def untrained_config(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The denoiser's configuration for --from_scratch: without a learned variance, which nothing here trains."""
+        return dict(config) | {"out_channels": config["in_channels"]}

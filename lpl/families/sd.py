@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
-from lpl.families.base import Conditions, Family
+from lpl.families.base import Conditions, Configs, Family
 
 
 class StableDiffusion(Family):
@@ -16,7 +16,7 @@ class StableDiffusion(Family):
     pipeline_class = StableDiffusionPipeline
     denoiser_name = "unet"
     text_encoder_names = ("text_encoder",)
-    default_resolution = 512
+    trainable_text_encoders = ("text_encoder",)
 
     def encode_prompts(self, captions: Sequence[str], device: torch.device) -> Conditions:
         embeddings, _ = self.pipeline.encode_prompt(list(captions), device, 1, False)
@@ -24,3 +24,7 @@ class StableDiffusion(Family):
 
     def predict(self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         return denoiser(noisy_latents, timesteps, **conditions, return_dict=False)[0]
+
+    @classmethod
+    def default_resolution(cls, configs: Configs) -> int:
+        return 512  # as in diffusers' scripts, also for models that were made for 768

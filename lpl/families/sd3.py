@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 
-from lpl.autoencoders import downscaling_factor
-from lpl.families.base import Conditions, Family
+from lpl.families.base import Conditions, Configs, Family
 
 
 class StableDiffusion3(Family):
@@ -19,8 +17,13 @@ class StableDiffusion3(Family):
     denoiser_name = "transformer"
     text_encoder_names = ("text_encoder", "text_encoder_2", "text_encoder_3")
     optional_components = ("text_encoder_3", "tokenizer_3")
-    default_resolution = 512
-    max_sequence_length = 512
+    sequence_length, max_sequence_length = 77, 512
+    trainable_text_encoders = ("text_encoder", "text_encoder_2")
+    text_encoder_learning_rate, text_encoder_weight_decay = 5e-6, 1e-3  # as in diffusers' script
+    lora_targets = (
+        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+    )
 
     def encode_prompts(self, captions: Sequence[str], device: torch.device) -> Conditions:
         captions = list(captions)
@@ -30,20 +33,17 @@ class StableDiffusion3(Family):
             captions,
             device=device,
             do_classifier_free_guidance=False,
-            max_sequence_length=self.sequence_length,
+            max_sequence_length=self.settings.max_sequence_length,
         )
         return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}  # (B, tokens, dim), (B, dim)
 
     def predict(self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         return denoiser(hidden_states=noisy_latents, timestep=timesteps, **conditions, return_dict=False)[0]
 
-    def sampling_arguments(self) -> dict[str, Any]:
-        return {"max_sequence_length": self.sequence_length}
+    @classmethod
+    def default_resolution(cls, configs: Configs) -> int:
+        return 512  # as in diffusers' script; the large ones were made for 1024
 
     @classmethod
-    def resolution_multiple(cls, configs: Mapping[str, Mapping[str, Any]]) -> int:
-        return downscaling_factor(configs["vae"]) * configs["transformer"]["patch_size"]
-
-    @classmethod
-    def max_resolution(cls, configs: Mapping[str, Mapping[str, Any]]) -> int | None:
-        return configs["transformer"]["pos_embed_max_size"] * cls.resolution_multiple(configs)
+    def resolution_range(cls, configs: Configs) -> tuple[int, int | None]:
+        return 1, configs["transformer"]["pos_embed_max_size"] * cls.resolution_multiple(configs)

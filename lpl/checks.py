@@ -1,0 +1,661 @@
+"""Whatever can be checked about the flags before anything is loaded, and the defaults that depend on the pipeline.
+
+Two rounds: :func:`check_arguments` needs nothing but the command line, :func:`check_pipeline` the pipeline's small
+configuration files too. Each refusal is one sentence: what was given, what is accepted, which flag to change. What was
+given and does nothing is warned of. ``args.given`` holds the names of the flags that were really given.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import warnings
+from argparse import Namespace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
+from torch import nn
+
+from lpl.autoencoders import SUPPORTED, block_names, select_blocks
+from lpl.checkpoints import find_resumable
+from lpl.data import first_line, image_files
+from lpl.families import FAMILIES, Family, find_family
+from lpl.loss import check_options
+from lpl.objectives import (
+    OBJECTIVES,
+    DiffusionObjective,
+    Epsilon,
+    FlowMatching,
+    get_objective,
+    is_flow,
+    own_objective,
+    training_scheduler,
+)
+from lpl.weighting import parse_weight
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio")
+OPTIMIZERS = ("AdamW", "prodigy")
+
+
+def warn(message: str) -> None:
+    """A warning that names the flag, not a line of this file."""
+    warnings.warn(message, stacklevel=3)
+
+
+def warn_of_idle_flags(args: Namespace, has_effect: Mapping[str, Any]) -> None:
+    """Say so where a flag is given that does nothing in this run; ``has_effect`` by the flag's name."""
+    for name, effective in has_effect.items():
+        if name in args.given and not effective:
+            warn(f"--{name} has no effect in this run")
+
+
+def missing(package: str) -> bool:
+    return importlib.util.find_spec(package) is None
+
+
+def has_gpu() -> bool:
+    """Whether accelerate will run on one."""
+    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+
+
+# The command line alone ----------------------------------------------------------------------------------------------
+
+POSITIVE = [
+    "resolution",
+    "max_train_samples",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_train_steps",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "lr_num_cycles",
+    "validation_epochs",
+    "validation_steps",
+    "validation_inference_steps",
+    "num_validation_images",
+    "num_validation_samples",
+    "logging_steps",
+    "lpl_measuring_steps",
+    "max_sequence_length",
+    "learning_rate",
+    "text_encoder_lr",
+    "adam_epsilon",
+    "snr_gamma",
+    "logit_std",
+    "lpl_sigma_threshold",
+    "rank",
+    "lora_alpha",
+    "timestep_bias_multiplier",
+    "timestep_bias_end",
+    "lpl_num_blocks",
+    "lpl_t_threshold",
+]
+NOT_NEGATIVE = [
+    "lpl_threshold_base_resolution",
+    "lpl_start_step",
+    "lpl_ramp_steps",
+    "dataloader_num_workers",
+    "lr_warmup_steps",
+    "noise_offset",
+    "input_perturbation",
+    "adam_weight_decay",
+    "adam_weight_decay_text_encoder",
+    "max_grad_norm",
+    "seed",
+    "guidance_scale",
+    "dream_detail_preservation",
+    "timestep_bias_begin",
+    "lpl_start",
+]
+SHARES = ["ema_decay", "proportion_empty_prompts"]
+BELOW_ONE = ["adam_beta1", "adam_beta2", "prodigy_beta3", "lora_dropout"]
+RULES = (
+    (POSITIVE, lambda value: 0 < value < math.inf, "more than 0"),
+    (NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "0 or more"),
+    (SHARES, lambda value: 0 <= value <= 1, "between 0 and 1"),
+    (BELOW_ONE, lambda value: 0 <= value < 1, "0 or more and less than 1"),
+    (["timestep_bias_portion"], lambda value: 0 < value <= 1, "more than 0 and at most 1"),
+    (["validation_every_nth"], lambda value: value >= 2, "2 or more"),
+)
+
+
+def check_ranges(args: Namespace) -> None:
+    """Refuse numbers that are out of their range.
+
+    Raises:
+        ValueError: with the flag, its value, and what is accepted.
+    """
+    for names, accepted, words in RULES:
+        for name in names:
+            value = getattr(args, name, None)
+            if value is not None and not accepted(value):
+                raise ValueError(f"--{name} {value}: it must be {words}")
+
+
+def check_arguments(args: Namespace) -> None:
+    """Whatever the command line alone tells to be wrong.
+
+    Raises:
+        ValueError: with what was given, what is accepted, and the flag to change.
+    """
+    _check_sources(args)
+    _check_lora(args)
+    _check_lpl(args)
+    _check_optimizer(args)
+    _check_machine(args)
+    _check_validation(args)
+    _check_output(args)
+    if args.timestep_bias_begin >= args.timestep_bias_end:
+        raise ValueError(
+            f"--timestep_bias_begin {args.timestep_bias_begin}: it must be less than --timestep_bias_end, "
+            f"which is {args.timestep_bias_end}"
+        )
+    from_folder = Path(args.pretrained_model_name_or_path).is_dir()
+    warn_of_idle_flags(
+        args,
+        {
+            "revision": not from_folder,
+            "non_ema_revision": not from_folder,
+            "offload_ema": args.use_ema,
+            "foreach_ema": args.use_ema,
+            "lr_power": args.lr_scheduler == "polynomial",
+            "lr_num_cycles": args.lr_scheduler == "cosine_with_restarts",
+            "lr_warmup_steps": args.lr_scheduler != "constant" or args.lr_warmup_steps == 0,
+            "dream_detail_preservation": args.dream_training,
+            "lpl_start_step": args.max_train_steps is None or args.lpl_start_step < args.max_train_steps,
+            "timestep_bias_multiplier": args.timestep_bias_strategy != "none",
+            "timestep_bias_portion": args.timestep_bias_strategy in ("earlier", "later"),
+            "timestep_bias_begin": args.timestep_bias_strategy == "range",
+            "timestep_bias_end": args.timestep_bias_strategy == "range",
+        },
+    )
+
+
+def _check_sources(args: Namespace) -> None:
+    if not args.pretrained_model_name_or_path:
+        raise ValueError("--pretrained_model_name_or_path is missing: a folder with a pipeline, or its id on the Hub")
+    if bool(args.dataset_name) == bool(args.train_data_dir):
+        given = "both are given" if args.dataset_name else "neither is given"
+        raise ValueError(f"one of --dataset_name and --train_data_dir is needed, but {given}")
+    if args.dataset_config_name and not args.dataset_name:
+        raise ValueError("--dataset_config_name has no effect without --dataset_name; leave it out")
+    if args.train_data_dir and not Path(args.train_data_dir).is_dir():
+        raise ValueError(f"--train_data_dir {args.train_data_dir}: there is no such folder")
+    if args.train_data_dir and not image_files(args.train_data_dir):
+        raise ValueError(f"--train_data_dir {args.train_data_dir}: the folder has no images")
+    if args.from_scratch and args.non_ema_revision:
+        raise ValueError("--from_scratch loads no weights, so --non_ema_revision has no effect; leave one of them out")
+
+
+LORA_OPTIONS = ("lora_alpha", "lora_dropout", "lora_target_modules", "use_dora", "use_rslora", "quantize_base")
+
+
+def _check_lora(args: Namespace) -> None:
+    if not args.lora and args.rank is None:
+        for name in LORA_OPTIONS:
+            if name in args.given:
+                raise ValueError(f"--{name} is for LoRA; add --lora or --rank, or leave it out")
+    elif args.from_scratch:
+        raise ValueError("--from_scratch trains every weight anew, which LoRA cannot; leave out --lora and --rank")
+    if args.quantize_base is None:
+        return
+    if args.train_text_encoder:
+        raise ValueError("--quantize_base goes without --train_text_encoder; leave one of them out")
+    if missing("bitsandbytes"):
+        raise ValueError("--quantize_base needs bitsandbytes: pip install bitsandbytes, or leave the flag out")
+    if not has_gpu():
+        raise ValueError(f"--quantize_base {args.quantize_base} needs a GPU, and this machine has none; leave it out")
+
+
+def _check_lpl(args: Namespace) -> None:
+    weight, _ = parse_weight(args.lpl_weight)
+    if weight == 0 and (idle := idle_without_lpl(args.given, holds_out(args))):
+        raise ValueError(f"--lpl_weight 0 turns the loss off, so --{idle[0]} has no effect; leave one of them out")
+    check_options(*loss_options(args).values(), args.lpl_blocks)
+
+
+def idle_without_lpl(names: Iterable[str], measured: bool) -> list[str]:
+    """Those flags that do nothing where LPL is not trained on.
+
+    Args:
+        measured: whether a validation loss takes LPL all the same.
+    """
+    training = ("lpl_measuring_steps", "lpl_start_step", "lpl_ramp_steps", "lpl_gradient_checkpointing", "lpl_start")
+    flags = (name for name in names if name.startswith("lpl_") and name != "lpl_weight")
+    return sorted(name for name in flags if not measured or name in training)
+
+
+def holds_out(args: Namespace) -> bool:
+    """Whether a part of the data is for the validation loss only."""
+    return args.validation_split is not None or args.validation_every_nth is not None
+
+
+def loss_options(args: Namespace) -> dict[str, Any]:
+    """The flags that are options of the loss, by its names, in the order of :func:`lpl.loss.check_options`."""
+    return {
+        "normalization": args.lpl_normalization,
+        "detach_statistics": args.lpl_detach_statistics,
+        "depth_weighting": args.lpl_depth_weighting,
+        "mask_outliers": not args.lpl_no_outlier_mask,
+        "distance": args.lpl_distance,
+        "variant": args.lpl_variant,
+    }
+
+
+def _check_optimizer(args: Namespace) -> None:
+    if args.optimizer.lower() not in (name.lower() for name in OPTIMIZERS):
+        raise ValueError(f"--optimizer {args.optimizer}: accepted are {' and '.join(OPTIMIZERS)}")
+    if args.use_8bit_adam and missing("bitsandbytes"):
+        raise ValueError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes, or leave the flag out")
+    prodigy = args.optimizer.lower() == "prodigy"
+    if prodigy:
+        _check_prodigy(args)
+    options = ("prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup")
+    warn_of_idle_flags(args, dict.fromkeys(options, prodigy))
+
+
+def _check_prodigy(args: Namespace) -> None:
+    if args.use_8bit_adam:
+        raise ValueError("--use_8bit_adam is another optimizer than --optimizer prodigy; leave one of them out")
+    if missing("prodigyopt"):
+        raise ValueError("--optimizer prodigy needs prodigyopt: pip install prodigyopt, or leave the flag out")
+    if args.text_encoder_lr not in (None, args.learning_rate):
+        raise ValueError(
+            f"--text_encoder_lr {args.text_encoder_lr}: --optimizer prodigy has one learning rate for all; "
+            "leave it out"
+        )
+    if args.learning_rate <= 0.1:
+        warn(
+            f"--learning_rate {args.learning_rate} is small for --optimizer prodigy, which finds the step size by "
+            "itself and takes this as a factor on it; 1.0 is usual"
+        )
+
+
+def _check_machine(args: Namespace) -> None:
+    """What this machine and its packages can do."""
+    if args.report_to not in (*TRACKERS, "all", "none"):
+        raise ValueError(f"--report_to {args.report_to}: accepted are {', '.join(TRACKERS)}, all and none")
+    if args.report_to in TRACKERS and missing(args.report_to):
+        raise ValueError(f"--report_to {args.report_to}: pip install {args.report_to}, or choose --report_to none")
+    half = args.mixed_precision == "fp16" or args.lpl_vae_dtype == "float16"
+    if half and not has_gpu():
+        flag = "--mixed_precision fp16" if args.mixed_precision == "fp16" else "--lpl_vae_dtype float16"
+        raise ValueError(f"{flag} needs a GPU, and this machine has none; use bf16 or full precision")
+    if args.allow_tf32 and not has_gpu():
+        warn("--allow_tf32 has no effect without a GPU")
+
+
+def _check_validation(args: Namespace) -> None:
+    if args.validation_prompt is not None and args.validation_prompts is not None:
+        raise ValueError("--validation_prompt and --validation_prompts exclude one another; give one of them")
+    if args.validation_split is not None and args.validation_every_nth is not None:
+        raise ValueError("--validation_split and --validation_every_nth exclude one another; give one of them")
+    if args.validation_split is not None and args.train_data_dir:
+        raise ValueError(
+            "--validation_split names a split of --dataset_name; with --train_data_dir use --validation_every_nth"
+        )
+    if args.validation_split == "train":
+        raise ValueError("--validation_split train: that is what is trained on; name another split")
+    samples = args.validation_prompt is not None or bool(args.validation_prompts)
+    warn_of_idle_flags(
+        args,
+        {
+            "num_validation_images": args.validation_prompt is not None,
+            "num_validation_samples": holds_out(args),
+            "validation_steps": samples or holds_out(args),
+            "validation_epochs": samples or holds_out(args),
+        },
+    )
+
+
+def _check_output(args: Namespace) -> None:
+    if args.ema_decay is not None and not args.use_ema:
+        raise ValueError("--ema_decay has no effect without --use_ema; add it or leave both out")
+    if args.hub_model_id and not args.push_to_hub:
+        raise ValueError("--hub_model_id has no effect without --push_to_hub; add it or leave both out")
+    warn_of_idle_flags(args, {"hub_token": args.push_to_hub})
+    if Path(args.output_dir).is_file():
+        raise ValueError(f"--output_dir {args.output_dir}: this is a file; give a folder")
+    if Path(args.output_dir).resolve() == Path(args.pretrained_model_name_or_path).resolve():
+        raise ValueError(f"--output_dir {args.output_dir}: this is the pipeline to start from; give another folder")
+    if args.resume_from_checkpoint not in (None, "latest"):
+        find_resumable(args.output_dir, args.resume_from_checkpoint)
+
+
+# The pipeline's configuration ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PipelineConfigs:
+    """The small configuration files of a pipeline, read before its weights."""
+
+    family: type[Family]
+    index: Mapping[str, Any]  # model_index.json
+    vae: Mapping[str, Any]  # of the VAE that is used
+    denoiser: Mapping[str, Any]
+    scheduler: Any  # a scheduler is its configuration
+    absent: Mapping[str, None]  # components that this pipeline does without, such as SD3's T5
+
+    @property
+    def parts(self) -> dict[str, Mapping[str, Any]]:
+        """As families take them, by the component's name."""
+        return {"vae": self.vae, self.family.denoiser_name: self.denoiser}
+
+
+def read_pipeline_configs(args: Namespace) -> PipelineConfigs:
+    """Family and configurations of --pretrained_model_name_or_path.
+
+    Raises:
+        ValueError: where it is no pipeline, or one of a family or with a VAE that is not supported.
+    """
+    path = args.pretrained_model_name_or_path
+    where = {"revision": args.revision, "cache_dir": args.cache_dir}
+    try:
+        index = DiffusionPipeline.load_config(path, **where)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--pretrained_model_name_or_path {path}: no pipeline is found there, neither a folder with a "
+            f"model_index.json nor a repository on the Hub that can be reached ({first_line(error)}); if "
+            "it is gated or private, accept its licence on its page and run hf auth login"
+        ) from error
+    family = find_family(index.get("_class_name"))
+    components = {name: entry for name, entry in index.items() if isinstance(entry, list | tuple)}
+    absent = dict.fromkeys(name for name, entry in components.items() if tuple(entry) == (None, None))
+    absent |= dict.fromkeys(name for name in family.optional_components if name not in components)
+    library, scheduler_class = index.get("scheduler", (None, None))
+    if library != "diffusers" or not hasattr(diffusers, scheduler_class):
+        raise ValueError(
+            f"--pretrained_model_name_or_path {path}: this version of diffusers has no scheduler {scheduler_class}"
+        )
+    vae, denoiser, scheduler = (
+        _component_config(path, name, **where) for name in ("vae", family.denoiser_name, "scheduler")
+    )
+    return PipelineConfigs(
+        family=family,
+        index=index,
+        vae=_used_vae_config(args, vae),
+        denoiser=denoiser,
+        scheduler=getattr(diffusers, scheduler_class).from_config(scheduler),
+        absent=absent,
+    )
+
+
+def _component_config(path: str, name: str, **where: str | None) -> Mapping[str, Any]:
+    reader = DDIMScheduler if name == "scheduler" else AutoencoderKL  # each knows its file's name, for any class
+    try:
+        return reader.load_config(path, subfolder=name, **where)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--pretrained_model_name_or_path {path}: the pipeline has no {name} whose configuration can be read"
+        ) from error
+
+
+def _used_vae_config(args: Namespace, own: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The pipeline's own, or that of --pretrained_vae_model_name_or_path."""
+    if args.pretrained_vae_model_name_or_path is None:
+        _check_autoencoder("--pretrained_model_name_or_path: the pipeline's VAE", own)
+        return own
+    return _other_vae_config("pretrained_vae_model_name_or_path", args, own)
+
+
+def _other_vae_config(flag: str, args: Namespace, own: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of the VAE that a flag names; its latents must fit where the VAE of the configuration ``own`` was."""
+    path = getattr(args, flag)
+    try:
+        config = AutoencoderKL.load_config(path, cache_dir=args.cache_dir)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--{flag} {path}: no autoencoder is found there ({first_line(error)})") from error
+    _check_autoencoder(f"--{flag} {path}", config)
+    if config.get("latent_channels") != own["latent_channels"]:
+        raise ValueError(
+            f"--{flag} {path}: its latents have {config.get('latent_channels')} channels and the pipeline's "
+            f"{own['latent_channels']}; it must have the same latent space"
+        )
+    return config
+
+
+def _check_autoencoder(what: str, config: Mapping[str, Any]) -> None:
+    if (name := config.get("_class_name")) not in SUPPORTED:
+        raise ValueError(f"{what} is of the class {name}; supported are {', '.join(SUPPORTED)}")
+
+
+def check_pipeline(args: Namespace, configs: PipelineConfigs) -> None:
+    """Fill in the defaults that depend on the pipeline, and check the flags against it.
+
+    Raises:
+        ValueError: with what was given, what is accepted, and the flag to change.
+    """
+    _check_objective(args, configs)
+    _check_timesteps(args, configs)
+    _check_captions(args, configs)
+    _check_text_encoders(args, configs.family)
+    _check_resolution(args, configs)
+    _check_lora_targets(args, configs)
+    _translate_timestep_threshold(args, configs)
+    if args.lpl or holds_out(args):
+        _check_features(args, configs)
+    warn_of_idle_flags(args, {"guidance_scale": configs.denoiser.get("guidance_embeds")})
+
+
+def _check_objective(args: Namespace, configs: PipelineConfigs) -> None:
+    own, family = own_objective(configs.scheduler), configs.family
+    if args.prediction_type is None:
+        if own not in OBJECTIVES:
+            raise ValueError(
+                f"the pipeline's scheduler predicts {own!r}; give --prediction_type, one of "
+                f"{', '.join(family.objectives)}"
+            )
+        args.prediction_type = own
+    if args.prediction_type not in family.objectives:
+        raise ValueError(
+            f"--prediction_type {args.prediction_type}: {family.pipeline_class.__name__} can only sample models that "
+            f"were trained on {' or '.join(family.objectives)}; choose "
+            f"{'one of these' if len(family.objectives) > 1 else family.objectives[0]}"
+        )
+    if args.prediction_type != own and not args.from_scratch:
+        warn(
+            f"--prediction_type {args.prediction_type}: the pipeline was trained on {own}, so it has to learn anew "
+            "what its output means; expect a long training"
+        )
+    if args.dream_training and args.prediction_type != Epsilon.name:
+        raise ValueError(f"--dream_training is for epsilon, not for {args.prediction_type}; leave it out")
+
+
+def _check_timesteps(args: Namespace, configs: PipelineConfigs) -> None:
+    """How timesteps are drawn, and what weighs the diffusion loss at each."""
+    if args.prediction_type == FlowMatching.name:
+        _check_flow(args, configs.scheduler)
+    else:
+        _check_diffusion(args, configs.scheduler.config.num_train_timesteps)
+    warn_of_idle_flags(
+        args,
+        {
+            "logit_mean": args.weighting_scheme == "logit_normal",
+            "logit_std": args.weighting_scheme == "logit_normal",
+            "mode_scale": args.weighting_scheme == "mode",
+        },
+    )
+
+
+def _check_flow(args: Namespace, scheduler: Any) -> None:
+    for name, given in (
+        ("snr_gamma", args.snr_gamma is not None),
+        ("timestep_bias_strategy", args.timestep_bias_strategy != "none"),
+    ):
+        if given:
+            raise ValueError(
+                f"--{name} is for epsilon, v_prediction and sample; for flow_matching use --weighting_scheme"
+            )
+    args.weighting_scheme = args.weighting_scheme or "logit_normal"
+    if is_flow(scheduler) and scheduler.config.get("use_dynamic_shifting"):
+        warn("the pipeline's flow shift depends on the image's size; training uses none")
+
+
+def _check_diffusion(args: Namespace, num_train_timesteps: int) -> None:
+    if args.weighting_scheme is not None:
+        raise ValueError(f"--weighting_scheme is for flow_matching; for {args.prediction_type} use --snr_gamma")
+    if args.precondition_outputs:
+        raise ValueError(f"--precondition_outputs is for flow_matching, not for {args.prediction_type}; leave it out")
+    if args.timestep_bias_strategy == "range" and args.timestep_bias_end > num_train_timesteps:
+        raise ValueError(
+            f"--timestep_bias_end {args.timestep_bias_end}: this pipeline has {num_train_timesteps} timesteps"
+        )
+    if args.timestep_bias_strategy in ("earlier", "later") and args.timestep_bias_portion * num_train_timesteps < 1:
+        raise ValueError(
+            f"--timestep_bias_portion {args.timestep_bias_portion}: of this pipeline's {num_train_timesteps} "
+            "timesteps that is not one; give more"
+        )
+
+
+def _check_captions(args: Namespace, configs: PipelineConfigs) -> None:
+    """What the denoiser is conditioned on, and whether a local data set has it."""
+    family = configs.family
+    if family.class_conditional and "caption_column" not in args.given:
+        args.caption_column = "label"
+    if args.train_data_dir:
+        _check_folder(args.train_data_dir, args.caption_column, family)
+    if args.proportion_empty_prompts is None:
+        args.proportion_empty_prompts = family.empty_share
+    if family.sequence_length is None:
+        warn_of_idle_flags(args, {"max_sequence_length": False})
+        args.max_sequence_length = None
+        return
+    if args.max_sequence_length is None:
+        args.max_sequence_length = family.sequence_length
+    limit = family.max_sequence_length
+    if limit is not None and args.max_sequence_length > limit:
+        raise ValueError(f"--max_sequence_length {args.max_sequence_length}: this pipeline takes {limit} at most")
+
+
+def _check_folder(folder: str, caption_column: str, family: type[Family]) -> None:
+    """Looks at names only."""
+    if any(file.suffix in (".jsonl", ".csv", ".parquet") for file in Path(folder).rglob("metadata.*")):
+        return
+    if not family.class_conditional:
+        raise ValueError(
+            f"--train_data_dir {folder}: there are no captions; put a metadata.jsonl beside the images, a line each, "
+            f'such as {{"file_name": "cat.png", "{caption_column}": "a photo of a cat"}}'
+        )
+    if len({file.parent for file in image_files(folder)}) < 2:
+        raise ValueError(
+            f"--train_data_dir {folder}: there are no class labels; put each class's images into a sub-folder, or a "
+            f'metadata.jsonl beside them, a line each, such as {{"file_name": "cat.png", "{caption_column}": 0}}'
+        )
+
+
+def _check_text_encoders(args: Namespace, family: type[Family]) -> None:
+    if not args.train_text_encoder:
+        warn_of_idle_flags(args, {"text_encoder_lr": False, "adam_weight_decay_text_encoder": False})
+        args.text_encoder_lr = args.adam_weight_decay_text_encoder = None
+        return
+    if not family.trainable_text_encoders:
+        others = ", ".join(other.name for other in FAMILIES if other.trainable_text_encoders)
+        raise ValueError(
+            f"--train_text_encoder: no text encoder of {family.name} is trained; that is for {others}; leave it out"
+        )
+    if args.text_encoder_lr is None:
+        own = None if args.optimizer == "prodigy" else family.text_encoder_learning_rate
+        args.text_encoder_lr = args.learning_rate if own is None else own
+    if args.adam_weight_decay_text_encoder is None:
+        own = family.text_encoder_weight_decay
+        args.adam_weight_decay_text_encoder = args.adam_weight_decay if own is None else own
+
+
+def _check_resolution(args: Namespace, configs: PipelineConfigs) -> None:
+    family, parts = configs.family, configs.parts
+    if args.resolution is None:
+        args.resolution = family.default_resolution(parts)
+    multiple, (smallest, largest) = family.resolution_multiple(parts), family.resolution_range(parts)
+    if args.resolution % multiple:
+        below = args.resolution // multiple * multiple
+        raise ValueError(
+            f"--resolution {args.resolution}: this pipeline takes multiples of {multiple}, "
+            f"such as {below or multiple} or {below + multiple}"
+        )
+    if largest is not None and args.resolution > largest:
+        raise ValueError(f"--resolution {args.resolution}: this pipeline takes {largest} at most")
+    if args.resolution < smallest:
+        raise ValueError(f"--resolution {args.resolution}: this pipeline takes {smallest} at least")
+
+
+ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def _check_lora_targets(args: Namespace, configs: PipelineConfigs) -> None:
+    """The family's own modules, unless others are named; those must be there and of a kind that LoRA adapts."""
+    if not args.lora:
+        return
+    if args.lora_target_modules is None:
+        args.lora_target_modules = list(configs.family.lora_targets)
+        return
+    with torch.device("meta"):  # the modules' names, without memory for their weights
+        denoiser = getattr(diffusers, configs.denoiser["_class_name"]).from_config(configs.denoiser)
+    layers, others = [], []
+    for name, module in denoiser.named_modules():
+        (layers if isinstance(module, ADAPTABLE) else others).append(name)
+    for target in args.lora_target_modules:
+        if not _matching(target, layers) or _matching(target, others):
+            raise ValueError(
+                f"--lora_target_modules {target}: {configs.family.denoiser_name} has no linear layers or convolutions "
+                f"of that name; it has, for example, {', '.join(_short_names(layers))}"
+            )
+
+
+def _matching(target: str, names: Sequence[str]) -> list[str]:
+    """The modules that peft takes for the target."""
+    return [name for name in names if name == target or name.endswith("." + target)]
+
+
+def _short_names(names: Sequence[str]) -> list[str]:
+    """The last parts of modules' names, which are enough to name them; the commonest first, a dozen at most."""
+    counts: dict[str, int] = {}
+    for name in names:
+        *rest, last = name.split(".")
+        short = ".".join([*rest[-1:], last]) if last.isdigit() else last
+        counts[short] = counts.get(short, 0) + 1
+    return sorted(counts, key=lambda short: -counts[short])[:12]
+
+
+def _translate_timestep_threshold(args: Namespace, configs: PipelineConfigs) -> None:
+    """--lpl_t_threshold T, whose gate is t < T, as the noise-to-signal ratio of the last timestep below T."""
+    limit = vars(args).pop("lpl_t_threshold", None)
+    if limit is None:
+        return
+    if args.prediction_type == FlowMatching.name:
+        raise ValueError(
+            f"--lpl_t_threshold {limit} counts the timesteps of epsilon, v_prediction and sample; for flow_matching "
+            "use --lpl_sigma_threshold"
+        )
+    scheduler = training_scheduler(args.prediction_type, configs.scheduler)
+    objective = get_objective(args.prediction_type, scheduler)
+    assert isinstance(objective, DiffusionObjective)
+    sigma = objective.sigma(torch.arange(min(limit, objective.num_train_timesteps)))
+    args.lpl_sigma_threshold = float(sigma[sigma.isfinite()][-1])
+    args.lpl_threshold_base_resolution = 0
+    args.given = args.given - {"lpl_t_threshold"} | {"lpl_sigma_threshold", "lpl_threshold_base_resolution"}
+    warn(
+        f"--lpl_t_threshold {limit} is taken for --lpl_sigma_threshold {args.lpl_sigma_threshold:.6g} "
+        "--lpl_threshold_base_resolution 0"
+    )
+
+
+def _check_features(args: Namespace, configs: PipelineConfigs) -> None:
+    """The decoder that LPL looks through."""
+    vae = configs.vae
+    if args.lpl_vae_name_or_path is not None:
+        vae = _other_vae_config("lpl_vae_name_or_path", args, configs.vae)
+    if args.lpl_vae_dtype == "float16" and vae.get("force_upcast"):
+        raise ValueError(
+            "--lpl_vae_dtype float16: this VAE overflows in float16 (force_upcast in its configuration); "
+            "use bfloat16 or float32"
+        )
+    check_options(*loss_options(args).values(), select_blocks(args.lpl_blocks, block_names(vae)))

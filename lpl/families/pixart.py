@@ -1,0 +1,63 @@
+"""PixArt alpha and Sigma: a transformer with cross-attention to a T5; epsilon with a learned variance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline
+from torch import Tensor, nn
+
+from lpl.families.base import Conditions, Family
+
+
+class PixArtSigma(Family):
+    name = "pixart-sigma"
+    pipeline_class = PixArtSigmaPipeline
+    denoiser_name = "transformer"
+    text_encoder_names = ("text_encoder",)
+    sequence_length, max_sequence_length = 300, 512
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+
+    def encode_prompts(self, captions: Sequence[str], device: torch.device) -> Conditions:
+        embeddings, mask, _, _ = self.pipeline.encode_prompt(
+            list(captions),
+            do_classifier_free_guidance=False,
+            device=device,
+            clean_caption=False,
+            max_sequence_length=self.settings.max_sequence_length,
+        )
+        return {"encoder_hidden_states": embeddings, "encoder_attention_mask": mask}  # (B, tokens, dim), (B, tokens)
+
+    def predict(self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        output = denoiser(
+            noisy_latents,
+            timestep=timesteps,
+            encoder_hidden_states=conditions["encoder_hidden_states"],
+            encoder_attention_mask=conditions["encoder_attention_mask"],
+            added_cond_kwargs={name: conditions.get(name) for name in ("resolution", "aspect_ratio")},
+            return_dict=False,
+        )[0]
+        return output[:, : noisy_latents.shape[1]]  # behind it the learned variance
+
+    def sampling_arguments(self) -> dict[str, Any]:
+        # Captions are trained as they are; and the size asked for is the size drawn.
+        return super().sampling_arguments() | {"clean_caption": False, "use_resolution_binning": False}
+
+
+class PixArtAlpha(PixArtSigma):
+    """Those of its models that were made for 1024 px are also told the image's size."""
+
+    name = "pixart-alpha"
+    pipeline_class = PixArtAlphaPipeline
+    sequence_length = 120
+
+    def conditions(self, batch: Mapping[str, Any], device: torch.device) -> Conditions:
+        conditions = super().conditions(batch, device)
+        if self.denoiser.config.sample_size != 128:  # by this the pipeline decides
+            return conditions
+        size = batch["target_size"].to(device, torch.float32)  # (B, 2)
+        sizes = {"resolution": size, "aspect_ratio": size[:, :1] / size[:, 1:]}  # (B, 2), (B, 1)
+        dtype = conditions["encoder_hidden_states"].dtype
+        return conditions | {name: value.to(dtype) for name, value in sizes.items()}

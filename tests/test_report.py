@@ -1,0 +1,499 @@
+"""The dry run's report: what it says is true, it is measured by real steps, and it leaves nothing behind."""
+
+import io
+import logging
+import re
+import shutil
+from contextlib import redirect_stdout
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.optimization import get_scheduler
+from trainer import parsed, reset_accelerate, train
+
+from lpl import report
+from lpl.autoencoders import downscaling_factor
+from lpl.data import KeyedBatches, TrainingImages, load_training_images, training_batches
+from lpl.loading import load_family
+from lpl.objectives import get_objective
+from lpl.report import DryRun, Plan
+from lpl.trainee import Trainee
+from lpl.weighting import LplWeight
+
+
+def rows(text):
+    """{name of a row: its value} of a printed report."""
+    return dict(re.findall(r"^  (\S.*?)  +(.*)$", text, re.MULTILINE))
+
+
+def steps_of(kind):
+    """Optimizer steps that a dry run takes of one kind."""
+    return {"warm-up": 1, "measured": report.MEASURED_STEPS}[kind]
+
+
+@pytest.fixture
+def planned(sd_pipeline, image_folder, tmp_path, monkeypatch):
+    """`planned(**flags)` is the plan of that command on a tiny Stable Diffusion, or on another `pipeline`."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    reset_accelerate()
+
+    def make(pipeline=sd_pipeline, **flags):
+        args, configs = parsed(pipeline, image_folder, tmp_path / "out", **flags)
+        accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps, mixed_precision=args.mixed_precision
+        )
+        trainee = Trainee(load_family(args, configs, torch.float32), args)
+        objective = get_objective(args.prediction_type, configs.scheduler)
+        side = args.resolution // downscaling_factor(configs.vae)
+        dataset, _ = load_training_images(args)
+        images = TrainingImages(dataset, objective, (configs.vae["latent_channels"], side, side), args)
+        optimizer = torch.optim.AdamW(trainee.trained(), lr=args.learning_rate)
+        schedule = get_scheduler(
+            args.lr_scheduler,
+            optimizer,
+            num_warmup_steps=args.lr_warmup_steps,
+            num_training_steps=args.max_train_steps,
+        )
+        global_batch = args.train_batch_size * args.gradient_accumulation_steps
+        threshold, steps = args.lpl_sigma_threshold, args.max_train_steps
+        return Plan(args, trainee, accelerator, images, objective, threshold, steps, global_batch, schedule)
+
+    yield make
+    reset_accelerate()
+
+
+class Losses:
+    """Fixed losses of a sample, with a gradient to the weights; every call is kept."""
+
+    def __init__(self, diffusion_loss=2.0, lpl=1.0, inside=1, memory=2):
+        self.diffusion_loss, self.lpl, self.inside, self.memory = diffusion_loss, lpl, inside, memory
+        self.calls = []  # (with LPL, largest timestep)
+
+    def __call__(self, model, batch, with_lpl):
+        self.calls.append((with_lpl, float(batch["timestep"].max())))
+        if self.memory < 1 + with_lpl:
+            raise torch.OutOfMemoryError("too small a machine")
+        attached = sum((parameter * torch.ones_like(parameter)).sum() for parameter in model.trained())
+        errors = self.diffusion_loss + (attached - attached.detach()).expand(len(batch["timestep"]))
+        without_noise = not batch["timestep"].any()  # the step that warms up, whose losses are no measure of a run
+        return errors, torch.tensor(self.lpl * with_lpl * (1000 if without_noise else 1)), self.inside
+
+
+def dry_run(plan, losses):
+    """What the dry run prints, and the dry run."""
+    batches = KeyedBatches(len(plan.images), plan.args.train_batch_size, 0, 0, 1, 0)
+    optimizer = torch.optim.AdamW(plan.trainee.trained(), lr=1e-3)
+    model, optimizer = plan.accelerator.prepare(plan.trainee, optimizer)
+    weight = LplWeight(plan.args.lpl_weight, 50, torch.device("cpu"))
+    done = DryRun(plan, losses, model, optimizer, training_batches(plan.images, batches, 0), weight)
+    with redirect_stdout(io.StringIO()) as printed:
+        done.report()
+    return printed.getvalue(), done
+
+
+# The whole of it
+
+
+@pytest.fixture(scope="module")
+def printed(sd_pipeline, image_folder, tmp_path_factory):
+    """The script's dry run; (what it printed, where its results would have been)."""
+    place = tmp_path_factory.mktemp("dry_run") / "results"
+    flags = {"use_ema": True, "checkpointing_steps": 2, "max_train_steps": 5, "validation_prompts": ["a cat"]}
+    with redirect_stdout(io.StringIO()) as text:
+        train(sd_pipeline, image_folder, place, dry_run=True, **flags)
+    return text.getvalue(), place
+
+
+def test_nothing_is_written(printed):
+    assert not printed[1].exists()
+    assert printed[0].startswith("Dry run: nothing was written.")
+
+
+def test_what_the_report_says(printed):
+    said = rows(printed[0])
+    assert said["unet"].startswith("whole, ") and said["unet"].endswith("trained in float32")
+    assert said["text_encoder"].startswith("frozen, ") and said["text_encoder"].endswith("frozen in float32")
+    assert said["threshold"] == "sigma <= 3 : t <= 673 of 1000"
+    assert re.fullmatch(rf"auto:0\.2, which is [\d.]+: 20\.0% .* over {report.MEASURED_STEPS} steps", said["weight"])
+    assert said["scheduler in results"] == "PNDMScheduler, the pipeline's own"
+    assert said["samples per step"] == "2 = 2 in a batch x 1 process x 1 accumulated"
+    assert said["steps"] == "5, which is 1.2 epochs; 5 to go"
+    assert said["checkpoints"].startswith("2, every 2 steps, 2 kept; ")
+    assert said["validation"] == "1 sample, before, every 20 steps and at the end"
+    assert said["folder"] == str(printed[1]) and said["seed"] == "0"
+    assert all(float(said[row].split()[0]) > 0 for row in ("without LPL", "with LPL", "LPL costs"))
+    assert "warning" not in said
+
+
+def test_values_are_aligned(printed):
+    starts = {re.match(r"  \S.*?  +", line).end() for line in printed[0].splitlines() if re.match(r"  \S.*?  ", line)}
+    assert len(starts) == 1
+
+
+def test_counts_of_parameters(planned):
+    plan = planned(rank=2)
+    unet = plan.trainee.denoiser
+    adapter = sum(p.numel() for name, p in unet.named_parameters() if "lora" in name)
+    total = sum(p.numel() for p in unet.parameters())
+    text, _ = dry_run(plan, Losses())
+    assert 0 < adapter < 10_000 < total
+    assert rows(text)["unet"] == (
+        f"LoRA of rank 2, {adapter / 1000:.2f}K of {total / 1000:.2f}K parameters, trained in float32, "
+        "frozen in float32"
+    )
+
+
+def test_a_changed_objective_changes_the_scheduler(planned, sd_pipeline):
+    plan = planned()
+    plan.args.prediction_type = "v_prediction"
+    assert plan.saved_scheduler() == "DDIMScheduler, in place of the pipeline's PNDMScheduler"
+
+
+# Measuring
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_steps_are_taken_without_and_then_with_lpl(planned, accumulation):
+    losses = Losses()
+    dry_run(planned(gradient_accumulation_steps=accumulation), losses)
+    of_kind = accumulation * (steps_of("warm-up") + steps_of("measured"))
+    assert [with_lpl for with_lpl, _ in losses.calls] == [False] * of_kind + [True] * of_kind
+    for calls in (losses.calls[:of_kind], losses.calls[of_kind:]):
+        timesteps = [timestep for _, timestep in calls]
+        assert set(timesteps[:accumulation]) == {0.0}  # all samples inside: the most memory that LPL can need
+        assert min(timesteps[accumulation:]) > 0
+
+
+def test_they_are_real_steps(planned):
+    plan = planned(gradient_accumulation_steps=2)
+    before = [parameter.clone() for parameter in plan.trainee.trained()]
+    _, done = dry_run(plan, Losses())
+    moved = [(old - new).abs().max().item() for old, new in zip(before, plan.trainee.trained(), strict=True)]
+    steps = 2 * (steps_of("warm-up") + steps_of("measured"))
+    assert min(moved) > 0.9 * steps * 1e-3  # AdamW at its learning rate, once for two batches
+    assert max(moved) < 1.1 * steps * 1e-3
+    assert all(parameter.grad is None for parameter in plan.trainee.trained())
+    assert done.lpl_weight.steps == steps_of("measured")
+
+
+def test_gradients_are_clipped(planned, monkeypatch):
+    plan, norms = planned(max_grad_norm=0.5), []
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda self, parameters, norm: norms.append(norm))
+    dry_run(plan, Losses())
+    assert norms == [0.5] * 2 * (steps_of("warm-up") + steps_of("measured"))
+
+
+def test_without_lpl_only_plain_steps(planned):
+    losses = Losses()
+    text, _ = dry_run(planned(lpl_weight=0), losses)
+    assert len(losses.calls) == steps_of("warm-up") + steps_of("measured")
+    assert not any(with_lpl for with_lpl, _ in losses.calls)
+    assert rows(text)["weight"] == "0: it is off" and "with LPL" not in rows(text) and "LPL costs" not in rows(text)
+
+
+def test_seconds_are_those_of_one_step(planned, monkeypatch):
+    ticks = iter([10.0, 10.0 + 2.0 * steps_of("measured"), 50.0, 50.0 + 3.0 * steps_of("measured")])
+    monkeypatch.setattr(report, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    said = rows(dry_run(planned(max_train_steps=100), Losses())[0])
+    assert said["without LPL"].startswith("2 s, ") and said["with LPL"].startswith("3 s, ")
+    assert said["LPL costs"].startswith("1.50 x the time")
+    assert said["time"].startswith("about 5 min, ")  # 100 steps of 3 s
+
+
+# The weight
+
+
+@pytest.mark.parametrize(
+    "weight, lpl, said, warns",
+    [
+        ("auto:0.2", 1.0, "auto:0.2, which is 0.5: 20.0% of", False),
+        ("0.5", 1.0, "0.5: 20.0% of", False),
+        ("3", 1.0, "3: 60.0% of", True),
+        ("0.01", 1.0, "0.01: 0.5% of", True),
+        ("auto:0.2", 0.0, "auto:0.2; not measured: no sample was inside", False),
+    ],
+)
+def test_weight_and_share(planned, weight, lpl, said, warns):
+    found = rows(dry_run(planned(lpl_weight=weight), Losses(lpl=lpl))[0])
+    assert found["weight"].startswith(said)
+    assert ("warning" in found) is warns
+    if warns:
+        assert "auto:0.2" in found["warning"]
+
+
+def test_what_a_checkpoint_has_measured_is_not_measured_again(planned):
+    plan = planned()
+    weight = LplWeight("auto:0.2", 1, torch.device("cpu"))
+    weight.observe(torch.tensor(4.0), torch.tensor(1.0))
+    weight.end_step(lambda sums: sums)
+    done = DryRun(plan, Losses(), None, None, None, weight)
+    done._measured = lambda with_lpl: report.Cost(1.0, None)
+    done.optimizer = torch.optim.AdamW(plan.trainee.trained())
+    with redirect_stdout(io.StringIO()) as printed:
+        done.report()
+    assert "auto:0.2, which is 1: 20.0% of the total loss, measured over 1 steps" in printed.getvalue()
+
+
+# The threshold
+
+
+@pytest.mark.parametrize("threshold", [0.1, 3.0, 12.0])
+def test_the_threshold_in_timesteps(planned, threshold):
+    plan = planned()
+    plan.threshold = threshold
+    sigma = plan.objective.sigma(torch.arange(1000))
+    last = int(re.fullmatch(r"t <= (\d+) of 1000", plan.timesteps_inside())[1])
+    assert sigma[last] <= threshold < sigma[last + 1]
+
+
+@pytest.mark.parametrize("threshold", [1.0, 3.0, 12.0])
+def test_the_threshold_as_a_fraction_of_a_flow(planned, threshold):
+    plan = planned()
+    plan.objective, plan.threshold = get_objective("flow_matching", FlowMatchEulerDiscreteScheduler()), threshold
+    t = float(re.fullmatch(r"t <= (0\.\d{3})", plan.timesteps_inside())[1])
+    sigma = plan.objective.sigma(torch.tensor([1000 * (t - 1e-3), 1000 * (t + 1e-3)]))
+    assert sigma[0] < threshold < sigma[1]
+
+
+def test_a_threshold_below_every_timestep(planned):
+    plan = planned()
+    plan.threshold = 1e-3
+    assert plan.timesteps_inside() == "no timestep of 1000" and plan.share_inside() == 0
+
+
+def test_the_share_inside_is_that_of_the_timesteps_drawn(planned):
+    plan = planned()
+    drawn = []
+
+    def timestep(epoch, index):  # every timestep twice
+        drawn.append((epoch, index))
+        return torch.tensor(index % 1000)
+
+    plan.images = SimpleNamespace(timestep=timestep)
+    assert plan.share_inside() == pytest.approx(0.674)  # t <= 673
+    assert len(set(drawn)) == report.DRAWS
+    # An infinite sigma, where a schedule ends without any signal, is outside whatever the threshold is.
+    plan.objective = get_objective("epsilon", DDPMScheduler(rescale_betas_zero_snr=True))
+    plan.threshold = float("inf")
+    assert plan.share_inside() == pytest.approx(0.999)
+
+
+# Learning rates
+
+
+def test_learning_rates_are_those_of_the_schedule(planned):
+    plan = planned(lr_scheduler="cosine", lr_warmup_steps=30, max_train_steps=200)
+    (curve,) = plan.learning_rates()
+    assert plan.lr_scheduler.last_epoch == 0  # it was not moved
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    schedule, rates = get_scheduler("cosine", optimizer, num_warmup_steps=30, num_training_steps=200), []
+    for _ in range(200):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    points = re.findall(r"(\S+) at step (\d+)", curve)
+    assert [int(step) for _, step in points] == [1, 31, 51, 101, 151, 200]
+    assert all(float(rate) == pytest.approx(rates[int(step) - 1], rel=0.05, abs=1e-9) for rate, step in points)
+
+
+def test_a_constant_learning_rate_is_told_once(planned):
+    assert planned(max_train_steps=200).learning_rates() == ["0.001 throughout"]
+
+
+def test_text_encoders_have_their_own(planned):
+    plan = planned()
+    parameters = plan.trainee.trained()
+    optimizer = torch.optim.AdamW([{"params": parameters[:1]}, {"params": parameters[1:], "lr": 5e-6}], lr=1e-4)
+    plan.lr_scheduler = get_scheduler("constant", optimizer)
+    said = rows(dry_run(plan, Losses())[0])
+    assert said["learning rate"] == "0.0001 throughout" and said["of text encoders"] == "5e-06 throughout"
+
+
+# Memory
+
+
+def test_peak_memory_is_the_highest_since_the_reset():
+    device = torch.device("cpu")
+    if not report.reset_peak_memory(device):
+        pytest.skip("the peak of this process cannot be reset here")
+    before = report.peak_memory(device)
+    much = torch.ones(64 * 2**20)  # 256 MiB
+    del much
+    with_much = report.peak_memory(device)
+    assert with_much - before == pytest.approx(256 * 2**20, rel=0.1)
+    report.reset_peak_memory(device)
+    assert report.peak_memory(device) - before < 64 * 2**20
+
+
+def test_memory_that_cannot_be_measured_is_not_told(planned, monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "CLEAR", tmp_path / "nowhere" / "clear_refs")
+    said = rows(dry_run(planned(), Losses())[0])
+    assert said["without LPL"].endswith("peak memory not measured") and "memory" not in said["LPL costs"]
+
+
+@pytest.mark.parametrize("memory, words", [(0, "without LPL needs"), (1, "with LPL needs")])
+def test_what_does_not_fit_is_told(planned, memory, words):
+    said = rows(dry_run(planned(), Losses(memory=memory))[0])
+    assert words in said["warning"] and "--gradient_checkpointing" in said["warning"]
+    assert said["with LPL" if memory else "without LPL"] == "out of memory"
+    assert said["weight"].endswith("not measured: out of memory") and "time" not in said
+    assert ("s, peak memory" in said["without LPL"]) is (memory == 1)
+
+
+# The disk
+
+
+def size_of(folder, pattern):
+    return sum(file.stat().st_size for file in Path(folder).glob(pattern) if file.is_file())
+
+
+@pytest.mark.parametrize("flags", [{}, {"use_ema": True}, {"rank": 64, "use_ema": True}, {"use_8bit_adam": True}])
+def test_sizes_are_those_of_the_files(planned, sd_pipeline, image_folder, tmp_path, flags):
+    written = train(
+        sd_pipeline, image_folder, tmp_path / "run", max_train_steps=1, lpl_weight=0, checkpointing_steps=1, **flags
+    )
+    plan = planned(lpl_weight=0, **flags)
+    if flags.get("use_8bit_adam"):
+        from bitsandbytes.optim import AdamW8bit as optimizer_class
+    else:
+        optimizer_class = torch.optim.AdamW
+    optimizer = optimizer_class(plan.trainee.trained())
+    for parameter in plan.trainee.trained():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    # The rest of a file are names and shapes, which count for something in models as small as these.
+    estimate = report.checkpoint_bytes(plan.trainee, plan.args, optimizer)
+    assert 0.6 * size_of(written / "checkpoint-1", "**/*") < estimate < size_of(written / "checkpoint-1", "**/*")
+    plan.args.use_ema = False
+    of_ema = estimate - report.checkpoint_bytes(plan.trainee, plan.args, optimizer)
+    ema = size_of(written / "checkpoint-1", "ema/**/*.safetensors")
+    assert 0.7 * ema <= of_ema <= ema and (ema > 0) is flags.get("use_ema", False)
+    result = size_of(written, "*.safetensors" if flags.get("rank") else "[tuv]*/*.safetensors")
+    assert 0.6 * result < report.result_bytes(plan.trainee) < result
+
+
+@pytest.mark.parametrize(
+    "steps, done, every, limit, counts",
+    [
+        (10, 0, 3, None, (3, 3, 3)),
+        (9, 0, 3, None, (3, 3, 3)),
+        (10, 0, 3, 1, (3, 1, 2)),
+        (10, 0, 3, 5, (3, 3, 3)),
+        (10, 6, 3, None, (1, 1, 1)),
+        (2, 0, 3, 1, (0, 0, 0)),
+        (5, 6, 3, None, (0, 0, 0)),
+    ],
+)
+def test_counts_of_checkpoints(steps, done, every, limit, counts):
+    args = SimpleNamespace(checkpointing_steps=every, checkpoints_total_limit=limit)
+    assert report.checkpoint_counts(SimpleNamespace(args=args, max_steps=steps, steps_done=done)) == counts
+
+
+def test_a_disk_that_is_too_small(planned, monkeypatch):
+    monkeypatch.setattr(report, "free_space", lambda folder: 1000)
+    said = rows(dry_run(planned(), Losses())[0])
+    assert "1000 bytes are free" in said["warning"] and "--checkpoints_total_limit" in said["warning"]
+
+
+def test_free_space_is_that_of_the_place(tmp_path):
+    there = shutil.disk_usage(tmp_path).free
+    assert report.free_space(tmp_path / "a" / "b") == pytest.approx(there, rel=0.01)
+    assert not (tmp_path / "a").exists()
+
+
+# The run
+
+
+@pytest.mark.parametrize(
+    "lpl, start, done, seconds",
+    [
+        (True, 0, 0, 10 * 3),
+        (True, 4, 0, 4 * 2 + 6 * 3),
+        (True, 4, 3, 1 * 2 + 6 * 3),
+        (True, 4, 6, 4 * 3),
+        (True, 50, 0, 10 * 2),
+        (False, 0, 0, 10 * 2),
+        (True, 0, 12, 0),
+    ],
+)
+def test_time_of_the_whole_run(lpl, start, done, seconds):
+    args = SimpleNamespace(lpl=lpl, lpl_start_step=start)
+    plan = SimpleNamespace(args=args, max_steps=10, steps_done=done, steps_to_go=max(0, 10 - done))
+    assert report.whole_run_seconds(plan, without_lpl=2.0, with_lpl=3.0) == seconds
+
+
+def test_a_run_to_resume_has_steps_behind_it(planned):
+    plan = planned(max_train_steps=10)
+    plan.lr_scheduler.load_state_dict(plan.lr_scheduler.state_dict() | {"last_epoch": 4})
+    assert rows(dry_run(plan, Losses())[0])["steps"].endswith("; 6 to go")
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ({}, "none"),
+        ({"validation_every_nth": 4}, "the losses on what is held out, before, every 15 steps and at the end"),
+        (
+            {"validation_prompts": ["a", "b"], "validation_steps": 3},
+            "2 samples, before, every 3 steps and at the end",
+        ),
+    ],
+)
+def test_when_is_validated(planned, flags, said):
+    assert rows(dry_run(planned(**flags), Losses())[0])["validation"] == said
+
+
+# The start of every run
+
+
+def test_announcement(planned, caplog):
+    caplog.set_level(logging.INFO)
+    plan = planned(rank=2, mixed_precision="bf16", max_train_steps=6)
+    plan.announce()
+    text = caplog.text
+    assert "8 images, 6 steps of 2: 1.5 epochs" in text
+    assert re.search(r"training LoRA of rank 2 on unet, [\d.]+K parameters, in float32 under bf16 autocast", text)
+    assert f"objective epsilon, 32 px, seed 0, results in {plan.args.output_dir}" in text
+    assert re.search(r"LPL with weight auto:0\.2 where sigma <= 3: 6\d% of the samples are inside", text)
+    assert not any(record.levelno >= logging.WARNING for record in caplog.records if record.name == "lpl.report")
+
+
+def test_few_samples_inside_are_warned_of_by_both(planned, caplog):
+    plan = planned(lpl_sigma_threshold=0.03)
+    plan.announce()
+    warned = "of the samples only; raise --lpl_sigma_threshold, which is scaled to this resolution unless"
+    assert warned in caplog.text
+    assert warned in rows(dry_run(plan, Losses())[0])["warning"]
+
+
+def test_a_baseline_says_nothing_of_lpl(planned, caplog):
+    caplog.set_level(logging.INFO)
+    planned(lpl_weight=0).announce()
+    assert "training all of unet, " in caplog.text and "LPL" not in caplog.text
+
+
+# Words
+
+
+@pytest.mark.parametrize(
+    "words, value, said",
+    [
+        (report._duration, 41.4, "41 s"),
+        (report._duration, 90, "2 min"),
+        (report._duration, 3599, "1 h 0 min"),
+        (report._duration, 9000, "2 h 30 min"),
+        (report._duration, 50 * 3600, "2 days 2 h"),
+        (report._size, 1023, "1023 bytes"),
+        (report._size, 1536, "1.5 KiB"),
+        (report._size, 3 * 2**30, "3.0 GiB"),
+        (report._count, 999, "999"),
+        (report._count, 859_500_000, "859.50M"),
+        (report._count, 12_000_000_000, "12.00B"),
+    ],
+)
+def test_numbers_in_words(words, value, said):
+    assert words(value) == said
