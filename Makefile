@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 QUICKSTART_STEPS ?= 400
 QUICKSTART ?= quickstart
 
-.PHONY: help install quickstart quickstart-weights test test-slow style quality clean
+.PHONY: help install quickstart quickstart-weights test test-slow test-gpu style quality clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
@@ -32,6 +32,10 @@ test: $(READY)  ## the tests
 
 test-slow: $(READY)  ## the long ones
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+test-gpu:  ## those that need a GPU, and the measurements at real sizes; PYTHON=... names one whose torch has CUDA
+	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest tests/gpu
+	$(PYTHON) tests/gpu/real_sizes.py
 
 style: $(READY)  ## format
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .

@@ -114,7 +114,9 @@ def main() -> None:
     ema = None
     if args.use_ema:
         ema = EMAModel(trainee.trained(), decay=args.ema_decay, foreach=args.foreach_ema)
-        if args.non_ema_revision:  # the average goes on from the pipeline's own weights, which are one
+        if (
+            args.non_ema_revision and not args.lora
+        ):  # the average goes on from the pipeline's own weights, which are one
             own = load_denoiser(args, configs, torch.float32)
             for shadow, weight in zip(ema.shadow_params, own.parameters()):  # the denoiser's come first
                 shadow.copy_(weight.detach())

@@ -90,7 +90,7 @@ def load_denoiser(
         options["quantization_config"] = diffusers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
-    return _denoiser_class(configs).from_pretrained(
+    denoiser = _denoiser_class(configs).from_pretrained(
         args.pretrained_model_name_or_path,
         subfolder=configs.family.denoiser_name,
         revision=revision or args.revision,
@@ -99,6 +99,19 @@ def load_denoiser(
         dtype=dtype,
         **options,
     )
+    if options:
+        _answer_in(denoiser, dtype)
+    return denoiser
+
+
+def _answer_in(denoiser: nn.Module, dtype: torch.dtype) -> None:
+    """Cast what enters quantised layers, as autocast does for others but not for them: they answer in the precision
+    that they are asked in, so that behind each normalisation all activations would be float32."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    for module in denoiser.modules():
+        if isinstance(module, Linear4bit | Linear8bitLt):
+            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype), *inputs[1:]))
 
 
 def _denoiser_class(configs: PipelineConfigs) -> type[nn.Module]:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from reference_loss import reference_mask, scaled_kernel
 from tiny import seeded
 
+import lpl.outliers
 from lpl import outlier_mask
 
 
@@ -38,6 +39,24 @@ def masked_box(mask):
 def test_equals_the_reference_on_small_maps(shape, seed):
     features = heavy_tailed(*shape, seed=seed)
     assert torch.equal(outlier_mask(features), reference_mask(features))
+
+
+@pytest.mark.parametrize("shape", [(2, 70, 128, 128), (1, 3, 1, 60_000), (1, 3, 40_000, 1)])
+@pytest.mark.parametrize("part", [2**15, 2**19])
+def test_parts_and_maps_left_alone_change_nothing(shape, part, monkeypatch):
+    """Against the plain way: kernels on every map, by the library's own selection; few and lone outliers too."""
+    monkeypatch.setattr("lpl.outliers.CACHED_POSITIONS", part)
+    features = heavy_tailed(*shape)
+    features[:, 0] = features[:, 0].clamp(-1, 1)
+    for count in range(shape[1] - 1):  # in a corner, so many extreme positions
+        features[:, count + 1].clamp_(-1, 1).flatten(1)[:, : 2 * count + 2] = 50.0
+    flat = features.flatten(2)
+    count, std = flat.shape[-1], flat.std(-1, keepdim=True)
+    low, high = (flat.kthvalue(max(1, int(share * count)), -1, keepdim=True).values for share in (0.02, 0.98))
+    within = ((flat > low - 2 * std) & (flat < high + 2 * std)).view(shape)
+    kernels = [scaled_kernel(kernel, *shape[2:], rounding) for kernel, rounding in ((3, "down"), (5, "up"))]
+    expected = lpl.outliers.morphology(within, *kernels)
+    assert torch.equal(outlier_mask(features), expected) and not expected.all()
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 32, 32), (1, 2, 50, 70), (1, 2, 90, 60), (1, 1, 110, 100), (1, 1, 40, 250)])

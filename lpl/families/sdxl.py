@@ -22,8 +22,7 @@ class StableDiffusionXL(Family):
     def conditions(self, batch: Mapping[str, Any], device: torch.device) -> Conditions:
         conditions = self.encode_prompts(batch["caption"], device)
         sizes = [batch[name] for name in ("original_size", "crop_top_left", "target_size")]  # (B, 2) each
-        embeddings = conditions["encoder_hidden_states"]
-        time_ids = torch.cat(sizes, dim=1).to(device, embeddings.dtype)  # the precision in which the pipeline has them
+        time_ids = torch.cat(sizes, dim=1).to(device, torch.float32)  # bfloat16 would round 1333 to 1336
         return conditions | {"time_ids": time_ids}  # (B, 6)
 
     def encode_prompts(self, captions: Sequence[str], device: torch.device) -> Conditions:
