@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lpl import LatentPerceptualLoss, checkpoints, get_objective, hub, training_scheduler
-from lpl.arguments import parse_arguments, recipe
+from lpl.arguments import command_line, parse_arguments, recipe
 from lpl.autoencoders import downscaling_factor, encode, feature_vae
 from lpl.checks import DTYPES, PipelineConfigs, check_pipeline, loss_options, read_pipeline_configs
 from lpl.data import (
@@ -53,7 +53,7 @@ from lpl.data import (
     training_batches,
 )
 from lpl.families import Family
-from lpl.loading import load_denoiser, load_family, pipeline_source, replaced_components
+from lpl.loading import average_from_revision, load_family, pipeline_source, replaced_components
 from lpl.logs import Log
 from lpl.objectives import DiffusionObjective, Objective, expand, own_objective, sigma_threshold_at
 from lpl.optimizers import make_optimizer
@@ -83,9 +83,10 @@ def main() -> None:
         num_classes = empty if configs.family.class_conditional else None
         with accelerator.main_process_first():
             dataset, held_out = load_training_images(args, num_classes)
-        prompts, classes = args.validation_prompts or [], {}
+        prompts, data_classes, classes = args.validation_prompts or [], {}, {}
         if num_classes is not None:
-            classes = configs.family.class_names(configs.index) | class_names(dataset, args.caption_column)
+            data_classes = class_names(dataset, args.caption_column)  # they come first, and before the model's
+            classes = data_classes | configs.family.class_names(configs.index) | data_classes
             prompts = [configs.family.class_label(prompt, classes) for prompt in prompts]
         scheduler = configs.scheduler
         if args.prediction_type != own_objective(scheduler):
@@ -114,12 +115,8 @@ def main() -> None:
     ema = None
     if args.use_ema:
         ema = EMAModel(trainee.trained(), decay=args.ema_decay, foreach=args.foreach_ema)
-        if (
-            args.non_ema_revision and not args.lora
-        ):  # the average goes on from the pipeline's own weights, which are one
-            own = load_denoiser(args, configs, torch.float32)
-            for shadow, weight in zip(ema.shadow_params, own.parameters()):  # the denoiser's come first
-                shadow.copy_(weight.detach())
+        if args.non_ema_revision and not args.lora:
+            average_from_revision(ema, args, configs)
 
     # The loss looks through the decoder only where sigma is below the threshold (Sec. 3.2).
     lpl_loss, lpl_weight = None, LplWeight(args.lpl_weight, args.lpl_measuring_steps, device)
@@ -258,7 +255,9 @@ def main() -> None:
             logger.warning(
                 "no step was trained with LPL: no sample was inside the threshold, or the run was too short"
             )
-        card = describe(args, family, lpl_loss, records, progress.step, global_batch, threshold, accelerator, prompts)
+        card = describe(
+            args, family, lpl_loss, records, progress.step, global_batch, threshold, accelerator, prompts, data_classes
+        )
         hub.write_model_card(args.output_dir, card)
         logger.info(f"the {'LoRA' if args.lora else 'pipeline'}, its samples and its card are in {args.output_dir}")
         if args.push_to_hub and (url := hub.push_folder(args.output_dir, args.hub_model_id, args.hub_token)):
@@ -351,6 +350,7 @@ def describe(
     threshold: float,
     accelerator: Accelerator,
     prompts: list[str] | list[int],
+    classes: Mapping[int, str],
 ) -> hub.RunCard:
     """The run, as its model card tells it."""
     with_lpl = [record for record in records if record.get("lpl_weight", 0) > 0]
@@ -363,6 +363,7 @@ def describe(
         tags=(family.name,),
         resolution=args.resolution,
         prompt=(prompts or [0 if family.class_conditional else "a photo"])[0],
+        classes=classes,
         dtype="float32" if accelerator.mixed_precision == "no" else "bfloat16",
         inference_steps=args.validation_inference_steps,
         guidance_scale=args.validation_guidance_scale,
@@ -384,7 +385,7 @@ def describe(
         lpl_sigma_threshold=threshold,
         lpl_blocks=lpl_loss.block_names if args.lpl else (),
         lpl_start_step=args.lpl_start_step,
-        command=[*sys.argv, *([] if "seed" in args.given else ["--seed", str(args.seed)])],
+        command=[sys.argv[0], *command_line(args)],
     )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import difflib
+import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -56,6 +57,7 @@ LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "cons
 EMA_DECAY, EMA_DECAY_WITH_LPL = 0.9999, 0.99975  # Sec. 4.3, "Impact on EMA"
 INTERPOLATION_MODES = ("nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos")  # torchvision's
 RANK = 4  # of LoRA, as in diffusers' scripts
+NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,6 +66,10 @@ class Parser(argparse.ArgumentParser):
     source = ""  # where the words come from that are being parsed, if not from the command line
 
     def error(self, message: str) -> NoReturn:
+        unknown, _, words = message.partition("unrecognized arguments: ")
+        if words and not unknown:
+            known = [action.dest for action in self._actions]
+            message += _close_match(words.split()[0].partition("=")[0], known)
         self.exit(2, f"{self.prog}: error: {self.source}{message} (all flags: --help)\n")
 
 
@@ -97,8 +103,11 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=HelpFormatter,
     )
+    parser._negative_number_matcher = NEGATIVE_NUMBER  # argparse's own takes -1e-4 for a flag
     for title, add_flags in GROUPS.items():
-        add_flags(parser.add_argument_group(title).add_argument)
+        group = parser.add_argument_group(title)
+        group._negative_number_matcher = NEGATIVE_NUMBER
+        add_flags(group.add_argument)
     return parser
 
 
@@ -408,6 +417,18 @@ def recipe(args: argparse.Namespace) -> dict[str, Any]:
     if args.validation_prompt is not None:
         values["validation_prompts"] = None  # they follow from it
     return values
+
+
+def command_line(args: argparse.Namespace) -> list[str]:
+    """The words that stand for a run: every flag that is not at its default, wherever it came from."""
+    values, words = recipe(args), []
+    for action in _flags(build_parser()):
+        value = values.get(action.dest)
+        if value in (None, action.default) or [value] == action.default:
+            continue
+        listed = [] if action.nargs == 0 else value if isinstance(value, list) else [value]
+        words += [action.option_strings[0], *map(str, listed)]
+    return words
 
 
 def _flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:

@@ -20,8 +20,10 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from torch import nn
 
+from lpl import lora
 from lpl.autoencoders import SUPPORTED, block_names, select_blocks
 from lpl.checkpoints import find_resumable
 from lpl.data import first_line, image_files
@@ -165,6 +167,7 @@ def check_arguments(args: Namespace) -> None:
         {
             "revision": not from_folder,
             "non_ema_revision": not from_folder,
+            "ema_decay": args.use_ema,
             "offload_ema": args.use_ema,
             "foreach_ema": args.use_ema,
             "lr_power": args.lr_scheduler == "polynomial",
@@ -318,8 +321,6 @@ def _check_validation(args: Namespace) -> None:
 
 
 def _check_output(args: Namespace) -> None:
-    if args.ema_decay is not None and not args.use_ema:
-        raise ValueError("--ema_decay has no effect without --use_ema; add it or leave both out")
     if args.hub_model_id and not args.push_to_hub:
         raise ValueError("--hub_model_id has no effect without --push_to_hub; add it or leave both out")
     warn_of_idle_flags(args, {"hub_token": args.push_to_hub})
@@ -363,9 +364,7 @@ def read_pipeline_configs(args: Namespace) -> PipelineConfigs:
         index = DiffusionPipeline.load_config(path, **where)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--pretrained_model_name_or_path {path}: no pipeline is found there, neither a folder with a "
-            f"model_index.json nor a repository on the Hub that can be reached ({first_line(error)}); if "
-            "it is gated or private, accept its licence on its page and run hf auth login"
+            f"--pretrained_model_name_or_path {path}: {_why_no_pipeline(path, first_line(error))}"
         ) from error
     family = find_family(index.get("_class_name"))
     components = {name: entry for name, entry in index.items() if isinstance(entry, list | tuple)}
@@ -386,6 +385,26 @@ def read_pipeline_configs(args: Namespace) -> PipelineConfigs:
         denoiser=denoiser,
         scheduler=getattr(diffusers, scheduler_class).from_config(scheduler),
         absent=absent,
+    )
+
+
+def _why_no_pipeline(path: str, error: str) -> str:
+    """What stands where a pipeline was looked for, and what to give instead."""
+    place = Path(path)
+    if place.is_file():
+        return (
+            "this is a file; load it with the pipeline's from_single_file, save_pretrained that, and give its folder"
+        )
+    if (place / lora.FILE).is_file() or list(place.glob("*/adapter_config.json")):
+        return "this is a LoRA; give the pipeline that it was trained on"
+    if place.is_dir():
+        return "this folder has no model_index.json, so it is no pipeline of diffusers"
+    if place.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
+        return "there is no such folder, and no repository on the Hub has such a name"
+    offline = " since HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else ""
+    return (
+        f"there is no such folder, and no such repository on the Hub with a model_index.json can be reached{offline} "
+        f"({error}); if it is gated or private, accept its licence on its page and run hf auth login"
     )
 
 
@@ -543,7 +562,7 @@ def _check_folder(folder: str, caption_column: str, family: type[Family]) -> Non
     if not family.class_conditional:
         raise ValueError(
             f"--train_data_dir {folder}: there are no captions; put a metadata.jsonl beside the images, a line each, "
-            f'such as {{"file_name": "cat.png", "{caption_column}": "a photo of a cat"}}'
+            f'such as {{"file_name": "cat.png", "{caption_column}": "a photo of a cat"}}; only DiT takes class folders'
         )
     if len({file.parent for file in image_files(folder)}) < 2:
         raise ValueError(
@@ -572,9 +591,11 @@ def _check_text_encoders(args: Namespace, family: type[Family]) -> None:
 
 def _check_resolution(args: Namespace, configs: PipelineConfigs) -> None:
     family, parts = configs.family, configs.parts
+    multiple, (smallest, largest) = family.resolution_multiple(parts), family.resolution_range(parts)
     if args.resolution is None:
         args.resolution = family.default_resolution(parts)
-    multiple, (smallest, largest) = family.resolution_multiple(parts), family.resolution_range(parts)
+        if largest is not None and args.resolution > largest:  # a small model of a family of larger ones
+            args.resolution = Family.default_resolution.__func__(family, parts)
     if args.resolution % multiple:
         below = args.resolution // multiple * multiple
         raise ValueError(

@@ -192,6 +192,7 @@ class RunCard:
     # How to use it
     resolution: int  # pixels
     prompt: str | int = "a photo of a lighthouse at dusk"  # an int is a class label, for class-conditional models
+    classes: Mapping[int, str] = field(default_factory=dict)  # the data's, by label, in class-conditional models
     dtype: str = "float16"  # of torch, for inference
     inference_steps: int | None = None  # None: the pipeline's default
     guidance_scale: float | None = None  # None: the pipeline's default
@@ -327,6 +328,7 @@ def _training(folder: Path, card: RunCard) -> str:
         "Data set": _link(card.dataset, "datasets/"),
         "Trained": f"LoRA of rank {card.lora_rank}" if card.lora_rank else "all weights of the denoiser",
         "Objective": f"`{card.objective}`",
+        "Classes": _classes(card.classes) if card.classes else None,
         "Resolution": f"{card.resolution} px",
         "Steps": f"{card.steps:,}",
         "Batch size": f"{card.batch_size:,} ({card.steps * card.batch_size:,} samples seen)",
@@ -340,6 +342,12 @@ def _training(folder: Path, card: RunCard) -> str:
     return "## Training\n\n" + _table(rows)
 
 
+def _classes(names: Mapping[int, str], shown: int = 20) -> str:
+    """Labels and names of the first classes."""
+    listed = ", ".join(f"{label} {name}" for label, name in list(names.items())[:shown])
+    return listed + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
 def _perceptual_loss(folder: Path, card: RunCard) -> str:
     if not card.lpl:
         return "The latent perceptual loss was off: this model was trained on the diffusion loss alone."
@@ -347,7 +355,7 @@ def _perceptual_loss(folder: Path, card: RunCard) -> str:
     bounded = threshold is not None and threshold != float("inf")
     rows = {
         "Weight": f"{card.lpl_weight:.4g}" + _how_set(card.lpl_weight_setting),
-        "Share of the total loss": f"{card.lpl_share:.1%}, measured" if card.lpl_share is not None else None,
+        "Share of the total loss": f"{card.lpl_share:.1%}, mean of the run" if card.lpl_share is not None else None,
         "Applied at": f"noise-to-signal ratio σ ≤ {threshold:g}" if bounded else "all noise levels",
         "Decoder blocks": ", ".join(f"`{name}`" for name in card.lpl_blocks) or None,
         "From step": f"{card.lpl_start_step:,}" if card.lpl_start_step else None,

@@ -13,6 +13,7 @@ import diffusers
 import torch
 from diffusers import AutoModel
 from diffusers.models import normalization
+from diffusers.training_utils import EMAModel
 from torch import nn
 
 from lpl.checks import PipelineConfigs
@@ -77,6 +78,13 @@ def _start_as_identity(denoiser: nn.Module) -> None:
         nn.init.zeros_(layer.weight)
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
+
+
+def average_from_revision(ema: EMAModel, args: Namespace, configs: PipelineConfigs) -> None:
+    """Let the moving average go on from the weights of --revision, while those of --non_ema_revision are trained."""
+    denoiser = load_denoiser(args, configs, torch.float32)
+    for shadow, weight in zip(ema.shadow_params, denoiser.parameters()):  # text encoders come behind
+        shadow.copy_(weight.detach())
 
 
 def load_denoiser(

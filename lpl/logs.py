@@ -12,6 +12,7 @@ has the diffusion loss of each sample of each step, where --debug_loss asks for 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,9 @@ from PIL import Image
 from torch import Tensor
 
 from lpl.arguments import recipe
+
+
+logger = logging.getLogger(__name__)
 
 
 class Log:
@@ -91,6 +95,8 @@ class Log:
     def validation(self, step: int, numbers: Mapping[str, float]) -> None:
         """An entry of its own for what was measured on held-out samples after a step."""
         self._append(step, dict(numbers))
+        told = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in numbers.items())
+        logger.info(f"after step {step}: {told}")
 
     def samples(self, step: int, index: Tensor, errors: Tensor) -> None:
         """The losses, (B,), of the samples of those places in the data set, (B,); written at the next entry."""

@@ -291,6 +291,9 @@ def _draw_panel(axes, panel: Panel, training: Curve, held_out: Curve) -> None:
         axes.legend(fontsize=9, frameon=False)
     if panel.key == "lr":
         axes.yaxis.set_major_formatter(FuncFormatter(_short))
+    if len({*steps, *held_out[0]}) == 1:
+        step = max([*steps, *held_out[0]])
+        axes.set_xlim(step - 1, step + 1)
     axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold", color=INK)
     axes.set_xlabel("optimizer step", fontsize=9)
     axes.set_ylabel(panel.unit, fontsize=9)
@@ -315,4 +318,5 @@ def _frame(axes, *curves: np.ndarray) -> None:
 
 def _short(value: float, _position: int) -> str:
     """A small number on an axis: 2e-5 instead of 0.00002."""
-    return np.format_float_scientific(value, precision=3, trim="-", exp_digits=1) if value else "0"
+    mantissa, _, exponent = f"{value:.2e}".partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}" if value else "0"

@@ -308,7 +308,9 @@ class DryRun:
         rows = [("without LPL", _cost(plain))]
         if self.plan.args.lpl and plain:
             rows.append(("with LPL", _cost(with_lpl)))
-        if with_lpl and plain:
+        if with_lpl and plain and not with_lpl.inside:
+            rows.append(("LPL costs", "not told: no timed sample was inside; give a larger --train_batch_size"))
+        elif with_lpl and plain:
             memory = ""
             if plain.memory and with_lpl.memory:
                 memory = f", {with_lpl.memory / plain.memory:.2f} x the peak memory"

@@ -122,7 +122,6 @@ ALONE = cases(  # wrong whatever the pipeline: what is given, what the sentence 
     ({"lpl_blocks": ["rgb"], "lpl_variant": "reference"}, ["--lpl_variant reference", "rgb", "--lpl_blocks"]),
     ({"lpl_vae_name_or_path": "no/where"}, ["--lpl_vae_name_or_path no/where"]),
     ({"pretrained_vae_model_name_or_path": "no/where"}, ["--pretrained_vae_model_name_or_path no/where"]),
-    ({"ema_decay": 0.9}, ["--ema_decay", "--use_ema"]),
     ({"hub_model_id": "a/b"}, ["--hub_model_id", "--push_to_hub"]),
     ({"validation_prompt": "a", "validation_prompts": ["b"]}, ["--validation_prompt ", "--validation_prompts"]),
     ({"validation_split": "test"}, ["--validation_split", "--dataset_name", "--validation_every_nth"]),
@@ -275,6 +274,42 @@ def test_the_pipeline_is_not_overwritten(sd_pipeline, image_folder, capsys, no_w
 
 
 # The pipeline --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, files, word",
+    [
+        ("lora", ["pytorch_lora_weights.safetensors"], "this is a LoRA"),
+        ("peft", ["transformer_lora/adapter_config.json"], "this is a LoRA"),
+        ("folder", ["notes.txt"], "this folder has no model_index.json"),
+        ("model.safetensors", None, "from_single_file"),
+        ("nowhere", [], "there is no such folder"),
+    ],
+)
+def test_what_is_no_pipeline(name, files, word, image_folder, tmp_path, capsys, no_weights):
+    place = tmp_path / name
+    if files is None:
+        place.write_bytes(b"weights")
+    for file in files or ():
+        (place / file).parent.mkdir(parents=True, exist_ok=True)
+        (place / file).write_text("{}")
+    message = refusal(capsys, arguments(place, image_folder, tmp_path / "out"))
+    assert f"--pretrained_model_name_or_path {place}: " in message and word in message and "hf auth" not in message
+
+
+@pytest.mark.parametrize("word, meant", [("--learning_rat", "learning_rate"), ("--ressolution=64", "resolution")])
+def test_a_mistyped_flag_gets_the_right_one(word, meant, sd_pipeline, image_folder, tmp_path, capsys, no_weights):
+    assert f"did you mean {meant}?" in refusal(capsys, [*arguments(sd_pipeline, image_folder, tmp_path), word])
+
+
+@pytest.mark.parametrize("number", ["-1e-4", "-.5", "-2.E-3"])
+def test_negative_numbers_are_numbers(number, sd_pipeline, image_folder, tmp_path, capsys, no_weights):
+    words = [*arguments(sd_pipeline, image_folder, tmp_path), "--learning_rate", number]
+    assert f"--learning_rate {float(number)}: it must be more than 0" in refusal(capsys, words)
+
+
+def test_a_small_sd3_has_its_own_default_resolution(sd3_pipeline, image_folder, tmp_path):
+    assert parsed(sd3_pipeline, image_folder, tmp_path, resolution=None)[0].resolution == 32
 
 
 def test_an_unknown_family(sd_pipeline, image_folder, tmp_path, capsys, no_weights):
@@ -473,6 +508,7 @@ def test_a_folder_of_classes_has_no_captions(sd_pipeline, class_folder, tmp_path
     [
         ({"prediction_type": "v_prediction"}, "--prediction_type v_prediction"),
         ({"allow_tf32": True}, "--allow_tf32"),
+        ({"ema_decay": 0.9}, "--ema_decay"),
         ({"offload_ema": True}, "--offload_ema"),
         ({"foreach_ema": True}, "--foreach_ema"),
         ({"hub_token": "hf_x"}, "--hub_token"),

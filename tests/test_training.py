@@ -393,3 +393,32 @@ def test_a_dry_run_tells_what_will_happen_and_leaves_nothing(flags, sd_pipeline,
     told = capsys.readouterr().out
     assert re.search(r"400", told) and "epsilon" in told and str(tmp_path / "out") in told
     assert math.isfinite(float(re.search(r"(\d+\.?\d*) ?(?:ms|s)\b", told).group(1)))
+
+
+# The card ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_cards_command_needs_no_recipe_of_ours(sd_pipeline, image_folder, tmp_path):
+    (tmp_path / "mine.yaml").write_text("lora: true\nlora_alpha: 3\nlpl_depth_weighting: [1, 0.5, 0.25, 0]\n")
+    words = arguments(sd_pipeline, image_folder, tmp_path / "out", seed=None)
+    run(["--config", str(tmp_path / "mine.yaml"), *words])
+    card = (tmp_path / "out" / "README.md").read_text()
+    (command,) = re.findall(r"accelerate launch (.*?)```", card, flags=re.DOTALL)
+    words = command.replace("\\\n", " ").split()[1:]
+    assert "--config" not in words and "--seed" in words and words[words.index("--rank") + 1] == "4"
+    for name, place in {"sd": sd_pipeline, "images": image_folder, "out": tmp_path / "again", "cache": ""}.items():
+        words = [word if not word.startswith(f"path/to/{name}") else str(place) for word in words]
+    where = words.index("--cache_dir")
+    run([*words[:where], *words[where + 2 :], "--cache_dir", str(image_folder.with_name("cache"))])
+    assert metrics(tmp_path / "again") == metrics(tmp_path / "out")
+
+
+def test_the_card_lists_the_datas_classes(dit_pipeline, class_folder, tmp_path):
+    train(dit_pipeline, class_folder, tmp_path, rank=2, validation_prompts=["rockets"])
+    card = (tmp_path / "README.md").read_text()
+    assert "| Classes | 0 cats, 1 cups, 2 rockets |" in card and "class_labels=[2]" in card
+
+
+def test_an_unknown_class_is_refused_with_the_datas_first(dit_pipeline, class_folder, tmp_path):
+    with pytest.raises(SystemExit, match="--validation_prompts lions.*such as cats, cups, rockets"):
+        train(dit_pipeline, class_folder, tmp_path, validation_prompts=["lions"])
