@@ -17,7 +17,7 @@ import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from lpl.arguments import command_line, parse_arguments, recipe
 from lpl.autoencoders import downscaling_factor, encode, feature_vae
 from lpl.checks import DTYPES, PipelineConfigs, check_pipeline, loss_options, read_pipeline_configs
 from lpl.data import (
+    HELD_OUT,
     KeyedBatches,
     TrainingImages,
     class_names,
@@ -234,12 +235,14 @@ def main() -> None:
         if save or progress.step % args.logging_steps == 0 or progress.step == max_steps:
             bar.set_postfix(log.write(progress.step, learning_rate, weight), refresh=False)
             bar.update(progress.step - bar.n)
-        with log.paused():  # images per second are those of the training alone
-            if save:
-                checkpoints.save_checkpoint(accelerator, args.output_dir, progress, args.checkpoints_total_limit)
-            if progress.step % validate_every == 0 or progress.step == max_steps:
-                validation.run(accelerator, trainee, ema, progress.step)
-                if held_out is not None:
+        validate = progress.step % validate_every == 0 or progress.step == max_steps
+        if save or validate:
+            with log.paused():  # images per second are those of the training alone
+                if save:
+                    checkpoints.save_checkpoint(accelerator, args.output_dir, progress, args.checkpoints_total_limit)
+                if validate:
+                    validation.run(accelerator, trainee, ema, progress.step)
+                if validate and held_out is not None:
                     log.validation(progress.step, losses_on(held_out, losses, trainee, ema, accelerator))
     bar.close()
 
@@ -256,7 +259,17 @@ def main() -> None:
                 "no step was trained with LPL: no sample was inside the threshold, or the run was too short"
             )
         card = describe(
-            args, family, lpl_loss, records, progress.step, global_batch, threshold, accelerator, prompts, data_classes
+            args,
+            family,
+            lpl_loss,
+            records,
+            progress.step,
+            global_batch,
+            threshold,
+            accelerator,
+            prompts,
+            data_classes,
+            plan.what(),
         )
         hub.write_model_card(args.output_dir, card)
         logger.info(f"the {'LoRA' if args.lora else 'pipeline'}, its samples and its card are in {args.output_dir}")
@@ -351,6 +364,7 @@ def describe(
     accelerator: Accelerator,
     prompts: list[str] | list[int],
     classes: Mapping[int, str],
+    trained: str,
 ) -> hub.RunCard:
     """The run, as its model card tells it."""
     with_lpl = [record for record in records if record.get("lpl_weight", 0) > 0]
@@ -364,7 +378,9 @@ def describe(
         resolution=args.resolution,
         prompt=(prompts or [0 if family.class_conditional else "a photo"])[0],
         classes=classes,
-        dtype="float32" if accelerator.mixed_precision == "no" else "bfloat16",
+        dtype=str(weight_dtype(accelerator)).removeprefix("torch."),
+        trained=trained,
+        from_scratch=args.from_scratch,
         inference_steps=args.validation_inference_steps,
         guidance_scale=args.validation_guidance_scale,
         loading_arguments=family.loading_arguments(),
@@ -476,7 +492,8 @@ def save_result(
 def losses_on(
     held_out: TrainingImages, losses: Losses, trainee: Trainee, ema: EMAModel | None, accelerator: Accelerator
 ) -> dict[str, float]:
-    """Both terms on the held-out samples, under the EMA's weights where there are any, LPL's unweighted."""
+    """Both terms on the held-out samples, unweighted, under the EMA's weights where there are any."""
+    losses = replace(losses, args=Namespace(**vars(losses.args) | HELD_OUT))
     sums = torch.zeros(3, device=accelerator.device)
     trainee.eval()
     with averaged(ema, trainee):

@@ -576,6 +576,8 @@ def _translate(args: argparse.Namespace) -> None:
     for name in IGNORED:
         if name in foreign:
             warn(f"--{name} has no effect: {IGNORED[name]}")
+    if "use_lpl" not in foreign and any(name.startswith("lpl_") for name in foreign):
+        warn("LPL is on, though --use_lpl is not given; turn it off by --lpl_weight 0")
     if "lpl_loss_type" in foreign:
         kind = foreign["lpl_loss_type"]
         _take_for(args, f"--lpl_loss_type {kind}", "lpl_distance", {"mse": "l2", "l1": "l1"}[kind])

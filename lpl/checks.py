@@ -98,16 +98,15 @@ POSITIVE = [
     "lora_alpha",
     "timestep_bias_multiplier",
     "timestep_bias_end",
-    "lpl_num_blocks",
     "lpl_t_threshold",
 ]
 NOT_NEGATIVE = [
+    "lpl_num_blocks",
     "lpl_threshold_base_resolution",
     "lpl_start_step",
     "lpl_ramp_steps",
     "dataloader_num_workers",
     "lr_warmup_steps",
-    "noise_offset",
     "input_perturbation",
     "adam_weight_decay",
     "adam_weight_decay_text_encoder",
@@ -186,14 +185,13 @@ def check_arguments(args: Namespace) -> None:
 def _check_sources(args: Namespace) -> None:
     if not args.pretrained_model_name_or_path:
         raise ValueError("--pretrained_model_name_or_path is missing: a folder with a pipeline, or its id on the Hub")
-    if bool(args.dataset_name) == bool(args.train_data_dir):
-        given = "both are given" if args.dataset_name else "neither is given"
-        raise ValueError(f"one of --dataset_name and --train_data_dir is needed, but {given}")
+    if not args.dataset_name and not args.train_data_dir:
+        raise ValueError("--dataset_name or --train_data_dir is needed, but neither is given")
     if args.dataset_config_name and not args.dataset_name:
         raise ValueError("--dataset_config_name has no effect without --dataset_name; leave it out")
-    if args.train_data_dir and not Path(args.train_data_dir).is_dir():
+    if not args.dataset_name and not Path(args.train_data_dir).is_dir():
         raise ValueError(f"--train_data_dir {args.train_data_dir}: there is no such folder")
-    if args.train_data_dir and not image_files(args.train_data_dir):
+    if not args.dataset_name and not image_files(args.train_data_dir):
         raise ValueError(f"--train_data_dir {args.train_data_dir}: the folder has no images")
     if args.from_scratch and args.non_ema_revision:
         raise ValueError("--from_scratch loads no weights, so --non_ema_revision has no effect; leave one of them out")
@@ -209,6 +207,8 @@ def _check_lora(args: Namespace) -> None:
                 raise ValueError(f"--{name} is for LoRA; add --lora or --rank, or leave it out")
     elif args.from_scratch:
         raise ValueError("--from_scratch trains every weight anew, which LoRA cannot; leave out --lora and --rank")
+    if args.use_dora and args.train_text_encoder:
+        warn("--use_dora is for the denoiser; the text encoders get LoRA, since diffusers loads no DoRA there")
     if args.quantize_base is None:
         return
     if args.train_text_encoder:
@@ -302,7 +302,7 @@ def _check_validation(args: Namespace) -> None:
         raise ValueError("--validation_prompt and --validation_prompts exclude one another; give one of them")
     if args.validation_split is not None and args.validation_every_nth is not None:
         raise ValueError("--validation_split and --validation_every_nth exclude one another; give one of them")
-    if args.validation_split is not None and args.train_data_dir:
+    if args.validation_split is not None and not args.dataset_name:
         raise ValueError(
             "--validation_split names a split of --dataset_name; with --train_data_dir use --validation_every_nth"
         )
@@ -321,9 +321,7 @@ def _check_validation(args: Namespace) -> None:
 
 
 def _check_output(args: Namespace) -> None:
-    if args.hub_model_id and not args.push_to_hub:
-        raise ValueError("--hub_model_id has no effect without --push_to_hub; add it or leave both out")
-    warn_of_idle_flags(args, {"hub_token": args.push_to_hub})
+    warn_of_idle_flags(args, {"hub_model_id": args.push_to_hub, "hub_token": args.push_to_hub})
     if Path(args.output_dir).is_file():
         raise ValueError(f"--output_dir {args.output_dir}: this is a file; give a folder")
     if Path(args.output_dir).resolve() == Path(args.pretrained_model_name_or_path).resolve():
@@ -540,7 +538,7 @@ def _check_captions(args: Namespace, configs: PipelineConfigs) -> None:
     family = configs.family
     if family.class_conditional and "caption_column" not in args.given:
         args.caption_column = "label"
-    if args.train_data_dir:
+    if not args.dataset_name:
         _check_folder(args.train_data_dir, args.caption_column, family)
     if args.proportion_empty_prompts is None:
         args.proportion_empty_prompts = family.empty_share
@@ -664,7 +662,7 @@ def _translate_timestep_threshold(args: Namespace, configs: PipelineConfigs) -> 
     args.lpl_threshold_base_resolution = 0
     args.given = args.given - {"lpl_t_threshold"} | {"lpl_sigma_threshold", "lpl_threshold_base_resolution"}
     warn(
-        f"--lpl_t_threshold {limit} is taken for --lpl_sigma_threshold {args.lpl_sigma_threshold:.6g} "
+        f"--lpl_t_threshold {limit} is taken for --lpl_sigma_threshold {args.lpl_sigma_threshold} "
         "--lpl_threshold_base_resolution 0"
     )
 

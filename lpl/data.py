@@ -38,7 +38,6 @@ logger = logging.getLogger(__name__)
 Batch = dict[str, Any]
 # torchvision's names, which diffusers' scripts take, and what PIL has for them
 RESAMPLING = {mode.name.lower(): mode for mode in Image.Resampling} | {"nearest_exact": Image.Resampling.NEAREST}
-INTERPOLATION_MODES = tuple(RESAMPLING)
 
 
 class Stream(IntEnum):
@@ -87,19 +86,25 @@ def load_training_images(args: Any, num_classes: int | None = None) -> tuple[Dat
 
 
 def _load_split(args: Any, split: str, num_classes: int | None) -> Dataset:
-    where = f"--train_data_dir {args.train_data_dir}" if args.train_data_dir else f"--dataset_name {args.dataset_name}"
+    where = f"--dataset_name {args.dataset_name}" if args.dataset_name else f"--train_data_dir {args.train_data_dir}"
     try:
-        if args.train_data_dir:
+        if not args.dataset_name:
             # All files under one name: left to itself, the library takes "test" in a file's name for a split.
             files = {"train": os.path.join(glob.escape(args.train_data_dir), "**")}
             dataset = load_dataset("imagefolder", data_files=files, split=split, cache_dir=args.cache_dir)
         else:
-            dataset = load_dataset(args.dataset_name, args.dataset_config_name, split=split, cache_dir=args.cache_dir)
+            dataset = load_dataset(
+                args.dataset_name,
+                args.dataset_config_name,
+                data_dir=args.train_data_dir,
+                split=split,
+                cache_dir=args.cache_dir,
+            )
     except Exception as error:  # the library raises a dozen kinds; each means that there is nothing to train on
         raise ValueError(f"{where}: the data set cannot be loaded: {first_line(error)}") from error
     check_columns(dataset, args.image_column, args.caption_column, where, num_classes)
     dataset = dataset.select_columns([args.image_column, args.caption_column])
-    if args.train_data_dir and (left := len(image_files(args.train_data_dir)) - len(dataset)) > 0:
+    if not args.dataset_name and (left := len(image_files(args.train_data_dir)) - len(dataset)) > 0:
         logger.warning("%s: %d images are left out, since no metadata file names them", where, left)
     return dataset
 
@@ -354,13 +359,18 @@ def training_batches(images: TrainingImages, batches: KeyedBatches, num_workers:
     )
 
 
-HELD_OUT = {  # nothing random is left in the flags, and the seed is the same for all runs
+HELD_OUT = {  # with these flags both losses are plain, nothing is random, and all runs have one seed
     "seed": 0,
     "center_crop": True,
     "random_flip": False,
     "proportion_empty_prompts": 0.0,
     "noise_offset": 0.0,
     "input_perturbation": 0.0,
+    "dream_training": False,
+    "snr_gamma": None,
+    "weighting_scheme": None,
+    "precondition_outputs": 0,
+    "lpl_variant": "paper",  # LPL's mean is over the whole batch
 }
 
 

@@ -207,6 +207,8 @@ class RunCard:
     mixed_precision: str | None = None  # None or "no": float32
     ema_decay: float | None = None  # None: no EMA
     lora_rank: int | None = None  # None: full fine-tuning
+    trained: str | None = None  # what was, in words
+    from_scratch: bool = False  # the base model gave its configuration only
     seed: int | None = None
     hardware: str | None = None  # "1 x NVIDIA H200"
     # What LPL did
@@ -264,6 +266,8 @@ def _metadata(card: RunCard) -> ModelCardData:
 def _introduction(folder: Path, card: RunCard) -> str:
     base = _link(card.base_model)
     what = f"This is a LoRA of rank {card.lora_rank} for {base}, trained" if card.lora_rank else None
+    if card.from_scratch:
+        what = f"This is a model of the same shape as {base}, trained from random weights"
     what = what or f"This is {base}, fine-tuned"
     text = f"{what} on {_link(card.dataset, 'datasets/')} for {card.steps:,} steps at {card.resolution} px"
     if card.lpl:
@@ -326,7 +330,7 @@ def _training(folder: Path, card: RunCard) -> str:
     rows = {
         "Base model": _link(card.base_model),
         "Data set": _link(card.dataset, "datasets/"),
-        "Trained": f"LoRA of rank {card.lora_rank}" if card.lora_rank else "all weights of the denoiser",
+        "Trained": card.trained,
         "Objective": f"`{card.objective}`",
         "Classes": _classes(card.classes) if card.classes else None,
         "Resolution": f"{card.resolution} px",

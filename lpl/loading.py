@@ -31,6 +31,8 @@ def load_family(args: Namespace, configs: PipelineConfigs, dtype: torch.dtype) -
     """
     family = configs.family
     frozen = dict.fromkeys(family.text_encoder_names, dtype)
+    if dtype == torch.float16:
+        frozen |= dict.fromkeys(family.no_float16, torch.bfloat16)
     if args.train_text_encoder and not args.lora:
         frozen |= dict.fromkeys(family.trainable_text_encoders, torch.float32)
     if args.lora:
@@ -41,7 +43,7 @@ def load_family(args: Namespace, configs: PipelineConfigs, dtype: torch.dtype) -
     elif args.non_ema_revision or args.quantize_base:
         trained_in = dtype if args.lora else torch.float32
         components[family.denoiser_name] = load_denoiser(args, configs, trained_in, args.non_ema_revision)
-    source = pipeline_source(args, configs) | components
+    source = pipeline_source(args, configs) | dict(family.left_out) | components
     return family.load(args.pretrained_model_name_or_path, args, {"default": torch.float32, **frozen}, **source)
 
 
@@ -65,7 +67,8 @@ def fresh_denoiser(configs: PipelineConfigs) -> nn.Module:
 
 
 def _start_as_identity(denoiser: nn.Module) -> None:
-    """Zero what scales and gates the blocks, and the output: adaLN-Zero of the DiT paper (Peebles & Xie, Sec. 3.2)."""
+    """Zero the output, and what modulates the blocks of DiT, SD3 and Flux, which then pass on what they are given:
+    adaLN-Zero of the DiT paper (Peebles & Xie, Sec. 3.2). All else begins as diffusers has it."""
     modulations = (
         normalization.AdaLayerNormZero,
         normalization.AdaLayerNormZeroSingle,

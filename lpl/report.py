@@ -95,11 +95,19 @@ class Plan:
     def what(self) -> str:
         """What is trained, in words: parts, how, and how many parameters."""
         args, count = self.args, sum(map(count_parameters, self.trainee.parts.values()))
-        how = f"{'DoRA' if args.use_dora else 'LoRA'} of rank {args.rank} on " if args.lora else "all of "
         names = list(self.trainee.parts)  # the denoiser is the first
         if args.from_scratch:
             names[0] += " from scratch"
-        return f"{how}{' and '.join(names)}, {_count(count)} parameters"
+        if not args.lora:
+            return f"all of {' and '.join(names)}, {_count(count)} parameters"
+        kind = f"{'rank-stabilised ' if args.use_rslora else ''}{'DoRA' if args.use_dora else 'LoRA'}"
+        if args.use_dora and names[1:]:
+            names[1] = f"LoRA on {names[1]}"
+        over = f" over weights of {args.quantize_base.replace('bit', ' bits')}" if args.quantize_base else ""
+        return (
+            f"{kind} of rank {args.rank} and alpha {args.lora_alpha:g} on {' and '.join(names)}{over}, "
+            f"{_count(count)} parameters"
+        )
 
     def autocast(self) -> str:
         precision = self.accelerator.mixed_precision

@@ -456,7 +456,9 @@ def test_announcement(planned, caplog):
     plan.announce()
     text = caplog.text
     assert "8 images, 6 steps of 2: 1.5 epochs" in text
-    assert re.search(r"training LoRA of rank 2 on unet, [\d.]+K parameters, in float32 under bf16 autocast", text)
+    assert re.search(
+        r"training LoRA of rank 2 and alpha 2 on unet, [\d.]+K parameters, in float32 under bf16 autocast", text
+    )
     assert f"objective epsilon, 32 px, seed 0, results in {plan.args.output_dir}" in text
     assert re.search(r"LPL with weight auto:0\.2 where sigma <= 3: 6\d% of the samples are inside", text)
     assert not any(record.levelno >= logging.WARNING for record in caplog.records if record.name == "lpl.report")

@@ -5,19 +5,23 @@ import math
 import re
 import shutil
 from argparse import Namespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
 from tiny import tiny_vae
 from trainer import arguments, launch, metrics, run, same, script, train, validation_metrics, weights
+from transformers import CLIPConfig, CLIPImageProcessorPil
 
 from lpl.families.sd3 import StableDiffusion3
 from lpl.loading import fresh_denoiser
 from lpl.objectives import Epsilon
+from lpl.optimizers import make_optimizer
 
 
 LORA = {"rank": 2, "learning_rate": 1e-2}
@@ -155,6 +159,14 @@ def test_text_encoders_have_a_learning_rate_and_weight_decay_of_their_own(sd3_pi
     assert moved == {"transformer": pytest.approx(1e-3, rel=0.05), "text_encoder": pytest.approx(1e-5, rel=0.05)}
 
 
+def test_text_encoders_have_a_weight_decay_of_their_own(sd3_pipeline, image_folder, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(script, "make_optimizer", lambda *args: made.append(make_optimizer(*args)) or made[-1])
+    flags = {"train_text_encoder": True, "adam_weight_decay": 0.3, "adam_weight_decay_text_encoder": 0.7}
+    train(sd3_pipeline, image_folder, tmp_path, **flags, max_train_steps=1)
+    assert [group["weight_decay"] for group in made[0].param_groups] == [0.3, 0.7]
+
+
 @pytest.mark.slow
 def test_two_processes_with_text_encoders_that_are_partly_unused(sdxl_pipeline, image_folder, tmp_path):
     flags = {"train_text_encoder": True, "text_encoder_lr": 1e-3, "max_train_steps": 2}
@@ -162,6 +174,33 @@ def test_two_processes_with_text_encoders_that_are_partly_unused(sdxl_pipeline, 
     train(sdxl_pipeline, image_folder, tmp_path / "one", **flags, gradient_accumulation_steps=2)
     for ours, theirs in zip(metrics(tmp_path / "two", "loss"), metrics(tmp_path / "one", "loss"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+def test_an_ema_goes_on_with_the_decay_given(sd_pipeline, image_folder, tmp_path):
+    flags = {"use_ema": True, "lpl_weight": 0, "checkpointing_steps": 1}
+    train(sd_pipeline, image_folder, tmp_path, **flags, max_train_steps=1, ema_decay=1.0)
+    train(
+        *(sd_pipeline, image_folder, tmp_path),
+        **flags,
+        max_train_steps=2,
+        ema_decay=0.0,
+        resume_from_checkpoint="latest",
+    )
+    average, trained = (weights(tmp_path / "checkpoint-2" / folder) for folder in ("ema/unet", "unet"))
+    assert all(torch.allclose(average[name], trained[name], atol=1e-6) for name in trained)
+
+
+def test_a_safety_checker_is_no_part_of_the_training_and_stays_in_the_result(sd_pipeline, image_folder, tmp_path):
+    """It would blacken samples, on whatever device it was forgotten."""
+    pipeline = DiffusionPipeline.from_pretrained(sd_pipeline)
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = CLIPConfig(vision_config=vision | {"image_size": 32, "patch_size": 16}, projection_dim=8)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    pipeline.register_modules(safety_checker=StableDiffusionSafetyChecker(config), feature_extractor=processor)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    with mock.patch.object(StableDiffusionSafetyChecker, "forward", None):
+        train(tmp_path / "pipeline", image_folder, tmp_path / "out", validation_prompts=["a cat"], max_train_steps=1)
+    assert isinstance(DiffusionPipeline.from_pretrained(tmp_path / "out").safety_checker, StableDiffusionSafetyChecker)
 
 
 # What a run starts from ----------------------------------------------------------------------------------------------
@@ -193,11 +232,14 @@ def test_from_scratch_depends_on_the_seed_only(sd3_pipeline, image_folder, tmp_p
 
 def test_a_fresh_denoiser_answers_zero(sd3_pipeline):
     index = json.loads((sd3_pipeline / "transformer" / "config.json").read_text())
+    torch.manual_seed(0)
     denoiser = fresh_denoiser(Namespace(family=StableDiffusion3, denoiser=index))
     own = DiffusionPipeline.from_pretrained(sd3_pipeline).transformer
     assert denoiser.config.num_layers == own.config.num_layers
     inputs = {"encoder_hidden_states": torch.randn(1, 4, 32), "pooled_projections": torch.randn(1, 40)}
     assert not denoiser(torch.randn(1, 16, 8, 8), timestep=torch.tensor([5.0]), **inputs).sample.any()
+    blocks = [module for module in denoiser.modules() if type(module).__name__.startswith("AdaLayerNorm")]
+    assert blocks and not any(block.linear.weight.any() for block in blocks)  # the gates are shut
 
 
 def test_another_vae_is_used_and_saved(sd_pipeline, image_folder, tmp_path):
@@ -328,6 +370,42 @@ def test_the_validation_loss_compares_runs(sd_pipeline, image_folder, tmp_path):
     assert [step for step, *_ in first] == [0, 1, 2] and [step for step, *_ in second] == [0, 2]
     assert first[0] == pytest.approx(second[0], rel=1e-5) and all(value > 0 for value in first[0][1:])
     assert first[0][1:] != first[1][1:] != first[2][1:]
+
+
+@pytest.mark.parametrize(
+    "family, flags",
+    [
+        ("sd", {"dream_training": True, "input_perturbation": 0.1, "noise_offset": 0.1}),
+        ("sd", {"snr_gamma": 5.0, "lpl_variant": "reference", "lpl_weight": 1}),
+        ("sd3", {"weighting_scheme": "sigma_sqrt", "precondition_outputs": 1}),
+    ],
+    ids=str,
+)
+def test_the_validation_loss_is_plain(family, flags, request, image_folder, tmp_path):
+    """It does not know how the run weighs or perturbs; nor the batch it is taken in."""
+    pipeline, common = request.getfixturevalue(f"{family}_pipeline"), {"validation_every_nth": 2, "max_train_steps": 1}
+    plain = train(pipeline, image_folder, tmp_path / "plain", **common)
+    other = train(pipeline, image_folder, tmp_path / "other", **common, **flags, train_batch_size=3)
+    loss, lpl = validation_metrics(plain)[0][1:]
+    assert validation_metrics(other)[0][1] == pytest.approx(loss, rel=1e-5)
+    if "lpl_variant" not in flags:
+        assert validation_metrics(other)[0][2] == pytest.approx(lpl, rel=1e-5)
+
+
+def test_the_reference_variants_validation_does_not_depend_on_the_batch(sd_pipeline, image_folder, tmp_path):
+    flags = {"validation_every_nth": 2, "max_train_steps": 1, "lpl_variant": "reference", "lpl_weight": 1}
+    runs = [
+        train(sd_pipeline, image_folder, tmp_path / str(size), **flags, train_batch_size=size) for size in (1, 2, 3)
+    ]
+    assert all(validation_metrics(run)[0] == pytest.approx(validation_metrics(runs[0])[0]) for run in runs)
+
+
+def test_the_log_pauses_only_where_there_is_something_to_do(sd_pipeline, image_folder, tmp_path, monkeypatch):
+    paused = []
+    original = script.Log.paused
+    monkeypatch.setattr(script.Log, "paused", lambda log: paused.append(0) or original(log))
+    train(sd_pipeline, image_folder, tmp_path, max_train_steps=5, checkpointing_steps=2, lpl_weight=0)
+    assert len(paused) == 3  # after 2, after 4, and at the end
 
 
 def test_the_validation_loss_is_the_averages_and_leaves_the_training_alone(sd_pipeline, image_folder, tmp_path):

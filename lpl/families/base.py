@@ -39,6 +39,8 @@ class Family:
     denoiser_name: ClassVar[str]  # the pipeline's component that is trained
     text_encoder_names: ClassVar[tuple[str, ...]]
     optional_components: ClassVar[tuple[str, ...]] = ()  # what a pipeline's index may lack
+    left_out: ClassVar[Mapping[str, Any]] = {}  # what training does without, as ``from_pretrained`` is told
+    no_float16: ClassVar[tuple[str, ...]] = ()  # text encoders that overflow in it, and are taken in bfloat16
     objectives: ClassVar[tuple[str, ...]] = tuple(OBJECTIVES)  # those that its pipeline can sample
     class_conditional: ClassVar[bool] = False  # captions are class labels, numbers from 0
     empty_share: ClassVar[float] = 0.0  # default of --proportion_empty_prompts

@@ -25,6 +25,7 @@ class Sana(Family):
     denoiser_name = "transformer"
     text_encoder_names = ("text_encoder",)
     sequence_length = 300
+    no_float16 = ("text_encoder",)
 
     def encode_prompts(self, captions: Sequence[str], device: torch.device) -> Conditions:
         """As the pipeline's plain call has it: captions follow the instruction, the empty one of guidance does not."""

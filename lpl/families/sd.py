@@ -17,6 +17,10 @@ class StableDiffusion(Family):
     denoiser_name = "unet"
     text_encoder_names = ("text_encoder",)
     trainable_text_encoders = ("text_encoder",)
+    left_out = {
+        "safety_checker": None,
+        "requires_safety_checker": False,
+    }  # it would blacken samples; the result has it
 
     def encode_prompts(self, captions: Sequence[str], device: torch.device) -> Conditions:
         embeddings, _ = self.pipeline.encode_prompt(list(captions), device, 1, False)
