@@ -40,7 +40,7 @@ from tqdm.auto import tqdm
 
 from lpl import LatentPerceptualLoss, checkpoints, get_objective, hub, training_scheduler
 from lpl.arguments import command_line, parse_arguments, recipe
-from lpl.autoencoders import downscaling_factor, encode, feature_vae
+from lpl.autoencoders import downscaling_factor, encode, feature_vae, latent_channels
 from lpl.checks import DTYPES, PipelineConfigs, check_pipeline, loss_options, read_pipeline_configs
 from lpl.data import (
     HELD_OUT,
@@ -62,7 +62,7 @@ from lpl.pictures import loss_curves, write_whole
 from lpl.report import DryRun, Plan
 from lpl.trainee import Trainee, averaged
 from lpl.validation import Validation
-from lpl.weighting import SHARE_RANGE, LplWeight, ramp
+from lpl.weighting import SHARE_RANGE, LplWeight, Terms, has_lpl, ramp
 
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def main() -> None:
             scheduler = training_scheduler(args.prediction_type, scheduler)
         objective = get_objective(args.prediction_type, scheduler)
         side = args.resolution // downscaling_factor(configs.vae)
-        images = TrainingImages(dataset, objective, (configs.vae["latent_channels"], side, side), args, empty)
+        images = TrainingImages(dataset, objective, (latent_channels(configs.vae), side, side), args, empty)
         images[0, 0]  # one image at least can be read
         if args.push_to_hub and not args.dry_run and accelerator.is_main_process:
             args.hub_model_id = hub.prepare_repository(args.hub_model_id, args.output_dir, args.hub_token)
@@ -186,7 +186,7 @@ def main() -> None:
         real = real_images(images, prompts)
     names = [classes.get(prompt, str(prompt)) for prompt in prompts]
     validation = Validation(family, scheduler, args, prompts, names, real)
-    log = Log(accelerator, args, progress.step, global_batch)
+    log = Log(accelerator, args, progress.step, max_steps, global_batch, lpl_loss.block_names if lpl_loss else ())
     validate_every = args.validation_steps or args.validation_epochs * steps_per_epoch
     if held_out is not None:
         held_out = TrainingImages(held_out, objective, images.latent_shape, args, empty)
@@ -200,39 +200,38 @@ def main() -> None:
     plan.announce()
     bar = tqdm(total=max_steps, initial=progress.step, disable=not accelerator.is_main_process, desc="steps")
     while progress.step < max_steps:
-        lpl_factor = ramp(progress.step, args.lpl_start_step, args.lpl_ramp_steps) if args.lpl else 0.0
+        weight = lpl_weight.value * ramp(progress.step, args.lpl_start_step, args.lpl_ramp_steps)  # w of Eq. 3
+        with_lpl = args.lpl and has_lpl(progress.step, args.lpl_start_step, args.lpl_every)
         for _ in range(args.gradient_accumulation_steps):
             batch = next(batches)
             with accelerator.accumulate(model):
-                errors, lpl, inside = losses(model, batch, with_lpl=lpl_factor > 0)  # (B,), (), n
-                diffusion_loss = errors.mean()
-                if lpl_factor:
-                    lpl_weight.observe(diffusion_loss, lpl)
+                terms = losses(model, batch, with_lpl)
+                if with_lpl:
+                    lpl_weight.observe(terms.diffusion_loss, terms.lpl)
 
-                # L_total = L_diffusion + w LPL (Eq. 3)
-                weight = lpl_weight.value * lpl_factor
-                loss = diffusion_loss + weight * lpl
+                # L_total = L_diffusion + w LPL (Eq. 3); what only every n-th step has counts n-fold there
+                loss = terms.diffusion_loss + args.lpl_every * weight * terms.lpl
+                log.add(progress.step + 1, loss, weight, terms)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients and args.max_grad_norm:
                     accelerator.clip_grad_norm_(trainee.trained(), args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-                log.add(loss, diffusion_loss, lpl, weight * lpl, inside / len(errors))
                 if args.debug_loss:
-                    log.samples(progress.step + 1, batch["index"], errors)
+                    log.samples(progress.step + 1, batch["index"], terms.errors)
 
         learning_rate = lr_scheduler.get_last_lr()[0]
         lr_scheduler.step()
         if ema is not None:
             update_ema(ema, trainee, device, args.offload_ema)
         progress.step += 1
-        if lpl_factor and lpl_weight.end_step(lambda sums: accelerator.reduce(sums, "mean")):
+        if with_lpl and lpl_weight.end_step(lambda sums: accelerator.reduce(sums, "mean")):
             report_share(lpl_weight)
             if accelerator.is_main_process:
                 write_recipe(args, lpl_weight=float(lpl_weight.value), lpl_share=lpl_weight.measured_share())
 
         save = progress.step % args.checkpointing_steps == 0
-        if save or progress.step % args.logging_steps == 0 or progress.step == max_steps:
+        if log.is_due(progress.step):
             bar.set_postfix(log.write(progress.step, learning_rate, weight), refresh=False)
             bar.update(progress.step - bar.n)
         validate = progress.step % validate_every == 0 or progress.step == max_steps
@@ -254,7 +253,7 @@ def main() -> None:
         validation.before_after()
         records = log.records()
         loss_curves(records, Path(args.output_dir, "loss_curves.png"))
-        if args.lpl and not any(record.get("lpl_weight", 0) > 0 for record in records):
+        if args.lpl and not any(record.get("lpl_share", 0) > 0 for record in records):
             logger.warning(
                 "no step was trained with LPL: no sample was inside the threshold, or the run was too short"
             )
@@ -282,8 +281,9 @@ def main() -> None:
 class Losses:
     """Both terms of Eq. 3 for a batch: the method, line by line.
 
-    ``losses(model, batch, with_lpl)`` gives the weighted diffusion loss of each sample, (B,), LPL averaged over the
-    batch, (), and the number of samples inside the threshold.
+    With --lpl_max_samples LPL looks at a random subset of the samples inside the threshold and counts it for all of
+    them, with --lpl_crop at a random part of their images: in expectation it is what it is without (but that a part
+    is standardised by its own statistics).
     """
 
     family: Family
@@ -292,13 +292,14 @@ class Losses:
     threshold: float  # tau at this resolution
     args: Namespace
 
-    def __call__(self, model: nn.Module, batch: Mapping[str, Any], with_lpl: bool) -> tuple[Tensor, Tensor, int]:
+    def __call__(self, model: nn.Module, batch: Mapping[str, Any], with_lpl: bool) -> Terms:
         family, objective, args, device = self.family, self.objective, self.args, self.family.vae.device
         # Timesteps and gate are known on the CPU: the step never waits to learn which rows to decode.
         inside = rows_inside(objective.sigma(batch["timestep"]), self.threshold)
+        chosen = subset(inside, batch["lpl_choice"][:, 0], args.lpl_max_samples) if with_lpl else inside[:0]
         pixels, noise, posterior_noise, timesteps, rows = (
             x.to(device, non_blocking=True)
-            for x in (batch["pixels"], batch["noise"], batch["posterior_noise"], batch["timestep"], inside)
+            for x in (batch["pixels"], batch["noise"], batch["posterior_noise"], batch["timestep"], chosen)
         )
         # z0, z_t and D
         latents = encode(family.vae, pixels, posterior_noise)  # pixels [-1, 1] -> scaled (B, C, h, w)
@@ -322,12 +323,17 @@ class Losses:
         errors = diffusion_weight(objective, timesteps, args) * error.square().flatten(1).mean(1)  # (B,)
 
         # LPL, averaged over the whole batch: rows above the threshold count as 0 (Eq. 2)
-        lpl = torch.zeros((), device=device)
-        if with_lpl and len(inside):
+        terms = Terms(errors, torch.zeros((), device=device), model_output, len(inside), with_lpl)
+        if len(rows):
             predicted_latents = objective.clean_latents(model_output[rows], noisy_latents[rows], timesteps[rows])
-            lpl = self.lpl_loss(predicted_latents, latents[rows]).sum()
-            lpl = lpl / (len(rows) if args.lpl_variant == "reference" else len(latents))
-        return errors, lpl, len(inside)
+            window = None
+            if args.lpl_crop is not None:
+                side = latents.shape[-1]
+                window = random_window(side, side * args.lpl_crop // args.resolution, batch["lpl_choice"][0, 1])
+            lpl = self.lpl_loss(predicted_latents, latents[rows], window)  # (n,)
+            share = 1.0 if args.lpl_variant == "reference" else len(inside) / len(latents)
+            terms.take(lpl, share, self.lpl_loss)
+        return terms
 
 
 def report_share(lpl_weight: LplWeight) -> None:
@@ -367,7 +373,7 @@ def describe(
     trained: str,
 ) -> hub.RunCard:
     """The run, as its model card tells it."""
-    with_lpl = [record for record in records if record.get("lpl_weight", 0) > 0]
+    with_lpl = [record for record in records if record.get("lpl_weight", 0) > 0 and "lpl_share" in record]
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "CPU"
     return hub.RunCard(
         base_model=args.pretrained_model_name_or_path,
@@ -500,8 +506,8 @@ def losses_on(
         for batch in held_out_batches(
             held_out, losses.args.train_batch_size, accelerator.process_index, accelerator.num_processes
         ):
-            errors, lpl, _ = losses(trainee, batch, with_lpl=True)
-            sums += torch.stack([errors.sum(), lpl * len(errors), torch.ones_like(lpl) * len(errors)])
+            terms = losses(trainee, batch, with_lpl=True)
+            sums += torch.stack([terms.diffusion_loss, terms.lpl, torch.ones_like(terms.lpl)]) * len(terms.errors)
     trainee.train()
     diffusion_loss, lpl, count = accelerator.reduce(sums, "sum").tolist()
     return {"validation_loss": diffusion_loss / count, "validation_lpl": lpl / count}
@@ -510,6 +516,30 @@ def losses_on(
 def rows_inside(sigma: Tensor, threshold: float) -> Tensor:
     """Indices of the samples that LPL applies to: sigma_t finite and at most tau, (B,) -> (n,) (Eq. 2)."""
     return (sigma.isfinite() & (sigma <= threshold)).nonzero().flatten()
+
+
+def subset(rows: Tensor, choice: Tensor, size: int | None) -> Tensor:
+    """At most so many of the rows, (n,) -> (m,), each subset as likely as any other; None = all.
+
+    Args:
+        choice: a uniformly random number for each sample of the batch, (B,); the smallest win.
+    """
+    return rows[choice[rows].argsort()[:size].sort().values]
+
+
+def random_window(side: int, part: int, choice: Tensor) -> tuple[int, int, int, int]:
+    """One of the tiles with sides of ``part`` that latents with sides of ``side`` fall into, each as likely as any
+    other: (top, left, height, width).
+
+    Args:
+        choice: a uniformly random number, ().
+
+    >>> random_window(8, 2, torch.tensor(0.4))  # the 7th of 16
+    (2, 4, 2, 2)
+    """
+    count = side // part
+    row, column = divmod(int(float(choice) * count**2), count)
+    return row * part, column * part, part, part
 
 
 def diffusion_weight(objective: Objective, timesteps: Tensor, args: Namespace) -> Tensor | float:

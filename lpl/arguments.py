@@ -24,6 +24,7 @@ import yaml
 from lpl.checks import (
     DTYPES,
     OPTIMIZERS,
+    OUTLIERS,
     TRACKERS,
     PipelineConfigs,
     check_arguments,
@@ -193,12 +194,50 @@ def _lpl(add: Callable[..., Any]) -> None:
         help=f"one of {', '.join(DEPTH_WEIGHTINGS)}, or one number per block",
     )
     add("--lpl_no_outlier_mask", action="store_true", help="do not mask outliers of the decoder's features")
+    add(
+        "--lpl_outlier_quantile",
+        type=float,
+        default=OUTLIERS["quantile"],
+        help="masks: share of a map's positions at either end that its bounds are read off",
+    )
+    add(
+        "--lpl_outlier_margin",
+        type=float,
+        default=OUTLIERS["margin"],
+        help="masks: standard deviations beyond those bounds that are still kept",
+    )
+    add(
+        "--lpl_outlier_dilation",
+        type=int,
+        default=OUTLIERS["dilation"],
+        help="masks: kernel at 256 px that drops lone false positives; it grows with the side, as does the next",
+    )
+    add(
+        "--lpl_outlier_erosion",
+        type=int,
+        default=OUTLIERS["erosion"],
+        help="masks: kernel at 256 px that then grows the outliers found",
+    )
+    add(
+        "--lpl_outlier_stride",
+        type=int,
+        default=OUTLIERS["stride"],
+        help="masks: read the bounds off every so many-th position; more is faster and a little less exact",
+    )
     add("--lpl_distance", choices=DISTANCES, default="l2", help="squared or absolute difference of features")
     add(
         "--lpl_variant", choices=VARIANTS, default="paper", help="reference: the numbers of the authors' released code"
     )
     add("--lpl_start_step", type=int, default=0, help="first optimizer step with LPL")
     add("--lpl_ramp_steps", type=int, default=0, help="steps over which its weight then grows to its full value")
+    add("--lpl_every", type=int, default=1, help="LPL on every so many-th step only, with so many times the weight")
+    add(
+        "--lpl_max_samples",
+        type=int,
+        help="LPL on so many samples of a micro-batch at most, drawn from those inside the threshold, for all of them",
+    )
+    add("--lpl_crop", type=int, help="LPL on a random part of the images with sides of so many pixels")
+    add("--lpl_chunk_size", type=int, help="samples that LPL decodes at a time, to save memory; default: all")
     add(
         "--lpl_gradient_checkpointing", action="store_true", help="recompute decoder blocks in backward to save memory"
     )

@@ -24,7 +24,7 @@ from huggingface_hub.constants import HF_HUB_OFFLINE
 from torch import nn
 
 from lpl import lora
-from lpl.autoencoders import SUPPORTED, block_names, select_blocks
+from lpl.autoencoders import RGB, SUPPORTED, decoder_blocks, downscaling_factor, latent_channels, skeleton
 from lpl.checkpoints import find_resumable
 from lpl.data import first_line, image_files
 from lpl.families import FAMILIES, Family, find_family
@@ -43,8 +43,11 @@ from lpl.weighting import parse_weight
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# VAEs that the families' pipelines can sample with; LPL looks through more
+PIPELINE_VAES = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny", "VQModel", "AutoencoderDC")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio")
 OPTIMIZERS = ("AdamW", "prodigy")
+OUTLIERS = {"quantile": 0.02, "margin": 2.0, "dilation": 3, "erosion": 5, "stride": 1}  # of lpl.outlier_mask
 
 
 def warn(message: str) -> None:
@@ -87,6 +90,13 @@ POSITIVE = [
     "num_validation_samples",
     "logging_steps",
     "lpl_measuring_steps",
+    "lpl_every",
+    "lpl_max_samples",
+    "lpl_crop",
+    "lpl_chunk_size",
+    "lpl_outlier_dilation",
+    "lpl_outlier_erosion",
+    "lpl_outlier_stride",
     "max_sequence_length",
     "learning_rate",
     "text_encoder_lr",
@@ -105,6 +115,7 @@ NOT_NEGATIVE = [
     "lpl_threshold_base_resolution",
     "lpl_start_step",
     "lpl_ramp_steps",
+    "lpl_outlier_margin",
     "dataloader_num_workers",
     "lr_warmup_steps",
     "input_perturbation",
@@ -125,6 +136,7 @@ RULES = (
     (SHARES, lambda value: 0 <= value <= 1, "between 0 and 1"),
     (BELOW_ONE, lambda value: 0 <= value < 1, "0 or more and less than 1"),
     (["timestep_bias_portion"], lambda value: 0 < value <= 1, "more than 0 and at most 1"),
+    (["lpl_outlier_quantile"], lambda value: 0 < value < 0.5, "more than 0 and less than 0.5"),
     (["validation_every_nth"], lambda value: value >= 2, "2 or more"),
 )
 
@@ -223,7 +235,28 @@ def _check_lpl(args: Namespace) -> None:
     weight, _ = parse_weight(args.lpl_weight)
     if weight == 0 and (idle := idle_without_lpl(args.given, holds_out(args))):
         raise ValueError(f"--lpl_weight 0 turns the loss off, so --{idle[0]} has no effect; leave one of them out")
-    check_options(*loss_options(args).values(), args.lpl_blocks)
+    _check_loss_options(args, args.lpl_blocks)
+    masks = not args.lpl_no_outlier_mask
+    warn_of_idle_flags(
+        args,
+        {f"lpl_outlier_{name}": masks for name in OUTLIERS}
+        | {
+            "lpl_max_samples": (args.lpl_max_samples or 0) < args.train_batch_size,
+            "lpl_chunk_size": (args.lpl_chunk_size or 0) < args.train_batch_size,
+        },
+    )
+
+
+def _check_loss_options(args: Namespace, blocks: Sequence[str] | None) -> None:
+    options = loss_options(args)
+    outliers = options.pop("outliers", {})
+    options.pop("chunk_size", None)
+    check_options(**options, blocks=blocks)
+    if outliers and args.lpl_variant == "reference":
+        raise ValueError(
+            f"--lpl_variant reference has masks of its own; leave out --lpl_outlier_{next(iter(outliers))}, or use "
+            "--lpl_variant paper"
+        )
 
 
 def idle_without_lpl(names: Iterable[str], measured: bool) -> list[str]:
@@ -232,7 +265,10 @@ def idle_without_lpl(names: Iterable[str], measured: bool) -> list[str]:
     Args:
         measured: whether a validation loss takes LPL all the same.
     """
-    training = ("lpl_measuring_steps", "lpl_start_step", "lpl_ramp_steps", "lpl_gradient_checkpointing", "lpl_start")
+    training = (
+        *("lpl_measuring_steps", "lpl_start_step", "lpl_ramp_steps", "lpl_gradient_checkpointing", "lpl_start"),
+        *("lpl_every", "lpl_max_samples", "lpl_crop"),
+    )
     flags = (name for name in names if name.startswith("lpl_") and name != "lpl_weight")
     return sorted(name for name in flags if not measured or name in training)
 
@@ -243,7 +279,10 @@ def holds_out(args: Namespace) -> bool:
 
 
 def loss_options(args: Namespace) -> dict[str, Any]:
-    """The flags that are options of the loss, by its names, in the order of :func:`lpl.loss.check_options`."""
+    """The flags that are options of the loss, by its names; of masks and memory only what is not the default."""
+    outliers = {name: getattr(args, f"lpl_outlier_{name}") for name in OUTLIERS}
+    outliers = {name: value for name, value in outliers.items() if value != OUTLIERS[name]}
+    cost = {"outliers": outliers, "chunk_size": args.lpl_chunk_size}
     return {
         "normalization": args.lpl_normalization,
         "detach_statistics": args.lpl_detach_statistics,
@@ -251,7 +290,7 @@ def loss_options(args: Namespace) -> dict[str, Any]:
         "mask_outliers": not args.lpl_no_outlier_mask,
         "distance": args.lpl_distance,
         "variant": args.lpl_variant,
-    }
+    } | {name: value for name, value in cost.items() if value}
 
 
 def _check_optimizer(args: Namespace) -> None:
@@ -419,7 +458,7 @@ def _component_config(path: str, name: str, **where: str | None) -> Mapping[str,
 def _used_vae_config(args: Namespace, own: Mapping[str, Any]) -> Mapping[str, Any]:
     """The pipeline's own, or that of --pretrained_vae_model_name_or_path."""
     if args.pretrained_vae_model_name_or_path is None:
-        _check_autoencoder("--pretrained_model_name_or_path: the pipeline's VAE", own)
+        _check_autoencoder("--pretrained_model_name_or_path: the pipeline's VAE", own, PIPELINE_VAES, args)
         return own
     return _other_vae_config("pretrained_vae_model_name_or_path", args, own)
 
@@ -431,18 +470,25 @@ def _other_vae_config(flag: str, args: Namespace, own: Mapping[str, Any]) -> Map
         config = AutoencoderKL.load_config(path, cache_dir=args.cache_dir)
     except (OSError, ValueError) as error:
         raise ValueError(f"--{flag} {path}: no autoencoder is found there ({first_line(error)})") from error
-    _check_autoencoder(f"--{flag} {path}", config)
-    if config.get("latent_channels") != own["latent_channels"]:
+    accepted = SUPPORTED if flag == "lpl_vae_name_or_path" else PIPELINE_VAES
+    _check_autoencoder(f"--{flag} {path}", config, accepted, args)
+    theirs, ours = latent_channels(config), latent_channels(own)
+    if theirs != ours:
         raise ValueError(
-            f"--{flag} {path}: its latents have {config.get('latent_channels')} channels and the pipeline's "
-            f"{own['latent_channels']}; it must have the same latent space"
+            f"--{flag} {path}: its latents have {theirs} channels and the pipeline's {ours}; it must have the same "
+            "latent space"
         )
     return config
 
 
-def _check_autoencoder(what: str, config: Mapping[str, Any]) -> None:
-    if (name := config.get("_class_name")) not in SUPPORTED:
-        raise ValueError(f"{what} is of the class {name}; supported are {', '.join(SUPPORTED)}")
+def _check_autoencoder(what: str, config: Mapping[str, Any], accepted: Sequence[str], args: Namespace) -> None:
+    """One whose decoder's blocks are known, or another of diffusers whose modules are named in --lpl_blocks."""
+    name = str(config.get("_class_name"))
+    if name not in accepted and not (args.lpl_blocks and hasattr(diffusers, name)):
+        raise ValueError(
+            f"{what} is of the class {name}; supported are {', '.join(accepted)}; of another of diffusers name "
+            "modules by their path in --lpl_blocks"
+        )
 
 
 def check_pipeline(args: Namespace, configs: PipelineConfigs) -> None:
@@ -460,6 +506,7 @@ def check_pipeline(args: Namespace, configs: PipelineConfigs) -> None:
     _translate_timestep_threshold(args, configs)
     if args.lpl or holds_out(args):
         _check_features(args, configs)
+    _check_crop(args, downscaling_factor(configs.vae))
     warn_of_idle_flags(args, {"guidance_scale": configs.denoiser.get("guidance_embeds")})
 
 
@@ -606,6 +653,19 @@ def _check_resolution(args: Namespace, configs: PipelineConfigs) -> None:
         raise ValueError(f"--resolution {args.resolution}: this pipeline takes {smallest} at least")
 
 
+def _check_crop(args: Namespace, factor: int) -> None:
+    """--lpl_crop: tiles of whole latent positions, ``factor`` pixels each, that cover the image."""
+    if args.lpl_crop is None:
+        return
+    accepted = [side for side in range(factor, args.resolution + 1, factor) if args.resolution % side == 0]
+    if args.lpl_crop not in accepted:
+        raise ValueError(
+            f"--lpl_crop {args.lpl_crop}: accepted at --resolution {args.resolution} are "
+            f"{', '.join(map(str, accepted))}, whole latent positions of {factor} pixels that the image divides into"
+        )
+    warn_of_idle_flags(args, {"lpl_crop": args.lpl_crop < args.resolution})
+
+
 ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -672,9 +732,15 @@ def _check_features(args: Namespace, configs: PipelineConfigs) -> None:
     vae = configs.vae
     if args.lpl_vae_name_or_path is not None:
         vae = _other_vae_config("lpl_vae_name_or_path", args, configs.vae)
+        theirs, ours = downscaling_factor(vae), downscaling_factor(configs.vae)
+        if theirs != ours:
+            raise ValueError(
+                f"--lpl_vae_name_or_path {args.lpl_vae_name_or_path}: a position of its latents is {theirs} pixels "
+                f"wide and one of the pipeline's {ours}; it must have the same latent space"
+            )
     if args.lpl_vae_dtype == "float16" and vae.get("force_upcast"):
         raise ValueError(
             "--lpl_vae_dtype float16: this VAE overflows in float16 (force_upcast in its configuration); "
             "use bfloat16 or float32"
         )
-    check_options(*loss_options(args).values(), select_blocks(args.lpl_blocks, block_names(vae)))
+    _check_loss_options(args, tuple(decoder_blocks(skeleton(vae), args.lpl_blocks)) or (RGB,))

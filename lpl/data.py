@@ -1,8 +1,8 @@
 """Images and captions, and every random number of a training sample.
 
-Whatever is random about a sample (crop, flip, caption, empty caption, posterior sample, noise, timestep) comes from
-generators keyed by (seed, epoch, sample index). So a run is the same after a resume, with any number of loader
-workers, and over one process or several.
+Whatever is random about a sample (crop, flip, caption, empty caption, posterior sample, noise, timestep, whether and
+where LPL looks at it) comes from generators keyed by (seed, epoch, sample index). So a run is the same after a resume,
+with any number of loader workers, and over one process or several.
 
 The order of samples is one endless sequence: epoch after epoch, each a permutation keyed by (seed, epoch). Where a run
 stands is one number, a position in that sequence; batches are always full and may span two epochs.
@@ -47,6 +47,7 @@ class Stream(IntEnum):
     AUGMENTATION = 1
     TIMESTEP = 2
     NOISE = 3
+    LPL = 4
 
 
 def keyed_generator(seed: int, *key: int) -> torch.Generator:
@@ -179,7 +180,8 @@ class TrainingImages:
 
     Sample: ``pixels`` (3, R, R) in [-1, 1]; ``caption``, a string or a class label; ``original_size``, ``target_size``
     and ``crop_top_left``, (2,), height or top first, in pixels, the crop's place in the resized and mirrored image;
-    ``posterior_noise`` and ``noise`` (C, h, w); ``timestep`` ().
+    ``posterior_noise`` and ``noise`` (C, h, w); ``timestep`` (); ``lpl_choice`` (2,), uniform in [0, 1), by which
+    LPL takes some of a batch's samples, and a part of its images.
     """
 
     dataset: Dataset
@@ -193,8 +195,9 @@ class TrainingImages:
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, index = key
-        augmentation, noise = (
-            keyed_generator(self.args.seed, epoch, index, stream) for stream in (Stream.AUGMENTATION, Stream.NOISE)
+        augmentation, noise, lpl = (
+            keyed_generator(self.args.seed, epoch, index, stream)
+            for stream in (Stream.AUGMENTATION, Stream.NOISE, Stream.LPL)
         )
         vertical, horizontal, flip, choice, drop = torch.rand(5, generator=augmentation).tolist()
         image, caption = self._readable(index, choice)
@@ -212,6 +215,7 @@ class TrainingImages:
             "posterior_noise": torch.randn(self.latent_shape, generator=noise),
             "noise": self._noise(noise),
             "input_noise": torch.randn(self.latent_shape, generator=noise) if self.args.input_perturbation else None,
+            "lpl_choice": torch.rand(2, generator=lpl),
         }
 
     def _readable(self, index: int, choice: float = 0.0) -> tuple[Image.Image, str | int]:
@@ -371,6 +375,8 @@ HELD_OUT = {  # with these flags both losses are plain, nothing is random, and a
     "weighting_scheme": None,
     "precondition_outputs": 0,
     "lpl_variant": "paper",  # LPL's mean is over the whole batch
+    "lpl_max_samples": None,
+    "lpl_crop": None,
 }
 
 

@@ -13,9 +13,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lpl.autoencoders import RGB, decoder_blocks, exact_precision, select_blocks, unscale
+from lpl.autoencoders import (
+    RGB,
+    decode,
+    decoder_blocks,
+    decoder_levels,
+    decoder_parts,
+    exact_precision,
+    feature_map,
+    latent_channels,
+    unscale,
+)
 from lpl.objectives import at_least_float32
 
 
@@ -31,9 +43,9 @@ class DecoderFeatureExtractor:
 
     Args:
         vae: a diffusers autoencoder.
-        blocks: names out of "mid" (AutoencoderDC has none), "up_0", "up_1", ...; None = all of them; ``("rgb",)`` =
-            the decoded pixels.
-        gradient_checkpointing: recompute each block in the backward pass, to save memory.
+        blocks: names out of "mid" (AutoencoderDC has none), "up_0", "up_1", ..., and paths of any modules that return
+            a map, "decoder.up_blocks.1.resnets.0"; None = every named one; ``("rgb",)`` = the decoded pixels.
+        gradient_checkpointing: recompute the blocks, one resnet at a time, in the backward pass, to save memory.
 
     Raises:
         ValueError: for a block that the decoder has not, an autoencoder of another make, or one that slices or tiles.
@@ -44,10 +56,13 @@ class DecoderFeatureExtractor:
     ) -> None:
         self.vae = vae
         self.gradient_checkpointing = gradient_checkpointing
-        modules = decoder_blocks(vae)
-        self.block_names = select_blocks(blocks, tuple(modules))
-        self._modules = {name: modules[name] for name in self.block_names if name != RGB}
+        self._modules = decoder_blocks(vae, blocks)
+        self.block_names = tuple(self._modules) or (RGB,)
+        self._first = [parts[-1] for parts in decoder_levels(vae).values()][:1]  # none in a decoder of another make
+        self.first_shape: torch.Size | None = None  # (H_1, W_1) of the first block, selected or not, or first seen
         self._refuse_tiles()
+        if gradient_checkpointing:
+            decoder_parts(vae)  # refuses a decoder whose parts are not known
 
     def __call__(self, latents: Tensor) -> dict[str, Tensor]:
         """Scaled latents, (B, C, h, w) -> {name: (B, C_l, H_l, W_l)}, in the VAE's dtype, in decoding order.
@@ -57,38 +72,60 @@ class DecoderFeatureExtractor:
         Raises:
             ValueError: where the latents are not this VAE's, or it has come to slice or tile.
         """
+        features: dict[str, Tensor] = {}
+        self.visit(latents, features.__setitem__)
+        return features
+
+    def visit(self, latents: Tensor, see: Callable[[str, Tensor], None]) -> None:
+        """The same, but each block's features are shown, ``see(name, features)``, as soon as they exist."""
         self._refuse_tiles()
-        channels = self.vae.config.latent_channels
+        self.first_shape = None
+        channels = latent_channels(self.vae.config)
         if latents.ndim != 4 or latents.shape[1] != channels:
             raise ValueError(f"latents must be (B, {channels}, h, w) for this VAE, but are {tuple(latents.shape)}")
-        features: dict[str, Tensor] = {}
         raw = unscale(self.vae, at_least_float32(latents)).to(self.vae.dtype)  # (B, C, h, w)
+        if raw.device.type == "cpu":  # its convolutions reorder everything else, there and back
+            raw = raw.contiguous(memory_format=torch.channels_last)
         with (
-            self._hooks(features),
+            self._hooks(see) as waiting,
             DecoderPass(self.vae, self.gradient_checkpointing),
             exact_precision(latents.device),
         ):
             try:
-                pixels = self.vae.decode(raw, return_dict=False)[0]
+                pixels = decode(self.vae, raw)
             except _LastBlockReached:
-                return features
-        return {RGB: pixels}
+                return
+            if waiting:
+                raise ValueError(f"--lpl_blocks: {', '.join(sorted(waiting))} did not run when the VAE decoded")
+            self._measure(pixels)
+            see(RGB, pixels)
+
+    def _measure(self, maps: Tensor) -> None:
+        self.first_shape = self.first_shape or maps.shape[-2:]
 
     @contextmanager
-    def _hooks(self, features: dict[str, Tensor]) -> Iterator[None]:
-        handles = [
-            module.register_forward_hook(partial(self._keep, features, name)) for name, module in self._modules.items()
-        ]
+    def _hooks(self, see: Callable[[str, Tensor], None]) -> Iterator[set[str]]:
+        waiting = set(self._modules)
+
+        def measure(module: nn.Module, inputs: Any, output: Any) -> None:
+            self._measure(feature_map(output))
+
+        def show(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+            if name in waiting:
+                maps = feature_map(output)
+                self._measure(maps)
+                see(name, maps)
+                waiting.remove(name)
+                if not waiting:
+                    raise _LastBlockReached
+
+        handles = [module.register_forward_hook(measure) for module in self._first]
+        handles += [module.register_forward_hook(partial(show, name)) for name, module in self._modules.items()]
         try:
-            yield
+            yield waiting
         finally:
             for handle in handles:
                 handle.remove()
-
-    def _keep(self, features: dict[str, Tensor], name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        features[name] = output
-        if name == self.block_names[-1]:
-            raise _LastBlockReached
 
     def _refuse_tiles(self) -> None:
         for name in ("slicing", "tiling"):
@@ -100,10 +137,11 @@ class DecoderFeatureExtractor:
 
 
 class DecoderPass:
-    """While one runs, the VAE's parameters need no gradient, and its blocks are checkpointed as the loss wants it.
+    """While one runs, the VAE's parameters need no gradient, and what the backward pass needs is kept small.
 
-    Whatever the caller's settings are, they stand again afterwards. Entered anew for each block that the backward pass
-    recomputes, so that it is recomputed as it was computed.
+    Its convolutions, frozen now, keep nothing of their inputs; with ``gradient_checkpointing`` its blocks are
+    recomputed a resnet at a time. Whatever the caller's settings are, they stand again afterwards. Entered anew for
+    each part that the backward pass recomputes, so that it is recomputed as it was computed.
     """
 
     def __init__(self, vae: nn.Module, gradient_checkpointing: bool) -> None:
@@ -116,19 +154,59 @@ class DecoderPass:
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
                 stack.callback(parameter.requires_grad_, True)
-        for module in self.vae.decoder.modules():
+        for module in getattr(self.vae, "decoder", self.vae).modules():
             if hasattr(module, "gradient_checkpointing"):  # diffusers' own way, which AutoencoderDC has not
                 _set(stack, module, "gradient_checkpointing", False)
+            if torch.is_grad_enabled() and type(module) is nn.Conv2d and _is_plain(module):
+                _set(stack, module, "forward", partial(_frozen_convolution, module))
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            for block in decoder_blocks(self.vae).values():
-                _set(stack, block, "forward", partial(self._checkpoint, block.forward))
+            for part in decoder_parts(self.vae):
+                _set(stack, part, "forward", partial(self._checkpoint, part.forward))
 
     def __exit__(self, *_: object) -> None:
         self._left.pop().close()
 
-    def _checkpoint(self, forward: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    def _checkpoint(self, forward: Callable[..., Tensor], *inputs: Any, **options: Any) -> Tensor:
         recomputation = DecoderPass(self.vae, gradient_checkpointing=False)
-        return checkpoint(forward, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), recomputation))
+        return checkpoint(
+            forward, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), recomputation), **options
+        )
+
+
+def _is_plain(convolution: nn.Conv2d) -> bool:
+    """Whether nobody has given it a forward of its own, and its padding needs none."""
+    numbers = convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str)
+    return numbers and "forward" not in vars(convolution)
+
+
+def _frozen_convolution(convolution: nn.Conv2d, features: Tensor) -> Tensor:
+    return _FrozenConvolution.apply(features, convolution)
+
+
+class _FrozenConvolution(torch.autograd.Function):
+    """A convolution whose weights are constants: the backward pass needs them, and nothing of its input.
+
+    Its adjoint is the transposed convolution.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, convolution: nn.Conv2d) -> Tensor:
+        ctx.shape, ctx.convolution = features.shape, convolution
+        return nn.Conv2d.forward(convolution, features)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        of = ctx.convolution
+        reached = (  # how far the transposed convolution reaches of itself; a stride may have skipped the rest
+            (size - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1
+            for size, stride, padding, dilation, kernel in zip(
+                gradient.shape[-2:], of.stride, of.padding, of.dilation, of.kernel_size
+            )
+        )
+        rest = tuple(size - reach for size, reach in zip(ctx.shape[-2:], reached))
+        transposed = F.conv_transpose2d(gradient, of.weight, None, of.stride, of.padding, rest, of.groups, of.dilation)
+        return transposed, None
 
 
 def _set(stack: ExitStack, module: nn.Module, name: str, value: Any) -> None:

@@ -1,9 +1,18 @@
 """What a run tells while it runs: the progress bar's numbers, ``metrics.jsonl``, and the trackers.
 
-Numbers are summed on the device and fetched at logging steps only, so that no other step waits for them.
-``lpl_share`` is ``w LPL / L_total``, ``inside`` the share of samples below the sigma threshold, ``images_per_second``
-that of all processes together, each over the steps since the last entry. What happens within :meth:`Log.paused` does
-not count as time; all else between two entries does.
+Numbers are summed on the device and fetched at logging steps only, so that no other step waits for them. Each is over
+the steps since the last entry:
+
+* ``loss``, ``diffusion_loss``: their means.
+* ``lpl``: its mean over the steps with LPL (with --lpl_every not all), unweighted; ``lpl/mid``, ``lpl/up_0``, ... are
+  the blocks' parts of it, depth weights included, and ``kept/mid``, ... the shares that the masks keep of them.
+* ``lpl_weight``: w, as the last step had it; ``lpl_share``: w LPL / (L_diffusion + w LPL), in expectation.
+* ``lpl_gradient_share``: |w dLPL/dD| / (|w dLPL/dD| + |dL_diffusion/dD|), norms of the gradient at the model's output
+  over a whole optimizer step, the last one with LPL.
+* ``inside``: the share of samples below the sigma threshold; ``images_per_second``: of all processes together.
+
+What was not measured since the last entry is not in it. What happens within :meth:`Log.paused` does not count as time;
+all else between two entries does.
 
 A held-out validation has an entry of its own, with ``validation_loss`` and ``validation_lpl``. ``sample_losses.jsonl``
 has the diffusion loss of each sample of each step, where --debug_loss asks for it.
@@ -13,9 +22,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +37,7 @@ from PIL import Image
 from torch import Tensor
 
 from lpl.arguments import recipe
+from lpl.weighting import Terms
 
 
 logger = logging.getLogger(__name__)
@@ -37,15 +48,25 @@ class Log:
 
     Args:
         first_step: finished steps; entries of later ones, from a run that was cut short, are dropped.
+        last_step: of the whole run.
         global_batch: images per optimizer step, over all processes and micro-batches.
+        blocks: names of the decoder blocks that LPL compares.
     """
 
-    def __init__(self, accelerator: Accelerator, args: Namespace, first_step: int, global_batch: int) -> None:
-        self.accelerator, self.global_batch = accelerator, global_batch
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        args: Namespace,
+        first_step: int,
+        last_step: int,
+        global_batch: int,
+        blocks: Sequence[str] = (),
+    ) -> None:
+        self.accelerator, self.args, self.last_step = accelerator, args, last_step
+        self.global_batch, self.blocks = global_batch, blocks
         self.path = Path(args.output_dir, "metrics.jsonl")
         self.samples_path = self.path.with_name("sample_losses.jsonl")
-        self._count, self._inside = 0, 0.0
-        self._sums = torch.zeros(4, device=accelerator.device)
+        self._reset()
         self._samples: list[Tensor] = []  # (B, 3): step, index and loss, on the device
         if accelerator.is_main_process:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,41 +77,75 @@ class Log:
         accelerator.init_trackers(args.tracker_project_name, {k: _plain(v) for k, v in recipe(args).items()})
         self._last_step, self._since = first_step, time.perf_counter()
 
-    def add(self, loss: Tensor, diffusion_loss: Tensor, lpl: Tensor, weighted_lpl: Tensor, inside: float) -> None:
-        """One micro-batch: four means of (), still on the device, and the share of samples inside the threshold."""
-        self._sums += torch.stack([loss, diffusion_loss, lpl, weighted_lpl]).detach()
-        self._inside += inside
+    def is_due(self, step: int) -> bool:
+        """Whether an entry follows a step: every --logging_steps, with each checkpoint, and at the end."""
+        every = (self.args.logging_steps, self.args.checkpointing_steps)
+        return step == self.last_step or any(step % steps == 0 for steps in every)
+
+    def add(self, step: int, loss: Tensor, weight: Tensor, terms: Terms) -> None:
+        """One micro-batch, before its backward pass.
+
+        Args:
+            step: the optimizer step that it belongs to, counted from 1.
+            loss, weight: what is trained on, and w, both ().
+        """
+        self._sums += torch.stack([loss, terms.diffusion_loss, terms.lpl, weight * terms.lpl]).detach()
         self._count += 1
+        self._inside += terms.inside / len(terms.errors)
+        self._with_lpl += terms.with_lpl
+        self._rows += terms.rows
+        if terms.by_block is not None:
+            self._by_block += terms.by_block
+        if terms.with_lpl and any(map(self.is_due, range(step, step + self.args.lpl_every))):
+            self._squares += terms.gradients(weight)  # an entry comes before the next step with LPL
+            self._looked = True
 
     def write(self, step: int, lr: float, lpl_weight: Tensor) -> dict[str, str]:
         """Log the means since the last call; returns them as the progress bar shows them."""
-        means = self.accelerator.reduce(
-            torch.cat([self._sums, self._sums.new_tensor([self._inside])]) / self._count, "mean"
-        )
-        loss, diffusion_loss, lpl, weighted, inside = means.tolist()  # waits for the device: the time is true
+        means = self.accelerator.reduce(self._means(), "mean").tolist()  # waits for the device: the time is true
+        loss, diffusion_loss, lpl, weighted, of_lpl, of_diffusion, inside, rows, *by_block = means
         now = time.perf_counter()
-        record = {
-            "loss": loss,
-            "diffusion_loss": diffusion_loss,
-            "lpl": lpl,
-            "lpl_weight": float(lpl_weight),
-            "lpl_share": weighted / loss if loss else 0.0,
-            "inside": inside,
-            "lr": lr,
-            "images_per_second": (step - self._last_step) * self.global_batch / (now - self._since),
-        }
-        self._sums.zero_()
-        self._count, self._inside = 0, 0.0
+        total = diffusion_loss + weighted
+        record = {"loss": loss, "diffusion_loss": diffusion_loss, "lpl_weight": float(lpl_weight)}
+        if self._with_lpl or self.args.lpl_every == 1:
+            record |= {"lpl": lpl, "lpl_share": weighted / total if total else 0.0}
+        if self._looked:
+            norms = math.sqrt(of_lpl), math.sqrt(of_diffusion)
+            record["lpl_gradient_share"] = norms[0] / sum(norms) if any(norms) else 0.0
+        if rows:
+            parts, kept = by_block[: len(self.blocks)], by_block[len(self.blocks) :]
+            record |= {f"lpl/{name}": part for name, part in zip(self.blocks, parts, strict=True)}
+            record |= {f"kept/{name}": share / rows for name, share in zip(self.blocks, kept, strict=True)}
+        speed = (step - self._last_step) * self.global_batch / (now - self._since)
+        record |= {"inside": inside, "lr": lr, "images_per_second": speed}
+        self._reset()
         self._append(step, record)
         self._write_samples()
         self._last_step, self._since = step, time.perf_counter()
         return {
             "loss": f"{loss:.4f}",
             "lpl": f"{lpl:.4f}",
-            "share": f"{record['lpl_share']:.0%}",
+            "share": f"{record.get('lpl_share', 0.0):.0%}",
             "lr": f"{lr:.1e}",
-            "img/s": f"{record['images_per_second']:.3g}",
+            "img/s": f"{speed:.3g}",
         }
+
+    def _reset(self) -> None:
+        """Begin to sum anew."""
+        device = self.accelerator.device
+        self._sums, self._squares = torch.zeros(4, device=device), torch.zeros(2, device=device)
+        self._by_block = torch.zeros(2, len(self.blocks), device=device)  # as in Terms
+        self._count = self._with_lpl = self._rows = 0  # micro-batches, those of steps with LPL, samples it looked at
+        self._inside, self._looked = 0.0, False
+
+    def _means(self) -> Tensor:
+        """What this process has found: a vector, for the mean over all."""
+        count, with_lpl = self._count, max(1, self._with_lpl)
+        parts, kept = self._by_block
+        host = self._sums.new_tensor([self._inside / count, self._rows])
+        return torch.cat(
+            [self._sums[:2] / count, self._sums[2:] / with_lpl, self._squares, host, parts / with_lpl, kept]
+        )
 
     def validation(self, step: int, numbers: Mapping[str, float]) -> None:
         """An entry of its own for what was measured on held-out samples after a step."""

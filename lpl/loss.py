@@ -8,6 +8,10 @@ Per sample b::
 
     LPL_b = sum_l omega_l * mean_c [ sum_hw rho * (phi' - phi_hat')^2 / max(1, sum_hw rho) ]
 
+The decoder runs twice, to the last block compared: without gradient on ``latents``, then with it on
+``predicted_latents``. There, each block's term is taken as soon as its features exist, and its gradient formed in
+closed form (``lpl/terms.py``); the decoder's backward pass follows at once.
+
 Invariants. One number per sample, independent of the batch's other samples; the caller gates and reduces. Differences
 and statistics are float32 (float64 for a float64 VAE). The gradient reaches the prediction only.
 """
@@ -15,23 +19,28 @@ and statistics are float32 (float64 for a float64 VAE). The gradient reaches the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
-from lpl.autoencoders import RGB, block_names
+from lpl.autoencoders import decoder_levels, exact_precision
 from lpl.features import DecoderFeatureExtractor
 from lpl.objectives import at_least_float32
-from lpl.outliers import morphology, outlier_mask, within_bounds
+from lpl.outliers import DILATION, EROSION, outlier_mask
+from lpl.terms import GRADIENT_SCALE, block_term, reference_block_term
 
 
 NORMALIZATIONS = ("shared", "separate", "none")
 DEPTH_WEIGHTINGS = ("inverse", "exponential", "uniform")
 DISTANCES = ("l2", "l1")
 VARIANTS = ("paper", "reference")
+MARGIN = 8  # latent positions decoded around a window, so that its inside is what it is in the whole image
 
 
 class LatentPerceptualLoss:
@@ -50,7 +59,11 @@ class LatentPerceptualLoss:
         distance: "l2", squared differences, or "l1", absolute ones.
         variant: "reference" gives the numbers of the authors' released code instead; no other option goes with it but
             ``blocks`` and ``gradient_checkpointing``.
-        gradient_checkpointing: recompute each block in the backward pass, to save memory.
+        gradient_checkpointing: recompute each resnet in the backward pass, to save memory.
+        outliers: parameters of the masks, see :func:`outlier_mask`.
+        chunk_size: samples that are decoded at a time; fewer need less memory. None = all.
+
+    After a call, ``last`` holds what it has measured by block (:class:`Measured`).
 
     Raises:
         ValueError: for options that are unknown or exclude one another, and blocks that the decoder has not.
@@ -67,6 +80,8 @@ class LatentPerceptualLoss:
         distance: str = "l2",
         variant: str = "paper",
         gradient_checkpointing: bool = False,
+        outliers: Mapping[str, float] | None = None,
+        chunk_size: int | None = None,
     ) -> None:
         self.vae = vae
         self.extractor = DecoderFeatureExtractor(vae, blocks, gradient_checkpointing)
@@ -74,94 +89,209 @@ class LatentPerceptualLoss:
         check_options(
             normalization, detach_statistics, depth_weighting, mask_outliers, distance, variant, self.block_names
         )
+        if not isinstance(depth_weighting, str):  # given in the order of ``blocks``
+            depth_weighting = dict(zip(blocks or self.block_names, depth_weighting))
         self.normalization = normalization
         self.detach_statistics = detach_statistics
-        if not isinstance(depth_weighting, str):  # given in the order of ``blocks``, used in the decoder's
-            by_name = dict(zip(blocks or self.block_names, depth_weighting))
-            depth_weighting = [by_name[name] for name in self.block_names]
         self.depth_weighting = depth_weighting
         self.mask_outliers = mask_outliers
         self.distance = distance
         self.variant = variant
-        self.gradient_checkpointing = gradient_checkpointing
+        self.outliers = dict(outliers or {})
+        self.chunk_size = chunk_size
+        self.last = Measured()
 
-    def __call__(self, predicted_latents: Tensor, latents: Tensor) -> Tensor:
+    def __call__(
+        self, predicted_latents: Tensor, latents: Tensor, window: tuple[int, int, int, int] | None = None
+    ) -> Tensor:
         """LPL_b, (B,), for scaled latents, both (B, C, h, w) (Eq. 2).
 
+        The gradient with respect to ``predicted_latents`` is formed here, where one is wanted; the backward pass only
+        multiplies it. Nothing of the decoder's is kept until then.
+
+        Args:
+            window: (top, left, height, width) in latent positions: compare this part of the image only, and decode
+                no more than it and MARGIN positions around it.
+
         Raises:
-            ValueError: where the two shapes differ or are not (B, C, h, w).
+            ValueError: where the two shapes differ or are not (B, C, h, w), or the window is not inside them.
         """
-        self._check_latents(predicted_latents, latents)
+        self._check_latents(predicted_latents, latents, window)
+        self.last = Measured()
         if len(latents) == 0:  # no sample was inside the threshold
             return at_least_float32(predicted_latents).flatten(1).sum(1)
+        wanted = torch.is_grad_enabled() and predicted_latents.requires_grad
+        size = self.chunk_size or len(latents)
+        chunks = zip(predicted_latents.detach().split(size), latents.detach().split(size))
+        compared = [self._compare(*chunk, window, wanted) for chunk in chunks]
+        values, gradients, measured = zip(*compared)
+        self.last = Measured.joined(measured)
+        value = torch.cat(values)
+        return _Formed.apply(predicted_latents, value, torch.cat(gradients)) if wanted else value
+
+    def _compare(
+        self, predicted_latents: Tensor, latents: Tensor, window: tuple[int, int, int, int] | None, wanted: bool
+    ) -> tuple[Tensor, Tensor | None, Measured]:
+        """LPL_b and its gradient, (B,) and (B, C, h, w), for samples that are decoded together."""
+        decoded, inner = with_margin(window, latents.shape[-2:])
         with torch.no_grad():
-            target = self.extractor(latents)
-        predicted = self.extractor(predicted_latents)
+            target = unshared(self.extractor(latents[decoded]))
+        predicted_latents = at_least_float32(predicted_latents).requires_grad_(wanted)
+        measured, seeds = Measured(), []
 
-        first_side = math.sqrt(
-            latents.shape[-2] * latents.shape[-1]
-        )  # r_1: the first block works on the latent's grid
-        terms = []
-        for index, name in enumerate(self.block_names):
-            if self.variant == "reference":
-                term = partial(reference_block_loss, index=self._depth(name))
-                weight = 1 / len(self.block_names)
-            else:
-                term = self.block_loss
-                side = math.sqrt(target[name].shape[-2] * target[name].shape[-1])  # r_l
-                weight = depth_weight(self.depth_weighting, side / first_side, index)
-            terms.append(weight * self._maybe_checkpoint(term, predicted[name], target[name]))  # (B,)
-        return torch.stack(terms).sum(0)
+        def compare(name: str, predicted: Tensor) -> None:
+            features = target.pop(name)
+            measured.terms[name], measured.kept[name] = self._term(name, predicted.detach(), features, inner, wanted)
+            if wanted:
+                seeds.append(_Given.apply(predicted, [features]))  # they are the gradient by now
 
-    def block_loss(self, predicted: Tensor, target: Tensor) -> Tensor:
-        """One block's term of Eq. 2 without its depth weight, (B, C, H, W) twice -> (B,)."""
-        predicted, target = at_least_float32(predicted), at_least_float32(target)
-        mask = outlier_mask(predicted) if self.mask_outliers else torch.ones_like(predicted, dtype=torch.bool)
-        mask = mask.to(predicted.dtype)
-        kept = mask.sum((2, 3), keepdim=True)  # (B, C, 1, 1)
-        measure = torch.abs if self.distance == "l1" else torch.square
+        with torch.set_grad_enabled(wanted):
+            self.extractor.visit(predicted_latents[decoded], compare)
+        value = torch.stack(list(measured.terms.values())).sum(0)
+        if not wanted:
+            return value, None, measured
+        with exact_precision(latents.device):
+            (gradient,) = torch.autograd.grad(seeds, predicted_latents)
+        return value, gradient / GRADIENT_SCALE, measured
 
-        if self.normalization == "separate":
-            predicted, target = (self._standardise(x, mask, kept) for x in (predicted, target))
-        distance = masked_mean(measure(target - predicted), mask, kept)
-        if self.normalization == "shared":  # the means cancel: only the difference is divided by the deviation
-            _, variance = self._statistics(predicted, mask, kept)
-            distance = distance / (variance.sqrt() if self.distance == "l1" else variance)
-        if self.normalization != "none":
-            distance = distance * (kept >= 2)  # the variance of a single position says nothing
-        return distance.mean(1).view(-1)  # (B, C, 1, 1) -> (B,)
+    def _term(
+        self, name: str, predicted: Tensor, target: Tensor, inner: Window | None, wanted: bool
+    ) -> tuple[Tensor, Tensor]:
+        """A block's weighted term and kept share, (B,) each; ``target`` becomes the gradient if it is ``wanted``."""
+        part, outliers = target, self.outliers
+        relative_side = math.sqrt(math.prod(target.shape[-2:]) / math.prod(self.extractor.first_shape))  # r_l / r_1
+        if inner is not None:  # the margin was decoded for its sake, and takes no part itself
+            place = inner.on(target.shape[-2:])
+            predicted, part = predicted[place], target[place].clone(memory_format=torch.contiguous_format)
+            kernels = {"dilation": DILATION, "erosion": EROSION} | outliers
+            outliers = outliers | {kernel: kernels[kernel] * inner.side for kernel in ("dilation", "erosion")}
+        if self.variant == "reference":
+            index = list(decoder_levels(self.vae)).index(name)
+            result = reference_block_term(predicted, part, index, 1 / len(self.block_names), wanted)
+        else:
+            result = block_term(
+                predicted,
+                part,
+                partial(outlier_mask, **outliers) if self.mask_outliers else None,
+                self.normalization,
+                self.distance,
+                self.detach_statistics,
+                depth_weight(self.depth_weighting, relative_side, name),
+                wanted,
+            )
+        if inner is not None and wanted:
+            target.zero_()[place] = part
+        return result
 
-    def _statistics(self, features: Tensor, mask: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance + e of the kept positions, (B, C, 1, 1) each.
-
-        e = 1e-4 * mean over channels of the variance, without gradient, + 1e-12: relative to the block's scale, so
-        that a dead channel cannot dominate.
-        """
-        if self.detach_statistics:
-            features = features.detach()
-        mean = masked_mean(features, mask, kept)
-        variance = masked_mean((features - mean).square(), mask, kept)
-        return mean, variance + (1e-4 * variance.detach().mean(1, keepdim=True) + 1e-12)
-
-    def _standardise(self, features: Tensor, mask: Tensor, kept: Tensor) -> Tensor:
-        mean, variance = self._statistics(features, mask, kept)
-        return (features - mean) / variance.sqrt()
-
-    def _maybe_checkpoint(self, term: partial | object, predicted: Tensor, target: Tensor) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(term, predicted, target, use_reentrant=False)
-        return term(predicted, target)
-
-    def _depth(self, name: str) -> int:
-        """The block's place in the whole decoder, 0 = mid."""
-        return block_names(self.vae.config).index(name)
-
-    def _check_latents(self, predicted_latents: Tensor, latents: Tensor) -> None:
+    @staticmethod
+    def _check_latents(predicted_latents: Tensor, latents: Tensor, window: tuple[int, int, int, int] | None) -> None:
         if predicted_latents.shape != latents.shape:
             raise ValueError(
                 "predicted_latents and latents must have one shape, but have "
                 f"{tuple(predicted_latents.shape)} and {tuple(latents.shape)}"
             )
+        if window is not None:
+            top, left, height, width = window
+            rows, columns = latents.shape[-2:]
+            if min(top, left) < 0 or min(height, width) < 1 or top + height > rows or left + width > columns:
+                raise ValueError(f"window {window} is not inside latents of {rows} x {columns} positions")
+
+
+class _Given(torch.autograd.Function):
+    """A number whose gradient with respect to the features, in ``memory``, is known already; given away when used."""
+
+    @staticmethod
+    def forward(ctx: Any, predicted: Tensor, memory: list[Tensor]) -> Tensor:
+        ctx.memory = memory
+        return predicted.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        return ctx.memory.pop(), None
+
+
+class _Formed(torch.autograd.Function):
+    """A value (B,) whose gradient with respect to the latents, (B, C, h, w), is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, predicted_latents: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer.view(-1, 1, 1, 1), None, None
+
+
+@dataclass
+class Measured:
+    """What a call has found, by block, on the latents' device: for the log, without gradient."""
+
+    terms: dict[str, Tensor] = field(default_factory=dict)  # (B,) each, with the depth weight; they add up to LPL_b
+    kept: dict[str, Tensor] = field(default_factory=dict)  # (B,) each, the share of positions that the masks keep
+
+    @classmethod
+    def joined(cls, parts: Sequence[Measured]) -> Measured:
+        """That of a batch from those of its chunks."""
+        return cls(
+            *(
+                {name: torch.cat([found[name] for found in kind]) for name in kind[0]}
+                for kind in ([part.terms for part in parts], [part.kept for part in parts])
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Window:
+    """A part of the decoded latents, in their positions.
+
+    ``side`` is the whole image's side over the window's: masks have kernels that follow the whole one.
+    """
+
+    top: int
+    left: int
+    height: int
+    width: int
+    decoded: tuple[int, int]
+    side: float
+
+    def on(self, shape: Sequence[int]) -> tuple[Any, ...]:
+        """The index of that part on a feature map of this shape."""
+        rows, columns = (size // whole for size, whole in zip(shape, self.decoded))
+        return (
+            ...,
+            slice(self.top * rows, (self.top + self.height) * rows),
+            slice(self.left * columns, (self.left + self.width) * columns),
+        )
+
+
+def with_margin(
+    window: tuple[int, int, int, int] | None, shape: Sequence[int]
+) -> tuple[tuple[Any, ...], Window | None]:
+    """The index of the latents to decode for a window, MARGIN positions more on each side, and the window in them."""
+    if window is None:
+        return (...,), None
+    top, left, height, width = window
+    first_row, first_column = max(0, top - MARGIN), max(0, left - MARGIN)
+    last_row, last_column = min(shape[0], top + height + MARGIN), min(shape[1], left + width + MARGIN)
+    decoded = last_row - first_row, last_column - first_column
+    side = math.sqrt(math.prod(shape) / (height * width))
+    inner = Window(top - first_row, left - first_column, height, width, decoded, side)
+    return (..., slice(first_row, last_row), slice(first_column, last_column)), inner
+
+
+def unshared(features: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each in memory of its own, so that a gradient can take its place; named modules may return the same tensor."""
+    seen: set[int] = set()
+    for name, maps in features.items():
+        features[name] = (
+            maps.clone(memory_format=torch.contiguous_format) if maps.data_ptr() in seen else maps.contiguous()
+        )
+        seen.add(features[name].data_ptr())
+    return features
 
 
 def check_options(
@@ -202,9 +332,9 @@ def check_options(
     if normalization == "none" and detach_statistics:
         raise ValueError("--lpl_detach_statistics has no effect with --lpl_normalization none; leave one out")
     if variant == "reference":
-        if RGB in (blocks or ()):
+        if others := [name for name in blocks or () if not re.fullmatch(r"mid|up_\d+", name)]:
             raise ValueError(
-                f"--lpl_variant reference compares decoder blocks; choose others than {RGB} in --lpl_blocks"
+                f"--lpl_variant reference compares whole decoder blocks; leave {' '.join(others)} out of --lpl_blocks"
             )
         given = {
             "normalization": normalization != "shared",
@@ -220,35 +350,12 @@ def check_options(
             )
 
 
-def depth_weight(weighting: str | Sequence[float], relative_side: float, index: int) -> float:
+def depth_weight(weighting: str | Mapping[str, float], relative_side: float, name: str) -> float:
     """omega_l for a block whose map is ``relative_side`` = r_l / r_1 times as wide as the first block's (Sec. 3.2).
 
-    >>> depth_weight("inverse", 4.0, 2), depth_weight("exponential", 4.0, 2), depth_weight([1.0, 0.5, 0.2], 4.0, 2)
-    (0.25, 0.0625, 0.2)
+    >>> [depth_weight(kind, 4.0, "up_1") for kind in ("inverse", "exponential", "uniform", {"up_1": 0.2})]
+    [0.25, 0.0625, 1.0, 0.2]
     """
     if not isinstance(weighting, str):
-        return float(weighting[index])
+        return float(weighting[name])
     return {"inverse": 1 / relative_side, "exponential": 2**-relative_side, "uniform": 1.0}[weighting]
-
-
-def masked_mean(x: Tensor, mask: Tensor, kept: Tensor) -> Tensor:
-    """Mean over the kept positions of each map, (B, C, H, W) -> (B, C, 1, 1); 0 where none is kept."""
-    return (x * mask).sum((2, 3), keepdim=True) / kept.clamp(min=1)
-
-
-def reference_block_loss(predicted: Tensor, target: Tensor, index: int) -> Tensor:
-    """One block's term as in the authors' released code, with its own depth weight, (B, C, H, W) twice -> (B,).
-
-    The mask is the *target's*, from the third block on, with kernels that do not follow the resolution; each position
-    is divided by the norm of the target's channels there. ``index`` counts the decoder's blocks, 0 = mid.
-    """
-    predicted, target = at_least_float32(predicted), at_least_float32(target)
-    if index < 2:
-        mask = torch.ones_like(target)
-    else:
-        dilation, erosion = (1, 3) if index == 2 else (3, 5)
-        mask = morphology(within_bounds(target), dilation, erosion).to(target.dtype)
-    target = mask * target
-    norm = target.square().sum(1, keepdim=True).sqrt() + 1e-6  # (B, 1, H, W)
-    distance = masked_mean(((predicted - target) / norm).square(), mask, mask.sum((2, 3), keepdim=True))
-    return 2.0 ** -min(index, 3) * distance.mean(1).view(-1)

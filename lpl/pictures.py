@@ -242,7 +242,23 @@ def loss_curves(records: Sequence[Mapping[str, float]], path: str | os.PathLike)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     for index, (panel, pair) in enumerate(curves.items(), start=1):
         _draw_panel(figure.add_subplot(lines, columns, index), panel, *pair)
+    return save_figure(figure, path)
+
+
+def save_figure(figure, path: str | os.PathLike) -> Path:
+    """Write a figure to `path` as PNG, whole or not at all."""
     return write_whole(path, lambda unfinished: figure.savefig(unfinished, format="png"))
+
+
+def label_axes(axes, title: str, horizontal: str, vertical: str) -> None:
+    """Title, labels and lines as all panels have them."""
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
+    axes.set_xlabel(horizontal, fontsize=9)
+    axes.set_ylabel(vertical, fontsize=9)
+    axes.tick_params(labelsize=9)
+    axes.grid(True, color="#e4e4e4", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _curve(records: Sequence[Mapping[str, float]], key: str | None, scale: float = 1.0) -> Curve:
@@ -294,15 +310,9 @@ def _draw_panel(axes, panel: Panel, training: Curve, held_out: Curve) -> None:
     if len({*steps, *held_out[0]}) == 1:
         step = max([*steps, *held_out[0]])
         axes.set_xlim(step - 1, step + 1)
-    axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold", color=INK)
-    axes.set_xlabel("optimizer step", fontsize=9)
-    axes.set_ylabel(panel.unit, fontsize=9)
+    label_axes(axes, panel.title, "optimizer step", panel.unit)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.tick_params(labelsize=9)
-    axes.grid(True, color="#e4e4e4", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _frame(axes, *curves: np.ndarray) -> None:

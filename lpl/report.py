@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lpl.data import Batch, TrainingImages
 from lpl.objectives import FlowMatching, Objective, own_objective, training_scheduler
 from lpl.trainee import Trainee
-from lpl.weighting import SHARE_RANGE, LplWeight
+from lpl.weighting import SHARE_RANGE, LplWeight, Terms
 
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Plan:
         if args.lpl:
             logger.info(
                 f"LPL with weight {args.lpl_weight} where sigma <= {self.threshold:g}: {inside:.0%} of the samples "
-                "are inside"
+                f"are inside{f'; {looked_at}' if (looked_at := self.looked_at()) else ''}"
             )
             if inside < FEW_INSIDE:
                 logger.warning(self.few_inside(inside))
@@ -122,6 +122,17 @@ class Plan:
         """Share of the timesteps drawn in training at which LPL applies (Eq. 2): sigma finite and at most tau."""
         timesteps = torch.stack([self.images.timestep(0, index) for index in range(DRAWS)])
         return float(_inside(self.objective.sigma(timesteps), self.threshold).double().mean())
+
+    def looked_at(self) -> str:
+        """What of the steps, samples and images inside LPL looks at, in words; nothing where that is all."""
+        args, words = self.args, []
+        if args.lpl_every > 1:
+            words.append(f"one step in {args.lpl_every}, at {args.lpl_every} times the weight")
+        if args.lpl_max_samples is not None:
+            words.append(f"at most {args.lpl_max_samples} of {args.train_batch_size} samples")
+        if args.lpl_crop is not None:
+            words.append(f"one of {(args.resolution // args.lpl_crop) ** 2} parts of {args.lpl_crop} px")
+        return ", ".join(words)
 
     def few_inside(self, inside: float) -> str:
         return (
@@ -175,7 +186,7 @@ class DryRun:
     """
 
     plan: Plan
-    losses: Callable[[nn.Module, Batch, bool], tuple[Tensor, Tensor, int]]
+    losses: Callable[[nn.Module, Batch, bool], Terms]
     model: nn.Module
     optimizer: torch.optim.Optimizer
     batches: Iterator[Batch]
@@ -224,16 +235,15 @@ class DryRun:
             if warm_up:
                 batch = batch | {"timestep": torch.zeros_like(batch["timestep"])}
             with accelerator.accumulate(self.model):
-                errors, lpl, inside = self.losses(self.model, batch, with_lpl)
-                diffusion_loss = errors.mean()
+                terms = self.losses(self.model, batch, with_lpl)
                 if with_lpl and not warm_up:
-                    self.lpl_weight.observe(diffusion_loss, lpl)
-                accelerator.backward(diffusion_loss + self.lpl_weight.value * lpl)
+                    self.lpl_weight.observe(terms.diffusion_loss, terms.lpl)
+                accelerator.backward(terms.diffusion_loss + args.lpl_every * self.lpl_weight.value * terms.lpl)
                 if accelerator.sync_gradients and args.max_grad_norm:
                     accelerator.clip_grad_norm_(self.plan.trainee.trained(), args.max_grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            count += inside
+            count += terms.inside
         if with_lpl and not warm_up:
             self.lpl_weight.end_step(lambda sums: accelerator.reduce(sums, "mean"))
         return count
@@ -287,6 +297,7 @@ class DryRun:
         return [
             ("threshold", f"sigma <= {plan.threshold:g} : {plan.timesteps_inside()}"),
             ("samples inside", f"{inside:.1%} of {DRAWS} timesteps drawn as in training"),
+            *([("looked at", plan.looked_at())] if plan.looked_at() else []),
             ("weight", self._weight(cost, warnings)),
             ("decoder", f"in {args.lpl_vae_dtype}, of {args.lpl_vae_name_or_path or 'the pipeline itself'}"),
         ]
@@ -308,10 +319,11 @@ class DryRun:
 
     def _cost(self, plain: Cost | None, with_lpl: Cost | None, warnings: list[str]) -> Rows:
         if plain is None or (self.plan.args.lpl and with_lpl is None):
+            savings = "--lpl_gradient_checkpointing, --lpl_chunk_size 1, --lpl_crop"
             warnings.append(
                 f"a step {'with LPL' if plain else 'without LPL'} needs more memory than there is; try a smaller "
                 "--train_batch_size with more --gradient_accumulation_steps, --gradient_checkpointing, "
-                f"{'--lpl_gradient_checkpointing, --lpl_vae_dtype bfloat16' if plain else '--use_8bit_adam, --lora'}"
+                f"{savings if plain else '--use_8bit_adam, --lora'}"
             )
         rows = [("without LPL", _cost(plain))]
         if self.plan.args.lpl and plain:
@@ -322,7 +334,10 @@ class DryRun:
             memory = ""
             if plain.memory and with_lpl.memory:
                 memory = f", {with_lpl.memory / plain.memory:.2f} x the peak memory"
-            rows.append(("LPL costs", f"{with_lpl.seconds / plain.seconds:.2f} x the time{memory}"))
+            every = self.plan.args.lpl_every
+            ratio = 1 + (with_lpl.seconds / plain.seconds - 1) / every
+            average = f" on average over {every} steps" if every > 1 else ""
+            rows.append(("LPL costs", f"{ratio:.2f} x the time{average}{memory}"))
             rows.append(("", f"({with_lpl.inside:.0%} of the timed samples were inside; memory: all of a batch)"))
         return rows
 
@@ -423,10 +438,11 @@ def free_space(folder: str | Path) -> int:
 
 
 def whole_run_seconds(plan: Plan, without_lpl: float, with_lpl: float) -> float:
-    """Seconds for the steps to go: those before --lpl_start_step are plain."""
-    start = min(plan.args.lpl_start_step, plan.max_steps) if plan.args.lpl else plan.max_steps
-    before = max(0, start - plan.steps_done)
-    return before * without_lpl + (plan.steps_to_go - before) * with_lpl
+    """Seconds for the steps to go: those before --lpl_start_step are plain, and so are those between --lpl_every."""
+    every, start = plan.args.lpl_every, plan.args.lpl_start_step if plan.args.lpl else plan.max_steps
+    first, last = (math.ceil(max(0, step - start) / every) for step in (plan.steps_done, plan.max_steps))
+    count = max(0, last - first)
+    return (plan.steps_to_go - count) * without_lpl + count * with_lpl
 
 
 # Memory -------------------------------------------------------------------------------------------------------------

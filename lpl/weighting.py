@@ -5,6 +5,9 @@ reduction, the share carries over. ``auto:0.2`` measures both terms' means over 
 ``w LPL / (L_diffusion + w LPL) = 0.2``. No step is lost: each uses what the steps before it measured (the first one
 trains on the diffusion loss alone); after ``measuring_steps`` w is fixed.
 
+With ``--lpl_every`` n only every n-th step has LPL, at n w: both terms are measured on those steps, and w remains
+LPL's factor, and the share its share, in the mean over n steps.
+
 Invariants. Everything stays on the device, so that no step waits for a number; the mean is over all processes and
 micro-batches of a step, so that w does not depend on how a batch is divided.
 """
@@ -13,10 +16,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lpl.loss import LatentPerceptualLoss
 
 
 logger = logging.getLogger(__name__)
@@ -49,12 +55,49 @@ def parse_weight(text: str) -> tuple[float | None, float | None]:
     )
 
 
+@dataclass
+class Terms:
+    """Both terms of Eq. 3 for a micro-batch of B samples, and what is seen of them, on the device."""
+
+    errors: Tensor  # (B,), the weighted diffusion loss of each sample
+    lpl: Tensor  # (), averaged over the batch
+    model_output: Tensor  # D, (B, C, h, w)
+    inside: int  # samples inside the threshold
+    with_lpl: bool  # whether the step has LPL, which is 0 even so where no sample is inside
+    rows: int = 0  # samples that it was taken on
+    by_block: Tensor | None = None  # (2, L): the parts of ``lpl``, and the kept shares summed over ``rows``
+
+    def take(self, lpl: Tensor, share: float, lpl_loss: LatentPerceptualLoss) -> None:
+        """What the loss has just given for some rows, (n,), which stand for that share of the batch."""
+        self.rows = len(lpl)
+        self.lpl = share * lpl.mean()
+        parts, kept = (
+            torch.stack([of_block[name] for name in lpl_loss.block_names]).sum(1)
+            for of_block in (lpl_loss.last.terms, lpl_loss.last.kept)
+        )
+        self.by_block = torch.stack([share / self.rows * parts, kept])
+
+    @property
+    def diffusion_loss(self) -> Tensor:
+        return self.errors.mean()
+
+    def gradients(self, weight: Tensor) -> Tensor:
+        """|w dLPL/dD|^2 and |dL_diffusion/dD|^2, (2,); before the backward pass, whose graph is kept."""
+        squares = []
+        for term in (weight * self.lpl, self.diffusion_loss):
+            squares.append(torch.zeros_like(self.lpl))
+            if term.requires_grad:  # not so for LPL where no sample was inside
+                (gradient,) = torch.autograd.grad(term, self.model_output, retain_graph=True)
+                squares[-1] = gradient.square().sum()
+        return torch.stack(squares)
+
+
 class LplWeight:
     """w of Eq. 3.
 
     Args:
         text: ``--lpl_weight``.
-        measuring_steps: optimizer steps with LPL over which both terms are measured.
+        measuring_steps: optimizer steps with LPL over which both terms are measured; those without do not count.
     """
 
     def __init__(self, text: str, measuring_steps: int, device: torch.device) -> None:
@@ -132,3 +175,12 @@ def ramp(step: int, start_step: int, ramp_steps: int) -> float:
     if step < start_step:
         return 0.0
     return min(1.0, (step - start_step + 1) / ramp_steps) if ramp_steps else 1.0
+
+
+def has_lpl(step: int, start_step: int, every: int) -> bool:
+    """Whether an optimizer step, counted from 0, is one of those with LPL: every n-th from the start on.
+
+    >>> [step for step in range(8) if has_lpl(step, 1, 3)]
+    [1, 4, 7]
+    """
+    return step >= start_step and (step - start_step) % every == 0

@@ -1,6 +1,7 @@
 """A bad command gets one sentence, with what to change, before anything is loaded; an idle flag gets a warning."""
 
 import importlib.util
+import inspect
 import json
 import shutil
 import warnings
@@ -10,9 +11,10 @@ import pytest
 import transformers
 from diffusers import DiffusionPipeline, ModelMixin
 from peft import LoraConfig, inject_adapter_in_model
+from tiny import tiny_vae
 from trainer import arguments, parsed, run
 
-from lpl import checks
+from lpl import checks, outlier_mask
 from lpl.arguments import build_parser, check_pipeline, parse_arguments, read_pipeline_configs
 from lpl.families import FAMILIES
 
@@ -118,6 +120,25 @@ ALONE = cases(  # wrong whatever the pipeline: what is given, what the sentence 
         {"lpl_weight": 0, "validation_every_nth": 2, "lpl_ramp_steps": 1},
         ["--lpl_weight 0", "--lpl_ramp_steps", "no effect"],
     ),
+    ({"lpl_every": 0}, ["--lpl_every 0", "more than 0"]),
+    ({"lpl_max_samples": 0}, ["--lpl_max_samples 0", "more than 0"]),
+    ({"lpl_crop": 0}, ["--lpl_crop 0", "more than 0"]),
+    ({"lpl_chunk_size": 0}, ["--lpl_chunk_size 0", "more than 0"]),
+    ({"lpl_outlier_quantile": 0.5}, ["--lpl_outlier_quantile 0.5", "less than 0.5"]),
+    ({"lpl_outlier_quantile": 0}, ["--lpl_outlier_quantile 0.0", "more than 0"]),
+    ({"lpl_outlier_margin": "inf"}, ["--lpl_outlier_margin inf", "0 or more"]),
+    ({"lpl_outlier_dilation": 0}, ["--lpl_outlier_dilation 0", "more than 0"]),
+    ({"lpl_outlier_erosion": 0}, ["--lpl_outlier_erosion 0", "more than 0"]),
+    ({"lpl_outlier_stride": 0}, ["--lpl_outlier_stride 0", "more than 0"]),
+    (
+        {"lpl_variant": "reference", "lpl_outlier_stride": 4},
+        ["--lpl_variant reference", "leave out --lpl_outlier_stride", "--lpl_variant paper"],
+    ),
+    ({"lpl_weight": 0, "lpl_every": 2}, ["--lpl_weight 0", "--lpl_every", "no effect"]),
+    (
+        {"lpl_weight": 0, "validation_every_nth": 2, "lpl_max_samples": 1},
+        ["--lpl_weight 0", "--lpl_max_samples", "no effect"],
+    ),
     ({"lpl_blocks": ["rgb"], "lpl_variant": "reference"}, ["--lpl_variant reference", "rgb", "--lpl_blocks"]),
     ({"lpl_vae_name_or_path": "no/where"}, ["--lpl_vae_name_or_path no/where"]),
     ({"pretrained_vae_model_name_or_path": "no/where"}, ["--pretrained_vae_model_name_or_path no/where"]),
@@ -181,6 +202,10 @@ WITH_SD = cases(
         {"lpl_weight": 0, "validation_every_nth": 2, "lpl_blocks": ["up_9"]},
         ["--lpl_blocks up_9", "mid, up_0, up_1, up_2"],
     ),
+    ({"lpl_crop": 6}, ["--lpl_crop 6", "--resolution 32", "are 4, 8, 16, 32,", "4 pixels"]),
+    ({"lpl_crop": 24}, ["--lpl_crop 24", "are 4, 8, 16, 32,"]),  # whole positions, but 32 px are no multiple
+    ({"lpl_crop": 64}, ["--lpl_crop 64", "are 4, 8, 16, 32,"]),
+    ({"lpl_crop": 8, "resolution": 36}, ["--lpl_crop 8", "--resolution 36", "are 4, 12, 36,"]),
     ({"resolution": 30}, ["--resolution 30", "multiples of 4", "28 or 32"]),
     ({"resolution": 2}, ["--resolution 2", "multiples of 4"]),
     ({"precondition_outputs": 1}, ["--precondition_outputs", "flow_matching", "epsilon"]),
@@ -424,14 +449,58 @@ def test_lora_targets_are_those_that_peft_takes(target, sd_pipeline, image_folde
 # Autoencoders --------------------------------------------------------------------------------------------------------
 
 
+OF_FACTOR_2 = {
+    "block_out_channels": [8, 16],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+}
+
+
 def test_an_autoencoder_of_another_make(sd_pipeline, image_folder, tmp_path, capsys, no_weights):
-    pipeline = edited(sd_pipeline, tmp_path / "pipeline", "vae", _class_name="AutoencoderTiny")
+    pipeline = edited(sd_pipeline, tmp_path / "pipeline", "vae", _class_name="ConsistencyDecoderVAE")
     message = refusal(capsys, arguments(pipeline, image_folder, tmp_path / "out"))
-    assert "the pipeline's VAE" in message and "AutoencoderTiny" in message and "AutoencoderKL" in message
+    assert "the pipeline's VAE" in message and "ConsistencyDecoderVAE" in message and "AutoencoderKL" in message
     for flag in ("lpl_vae_name_or_path", "pretrained_vae_model_name_or_path"):
         words = arguments(sd_pipeline, image_folder, tmp_path / "out", **{flag: pipeline / "vae"})
         message = refusal(capsys, words)
-        assert f"--{flag}" in message and "AutoencoderTiny" in message
+        assert f"--{flag}" in message and "ConsistencyDecoderVAE" in message
+
+
+@pytest.mark.parametrize("where", ["pipeline", "lpl_vae_name_or_path"])
+def test_modules_of_an_autoencoder_of_another_make_are_named_by_path(
+    where, sd_pipeline, image_folder, tmp_path, capsys, monkeypatch, no_weights
+):
+    monkeypatch.setattr(checks, "SUPPORTED", ())
+    monkeypatch.setattr(checks, "PIPELINE_VAES", ())
+    if where != "pipeline":
+        monkeypatch.setattr(checks, "_used_vae_config", lambda args, own: own)
+    flags = {} if where == "pipeline" else {where: sd_pipeline / "vae"}
+    words = arguments(sd_pipeline, image_folder, tmp_path, **flags)
+    assert "path in --lpl_blocks" in refusal(capsys, words)
+    parsed(sd_pipeline, image_folder, tmp_path, **flags, lpl_blocks=["decoder.mid_block", "decoder.up_blocks.0"])
+    message = refusal(capsys, [*words, "--lpl_blocks", "decoder.mid_blok"])
+    assert "--lpl_blocks decoder.mid_blok" in message and "decoder.mid_block" in message
+
+
+@pytest.mark.parametrize("kind", ["asymmetric", "tiny", "dc", "hunyuan", "wan", "temporal"])
+def test_vaes_of_other_classes_with_the_same_latent_space(kind, sd_pipeline, image_folder, tmp_path, capsys):
+    """LPL looks through any of them; the pipeline must also be able to sample."""
+    vae = tiny_vae(kind)
+    vae.save_config(tmp_path / "vae")
+    parsed(sd_pipeline, image_folder, tmp_path / "out", lpl_vae_name_or_path=tmp_path / "vae")
+    flags = {"pretrained_vae_model_name_or_path": tmp_path / "vae"}
+    words = arguments(sd_pipeline, image_folder, tmp_path / "out", **flags)
+    if type(vae).__name__ in checks.PIPELINE_VAES:
+        parsed(sd_pipeline, image_folder, tmp_path / "out", **flags)
+    else:
+        assert "--pretrained_vae_model_name_or_path" in refusal(capsys, words)
+
+
+@pytest.mark.parametrize("kind", ["vq", "flux2"])
+def test_vaes_of_other_classes_with_other_latents(kind, sd_pipeline, image_folder, tmp_path, capsys, no_weights):
+    tiny_vae(kind).save_config(tmp_path / "vae")
+    words = arguments(sd_pipeline, image_folder, tmp_path / "out", lpl_vae_name_or_path=tmp_path / "vae")
+    assert "same latent space" in refusal(capsys, words)
 
 
 @pytest.mark.parametrize("flag", ["lpl_vae_name_or_path", "pretrained_vae_model_name_or_path"])
@@ -441,11 +510,25 @@ def test_a_vae_with_another_latent_space(flag, sd_pipeline, sd3_pipeline, image_
     assert all(word in message for word in (f"--{flag}", "16 channels", "4"))
 
 
+def test_a_vae_with_latents_of_another_size(sd_pipeline, image_folder, tmp_path, capsys, no_weights):
+    """Their channels alone would fit; with --pretrained_vae_model_name_or_path it is the only VAE there is."""
+    other = edited(sd_pipeline, tmp_path / "other", "vae", **OF_FACTOR_2) / "vae"
+    message = refusal(capsys, arguments(sd_pipeline, image_folder, tmp_path, lpl_vae_name_or_path=other))
+    assert all(word in message for word in ("--lpl_vae_name_or_path", "2 pixels", "pipeline's 4", "latent space"))
+    flags = {"pretrained_vae_model_name_or_path": other, "lpl_vae_name_or_path": other}
+    parsed(sd_pipeline, image_folder, tmp_path, **flags)
+
+
+def test_the_masks_parameters_are_those_of_the_loss():
+    defaults = {name: value.default for name, value in inspect.signature(outlier_mask).parameters.items()}
+    assert {name: defaults[name] for name in checks.OUTLIERS} == checks.OUTLIERS
+    assert set(defaults) - {"features"} == set(checks.OUTLIERS)
+
+
 def test_another_vae_counts_instead_of_the_pipelines_own(sd_pipeline, image_folder, tmp_path):
     """The pipeline's own would be refused, and the other one's factor is 2."""
-    widths = {"block_out_channels": [8, 16], "down_block_types": ["DownEncoderBlock2D"] * 2}
-    other = edited(sd_pipeline, tmp_path / "other", "vae", **widths) / "vae"
-    pipeline = edited(sd_pipeline, tmp_path / "pipeline", "vae", _class_name="AutoencoderTiny")
+    other = edited(sd_pipeline, tmp_path / "other", "vae", **OF_FACTOR_2) / "vae"
+    pipeline = edited(sd_pipeline, tmp_path / "pipeline", "vae", _class_name="ConsistencyDecoderVAE")
     flags = {"pretrained_vae_model_name_or_path": other, "resolution": 30, "lpl_blocks": ["up_1"]}
     _, configs = parsed(pipeline, image_folder, tmp_path / "out", **flags)
     assert configs.vae["block_out_channels"] == [8, 16]
@@ -523,6 +606,11 @@ def test_a_folder_of_classes_has_no_captions(sd_pipeline, class_folder, tmp_path
         ({"lr_warmup_steps": 2}, "--lr_warmup_steps"),
         ({"max_sequence_length": 128}, "--max_sequence_length"),
         ({"lpl_start_step": 2}, "--lpl_start_step"),  # --max_train_steps is 2
+        ({"lpl_no_outlier_mask": True, "lpl_outlier_margin": 3.0}, "--lpl_outlier_margin"),
+        ({"lpl_no_outlier_mask": True, "lpl_outlier_stride": 1}, "--lpl_outlier_stride"),
+        ({"lpl_max_samples": 2}, "--lpl_max_samples"),  # --train_batch_size is 2
+        ({"lpl_chunk_size": 2}, "--lpl_chunk_size"),
+        ({"lpl_crop": 32}, "--lpl_crop"),
         ({"dream_detail_preservation": 0.5}, "--dream_detail_preservation"),
         ({"timestep_bias_multiplier": 2.0}, "--timestep_bias_multiplier"),
         ({"timestep_bias_strategy": "range", "timestep_bias_portion": 0.5}, "--timestep_bias_portion"),
@@ -567,6 +655,9 @@ EFFECTIVE = [
     ("sd_pipeline", {"from_scratch": True, "prediction_type": "flow_matching", "logit_mean": 0.5}),
     ("sd_pipeline", {"optimizer": "prodigy", "learning_rate": 1.0, "prodigy_beta3": 0.9, "use_ema": True}),
     ("sd_pipeline", {"lpl_weight": 0, "validation_every_nth": 2, "lpl_distance": "l1"}),
+    ("sd_pipeline", {"lpl_weight": 0, "validation_every_nth": 2, "lpl_chunk_size": 1, "lpl_outlier_erosion": 7}),
+    ("sd_pipeline", {"lpl_every": 2, "lpl_max_samples": 1, "lpl_crop": 16, "lpl_outlier_stride": 4}),
+    ("sd_pipeline", {"lpl_variant": "reference", "lpl_every": 2, "lpl_max_samples": 1, "lpl_chunk_size": 1}),
     ("sd_pipeline", {"dry_run": True, "lora": True}),
     ("sd3_pipeline", {"max_sequence_length": 128, "logit_std": 2.0, "logit_mean": 0.5}),
     ("sd3_pipeline", {"weighting_scheme": "mode", "mode_scale": 1.0}),

@@ -31,7 +31,7 @@ from lpl.data import (
 
 
 LATENT_SHAPE = (4, 8, 8)
-RANDOM = ("pixels", "noise", "posterior_noise", "timestep")
+RANDOM = ("pixels", "noise", "posterior_noise", "timestep", "lpl_choice")
 
 
 def images_of(*pictures, captions=None, objective=None, **changes):
@@ -83,7 +83,7 @@ def test_each_purpose_has_a_generator_of_its_own(monkeypatch):
     keys = []
     monkeypatch.setattr("lpl.data.keyed_generator", lambda *key: keys.append(key) or keyed_generator(*key))
     images_of(static(), noise_offset=0.1, seed=7)[2, 0]
-    assert len(keys) == len(set(keys)) == 3 and {key[:3] for key in keys} == {(7, 2, 0)}
+    assert len(keys) == len(set(keys)) == 4 and {key[:3] for key in keys} == {(7, 2, 0)}
 
 
 def test_the_two_noises_are_independent():
@@ -95,7 +95,7 @@ def test_the_two_noises_are_independent():
 @pytest.mark.parametrize(
     "change, kept",
     [
-        ({"noise_offset": 0.1}, ("pixels", "posterior_noise", "timestep")),
+        ({"noise_offset": 0.1}, ("pixels", "posterior_noise", "timestep", "lpl_choice")),
         ({"input_perturbation": 0.1}, RANDOM),
         ({"random_flip": True}, ("noise", "posterior_noise", "timestep")),
         ({"center_crop": True}, ("noise", "posterior_noise", "timestep")),
@@ -106,6 +106,14 @@ def test_an_option_moves_no_other_random_number(change, kept):
     plain, changed = images_of(static()), images_of(static(), **change)
     for epoch in range(4):
         assert all(torch.equal(plain[epoch, 0][name], changed[epoch, 0][name]) for name in kept)
+
+
+def test_what_lpl_looks_at_is_drawn_uniformly():
+    images = images_of(static(8, 8))
+    drawn = torch.stack([images[epoch, 0]["lpl_choice"] for epoch in range(400)])  # (400, 2)
+    counts = torch.stack([torch.histc(column, 4, 0, 1) for column in drawn.T])
+    assert drawn.min() >= 0 and drawn.max() < 1 and counts.min() > 70
+    assert torch.corrcoef(drawn.T)[0, 1].abs() < 0.15
 
 
 def test_noise_offset_shifts_whole_channels():

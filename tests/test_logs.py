@@ -14,6 +14,7 @@ from trainer import parsed, reset_accelerate
 
 from lpl import logs
 from lpl.logs import Log, log_image
+from lpl.weighting import Terms
 
 
 class Tracker:
@@ -52,11 +53,11 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def logging(sd_pipeline, image_folder, tmp_path, monkeypatch):
-    """`logging(first_step=0, **flags)` is a log with a tracker that keeps what it is told."""
+    """`logging(first_step=0, **flags)` is a log of two blocks, with a tracker that keeps what it is told."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     reset_accelerate()
 
-    def start(first_step=0, global_batch=4, **flags):
+    def start(first_step=0, last_step=100, global_batch=4, **flags):
         args, _ = parsed(sd_pipeline, image_folder, tmp_path / "out", **flags)
         accelerator = Accelerator()
         tracker = Tracker("tracker")
@@ -66,7 +67,7 @@ def logging(sd_pipeline, image_folder, tmp_path, monkeypatch):
             tracker.store_init_configuration(configuration)
 
         accelerator.init_trackers = init_trackers
-        log = Log(accelerator, args, first_step, global_batch)
+        log = Log(accelerator, args, first_step, last_step, global_batch, ("mid", "up_0"))
         log.tracker = tracker
         return log
 
@@ -74,12 +75,32 @@ def logging(sd_pipeline, image_folder, tmp_path, monkeypatch):
     reset_accelerate()
 
 
-def numbers(*values):
-    return [torch.tensor(value) for value in values]
-
-
-def add(log, loss=1.0, diffusion_loss=0.75, lpl=0.5, weighted_lpl=0.25, inside=0.5):
-    log.add(*numbers(loss, diffusion_loss, lpl, weighted_lpl), inside)
+def add(
+    log,
+    loss=1.0,
+    diffusion_loss=0.75,
+    lpl=0.5,
+    inside=1,
+    step=1,
+    with_lpl=True,
+    by_block=None,
+    rows=1,
+    size=2,
+    grad=None,
+):
+    """A micro-batch of `size` samples. `grad`: of both terms at the model's output, one number each."""
+    output = torch.zeros(2, requires_grad=grad is not None)
+    by_output = output * torch.tensor(grad or (0.0, 0.0))  # of LPL, of the diffusion loss
+    terms = Terms(
+        (diffusion_loss + by_output[1]).expand(size),
+        lpl + by_output[0],
+        output,
+        inside,
+        with_lpl,
+        0 if by_block is None else rows,
+        None if by_block is None else torch.tensor(by_block),
+    )
+    log.add(step, torch.tensor(loss), WEIGHT, terms)
 
 
 def lines(path):
@@ -94,8 +115,8 @@ WEIGHT = torch.tensor(0.5)
 
 def test_an_entry_holds_the_means_since_the_last_one(logging, clock):
     log = logging()
-    add(log, 1.0, 0.8, 0.4, 0.2, inside=0.5)
-    add(log, 3.0, 2.2, 1.6, 0.8, inside=1.0)
+    add(log, 1.0, 0.8, 0.4, inside=1)
+    add(log, 3.0, 2.2, 1.6, inside=2)
     clock.now += 2.0
     shown = log.write(2, 1e-4, WEIGHT)
     expected = {
@@ -105,6 +126,7 @@ def test_an_entry_holds_the_means_since_the_last_one(logging, clock):
         "lpl": 1.0,
         "lpl_weight": 0.5,
         "lpl_share": 0.25,  # of the sums, not the mean of shares
+        "lpl_gradient_share": 0.0,
         "inside": 0.75,
         "lr": 1e-4,
         "images_per_second": 4.0,  # 2 steps of 4 in 2 seconds
@@ -123,23 +145,25 @@ def test_nothing_is_fetched_between_entries(logging, monkeypatch):
     log = logging()
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: pytest.fail("the step waits for the device"))
     monkeypatch.setattr(torch.Tensor, "item", lambda self: pytest.fail("the step waits for the device"))
-    add(log)
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: pytest.fail("the step waits for the device"))
+    monkeypatch.setattr(torch.Tensor, "__float__", lambda self: pytest.fail("the step waits for the device"))
+    add(log, by_block=[[0.5, 0.0], [1.0, 0.9]], grad=(1.0, 2.0))
     log.samples(1, torch.tensor([3]), torch.tensor([0.5]))
 
 
 def test_what_is_added_carries_no_graph(logging):
     log = logging()
     loss = torch.tensor(1.0, requires_grad=True)
-    log.add(loss, loss, loss, loss, 1.0)
+    log.add(1, loss, loss, Terms(loss.expand(1), loss, loss, 1, True))
     log.samples(1, torch.tensor([3]), loss.expand(1))
-    assert not log._sums.requires_grad and not log._samples[0].requires_grad
+    assert not any(kept.requires_grad for kept in (log._sums, log._squares, log._samples[0]))
 
 
 def test_a_loss_of_zero_has_no_share(logging):
     log = logging()
-    add(log, 0.0, 0.0, 0.0, 0.0)
+    add(log, 0.0, 0.0, 0.0)
     log.write(1, 1e-4, WEIGHT)
-    assert log.records()[0]["lpl_share"] == 0.0
+    assert log.records()[0]["lpl_share"] == log.records()[0]["lpl_gradient_share"] == 0.0
 
 
 def test_a_loss_that_is_not_finite_is_logged(logging):
@@ -147,6 +171,84 @@ def test_a_loss_that_is_not_finite_is_logged(logging):
     add(log, float("nan"))
     log.write(1, 1e-4, WEIGHT)
     assert math.isnan(log.records()[0]["loss"])
+
+
+# What is seen of LPL
+
+
+def test_parts_of_blocks_are_over_the_steps_with_lpl_and_kept_shares_over_the_samples(logging):
+    """The parts add up to LPL whatever was inside; what the masks keep counts only where there was a sample."""
+    log = logging()
+    add(log, lpl=3.0, by_block=[[1.0, 2.0], [1.5, 1.8]], rows=2)
+    add(log, lpl=0.0, inside=0)
+    add(log, lpl=1.5, by_block=[[0.5, 1.0], [0.5, 0.9]], rows=1)
+    log.write(1, 1e-4, WEIGHT)
+    (record,) = log.records()
+    seen = {name: value for name, value in record.items() if "/" in name}
+    expected = {"lpl/mid": 0.5, "lpl/up_0": 1.0, "kept/mid": 2.0 / 3, "kept/up_0": 0.9}
+    assert seen == pytest.approx(expected) and record["lpl"] == pytest.approx(1.5)
+    add(log, lpl=0.0, inside=0)
+    log.write(2, 1e-4, WEIGHT)
+    assert not [name for name in log.records()[1] if "/" in name]
+
+
+def test_steps_without_lpl_count_for_the_diffusion_loss_only(logging):
+    """--lpl_every: L_total is 1 + 4 * 0.5 * 2 on one step and 1 on three; in expectation LPL is a half of it."""
+    log = logging(lpl_every=4, logging_steps=4)
+    add(log, loss=5.0, diffusion_loss=1.0, lpl=2.0, by_block=[[2.0, 0.0], [1.0, 1.0]])
+    for step in (2, 3, 4):
+        add(log, loss=1.0, diffusion_loss=1.0, lpl=0.0, step=step, with_lpl=False)
+    log.write(4, 1e-4, WEIGHT)
+    (record,) = log.records()
+    assert (record["loss"], record["diffusion_loss"], record["lpl"], record["lpl/mid"]) == (2.0, 1.0, 2.0, 2.0)
+    assert record["lpl_share"] == pytest.approx(0.5) and record["lpl_weight"] == 0.5
+
+
+def test_an_entry_between_two_steps_with_lpl_has_nothing_of_it(logging):
+    log = logging(lpl_every=4)
+    add(log, step=2, with_lpl=False)
+    shown = log.write(2, 1e-4, WEIGHT)
+    (record,) = log.records()
+    assert not {"lpl", "lpl_share", "lpl_gradient_share"} & set(record) and record["lpl_weight"] == 0.5
+    assert shown["share"] == "0%"
+
+
+def test_the_gradients_share_is_that_of_the_norms_over_the_whole_step(logging):
+    """Two micro-batches: |w LPL'| is sqrt(0.25 (9 + 16)) = 2.5 and that of the diffusion loss sqrt(2.25 + 4) = 2.5."""
+    log = logging()
+    add(log, grad=(3.0, 1.5))
+    add(log, grad=(4.0, 2.0))
+    log.write(1, 1e-4, WEIGHT)
+    assert log.records()[0]["lpl_gradient_share"] == pytest.approx(0.5)
+    add(log, step=2, grad=(3.0, 0.5))
+    log.write(2, 1e-4, WEIGHT)
+    assert log.records()[1]["lpl_gradient_share"] == pytest.approx(0.75)
+
+
+def test_gradients_are_looked_at_in_the_last_step_with_lpl_before_an_entry(logging, monkeypatch):
+    """Entries after 5, 10 and 12; with LPL are the steps 1, 4, 7 and 10."""
+    looked = []
+    monkeypatch.setattr(Terms, "gradients", lambda terms, weight: looked.append(step) or torch.ones(2))
+    log = logging(lpl_every=3, logging_steps=5, checkpointing_steps=100, last_step=12)
+    for step in range(1, 13):
+        add(log, step=step, with_lpl=step % 3 == 1)
+    assert looked == [4, 10]
+    assert [step for step in range(1, 13) if log.is_due(step)] == [5, 10, 12]
+
+
+def test_processes_with_different_numbers_inside(logging):
+    """The other one saw two samples where this one saw one: kept shares are means over samples, parts over batches."""
+    log = logging()
+    add(log, lpl=1.0, by_block=[[1.0, 0.0], [0.4, 1.0]], rows=1, grad=(3.0, 0.0))
+    ours = log._means()
+    log._reset()
+    add(log, lpl=3.0, by_block=[[2.0, 1.0], [2.0, 1.4]], rows=2, inside=2, grad=(4.0, 2.5))
+    log.accelerator.reduce = lambda theirs, kind: (ours + theirs) / 2
+    log.write(1, 1e-4, WEIGHT)
+    record = log.records()[0]
+    expected = {"lpl": 2.0, "lpl/mid": 1.5, "lpl/up_0": 0.5, "kept/mid": 0.8, "kept/up_0": 0.8, "inside": 0.75}
+    assert {name: record[name] for name in expected} == pytest.approx(expected)
+    assert record["lpl_gradient_share"] == pytest.approx(0.5)  # 0.5 * 5 to 2.5
 
 
 # Speed
@@ -258,8 +360,8 @@ def test_accelerates_own_tensorboard_takes_all_of_it(sd_pipeline, image_folder, 
     reset_accelerate()
     args, _ = parsed(sd_pipeline, image_folder, tmp_path / "out", validation_prompts=["a", "b"])
     accelerator = Accelerator(log_with="tensorboard", project_dir=tmp_path)
-    log = Log(accelerator, args, 0, 4)
-    add(log)
+    log = Log(accelerator, args, 0, 100, 4, ("mid", "up_0"))
+    add(log, by_block=[[0.5, 0.0], [1.0, 0.9]])
     log.write(1, 1e-4, WEIGHT)
     log.validation(1, {"validation_loss": 0.5})
     Image.new("RGB", (8, 6), "teal").save(tmp_path / "grid.png")
@@ -267,7 +369,8 @@ def test_accelerates_own_tensorboard_takes_all_of_it(sd_pipeline, image_folder, 
     accelerator.end_training()
     reset_accelerate()
     events = EventAccumulator(str(tmp_path / args.tracker_project_name)).Reload()
-    assert {"loss", "lpl", "images_per_second", "validation_loss"} <= set(events.Tags()["scalars"])
+    expected = {"loss", "lpl", "lpl/mid", "kept/up_0", "lpl_gradient_share", "images_per_second", "validation_loss"}
+    assert expected <= set(events.Tags()["scalars"])
     assert [(event.step, event.value) for event in events.Scalars("validation_loss")] == [(1, 0.5)]
     (image,) = events.Images("validation")
     assert (image.step, image.width, image.height) == (1, 8, 6)

@@ -4,15 +4,21 @@ and against what a caller may rely on: per sample, gradient to the estimate only
 import copy
 import itertools
 import math
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import forced_features, hook_count, latents_as_features, pair
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from reference_loss import decoder_features, reference_loss, reference_mask, reference_variant_loss
-from tiny import tiny_vae
+from tiny import seeded, tiny_vae
 
 from lpl import LatentPerceptualLoss
+from lpl.features import _frozen_convolution
+from lpl.loss import unshared
 
 
 RTOL = 1e-6  # float64 throughout; the depth weights and the masks leave no larger gap
@@ -219,6 +225,102 @@ def test_gradient_of_a_sample_reaches_only_that_sample():
     assert predicted.grad[1].abs().sum() > 0 and not predicted.grad[[0, 2]].any()
 
 
+# --- the same number, decoded otherwise ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"variant": "reference"}, {"normalization": "separate", "distance": "l1"}])
+@pytest.mark.parametrize("chunk_size", [1, 2, 5])
+def test_chunks_change_nothing(options, chunk_size):
+    predicted, latents = pair(vae_of(), batch=3)
+    whole, chunked = (LatentPerceptualLoss(vae_of(), chunk_size=size, **options) for size in (None, chunk_size))
+    torch.testing.assert_close(chunked(predicted, latents), whole(predicted, latents))
+    torch.testing.assert_close(gradient(chunked, predicted, latents), gradient(whole, predicted, latents))
+    for kind in ("terms", "kept"):
+        torch.testing.assert_close(getattr(chunked.last, kind), getattr(whole.last, kind))
+
+
+@pytest.mark.parametrize("margin", [0, 1, 3])
+@pytest.mark.parametrize("window", [(0, 0, 4, 4), (2, 1, 3, 5), (5, 4, 3, 4), (0, 0, 8, 8)])
+def test_a_window_of_features_that_are_local(window, margin, monkeypatch):
+    """The decoder is the identity here: the loss in the window is that of the window cut out, at whatever margin."""
+    monkeypatch.setattr("lpl.loss.MARGIN", margin)
+    vae = plain_vae(latent_channels=2)
+    predicted, latents = pair(vae, height=8, width=8)
+    top, left, height, width = window
+    part = (..., slice(top, top + height), slice(left, left + width))
+    with latents_as_features(vae, "up_0", lambda z: F.interpolate(z, scale_factor=2)):
+        loss = LatentPerceptualLoss(vae, blocks=("up_0",), mask_outliers=False)
+        value = loss(predicted, latents, window)
+        torch.testing.assert_close(value, loss(predicted[part], latents[part]))
+        inside = torch.zeros_like(predicted)
+        inside[part] = gradient(loss, predicted[part].clone(), latents[part])
+        torch.testing.assert_close(gradient(partial(loss, window=window), predicted, latents), inside)
+
+
+def test_a_window_with_everything_around_it():
+    """With the whole image as its margin, a window sees the features that the whole image has there."""
+    vae = vae_of()
+    predicted, latents = pair(vae, height=6, width=6)
+    loss = LatentPerceptualLoss(vae, blocks=("up_1",), normalization="none", mask_outliers=False)
+    windows = [(top, left, 2, 3) for top in (0, 2, 4) for left in (0, 3)]
+    tiles = torch.stack([loss(predicted, latents, window) for window in windows])
+    torch.testing.assert_close(tiles.mean(0), loss(predicted, latents))
+    assert not torch.isclose(tiles, tiles.mean(0)).any()
+    gradients = sum(gradient(partial(loss, window=window), predicted, latents) for window in windows)
+    torch.testing.assert_close(gradients / 6, gradient(loss, predicted, latents))
+
+
+def test_masks_in_a_window_are_those_of_the_whole_resolution():
+    """Kernels follow the image, not the part of it that is looked at."""
+    seen = []
+    vae = plain_vae(latent_channels=2)
+    mask = mock.patch("lpl.loss.outlier_mask", lambda maps, **given: seen.append(given) or torch.ones_like(maps) > 0)
+    with mask, latents_as_features(vae, "mid"):
+        loss = LatentPerceptualLoss(vae, blocks=("mid",), outliers={"erosion": 7})
+        loss(*pair(vae, height=12, width=12), (0, 0, 6, 6))
+        loss(*pair(vae, height=12, width=12))
+    assert seen[0] == {"dilation": 6, "erosion": 14} and seen[1] == {"erosion": 7}
+
+
+@pytest.mark.parametrize("window", [(-1, 0, 2, 2), (0, 0, 0, 2), (3, 0, 2, 2), (0, 4, 1, 2)])
+def test_a_window_outside_is_refused(window):
+    with pytest.raises(ValueError, match="4 x 5"):
+        LatentPerceptualLoss(vae_of())(*pair(vae_of(), height=4, width=5), window)
+
+
+def test_the_masks_parameters():
+    predicted, latents = pair(vae_of(), height=16, width=16)
+    outliers = {"quantile": 0.1, "margin": 0.5, "dilation": 9, "erosion": 25, "stride": 1}
+    value = LatentPerceptualLoss(vae_of(), blocks=("up_1",), outliers=outliers)(predicted, latents)
+    given = {name: value for name, value in outliers.items() if name != "stride"}
+    with mock.patch("reference_loss.reference_mask", partial(reference_mask, **given)):
+        expected = reference_loss(vae_of(), predicted, latents, blocks=("up_1",))
+    torch.testing.assert_close(value, expected, rtol=RTOL, atol=0)
+    assert not torch.isclose(value, LatentPerceptualLoss(vae_of(), blocks=("up_1",))(predicted, latents)).any()
+
+
+def test_what_a_call_has_measured():
+    predicted, latents = pair(vae_of(), batch=3)
+    loss = LatentPerceptualLoss(vae_of(), blocks=("mid", "up_2"))
+    value = loss(predicted.requires_grad_(), latents)
+    assert list(loss.last.terms) == list(loss.last.kept) == ["mid", "up_2"]
+    torch.testing.assert_close(sum(loss.last.terms.values()), value.detach())
+    features = decoder_features(vae_of(), predicted.detach())
+    for name, kept in loss.last.kept.items():
+        torch.testing.assert_close(kept, reference_mask(features[name]).double().mean((1, 2, 3)))
+    assert not any(x.requires_grad for x in (*loss.last.terms.values(), *loss.last.kept.values()))
+    loss(predicted[:0], latents[:0])
+    assert not loss.last.terms and not loss.last.kept
+
+
+def test_named_modules_that_return_one_tensor():
+    """The gradient takes the place of the target's features; these must not be another block's too."""
+    features = torch.arange(4.0)
+    alone = unshared({"a": features, "b": features, "c": features.view(2, 2).mT})
+    assert alone["a"].data_ptr() != alone["b"].data_ptr() and alone["c"].is_contiguous()
+    assert torch.equal(alone["b"], features) and torch.equal(alone["c"], features.view(2, 2).mT)
+
+
 # --- gradients -------------------------------------------------------------------------------------------------------
 
 
@@ -278,13 +380,23 @@ def test_no_gradient_through_e(detach_statistics):
         {"normalization": "none", "distance": "l1"},
         {"variant": "reference"},
         {"gradient_checkpointing": True, "normalization": "none"},
+        {"chunk_size": 1, "window": (0, 1, 2, 1), "normalization": "none"},
+        {},
+        {"distance": "l1"},
+        {"normalization": "separate"},
     ],
+    ids=str,
 )
 def test_gradcheck(options):
+    """Through the statistics too: e, which has no gradient, is too small to show at this tolerance."""
     vae = vae_of("sd", block_out_channels=(4, 4), norm_num_groups=2)
-    predicted, latents = pair(vae, batch=1, height=2, width=2)
-    loss = LatentPerceptualLoss(vae, **options)
-    assert torch.autograd.gradcheck(lambda x: loss(x, latents), predicted.requires_grad_(), atol=1e-4, rtol=1e-4)
+    predicted, latents = pair(vae, batch=2, height=2, width=2)
+    window = options.get("window")
+    loss = LatentPerceptualLoss(vae, **{name: value for name, value in options.items() if name != "window"})
+    rtol = 1e-4 if options.get("normalization") == "none" or "variant" in options else 2e-3
+    assert torch.autograd.gradcheck(
+        lambda x: loss(x, latents, window), predicted.requires_grad_(), atol=1e-4, rtol=rtol, eps=1e-6
+    )
 
 
 def test_gradient_to_the_first_argument_only():
@@ -334,6 +446,29 @@ def test_without_gradient():
     with torch.no_grad():
         value = LatentPerceptualLoss(vae_of())(predicted.requires_grad_(), latents)
     assert not value.requires_grad and value.isfinite().all()
+
+
+def test_a_frozen_convolution_has_its_gradient():
+    """Strides that leave a rest, dilation, groups and bias: as autograd has it."""
+    with seeded(0):
+        for size, options in [
+            ((7, 9), {"kernel_size": 3, "padding": 1}),
+            ((8, 9), {"kernel_size": 3, "stride": 2, "padding": 1, "bias": False}),
+            ((11, 10), {"kernel_size": (3, 5), "stride": (2, 3), "padding": (0, 2), "dilation": (2, 1), "groups": 2}),
+        ]:
+            convolution = torch.nn.Conv2d(4, 6, **options).double()
+            ours, theirs = (torch.randn(2, 4, *size).double().requires_grad_() for _ in range(2))
+            theirs.data.copy_(ours.data)
+            saved = []
+            with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda _: None):
+                output = _frozen_convolution(convolution, ours)
+            expected = convolution(theirs)
+            assert torch.equal(output, expected) and not saved
+            weights = torch.randn_like(output)
+            (output * weights).sum().backward()
+            (expected * weights).sum().backward()
+            torch.testing.assert_close(ours.grad, theirs.grad)
+            assert convolution.weight.grad is not None  # theirs alone: ours gives none
 
 
 # --- the caller's VAE ------------------------------------------------------------------------------------------------
@@ -575,3 +710,43 @@ def test_almost_empty_masks(options, kept, monkeypatch):
     value = assert_finite(vae_of(), predicted, latents, **options)
     if kept == 0 or options.get("normalization") != "none":
         assert (value == 0).all()
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    options=st.sampled_from(
+        [*DEGENERATE, {"detach_statistics": True}, {"normalization": "separate", "distance": "l1"}]
+    ),
+    size=st.tuples(st.integers(1, 7), st.integers(1, 9)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    checkpointing=st.booleans(),
+    spoilt=st.sampled_from([math.nan, math.inf, 1e30]),
+    seed=st.integers(0, 99),
+)
+def test_a_spoilt_sample_does_not_reach_the_others(options, size, dtype, checkpointing, spoilt, seed):
+    """Whatever the option, the shape and the precision: theirs are finite, and what they are without it."""
+    vae = tiny_vae("sd", dtype)
+    predicted, latents = pair(vae, batch=3, height=size[0], width=size[1], seed=seed)
+    predicted[1, 0, 0, 0] = spoilt
+    loss = LatentPerceptualLoss(vae, gradient_checkpointing=checkpointing, **options)
+    both, alone = predicted[[0, 2]].requires_grad_(), predicted.requires_grad_()
+    value, expected = loss(alone, latents), loss(both, latents[[0, 2]])
+    gradients = torch.autograd.grad(value[[0, 2]].sum(), alone)[0], torch.autograd.grad(expected.sum(), both)[0]
+    assert value[[0, 2]].isfinite().all() and gradients[0][[0, 2]].isfinite().all()
+    tolerance = {"rtol": 0.1, "atol": 0.05} if dtype == torch.bfloat16 else {"rtol": 1e-3, "atol": 1e-4}
+    torch.testing.assert_close(value[[0, 2]], expected, **tolerance)
+    torch.testing.assert_close(gradients[0][[0, 2]], gradients[1], **tolerance)
+    assert spoilt == 1e30 or not value[1].isfinite(), "nor is it passed over in silence"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"variant": "reference"}, {"gradient_checkpointing": True}])
+def test_the_gradient_survives_a_decoder_of_half_precision(dtype, options):
+    """A map of 64 x 64 x 8: its gradient's numbers are too small for float16 as they are."""
+    vae = tiny_vae("sd", torch.float32, block_out_channels=(8, 16))
+    predicted, latents = pair(vae, height=32, width=32)
+    expected = gradient(LatentPerceptualLoss(vae, **options), predicted, latents)
+    ours = gradient(LatentPerceptualLoss(copy.deepcopy(vae).to(dtype), **options), predicted, latents)
+    assert ours.dtype == torch.float32
+    assert F.cosine_similarity(ours.flatten(), expected.flatten(), dim=0) > 0.98
+    assert ours.norm().item() == pytest.approx(expected.norm().item(), rel=0.05)

@@ -1,9 +1,11 @@
 """The tests must be able to fail: each mutation of the package makes the test that guards it fail.
 
-A mutation replaces one function of `lpl` (or of the VAE, where `lpl` relies on it) by a faulty one. The checks are the
-other modules' own tests, called here directly.
+A mutation replaces one function of `lpl` (or of the VAE, where `lpl` relies on it) by a faulty one, or some words in
+its source by others. The checks are the other modules' own tests, called here directly.
 """
 
+import inspect
+import textwrap
 from contextlib import nullcontext
 
 import pytest
@@ -21,6 +23,7 @@ import lpl.features
 import lpl.loss
 import lpl.objectives
 import lpl.outliers
+import lpl.terms
 from lpl.features import DecoderFeatureExtractor
 from lpl.loss import LatentPerceptualLoss
 from lpl.objectives import Epsilon, FlowMatching, VPrediction
@@ -30,8 +33,7 @@ true_mask = lpl.outliers.outlier_mask
 true_morphology = lpl.outliers.morphology
 true_unscale = lpl.features.unscale
 true_depth_weight = lpl.loss.depth_weight
-true_statistics = LatentPerceptualLoss._statistics
-true_block_loss = LatentPerceptualLoss.block_loss
+true_block_term = lpl.terms.block_term
 
 
 # --- checks: tests of the other modules, on the fewest cases that guard the mutated line -----------------------------
@@ -48,6 +50,10 @@ def flow_identity():
 
 def gradients(detach_statistics):
     test_loss.test_gradient_equals_finite_differences_of_the_reference("shared", detach_statistics, "l2")
+
+
+def separate_gradients(distance="l2"):
+    test_loss.test_gradient_equals_finite_differences_of_the_reference("separate", False, distance)
 
 
 def values(name):
@@ -79,42 +85,13 @@ def hooks_left_behind(self, features):
     return nullcontext()
 
 
-def unbiased_variance(self, features, mask, kept):
-    mean, variance = true_statistics(self, features, mask, kept)
-    return mean, variance * kept / (kept - 1).clamp(min=1)
+def target_and_prediction_swapped(predicted, target, *args):
+    return true_block_term(target, predicted, *args)
 
 
-def unmasked_statistics(self, features, mask, kept):
-    ones = torch.ones_like(mask)
-    return true_statistics(self, features, ones, ones.sum((2, 3), keepdim=True))
-
-
-def statistics_without_e(self, features, mask, kept):
-    mean = lpl.loss.masked_mean(features, mask, kept)
-    return mean, lpl.loss.masked_mean((features - mean).square(), mask, kept) + 1e-12
-
-
-def statistics_never_detached(self, features, mask, kept):
-    mean = lpl.loss.masked_mean(features, mask, kept)
-    variance = lpl.loss.masked_mean((features - mean).square(), mask, kept)
-    return mean, variance + 1e-4 * variance.detach().mean(1, keepdim=True) + 1e-12
-
-
-def statistics_always_detached(self, features, mask, kept):
-    return true_statistics(self, features.detach(), mask, kept)
-
-
-def target_and_prediction_swapped(self, predicted, target):
-    return true_block_loss(self, target, predicted)
-
-
-def mean_over_the_batch(self, predicted, target):
-    value = true_block_loss(self, predicted, target)
-    return value.mean().expand_as(value)
-
-
-def mean_over_all_positions(x, mask, kept):
-    return (x * mask).mean((2, 3), keepdim=True)
+def mean_over_the_batch(*args):
+    value, kept = true_block_term(*args)
+    return value.mean().expand_as(value), kept
 
 
 def wrong_sign(self, model_output, noisy_latents, timesteps):
@@ -178,29 +155,8 @@ MUTATIONS = {
     # the loss
     "depth weight dropped": (lpl.loss, "depth_weight", lambda *_: 1.0, compare),
     "depth weight inverted": (lpl.loss, "depth_weight", lambda *a: 1 / true_depth_weight(*a), compare),
-    "unbiased variance": (LatentPerceptualLoss, "_statistics", unbiased_variance, compare),
-    "statistics of outliers too": (LatentPerceptualLoss, "_statistics", unmasked_statistics, compare),
-    "e forgotten": (LatentPerceptualLoss, "_statistics", statistics_without_e, compare),
-    "statistics of the target": (LatentPerceptualLoss, "block_loss", target_and_prediction_swapped, compare),
-    "batch mean": (LatentPerceptualLoss, "block_loss", mean_over_the_batch, compare),
-    "mean over all positions": (
-        lpl.loss,
-        "masked_mean",
-        mean_over_all_positions,
-        lambda: compare(normalization="none"),
-    ),
-    "statistics never detached": (
-        LatentPerceptualLoss,
-        "_statistics",
-        statistics_never_detached,
-        lambda: gradients(detach_statistics=True),
-    ),
-    "statistics always detached": (
-        LatentPerceptualLoss,
-        "_statistics",
-        statistics_always_detached,
-        lambda: gradients(detach_statistics=False),
-    ),
+    "statistics of the target": (lpl.loss, "block_term", target_and_prediction_swapped, compare),
+    "batch mean": (lpl.loss, "block_term", mean_over_the_batch, compare),
     # objectives
     "flow with a wrong sign": (FlowMatching, "clean_latents", wrong_sign, flow_identity),
     "flow by the paper's row for noise": (FlowMatching, "clean_latents", noise_formula, flow_identity),
@@ -214,6 +170,133 @@ MUTATIONS = {
     "sigma squared": (Epsilon, "sigma", sigma_of_a_variance, lambda: values("epsilon")),
     "timesteps along the columns": (lpl.objectives, "expand", along_the_columns, lambda: values("epsilon")),
 }
+
+
+WORDS = {
+    # statistics
+    "unbiased variance": (
+        lpl.terms._moments,
+        "(_only(keep, x - mean)) / positions",
+        "(_only(keep, x - mean)) / (positions - 1)",
+        compare,
+    ),
+    "statistics of outliers too": (
+        lpl.terms.block_term,
+        "variance[part] = _moments(x, keep, kept[part])",
+        "variance[part] = _moments(x, None, torch.full_like(kept[part], count))",
+        compare,
+    ),
+    "outliers in the mean": (lpl.terms._moments, "_only(keep, x).sum", "x.sum", compare),
+    "e forgotten": (lpl.terms.block_term, "1e-4 * v", "0 * v", compare),
+    "e over the batch": (
+        lpl.terms.block_term,
+        "v.view(batch, channels).mean(1).repeat_interleave(channels)[:, None]",
+        "v.mean()",
+        compare,
+    ),
+    # values
+    "mean over all positions": (
+        lpl.terms.block_term,
+        "total / (k * unit)",
+        "total / (count * unit)",
+        lambda: compare(normalization="none"),
+    ),
+    "outliers in the sum": (
+        lpl.terms.block_term,
+        "d = _only(keep, x - y)",
+        "d = x - y",
+        lambda: compare(normalization="none"),
+    ),
+    "one position kept": (
+        lpl.terms.block_term,
+        "kept >= 2",
+        "kept >= 1",
+        lambda: test_loss.test_a_map_of_one_pixel_contributes_nothing(),
+    ),
+    "absolute by the variance": (
+        lpl.terms.block_term,
+        "s.square() if squared else s",
+        "s.square()",
+        lambda: compare(distance="l1"),
+    ),
+    "sum over channels": (lpl.terms.block_term, "mean(1) * weight", "sum(1) * weight", compare),
+    # gradients
+    "statistics never detached": (
+        lpl.terms.block_term,
+        "if shared and not detach_statistics",
+        "if shared",
+        lambda: gradients(detach_statistics=True),
+    ),
+    "statistics always detached": (
+        lpl.terms.block_term,
+        "if shared and not detach_statistics",
+        "if False",
+        lambda: gradients(detach_statistics=False),
+    ),
+    "gradient half": (lpl.terms.block_term, "2.0 if squared else 1.0", "1.0", lambda: gradients(True)),
+    "gradient of the other side": (
+        lpl.terms.block_term,
+        "gradient = d if",
+        "gradient = -d if",
+        lambda: gradients(True),
+    ),
+    "gradient unweighted": (
+        lpl.terms.block_term,
+        "(weight / channels * GRADIENT_SCALE)",
+        "(GRADIENT_SCALE / channels)",
+        lambda: gradients(True),
+    ),
+    "gradient not scaled back": (
+        LatentPerceptualLoss._compare,
+        "gradient / GRADIENT_SCALE",
+        "gradient",
+        lambda: gradients(True),
+    ),
+    "all samples' gradients alike": (
+        lpl.loss._Formed.backward,
+        "outer.view(-1, 1, 1, 1)",
+        "outer.mean()",
+        lambda: test_loss.test_gradient_of_a_sample_reaches_only_that_sample(),
+    ),
+    "separate without its variance": (
+        lpl.terms.block_term,
+        "gradient - through_mean - x * through_variance",
+        "gradient - through_mean",
+        separate_gradients,
+    ),
+    "separate without its mean": (
+        lpl.terms.block_term,
+        "gradient - through_mean - x",
+        "gradient - x",
+        lambda: separate_gradients("l1"),
+    ),
+    "a convolution's stride": (
+        lpl.features._FrozenConvolution.backward,
+        "of.stride, of.padding, rest",
+        "1, of.padding, rest",
+        lambda: test_loss.test_a_frozen_convolution_has_its_gradient(),
+    ),
+    "a convolution's rest": (
+        lpl.features._FrozenConvolution.backward,
+        "size - reach for",
+        "0 for",
+        lambda: test_loss.test_a_frozen_convolution_has_its_gradient(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_other_words_are_noticed(name, monkeypatch):
+    function, old, new, check = WORDS[name]
+    function = inspect.unwrap(function)
+    check()
+    source = textwrap.dedent(inspect.getsource(function))
+    assert source.count(old) == 1
+    namespace = dict(function.__globals__)
+    exec(source.replace(old, new), namespace)
+    monkeypatch.setattr(function, "__code__", inspect.unwrap(namespace[function.__name__]).__code__)
+    with pytest.raises((AssertionError, RuntimeError)):
+        check()
 
 
 @pytest.mark.parametrize("name", MUTATIONS)

@@ -22,7 +22,7 @@ from lpl.loading import load_family
 from lpl.objectives import get_objective
 from lpl.report import DryRun, Plan
 from lpl.trainee import Trainee
-from lpl.weighting import LplWeight
+from lpl.weighting import LplWeight, Terms
 
 
 def rows(text):
@@ -80,7 +80,8 @@ class Losses:
         attached = sum((parameter * torch.ones_like(parameter)).sum() for parameter in model.trained())
         errors = self.diffusion_loss + (attached - attached.detach()).expand(len(batch["timestep"]))
         without_noise = not batch["timestep"].any()  # the step that warms up, whose losses are no measure of a run
-        return errors, torch.tensor(self.lpl * with_lpl * (1000 if without_noise else 1)), self.inside
+        lpl = torch.tensor(self.lpl * with_lpl * (1000 if without_noise else 1))
+        return Terms(errors, lpl, None, self.inside, with_lpl)
 
 
 def dry_run(plan, losses):
@@ -202,6 +203,16 @@ def test_seconds_are_those_of_one_step(planned, monkeypatch):
     assert said["without LPL"].startswith("2 s, ") and said["with LPL"].startswith("3 s, ")
     assert said["LPL costs"].startswith("1.50 x the time")
     assert said["time"].startswith("about 5 min, ")  # 100 steps of 3 s
+
+
+def test_lpl_on_some_steps_costs_its_part(planned, monkeypatch):
+    ticks = iter([10.0, 10.0 + 2.0 * steps_of("measured"), 50.0, 50.0 + 3.0 * steps_of("measured")])
+    monkeypatch.setattr(report, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    said = rows(dry_run(planned(max_train_steps=100, lpl_every=5), Losses())[0])
+    assert said["with LPL"].startswith("3 s, ")
+    assert said["LPL costs"].startswith("1.10 x the time on average over 5 steps")
+    assert said["time"].startswith("about 4 min, ")  # 80 steps of 2 s and 20 of 3 s
+    assert said["weight"].startswith("auto:0.2, which is 0.5: 20.0% of")  # in expectation
 
 
 # The weight
@@ -409,19 +420,24 @@ def test_free_space_is_that_of_the_place(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "lpl, start, done, seconds",
+    "lpl, start, every, done, seconds",
     [
-        (True, 0, 0, 10 * 3),
-        (True, 4, 0, 4 * 2 + 6 * 3),
-        (True, 4, 3, 1 * 2 + 6 * 3),
-        (True, 4, 6, 4 * 3),
-        (True, 50, 0, 10 * 2),
-        (False, 0, 0, 10 * 2),
-        (True, 0, 12, 0),
+        (True, 0, 1, 0, 10 * 3),
+        (True, 4, 1, 0, 4 * 2 + 6 * 3),
+        (True, 4, 1, 3, 1 * 2 + 6 * 3),
+        (True, 4, 1, 6, 4 * 3),
+        (True, 50, 1, 0, 10 * 2),
+        (False, 0, 1, 0, 10 * 2),
+        (True, 0, 1, 12, 0),
+        (True, 0, 4, 0, 7 * 2 + 3 * 3),  # the 1st, 5th and 9th
+        (True, 3, 4, 0, 8 * 2 + 2 * 3),  # the 4th and 8th
+        (True, 3, 4, 4, 5 * 2 + 1 * 3),
+        (True, 50, 4, 0, 10 * 2),
+        (True, 0, 4, 12, 0),
     ],
 )
-def test_time_of_the_whole_run(lpl, start, done, seconds):
-    args = SimpleNamespace(lpl=lpl, lpl_start_step=start)
+def test_time_of_the_whole_run(lpl, start, every, done, seconds):
+    args = SimpleNamespace(lpl=lpl, lpl_start_step=start, lpl_every=every)
     plan = SimpleNamespace(args=args, max_steps=10, steps_done=done, steps_to_go=max(0, 10 - done))
     assert report.whole_run_seconds(plan, without_lpl=2.0, with_lpl=3.0) == seconds
 
@@ -462,6 +478,23 @@ def test_announcement(planned, caplog):
     assert f"objective epsilon, 32 px, seed 0, results in {plan.args.output_dir}" in text
     assert re.search(r"LPL with weight auto:0\.2 where sigma <= 3: 6\d% of the samples are inside", text)
     assert not any(record.levelno >= logging.WARNING for record in caplog.records if record.name == "lpl.report")
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ({}, None),
+        ({"lpl_every": 4}, "one step in 4, at 4 times the weight"),
+        ({"lpl_max_samples": 1, "lpl_crop": 16}, "at most 1 of 2 samples, one of 4 parts of 16 px"),
+    ],
+    ids=str,
+)
+def test_what_lpl_looks_at_is_told_by_both(planned, caplog, flags, said):
+    caplog.set_level(logging.INFO)
+    plan = planned(**flags)
+    plan.announce()
+    assert (f"are inside; {said}" if said else "are inside\n") in caplog.text
+    assert rows(dry_run(plan, Losses())[0]).get("looked at") == said
 
 
 def test_few_samples_inside_are_warned_of_by_both(planned, caplog):

@@ -250,6 +250,24 @@ def test_another_vae_is_used_and_saved(sd_pipeline, image_folder, tmp_path):
     assert metrics(out, "loss") != metrics(plain, "loss")
 
 
+@pytest.mark.parametrize("kind", ["asymmetric", "tiny"])
+@pytest.mark.parametrize("flag", ["pretrained_vae_model_name_or_path", "lpl_vae_name_or_path"])
+def test_vaes_of_other_classes(kind, flag, sd_pipeline, image_folder, tmp_path):
+    """In the pipeline (the paper's main results have an asymmetric one), or as a cheap proxy to look through."""
+    tiny_vae(kind, seed=5).save_pretrained(tmp_path / "vae")
+    flags = {
+        flag: tmp_path / "vae",
+        "max_train_steps": 1,
+        "validation_prompts": ["a cat"],
+        "lpl_sigma_threshold": 1000,
+    }
+    out = train(sd_pipeline, image_folder, tmp_path / "out", **flags)
+    (record,) = metrics(out)
+    assert record["lpl"] > 0 and math.isfinite(record["lpl"]) and record["lpl/mid"] > 0
+    ours = type(DiffusionPipeline.from_pretrained(out).vae).__name__
+    assert (ours == "AutoencoderKL") is (flag == "lpl_vae_name_or_path")
+
+
 def test_the_average_goes_on_from_the_pipelines_revision(sd_pipeline, image_folder, tmp_path, monkeypatch):
     """--non_ema_revision is trained, --revision is averaged (as in diffusers' script)."""
     original, seen = UNet2DConditionModel.from_pretrained.__func__, []
@@ -308,7 +326,7 @@ def test_dream_is_the_diffusion_loss_at_a_noise_moved_by_the_models_own_error(sd
         "timestep": torch.tensor([10, 400, 900]),
     }
     model = Answer()
-    errors, _, _ = losses(model, batch, with_lpl=False)
+    errors = losses(model, batch, with_lpl=False).errors
 
     latents, noise = script.encode(vae, batch["pixels"], batch["posterior_noise"]), batch["noise"]
     a, b = ((x**0.5).view(3, 1, 1, 1) for x in _signal_and_noise(scheduler, batch["timestep"]))

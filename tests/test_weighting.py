@@ -1,9 +1,11 @@
 """The weight of LPL: a share of the total loss is hit exactly, a number is taken literally, a resume loses nothing."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from lpl.weighting import LplWeight, parse_weight, ramp
+from lpl.weighting import LplWeight, Terms, has_lpl, parse_weight, ramp
 
 
 CPU = torch.device("cpu")
@@ -170,3 +172,52 @@ def test_what_is_not_finite_is_not_measured():
     step(weight, (float("nan"), 1.0))
     step(weight, (1.0, 1.0))
     assert float(weight.value) == pytest.approx(0.25)  # 0.2 / 0.8
+
+
+@pytest.mark.parametrize(
+    "start, every, steps", [(0, 1, [0, 1, 2, 3, 4, 5, 6]), (2, 1, [2, 3, 4, 5, 6]), (1, 3, [1, 4])]
+)
+def test_steps_with_lpl(start, every, steps):
+    assert [step for step in range(7) if has_lpl(step, start, every)] == steps
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_every_nth_step_at_n_times_the_weight_sums_up_to_the_same(every):
+    """Over n steps, wherever they begin after the start."""
+    for first in range(5, 12):
+        total = sum(every * has_lpl(step, 5, every) for step in range(first, first + every))
+        assert total == every
+
+
+# Terms
+
+
+def squares(*vectors):
+    return [sum(value**2 for value in vector) for vector in vectors]
+
+
+def test_gradients_at_the_models_output():
+    output = torch.tensor([1.0, -2.0], requires_grad=True) * 1
+    terms = Terms(output.square(), 3 * output.sum(), output, 2, True)
+    found = terms.gradients(torch.tensor(0.5))
+    assert found.tolist() == pytest.approx(squares((1.5, 1.5), (1.0, -2.0))) and not found.requires_grad
+    (terms.diffusion_loss + terms.lpl).backward()  # the graph is still there
+
+
+def test_without_a_sample_inside_lpl_has_no_gradient():
+    output = torch.tensor([1.0, -2.0], requires_grad=True) * 1
+    assert Terms(output.square(), torch.zeros(()), output, 0, True).gradients(torch.tensor(0.5)).tolist() == [0.0, 5.0]
+
+
+def test_the_parts_of_blocks_add_up_to_what_is_taken():
+    found = SimpleNamespace(
+        block_names=("mid", "up_0"),
+        last=SimpleNamespace(
+            terms={"up_0": torch.tensor([1.0, 2.0]), "mid": torch.tensor([3.0, 4.0])},
+            kept={"up_0": torch.tensor([0.5, 1.0]), "mid": torch.tensor([1.0, 1.0])},
+        ),
+    )
+    terms = Terms(torch.zeros(8), torch.zeros(()), torch.zeros(8), 4, True)
+    terms.take(torch.tensor([4.0, 6.0]), 4 / 8, found)  # two of four inside, of eight
+    assert terms.lpl.item() == 2.5 and terms.rows == 2
+    assert terms.by_block.tolist() == [[1.75, 0.75], [2.0, 1.5]]

@@ -15,6 +15,16 @@ from diffusers import (
     AsymmetricAutoencoderKL,
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLCosmos,
+    AutoencoderKLFlux2,
+    AutoencoderKLHunyuanImage,
+    AutoencoderKLHunyuanImageRefiner,
+    AutoencoderKLKVAE,
+    AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
+    AutoencoderKLTemporalDecoder,
+    AutoencoderKLWan,
+    AutoencoderTiny,
     DDIMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
@@ -34,6 +44,7 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    VQModel,
 )
 from transformers import (
     CLIPTextConfig,
@@ -89,7 +100,111 @@ VAE_CONFIGS = {
         "scaling_factor": 0.41407,
     },
 }
-VAE_CLASSES = {"asymmetric": AsymmetricAutoencoderKL, "dc": AutoencoderDC}  # of the others: AutoencoderKL
+_FRAMES = {  # Wan's decoder and Qwen's
+    "base_dim": 8,
+    "z_dim": 4,
+    "dim_mult": [1, 2, 2],
+    "num_res_blocks": 1,
+    "temperal_downsample": [False, True],
+    "latents_mean": (0.5, -1.0, 0.0, 2.0),
+    "latents_std": (2.0, 1.0, 0.5, 3.0),
+}
+_RESIDUAL_FRAMES = {**_FRAMES, "is_residual": True, "decoder_base_dim": 4, "scale_factor_temporal": 2}
+MORE_VAE_CONFIGS = {  # image decoders whose blocks are not those of AutoencoderKL; some need multiples of 32 channels
+    "tiny": {
+        **{f"{side}_block_out_channels": (8, 8, 8) for side in ("encoder", "decoder")},
+        "num_encoder_blocks": (1, 1, 2),
+        "num_decoder_blocks": (2, 1, 1),
+        "scaling_factor": 0.9,
+    },
+    "vq": {
+        "block_out_channels": (8, 16, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "norm_num_groups": 4,
+        "latent_channels": 4,
+        "vq_embed_dim": 3,
+        "scaling_factor": 0.5,
+    },
+    "movq": {
+        "block_out_channels": (32, 32, 32),
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("AttnUpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"),
+        "norm_type": "spatial",
+        "latent_channels": 4,
+    },
+    "flux2": {  # 16 channels of packed latents, for 8 x 8 pixels each
+        "block_out_channels": (8, 16, 16),
+        "decoder_block_out_channels": (8, 16, 24),
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "latent_channels": 4,
+    },
+    "hunyuan": {  # its last two levels have one resolution
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": 4,
+        "block_out_channels": (32, 32, 32),
+        "layers_per_block": 1,
+        "spatial_compression_ratio": 4,
+        "sample_size": 32,
+        "scaling_factor": 0.75,
+    },
+    "kvae": {"channels": 32, "num_enc_blocks": 1, "num_dec_blocks": 1, "z_channels": 4, "ch_mult": (1, 1, 1)},
+    "temporal": {
+        "layers_per_block": 2,  # with one, its attention never runs
+        "block_out_channels": (32, 32, 32),
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+    },
+    "cosmos": {
+        "latent_channels": 4,
+        "encoder_block_out_channels": (8, 8, 16, 16),
+        "decode_block_out_channels": (8, 8, 16, 16),
+        "num_layers": 1,
+        "attention_resolutions": (),
+        "patch_size": 2,
+        "spatial_compression_ratio": 4,
+        "temporal_compression_ratio": 4,
+        "latents_mean": tuple(0.1 * i for i in range(8)),  # of 4 channels at 2 frames
+        "latents_std": tuple(1.0 + 0.1 * i for i in range(8)),
+    },
+    "refiner": {
+        "latent_channels": 4,
+        "block_out_channels": (8, 16, 16),
+        "layers_per_block": 1,
+        "spatial_compression_ratio": 4,
+        "temporal_compression_ratio": 2,
+    },
+    "qwen": _FRAMES,
+    "qwen21": {**_RESIDUAL_FRAMES, "scale_factor_spatial": 4},  # with an alpha channel
+    "wan": {**_FRAMES, "scale_factor_spatial": 4},
+    "wan22": {  # patches of 2 x 2 pixels
+        **_RESIDUAL_FRAMES,
+        "in_channels": 12,
+        "out_channels": 12,
+        "patch_size": 2,
+        "scale_factor_spatial": 8,
+    },
+}
+VAE_CLASSES = {  # of the others: AutoencoderKL
+    "asymmetric": AsymmetricAutoencoderKL,
+    "dc": AutoencoderDC,
+    "tiny": AutoencoderTiny,
+    "vq": VQModel,
+    "movq": VQModel,
+    "flux2": AutoencoderKLFlux2,
+    "hunyuan": AutoencoderKLHunyuanImage,
+    "kvae": AutoencoderKLKVAE,
+    "temporal": AutoencoderKLTemporalDecoder,
+    "cosmos": AutoencoderKLCosmos,
+    "refiner": AutoencoderKLHunyuanImageRefiner,
+    "qwen": AutoencoderKLQwenImage,
+    "qwen21": AutoencoderKLQwenImage21,
+    "wan": AutoencoderKLWan,
+    "wan22": AutoencoderKLWan,
+}
 DIT_LABELS = {"0": "tench, Tinca tinca", "1": "goldfish", "207": "golden retriever"}
 WITHOUT_T5 = {"text_encoder_3": None, "tokenizer_3": None}
 CLIP_LENGTH = 77
@@ -115,12 +230,14 @@ def tiny_vae(kind="sd", dtype=torch.float32, seed=0, **overrides):
     "asymmetric": AsymmetricAutoencoderKL, whose decoder is wider than its encoder (the paper's main results).
     "standardised": as "sd", with a mean and a deviation for each latent channel.
     "dc": AutoencoderDC (Sana), without a mid block: maps of 8 (up_0), 16 (up_1) and 32 px (up_2) for a 32 px image.
+    The kinds of MORE_VAE_CONFIGS are there too, each a class of its own.
     `overrides` go to the constructor; `block_out_channels` also decides the number of levels (AutoencoderKL).
     """
-    if kind not in VAE_CONFIGS:
-        raise ValueError(f"kind is {kind!r}, accepted: {', '.join(VAE_CONFIGS)}")
-    config = {**VAE_CONFIGS[kind], **overrides}
-    if kind != "dc":
+    configs = VAE_CONFIGS | MORE_VAE_CONFIGS
+    if kind not in configs:
+        raise ValueError(f"kind is {kind!r}, accepted: {', '.join(configs)}")
+    config = {**configs[kind], **overrides}
+    if kind in VAE_CONFIGS and kind != "dc":
         config = {"sample_size": 32, "norm_num_groups": 4, **config}
     if kind not in VAE_CLASSES:
         levels = len(config["block_out_channels"])
@@ -128,6 +245,9 @@ def tiny_vae(kind="sd", dtype=torch.float32, seed=0, **overrides):
         config["up_block_types"] = ("UpDecoderBlock2D",) * levels
     with seeded(seed):
         vae = VAE_CLASSES.get(kind, AutoencoderKL)(**config)
+        if kind == "flux2":  # as if trained
+            vae.bn.running_mean.normal_()
+            vae.bn.running_var.uniform_(0.5, 4.0)
     return torch.nn.Module.to(vae, dtype).eval()  # diffusers' own `to` logs a warning at every cast
 
 

@@ -1,0 +1,125 @@
+"""How far the cheaper ways of computing the loss are from the whole one: their bias and the variance that they add.
+
+    python -m benchmarks.lpl_estimators
+
+Photographs through the quickstart's autoencoder, at 256 px; the estimate z0_hat is z0 plus Gaussian noise of 0.3 times
+its standard deviation. With g the gradient of the batch's mean LPL with respect to z0_hat and g' an estimator's,
+
+    bias = |E g' - g| / |g|          added variance = E |g' - E g'|^2 / |g|^2
+
+over all draws that an estimator can make: every subset, every tile. Also how often strided quantiles change a mask.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import skimage.data
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+
+from lpl import DecoderFeatureExtractor, LatentPerceptualLoss, outlier_mask
+from lpl.autoencoders import downscaling_factor, encode
+
+
+ROOT = Path(__file__).resolve().parent.parent
+PICTURES = ("astronaut", "cat", "coffee", "brick")
+SIDE = 256
+
+
+def photographs() -> Tensor:
+    """(B, 3, SIDE, SIDE) in [-1, 1], the middle of each."""
+    images = []
+    for name in PICTURES:
+        image = Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
+        side = min(image.size)
+        left, top = ((size - side) // 2 for size in image.size)
+        image = image.resize((SIDE, SIDE), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
+        images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1)
+    return torch.stack(images)
+
+
+def gradient(value: Callable[[Tensor], Tensor], predicted: Tensor) -> Tensor:
+    predicted = predicted.clone().requires_grad_()
+    return torch.autograd.grad(value(predicted), predicted)[0]
+
+
+def compare(estimates: list[Tensor], whole: Tensor) -> dict[str, float]:
+    mean = torch.stack(estimates).mean(0)
+    spread = sum((estimate - mean).square().sum() for estimate in estimates) / len(estimates)
+    return {
+        "bias": round(float((mean - whole).norm() / whole.norm()), 4),
+        "added_variance": round(float(spread / whole.square().sum()), 3),
+    }
+
+
+def measure(vae: AutoencoderKL) -> dict[str, dict[str, float]]:
+    torch.manual_seed(0)
+    pixels = photographs()
+    side = SIDE // downscaling_factor(vae.config)
+    latents = encode(vae, pixels, torch.zeros(len(pixels), vae.config.latent_channels, side, side))
+    predicted = latents + 0.3 * latents.std() * torch.randn_like(latents)
+    loss = LatentPerceptualLoss(vae)
+    whole = gradient(lambda z: loss(z, latents).mean(), predicted)
+    batch = len(latents)
+
+    def estimate(other: LatentPerceptualLoss, window: tuple[int, int, int, int] | None = None) -> Tensor:
+        return gradient(lambda z: other(z, latents, window).mean(), predicted)
+
+    results = {f"--lpl_every {n}": compare([n * whole, *[0 * whole] * (n - 1)], whole) for n in (2, 4)}
+    for most in (1, 2):
+        estimates = []
+        for rows in itertools.combinations(range(batch), most):
+            chosen = torch.zeros(batch, 1, 1, 1)
+            chosen[list(rows)] = batch / most
+            estimates.append(whole * chosen)
+        results[f"--lpl_max_samples {most} of {batch}"] = compare(estimates, whole)
+    for crop, margin in itertools.product((128, 64), (0, 4, 8, 16)):
+        part = crop // downscaling_factor(vae.config)
+        corners = itertools.product(range(0, side, part), repeat=2)
+        with mock.patch("lpl.loss.MARGIN", margin):
+            estimates = [estimate(loss, (*corner, part, part)) for corner in corners]
+        results[f"--lpl_crop {crop}, margin {margin}"] = compare(estimates, whole)
+    others = {
+        "--lpl_outlier_stride 4": LatentPerceptualLoss(vae, outliers={"stride": 4}),
+        "--lpl_no_outlier_mask": LatentPerceptualLoss(vae, mask_outliers=False),
+        "--lpl_detach_statistics": LatentPerceptualLoss(vae, detach_statistics=True),
+        "--lpl_blocks mid up_0 up_1": LatentPerceptualLoss(vae, blocks=("mid", "up_0", "up_1")),
+        "--lpl_blocks mid up_0": LatentPerceptualLoss(vae, blocks=("mid", "up_0")),
+        "--lpl_vae_dtype bfloat16": LatentPerceptualLoss(deepcopy(vae).to(torch.bfloat16)),
+    }
+    results |= {name: compare([estimate(other)], whole) for name, other in others.items()}
+    with torch.no_grad():
+        features = DecoderFeatureExtractor(vae)(predicted)
+    for name, maps in features.items():
+        exact, strided = outlier_mask(maps), outlier_mask(maps, stride=4)
+        results[f"masks of {name}"] = {
+            "dropped": round(float((~exact).float().mean()), 5),
+            "changed_by_stride_4": round(float((exact != strided).float().mean()), 5),
+        }
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "lpl_estimators.json")
+    args = parser.parse_args()
+    vae = AutoencoderKL.from_pretrained(ROOT / "examples/quickstart/pipeline", subfolder="vae").eval()
+    results = measure(vae.requires_grad_(False))
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(results, indent=1))
+    for name, row in results.items():
+        print(f"{name:36s}" + "".join(f"  {key} {value}" for key, value in row.items()))
+
+
+if __name__ == "__main__":
+    main()

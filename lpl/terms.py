@@ -1,0 +1,177 @@
+"""One block's term of Eq. 2 and its gradient with respect to the predicted features, both in closed form.
+
+Vocabulary. ``predicted`` is phi_hat_l, ``target`` phi_l, (B, C, H, W); a *map* is one channel of one sample, N = H W
+positions, of which its mask keeps K. mu and V are mean and biased variance of the kept positions of phi_hat, and
+v = V + e. With d = phi_hat - phi over the kept positions, a map's value L and its gradient are
+
+    shared, l2      L = sum d^2 / (K v)            dL = 2 / (K v) * (d - L (phi_hat - mu))
+    shared, l1      L = sum |d| / (K sqrt(v))      dL = 1 / (K sqrt(v)) * (sign d - L / sqrt(v) * (phi_hat - mu))
+    none, l2        L = sum d^2 / K                dL = 2 / K * d
+    none, l1        L = sum |d| / K                dL = 1 / K * sign d
+
+where the terms in phi_hat - mu are the gradient through the statistics, absent with ``detach_statistics``. For
+``separate``, d is the difference of two standardised maps, and the gradient passes through the standardisation.
+
+Why not leave it to autograd: it would keep several copies of full-resolution features for the backward pass. Here
+the gradient is formed at once, in the memory of the target, and nothing else is kept. Maps are taken a few at a time,
+as many as a cache holds.
+
+Invariants. Maps are float32 (float64 where the features are) whatever the decoder's precision. A map in which
+something is not finite makes its sample's term NaN, and no other's. There is no wait for a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from lpl.objectives import at_least_float32
+from lpl.outliers import CACHED_POSITIONS, morphology, within_bounds
+
+
+# The gradient is multiplied by this, so that a float16 decoder can pass it on; a power of two changes no digit.
+GRADIENT_SCALE = 2.0**16
+POSITIONS_AT_ONCE = {"cpu": CACHED_POSITIONS}
+POSITIONS_AT_ONCE_ON_GPU = 2**26  # enough to keep one busy, few enough not to count as memory
+
+Mask = Callable[[Tensor], Tensor]  # (B, C, H, W) -> bool of that shape, True = keep
+
+
+@torch.no_grad()
+def block_term(
+    predicted: Tensor,
+    target: Tensor,
+    mask: Mask | None = None,
+    normalization: str = "shared",
+    distance: str = "l2",
+    detach_statistics: bool = False,
+    weight: float = 1.0,
+    form_gradient: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The term and the share of positions that the mask keeps, (B,) each (Eq. 2; Sec. 3.2).
+
+    Args:
+        predicted, target: features, (B, C, H, W); ``target`` is contiguous, and holds GRADIENT_SCALE times the
+            gradient with respect to ``predicted`` afterwards if ``form_gradient``.
+        weight: omega_l.
+
+    By hand: two positions, both off by one. The prediction's variance is 1, so e = 1e-4, and L = 1 / (1 + e).
+
+    >>> predicted, target = torch.tensor([[[[-1.0, 1.0]]]]), torch.tensor([[[[0.0, 2.0]]]])
+    >>> term, kept = block_term(predicted, target)
+    >>> round(term.item(), 4), kept.item()
+    (0.9999, 1.0)
+
+    The gradient is 2 / (K v) = 1 times d = -1, less L = 1 times (-1, 1):
+
+    >>> [round(value, 3) + 0.0 for value in (target / GRADIENT_SCALE).flatten().tolist()]
+    [0.0, -2.0]
+    """
+    (batch, channels), side = predicted.shape[:2], predicted.shape[2:]
+    phi_hat, phi = (features.reshape(batch * channels, -1) for features in (predicted, target))  # (B C, N) from here
+    maps, count = phi_hat.shape
+    dtype = torch.promote_types(phi_hat.dtype, torch.float32)
+    shared, separate, squared = normalization == "shared", normalization == "separate", distance == "l2"
+
+    # Masks and statistics
+    masks: dict[int, Tensor] = {}  # by the first map of a part
+    kept, mean, variance, target_mean, target_variance = (
+        torch.full((maps, 1), value, dtype=dtype, device=phi.device) for value in (count, 0, 0, 0, 0)
+    )
+    for part in _parts(maps, count, phi.device):
+        x = phi_hat[part].to(dtype)
+        keep = None
+        if mask is not None:
+            keep = mask(x.view(1, -1, *side)).view(x.shape)
+            kept[part] = keep.sum(-1, keepdim=True).to(dtype)
+            if x.device.type != "cpu" or not keep.all():  # a GPU would have to be waited for
+                masks[part.start] = keep
+        keep = masks.get(part.start)
+        if shared or separate:
+            mean[part], variance[part] = _moments(x, keep, kept[part])
+        if separate:
+            target_mean[part], target_variance[part] = _moments(phi[part].to(dtype), keep, kept[part])
+    positions = kept.clamp(min=1)  # K
+    spread, target_spread = (  # sqrt(v); e is relative to the block, and without gradient
+        (v + 1e-4 * v.view(batch, channels).mean(1).repeat_interleave(channels)[:, None] + 1e-12).sqrt()
+        for v in (variance, target_variance)
+    )
+
+    # Values and gradients
+    counts = torch.ones_like(kept) if normalization == "none" else (kept >= 2).to(dtype)  # one position varies not
+    value = torch.empty_like(kept)
+    for part in _parts(maps, count, phi.device):
+        keep = masks.get(part.start)
+        x, y, mu, s, k = phi_hat[part].to(dtype), phi[part].to(dtype), mean[part], spread[part], positions[part]
+        if separate:
+            x = _only(keep, (x - mu) / s)
+            y = (y - target_mean[part]) / target_spread[part]
+        d = _only(keep, x - y)
+        total = _sum_of_squares(d) if squared else torch.linalg.vector_norm(d, 1, dim=-1, keepdim=True)
+        unit = 1.0 if not shared else s.square() if squared else s
+        value[part] = average = total / (k * unit)
+        if not form_gradient:
+            continue
+        gradient = d if squared else d.sign_()
+        factor = (2.0 if squared else 1.0) / (k * unit)
+        if shared and not detach_statistics:
+            gradient.sub_(_only(keep, x - mu).mul_(average if squared else average / s))
+        if separate:
+            factor = factor / s
+            if not detach_statistics:
+                through_mean, through_variance = (z.sum(-1, keepdim=True) / k for z in (gradient, gradient * x))
+                gradient = _only(keep, gradient - through_mean - x * through_variance)
+        phi[part] = gradient.mul_(factor * counts[part] * (weight / channels * GRADIENT_SCALE)).to(phi.dtype)
+    term = (value * counts).view(batch, channels).mean(1) * weight
+    return term, kept.view(batch, channels).mean(1) / count
+
+
+@torch.no_grad()
+def reference_block_term(
+    predicted: Tensor, target: Tensor, index: int, weight: float = 1.0, form_gradient: bool = True
+) -> tuple[Tensor, Tensor]:
+    """One block's term as in the authors' released code, with its own depth weight; arguments as above.
+
+    The mask is the *target's*, from the third block on, with kernels that do not follow the resolution; each position
+    is divided by the norm of the target's channels there. ``index`` counts the decoder's blocks, 0 = mid.
+    """
+    phi_hat, phi = at_least_float32(predicted), at_least_float32(target)
+    if index < 2:
+        mask = torch.ones_like(phi)
+    else:
+        dilation, erosion = (1, 3) if index == 2 else (3, 5)
+        mask = morphology(within_bounds(phi), dilation, erosion).to(phi.dtype)
+    kept = mask.sum((2, 3), keepdim=True)  # (B, C, 1, 1)
+    phi = mask * phi
+    norm = phi.square().sum(1, keepdim=True).sqrt() + 1e-6  # (B, 1, H, W)
+    difference = mask * (phi_hat - phi) / norm
+    weight = weight * 2.0 ** -min(index, 3)
+    value = difference.square().sum((2, 3), keepdim=True) / kept.clamp(min=1)
+    if form_gradient:
+        factor = 2.0 * weight / phi.shape[1] * GRADIENT_SCALE
+        target.copy_(difference / norm * (factor / kept.clamp(min=1)))
+    return value.mean((1, 2, 3)) * weight, mask.mean((1, 2, 3))
+
+
+def _parts(maps: int, count: int, device: torch.device) -> Iterator[slice]:
+    size = max(1, POSITIONS_AT_ONCE.get(device.type, POSITIONS_AT_ONCE_ON_GPU) // count)
+    for start in range(0, maps, size):
+        yield slice(start, min(start + size, maps))
+
+
+def _only(keep: Tensor | None, x: Tensor) -> Tensor:
+    """Zero where a position is left out, but NaN where it was not finite."""
+    return x if keep is None else x * keep
+
+
+def _moments(x: Tensor, keep: Tensor | None, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each map's kept positions, (maps, N) -> (maps, 1) each; 0 where none is kept."""
+    positions = kept.clamp(min=1)
+    mean = _only(keep, x).sum(-1, keepdim=True) / positions
+    return mean, _sum_of_squares(_only(keep, x - mean)) / positions
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
