@@ -34,6 +34,7 @@ from lpl.autoencoders import downscaling_factor, encode
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ("astronaut", "cat", "coffee", "brick")
 SIDE = 256
+CROPS = (128, 64)
 
 
 def photographs() -> Tensor:
@@ -83,7 +84,7 @@ def measure(vae: AutoencoderKL) -> dict[str, dict[str, float]]:
             chosen[list(rows)] = batch / most
             estimates.append(whole * chosen)
         results[f"--lpl_max_samples {most} of {batch}"] = compare(estimates, whole)
-    for crop, margin in itertools.product((128, 64), (0, 4, 8, 16)):
+    for crop, margin in itertools.product(CROPS, (0, 4, 8, 16)):
         part = crop // downscaling_factor(vae.config)
         corners = itertools.product(range(0, side, part), repeat=2)
         with mock.patch("lpl.loss.MARGIN", margin):

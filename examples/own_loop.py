@@ -21,9 +21,7 @@ def training_loss(unet, objective, loss_fn, latents, embeddings, weight=1.0, sig
     model_output = unet(noisy_latents.to(unet.dtype), timesteps, embeddings).sample
     loss = F.mse_loss(model_output.float(), objective.target(latents, noise, timesteps))
 
-    inside = (
-        objective.sigma(timesteps) <= sigma_threshold
-    )  # where the noise is low enough for z0_hat to mean something
+    inside = objective.sigma(timesteps) <= sigma_threshold  # the noise is low enough for z0_hat to mean something
     if inside.any():
         predicted_latents = objective.clean_latents(model_output[inside], noisy_latents[inside], timesteps[inside])
         loss = loss + weight * loss_fn(predicted_latents, latents[inside]).sum() / len(latents)
