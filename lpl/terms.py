@@ -70,7 +70,7 @@ def block_term(
     [0.0, -2.0]
     """
     (batch, channels), side = predicted.shape[:2], predicted.shape[2:]
-    phi_hat, phi = (features.reshape(batch * channels, -1) for features in (predicted, target))  # (B C, N) from here
+    phi_hat, phi = (x.contiguous().view(batch * channels, -1) for x in (predicted, target))  # (B C, N) from here
     maps, count = phi_hat.shape
     dtype = torch.promote_types(phi_hat.dtype, torch.float32)
     shared, separate, squared = normalization == "shared", normalization == "separate", distance == "l2"
