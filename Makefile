@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 QUICKSTART_STEPS ?= 400
 QUICKSTART ?= quickstart
 
-.PHONY: help install quickstart quickstart-weights test test-slow test-gpu style quality clean
+.PHONY: help install quickstart quickstart-weights test test-slow test-gpu benchmark style quality clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
@@ -36,6 +36,11 @@ test-slow: $(READY)  ## the long ones
 test-gpu:  ## those that need a GPU, and the measurements at real sizes; PYTHON=... names one whose torch has CUDA
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest tests/gpu
 	$(PYTHON) tests/gpu/real_sizes.py
+
+benchmark: $(READY)  ## what LPL costs, against the decoder passes that it needs (over half an hour on 2 cores)
+	$(BIN)/python -m benchmarks.lpl_cost
+	$(BIN)/python -m benchmarks.lpl_step
+	$(BIN)/python -m benchmarks.lpl_estimators
 
 style: $(READY)  ## format
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .

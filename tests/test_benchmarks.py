@@ -29,6 +29,7 @@ def test_cost(monkeypatch, tmp_path):
     for rows in record["results"].values():
         assert rows["floor"]["time"] == rows["floor"]["memory"] == 1 and set(rows) == {
             "floor",
+            "floor, channels last",
             "left to autograd",
             "exact masks",
             "rgb",
