@@ -282,8 +282,7 @@ class Losses:
     """Both terms of Eq. 3 for a batch: the method, line by line.
 
     With --lpl_max_samples LPL looks at a random subset of the samples inside the threshold and counts it for all of
-    them, with --lpl_crop at a random part of their images: in expectation it is what it is without (but that a part
-    is standardised by its own statistics).
+    them, the same in expectation; with --lpl_crop at a random part of their images, which is nearly so (docs/lpl.md).
     """
 
     family: Family

@@ -219,25 +219,27 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     hardware = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} threads"
+    settings = {
+        "hardware": hardware,
+        "machine": platform.processor() or platform.machine(),
+        "torch": version("torch"),
+        "diffusers": version("diffusers"),
+        "dtype": args.dtype,
+        "batch_size": args.batch_size,
+        "repeats": args.repeats,
+    }
     results: dict[str, dict[str, dict[str, float]]] = {}
     args.output.parent.mkdir(parents=True, exist_ok=True)
+    if args.output.exists():  # rows of an earlier run with these settings stay, unless they are measured again
+        earlier = json.loads(args.output.read_text())
+        results = earlier.pop("results") if settings.items() <= earlier.items() else {}
     for resolution in args.resolutions:
         for name in args.architectures:
             results[f"{name}, {resolution} px"] = rows = measure(name, resolution, args)
             print(f"\n{name}, {resolution} px, batch {args.batch_size}, {args.dtype}, {hardware}")
             for way, row in rows.items():
                 print(f"  {way:38s} time {row['time']:6.3f}  memory {row['memory']:6.3f}  {row['mebibytes']:8.0f} MiB")
-            record = {
-                "hardware": hardware,
-                "machine": platform.processor() or platform.machine(),
-                "torch": version("torch"),
-                "diffusers": version("diffusers"),
-                "dtype": args.dtype,
-                "batch_size": args.batch_size,
-                "repeats": args.repeats,
-                "results": results,
-            }
-            args.output.write_text(json.dumps(record, indent=1))
+            args.output.write_text(json.dumps(settings | {"results": results}, indent=1))
             subtitle = f"One call of the loss, {hardware}, {args.dtype}, batch of {args.batch_size}"
             picture(results, subtitle, args.output.with_suffix(".png"))
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
+from functools import lru_cache
 from itertools import chain, pairwise
 from typing import Any
 
@@ -75,11 +76,15 @@ _ENCODER_WIDTHS = (
     "ch_mult",
 )
 _LATENT_CHANNELS = ("vq_embed_dim", "latent_channels", "z_dim", "z_channels")
-_DECODE_OPTIONS = {VQModel: {"force_not_quantize": True}, AutoencoderKLTemporalDecoder: {"num_frames": 1}}
 
 
 def _first_of(config: Mapping[str, Any], keys: Sequence[str]) -> Any:
-    return next(config[key] for key in keys if config.get(key) is not None)
+    found = next((config[key] for key in keys if config.get(key) is not None), None)
+    if found is None:
+        raise ValueError(
+            f"the configuration of {config.get('_class_name')} has none of {', '.join(keys)}; use another VAE"
+        )
+    return found
 
 
 # --- blocks ----------------------------------------------------------------------------------------------------------
@@ -226,11 +231,17 @@ def _has_frames(config: Mapping[str, Any]) -> bool:
     return any(key.startswith(("temporal_", "temperal_")) for key in config)
 
 
+def _decode_options(vae: nn.Module) -> dict[str, Any]:
+    if isinstance(vae, VQModel):
+        return {"force_not_quantize": True}
+    return {"num_frames": 1} if isinstance(vae, AutoencoderKLTemporalDecoder) else {}
+
+
 def decode(vae: nn.Module, raw: Tensor) -> Tensor:
     """Raw latents (B, C, h, w) -> pixels in [-1, 1], (B, 3, H, W), the way the pipelines go.
 
-    A VQModel decodes the latents without quantising them, which would leave no gradient. Opacity, where there is one
-    (AutoencoderKLQwenImage21), is left out.
+    A VQModel decodes the latents without quantising them, since all estimates nearby would look the same. Opacity,
+    where there is one (AutoencoderKLQwenImage21), is left out.
 
     Raises:
         ValueError: for a VQModel that decodes indices into its codebook, not latents.
@@ -238,7 +249,7 @@ def decode(vae: nn.Module, raw: Tensor) -> Tensor:
     if vae.config.get("lookup_from_codebook"):
         raise ValueError("this VQModel looks its latents up in its codebook (lookup_from_codebook); LPL cannot use it")
     if not _has_frames(vae.config):
-        return vae.decode(raw, return_dict=False, **_DECODE_OPTIONS.get(type(vae), {}))[0]
+        return vae.decode(raw, return_dict=False, **_decode_options(vae))[0]
     handle = vae.decoder.register_forward_pre_hook(_without_cache, with_kwargs=True)
     try:
         return feature_map(vae.decode(raw.unsqueeze(2), return_dict=False)[0])[:, :3]
@@ -302,11 +313,17 @@ def _affine(vae: nn.Module, like: Tensor) -> tuple[Tensor | float, Tensor | floa
         scale = 1.0
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
         mean, std = (  # AutoencoderKLCosmos has one per channel and frame
-            torch.tensor(config[key], device=like.device, dtype=like.dtype).view(1, like.shape[1], -1, 1)[:, :, :1]
+            _on_device(tuple(config[key]), like.device, like.dtype).view(1, like.shape[1], -1, 1)[:, :, :1]
             for key in ("latents_mean", "latents_std")
         )
         return mean, scale / std
     return config.get("shift_factor") or 0.0, scale
+
+
+@lru_cache
+def _on_device(values: tuple[Any, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Moved there once, since each time a GPU would be waited for."""
+    return torch.tensor(values, device=device, dtype=dtype)
 
 
 def unscale(vae: nn.Module, latents: Tensor) -> Tensor:
@@ -344,7 +361,8 @@ def feature_vae(
 ) -> nn.Module:
     """The VAE whose decoder the loss looks through: the pipeline's own, or a frozen copy or another in ``dtype``."""
     if name_or_path is None:
-        return vae if vae.dtype == dtype else deepcopy(vae).to(dtype)
+        # a copy of the decoder, that is without the encoder
+        return vae if vae.dtype == dtype else deepcopy(vae, {id(getattr(vae, "encoder", None)): None}).to(dtype)
     other = AutoModel.from_pretrained(name_or_path, dtype=dtype, cache_dir=cache_dir)
     return other.requires_grad_(False).eval().to(vae.device)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -79,14 +80,13 @@ class DecoderFeatureExtractor:
     def visit(self, latents: Tensor, see: Callable[[str, Tensor], None]) -> None:
         """The same, but each block's features are shown, ``see(name, features)``, as soon as they exist."""
         self._refuse_tiles()
+        self.check_latents(latents)
         self.first_shape = None
-        channels = latent_channels(self.vae.config)
-        if latents.ndim != 4 or latents.shape[1] != channels:
-            raise ValueError(f"latents must be (B, {channels}, h, w) for this VAE, but are {tuple(latents.shape)}")
         raw = unscale(self.vae, at_least_float32(latents)).to(self.vae.dtype)  # (B, C, h, w)
         if raw.device.type == "cpu":  # its convolutions reorder everything else, there and back
             raw = raw.contiguous(memory_format=torch.channels_last)
         with (
+            torch.compiler.set_stance("force_eager"),  # compiled parts would not notice hooks that come later
             self._hooks(see) as waiting,
             DecoderPass(self.vae, self.gradient_checkpointing),
             exact_precision(latents.device),
@@ -99,6 +99,16 @@ class DecoderFeatureExtractor:
                 raise ValueError(f"--lpl_blocks: {', '.join(sorted(waiting))} did not run when the VAE decoded")
             self._measure(pixels)
             see(RGB, pixels)
+
+    def check_latents(self, latents: Tensor) -> None:
+        """Refuse latents that are not this VAE's.
+
+        Raises:
+            ValueError: with the shape that is accepted.
+        """
+        channels = latent_channels(self.vae.config)
+        if latents.ndim != 4 or latents.shape[1] != channels:
+            raise ValueError(f"latents must be (B, {channels}, h, w) for this VAE, but are {tuple(latents.shape)}")
 
     def _measure(self, maps: Tensor) -> None:
         self.first_shape = self.first_shape or maps.shape[-2:]
@@ -141,20 +151,23 @@ class DecoderPass:
 
     Its convolutions, frozen now, keep nothing of their inputs; with ``gradient_checkpointing`` its blocks are
     recomputed a resnet at a time. Whatever the caller's settings are, they stand again afterwards. Entered anew for
-    each part that the backward pass recomputes, so that it is recomputed as it was computed.
+    each part that the backward pass recomputes, so that it is recomputed as it was computed. One thread at a time can
+    look through a VAE.
     """
 
     def __init__(self, vae: nn.Module, gradient_checkpointing: bool) -> None:
         self.vae, self.gradient_checkpointing = vae, gradient_checkpointing
+        self._parameters = list(vae.parameters())
+        self._modules = list(getattr(vae, "decoder", vae).modules())
         self._left: list[ExitStack] = []  # what to undo, one entry per pass that runs
 
     def __enter__(self) -> None:
         self._left.append(stack := ExitStack())
-        for parameter in self.vae.parameters():
+        for parameter in self._parameters:
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
                 stack.callback(parameter.requires_grad_, True)
-        for module in getattr(self.vae, "decoder", self.vae).modules():
+        for module in self._modules:
             if hasattr(module, "gradient_checkpointing"):  # diffusers' own way, which AutoencoderDC has not
                 _set(stack, module, "gradient_checkpointing", False)
             if torch.is_grad_enabled() and type(module) is nn.Conv2d and _is_plain(module):
@@ -167,7 +180,8 @@ class DecoderPass:
         self._left.pop().close()
 
     def _checkpoint(self, forward: Callable[..., Tensor], *inputs: Any, **options: Any) -> Tensor:
-        recomputation = DecoderPass(self.vae, gradient_checkpointing=False)
+        recomputation = copy(self)
+        recomputation.gradient_checkpointing, recomputation._left = False, []
         return checkpoint(
             forward, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), recomputation), **options
         )

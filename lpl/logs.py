@@ -124,8 +124,7 @@ class Log:
         self._last_step, self._since = step, time.perf_counter()
         return {
             "loss": f"{loss:.4f}",
-            "lpl": f"{lpl:.4f}",
-            "share": f"{record.get('lpl_share', 0.0):.0%}",
+            **({"lpl": f"{lpl:.4f}", "share": f"{record['lpl_share']:.0%}"} if "lpl" in record else {}),
             "lr": f"{lr:.1e}",
             "img/s": f"{speed:.3g}",
         }

@@ -18,6 +18,7 @@ and statistics are float32 (float64 for a float64 VAE). The gradient reaches the
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -40,7 +41,9 @@ NORMALIZATIONS = ("shared", "separate", "none")
 DEPTH_WEIGHTINGS = ("inverse", "exponential", "uniform")
 DISTANCES = ("l2", "l1")
 VARIANTS = ("paper", "reference")
-MARGIN = 8  # latent positions decoded around a window, so that its inside is what it is in the whole image
+MASK_PARAMETERS = tuple(inspect.signature(outlier_mask).parameters)[1:]
+LARGEST_IN_FLOAT16 = 64.0  # of a gradient that the decoder's backward pass begins with; sums of them follow
+MARGIN = 8  # latent positions decoded around a window, so that convolutions see there what is around it
 
 
 class LatentPerceptualLoss:
@@ -83,12 +86,14 @@ class LatentPerceptualLoss:
         outliers: Mapping[str, float] | None = None,
         chunk_size: int | None = None,
     ) -> None:
+        blocks = (blocks,) if isinstance(blocks, str) else blocks
         self.vae = vae
         self.extractor = DecoderFeatureExtractor(vae, blocks, gradient_checkpointing)
         self.block_names = self.extractor.block_names
         check_options(
             normalization, detach_statistics, depth_weighting, mask_outliers, distance, variant, self.block_names
         )
+        check_mask_and_chunks(outliers or {}, mask_outliers, variant, chunk_size)
         if not isinstance(depth_weighting, str):  # given in the order of ``blocks``
             depth_weighting = dict(zip(blocks or self.block_names, depth_weighting))
         self.normalization = normalization
@@ -137,22 +142,25 @@ class LatentPerceptualLoss:
         with torch.no_grad():
             target = unshared(self.extractor(latents[decoded]))
         predicted_latents = at_least_float32(predicted_latents).requires_grad_(wanted)
-        measured, seeds = Measured(), []
+        measured, seeds, gradients = Measured(), [], []
 
         def compare(name: str, predicted: Tensor) -> None:
             features = target.pop(name)
             measured.terms[name], measured.kept[name] = self._term(name, predicted.detach(), features, inner, wanted)
             if wanted:
-                seeds.append(_Given.apply(predicted, [features]))  # they are the gradient by now
+                gradients.append(features)  # which they are by now
+                seeds.append(_Given.apply(predicted, [features]))
 
         with torch.set_grad_enabled(wanted):
             self.extractor.visit(predicted_latents[decoded], compare)
         value = torch.stack(list(measured.terms.values())).sum(0)
         if not wanted:
             return value, None, measured
+        scale = into_range(gradients) * GRADIENT_SCALE
+        gradients.clear()  # they are freed one by one
         with exact_precision(latents.device):
             (gradient,) = torch.autograd.grad(seeds, predicted_latents)
-        return value, gradient / GRADIENT_SCALE, measured
+        return value, gradient / scale, measured
 
     def _term(
         self, name: str, predicted: Tensor, target: Tensor, inner: Window | None, wanted: bool
@@ -183,8 +191,10 @@ class LatentPerceptualLoss:
             target.zero_()[place] = part
         return result
 
-    @staticmethod
-    def _check_latents(predicted_latents: Tensor, latents: Tensor, window: tuple[int, int, int, int] | None) -> None:
+    def _check_latents(
+        self, predicted_latents: Tensor, latents: Tensor, window: tuple[int, int, int, int] | None
+    ) -> None:
+        self.extractor.check_latents(latents)
         if predicted_latents.shape != latents.shape:
             raise ValueError(
                 "predicted_latents and latents must have one shape, but have "
@@ -283,14 +293,27 @@ def with_margin(
     return (..., slice(first_row, last_row), slice(first_column, last_column)), inner
 
 
+def into_range(gradients: Sequence[Tensor]) -> Tensor | float:
+    """Scale down, in place, what would leave float16's range on its way through the decoder.
+
+    Returns the factor of each sample, (B, 1, 1, 1), a power of two.
+    """
+    if gradients[0].dtype != torch.float16:
+        return 1.0
+    largest = torch.stack([gradient.abs().amax((1, 2, 3), keepdim=True) for gradient in gradients]).amax(0).float()
+    factor = torch.exp2(torch.log2(LARGEST_IN_FLOAT16 / largest).floor()).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(factor)
+    return factor
+
+
 def unshared(features: dict[str, Tensor]) -> dict[str, Tensor]:
     """Each in memory of its own, so that a gradient can take its place; named modules may return the same tensor."""
     seen: set[int] = set()
     for name, maps in features.items():
-        features[name] = (
-            maps.clone(memory_format=torch.contiguous_format) if maps.data_ptr() in seen else maps.contiguous()
-        )
-        seen.add(features[name].data_ptr())
+        memory = maps.untyped_storage().data_ptr()
+        features[name] = maps.clone(memory_format=torch.contiguous_format) if memory in seen else maps.contiguous()
+        seen.add(memory)
     return features
 
 
@@ -348,6 +371,22 @@ def check_options(
                 f"--lpl_variant reference goes without {', '.join(name for name in given if given[name])}: it fixes "
                 "all options of the loss; leave them out, or use --lpl_variant paper"
             )
+
+
+def check_mask_and_chunks(
+    outliers: Mapping[str, float], mask_outliers: bool, variant: str, chunk_size: int | None
+) -> None:
+    """Refuse parameters of the masks that are unknown or without effect, and a wrong chunk size.
+
+    Raises:
+        ValueError: with what was given and what is accepted.
+    """
+    if unknown := [name for name in outliers if name not in MASK_PARAMETERS]:
+        raise ValueError(f"outliers: {', '.join(unknown)} is not among {', '.join(MASK_PARAMETERS)}")
+    if outliers and (not mask_outliers or variant == "reference"):
+        raise ValueError("outliers has no effect without mask_outliers, or with the variant reference; leave it out")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size {chunk_size}: it must be 1 or more, or None for all samples at once")
 
 
 def depth_weight(weighting: str | Mapping[str, float], relative_side: float, name: str) -> float:

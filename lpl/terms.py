@@ -14,7 +14,7 @@ where the terms in phi_hat - mu are the gradient through the statistics, absent 
 
 Why not leave it to autograd: it would keep several copies of full-resolution features for the backward pass. Here
 the gradient is formed at once, in the memory of the target, and nothing else is kept. Maps are taken a few at a time,
-as many as a cache holds.
+as many as a cache holds; those of the reference variant, whose norm is over channels, all at once.
 
 Invariants. Maps are float32 (float64 where the features are) whatever the decoder's precision. A map in which
 something is not finite makes its sample's term NaN, and no other's. There is no wait for a GPU.
@@ -69,6 +69,7 @@ def block_term(
     >>> [round(value, 3) + 0.0 for value in (target / GRADIENT_SCALE).flatten().tolist()]
     [0.0, -2.0]
     """
+    assert target.is_contiguous(), "the gradient could not take its place"
     (batch, channels), side = predicted.shape[:2], predicted.shape[2:]
     phi_hat, phi = (x.contiguous().view(batch * channels, -1) for x in (predicted, target))  # (B C, N) from here
     maps, count = phi_hat.shape
@@ -123,7 +124,8 @@ def block_term(
             if not detach_statistics:
                 through_mean, through_variance = (z.sum(-1, keepdim=True) / k for z in (gradient, gradient * x))
                 gradient = _only(keep, gradient - through_mean - x * through_variance)
-        phi[part] = gradient.mul_(factor * counts[part] * (weight / channels * GRADIENT_SCALE)).to(phi.dtype)
+        gradient.mul_(factor * counts[part] * (weight / channels * GRADIENT_SCALE))
+        phi[part] = _within_range(gradient, phi.dtype)
     term = (value * counts).view(batch, channels).mean(1) * weight
     return term, kept.view(batch, channels).mean(1) / count
 
@@ -151,8 +153,14 @@ def reference_block_term(
     value = difference.square().sum((2, 3), keepdim=True) / kept.clamp(min=1)
     if form_gradient:
         factor = 2.0 * weight / phi.shape[1] * GRADIENT_SCALE
-        target.copy_(difference / norm * (factor / kept.clamp(min=1)))
+        target.copy_(_within_range(difference / norm * (factor / kept.clamp(min=1)), target.dtype))
     return value.mean((1, 2, 3)) * weight, mask.mean((1, 2, 3))
+
+
+def _within_range(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """A nearly dead channel's gradient may be more than float16 can hold."""
+    largest = torch.finfo(dtype).max
+    return gradient.clamp_(-largest, largest)
 
 
 def _parts(maps: int, count: int, device: torch.device) -> Iterator[slice]:

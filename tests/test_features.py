@@ -7,7 +7,7 @@ from helpers import block, hook_count, random_latents
 from reference_loss import decoder_features
 from tiny import VAE_CONFIGS, tiny_vae
 
-from lpl import DecoderFeatureExtractor
+from lpl import DecoderFeatureExtractor, LatentPerceptualLoss
 from lpl.autoencoders import decoder_blocks
 
 
@@ -133,6 +133,11 @@ def test_wrong_shapes_are_refused(kind, channels):
         extractor(torch.zeros(1, channels, 4, 4))
     with pytest.raises(ValueError):
         extractor(torch.zeros(16, 4, 4))
+
+
+def test_empty_latents_of_another_vae_are_refused(vae):
+    with pytest.raises(ValueError, match=r"\(0, 9, 3, 3\)"):
+        LatentPerceptualLoss(vae)(torch.zeros(0, 9, 3, 3), torch.zeros(0, 9, 3, 3))
 
 
 def test_no_hook_stays(vae):

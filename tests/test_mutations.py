@@ -248,7 +248,7 @@ WORDS = {
     ),
     "gradient not scaled back": (
         LatentPerceptualLoss._compare,
-        "gradient / GRADIENT_SCALE",
+        "gradient / scale",
         "gradient",
         lambda: gradients(True),
     ),
