@@ -14,6 +14,7 @@ import logging
 import math
 import secrets
 import sys
+import time
 import warnings
 from argparse import Namespace
 from collections.abc import Mapping
@@ -178,7 +179,7 @@ def main() -> None:
     plan = Plan(args, trainee, accelerator, images, objective, threshold, max_steps, global_batch, lr_scheduler)
     if args.dry_run:
         DryRun(plan, losses, model, optimizer, batches, lpl_weight).report()
-        accelerator.end_training()
+        finish(accelerator)
         return
 
     real = None
@@ -274,7 +275,15 @@ def main() -> None:
         logger.info(f"the {'LoRA' if args.lora else 'pipeline'}, its samples and its card are in {args.output_dir}")
         if args.push_to_hub and (url := hub.push_folder(args.output_dir, args.hub_model_id, args.hub_token)):
             logger.info(f"published at {url}")
+    finish(accelerator)
+
+
+def finish(accelerator: Accelerator) -> None:
+    """Close trackers and the process group."""
     accelerator.end_training()
+    # Gloo's thread needs the interpreter once more, to drop the last barrier. A process that tears its group down
+    # before that, as happens when main() is left, would wait for that thread for ever.
+    time.sleep(0.2 if accelerator.num_processes > 1 else 0)
 
 
 @dataclass
