@@ -24,7 +24,6 @@ import yaml
 from lpl.checks import (
     DTYPES,
     OPTIMIZERS,
-    OUTLIERS,
     TRACKERS,
     PipelineConfigs,
     check_arguments,
@@ -38,6 +37,7 @@ from lpl.checks import (
 )
 from lpl.loss import DEPTH_WEIGHTINGS, DISTANCES, NORMALIZATIONS, VARIANTS
 from lpl.objectives import BIAS_STRATEGIES, OBJECTIVES, WEIGHTING_SCHEMES
+from lpl.outliers import MASK_DEFAULTS
 from lpl.weighting import parse_weight
 
 
@@ -197,31 +197,31 @@ def _lpl(add: Callable[..., Any]) -> None:
     add(
         "--lpl_outlier_quantile",
         type=float,
-        default=OUTLIERS["quantile"],
+        default=MASK_DEFAULTS["quantile"],
         help="masks: share of a map's positions at either end that its bounds are read off",
     )
     add(
         "--lpl_outlier_margin",
         type=float,
-        default=OUTLIERS["margin"],
+        default=MASK_DEFAULTS["margin"],
         help="masks: standard deviations beyond those bounds that are still kept",
     )
     add(
         "--lpl_outlier_dilation",
         type=int,
-        default=OUTLIERS["dilation"],
+        default=MASK_DEFAULTS["dilation"],
         help="masks: kernel at 256 px that drops lone false positives; it grows with the side, as does the next",
     )
     add(
         "--lpl_outlier_erosion",
         type=int,
-        default=OUTLIERS["erosion"],
+        default=MASK_DEFAULTS["erosion"],
         help="masks: kernel at 256 px that then grows the outliers found",
     )
     add(
         "--lpl_outlier_stride",
         type=int,
-        default=OUTLIERS["stride"],
+        default=MASK_DEFAULTS["stride"],
         help="masks: read the bounds off every so many-th position; more is faster and a little less exact",
     )
     add("--lpl_distance", choices=DISTANCES, default="l2", help="squared or absolute difference of features")

@@ -169,11 +169,6 @@ def decoder_parts(vae: nn.Module) -> list[nn.Module]:
     return parts
 
 
-def block_names(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the decoder blocks, from the VAE's configuration alone."""
-    return tuple(decoder_blocks(skeleton(config)))
-
-
 def skeleton(config: Mapping[str, Any]) -> nn.Module:
     """The VAE of a configuration, as it stands in a file, without memory for its weights: to ask for its modules.
 

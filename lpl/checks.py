@@ -39,6 +39,7 @@ from lpl.objectives import (
     own_objective,
     training_scheduler,
 )
+from lpl.outliers import MASK_DEFAULTS
 from lpl.weighting import parse_weight
 
 
@@ -47,7 +48,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 PIPELINE_VAES = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny", "VQModel", "AutoencoderDC")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio")
 OPTIMIZERS = ("AdamW", "prodigy")
-OUTLIERS = {"quantile": 0.02, "margin": 2.0, "dilation": 3, "erosion": 5, "stride": 1}  # of lpl.outlier_mask
 
 
 def warn(message: str) -> None:
@@ -239,7 +239,7 @@ def _check_lpl(args: Namespace) -> None:
     masks = not args.lpl_no_outlier_mask
     warn_of_idle_flags(
         args,
-        {f"lpl_outlier_{name}": masks for name in OUTLIERS}
+        {f"lpl_outlier_{name}": masks for name in MASK_DEFAULTS}
         | {
             "lpl_max_samples": (args.lpl_max_samples or 0) < args.train_batch_size,
             "lpl_chunk_size": (args.lpl_chunk_size or 0) < args.train_batch_size,
@@ -280,8 +280,8 @@ def holds_out(args: Namespace) -> bool:
 
 def loss_options(args: Namespace) -> dict[str, Any]:
     """The flags that are options of the loss, by its names; of masks and memory only what is not the default."""
-    outliers = {name: getattr(args, f"lpl_outlier_{name}") for name in OUTLIERS}
-    outliers = {name: value for name, value in outliers.items() if value != OUTLIERS[name]}
+    outliers = {name: getattr(args, f"lpl_outlier_{name}") for name in MASK_DEFAULTS}
+    outliers = {name: value for name, value in outliers.items() if value != MASK_DEFAULTS[name]}
     cost = {"outliers": outliers, "chunk_size": args.lpl_chunk_size}
     return {
         "normalization": args.lpl_normalization,
@@ -727,6 +727,15 @@ def _translate_timestep_threshold(args: Namespace, configs: PipelineConfigs) -> 
     )
 
 
+def check_vae_dtype(dtype: str, vae: Mapping[str, Any]) -> None:
+    """Refuse float16 for a VAE that says of itself that it overflows."""
+    if dtype == "float16" and vae.get("force_upcast"):
+        raise ValueError(
+            "--lpl_vae_dtype float16: this VAE overflows in float16 (force_upcast in its configuration); "
+            "use bfloat16 or float32"
+        )
+
+
 def _check_features(args: Namespace, configs: PipelineConfigs) -> None:
     """The decoder that LPL looks through."""
     vae = configs.vae
@@ -738,9 +747,5 @@ def _check_features(args: Namespace, configs: PipelineConfigs) -> None:
                 f"--lpl_vae_name_or_path {args.lpl_vae_name_or_path}: a position of its latents is {theirs} pixels "
                 f"wide and one of the pipeline's {ours}; it must have the same latent space"
             )
-    if args.lpl_vae_dtype == "float16" and vae.get("force_upcast"):
-        raise ValueError(
-            "--lpl_vae_dtype float16: this VAE overflows in float16 (force_upcast in its configuration); "
-            "use bfloat16 or float32"
-        )
+    check_vae_dtype(args.lpl_vae_dtype, vae)
     _check_loss_options(args, tuple(decoder_blocks(skeleton(vae), args.lpl_blocks)) or (RGB,))

@@ -71,10 +71,19 @@ class DecoderFeatureExtractor:
         Gradients flow to ``latents``, unless under ``torch.no_grad()``.
 
         Raises:
-            ValueError: where the latents are not this VAE's, or it has come to slice or tile.
+            ValueError: where the latents are not this VAE's, it has come to slice or tile, or a module that follows
+                a named one works in place.
         """
-        features: dict[str, Tensor] = {}
-        self.visit(latents, features.__setitem__)
+        features, versions = {}, {}
+
+        def take(name: str, maps: Tensor) -> None:
+            features[name], versions[name] = maps, maps._version
+
+        self.visit(latents, take)
+        if changed := [name for name, maps in features.items() if maps._version != versions[name]]:
+            raise ValueError(
+                f"--lpl_blocks: the decoder overwrites what {', '.join(changed)} returns; name the module that does"
+            )
         return features
 
     def visit(self, latents: Tensor, see: Callable[[str, Tensor], None]) -> None:

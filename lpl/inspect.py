@@ -46,12 +46,12 @@ from lpl.autoencoders import (
     latent_channels,
     skeleton,
 )
-from lpl.checks import DTYPES, check_ranges
+from lpl.checks import DTYPES, check_ranges, check_vae_dtype
 from lpl.data import first_line, image_files, keyed_generator, to_rgb
 from lpl.features import DecoderFeatureExtractor
 from lpl.inspect_figures import balance_figure, features_figure, interpolation_figure, outliers_figure, percent
 from lpl.loss import DEPTH_WEIGHTINGS, LatentPerceptualLoss, depth_weight
-from lpl.outliers import outlier_mask
+from lpl.outliers import MASK_DEFAULTS, outlier_mask
 from lpl.pictures import save_figure, write_whole
 
 
@@ -67,7 +67,7 @@ METHODS = {  # how the rows of Fig. 12 resize, and what
     "bicubic, in the latent": ("bicubic", "latent"),
 }
 STEPS = 1 + len(ERRORS) + len(METHODS) * len(SCALES)  # of the progress shown, per image
-OUTLIER_SETTINGS = ("quantile", "margin", "dilation", "erosion")  # of outlier_mask
+OUTLIER_SETTINGS = [name for name in MASK_DEFAULTS if name != "stride"]  # of outlier_mask, which are looked into
 SHARED_FLAGS = (  # those that are as in the training script
     *("revision", "variant", "cache_dir", "lpl_blocks", "lpl_normalization", "lpl_distance", "lpl_vae_dtype"),
     *(f"lpl_outlier_{name}" for name in OUTLIER_SETTINGS),
@@ -184,11 +184,7 @@ def check_vae(args: argparse.Namespace, config: Mapping[str, Any]) -> None:
         ValueError: with what was given, what is accepted, and the flag to change.
     """
     decoder_blocks(skeleton(config), args.lpl_blocks)
-    if args.lpl_vae_dtype == "float16" and config.get("force_upcast"):
-        raise ValueError(
-            "--lpl_vae_dtype float16: this VAE overflows in float16 (force_upcast in its configuration); "
-            "use bfloat16 or float32"
-        )
+    check_vae_dtype(args.lpl_vae_dtype, config)
     factor = downscaling_factor(config)
     if args.resolution is None:
         own = config.get("sample_size")
@@ -419,8 +415,8 @@ def summary(inspector: Inspector) -> dict[str, Any]:
         np.array([found[kind] for found in inspector.found]).mean(0)  # (errors, blocks)
         for kind in ("terms", "unmasked")
     )
-    for name, without in zip(inspector.names, relative(unmasked, terms).T):
-        blocks[name]["without_masks"] = without[np.abs(without).argmax()].item()
+    for name, change in zip(inspector.names, relative(terms, unmasked).T):
+        blocks[name]["masks_change"] = change[np.abs(change).argmax()].item()
     return {
         "outliers": {
             "settings": inspector.settings,
@@ -435,7 +431,7 @@ def summary(inspector: Inspector) -> dict[str, Any]:
 
 
 def relative(values: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """values / reference - 1; nothing has changed where both are 0."""
+    """values / reference - 1; where nothing differs at all, both are 0 and nothing has changed."""
     return np.divide(values, reference, out=np.ones_like(values), where=reference > 0) - 1
 
 
@@ -464,7 +460,7 @@ def _block_summary(inspector: Inspector, name: str) -> dict[str, Any]:
 def outlier_advice(blocks: Mapping[str, Mapping[str, Any]], settings: Mapping[str, float]) -> dict[str, str]:
     """Which settings of the masks these features ask for, by three rules, the first that holds.
 
-    1. If without masks every block's term is the same but for NEGLIGIBLE (1%), masks are not worth their time.
+    1. If masks leave every block's term the same but for NEGLIGIBLE (1%), they are not worth their time.
     2. A block should not lose more than the 2 * ``quantile`` that lie outside the quantiles, or the masks take
        ordinary features too: take the smallest larger margin of MARGINS that keeps the rest, or leave out the block.
     3. Else the settings are right.
@@ -475,12 +471,12 @@ def outlier_advice(blocks: Mapping[str, Mapping[str, Any]], settings: Mapping[st
         "flags" to give, maybe none, and "why".
     """
     quantile, margin = settings["quantile"], settings["margin"]
-    change = max((abs(block["without_masks"]), name) for name, block in blocks.items())
+    change = max((abs(block["masks_change"]), name) for name, block in blocks.items())
     if change[0] < NEGLIGIBLE:
         return {
             "flags": "--lpl_no_outlier_mask",
-            "why": f"without masks no block's term changes by more than {percent(change[0])} ({change[1]}), "
-            f"less than the {NEGLIGIBLE:.0%} taken as negligible here; this saves the masks' time",
+            "why": f"they change no block's term by more than {percent(change[0])} ({change[1]}), "
+            f"less than the {NEGLIGIBLE:.0%} taken as negligible here; this saves their time",
         }
     limit = 2 * quantile
     eaten = [name for name, block in blocks.items() if block["masked"] > limit]
@@ -501,8 +497,8 @@ def outlier_advice(blocks: Mapping[str, Mapping[str, Any]], settings: Mapping[st
     most = max((block["masked"], name) for name, block in blocks.items())
     return {
         "flags": "",
-        "why": f"the settings mask {percent(most[0])} at most ({most[1]}), and without masks the "
-        f"term of {change[1]} would change by {percent(change[0])}",
+        "why": f"the settings mask {percent(most[0])} at most ({most[1]}), and change the term of {change[1]} by "
+        f"{percent(change[0])}",
     }
 
 
@@ -570,7 +566,7 @@ def ordered_alike(values: Sequence[float], others: Sequence[float]) -> float:
     return sum((a - b) * (c - d) > 0 for (a, c), (b, d) in pairs) / len(pairs)
 
 
-COLUMNS = ("block", "maps", "masked", "Gaussian", "any masked", "peak", "kept", "stride", "unmasked")
+COLUMNS = ("block", "maps", "masked", "Gaussian", "any masked", "peak", "kept", "stride", "change")
 
 
 def report(numbers: Mapping[str, Any]) -> str:
@@ -587,7 +583,7 @@ def report(numbers: Mapping[str, Any]) -> str:
                 *map(percent, shares),
                 *(f"{block[kind]:.1f}" for kind in ("peak", "peak_kept")),
                 percent(block["stride_differs"]),
-                f"{100 * block['without_masks']:+.2f}%",
+                f"{100 * block['masks_change']:+.2f}%",
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -596,7 +592,7 @@ def report(numbers: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             "masked, and of Gaussian maps as smooth; maps with any masked; largest value of all and of the kept, in",
-            f"deviations; decided otherwise at stride {STRIDE}; change of the block's term if nothing is masked",
+            f"deviations; decided otherwise at stride {STRIDE}; what masks change of the block's term",
             *table,
             f"masks: {advice['flags'] or 'nothing to change'}; {advice['why']}",
             f"balanced terms: {balance['flags']}; the default is {by_default}",

@@ -120,10 +120,10 @@ def outliers_figure(inspector: Inspector, numbers: Mapping[str, Any]) -> Any:
     _small_shares(margin)
     label_axes(margin, "Masked, by margin", "margin, in std beyond the quantiles", "% of positions")
     places = np.arange(len(names))
-    cost.bar(places - 0.2, [100 * abs(b["without_masks"]) for b in blocks.values()], 0.4, color=COLOURS[0],
-             label="a block's term, if nothing is masked")  # fmt: skip
+    cost.bar(places - 0.2, [100 * abs(b["masks_change"]) for b in blocks.values()], 0.4, color=COLOURS[0],
+             label="masks: a block's term")  # fmt: skip
     cost.bar(places + 0.2, [100 * b["stride_differs"] for b in blocks.values()], 0.4, color=COLOURS[1],
-             label=f"positions decided otherwise at stride {numbers['stride']}")  # fmt: skip
+             label=f"stride {numbers['stride']}: positions decided otherwise")  # fmt: skip
     cost.set_xticks(places, names)
     cost.axhline(100 * numbers["negligible"], color=INK, linewidth=0.8, linestyle=":", label="taken as negligible")
     highest = max(bar.get_height() for bar in cost.patches)

@@ -18,7 +18,6 @@ and statistics are float32 (float64 for a float64 VAE). The gradient reaches the
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -33,7 +32,7 @@ from torch.autograd.function import once_differentiable
 from lpl.autoencoders import decoder_levels, exact_precision
 from lpl.features import DecoderFeatureExtractor
 from lpl.objectives import at_least_float32
-from lpl.outliers import DILATION, EROSION, outlier_mask
+from lpl.outliers import MASK_DEFAULTS, outlier_mask
 from lpl.terms import GRADIENT_SCALE, block_term, reference_block_term
 
 
@@ -41,7 +40,6 @@ NORMALIZATIONS = ("shared", "separate", "none")
 DEPTH_WEIGHTINGS = ("inverse", "exponential", "uniform")
 DISTANCES = ("l2", "l1")
 VARIANTS = ("paper", "reference")
-MASK_PARAMETERS = tuple(inspect.signature(outlier_mask).parameters)[1:]
 LARGEST_IN_FLOAT16 = 64.0  # of a gradient that the decoder's backward pass begins with; sums of them follow
 MARGIN = 8  # latent positions decoded around a window, so that convolutions see there what is around it
 
@@ -171,8 +169,8 @@ class LatentPerceptualLoss:
         if inner is not None:  # the margin was decoded for its sake, and takes no part itself
             place = inner.on(target.shape[-2:])
             predicted, part = predicted[place], target[place].clone(memory_format=torch.contiguous_format)
-            kernels = {"dilation": DILATION, "erosion": EROSION} | outliers
-            outliers = outliers | {kernel: kernels[kernel] * inner.side for kernel in ("dilation", "erosion")}
+            settings = MASK_DEFAULTS | outliers
+            outliers = settings | {kernel: settings[kernel] * inner.side for kernel in ("dilation", "erosion")}
         if self.variant == "reference":
             index = list(decoder_levels(self.vae)).index(name)
             result = reference_block_term(predicted, part, index, 1 / len(self.block_names), wanted)
@@ -381,8 +379,8 @@ def check_mask_and_chunks(
     Raises:
         ValueError: with what was given and what is accepted.
     """
-    if unknown := [name for name in outliers if name not in MASK_PARAMETERS]:
-        raise ValueError(f"outliers: {', '.join(unknown)} is not among {', '.join(MASK_PARAMETERS)}")
+    if unknown := [name for name in outliers if name not in MASK_DEFAULTS]:
+        raise ValueError(f"outliers: {', '.join(unknown)} is not among {', '.join(MASK_DEFAULTS)}")
     if outliers and (not mask_outliers or variant == "reference"):
         raise ValueError("outliers has no effect without mask_outliers, or with the variant reference; leave it out")
     if chunk_size is not None and chunk_size < 1:

@@ -7,13 +7,13 @@ per sample and channel on a feature map of H x W positions, and left out with a 
 from __future__ import annotations
 
 import math
+from inspect import signature
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-DILATION, EROSION = 3, 5
 # Kernels are stated for the full-resolution feature map of an image of this side, in pixels.
 BASE_RESOLUTION = 256
 CACHED_POSITIONS = 2**19  # of float32 maps that a CPU core's cache holds
@@ -24,8 +24,8 @@ def outlier_mask(
     features: Tensor,
     quantile: float = 0.02,
     margin: float = 2.0,
-    dilation: float = DILATION,
-    erosion: float = EROSION,
+    dilation: float = 3,
+    erosion: float = 5,
     stride: int = 1,
 ) -> Tensor:
     """Where a feature map is free of outliers (Alg. 1).
@@ -56,6 +56,9 @@ def outlier_mask(
     if features.device.type != "cpu":
         return morphology(within_bounds(features, quantile, margin, stride), *kernels)
     return _mask_by_parts(features, quantile, margin, stride, *kernels)
+
+
+MASK_DEFAULTS = {name: parameter.default for name, parameter in list(signature(outlier_mask).parameters.items())[1:]}
 
 
 def _mask_by_parts(

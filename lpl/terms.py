@@ -160,7 +160,7 @@ def reference_block_term(
 def _within_range(gradient: Tensor, dtype: torch.dtype) -> Tensor:
     """A nearly dead channel's gradient may be more than float16 can hold."""
     largest = torch.finfo(dtype).max
-    return gradient.clamp_(-largest, largest)
+    return gradient.clamp_(-largest, largest) if dtype == torch.float16 else gradient
 
 
 def _parts(maps: int, count: int, device: torch.device) -> Iterator[slice]:

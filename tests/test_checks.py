@@ -1,7 +1,6 @@
 """A bad command gets one sentence, with what to change, before anything is loaded; an idle flag gets a warning."""
 
 import importlib.util
-import inspect
 import json
 import shutil
 import warnings
@@ -14,7 +13,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from tiny import tiny_vae
 from trainer import arguments, parsed, run
 
-from lpl import checks, outlier_mask
+from lpl import checks
 from lpl.arguments import build_parser, check_pipeline, parse_arguments, read_pipeline_configs
 from lpl.families import FAMILIES
 
@@ -517,12 +516,6 @@ def test_a_vae_with_latents_of_another_size(sd_pipeline, image_folder, tmp_path,
     assert all(word in message for word in ("--lpl_vae_name_or_path", "2 pixels", "pipeline's 4", "latent space"))
     flags = {"pretrained_vae_model_name_or_path": other, "lpl_vae_name_or_path": other}
     parsed(sd_pipeline, image_folder, tmp_path, **flags)
-
-
-def test_the_masks_parameters_are_those_of_the_loss():
-    defaults = {name: value.default for name, value in inspect.signature(outlier_mask).parameters.items()}
-    assert {name: defaults[name] for name in checks.OUTLIERS} == checks.OUTLIERS
-    assert set(defaults) - {"features"} == set(checks.OUTLIERS)
 
 
 def test_another_vae_counts_instead_of_the_pipelines_own(sd_pipeline, image_folder, tmp_path):

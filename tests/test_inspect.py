@@ -170,7 +170,7 @@ def test_outliers_are_found_where_they_were_planted(channel):
     assert masked.argmax() == peak.argmax() == channel and masked[channel] > 0.002
     assert peak[channel] > 5 * np.delete(peak, channel).max() and planted["up_2"]["peak"] == peak[channel]
     assert planted["up_2"]["peak_kept"] < peak[channel] / 5  # and the mask takes it
-    assert abs(planted["up_2"]["without_masks"]) > abs(plain["up_2"]["without_masks"])
+    assert abs(planted["up_2"]["masks_change"]) > abs(plain["up_2"]["masks_change"])
     untouched = np.delete(np.array(plain["up_2"]["masked_by_channel"]), channel)
     assert np.delete(masked, channel) == pytest.approx(untouched)
     for name in ("mid", "up_0", "up_1"):
@@ -197,10 +197,10 @@ def test_gaussian_maps_are_as_large_and_as_smooth_but_have_no_outliers():
     assert inspect.share_masked(features, settings) > 0.003 > 10 * inspect.share_masked(surrogate, settings)
 
 
-def block(masked=0.001, without=-0.3, at_four=0.0005, at_eight=0.0001):
+def block(masked=0.001, change=-0.3, at_four=0.0005, at_eight=0.0001):
     return {
         "masked": masked,
-        "without_masks": without,
+        "masks_change": change,
         "masked_by_margin": {"1.0": 2 * masked, "2.0": masked, "4.0": at_four, "8.0": at_eight},
     }
 
@@ -209,7 +209,7 @@ def block(masked=0.001, without=-0.3, at_four=0.0005, at_eight=0.0001):
     "blocks, flags, why",
     [
         ({"mid": block(), "up_0": block(0.002)}, "", "0.2% at most (up_0)"),
-        ({"mid": block(0, without=0), "up_0": block(without=0.009)}, "--lpl_no_outlier_mask", "0.9% (up_0)"),
+        ({"mid": block(0, change=0), "up_0": block(change=0.009)}, "--lpl_no_outlier_mask", "0.9% (up_0)"),
         ({"mid": block(), "up_0": block(0.05)}, "--lpl_outlier_margin 4", "more than 4% of up_0"),
         ({"mid": block(), "up_0": block(0.1, at_four=0.05)}, "--lpl_outlier_margin 8", "of up_0 is masked"),
         ({"mid": block(), "up_0": block(0.1, 1, 0.1, 0.1)}, "--lpl_blocks mid", "even at a margin of 8"),
