@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lpl import LatentPerceptualLoss, checkpoints, get_objective, hub, training_scheduler
-from lpl.arguments import command_line, parse_arguments, recipe
+from lpl.arguments import command_line, loss_flags, parse_arguments, recipe
 from lpl.autoencoders import downscaling_factor, encode, feature_vae, latent_channels
 from lpl.checks import DTYPES, PipelineConfigs, check_pipeline, loss_options, read_pipeline_configs
 from lpl.data import (
@@ -188,13 +188,34 @@ def main() -> None:
     names = [classes.get(prompt, str(prompt)) for prompt in prompts]
     validation = Validation(family, scheduler, args, prompts, names, real)
     log = Log(accelerator, args, progress.step, max_steps, global_batch, lpl_loss.block_names if lpl_loss else ())
+    evaluation = None
+    if args.eval_steps is not None:
+        from lpl.evaluation.training import TrainingEvaluation  # whose libraries others need not have
+
+        try:
+            evaluation = TrainingEvaluation(family, scheduler, args, classes)
+        except ValueError as error:
+            sys.exit(f"{SCRIPT}: error: {error}")
+        evaluation.resume(progress.step)
     validate_every = args.validation_steps or args.validation_epochs * steps_per_epoch
+    evaluate_every = args.eval_steps or max_steps
+
+    def due(step: int, every: int) -> bool:
+        return step % every == 0 or step == max_steps
+
+    def look(step: int) -> None:
+        """Samples, held-out losses and metrics, where they are due after a step."""
+        if due(step, validate_every):
+            validation.run(accelerator, trainee, ema, step)
+            if held_out is not None:
+                log.validation(step, losses_on(held_out, losses, trainee, ema, accelerator))
+        if evaluation is not None and due(step, evaluate_every):
+            log.validation(step, evaluation.run(accelerator, trainee, ema, step))
+
     if held_out is not None:
         held_out = TrainingImages(held_out, objective, images.latent_shape, args, empty)
     if progress.step == 0:
-        validation.run(accelerator, trainee, ema, 0)
-        if held_out is not None:
-            log.validation(0, losses_on(held_out, losses, trainee, ema, accelerator))
+        look(0)
 
     if accelerator.is_main_process:
         write_recipe(args)
@@ -235,16 +256,14 @@ def main() -> None:
         if log.is_due(progress.step):
             bar.set_postfix(log.write(progress.step, learning_rate, weight), refresh=False)
             bar.update(progress.step - bar.n)
-        validate = progress.step % validate_every == 0 or progress.step == max_steps
-        if save or validate:
+        if save or due(progress.step, validate_every) or due(progress.step, evaluate_every):
             with log.paused():  # images per second are those of the training alone
                 if save:
                     checkpoints.save_checkpoint(accelerator, args.output_dir, progress, args.checkpoints_total_limit)
-                if validate:
-                    validation.run(accelerator, trainee, ema, progress.step)
-                if validate and held_out is not None:
-                    log.validation(progress.step, losses_on(held_out, losses, trainee, ema, accelerator))
+                look(progress.step)
     bar.close()
+    if lpl_weight.measuring and lpl_weight.steps:
+        report_share(lpl_weight)
 
     # Save: a pipeline that loads and samples by itself, or the LoRA that one loads; with the EMA's weights if kept.
     accelerator.wait_for_everyone()
@@ -271,6 +290,7 @@ def main() -> None:
             data_classes,
             plan.what(),
         )
+        card = replace(card, **evaluation.on_card()) if evaluation is not None else card
         hub.write_model_card(args.output_dir, card)
         logger.info(f"the {'LoRA' if args.lora else 'pipeline'}, its samples and its card are in {args.output_dir}")
         if args.push_to_hub and (url := hub.push_folder(args.output_dir, args.hub_model_id, args.hub_token)):
@@ -348,7 +368,8 @@ def report_share(lpl_weight: LplWeight) -> None:
     """What the first steps measured, and whether LPL's part in the loss makes sense."""
     share = lpl_weight.measured_share()
     logger.info(
-        f"LPL weight {float(lpl_weight.value):.4g}: {share:.1%} of the total loss over the first steps with LPL"
+        f"LPL weight {float(lpl_weight.value):.4g}: {share:.1%} of the total loss over its first {lpl_weight.steps} "
+        "steps"
     )
     low, high = SHARE_RANGE
     if not low <= share <= high:
@@ -415,6 +436,7 @@ def describe(
         lpl_sigma_threshold=threshold,
         lpl_blocks=lpl_loss.block_names if args.lpl else (),
         lpl_start_step=args.lpl_start_step,
+        lpl_options=loss_flags(args),
         command=[sys.argv[0], *command_line(args)],
     )
 

@@ -35,6 +35,7 @@ from lpl.checks import (
     read_pipeline_configs,
     warn,
 )
+from lpl.evaluation import CLIP, METRICS, SET_METRICS
 from lpl.loss import DEPTH_WEIGHTINGS, DISTANCES, NORMALIZATIONS, VARIANTS
 from lpl.objectives import BIAS_STRATEGIES, OBJECTIVES, WEIGHTING_SCHEMES
 from lpl.outliers import MASK_DEFAULTS
@@ -61,6 +62,9 @@ RANK = 4  # of LoRA, as in diffusers' scripts
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
 
 
+FOREIGN = ("ignored", "taken for")  # how the help of flags begins that are there for other scripts' command lines
+
+
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the whole usage before it."""
 
@@ -69,8 +73,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         unknown, _, words = message.partition("unrecognized arguments: ")
         if words and not unknown:
-            known = [action.dest for action in self._actions]
-            message += _close_match(words.split()[0].partition("=")[0], known)
+            known = [action.dest for action in self._actions if not (action.help or "").startswith(FOREIGN)]
+            message += _close_match(words.split()[0].partition("=")[0], known, "--")
         self.exit(2, f"{self.prog}: error: {self.source}{message} (all flags: --help)\n")
 
 
@@ -345,6 +349,21 @@ def _logging(add: Callable[..., Any]) -> None:
     add("--debug_loss", action="store_true", help="log every image's own diffusion loss")
 
 
+def _evaluation(add: Callable[..., Any]) -> None:
+    add("--eval_steps", type=int, help="compare drawn with real images every so many optimizer steps; default: never")
+    add("--eval_data_dir", help="folder of the real images, best of ones that are not trained on, with their captions")
+    add("--eval_metrics", nargs="+", default=list(SET_METRICS), help=f"out of {', '.join(METRICS)}")
+    add(
+        "--eval_features",
+        nargs="+",
+        default=["facebook/dinov2-base"],
+        help="networks to compare them through, as for python -m lpl.evaluate",
+    )
+    add("--eval_clip", default=CLIP, help="network of clip_score")
+    add("--eval_num_images", type=int, help="images to draw; default: as many as there are real ones")
+    add("--eval_batch_size", type=int, default=8, help="images that are drawn at a time")
+
+
 def _output(add: Callable[..., Any]) -> None:
     add("--config", help="recipe: a YAML file of flags and values, such as a run's recipe.yaml; flags given here win")
     add("--without", nargs="+", help="flags of the recipe to leave out, e.g. one that it turns on")
@@ -385,6 +404,7 @@ GROUPS = {
     "diffusion loss": _diffusion,
     "optimization": _optimization,
     "validation and logging": _logging,
+    "evaluation": _evaluation,
     "output and recipes": _output,
     "accepted from other scripts": _others,
 }
@@ -458,16 +478,23 @@ def recipe(args: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
-def command_line(args: argparse.Namespace) -> list[str]:
+def command_line(args: argparse.Namespace, wanted: Callable[[str], bool] = lambda name: True) -> list[str]:
     """The words that stand for a run: every flag that is not at its default, wherever it came from."""
     values, words = recipe(args), []
     for action in _flags(build_parser()):
-        value = values.get(action.dest)
+        value = values.get(action.dest) if wanted(action.dest) else None
         if value in (None, action.default) or [value] == action.default:
             continue
         listed = [] if action.nargs == 0 else value if isinstance(value, list) else [value]
         words += [action.option_strings[0], *map(str, listed)]
     return words
+
+
+def loss_flags(args: argparse.Namespace) -> str:
+    """Those of these words that make another latent perceptual loss than the default, as one line."""
+    others = ("weight", "measuring_steps", "start_step", "ramp_steps", "sigma_threshold", "threshold_base_resolution")
+    same = {f"lpl_{name}" for name in (*others, "gradient_checkpointing", "chunk_size", "vae_dtype")}
+    return " ".join(command_line(args, lambda name: name.startswith("lpl_") and name not in same))
 
 
 def _flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:
@@ -552,10 +579,10 @@ def _in_one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _close_match(name: str, known: Collection[Any]) -> str:
+def _close_match(name: str, known: Collection[Any], before: str = "") -> str:
     words = [str(word) for word in known]
     close = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), words, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"; did you mean {before}{close[0]}?" if close else ""
 
 
 def _recipe_value(parser: Parser, path: str, action: argparse.Action, value: Any) -> Any:

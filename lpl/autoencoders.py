@@ -204,11 +204,15 @@ def select_blocks(
     unknown = [name for name in blocks if name not in available and name not in paths]
     if unknown or not blocks or len(set(blocks)) != len(blocks):
         known = f"this decoder's blocks are {', '.join(available)}, each once; " if available else ""
-        like = _like(str(unknown[0]) if unknown else "decoder", paths)
+        wrong = str(unknown[0]) if unknown else ""
+        near = get_close_matches(wrong, available, n=1)
+        why = f"there is no {wrong}" + (f", did you mean {near[0]}? " if near else "; ") if wrong else ""
+        why = f"{RGB} goes alone; " if wrong == RGB else why
+        like = _like(wrong or "decoder", paths)
         modules = f"modules of the VAE can be named by their path, such as {', '.join(like)}; " if like else ""
         raise ValueError(
-            f"--lpl_blocks {' '.join(map(str, blocks)) or '(none)'}: {known}{modules}or {RGB} alone for the decoded "
-            "pixels"
+            f"--lpl_blocks {' '.join(map(str, blocks)) or '(none)'}: {why}{known}{modules}or {RGB} alone for the "
+            "decoded pixels"
         )
     return tuple(name for name in available if name in blocks) + tuple(b for b in blocks if b not in available)
 
@@ -340,6 +344,8 @@ def encode(vae: nn.Module, pixels: Tensor, posterior_noise: Tensor) -> Tensor:
         pixels = F.pad(pixels, (0, 0, 0, 0, 0, 1), value=1.0)
     if _has_frames(vae.config):
         pixels = pixels.unsqueeze(2)
+    elif pixels.device.type == "cpu":  # its convolutions reorder everything else, there and back
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
     with exact_precision(pixels.device):
         encoded = vae.encode(pixels, return_dict=False)[0]
     raw = encoded if isinstance(encoded, Tensor) else encoded.mode()  # a posterior's mode is its mean

@@ -27,6 +27,7 @@ from lpl import lora
 from lpl.autoencoders import RGB, SUPPORTED, decoder_blocks, downscaling_factor, latent_channels, skeleton
 from lpl.checkpoints import find_resumable
 from lpl.data import first_line, image_files
+from lpl.evaluation import CLIP_SCORE, LIBRARIES, METRICS
 from lpl.families import FAMILIES, Family, find_family
 from lpl.loss import check_options
 from lpl.objectives import (
@@ -39,7 +40,7 @@ from lpl.objectives import (
     own_objective,
     training_scheduler,
 )
-from lpl.outliers import MASK_DEFAULTS
+from lpl.outliers import MASK_DEFAULTS, MASK_RANGES
 from lpl.weighting import parse_weight
 
 
@@ -85,6 +86,9 @@ POSITIVE = [
     "lr_num_cycles",
     "validation_epochs",
     "validation_steps",
+    "eval_steps",
+    "eval_num_images",
+    "eval_batch_size",
     "validation_inference_steps",
     "num_validation_images",
     "num_validation_samples",
@@ -94,9 +98,6 @@ POSITIVE = [
     "lpl_max_samples",
     "lpl_crop",
     "lpl_chunk_size",
-    "lpl_outlier_dilation",
-    "lpl_outlier_erosion",
-    "lpl_outlier_stride",
     "max_sequence_length",
     "learning_rate",
     "text_encoder_lr",
@@ -115,7 +116,6 @@ NOT_NEGATIVE = [
     "lpl_threshold_base_resolution",
     "lpl_start_step",
     "lpl_ramp_steps",
-    "lpl_outlier_margin",
     "dataloader_num_workers",
     "lr_warmup_steps",
     "input_perturbation",
@@ -136,7 +136,7 @@ RULES = (
     (SHARES, lambda value: 0 <= value <= 1, "between 0 and 1"),
     (BELOW_ONE, lambda value: 0 <= value < 1, "0 or more and less than 1"),
     (["timestep_bias_portion"], lambda value: 0 < value <= 1, "more than 0 and at most 1"),
-    (["lpl_outlier_quantile"], lambda value: 0 < value < 0.5, "more than 0 and less than 0.5"),
+    *(([f"lpl_outlier_{name}"], *accepted) for name, accepted in MASK_RANGES.items()),
     (["validation_every_nth"], lambda value: value >= 2, "2 or more"),
 )
 
@@ -151,7 +151,8 @@ def check_ranges(args: Namespace) -> None:
         for name in names:
             value = getattr(args, name, None)
             if value is not None and not accepted(value):
-                raise ValueError(f"--{name} {value}: it must be {words}")
+                finite = "" if math.isfinite(value) else "a finite number, "
+                raise ValueError(f"--{name} {value}: it must be {finite}{words}")
 
 
 def check_arguments(args: Namespace) -> None:
@@ -166,6 +167,7 @@ def check_arguments(args: Namespace) -> None:
     _check_optimizer(args)
     _check_machine(args)
     _check_validation(args)
+    _check_evaluation(args)
     _check_output(args)
     if args.timestep_bias_begin >= args.timestep_bias_end:
         raise ValueError(
@@ -185,7 +187,6 @@ def check_arguments(args: Namespace) -> None:
             "lr_num_cycles": args.lr_scheduler == "cosine_with_restarts",
             "lr_warmup_steps": args.lr_scheduler != "constant" or args.lr_warmup_steps == 0,
             "dream_detail_preservation": args.dream_training,
-            "lpl_start_step": args.max_train_steps is None or args.lpl_start_step < args.max_train_steps,
             "timestep_bias_multiplier": args.timestep_bias_strategy != "none",
             "timestep_bias_portion": args.timestep_bias_strategy in ("earlier", "later"),
             "timestep_bias_begin": args.timestep_bias_strategy == "range",
@@ -281,6 +282,8 @@ def holds_out(args: Namespace) -> bool:
 def loss_options(args: Namespace) -> dict[str, Any]:
     """The flags that are options of the loss, by its names; of masks and memory only what is not the default."""
     outliers = {name: getattr(args, f"lpl_outlier_{name}") for name in MASK_DEFAULTS}
+    if args.lpl_no_outlier_mask:
+        outliers.clear()
     outliers = {name: value for name, value in outliers.items() if value != MASK_DEFAULTS[name]}
     cost = {"outliers": outliers, "chunk_size": args.lpl_chunk_size}
     return {
@@ -330,8 +333,12 @@ def _check_machine(args: Namespace) -> None:
         raise ValueError(f"--report_to {args.report_to}: pip install {args.report_to}, or choose --report_to none")
     half = args.mixed_precision == "fp16" or args.lpl_vae_dtype == "float16"
     if half and not has_gpu():
-        flag = "--mixed_precision fp16" if args.mixed_precision == "fp16" else "--lpl_vae_dtype float16"
-        raise ValueError(f"{flag} needs a GPU, and this machine has none; use bf16 or full precision")
+        flag, others = (
+            ("--mixed_precision fp16", "bf16 or no")
+            if args.mixed_precision == "fp16"
+            else ("--lpl_vae_dtype float16", "bfloat16 or float32")
+        )
+        raise ValueError(f"{flag} needs a GPU, and this machine has none; use {others}")
     if args.allow_tf32 and not has_gpu():
         warn("--allow_tf32 has no effect without a GPU")
 
@@ -357,6 +364,32 @@ def _check_validation(args: Namespace) -> None:
             "validation_epochs": samples or holds_out(args),
         },
     )
+
+
+EVAL_FLAGS = ("eval_data_dir", "eval_metrics", "eval_features", "eval_clip", "eval_num_images", "eval_batch_size")
+
+
+def _check_evaluation(args: Namespace) -> None:
+    warn_of_idle_flags(args, dict.fromkeys(EVAL_FLAGS, args.eval_steps is not None))
+    if args.eval_steps is None:
+        return
+    if args.eval_data_dir is None:
+        raise ValueError("--eval_steps compares with real images: give their folder by --eval_data_dir")
+    if not image_files(args.eval_data_dir):
+        raise ValueError(f"--eval_data_dir {args.eval_data_dir}: there is no such folder, or it has no images")
+    if unknown := [name for name in args.eval_metrics if name not in METRICS]:
+        raise ValueError(f"--eval_metrics {' '.join(unknown)}: accepted are {', '.join(METRICS)}")
+    if absent := [name for name in LIBRARIES if missing(name)]:
+        raise ValueError(f"--eval_steps needs {', '.join(absent)}: pip install {' '.join(absent)}")
+    from lpl.evaluation.networks import check_network
+
+    try:
+        for name in args.eval_features:
+            check_network(name, args.cache_dir)
+        if CLIP_SCORE in args.eval_metrics:
+            check_network(args.eval_clip, args.cache_dir, text=True)
+    except ValueError as error:  # which speaks of the flags of python -m lpl.evaluate
+        raise ValueError("--eval_" + str(error).removeprefix("--")) from error
 
 
 def _check_output(args: Namespace) -> None:
@@ -469,7 +502,9 @@ def _other_vae_config(flag: str, args: Namespace, own: Mapping[str, Any]) -> Map
     try:
         config = AutoencoderKL.load_config(path, cache_dir=args.cache_dir)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--{flag} {path}: no autoencoder is found there ({first_line(error)})") from error
+        raise ValueError(
+            f"--{flag} {path}: no autoencoder is found there ({first_line(error)}); of a pipeline, give its folder vae"
+        ) from error
     accepted = SUPPORTED if flag == "lpl_vae_name_or_path" else PIPELINE_VAES
     _check_autoencoder(f"--{flag} {path}", config, accepted, args)
     theirs, ours = latent_channels(config), latent_channels(own)
@@ -653,15 +688,20 @@ def _check_resolution(args: Namespace, configs: PipelineConfigs) -> None:
         raise ValueError(f"--resolution {args.resolution}: this pipeline takes {smallest} at least")
 
 
+SMALLEST_CROP = 4  # latent positions; fewer have hardly a variance to standardise by
+
+
 def _check_crop(args: Namespace, factor: int) -> None:
     """--lpl_crop: tiles of whole latent positions, ``factor`` pixels each, that cover the image."""
     if args.lpl_crop is None:
         return
-    accepted = [side for side in range(factor, args.resolution + 1, factor) if args.resolution % side == 0]
+    sides = range(SMALLEST_CROP * factor, args.resolution + 1, factor)
+    accepted = [side for side in sides if args.resolution % side == 0]
     if args.lpl_crop not in accepted:
         raise ValueError(
             f"--lpl_crop {args.lpl_crop}: accepted at --resolution {args.resolution} are "
-            f"{', '.join(map(str, accepted))}, whole latent positions of {factor} pixels that the image divides into"
+            f"{', '.join(map(str, accepted))}: {SMALLEST_CROP} or more latent positions of {factor} pixels, "
+            "a divisor of the image's side"
         )
     warn_of_idle_flags(args, {"lpl_crop": args.lpl_crop < args.resolution})
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
 
@@ -35,9 +35,12 @@ NOT_UPLOADED = (
     "*/.cache/*",
     "*tfevents*",
     "*.tmp",
+    "evaluation/images/*",
+    "evaluation/evaluation.*",
 )
 PICTURES = {
     "samples/before_after.png": "Samples before and after the training",
+    "evaluation/curves.png": "Distances from real images over the training",
     "loss_curves.png": "Losses, LPL's share of them and the learning rate over the training",
 }
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
@@ -218,6 +221,9 @@ class RunCard:
     lpl_sigma_threshold: float | None = None  # tau at this resolution; None or inf: none
     lpl_blocks: Sequence[str] = ()  # of the decoder, "mid", "up_0"
     lpl_start_step: int = 0
+    lpl_options: str = ""  # flags that make another loss than the default
+    results: Sequence[EvalResult] = ()  # what was measured of the trained model
+    results_table: str = ""  # the same for people, Markdown
     # How to run it again
     command: Sequence[str] = ()  # sys.argv
     versions: Mapping[str, str] = field(default_factory=installed_versions)
@@ -238,15 +244,15 @@ def write_model_card(folder: str | os.PathLike, card: RunCard) -> Path:
         The path of README.md.
     """
     folder = Path(folder)
-    sections = (_introduction, _pictures, _use, _training, _perceptual_loss, _rerun, _citation)
+    sections = (_introduction, _pictures, _use, _training, _perceptual_loss, _results, _rerun, _citation)
     body = "\n\n".join(text for section in sections if (text := section(folder, card)))
-    content = f"---\n{_metadata(card).to_yaml()}\n---\n\n{body}\n"
+    content = f"---\n{_metadata(folder, card).to_yaml()}\n---\n\n{body}\n"
     content = _without_secrets(content).encode(errors="replace").decode()  # a prompt may hold bytes that are no UTF-8
     ModelCard(content).save(folder / "README.md")
     return folder / "README.md"
 
 
-def _metadata(card: RunCard) -> ModelCardData:
+def _metadata(folder: Path, card: RunCard) -> ModelCardData:
     """What the Hub indexes; only Hub ids count as base model and data set there."""
     own = _is_hub_id(card.base_model)
     tags = ["diffusers", *(["class-conditional"] if card.class_conditional else ["text-to-image"])]
@@ -254,6 +260,8 @@ def _metadata(card: RunCard) -> ModelCardData:
     return ModelCardData(
         base_model=card.base_model if own else None,
         base_model_relation=("adapter" if card.lora_rank else "finetune") if own else None,
+        eval_results=list(card.results) or None,
+        model_name=_title(folder, card) if card.results else None,
         datasets=[card.dataset] if _is_hub_id(card.dataset) else None,
         inference=True,
         library_name="diffusers",
@@ -362,9 +370,22 @@ def _perceptual_loss(folder: Path, card: RunCard) -> str:
         "Share of the total loss": f"{card.lpl_share:.1%}, mean of the run" if card.lpl_share is not None else None,
         "Applied at": f"noise-to-signal ratio σ ≤ {threshold:g}" if bounded else "all noise levels",
         "Decoder blocks": ", ".join(f"`{name}`" for name in card.lpl_blocks) or None,
+        "Options": f"`{card.lpl_options}`" if card.lpl_options else None,
         "From step": f"{card.lpl_start_step:,}" if card.lpl_start_step else None,
     }
     return "## Latent perceptual loss\n\n" + _table(rows)
+
+
+def _results(folder: Path, card: RunCard) -> str:
+    return f"## Results\n\n{card.results_table}" if card.results_table else ""
+
+
+def add_results(readme: Path, results: Sequence[EvalResult]) -> None:
+    """Put what was measured into the metadata of a card that is there, in the place of earlier results."""
+    card = ModelCard.load(readme)
+    card.data.eval_results = list(results)
+    card.data.model_name = card.data.model_name or readme.resolve().parent.name
+    card.save(readme)
 
 
 def _how_set(setting: str | None) -> str:

@@ -41,7 +41,7 @@ def features_figure(inspector: Inspector, images: Sequence[Image.Image], names: 
         axes = _picture(figure.add_subplot(grid[row, 0]), images[index])
         axes.set_title(names[index] if row == 0 else "", fontsize=9, color=INK)
         axes.set_xlabel(f"{channels} maps, {height} x {width}", fontsize=9, color=INK)
-        axes.set_ylabel(name, fontsize=12, fontweight="bold", color=INK)
+        axes.set_ylabel(name.replace(".", ".\n"), fontsize=12 if len(name) < 9 else 8, fontweight="bold", color=INK)
         keep = outlier_mask(maps, **inspector.settings)
         order = sorted(range(channels), key=lambda c: (-found["masked"][c].item(), -found["peak"][c].item()))
         rest = order[2:] or order
@@ -113,10 +113,8 @@ def outliers_figure(inspector: Inspector, numbers: Mapping[str, Any]) -> Any:
     label_axes(peak, "Largest value, by channel", "", "std of what is kept")
     for name, colour in zip(names, COLOURS * 2):
         by_margin = blocks[name]["masked_by_margin"]
-        margin.plot([*map(float, by_margin)], [100 * v for v in by_margin.values()], "o-", color=colour, label=name)
-    margin.set_xscale("log")
-    margin.set_xticks([float(value) for value in by_margin], [f"{float(value):g}" for value in by_margin])
-    margin.minorticks_off()
+        margin.plot([100 * share for share in by_margin.values()], "o-", color=colour, label=name)
+    margin.set_xticks(range(len(by_margin)), [f"{float(value):g}" for value in by_margin])
     _small_shares(margin)
     label_axes(margin, "Masked, by margin", "margin, in std beyond the quantiles", "% of positions")
     places = np.arange(len(names))

@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 from lpl.autoencoders import decoder_levels, exact_precision
 from lpl.features import DecoderFeatureExtractor
 from lpl.objectives import at_least_float32
-from lpl.outliers import MASK_DEFAULTS, outlier_mask
+from lpl.outliers import MASK_DEFAULTS, MASK_RANGES, outlier_mask
 from lpl.terms import GRADIENT_SCALE, block_term, reference_block_term
 
 
@@ -345,10 +345,15 @@ def check_options(
                 f"--lpl_depth_weighting {depth_weighting}: accepted are {', '.join(DEPTH_WEIGHTINGS)}, "
                 "or one number per block"
             )
-    elif len(depth_weighting) != len(blocks or depth_weighting) or not all(0 <= w < math.inf for w in depth_weighting):
+    elif (
+        len(depth_weighting) != len(blocks or depth_weighting)
+        or not all(0 <= weight < math.inf for weight in depth_weighting)
+        or not any(depth_weighting)
+    ):
         raise ValueError(
-            f"--lpl_depth_weighting {list(depth_weighting)}: {len(blocks or depth_weighting)} finite numbers of 0 or "
-            "more are needed, one per selected block"
+            f"--lpl_depth_weighting {' '.join(f'{weight:g}' for weight in depth_weighting)}: "
+            f"{len(blocks or depth_weighting)} finite numbers of 0 or more are needed, not all 0, one per selected "
+            "block in the order of --lpl_blocks"
         )
     if normalization == "none" and detach_statistics:
         raise ValueError("--lpl_detach_statistics has no effect with --lpl_normalization none; leave one out")
@@ -374,13 +379,17 @@ def check_options(
 def check_mask_and_chunks(
     outliers: Mapping[str, float], mask_outliers: bool, variant: str, chunk_size: int | None
 ) -> None:
-    """Refuse parameters of the masks that are unknown or without effect, and a wrong chunk size.
+    """Refuse parameters of the masks that are unknown, out of range or without effect, and a wrong chunk size.
 
     Raises:
         ValueError: with what was given and what is accepted.
     """
     if unknown := [name for name in outliers if name not in MASK_DEFAULTS]:
         raise ValueError(f"outliers: {', '.join(unknown)} is not among {', '.join(MASK_DEFAULTS)}")
+    for name, value in outliers.items():
+        accepted, words = MASK_RANGES[name]
+        if not accepted(value):
+            raise ValueError(f"outliers: {name} {value}: it must be {words}")
     if outliers and (not mask_outliers or variant == "reference"):
         raise ValueError("outliers has no effect without mask_outliers, or with the variant reference; leave it out")
     if chunk_size is not None and chunk_size < 1:

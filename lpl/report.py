@@ -26,6 +26,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from lpl.arguments import loss_flags
 from lpl.data import Batch, TrainingImages
 from lpl.objectives import FlowMatching, Objective, own_objective, training_scheduler
 from lpl.trainee import Trainee
@@ -76,8 +77,23 @@ class Plan:
                 f"LPL with weight {args.lpl_weight} where sigma <= {self.threshold:g}: {inside:.0%} of the samples "
                 f"are inside{f'; {looked_at}' if (looked_at := self.looked_at()) else ''}"
             )
-            if inside < FEW_INSIDE:
-                logger.warning(self.few_inside(inside))
+            for warning in self.warnings():
+                logger.warning(warning)
+
+    def warnings(self) -> list[str]:
+        """Why LPL may do less than was meant."""
+        args, found = self.args, []
+        if (inside := self.share_inside()) < FEW_INSIDE:
+            found.append(self.few_inside(inside))
+        grown = args.lpl_start_step + args.lpl_ramp_steps
+        if args.lpl_start_step >= self.max_steps:
+            found.append(f"--lpl_start_step {args.lpl_start_step}: the run ends after {self.max_steps}, without LPL")
+        elif grown > self.max_steps:
+            reached = (self.max_steps - args.lpl_start_step) / args.lpl_ramp_steps
+            found.append(
+                f"--lpl_ramp_steps {args.lpl_ramp_steps}: the run ends where LPL has {reached:.0%} of its weight"
+            )
+        return found
 
     @property
     def epochs(self) -> float:
@@ -292,13 +308,13 @@ class DryRun:
     def _lpl(self, cost: Cost | None, warnings: list[str]) -> Rows:
         plan, args = self.plan, self.plan.args
         inside = plan.share_inside()
-        if inside < FEW_INSIDE:
-            warnings.append(plan.few_inside(inside))
+        warnings += plan.warnings()
         return [
             ("threshold", f"sigma <= {plan.threshold:g} : {plan.timesteps_inside()}"),
             ("samples inside", f"{inside:.1%} of {DRAWS} timesteps drawn as in training"),
             *([("looked at", plan.looked_at())] if plan.looked_at() else []),
             ("weight", self._weight(cost, warnings)),
+            ("options", loss_flags(args) or "the paper's"),
             ("decoder", f"in {args.lpl_vae_dtype}, of {args.lpl_vae_name_or_path or 'the pipeline itself'}"),
         ]
 

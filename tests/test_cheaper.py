@@ -257,7 +257,7 @@ def test_two_processes_with_different_numbers_inside_are_one_with_twice_the_accu
 
 def test_the_held_out_losses_are_those_of_a_run_that_looks_at_everything(sd_pipeline, image_folder, tmp_path):
     flags = {"validation_every_nth": 2, "max_train_steps": 1, "train_batch_size": 3}
-    cheaper = {"lpl_every": 2, "lpl_max_samples": 1, "lpl_crop": 8}
+    cheaper = {"lpl_every": 2, "lpl_max_samples": 1, "lpl_crop": 16}
     runs = [train(sd_pipeline, image_folder, tmp_path / str(len(more)), **flags, **more) for more in ({}, cheaper)]
     first, second = (validation_metrics(run)[0] for run in runs)
     assert first == pytest.approx(second, rel=1e-5) and first[2] > 0

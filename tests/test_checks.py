@@ -100,7 +100,7 @@ ALONE = cases(  # wrong whatever the pipeline: what is given, what the sentence 
     ({"report_to": "mlflow"}, ["--report_to", "mlflow", "tensorboard", "wandb", "comet_ml", "trackio", "all", "none"]),
     ({"mixed_precision": "fp8"}, ["--mixed_precision", "fp8", "bf16"]),
     ({"mixed_precision": "fp16"}, ["--mixed_precision", "fp16", "bf16"]),
-    ({"lpl_vae_dtype": "float16"}, ["--lpl_vae_dtype", "float16", "bf16"]),
+    ({"lpl_vae_dtype": "float16"}, ["--lpl_vae_dtype", "float16", "bfloat16"]),
     ({"lpl_weight": "auto:2"}, ["--lpl_weight", "auto:2", "auto:0.2"]),
     ({"lpl_weight": "-1"}, ["--lpl_weight", "-1"]),
     ({"lpl_weight": "much"}, ["--lpl_weight", "much"]),
@@ -108,8 +108,9 @@ ALONE = cases(  # wrong whatever the pipeline: what is given, what the sentence 
     ({"lpl_distance": "huber"}, ["--lpl_distance", "huber", "l1"]),
     ({"lpl_variant": "mine"}, ["--lpl_variant", "mine", "reference"]),
     ({"lpl_depth_weighting": ["quadratic"]}, ["--lpl_depth_weighting quadratic", "inverse", "one number per block"]),
-    ({"lpl_depth_weighting": [1, 2], "lpl_blocks": ["mid"]}, ["--lpl_depth_weighting", "1 finite", "[1.0, 2.0]"]),
+    ({"lpl_depth_weighting": [1, 2], "lpl_blocks": ["mid"]}, ["--lpl_depth_weighting", "1 finite", "weighting 1 2:"]),
     ({"lpl_depth_weighting": [1, "nan", 1, 1]}, ["--lpl_depth_weighting", "nan", "finite"]),
+    ({"lpl_depth_weighting": [0, 0, 0, 0]}, ["--lpl_depth_weighting 0 0 0 0", "not all 0"]),
     ({"lpl_variant": "reference", "lpl_distance": "l1"}, ["--lpl_variant reference", "--lpl_variant paper"]),
     ({"lpl_normalization": "none", "lpl_detach_statistics": True}, ["--lpl_detach_statistics", "no effect"]),
     ({"lpl_weight": 0, "lpl_distance": "l1"}, ["--lpl_weight 0", "--lpl_distance", "no effect"]),
@@ -125,10 +126,12 @@ ALONE = cases(  # wrong whatever the pipeline: what is given, what the sentence 
     ({"lpl_chunk_size": 0}, ["--lpl_chunk_size 0", "more than 0"]),
     ({"lpl_outlier_quantile": 0.5}, ["--lpl_outlier_quantile 0.5", "less than 0.5"]),
     ({"lpl_outlier_quantile": 0}, ["--lpl_outlier_quantile 0.0", "more than 0"]),
-    ({"lpl_outlier_margin": "inf"}, ["--lpl_outlier_margin inf", "0 or more"]),
-    ({"lpl_outlier_dilation": 0}, ["--lpl_outlier_dilation 0", "more than 0"]),
-    ({"lpl_outlier_erosion": 0}, ["--lpl_outlier_erosion 0", "more than 0"]),
-    ({"lpl_outlier_stride": 0}, ["--lpl_outlier_stride 0", "more than 0"]),
+    ({"lpl_outlier_margin": "inf"}, ["--lpl_outlier_margin inf", "finite", "0 or more"]),
+    ({"lpl_outlier_dilation": 0}, ["--lpl_outlier_dilation 0", "from 1 to 63"]),
+    ({"lpl_outlier_erosion": 0}, ["--lpl_outlier_erosion 0", "from 1 to 63"]),
+    ({"lpl_outlier_stride": 0}, ["--lpl_outlier_stride 0", "from 1 to 8"]),
+    ({"lpl_outlier_stride": 1000}, ["--lpl_outlier_stride 1000", "from 1 to 8"]),
+    ({"lpl_sigma_threshold": "inf"}, ["--lpl_sigma_threshold inf", "a finite number"]),
     (
         {"lpl_variant": "reference", "lpl_outlier_stride": 4},
         ["--lpl_variant reference", "leave out --lpl_outlier_stride", "--lpl_variant paper"],
@@ -192,19 +195,19 @@ ALONE = cases(  # wrong whatever the pipeline: what is given, what the sentence 
     ({"timestep_bias_begin": 5, "timestep_bias_end": 4}, ["--timestep_bias_begin 5", "--timestep_bias_end", "4"]),
 )
 WITH_SD = cases(
-    ({"lpl_blocks": ["up_9"]}, ["--lpl_blocks up_9", "mid, up_0, up_1, up_2", "rgb"]),
+    ({"lpl_blocks": ["up_9"]}, ["--lpl_blocks up_9", "no up_9, did you mean up_2?", "mid, up_0, up_1, up_2", "rgb"]),
     ({"lpl_num_blocks": 9}, ["--lpl_blocks", "up_8", "mid, up_0, up_1, up_2"]),
     ({"lpl_blocks": ["mid", "mid"]}, ["--lpl_blocks mid mid", "once"]),
-    ({"lpl_blocks": ["rgb", "mid"]}, ["--lpl_blocks rgb mid", "alone"]),
+    ({"lpl_blocks": ["rgb", "mid"]}, ["--lpl_blocks rgb mid", "rgb goes alone"]),
     ({"lpl_depth_weighting": [1, 2, 3]}, ["--lpl_depth_weighting", "4 finite"]),
     (
         {"lpl_weight": 0, "validation_every_nth": 2, "lpl_blocks": ["up_9"]},
         ["--lpl_blocks up_9", "mid, up_0, up_1, up_2"],
     ),
-    ({"lpl_crop": 6}, ["--lpl_crop 6", "--resolution 32", "are 4, 8, 16, 32,", "4 pixels"]),
-    ({"lpl_crop": 24}, ["--lpl_crop 24", "are 4, 8, 16, 32,"]),  # whole positions, but 32 px are no multiple
-    ({"lpl_crop": 64}, ["--lpl_crop 64", "are 4, 8, 16, 32,"]),
-    ({"lpl_crop": 8, "resolution": 36}, ["--lpl_crop 8", "--resolution 36", "are 4, 12, 36,"]),
+    ({"lpl_crop": 6}, ["--lpl_crop 6", "--resolution 32", "are 16, 32:", "4 pixels"]),
+    ({"lpl_crop": 24}, ["--lpl_crop 24", "are 16, 32:"]),  # whole positions, but 32 px are no multiple
+    ({"lpl_crop": 64}, ["--lpl_crop 64", "are 16, 32:"]),
+    ({"lpl_crop": 8, "resolution": 96}, ["--lpl_crop 8", "--resolution 96", "are 16, 24, 32, 48, 96:"]),
     ({"resolution": 30}, ["--resolution 30", "multiples of 4", "28 or 32"]),
     ({"resolution": 2}, ["--resolution 2", "multiples of 4"]),
     ({"precondition_outputs": 1}, ["--precondition_outputs", "flow_matching", "epsilon"]),
@@ -321,7 +324,7 @@ def test_what_is_no_pipeline(name, files, word, image_folder, tmp_path, capsys, 
 
 @pytest.mark.parametrize("word, meant", [("--learning_rat", "learning_rate"), ("--ressolution=64", "resolution")])
 def test_a_mistyped_flag_gets_the_right_one(word, meant, sd_pipeline, image_folder, tmp_path, capsys, no_weights):
-    assert f"did you mean {meant}?" in refusal(capsys, [*arguments(sd_pipeline, image_folder, tmp_path), word])
+    assert f"did you mean --{meant}?" in refusal(capsys, [*arguments(sd_pipeline, image_folder, tmp_path), word])
 
 
 @pytest.mark.parametrize("number", ["-1e-4", "-.5", "-2.E-3"])
@@ -598,7 +601,6 @@ def test_a_folder_of_classes_has_no_captions(sd_pipeline, class_folder, tmp_path
         ({"lr_num_cycles": 2}, "--lr_num_cycles"),
         ({"lr_warmup_steps": 2}, "--lr_warmup_steps"),
         ({"max_sequence_length": 128}, "--max_sequence_length"),
-        ({"lpl_start_step": 2}, "--lpl_start_step"),  # --max_train_steps is 2
         ({"lpl_no_outlier_mask": True, "lpl_outlier_margin": 3.0}, "--lpl_outlier_margin"),
         ({"lpl_no_outlier_mask": True, "lpl_outlier_stride": 1}, "--lpl_outlier_stride"),
         ({"lpl_max_samples": 2}, "--lpl_max_samples"),  # --train_batch_size is 2

@@ -359,14 +359,17 @@ def refuse(sd_pipeline, image_folder, tmp_path, capsys, monkeypatch):
         (["--seed", "-1"], "--seed -1: it must be 0 or more"),
         (["--lpl_outlier_quantile", "0.5"], "--lpl_outlier_quantile 0.5: it must be more than 0 and less than 0.5"),
         (["--lpl_outlier_margin", "-2"], "--lpl_outlier_margin -2.0: it must be 0 or more"),
-        (["--lpl_blocks", "up_7"], "--lpl_blocks up_7: this decoder's blocks are mid, up_0, up_1, up_2"),
+        (
+            ["--lpl_blocks", "up_7"],
+            "there is no up_7, did you mean up_2? this decoder's blocks are mid, up_0, up_1, up_2",
+        ),
         (["--lpl_blocks", "rgb"], "pixels are no features"),
         (["--resolution", "30"], "--resolution 30: this VAE takes multiples of 4, such as 28 or 32"),
         (["--resolution", "4"], "--resolution 4: this VAE takes multiples of 4, such as 8 or 12"),
         (["--lpl_vae_dtype", "float16"], "--lpl_vae_dtype float16 needs a GPU"),
         (["--device", "meta"], "--device meta: PyTorch cannot compute on it here"),
         (["--device", "gpu"], "--device gpu"),
-        (["--lpl_block", "mid"], "did you mean lpl_blocks?"),
+        (["--lpl_block", "mid"], "did you mean --lpl_blocks?"),
     ],
 )
 def test_flags_that_cannot_be_are_refused(refuse, more, said):

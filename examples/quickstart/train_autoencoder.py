@@ -188,6 +188,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--save_minutes", type=float, default=4, help="Save this often (default: %(default)s).")
     parser.add_argument("--batch_size", type=int, default=12, help="Windows per step (default: %(default)s).")
     parser.add_argument("--learning_rate", type=float, default=2e-3, help="Its peak (default: %(default)s).")
+    parser.add_argument(
+        "--channels", type=int, nargs="+", default=(32, 48, 96), help="Widths of its levels, multiples of 8."
+    )
     parser.add_argument("--seed", type=int, default=0, help="Of weights and windows (default: %(default)s).")
     args = parser.parse_args()
     if min(args.steps, args.max_minutes, args.batch_size) <= 0:
@@ -200,7 +203,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     pictures = load_pictures(args.data)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    vae = build_autoencoder().to(device, memory_format=torch.channels_last)
+    vae = build_autoencoder(tuple(args.channels)).to(device, memory_format=torch.channels_last)
     print(f"{len(pictures)} pictures, {vae.num_parameters() / 1e6:.2f} million parameters, on {device}")
     train(vae, pictures, args)
     save(vae, pictures, args.output_dir)

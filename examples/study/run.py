@@ -1,0 +1,147 @@
+"""Trains and measures rows of the study, with several seeds each; what is done is not done again.
+
+    python examples/study/run.py --rows flow flow_lpl --seeds 0 1 2
+    python examples/study/run.py --list
+
+Needs what `examples/study/prepare.sh` has made. Several runs go at a time, one thread each; `metrics.jsonl` and the
+trained pipeline of each stay in `study/rows/`, its measurements in `study/rows/NAME/SEED/evaluation/`.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+
+from rows import BASE, OBJECTIVES, ROW, ROWS, SETTINGS, Row
+
+
+HERE = Path(__file__).resolve().parent
+SCRIPT = HERE.parents[1] / "train_text_to_image_lpl.py"
+METRICS = ("fid", "kid", "precision", "recall", "density", "coverage")
+IMAGES = 1280
+
+
+def arguments(flags: Mapping[str, object]) -> list[str]:
+    """A command line of flags; True stands for a switch."""
+    line: list[str] = []
+    for name, value in flags.items():
+        line += [f"--{name}"] if value is True else [f"--{name}", *str(value).split()]
+    return line
+
+
+def call(command: list[str], log: Path) -> None:
+    """Run it, on one thread, and raise if it fails."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(SCRIPT.parent),
+        "ACCELERATE_USE_CPU": "true",
+    }
+    with log.open("w") as file:
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed, see {log}")
+
+
+def train(study: Path, source: Path, folder: Path, flags: Mapping[str, object]) -> None:
+    where = {
+        "pretrained_model_name_or_path": source,
+        "train_data_dir": study / "data/train",
+        "caption_column": "label",
+        "output_dir": folder,
+    }
+    call([sys.executable, str(SCRIPT), *arguments(where | SETTINGS | flags)], folder.with_suffix(".log"))
+
+
+def train_base(study: Path, objective: str) -> None:
+    folder = study / "bases" / objective
+    if not (folder / "model_index.json").is_file():
+        train(study, study / "untrained", folder, BASE | {"prediction_type": objective})
+        print(f"{folder} is trained", flush=True)
+
+
+def steps_for_the_time_of(study: Path, name: str, seed: int) -> int:
+    """Steps without LPL that take as long as all of that row's."""
+    seconds = {row: median(1 / speed for speed in speeds(study / "rows" / row / str(seed))) for row in (name, "flow")}
+    return round(ROW["max_train_steps"] * seconds[name] / seconds["flow"])
+
+
+def speeds(folder: Path) -> list[float]:
+    """Images per second, entry by entry."""
+    return [json.loads(line)["images_per_second"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def train_row(study: Path, row: Row, name: str, seed: int) -> None:
+    folder = study / "rows" / name / str(seed)
+    if (folder / "model_index.json").is_file():
+        return
+    flags = ROW | row.flags | {"seed": seed, "prediction_type": row.objective}
+    if isinstance(flags["max_train_steps"], str):
+        flags["max_train_steps"] = steps_for_the_time_of(study, flags["max_train_steps"].removeprefix("as "), seed)
+    train(study, study / "bases" / row.objective, folder, flags)
+    print(f"{name}, seed {seed}: trained", flush=True)
+
+
+def measure(study: Path, folder: Path, steps: int) -> None:
+    """Draw as many images as the reference set has, of the same classes, and compare both."""
+    output = folder / "evaluation"
+    if (output / "evaluation.json").is_file():
+        return
+    options = {
+        "generated": folder,
+        "reference": study / "data/reference/train",
+        "output_dir": output,
+        "metrics": " ".join(METRICS),
+        "features": "examples.study.features:load",
+        "num_images": IMAGES,
+        "resolution": SETTINGS["resolution"],
+        "num_inference_steps": steps,
+        "guidance_scale": 1,
+        "batch_size": 64,
+        "seed": 0,
+    }
+    call([sys.executable, "-m", "lpl.evaluate", *arguments(options)], folder.with_suffix(".evaluation.log"))
+    found = json.loads((output / "evaluation.json").read_text())
+    print(folder, json.dumps(found)[:200], flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", type=Path, default=Path("study"), help="where prepare.sh has put its results")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
+    parser.add_argument("--sampling_steps", type=int, default=20)
+    parser.add_argument("--only", choices=("bases", "train", "measure"), help="one stage")
+    parser.add_argument("--list", action="store_true", help="show the rows and end")
+    args = parser.parse_args()
+    if args.list:
+        for name, row in ROWS.items():
+            print(f"{name:12s} {row.table:12s} {row.label:28s} {' '.join(arguments(row.flags))}")
+        return
+    objectives = [name for name in OBJECTIVES if any(ROWS[row].objective == name for row in args.rows)]
+    with ThreadPoolExecutor(args.workers) as pool:
+        if args.only in (None, "bases"):
+            list(pool.map(lambda name: train_base(args.study, name), objectives))
+        if args.only == "bases":
+            return
+        runs = [(name, seed) for seed in args.seeds for name in args.rows]
+
+        def do(name: str, seed: int) -> None:
+            if args.only in (None, "train"):
+                train_row(args.study, ROWS[name], name, seed)
+            if args.only in (None, "measure"):
+                measure(args.study, args.study / "rows" / name / str(seed), args.sampling_steps)
+
+        timed_last = sorted(runs, key=lambda run: isinstance(ROWS[run[0]].flags.get("max_train_steps"), str))
+        list(pool.map(lambda run: do(*run), timed_last))
+
+
+if __name__ == "__main__":
+    main()

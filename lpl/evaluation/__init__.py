@@ -1,0 +1,36 @@
+"""Measures images against real ones: sets of images, features of networks, metrics, power spectra.
+
+    from lpl.evaluation import Preprocessing, compare, folder_images, load_network, set_features
+
+    network, preprocessing = load_network("facebook/dinov2-base"), Preprocessing(512)
+    sets = [folder_images(folder, preprocessing) for folder in ("samples", "photographs")]
+    compare(*(set_features(images, network) for images in sets))["fid"].value
+
+What needs libraries that training does without (torchmetrics, prdc) is imported when it is asked for.
+"""
+
+from importlib import import_module
+from typing import Any
+
+
+NEIGHBOUR_METRICS = ("precision", "recall", "density", "coverage")
+SET_METRICS = ("fid", "kid", *NEIGHBOUR_METRICS)  # of two sets of images
+CLIP_SCORE = "clip_score"  # of images and their captions
+METRICS = (*SET_METRICS, CLIP_SCORE)
+CLIP = "openai/clip-vit-base-patch32"  # that of the paper on CLIPScore (Hessel et al., 2021)
+LIBRARIES = ("torchmetrics", "prdc", "scipy")  # whatever computes the metrics
+
+_PLACES = {
+    "images": ("ImageSet", "Preprocessing", "folder_images", "listed_images"),
+    "metrics": ("Estimate", "clip_score", "compare", "warnings_for"),
+    "networks": ("FeatureNetwork", "TextImageNetwork", "load_network", "set_features"),
+    "spectrum": ("high_frequency_energy", "log_power_spectrum"),
+}
+__all__ = ["METRICS", "SET_METRICS", *(name for names in _PLACES.values() for name in names)]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _PLACES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__} has no attribute {name}")

@@ -1,0 +1,338 @@
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import sqrtm
+from scipy.spatial.distance import cdist
+from scipy.stats import ortho_group
+
+from lpl.evaluation import METRICS, SET_METRICS, Estimate, clip_score, compare, warnings_for
+from lpl.evaluation.metrics import NEIGHBOUR_METRICS, frechet_distance, kid, resampled_kid
+
+
+def gaussian(samples, dim, seed, mean=0.0, scale=1.0):
+    return mean + scale * np.random.default_rng(seed).normal(size=(samples, dim))
+
+
+def with_moments(samples, mean, covariance, seed=0):
+    """Samples that have just this mean and this covariance (over N - 1)."""
+    values = gaussian(samples, len(mean), seed)
+    values -= values.mean(0)
+    whitened = values @ np.linalg.inv(np.linalg.cholesky(np.cov(values.T))).T
+    return mean + whitened @ np.linalg.cholesky(covariance).T
+
+
+def random_covariance(dim, seed):
+    factor = gaussian(2 * dim, dim, seed)
+    return factor.T @ factor / dim
+
+
+def value(metric, generated, reference, **settings):
+    return compare(generated, reference, [metric], **settings)[metric].value
+
+
+@pytest.fixture(scope="module")
+def sets():
+    """Generated and reference features, of different counts."""
+    return gaussian(90, 6, seed=1, mean=0.3, scale=0.9), gaussian(120, 6, seed=2)
+
+
+# Fréchet distance
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 3.0])
+def test_frechet_distance_of_spherical_gaussians(scale):
+    """|m|^2 + D (1 - s)^2 for N(0, I) and N(m, s^2 I)."""
+    mean = np.array([1.0, -2.0, 0.5, 0.0])
+    expected = (mean**2).sum() + 4 * (1 - scale) ** 2
+    one = with_moments(50, np.zeros(4), np.eye(4))
+    other = with_moments(70, mean, scale**2 * np.eye(4), seed=1)
+    assert value("fid", one, other) == pytest.approx(expected, rel=1e-9)
+    sampled = value("fid", gaussian(20000, 4, 0), gaussian(20000, 4, 1, mean, scale))
+    assert sampled == pytest.approx(expected, rel=0.03)
+
+
+def test_frechet_distance_by_scipys_matrix_root():
+    mean, other_mean = gaussian(2, 8, seed=0)
+    covariance, other_covariance = random_covariance(8, 1), random_covariance(8, 2)
+    root = sqrtm(covariance @ other_covariance).real
+    expected = ((mean - other_mean) ** 2).sum() + np.trace(covariance + other_covariance - 2 * root)
+    one = with_moments(40, mean, covariance)
+    other = with_moments(60, other_mean, other_covariance, seed=1)
+    assert value("fid", one, other) == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_distance_of_fewer_samples_than_features():
+    one, other = gaussian(10, 30, 0), gaussian(12, 30, 1)
+    singular = np.linalg.svd(_centred(one) @ _centred(other).T, compute_uv=False)  # tr (S T)^(1/2)
+    expected = ((one.mean(0) - other.mean(0)) ** 2).sum() + (_centred(one) ** 2).sum() + (_centred(other) ** 2).sum()
+    assert value("fid", one, other) == pytest.approx(expected - 2 * singular.sum(), rel=1e-6)
+
+
+def _centred(features):
+    return (features - features.mean(0)) / np.sqrt(len(features) - 1)
+
+
+def test_frechet_distance_is_computed_in_float64():
+    """In float32, sums of squares this far from 0 would lose the variance."""
+    one, other = gaussian(100, 4, 0), gaussian(100, 4, 1)
+    far = [(features + 1e4).astype(np.float32) for features in (one, other)]
+    assert value("fid", *far) == pytest.approx(value("fid", one, other), rel=1e-2)
+
+
+# Kernel distance
+
+
+def plain_kid(generated, reference):
+    """The definition, pair by pair."""
+
+    def kernel(x, y):
+        return (x @ y / len(x) + 1) ** 3
+
+    def within(features):
+        pairs = [(i, j) for i, j in product(range(len(features)), repeat=2) if i != j]
+        return np.mean([kernel(features[i], features[j]) for i, j in pairs])
+
+    return within(generated) + within(reference) - 2 * np.mean([kernel(x, y) for x in generated for y in reference])
+
+
+def test_kid_is_its_definition():
+    one, other = gaussian(15, 4, 0), gaussian(15, 4, 1, 0.5)
+    assert value("kid", one, other) == pytest.approx(plain_kid(one, other), rel=1e-9)
+
+
+def test_kid_of_unequal_sets_is_averaged_over_subsets():
+    one, other = gaussian(30, 4, 0), gaussian(12, 4, 1, 1.0)
+    full = plain_kid(one, other)
+    found = value("kid", one, other)
+    assert found == pytest.approx(full, rel=0.1) and found != pytest.approx(full, rel=1e-9)
+    assert value("kid", one, other, seed=0) == found != value("kid", one, other, seed=1)
+
+
+def test_kid_takes_subsets_of_1000(monkeypatch):
+    monkeypatch.setattr("lpl.evaluation.metrics.KID_SUBSET", 20)
+    one, other = gaussian(60, 4, 0), gaussian(60, 4, 1, 1.0)
+    found = kid(one, other)
+    assert found == pytest.approx(plain_kid(one, other), rel=0.1) and found != pytest.approx(plain_kid(one, other))
+
+
+def test_kid_leaves_the_random_state_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    kid(gaussian(30, 4, 0), gaussian(20, 4, 1))
+    assert torch.rand(1) == expected
+
+
+def test_kid_has_no_bias():
+    """Of one distribution with itself it is 0 on average, and so often negative, however few samples."""
+    found = [value("kid", gaussian(20, 4, seed), gaussian(20, 4, 1000 + seed)) for seed in range(150)]
+    assert abs(np.mean(found)) < 3 * np.std(found) / np.sqrt(150)
+    assert np.mean(np.array(found) < 0) > 0.3
+
+
+# Neighbours
+
+
+@pytest.mark.parametrize("neighbours", [1, 3, 5])
+def test_neighbour_metrics_by_brute_force(sets, neighbours):
+    generated, reference = sets
+    radius = {
+        name: np.sort(cdist(features, features), 1)[:, neighbours]  # the 0th is the sample itself
+        for name, features in (("generated", generated), ("reference", reference))
+    }
+    distance = cdist(generated, reference)
+    in_real = distance < radius["reference"]
+    expected = {
+        "precision": in_real.any(1).mean(),
+        "recall": (distance < radius["generated"][:, None]).any(0).mean(),
+        "density": in_real.sum() / (neighbours * len(generated)),
+        "coverage": in_real.any(0).mean(),
+    }
+    found = compare(generated, reference, NEIGHBOUR_METRICS, neighbours=neighbours)
+    assert {metric: estimate.value for metric, estimate in found.items()} == pytest.approx(expected)
+    assert len(set(expected.values())) == 4
+
+
+def test_precision_and_recall_tell_missing_modes_from_wrong_ones():
+    """Half of the modes: precise, but recalling half. Real ones and as many wrong ones: the other way round."""
+    mode, other = gaussian(200, 4, 0), gaussian(200, 4, 1, mean=50.0)
+    both = np.concatenate([gaussian(100, 4, 2), gaussian(100, 4, 3, mean=50.0)])
+    found = compare(mode, both, NEIGHBOUR_METRICS)
+    assert found["precision"].value > 0.9 and found["recall"].value == pytest.approx(0.5, abs=0.05)
+    assert found["coverage"].value == pytest.approx(0.5, abs=0.05)
+    found = compare(np.concatenate([mode, other]), gaussian(200, 4, 2), NEIGHBOUR_METRICS)
+    assert found["precision"].value == pytest.approx(0.5, abs=0.05) and found["recall"].value > 0.9
+
+
+def test_nothing_is_printed(sets, capsys, recwarn):
+    compare(*sets)
+    assert capsys.readouterr().out == ""
+    assert not [warning for warning in recwarn if "buffer" in str(warning.message)]
+
+
+# All of them
+
+
+def test_all_metrics_come_in_the_order_asked_for(sets):
+    found = compare(*sets)
+    assert tuple(found) == SET_METRICS == METRICS[:-1]
+    assert all(isinstance(estimate, Estimate) and estimate.low is estimate.high is None for estimate in found.values())
+    assert list(compare(*sets, ["recall", "fid"])) == ["recall", "fid"]
+    assert compare(*sets, ["recall", "fid"])["fid"] == found["fid"]
+
+
+def test_the_order_of_samples_and_rotations_do_not_matter(sets):
+    equal = sets[0], sets[1][:90]  # of equal counts: KID draws no subsets
+    expected = {metric: pytest.approx(estimate.value, rel=1e-6) for metric, estimate in compare(*equal).items()}
+    rng = np.random.default_rng(0)
+    shuffled = [rng.permutation(features) for features in equal]
+    rotated = [features @ ortho_group.rvs(6, random_state=0) for features in equal]
+    for changed in (shuffled, rotated):
+        assert {metric: estimate.value for metric, estimate in compare(*changed).items()} == expected
+
+
+def test_shifting_both_sets_matters_only_to_the_kernel(sets):
+    moved = compare(*(features + 2 for features in sets))
+    for metric, estimate in compare(*sets).items():
+        assert (moved[metric].value == pytest.approx(estimate.value, rel=1e-6)) == (metric != "kid"), metric
+
+
+def test_a_set_compared_with_itself():
+    features = gaussian(50, 5, 0)
+    found = {metric: estimate.value for metric, estimate in compare(features, features).items()}
+    assert found["fid"] == pytest.approx(0, abs=1e-6) and found["fid"] >= 0
+    assert [found[metric] for metric in ("precision", "recall", "coverage")] == [1, 1, 1]
+    assert found["kid"] < 0  # its pairs of a sample with itself count only across
+
+
+def test_symmetries(sets):
+    one, other = sets[0], sets[1][:90]
+    there, back = compare(one, other), compare(other, one)
+    for metric in ("fid", "kid"):
+        assert there[metric].value == pytest.approx(back[metric].value)
+    assert there["precision"].value == back["recall"].value != there["recall"].value
+
+
+# Intervals
+
+
+def test_intervals_are_those_of_fresh_samples():
+    """A bootstrap deviation should be near to what fresh sets of the same kind give."""
+
+    def pair(seed):
+        return gaussian(150, 3, seed, mean=0.5), gaussian(150, 3, seed + 1000)
+
+    fresh = [{metric: found.value for metric, found in compare(*pair(seed)).items()} for seed in range(60)]
+    estimates = compare(*pair(500), bootstrap=60)
+    for metric in SET_METRICS:
+        true = np.std([values[metric] for values in fresh], ddof=1)
+        found = estimates[metric]
+        assert found.low < found.value < found.high
+        assert found.value - found.low == pytest.approx(1.96 * true, rel=0.6), metric
+
+
+def test_intervals_are_the_same_again(sets):
+    first = compare(*sets, bootstrap=10)
+    assert compare(*sets, bootstrap=10) == first != compare(*sets, bootstrap=10, seed=1)
+    assert compare(*sets, ["fid"], bootstrap=10)["fid"] == first["fid"]
+    assert first["fid"].value == compare(*sets)["fid"].value
+    assert first["fid"].high - first["fid"].value == pytest.approx(first["fid"].value - first["fid"].low)
+
+
+def test_intervals_stay_in_the_range_of_the_metric():
+    features = gaussian(40, 3, 0)
+    found = compare(features, features, bootstrap=20)
+    assert found["fid"].low == 0 and found["fid"].high > 0
+    assert all(found[metric].high == 1 and found[metric].low < 1 for metric in ("precision", "recall"))
+    assert found["kid"].low < found["kid"].value < 0
+
+
+def test_kid_of_resamples_is_kid_of_the_resampled_features(monkeypatch):
+    monkeypatch.setattr("lpl.evaluation.metrics.ROWS", 7)
+    one, other = gaussian(20, 4, 0), gaussian(20, 4, 1, 0.5)
+    draws = [np.random.default_rng(seed).integers(20, size=(5, 20)) for seed in range(2)]
+    expected = [kid(one[mine], other[yours]) for mine, yours in zip(*draws)]
+    assert resampled_kid(one, other, *draws) == pytest.approx(expected, rel=1e-9)
+
+
+# CLIPScore
+
+
+def test_clip_score_is_100_times_the_positive_cosine():
+    images = np.array([[2.0, 0.0], [1.0, 1.0], [0.0, 3.0], [0.0, 0.0]])
+    texts = np.array([[5.0, 0.0], [1.0, 0.0], [0.0, -1.0], [1.0, 0.0]])
+    assert clip_score(images, texts).value == pytest.approx(100 * (1 + np.sqrt(0.5) + 0 + 0) / 4)
+    assert clip_score(images, texts).low is None
+
+
+def test_clip_scores_interval_is_that_of_a_mean():
+    images, texts = gaussian(400, 3, 0), gaussian(400, 3, 1)
+    found = clip_score(images, texts, bootstrap=300)
+    cosines = (images * texts).sum(1) / np.linalg.norm(images, axis=1) / np.linalg.norm(texts, axis=1)
+    error = 100 * np.maximum(0, cosines).std() / 20
+    assert found.high - found.value == pytest.approx(1.96 * error, rel=0.15)
+
+
+# What is refused, and warned of
+
+
+@pytest.mark.parametrize(
+    "shapes, settings, message",
+    [
+        (((9, 3), (9, 3)), {"metrics": ["fid", "is"]}, "metrics is: .*fid, kid"),
+        (((9, 3), (9, 3)), {"metrics": ["clip_score"]}, "captions"),
+        (((9, 3), (9, 4)), {}, "same D"),
+        (((9,), (9, 3)), {}, "same D"),
+        (((6, 3), (9, 3)), {}, "need 7 of each.*--num_images"),
+        (((9, 3), (1, 3)), {"metrics": ["fid"]}, "need 2 of each"),
+        (((9, 3), (9, 3)), {"neighbours": 0}, "need 1"),
+        (((9, 3), (9, 3)), {"bootstrap": 1}, "--bootstrap 1"),
+        (((9, 3), (9, 3)), {"bootstrap": -5}, "--bootstrap -5"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(shapes, settings, message):
+    with pytest.raises(ValueError, match=message):
+        compare(*(np.ones(shape) for shape in shapes), **settings)
+
+
+def test_features_that_are_not_finite_are_refused():
+    broken = gaussian(20, 3, 0)
+    broken[4, 1] = np.nan
+    for pair in ((broken, gaussian(20, 3, 1)), (gaussian(20, 3, 1), broken)):
+        with pytest.raises(ValueError, match="not finite"):
+            compare(*pair)
+
+
+@pytest.mark.parametrize("counts, message", [((3, 4), "3 images and 4 captions"), ((0, 0), "0 images")])
+def test_clip_score_needs_pairs(counts, message):
+    with pytest.raises(ValueError, match=message):
+        clip_score(*(np.ones((count, 2)) for count in counts))
+
+
+def test_the_smallest_sets_that_pass():
+    assert set(compare(gaussian(7, 3, 0), gaussian(8, 3, 1))) == set(SET_METRICS)
+    assert value("fid", gaussian(2, 3, 0), gaussian(2, 3, 1)) > 0
+
+
+def test_warnings_name_what_would_do():
+    assert warnings_for("fid", 640, 640, dim=64) == []
+    (few,) = warnings_for("fid", 64, 640, dim=64)
+    assert "rank 63" in few and "--num_images 640" in few and "generated" in few
+    (some,) = warnings_for("fid", 640, 639, dim=64)
+    assert "rank" not in some and "reference" in some and "640 of them" in some and "--num_images" not in some
+    assert len(warnings_for("fid", 10, 10, dim=64)) == 2
+    assert warnings_for("kid", 1000, 1000, dim=64) == [] and len(warnings_for("kid", 999, 1000, dim=64)) == 1
+    for metric in NEIGHBOUR_METRICS:
+        assert warnings_for(metric, 1000, 1000, dim=9999) == [] and len(warnings_for(metric, 1000, 10, dim=2)) == 1
+    assert warnings_for("clip_score", 100, 0, dim=64) == [] and len(warnings_for("clip_score", 99, 0, dim=64)) == 1
+    with pytest.raises(ValueError, match="must be one of fid"):
+        warnings_for("ssim", 1, 1, 1)
+
+
+def test_the_warned_bias_is_there():
+    """Sets of one distribution: their Fréchet distance is 0, and what few samples give is far above."""
+    few = np.mean([frechet_distance(gaussian(40, 16, seed), gaussian(40, 16, seed + 50)) for seed in range(10)])
+    many = np.mean([frechet_distance(gaussian(640, 16, seed), gaussian(640, 16, seed + 50)) for seed in range(10)])
+    assert few > 5 * many > 0

@@ -1,0 +1,448 @@
+import json
+import logging
+import multiprocessing
+import os
+import socket
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from PIL import Image
+from tiny import _clip_config, _clip_tokenizer, seeded
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertModel,
+    BitImageProcessorPil,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPVisionConfig,
+    Dinov2Config,
+    Dinov2Model,
+    ResNetConfig,
+    ResNetModel,
+    SiglipConfig,
+    SiglipModel,
+    ViTConfig,
+    ViTModel,
+)
+
+from lpl.evaluation import (
+    FeatureNetwork,
+    Preprocessing,
+    TextImageNetwork,
+    compare,
+    folder_images,
+    listed_images,
+    load_network,
+    set_features,
+)
+from lpl.evaluation.networks import cache_folder, check_network, features_key
+
+
+SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+class Means(nn.Module):
+    """Means of the colours, and how often it was called."""
+
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(scale))
+        self.calls = 0
+
+    def forward(self, pixels):
+        assert pixels.dtype == torch.uint8 and pixels.shape[1] == 3 and not self.training
+        self.calls += len(pixels)
+        return self.scale * pixels.double().mean((2, 3))
+
+
+class Flat(nn.Module):
+    """No features at all."""
+
+    def forward(self, pixels):
+        return pixels.float().mean((1, 2, 3))
+
+
+def means():
+    return Means(2.0)
+
+
+def number():
+    return 3
+
+
+def save(folder, build, tokenizer=None):
+    """A tiny model, its processor, and its tokenizer if any."""
+    with seeded(0):
+        build().save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    processor = BitImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28})
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def dinov2(tmp_path_factory):
+    config = Dinov2Config(image_size=28, patch_size=14, **SIZES)
+    return save(tmp_path_factory.mktemp("dinov2"), lambda: Dinov2Model(config))
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = _clip_tokenizer()
+    vision = CLIPVisionConfig(image_size=32, patch_size=16, **SIZES)
+    text = _clip_config(tokenizer, 16, 12)
+    with seeded(0):
+        CLIPModel(
+            CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=12)
+        ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """Seven crops of a photograph."""
+    image = Image.fromarray(skimage.data.astronaut())
+    return [image.crop((40 * index, 100, 40 * index + 64, 164)) for index in range(7)]
+
+
+@pytest.fixture
+def images(pictures):
+    return listed_images(pictures, "crops", Preprocessing(48))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Where features are kept by default."""
+    monkeypatch.setenv("LPL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+# Networks of transformers
+
+
+def test_dinov2_gives_its_pooled_class_token(dinov2, pictures):
+    network = load_network(dinov2)
+    assert isinstance(network, FeatureNetwork) and not isinstance(network, TextImageNetwork)
+    assert (network.name, network.dim) == (dinov2, 16)
+    found = network.features(pictures)
+    assert (found.shape, found.dtype, found.device.type) == ((7, 16), torch.float32, "cpu")
+    mean, deviation = (torch.tensor(network.preprocessing[f"image_{kind}"]).view(3, 1, 1) for kind in ("mean", "std"))
+    model = Dinov2Model.from_pretrained(dinov2).eval()
+    for row, picture in zip(found, pictures):
+        resized = picture.resize((32, 32), Image.Resampling.BICUBIC).crop((2, 2, 30, 30))
+        pixels = (torch.from_numpy(np.array(resized)).permute(2, 0, 1) / 255 - mean) / deviation
+        with torch.no_grad():
+            tokens = model(pixels[None].float()).last_hidden_state
+        torch.testing.assert_close(row, tokens[0, 0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(network.features(pictures[3:4])[0], found[3])
+
+
+def test_preprocessing_is_recorded(dinov2):
+    recorded = json.loads(json.dumps(load_network(dinov2).preprocessing))
+    assert recorded["crop_size"] == {"height": 28, "width": 28} and recorded["resample"] == 3 and recorded["pooled"]
+
+
+def test_fingerprints_go_by_weights_and_preprocessing(dinov2, tmp_path):
+    network = load_network(dinov2)
+    fingerprint = network.fingerprint
+    assert load_network(dinov2).fingerprint == fingerprint and len(fingerprint) == 64
+    with torch.no_grad():
+        network.module.layernorm.bias[0] += 1
+    del network.fingerprint
+    other = load_network(dinov2)
+    other.preprocessing["resample"] = 2
+    assert len({fingerprint, network.fingerprint, other.fingerprint}) == 3
+
+
+def test_autocast_does_not_matter(dinov2, pictures):
+    network = load_network(dinov2)
+    expected = network.features(pictures)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(network.features(pictures), expected)
+    assert not expected.requires_grad
+
+
+def test_clip_gives_images_and_captions_in_one_space(clip, pictures):
+    network = load_network(clip)
+    assert isinstance(network, TextImageNetwork) and network.dim == 12
+    found = network.features(pictures)
+    model = CLIPModel.from_pretrained(clip).eval()
+    captions = ["a cat", "the dog", "a cat " * 200]
+    tokens = _clip_tokenizer()(captions[:2], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        output = model(**tokens, pixel_values=network._pixels(pictures))
+    for mine, theirs in ((found, output.image_embeds), (network.text_features(captions)[:2], output.text_embeds)):
+        torch.testing.assert_close(mine / mine.norm(dim=1, keepdim=True), theirs, atol=1e-4, rtol=1e-4)
+    texts = network.text_features(captions)
+    assert texts.shape == (3, 12) and texts.isfinite().all()
+    torch.testing.assert_close(network.text_features(captions, batch_size=2), texts)
+
+
+def test_siglip_reads_captions_at_full_length(tmp_path, pictures):
+    """Its pooled token is the last one, so that padding to the longest of a batch would change the features."""
+    tokenizer = _clip_tokenizer()
+    length = tokenizer.model_max_length
+    text = {**SIZES, "vocab_size": len(tokenizer.get_vocab()), "max_position_embeddings": length}
+    config = SiglipConfig(text_config=text, vision_config={**SIZES, "image_size": 28, "patch_size": 14})
+    folder = save(tmp_path, lambda: SiglipModel(config), tokenizer=tokenizer)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings["model_input_names"] = ["input_ids"]  # as SigLIP's own: no mask
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    network = load_network(folder)
+    tokens = tokenizer(["a cat"], padding="max_length", max_length=length, return_tensors="pt")
+    model = SiglipModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        output = model(input_ids=tokens["input_ids"], pixel_values=network._pixels(pictures))
+    captions = network.text_features(["a cat", "the dog the dog"])
+    for mine, theirs in ((captions[:1], output.text_embeds), (network.features(pictures), output.image_embeds)):
+        torch.testing.assert_close(mine / mine.norm(dim=1, keepdim=True), theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_a_pooler_without_weights_is_not_used(tmp_path, pictures):
+    """Else its weights would be random, and other ones each time."""
+    config = ViTConfig(image_size=28, patch_size=14, **SIZES)
+    folder = save(tmp_path, lambda: ViTModel(config, add_pooling_layer=False))
+    networks = [load_network(folder) for _ in range(2)]
+    found = [network.features(pictures) for network in networks]
+    assert torch.equal(*found) and networks[0].fingerprint == networks[1].fingerprint
+    model = ViTModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        tokens = model(networks[0]._pixels(pictures)).last_hidden_state
+    assert not networks[0].preprocessing["pooled"]
+    torch.testing.assert_close(found[0], tokens[:, 0], atol=1e-4, rtol=1e-4)
+
+
+def test_convolutional_networks_are_pooled_to_rows(tmp_path, pictures):
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")
+    network = load_network(save(tmp_path, lambda: ResNetModel(config)))
+    assert network.dim == 12 and network.features(pictures).shape == (7, 12)
+
+
+def test_weights_that_lack_something_are_refused(dinov2, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = save(tmp_path, lambda: Dinov2Model.from_pretrained(dinov2))
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["layernorm.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="layernorm.weight.*random"):
+        load_network(folder)
+
+
+@pytest.mark.parametrize("name", ["nowhere/at-all", "./no-folder"])
+def test_unknown_names_are_refused(name):
+    with pytest.raises(ValueError, match=f"--features {name}: no network is found"):
+        load_network(name)
+
+
+def test_language_models_are_refused(tmp_path):
+    BertModel(BertConfig(vocab_size=20, **SIZES)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="bert is no image model"):
+        load_network(str(tmp_path))
+
+
+def test_what_knows_no_captions_is_no_clip(dinov2, clip):
+    check_network(clip, text=True)
+    check_network(dinov2)
+    for name in (dinov2, "inception", f"{__name__}:means"):
+        with pytest.raises(ValueError, match="--clip .*(captions|CLIP)"):
+            check_network(name, text=True)
+
+
+def test_inception_says_what_it_needs(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install torch-fidelity torchvision"):
+        load_network("inception")
+
+
+# One's own
+
+
+def test_a_function_of_ones_own_is_called(pictures):
+    network = load_network(f"{__name__}:means")
+    assert isinstance(network, FeatureNetwork) and (network.name, network.dim) == (f"{__name__}:means", 3)
+    expected = [2 * np.asarray(picture).mean((0, 1)) for picture in pictures]
+    np.testing.assert_allclose(network.features(pictures), expected, rtol=1e-5)
+
+
+def test_a_module_may_be_given(pictures):
+    module = Means().train()
+    network = load_network(module)
+    assert network.name == "Means" and network.features(pictures[:2]).shape == (2, 3)
+    module.num_features = 3
+    calls, network = module.calls, load_network(module)
+    assert network.dim == 3 and module.calls == calls  # it said so
+    assert load_network(Means(2.0)).fingerprint != network.fingerprint == load_network(Means()).fingerprint
+
+
+def test_fingerprints_go_by_the_code_and_its_settings():
+    def kind(added):
+        class Other(Means):
+            def forward(self, pixels):
+                return super().forward(pixels) + added
+
+        class Another(Means):
+            def forward(self, pixels):
+                return super().forward(pixels) - added
+
+        Another.__name__ = "Other"
+        return Other(), Another()
+
+    strides = [nn.Sequential(nn.Conv2d(3, 4, 3, stride=stride), nn.Flatten()) for stride in (1, 2)]
+    strides[1].load_state_dict(strides[0].state_dict())
+    modules = [Means(), *kind(1), *strides]
+    assert len({load_network(module).fingerprint for module in modules}) == 5
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("no_such_package:means", "cannot be imported.*no_such_package"),
+        (f"{__name__}:nothing", "cannot be imported.*nothing"),
+        (":means", "package.module:function"),
+        (f"{__name__}:number", "returns int"),
+    ],
+)
+def test_functions_that_give_no_module_are_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        load_network(name)
+
+
+def test_features_of_another_shape_are_refused(pictures):
+    with pytest.raises(ValueError, match=r"Flat: for 7 images it gives \(7,\) instead of \(B, D\)"):
+        load_network(Flat()).features(pictures)
+
+
+# Features of sets
+
+
+def test_features_are_those_of_the_images_in_their_order(images):
+    found = set_features(images, load_network(Means()), batch_size=3)
+    expected = [np.asarray(image).mean((0, 1)) for image in images]
+    assert found.shape == (7, 3) and found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_features_are_computed_once_for_the_same_content(images, pictures, tmp_path, cache):
+    module = Means()
+    first = set_features(images, load_network(module))
+    assert module.calls == 7 and len(list(cache.iterdir())) == 1
+    for index, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{index}.png")
+    again = folder_images(tmp_path, Preprocessing(48))
+    assert np.array_equal(set_features(again, load_network(module)), first) and module.calls == 7
+
+
+@pytest.mark.parametrize("change", ["pixel", "order", "fewer", "weights", "resolution"])
+def test_features_are_computed_anew_where_something_has_changed(images, pictures, change):
+    module = Means()
+    set_features(images, load_network(module))
+    module.calls = 0
+    if change == "pixel":
+        changed = pictures[0].copy()
+        changed.paste((0, 0, 0), (0, 0, 8, 8))
+        pictures = [changed, *pictures[1:]]
+    elif change == "order":
+        pictures = pictures[::-1]
+    elif change == "fewer":
+        pictures = pictures[:-1]
+    elif change == "weights":
+        module.scale.data += 1
+    other = listed_images(pictures, "other", Preprocessing(32 if change == "resolution" else 48))
+    found = set_features(other, load_network(module))
+    assert module.calls == len(other)
+    np.testing.assert_allclose(found[0], module.scale.item() * np.asarray(other[0]).mean((0, 1)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("content", [b"", b"broken", None])
+def test_broken_caches_are_written_anew(images, cache, content):
+    module = Means()
+    first = set_features(images, load_network(module))
+    (path,) = cache.iterdir()
+    path.write_bytes(path.read_bytes()[:-5] if content is None else content)
+    assert np.array_equal(set_features(images, load_network(module)), first) and module.calls == 14
+    assert np.array_equal(set_features(images, load_network(module)), first) and module.calls == 14
+
+
+def test_where_features_are_kept(images, tmp_path, cache, monkeypatch):
+    set_features(images, load_network(Means()), cache_dir=tmp_path / "here")
+    assert len(list((tmp_path / "here").iterdir())) == 1 and not cache.exists()
+    assert cache_folder() == cache
+    monkeypatch.delenv("LPL_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "lpl" / "features"
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_time(images, cache, caplog):
+    cache.write_text("a file where the folder should be")
+    with caplog.at_level(logging.WARNING):
+        found = set_features(images, load_network(Means()))
+    assert len(found) == 7 and "not kept" in caplog.text
+
+
+def test_features_that_are_not_finite_are_refused_and_not_kept(images, cache):
+    with pytest.raises(ValueError, match="crops are not finite"):
+        set_features(images, load_network(Means(float("nan"))))
+    assert not cache.exists()
+
+
+def test_keys_depend_on_where_one_digest_ends(dinov2):
+    network = load_network(dinov2)
+    assert features_key(network, ["ab", "c"]) != features_key(network, ["a", "bc"])
+
+
+# Several processes
+
+
+def _embed_in_process(rank, port, pictures, cache, queue):
+    from accelerate import PartialState
+
+    world = {"WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    on_cpu = {"ACCELERATE_USE_CPU": "true"} if torch.cuda.is_available() else {}
+    os.environ.update({name: str(value) for name, value in (world | where | on_cpu).items()})
+    PartialState._shared_state.clear()
+    module = Means()
+    images = listed_images(pictures, "crops", Preprocessing(48))
+    calls, found = [], []
+    for _ in range(2):
+        found.append(set_features(images, load_network(module), batch_size=2, cache_dir=cache[rank], progress=False))
+        calls.append(module.calls)
+        PartialState().wait_for_everyone()
+    queue.put((rank, calls, found, compare(found[0], found[0][::-1], ["fid", "kid"])))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_two_processes_share_the_work_and_both_get_all(images, pictures, tmp_path, shared):
+    """Also where only the first one sees what it kept, as on two machines: both have to compute then."""
+    folders = [tmp_path / "shared"] * 2 if shared else [tmp_path / "first", tmp_path / "second"]
+    expected = set_features(images, load_network(Means()))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")  # which spares the imports
+    queue = context.Queue()
+    workers = [
+        context.Process(target=_embed_in_process, args=(rank, port, pictures, folders, queue), daemon=True)
+        for rank in range(2)
+    ]
+    for worker in workers:
+        worker.start()
+    results = sorted((queue.get(timeout=60) for _ in workers), key=lambda result: result[0])
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    for (_, calls, found, distances), mine in zip(results, (4, 3)):
+        assert calls == ([mine, mine] if shared else [mine, 2 * mine])  # each its part
+        assert all(np.array_equal(features, expected) for features in found)
+        assert distances == compare(expected, expected[::-1], ["fid", "kid"])
+    assert len(list(folders[0].iterdir())) == 1 and folders[1].exists() == shared
