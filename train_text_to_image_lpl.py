@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lpl import LatentPerceptualLoss, checkpoints, get_objective, hub, training_scheduler
-from lpl.arguments import command_line, loss_flags, parse_arguments, recipe
+from lpl.arguments import parse_arguments, recipe
 from lpl.autoencoders import downscaling_factor, encode, feature_vae, latent_channels
 from lpl.checks import DTYPES, PipelineConfigs, check_pipeline, loss_options, read_pipeline_configs
 from lpl.data import (
@@ -60,6 +60,7 @@ from lpl.logs import Log
 from lpl.objectives import DiffusionObjective, Objective, expand, own_objective, sigma_threshold_at
 from lpl.optimizers import make_optimizer
 from lpl.pictures import loss_curves, write_whole
+from lpl.preemption import EXIT_CODE, Preemption
 from lpl.report import DryRun, Plan
 from lpl.trainee import Trainee, averaged
 from lpl.validation import Validation
@@ -90,6 +91,8 @@ def main() -> None:
             data_classes = class_names(dataset, args.caption_column)  # they come first, and before the model's
             classes = data_classes | configs.family.class_names(configs.index) | data_classes
             prompts = [configs.family.class_label(prompt, classes) for prompt in prompts]
+        if resumable is not None:
+            checkpoints.check_recipe(resumable, recipe(args))
         scheduler = configs.scheduler
         if args.prediction_type != own_objective(scheduler):
             scheduler = training_scheduler(args.prediction_type, scheduler)
@@ -186,14 +189,16 @@ def main() -> None:
     if prompts and accelerator.is_main_process:
         real = real_images(images, prompts)
     names = [classes.get(prompt, str(prompt)) for prompt in prompts]
-    validation = Validation(family, scheduler, args, prompts, names, real)
+    preemption = Preemption(accelerator)
+    validation = Validation(family, scheduler, args, prompts, names, real, lambda: preemption.received is not None)
     log = Log(accelerator, args, progress.step, max_steps, global_batch, lpl_loss.block_names if lpl_loss else ())
+    log.resume(progress.log)
     evaluation = None
     if args.eval_steps is not None:
         from lpl.evaluation.training import TrainingEvaluation  # whose libraries others need not have
 
         try:
-            evaluation = TrainingEvaluation(family, scheduler, args, classes)
+            evaluation = TrainingEvaluation(family, scheduler, args, classes, preemption)
         except ValueError as error:
             sys.exit(f"{SCRIPT}: error: {error}")
         evaluation.resume(progress.step)
@@ -204,24 +209,26 @@ def main() -> None:
         return step % every == 0 or step == max_steps
 
     def look(step: int) -> None:
-        """Samples, held-out losses and metrics, where they are due after a step."""
+        """Samples, held-out losses and metrics, where they are due after a step; given up where the run is to end."""
         if due(step, validate_every):
             validation.run(accelerator, trainee, ema, step)
-            if held_out is not None:
+            if held_out is not None and not preemption.asked_now():
                 log.validation(step, losses_on(held_out, losses, trainee, ema, accelerator))
-        if evaluation is not None and due(step, evaluate_every):
+        if evaluation is not None and due(step, evaluate_every) and not preemption.asked_now():
             log.validation(step, evaluation.run(accelerator, trainee, ema, step))
+        progress.looked = not preemption.asked_now()
 
     if held_out is not None:
         held_out = TrainingImages(held_out, objective, images.latent_shape, args, empty)
-    if progress.step == 0:
-        look(0)
-
     if accelerator.is_main_process:
         write_recipe(args)
     plan.announce()
+    preemption.listen()
+    if not progress.looked:
+        look(progress.step)
+    stop = not progress.looked
     bar = tqdm(total=max_steps, initial=progress.step, disable=not accelerator.is_main_process, desc="steps")
-    while progress.step < max_steps:
+    while progress.step < max_steps and not stop:
         weight = lpl_weight.value * ramp(progress.step, args.lpl_start_step, args.lpl_ramp_steps)  # w of Eq. 3
         with_lpl = args.lpl and has_lpl(progress.step, args.lpl_start_step, args.lpl_every)
         for _ in range(args.gradient_accumulation_steps):
@@ -252,16 +259,29 @@ def main() -> None:
             if accelerator.is_main_process:
                 write_recipe(args, lpl_weight=float(lpl_weight.value), lpl_share=lpl_weight.measured_share())
 
-        save = progress.step % args.checkpointing_steps == 0
+        stop = preemption.asked()
+        save = stop or progress.step % args.checkpointing_steps == 0
         if log.is_due(progress.step):
             bar.set_postfix(log.write(progress.step, learning_rate, weight), refresh=False)
             bar.update(progress.step - bar.n)
         if save or due(progress.step, validate_every) or due(progress.step, evaluate_every):
             with log.paused():  # images per second are those of the training alone
+                progress.looked, progress.log = False, log.state()
                 if save:
                     checkpoints.save_checkpoint(accelerator, args.output_dir, progress, args.checkpoints_total_limit)
-                look(progress.step)
+                if not stop:
+                    look(progress.step)
+                    stop = not progress.looked
+                if stop and not save:
+                    checkpoints.save_checkpoint(accelerator, args.output_dir, progress, args.checkpoints_total_limit)
+                elif save and accelerator.is_main_process:
+                    progress.save(checkpoints.place(args.output_dir, progress.step))
     bar.close()
+    if stop:
+        logger.info(f"the run ends after step {progress.step}; --resume_from_checkpoint latest goes on from there")
+        preemption.close()
+        finish(accelerator)
+        sys.exit(EXIT_CODE)
     if lpl_weight.measuring and lpl_weight.steps:
         report_share(lpl_weight)
 
@@ -277,7 +297,7 @@ def main() -> None:
             logger.warning(
                 "no step was trained with LPL: no sample was inside the threshold, or the run was too short"
             )
-        card = describe(
+        card = hub.describe(
             args,
             family,
             lpl_loss,
@@ -285,7 +305,9 @@ def main() -> None:
             progress.step,
             global_batch,
             threshold,
-            accelerator,
+            f"{accelerator.num_processes} x {device_name(accelerator)}",
+            accelerator.mixed_precision,
+            weight_dtype(accelerator),
             prompts,
             data_classes,
             plan.what(),
@@ -293,8 +315,10 @@ def main() -> None:
         card = replace(card, **evaluation.on_card()) if evaluation is not None else card
         hub.write_model_card(args.output_dir, card)
         logger.info(f"the {'LoRA' if args.lora else 'pipeline'}, its samples and its card are in {args.output_dir}")
-        if args.push_to_hub and (url := hub.push_folder(args.output_dir, args.hub_model_id, args.hub_token)):
-            logger.info(f"published at {url}")
+        if args.push_to_hub and not preemption.received:
+            url = hub.push_folder(args.output_dir, args.hub_model_id, args.hub_token)
+            logger.info(f"published at {url}" if url else "nothing is published yet")
+    preemption.close()
     finish(accelerator)
 
 
@@ -388,59 +412,6 @@ def update_ema(ema: EMAModel, trainee: Trainee, device: torch.device, offload: b
         ema.to("cpu")  # blocking: a checkpoint may read it at once
 
 
-def describe(
-    args: Namespace,
-    family: Family,
-    lpl_loss: LatentPerceptualLoss | None,
-    records: list[dict[str, float]],
-    steps: int,
-    global_batch: int,
-    threshold: float,
-    accelerator: Accelerator,
-    prompts: list[str] | list[int],
-    classes: Mapping[int, str],
-    trained: str,
-) -> hub.RunCard:
-    """The run, as its model card tells it."""
-    with_lpl = [record for record in records if record.get("lpl_weight", 0) > 0 and "lpl_share" in record]
-    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "CPU"
-    return hub.RunCard(
-        base_model=args.pretrained_model_name_or_path,
-        dataset=args.dataset_name or args.train_data_dir,
-        pipeline_class=family.pipeline_class.__name__,
-        repo_id=args.hub_model_id,
-        tags=(family.name,),
-        resolution=args.resolution,
-        prompt=(prompts or [0 if family.class_conditional else "a photo"])[0],
-        classes=classes,
-        dtype=str(weight_dtype(accelerator)).removeprefix("torch."),
-        trained=trained,
-        from_scratch=args.from_scratch,
-        inference_steps=args.validation_inference_steps,
-        guidance_scale=args.validation_guidance_scale,
-        loading_arguments=family.loading_arguments(),
-        sampling_arguments=family.sampling_arguments(),
-        steps=steps,
-        batch_size=global_batch,
-        learning_rate=args.learning_rate * (global_batch if args.scale_lr else 1),
-        objective=args.prediction_type,
-        lr_scheduler=args.lr_scheduler,
-        mixed_precision=accelerator.mixed_precision,
-        ema_decay=args.ema_decay,
-        lora_rank=args.rank if args.lora else None,
-        seed=args.seed,
-        hardware=f"{accelerator.num_processes} x {device}",
-        lpl_weight=with_lpl[-1]["lpl_weight"] if with_lpl else None,
-        lpl_weight_setting=args.lpl_weight,
-        lpl_share=sum(record["lpl_share"] for record in with_lpl) / len(with_lpl) if with_lpl else None,
-        lpl_sigma_threshold=threshold,
-        lpl_blocks=lpl_loss.block_names if args.lpl else (),
-        lpl_start_step=args.lpl_start_step,
-        lpl_options=loss_flags(args),
-        command=[sys.argv[0], *command_line(args)],
-    )
-
-
 def start_accelerator(args: Namespace) -> Accelerator:
     """Accelerate's state, with trackers for the flags that they can show."""
     accelerator = Accelerator(
@@ -491,6 +462,10 @@ def start_or_resume(args: Namespace, resumable: Path | None) -> checkpoints.Prog
     args.seed = progress.seed
     set_seed(args.seed)
     return progress
+
+
+def device_name(accelerator: Accelerator) -> str:
+    return torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "CPU"
 
 
 def weight_dtype(accelerator: Accelerator) -> torch.dtype:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import yaml
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import nn
 
+from lpl.pictures import write_whole
 from lpl.trainee import Trainee, load_ema, save_ema
 
 
@@ -28,15 +30,25 @@ PREFIX = "checkpoint-"
 
 @dataclass
 class Progress:
-    """Where a run stands: finished optimizer steps, and the seed that its random numbers are keyed by."""
+    """Where a run stands.
+
+    Args:
+        step: finished optimizer steps.
+        seed: that its random numbers are keyed by.
+        looked: whether the samples and metrics that are due after this step are there.
+        log: sums of the log since its last entry, see :meth:`lpl.logs.Log.state`.
+    """
 
     step: int
     seed: int
+    looked: bool = False
+    log: list[list[float]] = field(default_factory=list)
 
     FILE: ClassVar[str] = "progress.json"
 
     def save(self, folder: Path) -> None:
-        (folder / self.FILE).write_text(json.dumps(asdict(self)))
+        text = json.dumps(asdict(self))
+        write_whole(folder / self.FILE, lambda unfinished: unfinished.write_text(text))
 
     @classmethod
     def load(cls, folder: Path) -> Progress:
@@ -94,10 +106,64 @@ def find_resumable(output_dir: str, name: str | None) -> Path | None:
     return place
 
 
+# Flags whose change a checkpoint cannot go on under, and those whose change no number of the training sees.
+NEVER_CHANGED = (
+    "prediction_type",
+    "lora",
+    "use_dora",
+    "use_rslora",
+    "train_text_encoder",
+    "optimizer",
+    "use_8bit_adam",
+)
+WITHOUT_EFFECT = (
+    *("max_train_steps", "num_train_epochs", "output_dir", "cache_dir", "dataloader_num_workers", "seed"),
+    *("report_to", "tracker_project_name", "push_to_hub", "debug_loss", "num_validation_images"),
+)
+WITHOUT_EFFECT_BEGINNINGS = (
+    *("validation_prompt", "validation_steps", "validation_epochs", "validation_inference", "validation_guidance"),
+    *("eval_", "logging_", "checkpoint", "hub_"),
+)
+
+
+def check_recipe(resumable: Path, values: Mapping[str, Any]) -> None:
+    """Name what the command changes of the run that it resumes.
+
+    A change of objective, of what is trained or of the optimizer is refused, since the checkpoint is of something
+    else; any other that moves numbers is allowed, with a warning; samples, logs and the like change without a word.
+
+    Args:
+        values: the flags, as ``recipe.yaml`` has them.
+
+    Raises:
+        ValueError: with the flag, what it was and what it is.
+    """
+    file = resumable.resolve().parent / "recipe.yaml"
+    earlier = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+    for name in sorted(values.keys() & (earlier or {}).keys()):
+        if values[name] == earlier[name] or name in WITHOUT_EFFECT or name.startswith(WITHOUT_EFFECT_BEGINNINGS):
+            continue
+        change = f"--{name} {_said(values[name])}: the run to resume has {_said(earlier[name])}"
+        if name in NEVER_CHANGED:
+            raise ValueError(
+                f"{change}, and its checkpoints cannot go on otherwise; start another run, or change it back"
+            )
+        logger.warning("%s; from here on the new value holds", change)
+
+
+def _said(value: Any) -> str:
+    return "none" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value).lower()
+
+
+def place(output_dir: str | Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return Path(output_dir, f"{PREFIX}{step}")
+
+
 def save_checkpoint(accelerator: Accelerator, output_dir: str, progress: Progress, total_limit: int | None) -> Path:
     """Write ``checkpoint-STEP`` whole, then drop the oldest ones above the limit. Called by every process."""
-    place = Path(output_dir, f"{PREFIX}{progress.step}")
-    unfinished = Path(output_dir, f".{place.name}.unfinished")
+    folder = place(output_dir, progress.step)
+    unfinished = Path(output_dir, f".{folder.name}.unfinished")
     if accelerator.is_main_process:
         shutil.rmtree(unfinished, ignore_errors=True)
     accelerator.wait_for_everyone()
@@ -105,11 +171,11 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str, progress: Progres
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         progress.save(unfinished)
-        shutil.rmtree(place, ignore_errors=True)
-        unfinished.rename(place)
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
         if total_limit is not None:
-            others = [path for path in find_checkpoints(output_dir) if path != place]
+            others = [path for path in find_checkpoints(output_dir) if path != folder]
             for old in others[: max(0, len(others) + 1 - total_limit)]:
                 shutil.rmtree(old)
     accelerator.wait_for_everyone()
-    return place
+    return folder

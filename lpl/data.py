@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from lpl.objectives import Objective, timestep_density, timestep_weights
+from lpl.preemption import leave_signals_alone
 
 
 logger = logging.getLogger(__name__)
@@ -359,6 +360,7 @@ def training_batches(images: TrainingImages, batches: KeyedBatches, num_workers:
             num_workers=num_workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=num_workers > 0,
+            worker_init_fn=leave_signals_alone,
         )
     )
 

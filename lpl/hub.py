@@ -8,18 +8,27 @@ Before training, `prepare_repository` fails early and clearly; after it, `push_f
 not end in a traceback because the network is down. Both use the token given, else that of `hf auth login` or HF_TOKEN.
 """
 
+from __future__ import annotations
+
 import json
 import logging
 import os
 import re
 import shlex
+import sys
+from argparse import Namespace
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+import torch
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+
+from lpl.arguments import command_line, loss_flags
+from lpl.families import Family
+from lpl.loss import LatentPerceptualLoss
 
 
 logger = logging.getLogger(__name__)
@@ -235,6 +244,60 @@ class RunCard:
     @property
     def class_conditional(self) -> bool:
         return isinstance(self.prompt, int)
+
+
+def describe(
+    args: Namespace,
+    family: Family,
+    lpl_loss: LatentPerceptualLoss | None,
+    records: list[dict[str, float]],
+    steps: int,
+    global_batch: int,
+    threshold: float,
+    hardware: str,
+    mixed_precision: str,
+    dtype: torch.dtype,
+    prompts: list[str] | list[int],
+    classes: Mapping[int, str],
+    trained: str,
+) -> RunCard:
+    """The run, as its model card tells it."""
+    with_lpl = [record for record in records if record.get("lpl_weight", 0) > 0 and "lpl_share" in record]
+    return RunCard(
+        base_model=args.pretrained_model_name_or_path,
+        dataset=args.dataset_name or args.train_data_dir,
+        pipeline_class=family.pipeline_class.__name__,
+        repo_id=args.hub_model_id,
+        tags=(family.name,),
+        resolution=args.resolution,
+        prompt=(prompts or [0 if family.class_conditional else "a photo"])[0],
+        classes=classes,
+        dtype=str(dtype).removeprefix("torch."),
+        trained=trained,
+        from_scratch=args.from_scratch,
+        inference_steps=args.validation_inference_steps,
+        guidance_scale=args.validation_guidance_scale,
+        loading_arguments=family.loading_arguments(),
+        sampling_arguments=family.sampling_arguments(),
+        steps=steps,
+        batch_size=global_batch,
+        learning_rate=args.learning_rate * (global_batch if args.scale_lr else 1),
+        objective=args.prediction_type,
+        lr_scheduler=args.lr_scheduler,
+        mixed_precision=mixed_precision,
+        ema_decay=args.ema_decay,
+        lora_rank=args.rank if args.lora else None,
+        seed=args.seed,
+        hardware=hardware,
+        lpl_weight=with_lpl[-1]["lpl_weight"] if with_lpl else None,
+        lpl_weight_setting=args.lpl_weight,
+        lpl_share=sum(record["lpl_share"] for record in with_lpl) / len(with_lpl) if with_lpl else None,
+        lpl_sigma_threshold=threshold,
+        lpl_blocks=lpl_loss.block_names if args.lpl else (),
+        lpl_start_step=args.lpl_start_step,
+        lpl_options=loss_flags(args),
+        command=[sys.argv[0], *command_line(args)],
+    )
 
 
 def write_model_card(folder: str | os.PathLike, card: RunCard) -> Path:

@@ -129,6 +129,28 @@ class Log:
             "img/s": f"{speed:.3g}",
         }
 
+    def state(self) -> list[list[float]]:
+        """What is summed since the last entry, a list for each process; all have to ask. Waits for the device."""
+        sums = torch.cat([self._sums, self._squares, self._by_block.flatten()])
+        host = [self._count, self._with_lpl, self._rows, self._inside, self._looked]
+        exact = torch.float32 if sums.device.type == "mps" else torch.float64
+        mine = torch.cat([sums.to(exact), torch.tensor(host, dtype=exact, device=sums.device)])
+        self._write_samples()
+        rows = self.accelerator.gather(mine[None]).tolist()
+        return [[self._last_step, time.perf_counter() - self._since, *row] for row in rows]
+
+    def resume(self, state: list[list[float]]) -> None:
+        """Go on from what :meth:`state` gave; with another number of processes or blocks, from nothing."""
+        device, blocks = self.accelerator.device, len(self.blocks)
+        if len(state) != self.accelerator.num_processes or len(state[0]) != 13 + 2 * blocks:
+            return
+        self._last_step, seconds, *sums, count, with_lpl, rows, inside, looked = state[self.accelerator.process_index]
+        self._sums, self._squares, by_block = torch.tensor(sums, device=device).split([4, 2, 2 * blocks])
+        self._by_block = by_block.view(2, blocks)
+        self._count, self._with_lpl, self._rows = int(count), int(with_lpl), int(rows)
+        self._inside, self._looked = inside, bool(looked)
+        self._since -= seconds
+
     def _reset(self) -> None:
         """Begin to sum anew."""
         device = self.accelerator.device

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class Validation:
         prompts: captions; class labels in a class-conditional family.
         names: what stands over the grid's columns.
         real: training images that bear the prompts, for the last row.
+        stop: asked before each image; where it says so, no more are sampled, and there is no grid.
     """
 
     def __init__(
@@ -45,8 +46,9 @@ class Validation:
         prompts: Sequence[str | int],
         names: Sequence[str],
         real: Sequence[Image.Image] | None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.family, self.scheduler, self.settings, self.real = family, scheduler, settings, real
+        self.family, self.scheduler, self.settings, self.real, self.stop = family, scheduler, settings, real, stop
         self.prompts, self.names = list(prompts), list(names)
         self.folder = Path(settings.output_dir, "samples")
         self._latest: list[Image.Image] = []  # what this run sampled last
@@ -65,9 +67,10 @@ class Validation:
             if ema is not None and step:
                 with averaged(ema, trainee):
                     rows[f"step {step}, EMA"] = self._sampled(accelerator, trainee, f"{name}-ema")
-            self._latest = list(rows.values())[-1] if step else []
-            grid = self._grid(rows if step else {"before training": rows[f"step {step}"]}, f"{name}.png")
-            log_image(accelerator, grid, step)
+            if not self.stop():
+                self._latest = list(rows.values())[-1] if step else []
+                grid = self._grid(rows if step else {"before training": rows[f"step {step}"]}, f"{name}.png")
+                log_image(accelerator, grid, step)
         accelerator.wait_for_everyone()
         return grid
 
@@ -95,25 +98,37 @@ class Validation:
 
     def _sampled(self, accelerator: Accelerator, trainee: Trainee, name: str) -> list[Image.Image]:
         trainee.eval()
-        images = sample(self.family, self.scheduler, self.prompts, self.settings, accelerator)
+        images = sample(self.family, self.scheduler, self.prompts, self.settings, accelerator, self.stop)
         trainee.train()
         for number, image in enumerate(images):
             save_picture(image, self.folder / name / f"{number:02d}.png")
-        (self.folder / name / "settings.json").write_text(json.dumps(self._settings()))
+        if len(images) == len(self.prompts):
+            (self.folder / name / "settings.json").write_text(json.dumps(self._settings()))
         return images
 
 
 @torch.no_grad()
 def sample(
-    family: Family, scheduler: Any, prompts: Sequence[str | int], settings: Any, accelerator: Accelerator
+    family: Family,
+    scheduler: Any,
+    prompts: Sequence[str | int],
+    settings: Any,
+    accelerator: Accelerator,
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[Image.Image]:
-    """One image per prompt; the n-th from the seed's n-th successor, whatever the other prompts are."""
+    """One image per prompt; the n-th from the seed's n-th successor, whatever the other prompts are.
+
+    Args:
+        stop: asked before each image, whether no more are wanted.
+    """
     pipeline = family.pipeline
     pipeline.register_modules(scheduler=type(scheduler).from_config(scheduler.config))
     pipeline.set_progress_bar_config(disable=True)
     guidance = settings.validation_guidance_scale
     images = []
     for number, prompt in enumerate(prompts):
+        if stop():
+            break
         with accelerator.autocast(), decoding_exactly(family.vae):
             images += pipeline(
                 num_inference_steps=settings.validation_inference_steps,

@@ -60,7 +60,8 @@ def test_a_checkpoint_has_diffusers_layout(trained):
     assert json.loads((checkpoint / "ema.json").read_text()) == {"optimization_step": 4}
     assert not all(torch.equal(a, b) for a, b in zip(unet.parameters(), ema.parameters()))
     assert not list(checkpoint.glob("*.safetensors"))  # the weights are there once, not twice
-    assert json.loads((checkpoint / "progress.json").read_text()) == {"step": 4, "seed": 3}
+    progress = json.loads((checkpoint / "progress.json").read_text())
+    assert {name: progress[name] for name in ("step", "seed", "looked")} == {"step": 4, "seed": 3, "looked": True}
 
 
 def test_the_pipeline_gets_the_averaged_weights(trained):
@@ -122,7 +123,8 @@ def test_what_was_just_saved_outlives_an_earlier_runs_checkpoints(accelerator, t
 
 def test_resuming_takes_the_seed_of_the_run(trained):
     args = Namespace(seed=None)
-    assert script.start_or_resume(args, trained / "checkpoint-3") == Progress(3, 3)
+    progress = script.start_or_resume(args, trained / "checkpoint-3")
+    assert (progress.step, progress.seed) == (3, 3)
     assert args.seed == 3
 
 
@@ -172,3 +174,18 @@ def test_a_restored_ema_goes_to_the_device(trained, sd_pipeline, image_folder, t
     train(sd_pipeline, image_folder, resumed, **flags, checkpointing_steps=5)
     assert json.loads((resumed / "checkpoint-5" / "ema.json").read_text())["optimization_step"] == 5  # it went on
     assert calls[calls.index("step") - 1] == "to"
+
+
+def test_a_changed_recipe_is_named(trained, sd_pipeline, image_folder, caplog):
+    """Changes that move numbers are said, those that do not are not; what cannot go on is refused."""
+    flags = {"use_ema": True, "seed": 3, "resume_from_checkpoint": "checkpoint-4", "max_train_steps": 4}
+    changed = {"learning_rate": 2e-3, "lpl_weight": "auto:0.3", "logging_steps": 7, "checkpointing_steps": 9}
+    before = (trained / "recipe.yaml").read_text()
+    with caplog.at_level("WARNING"):
+        train(sd_pipeline, image_folder, trained, **flags, **changed)
+    said = " ".join(record.getMessage() for record in caplog.records if "the run to resume has" in record.getMessage())
+    assert "--learning_rate 0.002: the run to resume has 0.001" in said and "--lpl_weight auto:0.3" in said
+    assert "logging" not in said and "checkpointing" not in said and "max_train" not in said
+    (trained / "recipe.yaml").write_text(before)
+    with pytest.raises(SystemExit, match="--prediction_type sample: the run to resume has epsilon"):
+        train(sd_pipeline, image_folder, trained, **flags, lpl_weight=0, prediction_type="sample")

@@ -30,9 +30,11 @@ def main() -> None:
         sample_size=vae.config.sample_size // 2 ** (len(vae.config.block_out_channels) - 1),
         patch_size=2,
     )
-    names = {label: Path(source).stem for label, source in enumerate(PICTURES)}
+    names = {str(label): Path(source).stem for label, source in enumerate(PICTURES)}
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)
-    DiTPipeline(transformer, vae, scheduler, id2label=names).save_pretrained(args.output_dir)
+    pipeline = DiTPipeline(transformer, vae, scheduler)
+    pipeline.register_to_config(id2label=names)  # which it reads from its index, but would not write there
+    pipeline.save_pretrained(args.output_dir)
     print(f"{args.output_dir}: {transformer.num_parameters() / 1e6:.1f} million parameters")
 
 

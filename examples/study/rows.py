@@ -28,7 +28,7 @@ BASE = {
     "ema_decay": 0.998,
     "seed": 100,
 }
-ROW = {"max_train_steps": 800, "learning_rate": 3e-4, "lr_warmup_steps": 20, "ema_decay": 0.99}
+ROW = {"max_train_steps": 600, "learning_rate": 3e-4, "lr_warmup_steps": 20, "ema_decay": 0.99}
 OBJECTIVES = ("flow_matching", "epsilon", "v_prediction")
 
 

@@ -233,7 +233,8 @@ def _read_metadata(path: Path, caption_column: str) -> dict[Path, str | None] | 
             file, caption = path.parent / row["file_name"], row.get(caption_column)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f'{path}, line {number}: it should be {{"file_name": ..., ...}}') from error
-        captions[file] = None if caption is None else choose_caption(caption, 0.0)
+        label = isinstance(caption, int)  # of a class-conditional data set
+        captions[file] = str(caption) if label else caption if caption is None else choose_caption(caption, 0.0)
     if lacking := sum(caption is None for caption in captions.values()):
         logger.warning(
             "%s: %d of %d lines have no %r, so the captions are not used",

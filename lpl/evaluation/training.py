@@ -35,6 +35,7 @@ from lpl.evaluation.results import (
 )
 from lpl.families import Family
 from lpl.pictures import save_picture
+from lpl.preemption import Preemption
 from lpl.trainee import Trainee, averaged
 
 
@@ -49,13 +50,16 @@ class TrainingEvaluation:
         scheduler: one that samples the objective in training.
         args: the flags; those beginning with ``eval_`` are about this.
         names: of the classes, by label, of a class-conditional family.
+        preemption: where a signal has asked for an end, an evaluation is given up.
 
     Raises:
         ValueError: for a reference without images, or without captions to draw from.
     """
 
-    def __init__(self, family: Family, scheduler: Any, args: Namespace, names: Mapping[int, str]) -> None:
-        self.family, self.scheduler, self.args = family, scheduler, args
+    def __init__(
+        self, family: Family, scheduler: Any, args: Namespace, names: Mapping[int, str], preemption: Preemption
+    ) -> None:
+        self.family, self.scheduler, self.args, self.preemption = family, scheduler, args, preemption
         self.folder = Path(args.output_dir, FOLDER)
         self.reference = folder_images(args.eval_data_dir, Preprocessing(args.resolution), args.caption_column)
         pool = prompts_of(self.reference, args.eval_data_dir, type(family), names, "--eval_data_dir")
@@ -88,7 +92,8 @@ class TrainingEvaluation:
         accelerator.wait_for_everyone()
         with averaged(ema, trainee):
             self._draw(accelerator, trainee, folder)
-        accelerator.wait_for_everyone()
+        if self.preemption.asked_now():  # which waits for all processes
+            return {}
         images = folder_images(folder, self.reference.preprocessing, progress=False)
         images.captions = self.captions
         drawn = {
@@ -143,4 +148,6 @@ class TrainingEvaluation:
         )
         for number, image in zip(mine, images, strict=True):
             save_picture(image, image_path(folder, number))
+            if self.preemption.received:
+                break
         trainee.train()
