@@ -42,6 +42,7 @@ from tqdm.auto import tqdm
 from lpl import LatentPerceptualLoss, checkpoints, get_objective, hub, training_scheduler
 from lpl.arguments import parse_arguments, recipe
 from lpl.autoencoders import downscaling_factor, encode, feature_vae, latent_channels
+from lpl.bad_samples import BadSamples
 from lpl.checks import DTYPES, PipelineConfigs, check_pipeline, loss_options, read_pipeline_configs
 from lpl.data import (
     HELD_OUT,
@@ -193,6 +194,9 @@ def main() -> None:
     validation = Validation(family, scheduler, args, prompts, names, real, lambda: preemption.received is not None)
     log = Log(accelerator, args, progress.step, max_steps, global_batch, lpl_loss.block_names if lpl_loss else ())
     log.resume(progress.log)
+    bad_samples = BadSamples(
+        accelerator, dataset, args.image_column, args.output_dir, args.max_bad_samples, resumable is not None
+    )
     evaluation = None
     if args.eval_steps is not None:
         from lpl.evaluation.training import TrainingEvaluation  # whose libraries others need not have
@@ -226,13 +230,14 @@ def main() -> None:
     preemption.listen()
     if not progress.looked:
         look(progress.step)
-    stop = not progress.looked
+    stop, problem = not progress.looked, None
     bar = tqdm(total=max_steps, initial=progress.step, disable=not accelerator.is_main_process, desc="steps")
     while progress.step < max_steps and not stop:
         weight = lpl_weight.value * ramp(progress.step, args.lpl_start_step, args.lpl_ramp_steps)  # w of Eq. 3
         with_lpl = args.lpl and has_lpl(progress.step, args.lpl_start_step, args.lpl_every)
         for _ in range(args.gradient_accumulation_steps):
             batch = next(batches)
+            bad_samples.add(batch["bad"])
             with accelerator.accumulate(model):
                 terms = losses(model, batch, with_lpl)
                 if with_lpl:
@@ -259,7 +264,8 @@ def main() -> None:
             if accelerator.is_main_process:
                 write_recipe(args, lpl_weight=float(lpl_weight.value), lpl_share=lpl_weight.measured_share())
 
-        stop = preemption.asked()
+        problem = bad_samples.write() if log.is_due(progress.step) else None
+        stop = preemption.asked() or problem is not None
         save = stop or progress.step % args.checkpointing_steps == 0
         if log.is_due(progress.step):
             bar.set_postfix(log.write(progress.step, learning_rate, weight), refresh=False)
@@ -281,7 +287,7 @@ def main() -> None:
         logger.info(f"the run ends after step {progress.step}; --resume_from_checkpoint latest goes on from there")
         preemption.close()
         finish(accelerator)
-        sys.exit(EXIT_CODE)
+        sys.exit(f"{SCRIPT}: error: {problem}" if problem else EXIT_CODE)
     if lpl_weight.measuring and lpl_weight.steps:
         report_share(lpl_weight)
 

@@ -158,6 +158,7 @@ def _data(add: Callable[..., Any]) -> None:
     add("--image_column", default="image", help="column with the images")
     add("--caption_column", default="text", help="column with a caption or several; with DiT class labels, from label")
     add("--max_train_samples", type=int, help="train on so many images at most, drawn by the seed")
+    add("--max_bad_samples", help="unreadable samples to bear: a number, or a share below 1; default: any number")
     add("--validation_split", help="split of --dataset_name for the validation loss, which is not trained on")
     add("--validation_every_nth", type=int, help="keep every so many-th image for the validation loss instead")
     add("--num_validation_samples", type=int, default=64, help="images at most that the validation loss is taken on")

@@ -25,6 +25,7 @@ from torch import nn
 
 from lpl import lora
 from lpl.autoencoders import RGB, SUPPORTED, decoder_blocks, downscaling_factor, latent_channels, skeleton
+from lpl.bad_samples import parse_limit
 from lpl.checkpoints import find_resumable
 from lpl.data import first_line, image_files
 from lpl.evaluation import CLIP_SCORE, LIBRARIES, METRICS
@@ -196,6 +197,7 @@ def check_arguments(args: Namespace) -> None:
 
 
 def _check_sources(args: Namespace) -> None:
+    parse_limit(args.max_bad_samples)
     if not args.pretrained_model_name_or_path:
         raise ValueError("--pretrained_model_name_or_path is missing: a folder with a pipeline, or its id on the Hub")
     if not args.dataset_name and not args.train_data_dir:

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from lpl.objectives import Objective, timestep_density, timestep_weights
+from lpl.pictures import on_white
 from lpl.preemption import leave_signals_alone
 
 
@@ -39,6 +40,9 @@ logger = logging.getLogger(__name__)
 Batch = dict[str, Any]
 # torchvision's names, which diffusers' scripts take, and what PIL has for them
 RESAMPLING = {mode.name.lower(): mode for mode in Image.Resampling} | {"nearest_exact": Image.Resampling.NEAREST}
+
+
+LONGEST = 8  # times its shorter side: an image beyond is cropped before it is resized
 
 
 class Stream(IntEnum):
@@ -201,12 +205,13 @@ class TrainingImages:
             for stream in (Stream.AUGMENTATION, Stream.NOISE, Stream.LPL)
         )
         vertical, horizontal, flip, choice, drop = torch.rand(5, generator=augmentation).tolist()
-        image, caption = self._readable(index, choice)
+        image, caption, bad = self._readable(index, choice)
         if self.args.center_crop:
             vertical = horizontal = 0.5
         pixels, crop_top_left = self._pixels(image, vertical, horizontal, self.args.random_flip and flip < 0.5)
         return {
             "index": torch.tensor(index),
+            "bad": bad,
             "pixels": pixels,
             "caption": self.empty_caption if drop < self.args.proportion_empty_prompts else caption,
             "original_size": torch.tensor([image.height, image.width]),
@@ -219,8 +224,13 @@ class TrainingImages:
             "lpl_choice": torch.rand(2, generator=lpl),
         }
 
-    def _readable(self, index: int, choice: float = 0.0) -> tuple[Image.Image, str | int]:
-        """The image and its caption; where one cannot be read or lacks one, the next in the data set."""
+    def _readable(self, index: int, choice: float = 0.0) -> tuple[Image.Image, str | int, list[tuple[int, str]]]:
+        """The image and its caption; where one cannot be read or lacks one, the next in the data set.
+
+        Returns:
+            image, caption, and the places and reasons of those that were passed over.
+        """
+        bad: list[tuple[int, str]] = []
         for candidate in range(index, index + len(self)):
             candidate %= len(self)
             try:
@@ -228,9 +238,9 @@ class TrainingImages:
                 caption = row[self.args.caption_column]
                 if not isinstance(self.empty_caption, int) or caption is None:  # else it is a class label
                     caption = choose_caption(caption, choice)
-                return to_rgb(row[self.args.image_column]), caption
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                logger.warning("image %d cannot be read and the next one is taken instead: %s", candidate, error)
+                return to_rgb(row[self.args.image_column]), caption, bad
+            except Exception as error:  # broken files raise a dozen kinds, in PIL and in the data set's library
+                bad.append((candidate, first_line(error)))
         raise ValueError("--train_data_dir, --dataset_name: not one image of the data set can be read")
 
     def _pixels(
@@ -244,13 +254,18 @@ class TrainingImages:
         side = self.args.resolution
         scale = side / min(image.size)
         size = tuple(max(side, round(length * scale)) for length in image.size)
-        image = image.resize(size, RESAMPLING[self.args.image_interpolation_mode])
-        if flip:
-            image = ImageOps.mirror(image)
         left, top = (
             int(share * (length - side + 1)) for share, length in zip((horizontal, vertical), size, strict=True)
         )
-        image = image.crop((left, top, left + side, top + side))
+        if max(image.size) > LONGEST * min(image.size):  # the whole of it would be huge at that scale
+            image = ImageOps.mirror(image) if flip else image
+            box = [start / scale for start in (left, top, left + side, top + side)]
+            box = [min(end, length) for end, length in zip(box, (*image.size, *image.size))]
+            image = image.resize((side, side), RESAMPLING[self.args.image_interpolation_mode], box=box)
+        else:
+            image = image.resize(size, RESAMPLING[self.args.image_interpolation_mode])
+            image = ImageOps.mirror(image) if flip else image
+            image = image.crop((left, top, left + side, top + side))
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1, (top, left)
 
     def timestep(self, epoch: int, index: int) -> Tensor:
@@ -285,7 +300,7 @@ class TrainingImages:
 
 
 def to_rgb(image: Image.Image | None) -> Image.Image:
-    """An image of any mode, turned upright, as 8-bit RGB.
+    """An image of any mode, turned upright, as 8-bit RGB; what is transparent becomes white.
 
     Raises:
         ValueError: where there is none.
@@ -295,7 +310,7 @@ def to_rgb(image: Image.Image | None) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits, which PIL would clip to white
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
+    return on_white(image)
 
 
 def choose_caption(caption: str | Sequence[str], choice: float) -> str:
@@ -342,8 +357,11 @@ class KeyedBatches(Sampler[list[tuple[int, int]]]):
 
 
 def collate(samples: list[dict[str, Any]]) -> Batch:
-    """Samples to a batch: tensors stacked, (B, ...), captions in a list; what is None stays None."""
-    batch: Batch = {}
+    """Samples to a batch: tensors stacked, (B, ...), captions in a list; what is None stays None.
+
+    ``bad`` is one list: what the batch had to do without.
+    """
+    batch: Batch = {"bad": [found for sample in samples for found in sample.pop("bad")]}
     for name, first in samples[0].items():
         values = [sample[name] for sample in samples]
         batch[name] = torch.stack(values) if isinstance(first, Tensor) else None if first is None else values
@@ -409,7 +427,7 @@ def real_images(images: TrainingImages, captions: Sequence[str | int]) -> list[I
     found = []
     for number, caption in enumerate(captions):
         matches = [index for index, text in enumerate(caption_column) if text == caption]
-        image, _ = images._readable(matches[number % len(matches)])
+        image, *_ = images._readable(matches[number % len(matches)])
         found.append(ImageOps.fit(image, (images.args.resolution,) * 2, Image.Resampling.LANCZOS))
     return found
 

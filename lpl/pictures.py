@@ -115,11 +115,11 @@ def _fit(image: Image.Image, tile: int) -> Image.Image:
     else:
         resample = Image.Resampling.LANCZOS
     size = tuple(max(1, round(side * scale)) for side in image.size)
-    image = _on_white(image)
+    image = on_white(image)
     return image if image.size == size else image.resize(size, resample)
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def on_white(image: Image.Image) -> Image.Image:
     """RGB of any mode; what is transparent shows the paper."""
     if not image.has_transparency_data:
         return image.convert("RGB")

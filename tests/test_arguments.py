@@ -155,6 +155,7 @@ OWN = {  # SPEC.md, and what this project adds
     "lpl_outlier_dilation": 3,
     "lpl_outlier_erosion": 5,
     "lpl_outlier_stride": 1,
+    "max_bad_samples": None,
     "eval_steps": None,
     "eval_data_dir": None,
     "eval_metrics": ["fid", "kid", "precision", "recall", "density", "coverage"],

@@ -17,11 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm.auto import tqdm
 
 from lpl.data import RESAMPLING, choose_caption, first_line, image_files, to_rgb
-from lpl.pictures import PAPER
 
 
 logger = logging.getLogger(__name__)
@@ -60,17 +59,10 @@ class Preprocessing:
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """RGB, resolution x resolution pixels; turned upright, transparent parts on white."""
-        image = _on_white(ImageOps.exif_transpose(image))
+        image = to_rgb(image)
         if self.crop == "center":
             image = _central_square(image)
         return image.resize((self.resolution, self.resolution), RESAMPLING[self.interpolation])
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, PAPER), image)
-    return to_rgb(image)
 
 
 def _central_square(image: Image.Image) -> Image.Image:

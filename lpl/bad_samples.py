@@ -1,0 +1,113 @@
+"""Samples that cannot be trained on: counted, listed with the reason, and limited.
+
+A *bad sample* is a row of the data set whose image or caption cannot be read; the next row takes its place
+(:meth:`lpl.data.TrainingImages._readable`), in every epoch and every process the same one. ``bad_samples.jsonl`` has
+a line for each, ``{"image": place in the data set, "file": its name where it has one, "reason": ...}``, written at
+logging steps; a resumed run goes on with it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from datasets import Dataset
+from datasets import Image as ImageFeature
+
+
+logger = logging.getLogger(__name__)
+
+
+def parse_limit(text: str | None) -> float | None:
+    """``"20"`` -> 20 samples, ``"0.01"`` -> 0.01, a share of the data set; None -> no limit.
+
+    Raises:
+        ValueError: for anything else.
+
+    >>> parse_limit("20"), parse_limit("0.01"), parse_limit("0")
+    (20.0, 0.01, 0.0)
+    """
+    if text is None:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not (0 <= value < 1 or (value >= 1 and value.is_integer())):
+        raise ValueError(f"--max_bad_samples {text}: accepted are a number of samples, such as 20, or a share below 1")
+    return value
+
+
+class BadSamples:
+    """Those of a run, over all its processes.
+
+    Args:
+        limit: --max_bad_samples: a number of samples, a share of the data set if it is below 1, or None.
+        resumed: whether the list in the folder is this run's.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        dataset: Dataset,
+        image_column: str,
+        folder: str,
+        limit: str | None = None,
+        resumed: bool = False,
+    ) -> None:
+        self.accelerator, self.dataset, self.image_column = accelerator, dataset, image_column
+        self.path = Path(folder, "bad_samples.jsonl")
+        share = parse_limit(limit)
+        self.limit = share if share is None or share >= 1 else share * len(dataset)
+        if accelerator.is_main_process and not resumed:
+            self.path.unlink(missing_ok=True)
+        accelerator.wait_for_everyone()
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        self._known = {json.loads(line)["image"] for line in lines if line.endswith("}")}
+        self._new: dict[int, str] = {}
+
+    def add(self, found: Iterable[tuple[int, str]]) -> None:
+        """What a batch had to do without: places in the data set, and reasons."""
+        self._new |= {index: reason for index, reason in found if index not in self._known}
+
+    def write(self) -> str | None:
+        """List what is new; called by every process at the same steps.
+
+        Returns:
+            Why the run has to end, where there are more than the limit; the same in every process.
+        """
+        gathered = gather_object([self._new]) if self.accelerator.num_processes > 1 else [self._new]
+        new = {index: reason for part in gathered for index, reason in part.items() if index not in self._known}
+        self._new = {}
+        if not new:
+            return None
+        self._known |= new.keys()
+        if self.accelerator.is_main_process:
+            names = self._files(sorted(new))
+            lines = [{"image": index, "file": names[index], "reason": new[index]} for index in sorted(new)]
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            logger.warning(
+                "%d of %d samples cannot be used so far, others take their place; %s lists them",
+                *(len(self._known), len(self.dataset), self.path),
+            )
+        if self.limit is None or len(self._known) <= self.limit:
+            return None
+        return (
+            f"--max_bad_samples: {len(self._known)} of {len(self.dataset)} samples cannot be used; {self.path} "
+            "lists them with their reasons; repair or remove them, or raise the limit"
+        )
+
+    def _files(self, places: list[int]) -> dict[int, str | None]:
+        """The files' names, where the data set knows them."""
+        undecoded = self.dataset.cast_column(self.image_column, ImageFeature(decode=False))
+        found: dict[int, Any] = {}
+        for place in places:
+            image = undecoded[place][self.image_column]
+            found[place] = Path(image["path"]).name if image and image.get("path") else None
+        return found
