@@ -81,7 +81,10 @@ def main() -> None:
         configs = read_pipeline_configs(args)
         check_pipeline(args, configs)
         accelerator = start_accelerator(args)
-        resumable = checkpoints.find_resumable(args.output_dir, args.resume_from_checkpoint)
+        with accelerator.main_process_first():
+            if accelerator.is_main_process and not args.dry_run:
+                checkpoints.tidy(args.output_dir)
+            resumable = checkpoints.find_resumable(args.output_dir, args.resume_from_checkpoint)
         progress = start_or_resume(args, resumable)
         empty = configs.family.empty_caption(configs.parts)
         num_classes = empty if configs.family.class_conditional else None

@@ -1,7 +1,9 @@
 """Checkpoints from which a run goes on: ``checkpoint-N`` holds what is trained in diffusers' layout, its moving
 average in ``ema/`` likewise, the optimizer, the learning-rate schedule, LPL's weight, and where the run stands.
 
-A checkpoint is written beside its place and then renamed, so that what bears the name is whole.
+A checkpoint is written beside its place and then renamed, so that what bears the name is whole; one that goes is
+renamed before it is deleted, so that nothing that bears the name is half there. Whatever moment a run is killed at, the
+next one finds the last whole checkpoint.
 """
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,6 +29,7 @@ from lpl.trainee import Trainee, load_ema, save_ema
 logger = logging.getLogger(__name__)
 
 PREFIX = "checkpoint-"
+UNFINISHED, REMOVED = ".unfinished", ".removed"  # endings of folders whose names begin with a dot
 
 
 @dataclass
@@ -80,7 +84,21 @@ def register(accelerator: Accelerator, trainee: Trainee, ema: EMAModel | None) -
 def find_checkpoints(output_dir: str | Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
     found = [path for path in Path(output_dir).glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+    if broken := [path.name for path in found if not (path / Progress.FILE).is_file()]:
+        logger.warning("%s: %s is no whole checkpoint and is passed over", output_dir, ", ".join(sorted(broken)))
+    whole = (path for path in found if path.name not in broken)
+    return sorted(whole, key=lambda path: int(path.name.removeprefix(PREFIX)))
+
+
+def tidy(output_dir: str | Path) -> None:
+    """Put in place what was whole when a run was killed, and remove what was not; on the main process, before it looks
+    for a checkpoint."""
+    for hidden in Path(output_dir).glob(f".{PREFIX}*"):
+        folder = hidden.with_name(hidden.name.removeprefix(".").rpartition(".")[0])
+        if hidden.name.endswith(UNFINISHED) and (hidden / Progress.FILE).is_file() and not folder.exists():
+            hidden.rename(folder)
+        else:
+            shutil.rmtree(hidden, ignore_errors=True)
 
 
 def find_resumable(output_dir: str, name: str | None) -> Path | None:
@@ -163,19 +181,31 @@ def place(output_dir: str | Path, step: int) -> Path:
 def save_checkpoint(accelerator: Accelerator, output_dir: str, progress: Progress, total_limit: int | None) -> Path:
     """Write ``checkpoint-STEP`` whole, then drop the oldest ones above the limit. Called by every process."""
     folder = place(output_dir, progress.step)
-    unfinished = Path(output_dir, f".{folder.name}.unfinished")
+    unfinished = folder.with_name(f".{folder.name}{UNFINISHED}")
     if accelerator.is_main_process:
         shutil.rmtree(unfinished, ignore_errors=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(unfinished))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        progress.save(unfinished)
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
+        progress.save(unfinished)  # last: with it the checkpoint is whole
+        with _removed(folder):
+            unfinished.rename(folder)
         if total_limit is not None:
             others = [path for path in find_checkpoints(output_dir) if path != folder]
             for old in others[: max(0, len(others) + 1 - total_limit)]:
-                shutil.rmtree(old)
+                with _removed(old):
+                    pass
     accelerator.wait_for_everyone()
     return folder
+
+
+@contextmanager
+def _removed(folder: Path) -> Iterator[None]:
+    """Within, nothing bears the folder's name; behind, what did so is deleted."""
+    hidden = folder.with_name(f".{folder.name}{REMOVED}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    if folder.exists():
+        folder.rename(hidden)
+    yield
+    shutil.rmtree(hidden, ignore_errors=True)

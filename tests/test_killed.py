@@ -1,0 +1,103 @@
+"""A run that is killed at any moment leaves a whole checkpoint, and goes on from it to the same weights."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+from trainer import metrics, same, train, weights
+
+from lpl import checkpoints
+from lpl.checkpoints import Progress, find_checkpoints, find_resumable, place, tidy
+
+
+RUN = {
+    "max_train_steps": 30,
+    "checkpointing_steps": 1,
+    "checkpoints_total_limit": 2,
+    "use_ema": True,
+    "ema_decay": 0.5,
+    "lpl_measuring_steps": 3,
+    "validation_prompts": ["a cat"],
+    "validation_steps": 7,
+    "seed": 3,
+}
+
+
+def killed(seconds, pipeline, images, folder):
+    """Train in a child process and kill it after that time; whether it was done before."""
+    child = os.fork()
+    if child == 0:
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        try:
+            train(pipeline, images, folder, **RUN, resume_from_checkpoint="latest")
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert not os.WIFEXITED(status) or os.WEXITSTATUS(status) == 0, "a resumed run failed"
+    return os.WIFEXITED(status)
+
+
+def kill_and_resume(times, pipeline, images, tmp_path):
+    whole = train(pipeline, images, tmp_path / "whole", **RUN)
+    folder, chance, reached = tmp_path / "run", random.Random(0), 0
+    for _ in range(times):
+        if killed(chance.uniform(0.3, 2.5), pipeline, images, folder):
+            break
+        tidy(folder)
+        found = find_checkpoints(folder)
+        for checkpoint in found:
+            assert weights(checkpoint / "unet") and weights(checkpoint / "ema/unet")
+        step = Progress.load(found[-1]).step if found else 0
+        assert step >= reached
+        reached = step
+    train(pipeline, images, folder, **RUN, resume_from_checkpoint="latest")
+    assert same(weights(folder / "unet"), weights(whole / "unet")) and metrics(folder) == metrics(whole)
+    assert (folder / "samples/before_after.png").read_bytes() == (whole / "samples/before_after.png").read_bytes()
+
+
+def test_killed_three_times(sd_pipeline, image_folder, tmp_path):
+    kill_and_resume(3, sd_pipeline, image_folder, tmp_path)
+
+
+@pytest.mark.slow
+def test_killed_a_hundred_times(sd_pipeline, image_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(RUN, "max_train_steps", 200)
+    kill_and_resume(100, sd_pipeline, image_folder, tmp_path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for step in (1, 2):
+        place(tmp_path, step).mkdir()
+        Progress(step, seed=0).save(place(tmp_path, step))
+    return tmp_path
+
+
+def test_one_that_was_whole_but_not_in_place_is_put_there(folder):
+    hidden = folder / f".checkpoint-3{checkpoints.UNFINISHED}"
+    hidden.mkdir()
+    Progress(3, seed=0).save(hidden)
+    assert find_resumable(str(folder), "latest").name == "checkpoint-2"
+    tidy(folder)
+    assert find_resumable(str(folder), "latest").name == "checkpoint-3" and not list(folder.glob(".*"))
+
+
+def test_what_is_half_written_or_half_deleted_goes(folder):
+    for ending in (checkpoints.UNFINISHED, checkpoints.REMOVED):
+        (folder / f".checkpoint-3{ending}/unet").mkdir(parents=True)
+    Progress(3, seed=0).save(folder / f".checkpoint-3{checkpoints.REMOVED}")
+    tidy(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_checkpoint_without_its_last_file_is_passed_over(folder, caplog):
+    (place(folder, 2) / Progress.FILE).unlink()
+    assert find_resumable(str(folder), "latest").name == "checkpoint-1"
+    assert "checkpoint-2 is no whole checkpoint" in caplog.text
