@@ -2,8 +2,8 @@
 average in ``ema/`` likewise, the optimizer, the learning-rate schedule, LPL's weight, and where the run stands.
 
 A checkpoint is written beside its place and then renamed, so that what bears the name is whole; one that goes is
-renamed before it is deleted, so that nothing that bears the name is half there. Whatever moment a run is killed at, the
-next one finds the last whole checkpoint.
+renamed before it is deleted, so that nothing that bears the name is half there. Whenever a run is killed, the next one
+finds the last whole checkpoint.
 """
 
 from __future__ import annotations
