@@ -41,12 +41,13 @@ from lpl.evaluation import CLIP, CLIP_SCORE, METRICS, SET_METRICS
 from lpl.evaluation import metrics as measures
 from lpl.evaluation.generation import Model, find_models, generate, is_model, processes
 from lpl.evaluation.images import ImageSet, Preprocessing, folder_images
-from lpl.evaluation.networks import check_network, load_network
+from lpl.evaluation.networks import check_network, load_network, try_out
 from lpl.evaluation.results import (
     REAL,
     State,
     aligned,
     class_labels,
+    markdown_table,
     measure,
     model_index,
     prompts_of,
@@ -55,6 +56,8 @@ from lpl.evaluation.results import (
     write_evaluation,
 )
 
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["build_parser", "main", "model_index", "run"]
 
@@ -89,11 +92,16 @@ def build_parser() -> argparse.ArgumentParser:
         help="what to compute; clip_score needs captions")  # fmt: skip
     add("--features", nargs="+", default=["facebook/dinov2-base"],
         help="feature networks: a folder or an id on the Hub for transformers, inception, or PACKAGE.MODULE:FUNCTION "
-        "that returns a module; the set metrics are computed for each")  # fmt: skip
+        "that returns, without arguments, a module from uint8 (B, 3, H, W) to (B, D); each gives the set "
+        "metrics")  # fmt: skip
     add("--clip", help=f"network of clip_score; default: {CLIP}")
     add("--num_images", type=int, help=f"images of each source; default: as many as the reference has, at most "
         f"{MOST_BY_DEFAULT}; of a folder all")  # fmt: skip
-    add("--resolution", type=int, help="side in pixels that images are drawn and compared at; default: the run's")
+    add(
+        "--resolution",
+        type=int,
+        help="side in pixels that images are drawn and compared at; default: the run's, of folders the first image's",
+    )
     add("--batch_size", type=int, default=8, help="images that are drawn and embedded at a time")
     add("--num_inference_steps", type=int, help="sampling steps; default: the run's, else the pipeline's")
     add("--guidance_scale", type=float, help="guidance of the sampling; default: the run's, else the pipeline's")
@@ -258,6 +266,8 @@ def read_state(state: State, args: argparse.Namespace, preprocessing: Preprocess
     """Fill in the images of a folder, --num_images of them at most, evenly spread."""
     images = folder_images(state.source, preprocessing, args.caption_column, processes().is_main_process)
     count = min(args.num_images or len(images), len(images))
+    if args.num_images and count < args.num_images:
+        logger.warning("--num_images %d: %s has %d images only", args.num_images, state.source, count)
     state.images = images.select(number * len(images) // count for number in range(count))
     state.images.name = state.label
     if CLIP_SCORE in args.metrics and state.images.captions is None:
@@ -313,11 +323,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         check_network(name, args.cache_dir)
     if CLIP_SCORE in args.metrics:
         check_network(args.clip, args.cache_dir, text=True)
+    names = dict.fromkeys([*args.features, *([args.clip] if CLIP_SCORE in args.metrics else [])])
+    networks = {name: load_network(name, device, args.cache_dir) for name in names}
+    for network in networks.values():
+        try_out(network, reference[0])
     for state in states:
         if state.model is not None:
             draw_state(state, args, device, preprocessing, reference)
-    names = dict.fromkeys([*args.features, *([args.clip] if CLIP_SCORE in args.metrics else [])])
-    networks = {name: load_network(name, device, args.cache_dir) for name in names}
     results = measure(states, reference, networks, args)
     evaluation: dict[str, Any] = {}
     if main:
@@ -326,7 +338,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         write_evaluation(evaluation, shown, reference, args.output_dir)
         for card in cards(args):
             name = next(label for label, source in labelled_sources(args.generated) if Path(source) == card.parent)
-            hub.add_results(card, model_index(evaluation, name, Path(args.reference).resolve().name))
+            hub.add_results(
+                card, model_index(evaluation, name, Path(args.reference).resolve().name), markdown_table(evaluation)
+            )
+            logger.warning("%s has these results now", card)
     workers.wait_for_everyone()
     return evaluation
 

@@ -443,9 +443,12 @@ def _results(folder: Path, card: RunCard) -> str:
     return f"## Results\n\n{card.results_table}" if card.results_table else ""
 
 
-def add_results(readme: Path, results: Sequence[EvalResult]) -> None:
-    """Put what was measured into the metadata of a card that is there, in the place of earlier results."""
+def add_results(readme: Path, results: Sequence[EvalResult], table: str) -> None:
+    """Put what was measured into a card that is there, its metadata and its text, in the place of earlier results."""
     card = ModelCard.load(readme)
+    before, _, rest = card.text.partition("\n## Results\n")
+    behind = rest.partition("\n## ")
+    card.text = f"{before.rstrip()}\n\n## Results\n\n{table}\n" + (f"\n## {behind[2]}" if behind[1] else "")
     card.data.eval_results = list(results)
     card.data.model_name = card.data.model_name or readme.resolve().parent.name
     card.save(readme)

@@ -39,7 +39,7 @@ from lpl.evaluation import (
     load_network,
     set_features,
 )
-from lpl.evaluation.networks import cache_folder, check_network, features_key
+from lpl.evaluation.networks import cache_folder, check_network, features_key, try_out
 
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -446,3 +446,10 @@ def test_two_processes_share_the_work_and_both_get_all(images, pictures, tmp_pat
         assert all(np.array_equal(features, expected) for features in found)
         assert distances == compare(expected, expected[::-1], ["fid", "kid"])
     assert len(list(folders[0].iterdir())) == 1 and folders[1].exists() == shared
+
+
+def test_a_network_that_fails_on_such_images_is_refused():
+    image = Image.fromarray(skimage.data.astronaut()).resize((24, 24))
+    wrong = load_network(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)))
+    with pytest.raises(ValueError, match="--features Sequential: it fails on an image of 24 x 24 pixels"):
+        try_out(wrong, image)

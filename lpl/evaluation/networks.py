@@ -203,6 +203,21 @@ def _inception(device: str | torch.device) -> ModuleNetwork:
 # Networks ------------------------------------------------------------------------------------------------------------
 
 
+def try_out(network: FeatureNetwork, image: Image.Image) -> None:
+    """Refuse a network that fails on an image such as those to come, before they are drawn.
+
+    Raises:
+        ValueError: with what it says.
+    """
+    try:
+        network.features([image])
+    except Exception as error:  # a user's own module may raise anything
+        raise ValueError(
+            f"--features {network.name}: it fails on an image of {image.width} x {image.height} pixels: "
+            f"{first_line(error)}"
+        ) from error
+
+
 class _Network:
     """What networks have in common."""
 

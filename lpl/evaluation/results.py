@@ -46,6 +46,7 @@ ENERGY = "high-frequency energy"
 TITLES = {"fid": "Fréchet distance", "kid": "kernel distance", CLIP_SCORE: "CLIPScore"}  # of metrics, else their names
 INCEPTION_TITLES = {"fid": "FID", "kid": "KID"}
 SETTINGS = ("metrics", "seed", "bootstrap", "neighbours", "prompts")  # that are written down
+SAMPLING = ("num_inference_steps", "guidance_scale", "max_sequence_length")  # of a drawn state, that tables name
 LIBRARIES = ("torchmetrics", "prdc", "scipy", "numpy", "pillow")  # beside those of lpl.hub
 
 
@@ -311,6 +312,11 @@ def markdown(evaluation: Mapping[str, Any]) -> str:
         "Fréchet and kernel distances through a network other than Inception do not compare to published FID and KID.",
         f"{ENERGY.capitalize()}: share of the energy above half of the Nyquist frequency.",
     ]
+    for result in evaluation["results"]:
+        drawn = {name: (result["drawn"] or {}).get(name) for name in SAMPLING}
+        said = ", ".join(f"{name} {value}" for name, value in drawn.items() if value is not None)
+        notes += [f"{result['label']}: {said}."] if said else []
+    notes = list(dict.fromkeys(notes))
     if settings["bootstrap"]:
         notes.append(f"In brackets: 95% intervals from {settings['bootstrap']} bootstrap resamples.")
     notes += [f"Warning: {words}." for words in evaluation["warnings"]]
@@ -353,6 +359,7 @@ def model_index(evaluation: Mapping[str, Any], model_name: str, dataset_name: st
                 "features": short(network),
                 "generated_images": result["images"],
                 "reference_images": evaluation["reference"]["images"],
+                **{name: result["drawn"][name] for name in SAMPLING if name in (result["drawn"] or {})},
                 **evaluation["reference"]["preprocessing"],
                 **({} if estimate["low"] is None else {"interval": [estimate["low"], estimate["high"]]}),
                 **({"neighbours": settings["neighbours"]} if metric in NEIGHBOUR_METRICS else {}),

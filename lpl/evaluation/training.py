@@ -22,7 +22,7 @@ from lpl.checks import DTYPES
 from lpl.evaluation import CLIP_SCORE
 from lpl.evaluation.generation import draw, image_path
 from lpl.evaluation.images import Preprocessing, folder_images
-from lpl.evaluation.networks import load_network
+from lpl.evaluation.networks import load_network, try_out
 from lpl.evaluation.results import (
     State,
     markdown_table,
@@ -67,6 +67,8 @@ class TrainingEvaluation:
         self.prompts = [pool[number % len(pool)] for number in range(count)]
         wanted = dict.fromkeys([*args.eval_features, *([args.eval_clip] if CLIP_SCORE in args.eval_metrics else [])])
         self.networks = {name: load_network(name, family.vae.device, args.cache_dir) for name in wanted}
+        for network in self.networks.values():
+            try_out(network, self.reference[0])
         self.captions = [names.get(prompt, str(prompt)) for prompt in self.prompts]
         self.settings = Namespace(
             **{"metrics": args.eval_metrics, "features": args.eval_features, "clip": args.eval_clip},
