@@ -1,6 +1,6 @@
 """Gathers what run.py has measured into results.json, the tables of docs/results.md, and its pictures.
 
-    python examples/study/report.py
+    PYTHONPATH=. python examples/study/report.py
 
 Each table takes the place of what stands between its two marks in docs/results.md. Rows that were not run say so.
 """
@@ -108,6 +108,7 @@ def overview(found: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
         colour = "#555753" if ROWS[name].flags.get("lpl_weight") == "0" else "#c4601d"
         axes.plot(values, [place] * len(values), "o", color=colour, markersize=5, alpha=0.6)
         axes.plot([mean(values)], [place], "|", color=colour, markersize=16, markeredgewidth=2)
+    axes.set_ylim(-0.6, len(names) - 0.4)
     axes.set_yticks(range(len(names)), [ROWS[name].label for name in reversed(names)])
     if WITHOUT in found:
         level = mean(run["fid"] for run in found[WITHOUT].values())
