@@ -56,11 +56,12 @@ from lpl.data import (
     training_batches,
 )
 from lpl.families import Family
+from lpl.files import write_text
 from lpl.loading import average_from_revision, load_family, pipeline_source, replaced_components
 from lpl.logs import Log
 from lpl.objectives import DiffusionObjective, Objective, expand, own_objective, sigma_threshold_at
 from lpl.optimizers import make_optimizer
-from lpl.pictures import loss_curves, write_whole
+from lpl.pictures import loss_curves
 from lpl.preemption import EXIT_CODE, Preemption
 from lpl.report import DryRun, Plan
 from lpl.trainee import Trainee, averaged
@@ -299,7 +300,7 @@ def main() -> None:
     if accelerator.is_main_process:
         with averaged(ema, trainee):
             save_result(args, configs, trainee, scheduler, classes)
-        validation.before_after()
+        validation.before_after(progress.step)
         records = log.records()
         loss_curves(records, Path(args.output_dir, "loss_curves.png"))
         if args.lpl and not any(record.get("lpl_share", 0) > 0 for record in records):
@@ -485,7 +486,7 @@ def weight_dtype(accelerator: Accelerator) -> torch.dtype:
 def write_recipe(args: Namespace, **measured: float) -> None:
     """Every flag of the run with its resolved value, for --config, and what the run has found out."""
     text = yaml.safe_dump(recipe(args) | ({"measured": measured} if measured else {}), sort_keys=True)
-    write_whole(Path(args.output_dir, "recipe.yaml"), lambda path: path.write_text(text))
+    write_text(Path(args.output_dir, "recipe.yaml"), text)
 
 
 def save_result(

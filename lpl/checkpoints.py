@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from lpl.pictures import write_whole
+from lpl.files import write_text
 from lpl.trainee import Trainee, load_ema, save_ema
 
 
@@ -51,8 +51,7 @@ class Progress:
     FILE: ClassVar[str] = "progress.json"
 
     def save(self, folder: Path) -> None:
-        text = json.dumps(asdict(self))
-        write_whole(folder / self.FILE, lambda unfinished: unfinished.write_text(text))
+        write_text(folder / self.FILE, json.dumps(asdict(self)))
 
     @classmethod
     def load(cls, folder: Path) -> Progress:

@@ -28,6 +28,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
 from lpl.arguments import command_line, loss_flags
 from lpl.families import Family
+from lpl.files import write_whole
 from lpl.loss import LatentPerceptualLoss
 
 
@@ -311,8 +312,7 @@ def write_model_card(folder: str | os.PathLike, card: RunCard) -> Path:
     body = "\n\n".join(text for section in sections if (text := section(folder, card)))
     content = f"---\n{_metadata(folder, card).to_yaml()}\n---\n\n{body}\n"
     content = _without_secrets(content).encode(errors="replace").decode()  # a prompt may hold bytes that are no UTF-8
-    ModelCard(content).save(folder / "README.md")
-    return folder / "README.md"
+    return write_whole(folder / "README.md", ModelCard(content).save)
 
 
 def _metadata(folder: Path, card: RunCard) -> ModelCardData:
@@ -451,7 +451,7 @@ def add_results(readme: Path, results: Sequence[EvalResult], table: str) -> None
     card.text = f"{before.rstrip()}\n\n## Results\n\n{table}\n" + (f"\n## {behind[2]}" if behind[1] else "")
     card.data.eval_results = list(results)
     card.data.model_name = card.data.model_name or readme.resolve().parent.name
-    card.save(readme)
+    write_whole(readme, card.save)
 
 
 def _how_set(setting: str | None) -> str:

@@ -49,10 +49,11 @@ from lpl.autoencoders import (
 from lpl.checks import DTYPES, check_ranges, check_vae_dtype
 from lpl.data import first_line, image_files, keyed_generator, to_rgb
 from lpl.features import DecoderFeatureExtractor
+from lpl.files import write_text
 from lpl.inspect_figures import balance_figure, features_figure, interpolation_figure, outliers_figure, percent
 from lpl.loss import DEPTH_WEIGHTINGS, LatentPerceptualLoss, depth_weight
 from lpl.outliers import MASK_DEFAULTS, outlier_mask
-from lpl.pictures import save_figure, write_whole
+from lpl.pictures import save_figure
 
 
 ERRORS = (0.05, 0.1, 0.2, 0.4, 0.8)  # r of the balance study
@@ -647,7 +648,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     ):
         save_figure(figure, folder / f"{name}.png")
     text = json.dumps(numbers, indent=2)
-    write_whole(folder / "inspect.json", lambda unfinished: unfinished.write_text(text + "\n", encoding="utf-8"))
+    write_text(folder / "inspect.json", text + "\n")
     return numbers
 
 

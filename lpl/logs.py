@@ -37,6 +37,7 @@ from PIL import Image
 from torch import Tensor
 
 from lpl.arguments import recipe
+from lpl.files import write_text
 from lpl.weighting import Terms
 
 
@@ -73,7 +74,7 @@ class Log:
             for path in (self.path, self.samples_path):
                 if path is self.path or path.is_file():
                     kept = [record for record in _entries(path) if first_step and record["step"] <= first_step]
-                    path.write_text(_lines(kept))
+                    write_text(path, _lines(kept))
         accelerator.init_trackers(args.tracker_project_name, {k: _plain(v) for k, v in recipe(args).items()})
         self._last_step, self._since = first_step, time.perf_counter()
 

@@ -4,13 +4,11 @@ A *tile* is the square, `tile` pixels on a side, that an image is fitted into wi
 is one state of the model (before, after, real images), a *column* is one caption. A *record* is one line of the
 training log: a dict with "step" and any of "diffusion_loss", "lpl", "lpl_share", "lr", or of "validation_loss" and
 "validation_lpl", which are of held-out samples; what it lacks is not drawn.
-
-Files appear whole or not at all: they are written beside their place and moved there.
 """
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -18,24 +16,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from lpl.files import write_whole
+
 
 SMALLEST_TILE, LARGEST_TILE = 128, 1024  # pixels
 INK, PAPER = "#222222", "#ffffff"
 WIDE_SCRIPTS = 0x2E80  # from here on Unicode holds Chinese, Japanese and Korean, which DejaVu lacks
 WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "wqy-microhei.ttc", "msyh.ttc", "PingFang.ttc")
-
-
-def write_whole(path: str | os.PathLike, write: Callable[[Path], None]) -> Path:
-    """Let `write` fill a file beside `path`, then move it there: nobody ever sees half of it. Makes the folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return path
 
 
 def save_picture(image: Image.Image, path: str | os.PathLike) -> Path:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lpl.autoencoders import exact_precision
 from lpl.families import Family
+from lpl.files import write_text
 from lpl.logs import log_image
 from lpl.pictures import labelled_grid, save_picture
 from lpl.trainee import Trainee, averaged
@@ -51,7 +52,6 @@ class Validation:
         self.family, self.scheduler, self.settings, self.real, self.stop = family, scheduler, settings, real, stop
         self.prompts, self.names = list(prompts), list(names)
         self.folder = Path(settings.output_dir, "samples")
-        self._latest: list[Image.Image] = []  # what this run sampled last
 
     def run(self, accelerator: Accelerator, trainee: Trainee, ema: EMAModel | None, step: int) -> Path | None:
         """Sample the prompts with the present weights, save images and grid, and show them to the trackers.
@@ -68,25 +68,25 @@ class Validation:
                 with averaged(ema, trainee):
                     rows[f"step {step}, EMA"] = self._sampled(accelerator, trainee, f"{name}-ema")
             if not self.stop():
-                self._latest = list(rows.values())[-1] if step else []
                 grid = self._grid(rows if step else {"before training": rows[f"step {step}"]}, f"{name}.png")
                 log_image(accelerator, grid, step)
         accelerator.wait_for_everyone()
         return grid
 
-    def before_after(self) -> Path | None:
-        """The final comparison: before, after (the EMA where there is one), real images."""
-        return self._grid({"after": self._latest}, "before_after.png") if self._latest else None
+    def before_after(self, step: int) -> Path | None:
+        """The final comparison: before, after the last step (the EMA where there is one), real images."""
+        after = self._saved(f"step-{step:06d}-ema") or self._saved(f"step-{step:06d}")
+        return self._grid({"after": after}, "before_after.png") if after else None
 
     def _grid(self, rows: dict[str, list[Image.Image]], name: str) -> Path:
-        before = self._saved_before()
+        before = self._saved("step-000000")
         context = {"before training": before} if before else {}
         real = {"real images": list(self.real)} if self.real else {}
         return save_picture(labelled_grid(context | rows | real, self.names), self.folder / name)
 
-    def _saved_before(self) -> list[Image.Image]:
-        """The samples before training, unless other settings made them: a resumed run may have changed its prompts."""
-        folder = self.folder / "step-000000"
+    def _saved(self, name: str) -> list[Image.Image]:
+        """The samples of a step, unless other settings made them: a resumed run may have changed its prompts."""
+        folder = self.folder / name
         settings = folder / "settings.json"
         if not settings.is_file() or json.loads(settings.read_text()) != self._settings():
             return []
@@ -103,7 +103,7 @@ class Validation:
         for number, image in enumerate(images):
             save_picture(image, self.folder / name / f"{number:02d}.png")
         if len(images) == len(self.prompts):
-            (self.folder / name / "settings.json").write_text(json.dumps(self._settings()))
+            write_text(self.folder / name / "settings.json", json.dumps(self._settings()))
         return images
 
 

@@ -219,7 +219,7 @@ def test_without_an_average_the_weights_are_the_trained_ones(sampling):
 
 def test_without_prompts_nothing_is_sampled(sampling):
     idle = sampling.validation()
-    assert idle.run(Accelerator(), sampling.trainee, None, 0) is None and idle.before_after() is None
+    assert idle.run(Accelerator(), sampling.trainee, None, 0) is None and idle.before_after(1) is None
     assert not idle.folder.exists()
 
 

@@ -41,9 +41,10 @@ from lpl.checkpoints import Progress, find_checkpoints
 from lpl.checks import DTYPES, PipelineConfigs, read_pipeline_configs
 from lpl.data import first_line
 from lpl.families import Family
+from lpl.files import write_text
 from lpl.loading import load_denoiser, pipeline_source, replaced_components
 from lpl.objectives import own_objective, training_scheduler
-from lpl.pictures import save_picture, write_whole
+from lpl.pictures import save_picture
 from lpl.trainee import EMA_FOLDER
 from lpl.validation import decoding_exactly
 
@@ -463,4 +464,4 @@ def _metadata(number: int, prompt: str | int, seed: int, names: Mapping[int, str
 
 
 def _write(path: Path, text: str) -> None:
-    write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+    write_text(path, text)

@@ -38,7 +38,7 @@ from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoMode
 from lpl.autoencoders import exact_precision
 from lpl.data import first_line
 from lpl.evaluation.images import ImageSet, threaded
-from lpl.pictures import write_whole
+from lpl.files import write_whole
 
 
 logger = logging.getLogger(__name__)

@@ -37,7 +37,8 @@ from lpl.evaluation.networks import INCEPTION, set_features
 from lpl.evaluation.spectrum import high_frequency_energy, log_power_spectrum
 from lpl.families import Family
 from lpl.families.dit import NULL_CLASS
-from lpl.pictures import PAPER, save_figure, save_picture, write_whole
+from lpl.files import write_text
+from lpl.pictures import PAPER, save_figure, save_picture
 
 
 COLUMNS, CROP_COLUMNS = 6, 4  # of samples.png and crops.png
@@ -435,4 +436,4 @@ def write_evaluation(
 
 
 def _write(path: Path, text: str) -> None:
-    write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+    write_text(path, text)
