@@ -11,7 +11,7 @@ metrics* compare two sets of images through a feature network each; CLIPScore co
 In the output folder: ``evaluation.json``, everything that was found and how; ``evaluation.md``, its table;
 ``spectrum.png`` (Fig. 5, 6), ``samples.png`` (the same seeds in the same columns), ``crops.png`` (parts of them,
 enlarged), ``curves.png`` where there is a series; ``images/``, what was drawn. The same command goes on with images
-that are there; they are drawn anew where the model, its sampling or the prompts have changed.
+that are there; they are drawn anew where the model, its sampling or the prompts have changed, or they are broken.
 
 Under ``accelerate launch -m lpl.evaluate ...`` each process draws and embeds a part. A Fréchet distance through
 another network than Inception is no FID, and is not called so. No number compares to a published one unless reference,
@@ -27,6 +27,7 @@ import logging
 import re
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,23 +35,35 @@ from typing import Any
 import torch
 from PIL import Image
 
-from lpl import arguments, hub
-from lpl.checks import DTYPES, check_ranges
-from lpl.data import first_line, image_files
-from lpl.evaluation import CLIP, CLIP_SCORE, METRICS, SET_METRICS
-from lpl.evaluation import metrics as measures
-from lpl.evaluation.generation import Model, find_models, generate, is_model, processes
+from lpl import arguments
+from lpl.card import add_results
+from lpl.checks import DTYPES, check_ranges, warn_of_idle_flags
+from lpl.data import FORMATS, first_line, image_files
+from lpl.evaluation import (
+    CLIP,
+    CLIP_SCORE,
+    METRICS,
+    MOST_BY_DEFAULT,
+    NEAREST_K,
+    NEIGHBOUR_METRICS,
+    SET_METRICS,
+    check_libraries,
+)
+from lpl.evaluation.generation import Model, find_models, generate, image_path, is_model, is_run
 from lpl.evaluation.images import ImageSet, Preprocessing, folder_images
-from lpl.evaluation.networks import check_network, load_network, try_out
+from lpl.evaluation.metrics import check_bootstrap, check_counts
+from lpl.evaluation.networks import check_networks, load_networks, wanted_networks
+from lpl.evaluation.processes import processes
 from lpl.evaluation.results import (
     REAL,
+    Reference,
     State,
     aligned,
     class_labels,
-    markdown_table,
     measure,
-    model_index,
+    on_card,
     prompts_of,
+    shown_states,
     summary,
     table,
     write_evaluation,
@@ -59,9 +72,7 @@ from lpl.evaluation.results import (
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["build_parser", "main", "model_index", "run"]
-
-MOST_BY_DEFAULT = 10_000  # images of each source, as many as the paper takes
+PROGRAM = "python -m lpl.evaluate"
 SHARED_FLAGS = (  # those that are as in the training script
     *("revision", "variant", "cache_dir", "max_sequence_length", "caption_column", "image_interpolation_mode"),
 )
@@ -73,7 +84,7 @@ SHARED_FLAGS = (  # those that are as in the training script
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line; names as in the training script, or in the pipelines' calls."""
     parser = arguments.Parser(
-        prog="python -m lpl.evaluate",
+        prog=PROGRAM,
         usage="%(prog)s --generated [LABEL=]SOURCE ... --reference FOLDER --output_dir FOLDER [flags]",
         description="Measure how far generated images are from real ones.",
         allow_abbrev=False,
@@ -105,43 +116,41 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=8, help="images that are drawn and embedded at a time")
     add("--num_inference_steps", type=int, help="sampling steps; default: the run's, else the pipeline's")
     add("--guidance_scale", type=float, help="guidance of the sampling; default: the run's, else the pipeline's")
-    add("--prompts", help="file of prompts, one a line, taken in turn; default: the reference's captions, shuffled")
+    add("--prompts_file", help="prompts, one a line, taken in turn; default: the reference's captions, shuffled")
     add("--pretrained_model_name_or_path", help="where a run's base pipeline is now, if not where its recipe says")
-    add("--seed", type=int, default=0, help="of the first image; each further one has the next")
-    add("--bootstrap", type=int, default=0, help="resamples for 95%% intervals; 0: none")
-    add("--neighbours", type=int, default=5, help="k of precision, recall, density and coverage")
-    add("--update_card", action="store_true", help="put the numbers into the README.md of each run's folder")
+    add("--seed", type=int, default=0, help="of the first image; each further one has the next. It also decides how "
+        "captions are shuffled, what the kernel distance's subsets are, the resamples, and the reference's "
+        "halves")  # fmt: skip
+    add("--bootstrap", type=int, default=0, help="resamples of the images, for the spread of each number; 0: none")
+    add("--nearest_k", type=int, default=NEAREST_K, help="neighbours for precision, recall, density and coverage")
+    add("--update_card", action="store_true", help="put the numbers into the model card of each training run's folder")
     add("--device", help="e.g. cpu or cuda:1; default: a GPU if there is one")
     add("--dtype", choices=tuple(DTYPES), default="float32", help="precision of the drawing, but for the VAE")
-    for action in arguments.build_parser()._actions:
-        if action.dest in SHARED_FLAGS:
-            parser._add_action(action)
+    arguments.add_flags(parser, SHARED_FLAGS)
     return parser
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse what the command line alone tells to be wrong, and fill in the network of CLIPScore.
+    """Refuse what the command line alone tells to be wrong, networks included; fill in that of CLIPScore.
 
     Raises:
         ValueError: with what was given, what is accepted, and the flag to change.
     """
+    check_libraries(PROGRAM)
     check_ranges(args)
-    for name in ("num_images", "batch_size", "num_inference_steps", "neighbours"):
+    check_bootstrap(args.bootstrap)
+    for name in ("num_images", "batch_size", "num_inference_steps", "nearest_k"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value}: it must be 1 or more")
-    if args.bootstrap < 0 or args.bootstrap == 1:
-        raise ValueError(f"--bootstrap {args.bootstrap}: it must be 2 or more, or 0 for no intervals")
     if Path(args.output_dir).is_file():
         raise ValueError(f"--output_dir {args.output_dir}: this is a file; give a folder")
-    if not Path(args.reference).is_dir():
-        raise ValueError(f"--reference {args.reference}: there is no such folder")
-    if args.prompts is not None and not Path(args.prompts).is_file():
-        raise ValueError(f"--prompts {args.prompts}: there is no such file")
+    if not image_files(args.reference):
+        raise ValueError(f"--reference {args.reference}: there is no such folder, or it has no images")
+    if args.prompts_file is not None and not Path(args.prompts_file).is_file():
+        raise ValueError(f"--prompts_file {args.prompts_file}: there is no such file")
     if args.clip is not None and CLIP_SCORE not in args.metrics:
         raise ValueError(f"--clip {args.clip} is for clip_score, which --metrics does not name; leave one out")
-    if args.metrics == [CLIP_SCORE]:
-        args.features = []
     args.clip = args.clip or CLIP
     labels = [label for label, _ in labelled_sources(args.generated)]
     if repeated := next((label for label in labels if labels.count(label) > 1), None):
@@ -149,6 +158,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if REAL in labels:
         raise ValueError(f"--generated {REAL}=...: that is the reference's name; give another label")
     _check_device(args)
+    check_networks(wanted_networks(args.metrics, args.features, args.clip), args.cache_dir)
 
 
 def _check_device(args: argparse.Namespace) -> None:
@@ -212,59 +222,93 @@ def _settle_resolution(args: argparse.Namespace, states: Sequence[State]) -> Non
     if not sides and args.resolution is None:
         first = sorted(image_files(states[0].source))[0]
         try:
-            sides = {min(Image.open(first).size)}
+            sides = {min(Image.open(first, formats=FORMATS).size)}
         except OSError as error:
             raise ValueError(f"--resolution is not given, and {first} cannot be read for it; give it") from error
     args.resolution = args.resolution or sides.pop()
 
 
+def warn_of_idle(args: argparse.Namespace, states: Sequence[State]) -> None:
+    """Say so where a flag is given that does nothing."""
+    models = [state.model for state in states if state.model is not None]
+    drawn, pipelines = bool(models), any(model.step is None for model in models)
+    bases = [model.args.pretrained_model_name_or_path for model in models if model.step is not None]
+    of_drawing = ("num_inference_steps", "guidance_scale", "dtype", "prompts_file", "max_sequence_length")
+    warn_of_idle_flags(
+        args,
+        {
+            **dict.fromkeys(of_drawing, drawn),
+            "revision": pipelines,
+            "variant": pipelines,
+            "pretrained_model_name_or_path": args.pretrained_model_name_or_path in bases,
+            "features": any(name in SET_METRICS for name in args.metrics),
+            "nearest_k": any(name in NEIGHBOUR_METRICS for name in args.metrics),
+            "seed": drawn or args.bootstrap or any(name in SET_METRICS for name in args.metrics),
+        },
+    )
+
+
+def check_sizes(states: Sequence[State], args: argparse.Namespace, reference: int) -> None:
+    """Refuse sets that are too small for the metrics; images that are not read yet are taken to be readable."""
+    wanted = [name for name in args.metrics if name in SET_METRICS]
+    for state in states if wanted else ():
+        there = len(image_files(state.source) if state.images is None else state.images)
+        count = number_drawn(args, reference) if state.model else min(args.num_images or there, there)
+        check_counts(wanted, count, reference, args.nearest_k)
+
+
+def number_drawn(args: argparse.Namespace, reference: int) -> int:
+    """How many images each model draws."""
+    return args.num_images or min(reference, MOST_BY_DEFAULT)
+
+
+def class_names(model: Model) -> dict[int, str]:
+    """By label; none of a model that takes captions."""
+    family = model.configs.family
+    return family.class_names(model.configs.index) if family.class_conditional else {}
+
+
 def prompts_for(model: Model, args: argparse.Namespace, reference: ImageSet) -> list[str] | list[int]:
-    """The prompts that are cycled through: of --prompts in their order, else of the reference.
+    """The prompts that are cycled through: of --prompts_file in their order, else of the reference.
 
     Raises:
         ValueError: where there are none, or they are no classes of a class-conditional model.
     """
-    family = model.configs.family
-    names = family.class_names(model.configs.index) if family.class_conditional else {}
-    if args.prompts is not None:
-        lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
+    family, names = model.configs.family, class_names(model)
+    if args.prompts_file is not None:
+        where = f"--prompts_file {args.prompts_file}"
+        lines = Path(args.prompts_file).read_text(encoding="utf-8").splitlines()
         pool = [line.strip() for line in lines if line.strip()]
         if not pool:
-            raise ValueError(f"--prompts {args.prompts}: the file has no prompts")
-        return class_labels(family, pool, names, f"--prompts {args.prompts}") if family.class_conditional else pool
+            raise ValueError(f"{where}: the file has no prompts")
+        return class_labels(family, pool, names, where) if family.class_conditional else pool
     try:
         return prompts_of(reference, args.reference, family, names, "--reference", args.seed)
     except ValueError as error:
-        raise ValueError(f"{error}; or give --prompts") from error
+        raise ValueError(f"{error}; or give --prompts_file") from error
 
 
 def draw_state(
     state: State, args: argparse.Namespace, device: torch.device, preprocessing: Preprocessing, reference: ImageSet
 ) -> None:
     """Fill in the images of a model, which lie in a folder whose name changes with whatever decides them."""
-    model = state.model
-    count = number_drawn(args, len(reference))
+    model, names = state.model, class_names(state.model)
     pool = prompts_for(model, args, reference)
-    settings = model.settings(args.dtype)
-    key = hashlib.sha256(json.dumps([settings, pool, args.seed]).encode()).hexdigest()[:8]
+    count = number_drawn(args, len(reference))
+    prompts = [pool[number % len(pool)] for number in range(count)]
+    state.drawn = model.settings(args.dtype)
+    key = hashlib.sha256(json.dumps([state.drawn, pool, args.seed]).encode()).hexdigest()[:8]
     folder = Path(args.output_dir, "images", re.sub(r"[^\w.-]+", "-", f"{model.name}-{key}"))
-    generate(
-        model,
-        [pool[number % len(pool)] for number in range(count)],
-        [args.seed + number for number in range(count)],
-        folder,
-        batch_size=args.batch_size,
-        device=device,
-        dtype=args.dtype,
-    )
-    state.images = folder_images(folder, preprocessing, progress=processes().is_main_process).select(range(count))
-    state.images.name = state.name
-    state.drawn = settings
+    seeds = [args.seed + number for number in range(count)]
+    generate(model, prompts, seeds, folder, batch_size=args.batch_size, device=device, dtype=args.dtype)
+    files = [image_path(folder, number) for number in range(count)]
+    captions = [names.get(prompt, str(prompt)) for prompt in prompts]
+    state.images = ImageSet(state.name, files, preprocessing, captions)
 
 
 def read_state(state: State, args: argparse.Namespace, preprocessing: Preprocessing) -> None:
     """Fill in the images of a folder, --num_images of them at most, evenly spread."""
-    images = folder_images(state.source, preprocessing, args.caption_column, processes().is_main_process)
+    images = folder_images(state.source, preprocessing, args.caption_column)
     count = min(args.num_images or len(images), len(images))
     if args.num_images and count < args.num_images:
         logger.warning("--num_images %d: %s has %d images only", args.num_images, state.source, count)
@@ -275,25 +319,6 @@ def read_state(state: State, args: argparse.Namespace, preprocessing: Preprocess
             f"--generated {state.source}: clip_score compares images with their captions, and there is no "
             f"metadata.jsonl with {args.caption_column!r}; leave clip_score out"
         )
-
-
-def _check_counts(states: Sequence[State], args: argparse.Namespace, reference: int) -> None:
-    """Refuse, before anything is drawn, sets that are too small for the metrics."""
-    wanted = [name for name in args.metrics if name in SET_METRICS]
-    for state in states if wanted else ():
-        count = number_drawn(args, reference) if state.model else len(state.images)
-        measures._check_counts(wanted, count, reference, args.neighbours)
-
-
-def number_drawn(args: argparse.Namespace, reference: int) -> int:
-    """How many images each model draws."""
-    return args.num_images or min(reference, MOST_BY_DEFAULT)
-
-
-def shown_states(states: Sequence[State]) -> list[State]:
-    """Those in the pictures: the last of each source; of one run alone also the first."""
-    last = list({state.label: state for state in states}.values())
-    return [states[0], states[-1]] if len(last) == 1 and len(states) > 1 else last
 
 
 # All of it -----------------------------------------------------------------------------------------------------------
@@ -307,62 +332,61 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     check_arguments(args)
     states = find_states(args)
+    warn_of_idle(args, states)
+    check_sizes(states, args, len(image_files(args.reference)))
+    if args.update_card and not cards(args):
+        raise ValueError("--update_card: none of the sources is a training run's folder with its README.md")
     workers = processes(cpu=args.device == "cpu")
     main, device = workers.is_main_process, torch.device(args.device or workers.device)
-    preprocessing = Preprocessing(args.resolution, interpolation=args.image_interpolation_mode)
-    reference = folder_images(args.reference, preprocessing, args.caption_column, main)
+    if not main:
+        logging.getLogger("lpl").setLevel(logging.ERROR)  # what is said of images is said once
+    preprocessing = Preprocessing(args.resolution, args.image_interpolation_mode)
+    real = folder_images(args.reference, preprocessing, args.caption_column)
     for state in states:
         if state.model is None:
             read_state(state, args, preprocessing)
         else:
-            prompts_for(state.model, args, reference)
-    _check_counts(states, args, len(reference))
-    if args.update_card and not cards(args):
-        raise ValueError("--update_card: none of the sources is a folder with a model and its README.md")
-    for name in args.features:
-        check_network(name, args.cache_dir)
-    if CLIP_SCORE in args.metrics:
-        check_network(args.clip, args.cache_dir, text=True)
-    names = dict.fromkeys([*args.features, *([args.clip] if CLIP_SCORE in args.metrics else [])])
-    networks = {name: load_network(name, device, args.cache_dir) for name in names}
-    for network in networks.values():
-        try_out(network, reference[0])
+            prompts_for(state.model, args, real)
+    check_sizes(states, args, len(real))
+    wanted = wanted_networks(args.metrics, args.features, args.clip)
+    reference = Reference(real, load_networks(wanted, real[0], device, args.cache_dir), args)
     for state in states:
         if state.model is not None:
-            draw_state(state, args, device, preprocessing, reference)
-    results = measure(states, reference, networks, args)
+            draw_state(state, args, device, preprocessing, real)
+    results = measure(states, reference)
     evaluation: dict[str, Any] = {}
     if main:
         shown = shown_states(states)
-        evaluation = summary(results, shown, reference, networks, args)
-        write_evaluation(evaluation, shown, reference, args.output_dir)
-        for card in cards(args):
-            name = next(label for label, source in labelled_sources(args.generated) if Path(source) == card.parent)
-            hub.add_results(
-                card, model_index(evaluation, name, Path(args.reference).resolve().name), markdown_table(evaluation)
-            )
-            logger.warning("%s has these results now", card)
+        evaluation = summary(results, shown, reference, args)
+        write_evaluation(evaluation, shown, real, args.output_dir)
+        for label, card in cards(args):
+            add_results(card, *on_card(evaluation, label))
+            print(f"{card} has these results now")
     workers.wait_for_everyone()
     return evaluation
 
 
-def cards(args: argparse.Namespace) -> list[Path]:
-    """The model cards that --update_card is about."""
-    found = [Path(source, "README.md") for _, source in labelled_sources(args.generated) if is_model(source)]
-    return [card for card in found if card.is_file()] if args.update_card else []
+def cards(args: argparse.Namespace) -> list[tuple[str, Path]]:
+    """Label and model card of those that --update_card is about: of runs, since only they have a card of ours."""
+    found = [
+        (label, Path(source, "README.md")) for label, source in labelled_sources(args.generated) if is_run(source)
+    ]
+    return [(label, card) for label, card in found if card.is_file()] if args.update_card else []
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """The flags, and the command itself as ``words``."""
+    """The flags, those that are ``given``, and the command itself as ``words``."""
     args = build_parser().parse_args(words)
-    args.words = ["python", "-m", "lpl.evaluate", *words]
+    args.given = arguments.given_flags(build_parser(), words)
+    args.words = [*PROGRAM.split(), *words]
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     args = parse(sys.argv[1:] if argv is None else argv)
-    for library in ("httpx", "httpx2", "diffusers.pipelines", "transformers"):  # they tell each file and cut caption
+    warnings.formatwarning = lambda message, *_, **__: f"{PROGRAM}: warning: {message}\n"
+    for library in ("httpx", "httpx2", "diffusers", "transformers"):  # they tell each file and cut caption
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
         evaluation = run(args)
@@ -373,7 +397,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(aligned(table(evaluation)))
         for words in evaluation["warnings"]:
             print(f"warning: {words}")
-        print(f"numbers and pictures are in {args.output_dir}")
+        print(f"numbers and pictures, and what the warnings mean, are in {args.output_dir}")
 
 
 def finish() -> None:

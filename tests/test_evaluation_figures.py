@@ -29,6 +29,17 @@ def lines(axes):
     return {line.get_label(): line for line in axes.lines}
 
 
+def contains(picture, part):
+    """Whether a picture holds another one, pixel for pixel."""
+    picture, part = np.asarray(picture), np.asarray(part)
+    height, width = part.shape[:2]
+    return any(
+        np.array_equal(picture[top : top + height, left : left + width], part)
+        for top in range(picture.shape[0] - height + 1)
+        for left in np.flatnonzero((picture[top] == part[0, 0]).all(-1))
+    )
+
+
 # Spectra
 
 
@@ -106,16 +117,17 @@ def test_all_rows_show_the_place_that_the_first_row_chooses():
     first, second = photo(64), photo(64, "chelsea")
     corner = busiest_square(first, crop_side(first))
     assert corner != busiest_square(second, crop_side(second))
-    picture = np.asarray(zoomed_crops({"a": [first], "b": [second]}, [""]))
-    expected = np.asarray(with_crop(second, corner))
-    height, width = expected.shape[:2]
-    places = [
-        (top, left)
-        for top in range(picture.shape[0] - height + 1)
-        for left in range(picture.shape[1] - width + 1)
-        if np.array_equal(picture[top, left : left + width], expected[0])
-    ]
-    assert any(np.array_equal(picture[top : top + height, left : left + width], expected) for top, left in places)
+    assert contains(zoomed_crops({"a": [first], "b": [second]}, [""]), with_crop(second, corner))
+
+
+def test_a_row_apart_shows_its_own_place():
+    """Real pictures are of other things: what is enlarged in the drawn ones says nothing about them."""
+    first, second = photo(64), photo(64, "chelsea")
+    corner, own = (busiest_square(image, crop_side(image)) for image in (first, second))
+    picture = zoomed_crops({"a": [first], "b": [second], "real": [second]}, [""], apart="real")
+    assert contains(picture, with_crop(first, corner)) and contains(picture, with_crop(second, own))
+    assert contains(picture, with_crop(second, corner))
+    assert not contains(zoomed_crops({"a": [first], "b": [second]}, [""]), with_crop(second, own))
 
 
 def test_crops_of_unequal_images_are_refused():
@@ -128,14 +140,14 @@ def test_crops_of_unequal_images_are_refused():
 # Metrics over the training
 
 SERIES = [
-    {"label": "run", "step": 20, "metrics": {"fid": {"value": 3.0, "low": 2.0, "high": 4.0}, "energy": 0.2}},
-    {"label": "run", "step": 10, "metrics": {"fid": {"value": 5.0, "low": 4.5, "high": 5.5}, "energy": 0.1}},
-    {"label": "base", "step": None, "metrics": {"fid": {"value": 7.0, "low": None, "high": None}}},
+    {"label": "run", "step": 20, "metrics": {"fid": {"value": 3.0, "spread": 1.0}, "energy": 0.2}},
+    {"label": "run", "step": 10, "metrics": {"fid": {"value": 5.0, "spread": 0.5}, "energy": 0.1}},
+    {"label": "base", "step": None, "metrics": {"fid": {"value": 7.0, "spread": None}}},
     {"label": "real", "step": None, "metrics": {"energy": 0.3}},
 ]
 
 
-def test_a_line_over_the_steps_and_its_interval():
+def test_a_line_over_the_steps_and_its_spread():
     fid, energy = metric_curves(SERIES, {"fid": "lower"}, "real").axes
     run = lines(fid)["run"]
     assert list(run.get_xdata()) == [10, 20] and list(run.get_ydata()) == [5.0, 3.0]
@@ -144,6 +156,23 @@ def test_a_line_over_the_steps_and_its_interval():
     assert list(lines(fid)["base"].get_ydata()) == [7.0, 7.0] and lines(fid)["base"].get_linestyle() == "--"
     assert fid.get_title(loc="left") == "fid (lower is better)" and energy.get_title(loc="left") == "energy"
     assert set(lines(energy)) == {"run", "real"} and len(energy.collections) == 0
+
+
+def test_the_spread_of_what_has_no_step_is_a_band_across():
+    base = {"label": "base", "step": None, "metrics": {"fid": {"value": 7.0, "spread": 0.25}}}
+    (axes,) = metric_curves([{"label": "run", "step": 10, "metrics": {"fid": 5.0}}, base]).axes
+    (band,) = axes.patches
+    assert (band.get_y(), band.get_y() + band.get_height()) == (6.75, 7.25) and len(axes.collections) == 0
+
+
+def test_a_panel_has_its_0_unless_something_lies_below_it():
+    fid, energy = metric_curves(SERIES, reference="real").axes
+    assert fid.get_ylim()[0] == energy.get_ylim()[0] == 0 and fid.get_ylim()[1] > 7
+    kid = [{"step": step, "metrics": {"kid": {"value": value, "spread": 0.3}}} for step, value in ((1, 0.2), (2, 0.5))]
+    (axes,) = metric_curves(kid).axes
+    assert axes.get_ylim()[0] <= -0.1  # 0.2 - 0.3 is in the picture
+    below = [{"step": step, "metrics": {"kid": value}} for step, value in ((1, -0.2), (2, -0.5))]
+    assert metric_curves(below).axes[0].get_ylim()[1] == 0
 
 
 def test_all_lines_are_in_the_legend_with_their_colours():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from trainer import same, train, weights
 
+from lpl import lora
 from lpl.evaluation import generation
 from lpl.evaluation.generation import find_models, generate, image_path, load_model
 
@@ -120,6 +122,24 @@ def test_images_that_are_there_are_kept(sd_pipeline, tmp_path, monkeypatch):
     assert all(after[name] == intact[name] for name in intact if name != "000001.png")
 
 
+@pytest.mark.parametrize("damage", ["truncated", "no image", "another kind"])
+def test_a_broken_image_is_drawn_anew(damage, sd_pipeline, tmp_path):
+    """As a full disk or a pulled plug leaves it."""
+    folder, prompts = tmp_path / "drawn", ["a", "b", "c"]
+    generate(str(sd_pipeline), prompts, [0, 1, 2], folder, **SMALL)
+    before, intact = pixels(folder), files(folder)
+    broken = image_path(folder, 1)
+    if damage == "another kind":
+        Image.open(broken).save(broken, format="JPEG")
+    else:
+        whole = broken.read_bytes()
+        broken.write_bytes(whole[: len(whole) // 2] if damage == "truncated" else b"no image")
+    generate(str(sd_pipeline), prompts, [0, 1, 2], folder, **SMALL)
+    after = files(folder)
+    assert np.abs(pixels(folder) - before).max() <= 2 and Image.open(broken).format == "PNG"
+    assert all(after[name] == intact[name] for name in intact if name != broken.name)
+
+
 def test_nothing_is_loaded_where_nothing_is_missing(sd_pipeline, tmp_path, request):
     generate(str(sd_pipeline), ["a", "b"], [0, 1], tmp_path / "drawn", **SMALL)
     request.getfixturevalue("nothing_loads")
@@ -159,6 +179,32 @@ def test_trained_anew_at_the_same_place_is_another_model(sd_pipeline, tmp_path):
     weight_file.write_bytes(weight_file.read_bytes()[:-1] + b"\0")
     changed = find_models(str(copied))[0].sampled(32).settings("float32")
     assert {name for name in first if first[name] != changed[name]} == {"files"}
+
+
+def test_another_vae_at_the_same_place_is_another_model(sd_pipeline, tmp_path):
+    vae = shutil.copytree(Path(sd_pipeline) / "vae", tmp_path / "vae")
+    flags = {"pretrained_vae_model_name_or_path": str(vae)}
+    first = find_models(str(sd_pipeline), **flags)[0].sampled(32).settings("float32")
+    weight_file = next(vae.glob("*.safetensors"))
+    weight_file.write_bytes(weight_file.read_bytes()[:-1] + b"\0")
+    changed = find_models(str(sd_pipeline), **flags)[0].sampled(32).settings("float32")
+    assert first["vae"] == str(vae) and {name for name in first if first[name] != changed[name]} == {"files"}
+
+
+def test_another_commit_of_a_repository_is_another_model(sd_pipeline, tmp_path):
+    """As the Hub's cache holds it: the name stays, what it stands for changes."""
+    repository = tmp_path / "models--user--pipeline"
+    (repository / "refs").mkdir(parents=True)
+    for commit in "ab":
+        shutil.copytree(sd_pipeline, repository / "snapshots" / (40 * commit))
+
+    def settings(commit):
+        (repository / "refs/main").write_text(40 * commit)
+        return find_models("user/pipeline", cache_dir=str(tmp_path))[0].sampled(32).settings("float32")
+
+    first, second = settings("a"), settings("b")
+    assert first["pipeline"] == "user/pipeline" and settings("a") == first
+    assert {name for name in first if first[name] != second[name]} == {"files"}
 
 
 # Runs
@@ -201,6 +247,20 @@ def test_a_moved_base_pipeline_is_named_by_its_flag(run_folder, sd_pipeline, tmp
     assert find_models(str(moved), pretrained_model_name_or_path=str(sd_pipeline))[0].step == 2
 
 
+def test_a_finished_run_needs_neither_its_base_pipeline_nor_its_name(run_folder, tmp_path):
+    """A published recipe does not say what lay on a disk, and another version may have had other flags."""
+    recipe = yaml.safe_load((run_folder / "recipe.yaml").read_text())
+    del recipe["pretrained_model_name_or_path"]
+    published = shutil.copytree(run_folder, tmp_path / "published", ignore=shutil.ignore_patterns("checkpoint-*"))
+    (published / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"flag_of_tomorrow": 3}))
+    (model,) = find_models(str(published))
+    assert model.args.pretrained_model_name_or_path == str(published) and model.weights is None
+    assert (model.step, model.args.resolution, model.args.validation_inference_steps) == (4, 32, 2)
+    (published / "model_index.json").unlink()
+    with pytest.raises(ValueError, match="none that the training script has written .*pretrained_model_name_or_path"):
+        find_models(str(published))
+
+
 def test_what_is_no_source_is_refused(tmp_path, image_folder):
     with pytest.raises(ValueError, match="^--generated .*no model_index.json"):
         find_models(str(image_folder))
@@ -209,6 +269,15 @@ def test_what_is_no_source_is_refused(tmp_path, image_folder):
     (tmp_path / "recipe.yaml").write_text("- a list")
     with pytest.raises(ValueError, match="its recipe.yaml is none that the training script has written"):
         find_models(str(tmp_path))
+
+
+def test_weights_that_there_are_not_are_told_of_by_their_flags(sd_pipeline, run_folder, tmp_path):
+    (model,) = find_models(str(sd_pipeline), "mine", variant="fp32")
+    with pytest.raises(ValueError, match="^--generated mine: its weights cannot be loaded; look at --variant .*fp32"):
+        load_model(model)
+    empty = replace(find_models(str(run_folder))[0], weights=tmp_path)
+    with pytest.raises(ValueError, match=f"^--generated .*: {tmp_path} holds neither trained parts nor a LoRA$"):
+        load_model(empty)
 
 
 def test_a_lora_without_its_run_is_refused(tmp_path):
@@ -245,7 +314,7 @@ def test_lora_is_loaded_onto_the_base_pipeline(name, request, image_folder, tmp_
         family = load_model(model, dtype="bfloat16" if name == "sd3" else "float32")
         parts = (family.denoiser, *family.text_encoders)
         adapters = [value for part in parts for key, value in part.named_parameters() if "lora_" in key]
-        (file,) = [*place.glob("*.safetensors"), *place.glob("*_lora/*.safetensors")]
+        (file,) = [*place.glob(lora.FILE), *place.glob("*_lora/*.safetensors")]
         saved = load_file(file)
         assert len(saved) == len(adapters) > 0
         for value in saved.values():

@@ -4,10 +4,10 @@ import logging
 import numpy as np
 import pytest
 import skimage.data
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from lpl.evaluation import ImageSet, Preprocessing, folder_images, listed_images
-from lpl.evaluation.images import NAMED, pixel_digest
+from lpl.evaluation.images import NAMED, has_captions, pixel_digest
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +47,6 @@ def test_the_largest_square_in_the_middle_is_resized(astronaut):
     assert Preprocessing(64, interpolation="bicubic")(tall) == expected
 
 
-def test_crop_none_squeezes_the_whole_image(astronaut):
-    wide = astronaut.crop((0, 100, 300, 300))
-    assert Preprocessing(64, crop="none")(wide) == wide.resize((64, 64), Image.Resampling.LANCZOS)
-
-
 @pytest.mark.parametrize("width", [4, 5, 6, 7])
 def test_what_has_the_right_size_keeps_its_pixels(width):
     """Also at an odd difference of the sides, where a middle of half pixels would mix neighbours."""
@@ -86,7 +81,6 @@ def test_16_bits_are_not_clipped():
     "settings, named",
     [
         ({"resolution": 0}, "--resolution 0"),
-        ({"resolution": 8, "crop": "random"}, "center, none"),
         ({"resolution": 8, "interpolation": "sinc"}, "lanczos"),
     ],
 )
@@ -132,6 +126,12 @@ def test_a_set_is_a_sequence(astronaut):
         images.select([3])
     with pytest.raises(IndexError):
         images.digest(3)
+
+
+def test_a_digest_that_is_known_is_not_computed_again():
+    images = ImageSet("greys", [columns(0), columns(100)], Preprocessing(2), digests={1: "known"})
+    some = images.select([1, 0])
+    assert [some.digest(0), some.digest(1)] == ["known", images.digest(0)] != [images.digest(0)] * 2
 
 
 def test_captions_have_to_fit(astronaut):
@@ -203,7 +203,71 @@ def test_folders_without_images_are_refused(tmp_path):
         folder_images(tmp_path, Preprocessing(16))
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"text": "a"}', '{"file_name": 3}'])
+def test_each_file_is_read_once_for_its_digest_and_size(folder, monkeypatch):
+    opened, real = [], Image.open
+    monkeypatch.setattr(
+        Image, "open", lambda file, *more, **kwargs: opened.append(file) or real(file, *more, **kwargs)
+    )
+    images = folder_images(folder, Preprocessing(16))
+    digests = [images.digest(index) for index in range(3)]
+    assert sorted(opened) == [folder / name for name in ("a.png", "b.png", "c.png")]
+    assert digests == [pixel_digest(image) for image in images] and len(set(digests)) == 3
+
+
+def test_what_is_enlarged_is_counted_and_named(folder, caplog):
+    """The crops are 90 x 64; a set of some of them counts its own."""
+    columns(0, 200).convert("RGB").save(folder / "b.png")
+    with caplog.at_level(logging.WARNING):
+        images = folder_images(folder, Preprocessing(64))
+    assert f"{folder}: 1 of 3 images are smaller than 64 pixels, and are enlarged" in caplog.text
+    assert images.enlarged == 1 and images.select([0, 2]).enlarged == 0 and images.select([1, 1, 0]).enlarged == 2
+    assert folder_images(folder, Preprocessing(65)).enlarged == 3
+    caplog.clear()
+    assert folder_images(folder, Preprocessing(2)).enlarged == 0 and not caplog.records
+
+
+def test_the_shorter_side_decides_what_is_enlarged(tmp_path):
+    columns(*range(64), height=8).save(tmp_path / "wide.png")
+    assert folder_images(tmp_path, Preprocessing(8)).enlarged == 0
+    assert folder_images(tmp_path, Preprocessing(9)).enlarged == 1
+
+
+def test_what_lies_elsewhere_is_left_out(folder, tmp_path_factory, astronaut, caplog):
+    """A line of metadata.jsonl, or a link, that leads out of the folder."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "other.png"
+    astronaut.save(elsewhere)
+    (folder / "link.png").symlink_to(elsewhere)
+    lines = [{"file_name": name, "text": name} for name in ("a.png", "link.png", str(elsewhere))]
+    write_metadata(folder, lines)
+    with caplog.at_level(logging.WARNING):
+        images = folder_images(folder, Preprocessing(16))
+    assert images.captions == ["a.png"]
+    assert "2 images are left out, since they cannot be read" in caplog.text and "copy it there" in caplog.text
+
+
+def test_programs_are_not_run_as_images(folder, monkeypatch):
+    """EPS is PostScript, which PIL would give to Ghostscript."""
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args: pytest.fail("a program was run"))
+    (folder / "b.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    assert Image.open(folder / "b.png").format == "EPS"
+    assert folder_images(folder, Preprocessing(16)).captions == ["caption of a.png", "caption of c.png"]
+
+
+def test_whether_all_have_captions_is_known_from_metadata_alone(folder, tmp_path_factory):
+    (folder / "a.png").write_text("no image")
+    assert has_captions(folder) and not has_captions(folder, "label")
+    write_metadata(folder, [{"file_name": "a.png", "text": "a"}, {"file_name": "b.png"}])
+    assert not has_captions(folder) and not has_captions(tmp_path_factory.mktemp("bare"))
+    (folder / "metadata.jsonl").write_text("")
+    assert not has_captions(folder)
+
+
+def test_labels_are_captions_too(folder):
+    write_metadata(folder, [{"file_name": "a.png", "label": 0}, {"file_name": "b.png", "label": 12}])
+    assert folder_images(folder, Preprocessing(16), caption_column="label").captions == ["0", "12"]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"text": "a"}', '{"file_name": 3}', "[" * 100_000])
 def test_broken_metadata_is_refused_with_its_line(folder, line):
     with (folder / "metadata.jsonl").open("a") as file:
         file.write(line)

@@ -3,6 +3,7 @@ import logging
 import multiprocessing
 import os
 import socket
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -19,8 +20,10 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPModel,
     CLIPVisionConfig,
+    ConvNextImageProcessorPil,
     Dinov2Config,
     Dinov2Model,
+    PoolFormerImageProcessorPil,
     ResNetConfig,
     ResNetModel,
     SiglipConfig,
@@ -39,7 +42,16 @@ from lpl.evaluation import (
     load_network,
     set_features,
 )
-from lpl.evaluation.networks import cache_folder, check_network, features_key, try_out
+from lpl.evaluation.networks import (
+    TransformersNetwork,
+    cache_folder,
+    check_network,
+    check_networks,
+    features_key,
+    load_networks,
+    try_out,
+    wanted_networks,
+)
 
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -47,6 +59,8 @@ SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "nu
 
 class Means(nn.Module):
     """Means of the colours, and how often it was called."""
+
+    fingerprint = "means of the colours"
 
     def __init__(self, scale=1.0):
         super().__init__()
@@ -59,6 +73,12 @@ class Means(nn.Module):
         return self.scale * pixels.double().mean((2, 3))
 
 
+class Unnamed(Means):
+    """Says nothing of what it computes."""
+
+    fingerprint = None
+
+
 class Flat(nn.Module):
     """No features at all."""
 
@@ -68,6 +88,10 @@ class Flat(nn.Module):
 
 def means():
     return Means(2.0)
+
+
+def flat():
+    return Flat()
 
 
 def number():
@@ -131,13 +155,13 @@ def cache(tmp_path, monkeypatch):
 def test_dinov2_gives_its_pooled_class_token(dinov2, pictures):
     network = load_network(dinov2)
     assert isinstance(network, FeatureNetwork) and not isinstance(network, TextImageNetwork)
-    assert (network.name, network.dim) == (dinov2, 16)
+    assert network.name == dinov2
     found = network.features(pictures)
     assert (found.shape, found.dtype, found.device.type) == ((7, 16), torch.float32, "cpu")
     mean, deviation = (torch.tensor(network.preprocessing[f"image_{kind}"]).view(3, 1, 1) for kind in ("mean", "std"))
     model = Dinov2Model.from_pretrained(dinov2).eval()
     for row, picture in zip(found, pictures):
-        resized = picture.resize((32, 32), Image.Resampling.BICUBIC).crop((2, 2, 30, 30))
+        resized = picture.resize((28, 28), Image.Resampling.BICUBIC)
         pixels = (torch.from_numpy(np.array(resized)).permute(2, 0, 1) / 255 - mean) / deviation
         with torch.no_grad():
             tokens = model(pixels[None].float()).last_hidden_state
@@ -145,21 +169,58 @@ def test_dinov2_gives_its_pooled_class_token(dinov2, pictures):
     torch.testing.assert_close(network.features(pictures[3:4])[0], found[3])
 
 
+CROP = {"height": 28, "width": 28}
+
+
+@pytest.mark.parametrize(
+    "kind, settings",
+    [
+        (BitImageProcessorPil, {"size": {"shortest_edge": 32}, "crop_size": CROP}),
+        (BitImageProcessorPil, {"do_resize": False, "crop_size": CROP}),
+        (ConvNextImageProcessorPil, {"size": {"shortest_edge": 28}, "crop_pct": 0.875}),
+        (PoolFormerImageProcessorPil, {"size": {"shortest_edge": 28}, "crop_size": CROP, "crop_pct": 0.9}),
+        (CLIPImageProcessorPil, {"size": CROP, "do_center_crop": False}),  # nothing to be changed
+    ],
+)
+def test_networks_see_all_of_the_image(kind, settings, pictures):
+    """Whatever their processors would cut off."""
+    network = TransformersNetwork("any", nn.Identity(), kind(**settings), "cpu")
+    processor = network.processor
+    mean, deviation = (torch.tensor(moment).view(3, 1, 1) for moment in (processor.image_mean, processor.image_std))
+    resized = [np.array(picture.resize((28, 28), processor.resample)) for picture in pictures]
+    expected = (torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2) / 255 - mean) / deviation
+    torch.testing.assert_close(network._pixels(pictures), expected, atol=1e-5, rtol=1e-5)
+    assert network.preprocessing == processor.to_dict() | {"pooled": True}  # as it is now
+
+
 def test_preprocessing_is_recorded(dinov2):
     recorded = json.loads(json.dumps(load_network(dinov2).preprocessing))
-    assert recorded["crop_size"] == {"height": 28, "width": 28} and recorded["resample"] == 3 and recorded["pooled"]
+    assert recorded["size"] == {"height": 28, "width": 28} and not recorded["do_center_crop"]
+    assert recorded["resample"] == 3 and recorded["pooled"]
 
 
-def test_fingerprints_go_by_weights_and_preprocessing(dinov2, tmp_path):
-    network = load_network(dinov2)
-    fingerprint = network.fingerprint
-    assert load_network(dinov2).fingerprint == fingerprint and len(fingerprint) == 64
-    with torch.no_grad():
-        network.module.layernorm.bias[0] += 1
-    del network.fingerprint
-    other = load_network(dinov2)
-    other.preprocessing["resample"] = 2
-    assert len({fingerprint, network.fingerprint, other.fingerprint}) == 3
+def test_fingerprints_go_by_all_that_decides_the_features(dinov2, tmp_path, monkeypatch):
+    def changed(change):
+        network = load_network(dinov2)
+        with torch.no_grad():
+            change(network)
+        return network.fingerprint
+
+    expected = load_network(dinov2).fingerprint
+    assert load_network(dinov2).fingerprint == expected and len(expected) == 64
+    found = {
+        expected,
+        changed(lambda network: network.module.layernorm.bias.add_(1)),
+        changed(lambda network: network.preprocessing.update(resample=2)),
+        changed(lambda network: setattr(network.module.config, "layer_norm_eps", 1e-3)),
+        changed(lambda network: setattr(network, "name", "another")),
+    }
+    versions = {library: version(library) for library in ("torch", "transformers", "pillow")}
+    for library in versions:
+        with monkeypatch.context() as patch:
+            patch.setattr("importlib.metadata.version", {**versions, library: "another"}.get)
+            found.add(load_network(dinov2).fingerprint)
+    assert len(found) == 8
 
 
 def test_autocast_does_not_matter(dinov2, pictures):
@@ -172,8 +233,9 @@ def test_autocast_does_not_matter(dinov2, pictures):
 
 def test_clip_gives_images_and_captions_in_one_space(clip, pictures):
     network = load_network(clip)
-    assert isinstance(network, TextImageNetwork) and network.dim == 12
+    assert isinstance(network, TextImageNetwork)
     found = network.features(pictures)
+    assert found.shape == (7, 12)
     model = CLIPModel.from_pretrained(clip).eval()
     captions = ["a cat", "the dog", "a cat " * 200]
     tokens = _clip_tokenizer()(captions[:2], padding=True, return_tensors="pt")
@@ -223,7 +285,7 @@ def test_a_pooler_without_weights_is_not_used(tmp_path, pictures):
 def test_convolutional_networks_are_pooled_to_rows(tmp_path, pictures):
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")
     network = load_network(save(tmp_path, lambda: ResNetModel(config)))
-    assert network.dim == 12 and network.features(pictures).shape == (7, 12)
+    assert network.features(pictures).shape == (7, 12)
 
 
 def test_weights_that_lack_something_are_refused(dinov2, tmp_path):
@@ -239,7 +301,7 @@ def test_weights_that_lack_something_are_refused(dinov2, tmp_path):
 
 @pytest.mark.parametrize("name", ["nowhere/at-all", "./no-folder"])
 def test_unknown_names_are_refused(name):
-    with pytest.raises(ValueError, match=f"--features {name}: no network is found"):
+    with pytest.raises(ValueError, match=f"^--features {name}: no network is found"):
         load_network(name)
 
 
@@ -254,7 +316,7 @@ def test_what_knows_no_captions_is_no_clip(dinov2, clip):
     check_network(dinov2)
     for name in (dinov2, "inception", f"{__name__}:means"):
         with pytest.raises(ValueError, match="--clip .*(captions|CLIP)"):
-            check_network(name, text=True)
+            check_network(name, flag="--clip", text=True)
 
 
 def test_inception_says_what_it_needs(monkeypatch):
@@ -263,43 +325,134 @@ def test_inception_says_what_it_needs(monkeypatch):
         load_network("inception")
 
 
+@pytest.fixture
+def inception(monkeypatch):
+    """In the place of torchmetrics' class, which downloads: records its options, and the environment that it sees."""
+    seen = []
+
+    class Metric:
+        def __init__(self, **options):
+            seen.append((options, {name: word for name, word in os.environ.items() if "WEIGHTS_ONLY" in name}))
+            self.inception = Unnamed()
+
+    monkeypatch.setattr("torchmetrics.image.fid.FrechetInceptionDistance", Metric)
+    monkeypatch.setattr("lpl.evaluation.networks.INCEPTION_NEEDS", {})
+    monkeypatch.setattr("importlib.metadata.version", lambda name: f"{name} 1")
+    return seen
+
+
+def test_inception_is_that_of_published_numbers(inception, pictures, monkeypatch):
+    network = load_network("inception")
+    assert (network.name, network.features(pictures).shape) == ("inception", (7, 3))
+    assert network.preprocessing == {"resize": 299, "antialias": False}
+    assert inception[0][0] == {"feature": 2048, "antialias": False}
+    monkeypatch.setattr("importlib.metadata.version", lambda name: f"{name} {2 if name == 'torch-fidelity' else 1}")
+    assert load_network("inception").fingerprint != network.fingerprint is not None
+
+
+@pytest.mark.parametrize("before", [{}, {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}])
+def test_inception_leaves_the_environment_as_it_was(inception, before, monkeypatch):
+    """Torch takes only one of these two variables at a time."""
+    for name in ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
+        monkeypatch.delenv(name, raising=False)
+    for name, word in before.items():
+        monkeypatch.setenv(name, word)
+    load_network("inception")
+    assert inception[0][1] == {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}
+    assert {name: word for name, word in os.environ.items() if "WEIGHTS_ONLY" in name} == before
+
+
+def test_an_inception_that_cannot_be_downloaded_is_refused(inception, monkeypatch):
+    def offline(**options):
+        raise OSError("no connection")
+
+    monkeypatch.setattr("torchmetrics.image.fid.FrechetInceptionDistance", offline)
+    with pytest.raises(ValueError, match="^--eval_features inception: it cannot be downloaded: no connection"):
+        load_network("inception", flag="--eval_features")
+
+
+# All that are needed
+
+
+def test_metrics_need_the_networks_that_they_use():
+    features, flag = ["one", "two"], "--eval_features"
+    assert wanted_networks(["fid", "clip_score"], features, "clip", "--eval_") == {
+        "one": (flag, False),
+        "two": (flag, False),
+        "clip": ("--eval_clip", True),
+    }
+    assert wanted_networks(["recall"], features, "clip") == dict.fromkeys(features, ("--features", False))
+    assert wanted_networks(["clip_score"], features, "clip") == {"clip": ("--clip", True)}
+    both = wanted_networks(["kid", "clip_score"], ["clip", "one"], "clip")  # which has to know captions then
+    assert both == {"clip": ("--clip", True), "one": ("--features", False)}
+
+
+def test_all_networks_are_checked_under_their_flags(dinov2, clip):
+    check_networks({dinov2: ("--features", False), clip: ("--clip", True)})
+    with pytest.raises(ValueError, match="^--clip .*dinov2 does not understand captions"):
+        check_networks({clip: ("--features", False), dinov2: ("--clip", True)})
+    with pytest.raises(ValueError, match="^--features nowhere/at-all: "):
+        check_networks({dinov2: ("--features", False), "nowhere/at-all": ("--features", False)})
+
+
+def test_all_networks_are_loaded_and_tried_out(dinov2, clip, pictures):
+    wanted = {dinov2: ("--features", False), f"{__name__}:means": ("--features", False), clip: ("--clip", True)}
+    networks = load_networks(wanted, pictures[0], "cpu", None)
+    assert list(networks) == list(wanted) == [network.name for network in networks.values()]
+    assert isinstance(networks[clip], TextImageNetwork) and networks[f"{__name__}:means"].module.calls == 1
+    for name, message in ((f"{__name__}:flat", "it fails on an image of 64 x 64 pixels"), ("no:thing", "no")):
+        with pytest.raises(ValueError, match=f"^--eval_features {name}: .*{message}"):
+            load_networks(wanted | {name: ("--eval_features", False)}, pictures[0], "cpu", None)
+
+
+@pytest.mark.parametrize("name", ["nowhere/at-all", "no_such:package", "inception", f"{__name__}:number"])
+def test_refusals_name_the_flag(name, monkeypatch):
+    monkeypatch.setattr("lpl.evaluation.networks.INCEPTION_NEEDS", {"no_such_package": "no-such-package"})
+    with pytest.raises(ValueError, match=f"^--eval_features {name}: "):
+        load_network(name, flag="--eval_features")
+    with pytest.raises(ValueError, match=f"^--features {name}: "):
+        load_network(name)
+
+
 # One's own
 
 
 def test_a_function_of_ones_own_is_called(pictures):
     network = load_network(f"{__name__}:means")
-    assert isinstance(network, FeatureNetwork) and (network.name, network.dim) == (f"{__name__}:means", 3)
+    assert isinstance(network, FeatureNetwork) and network.name == f"{__name__}:means"
     expected = [2 * np.asarray(picture).mean((0, 1)) for picture in pictures]
     np.testing.assert_allclose(network.features(pictures), expected, rtol=1e-5)
 
 
 def test_a_module_may_be_given(pictures):
-    module = Means().train()
-    network = load_network(module)
+    network = load_network(Means().train())
     assert network.name == "Means" and network.features(pictures[:2]).shape == (2, 3)
-    module.num_features = 3
-    calls, network = module.calls, load_network(module)
-    assert network.dim == 3 and module.calls == calls  # it said so
-    assert load_network(Means(2.0)).fingerprint != network.fingerprint == load_network(Means()).fingerprint
 
 
-def test_fingerprints_go_by_the_code_and_its_settings():
-    def kind(added):
-        class Other(Means):
-            def forward(self, pixels):
-                return super().forward(pixels) + added
-
-        class Another(Means):
-            def forward(self, pixels):
-                return super().forward(pixels) - added
-
-        Another.__name__ = "Other"
-        return Other(), Another()
-
+def test_what_a_module_computes_is_known_by_its_own_word():
+    """Its weights, shapes and layers do not tell: these two convolutions have the same."""
     strides = [nn.Sequential(nn.Conv2d(3, 4, 3, stride=stride), nn.Flatten()) for stride in (1, 2)]
     strides[1].load_state_dict(strides[0].state_dict())
-    modules = [Means(), *kind(1), *strides]
-    assert len({load_network(module).fingerprint for module in modules}) == 5
+    assert [load_network(module).fingerprint for module in strides] == [None, None]
+    for stride, module in enumerate(strides):
+        module.fingerprint = f"stride {stride}"
+    modules = [*strides, Means(), Means(2.0)]
+    assert len({load_network(module).fingerprint for module in modules} - {None}) == 4
+    network = load_network(Means())
+    assert network.fingerprint == network.fingerprint == load_network(Means()).fingerprint
+
+
+def test_a_module_may_keep_other_things_than_tensors():
+    class Counting(Means):
+        def get_extra_state(self):
+            return {"calls": self.calls}
+
+        def set_extra_state(self, state):
+            self.calls = state["calls"]
+
+    module = Counting()
+    assert any(not isinstance(kept, torch.Tensor) for kept in module.state_dict().values())
+    assert len(load_network(module).fingerprint) == 64
 
 
 @pytest.mark.parametrize(
@@ -317,7 +470,7 @@ def test_functions_that_give_no_module_are_refused(name, message):
 
 
 def test_features_of_another_shape_are_refused(pictures):
-    with pytest.raises(ValueError, match=r"Flat: for 7 images it gives \(7,\) instead of \(B, D\)"):
+    with pytest.raises(ValueError, match=r"^Flat: for 7 images it gives \(7,\) instead of \(B, D\)"):
         load_network(Flat()).features(pictures)
 
 
@@ -372,6 +525,22 @@ def test_broken_caches_are_written_anew(images, cache, content):
     assert np.array_equal(set_features(images, load_network(module)), first) and module.calls == 14
 
 
+def test_features_of_what_says_nothing_of_itself_are_not_kept(images, cache):
+    module = Unnamed()
+    first = set_features(images, load_network(module))
+    assert np.array_equal(set_features(images, load_network(module)), first) and module.calls == 14
+    assert not cache.exists()
+
+
+def test_features_are_not_kept_where_that_is_said(images, cache):
+    """Nor are those taken that are kept already."""
+    module = Means()
+    first = set_features(images, load_network(module), keep=False)
+    assert module.calls == 7 and not cache.exists()
+    set_features(images, load_network(module))
+    assert np.array_equal(set_features(images, load_network(module), keep=False), first) and module.calls == 21
+
+
 def test_where_features_are_kept(images, tmp_path, cache, monkeypatch):
     set_features(images, load_network(Means()), cache_dir=tmp_path / "here")
     assert len(list((tmp_path / "here").iterdir())) == 1 and not cache.exists()
@@ -389,7 +558,7 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(images, cache, ca
 
 
 def test_features_that_are_not_finite_are_refused_and_not_kept(images, cache):
-    with pytest.raises(ValueError, match="crops are not finite"):
+    with pytest.raises(ValueError, match="^Means: some features of crops are not finite"):
         set_features(images, load_network(Means(float("nan"))))
     assert not cache.exists()
 
@@ -402,7 +571,7 @@ def test_keys_depend_on_where_one_digest_ends(dinov2):
 # Several processes
 
 
-def _embed_in_process(rank, port, pictures, cache, queue):
+def _embed_in_process(rank, port, pictures, cache, keep, queue):
     from accelerate import PartialState
 
     world = {"WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
@@ -412,19 +581,19 @@ def _embed_in_process(rank, port, pictures, cache, queue):
     PartialState._shared_state.clear()
     module = Means()
     images = listed_images(pictures, "crops", Preprocessing(48))
-    calls, found = [], []
+    calls, found, settings = [], [], {"batch_size": 2, "cache_dir": cache[rank], "progress": False, "keep": keep}
     for _ in range(2):
-        found.append(set_features(images, load_network(module), batch_size=2, cache_dir=cache[rank], progress=False))
+        found.append(set_features(images, load_network(module), **settings))
         calls.append(module.calls)
         PartialState().wait_for_everyone()
     queue.put((rank, calls, found, compare(found[0], found[0][::-1], ["fid", "kid"])))
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_two_processes_share_the_work_and_both_get_all(images, pictures, tmp_path, shared):
+@pytest.mark.parametrize("where", ["shared", "apart", "nowhere"])
+def test_two_processes_share_the_work_and_both_get_all(images, pictures, tmp_path, where):
     """Also where only the first one sees what it kept, as on two machines: both have to compute then."""
-    folders = [tmp_path / "shared"] * 2 if shared else [tmp_path / "first", tmp_path / "second"]
+    folders = [tmp_path / "first", tmp_path / ("second" if where == "apart" else "first")]
     expected = set_features(images, load_network(Means()))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -432,7 +601,9 @@ def test_two_processes_share_the_work_and_both_get_all(images, pictures, tmp_pat
     context = multiprocessing.get_context("fork")  # which spares the imports
     queue = context.Queue()
     workers = [
-        context.Process(target=_embed_in_process, args=(rank, port, pictures, folders, queue), daemon=True)
+        context.Process(
+            target=_embed_in_process, args=(rank, port, pictures, folders, where != "nowhere", queue), daemon=True
+        )
         for rank in range(2)
     ]
     for worker in workers:
@@ -442,14 +613,16 @@ def test_two_processes_share_the_work_and_both_get_all(images, pictures, tmp_pat
         worker.join(60)
         assert worker.exitcode == 0
     for (_, calls, found, distances), mine in zip(results, (4, 3)):
-        assert calls == ([mine, mine] if shared else [mine, 2 * mine])  # each its part
+        assert calls == ([mine, mine] if where == "shared" else [mine, 2 * mine])  # each its part
         assert all(np.array_equal(features, expected) for features in found)
         assert distances == compare(expected, expected[::-1], ["fid", "kid"])
-    assert len(list(folders[0].iterdir())) == 1 and folders[1].exists() == shared
+    assert len(list(tmp_path.glob("first/*"))) == (where != "nowhere") and not (tmp_path / "second").exists()
 
 
 def test_a_network_that_fails_on_such_images_is_refused():
     image = Image.fromarray(skimage.data.astronaut()).resize((24, 24))
     wrong = load_network(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)))
-    with pytest.raises(ValueError, match="--features Sequential: it fails on an image of 24 x 24 pixels"):
-        try_out(wrong, image)
+    for flag in ("--features", "--eval_features"):
+        with pytest.raises(ValueError, match=f"^{flag} Sequential: it fails on an image of 24 x 24 pixels"):
+            try_out(wrong, image, flag)
+    try_out(load_network(Means()), image)

@@ -1,9 +1,11 @@
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import skimage.data
 from PIL import Image, ImageFilter, ImageOps
 
-from lpl.evaluation import Preprocessing, high_frequency_energy, listed_images, log_power_spectrum
+from lpl.evaluation import Preprocessing, high_frequency_energy, listed_images, log_power_spectrum, spectrum_of
 from lpl.evaluation.spectrum import ROUNDING, power_spectrum, radial_average
 
 
@@ -112,9 +114,29 @@ def test_invariances(photograph):
 def test_spectra_are_averaged_as_logarithms(photograph):
     other = ImageOps.posterize(photograph, 2)
     spectra = [log_power_spectrum([image])[1] for image in (photograph, other)]
-    assert log_power_spectrum(iter([photograph, other]))[1] == pytest.approx(np.mean(spectra, 0))
+    assert log_power_spectrum([photograph, other])[1] == pytest.approx(np.mean(spectra, 0))
     images = listed_images([photograph, other], "set", Preprocessing(128))
     assert log_power_spectrum(images)[1] == pytest.approx(np.mean(spectra, 0))
+
+
+def test_images_are_read_once_for_all(photograph):
+    """Reading and preprocessing take longer than the transform."""
+
+    class Counted(Sequence):
+        images, read = [photograph, photograph.rotate(90), ImageOps.posterize(photograph, 2)], []
+
+        def __len__(self):
+            return len(self.images)
+
+        def __getitem__(self, index):
+            self.read.append(index)
+            return self.images[index]
+
+    found = spectrum_of(Counted())
+    assert sorted(Counted.read) == [0, 1, 2]
+    frequencies, power = log_power_spectrum(Counted.images)
+    assert np.array_equal(found.frequencies, frequencies) and np.array_equal(found.log_power, power)
+    assert found.high_frequency_energy == high_frequency_energy(Counted.images) > 0
 
 
 @pytest.mark.parametrize("low, high", [(0.3, 0.1), (0.1, 0.3), (0.2, 0.2)])
@@ -131,9 +153,11 @@ def test_flat_images_are_finite():
     assert high_frequency_energy([flat]) == 0
 
 
-@pytest.mark.parametrize("sizes, message", [([], "at least one"), ([16, 17], "one size"), ([2], "needs 4")])
+@pytest.mark.parametrize(
+    "sizes, message", [([], "one image at least"), ([16, 17], "2 sizes: .* of one size"), ([2], "needs 4")]
+)
 def test_what_has_no_spectrum_is_refused(sizes, message):
     images = [grey(np.full((size, size), 0.5)) for size in sizes]
-    for function in (log_power_spectrum, high_frequency_energy):
+    for function in (log_power_spectrum, high_frequency_energy, spectrum_of):
         with pytest.raises(ValueError, match=message):
             function(images)

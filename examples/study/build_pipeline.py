@@ -1,4 +1,4 @@
-"""The study's model before any training: a class-conditional DiT of 2.1 M parameters over the study's autoencoder.
+"""The study's model before any training: a DiT of 2.9 million parameters on class labels, over its autoencoder.
 
 python examples/study/build_pipeline.py --vae study/autoencoder --output_dir study/untrained
 """

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes what the study compares on: pictures in three parts, an autoencoder, a feature network, the untrained model.
+# Makes what the study compares on: pictures in three parts, an autoencoder, a feature network, the untrained model;
+# and measures what the numbers could be at best.
 # Usage: prepare.sh [STUDY_FOLDER]
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -11,3 +12,4 @@ python "$here/prepare_data.py" --output_dir "$study/data"
 [ -f "$study/autoencoder/reconstructions.png" ] || python "$here/../quickstart/train_autoencoder.py" \
   --data "$study/data/train" --output_dir "$study/autoencoder" --channels 24 40 80 --steps 8000 --max_minutes 600
 python "$here/build_pipeline.py" --vae "$study/autoencoder" --output_dir "$study/untrained"
+[ -f "$study/checks/floor.json" ] || PYTHONPATH="$here/../.." python "$here/floor.py" --study "$study"

@@ -43,7 +43,7 @@ PICTURES = {  # pixels that a cell's side has: as large as three parts leave roo
 PATTERN = ("train", "reference", "train", "features")  # of the cells along a row; each row begins one further on
 CROPS = {"train": 140, "reference": 64, "features": 100}  # of each picture
 SMALLEST = 0.6  # side of a crop, of its cell's
-SIZE = 72  # pixels; the trainer takes a random 64 of them
+SIZE = 72  # pixels; the autoencoder and the feature network take 64 of them, the others scale them to 64
 
 
 def read(source: str) -> Image.Image:

@@ -1,157 +1,371 @@
-"""Gathers what run.py has measured into results.json, the tables of docs/results.md, and its pictures.
+"""Gathers what run.py and floor.py have measured into results.json, the tables of docs/results.md, and its pictures.
 
     PYTHONPATH=. python examples/study/report.py
 
-Each table takes the place of what stands between its two marks in docs/results.md. Rows that were not run say so.
+Each table takes the place of what stands between its two marks in docs/results.md. Rows that were not run say so. The
+sentences between the tables are written by hand: look at them whenever a row has come in.
 """
 
 import argparse
 import json
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, median, stdev
+from typing import Any
 
-from rows import ROW, ROWS
+import numpy as np
+from PIL import Image
+from rows import BASE, ROW, ROWS, SETTINGS
 
-from lpl.evaluation import Preprocessing, folder_images, log_power_spectrum
+from lpl.evaluation import ImageSet, Preprocessing, folder_images
 from lpl.evaluation.figures import paired_grid, spectrum_figure, zoomed_crops
+from lpl.evaluation.results import REAL
 from lpl.pictures import label_axes, save_figure, save_picture
 
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parents[1] / "docs"
 NETWORK = "examples.study.features:load"
-COLUMNS = {  # of the tables: heading and format
+METRICS = {  # headings and formats of the tables' columns
     "fid": ("Fréchet ↓", "{:.2f}"),
     "kid": ("KID ↓", "{:.4f}"),
-    "precision": ("precision", "{:.3f}"),
-    "recall": ("recall", "{:.3f}"),
-    "density": ("density", "{:.3f}"),
+    "precision": ("precision ↑", "{:.3f}"),
+    "recall": ("recall ↑", "{:.3f}"),
+    "density": ("density ↑", "{:.3f}"),
     "coverage": ("coverage ↑", "{:.3f}"),
     "energy": ("high frequencies", "{:.4f}"),
-    "lpl_share": ("LPL's share", "{:.0%}"),
+}
+COLUMNS = {
+    "change": ("change of Fréchet", "{:+.1%}"),
+    **METRICS,
+    "lpl_share": ("LPL's share", "{:.1%}"),
+    "steps": ("steps", "{:,.0f}"),
+    "seconds": ("training, s", "{:.0f}"),
     "time": ("time of a step", "{:.2f}"),
 }
+BANDS = {"band_1": (0, 1 / 8), "band_2": (1 / 8, 1 / 4), "band_3": (1 / 4, 3 / 8), "band_4": (3 / 8, 1 / 2)}
+SPECTRUM = {band: (f"{low:g} to {high:g}", "{:.2f}") for band, (low, high) in BANDS.items()}  # cycles per pixel
 TABLES = ("objective", "weight", "statistics", "masks", "depth", "blocks", "threshold", "time")
+PLAIN = {"flow_matching": "flow", "epsilon": "epsilon", "v_prediction": "v"}  # the row without LPL, by objective
 WITHOUT, WITH = "flow", "flow_lpl"  # what every other table is compared with
+SETS = {  # of floor.py
+    "reference": "the reference",
+    "training": "crops of the training part",
+    "gaussian": "two samples of one Gaussian",
+    "reconstructions": "the reference through the autoencoder",
+}
 SHOWN = 10  # images in a row of the pictures
+
+Runs = Mapping[str, Mapping[str, float]]  # seed -> column -> number
+
+
+# What is there -------------------------------------------------------------------------------------------------------
+
+
+def read_evaluation(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The evaluation of a run, and its last result: that of the trained model."""
+    evaluation = json.loads((folder / "evaluation/evaluation.json").read_text())
+    return evaluation, evaluation["results"][-1]
 
 
 def read_run(folder: Path) -> dict[str, float]:
     """What one seed of a row has given."""
-    evaluation = json.loads((folder / "evaluation/evaluation.json").read_text())
+    evaluation, result = read_evaluation(folder)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    (result,) = evaluation["results"]
     shares = [record["lpl_share"] for record in records if record.get("lpl_share")]
+    steps = np.diff([0, *(record["step"] for record in records)])
+    speeds = [record["images_per_second"] for record in records]
     return {
         **{name: estimate["value"] for name, estimate in result["metrics"][NETWORK].items()},
         "energy": result["high_frequency_energy"],
+        **bands(*(spectra(evaluation)[name] for name in (drawn_name(evaluation), REAL))),
         "images": result["images"],
         "steps": records[-1]["step"],
-        "images_per_second": median(record["images_per_second"] for record in records),
+        "seconds": float((SETTINGS["train_batch_size"] * steps / speeds).sum()),
+        "images_per_second": median(speeds),
         "lpl_weight": records[-1]["lpl_weight"],
         **({"lpl_share": mean(shares)} if shares else {}),
     }
 
 
+def spectra(evaluation: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Frequencies (K,) and log10 of the power (K,), by name."""
+    frequencies = np.array(evaluation["spectrum"]["frequencies"])
+    return {name: (frequencies, np.array(power)) for name, power in evaluation["spectrum"]["log_power"].items()}
+
+
+def drawn_name(evaluation: Mapping[str, Any]) -> str:
+    """Of the last spectrum that is not the real images'."""
+    return [name for name in evaluation["spectrum"]["log_power"] if name != REAL][-1]
+
+
+def bands(spectrum: tuple[np.ndarray, np.ndarray], real: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
+    """Power relative to the real images' (geometric mean over the frequencies of each of BANDS)."""
+    frequencies, difference = spectrum[0], spectrum[1] - real[1]
+    inside = {band: (frequencies > low) & (frequencies <= high) for band, (low, high) in BANDS.items()}
+    return {band: float(10 ** difference[places].mean()) for band, places in inside.items()}
+
+
 def gather(study: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """Row -> seed -> numbers, of all that is there; a step's time is relative to the same seed without LPL."""
+    """Row -> seed -> numbers, of all that is there; change and time are relative to the same seed without LPL."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for name in ROWS:
         for folder in sorted((study / "rows" / name).glob("*/")):
             if (folder / "evaluation/evaluation.json").is_file():
                 found.setdefault(name, {})[folder.name] = read_run(folder)
     for name, seeds in found.items():
-        plain = found.get(
-            {"flow_matching": "flow", "epsilon": "epsilon", "v_prediction": "v"}[ROWS[name].objective], {}
-        )
-        for seed, numbers in seeds.items():
-            if seed in plain:
-                numbers["time"] = plain[seed]["images_per_second"] / numbers["images_per_second"]
+        without = PLAIN[ROWS[name].objective]
+        for seed in seeds.keys() & found.get(without, {}).keys() if name != without else ():
+            numbers, plain = seeds[seed], found[without][seed]
+            numbers["change"] = numbers["fid"] / plain["fid"] - 1
+            numbers["time"] = plain["images_per_second"] / numbers["images_per_second"]
     return found
 
 
-def cell(name: str, values: list[float]) -> str:
-    """Mean and standard deviation over seeds."""
+def with_earlier(found: Mapping[str, Runs]) -> dict[str, Runs]:
+    """The same, and behind them what results.json has of other study folders, in which rows of one objective and seed
+    were compared with one another likewise."""
+    file = HERE / "results.json"
+    earlier = json.loads(file.read_text())["rows"] if file.is_file() else {}
+    names = [name for name in ROWS if name in found or name in earlier]
+    return {name: dict(sorted((earlier.get(name, {}) | found.get(name, {})).items())) for name in names}
+
+
+def gather_floor(study: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """Set -> seed -> numbers, of what floor.py has measured."""
+    sets = read_floor(study)["sets"]
+    real = floor_spectrum(sets["reference"]["0"])
+    return {
+        name: {
+            seed: {key: value for key, value in numbers.items() if key != "spectrum"}
+            | (bands(floor_spectrum(numbers), real) if "spectrum" in numbers else {})
+            for seed, numbers in seeds.items()
+        }
+        for name, seeds in sets.items()
+    }
+
+
+def read_floor(study: Path) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: where floor.py has not been run.
+    """
+    file = study / "checks/floor.json"
+    if not file.is_file():
+        raise ValueError(f"{file} is not there: run examples/study/floor.py --study {study} first")
+    return json.loads(file.read_text())
+
+
+def floor_spectrum(numbers: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    return np.array(numbers["spectrum"]["frequencies"]), np.array(numbers["spectrum"]["log_power"])
+
+
+def gather_settings(study: Path) -> dict[str, Any]:
+    """Under what the rows were trained and measured: flags, sampling, libraries, hardware."""
+    evaluations = [
+        read_evaluation(file.parents[1])
+        for name in ROWS
+        for file in sorted((study / "rows" / name).glob("*/evaluation/evaluation.json"))
+    ]
+    sampling = ("num_inference_steps", "guidance_scale", "resolution", "dtype")
+    return {
+        "settings": SETTINGS,
+        "base": BASE,
+        "row": ROW,
+        "sampling": {name: one_of(result["drawn"][name] for _, result in evaluations) for name in sampling},
+        "versions": {
+            name: one_of(evaluation["versions"][name] for evaluation, _ in evaluations)
+            for name in ("torch", "diffusers", "torchmetrics", "scikit-learn")
+        },
+        "hardware": read_floor(study)["hardware"],
+    }
+
+
+def one_of(values: Iterable[Any]) -> Any:
+    """The value that all have, or a list of those that there are."""
+    different = list(dict.fromkeys(values))
+    return different[0] if len(different) == 1 else different
+
+
+# Tables --------------------------------------------------------------------------------------------------------------
+
+
+def cell(form: str, values: Sequence[float]) -> str:
+    """Mean and standard deviation over seeds.
+
+    >>> cell("{:.1f}", [1.0, 2.0]), cell("{:.1f}", [600.0, 600.0]), cell("{:.1f}", [])
+    ('1.5 ± 0.7', '600.0', '')
+    """
     if not values:
         return ""
-    form = COLUMNS[name][1]
-    spread = f" ± {form.format(stdev(values))}" if len(values) > 1 and name not in ("lpl_share", "time") else ""
+    spread = f" ± {form.replace('+', '').format(stdev(values))}" if len(set(values)) > 1 else ""
     return form.format(mean(values)) + spread
 
 
-def table(kind: str, found: dict[str, dict[str, dict[str, float]]]) -> str:
-    names = [name for name, row in ROWS.items() if row.table == kind]
-    if kind != "objective":
-        names = [WITHOUT, WITH, *names]
+def cells(runs: Runs, columns: Mapping[str, tuple[str, str]]) -> list[str]:
+    return [cell(form, [run[name] for run in runs.values() if name in run]) for name, (_, form) in columns.items()]
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table; the heading is the first line."""
+    heading, *others = lines
+    return "\n".join(f"| {' | '.join(line)} |" for line in (heading, ["---"] * len(heading), *others))
+
+
+def table(kind: str, found: Mapping[str, Runs]) -> str:
+    """One of TABLES, and the command that makes its rows."""
+    own = [name for name, row in ROWS.items() if row.table == kind]
+    names = own if kind == "objective" else [WITHOUT, WITH, *own]
     lines = [["", *(heading for heading, _ in COLUMNS.values()), "seeds", "the paper", "row"]]
     for name in names:
-        seeds = list(found.get(name, {}).values())
-        columns = [cell(column, [run[column] for run in seeds if column in run]) for column in COLUMNS]
+        runs = found.get(name, {})
         label = {WITHOUT: "without LPL", WITH: "LPL, all defaults"}.get(name) if kind != "objective" else None
-        if not seeds:
-            columns[0] = "not run"
-        lines.append([label or ROWS[name].label, *columns, str(len(seeds) or ""), ROWS[name].paper, f"`{name}`"])
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        numbers = cells(runs, COLUMNS) if runs else ["not run", *[""] * (len(COLUMNS) - 1)]
+        lines.append([label or ROWS[name].label, *numbers, ", ".join(runs), ROWS[name].paper, f"`{name}`"])
+    return f"{markdown(lines)}\n\n`python examples/study/run.py --rows {' '.join(own)} --seeds 0 1 2`"
 
 
-def overview(found: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
-    """The Fréchet distance of each row, a point for each seed."""
+def floor_table(found: Mapping[str, Runs], floor: Mapping[str, Runs]) -> str:
+    """Real images, the autoencoder alone, and the two rows."""
+    labelled = {SETS[name]: floor[name] for name in SETS}
+    labelled |= {ROWS[name].label: found[name] for name in (WITHOUT, WITH) if name in found}
+    heading = ["", *(heading for heading, _ in METRICS.values())]
+    return markdown([heading, *([label, *cells(runs, METRICS)] for label, runs in labelled.items())])
+
+
+def spectrum_table(found: Mapping[str, Runs], floor: Mapping[str, Runs]) -> str:
+    """Power relative to the reference's, of all rows that are there."""
+    labelled = {SETS[name]: floor[name] for name in ("training", "reconstructions")}
+    labelled |= {f"`{name}`": found[name] for name in ROWS if name in found}
+    heading = ["cycles per pixel", *(heading for heading, _ in SPECTRUM.values())]
+    return markdown([heading, *([label, *cells(runs, SPECTRUM)] for label, runs in labelled.items())])
+
+
+def settings_line(settings: Mapping[str, Any]) -> str:
+    sampling, versions = settings["sampling"], settings["versions"]
+    libraries = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return (
+        f"{settings['hardware']}; {libraries}; {sampling['num_inference_steps']} sampling steps, guidance "
+        f"{sampling['guidance_scale']:g}. All of the flags are in [results.json](../examples/study/results.json)."
+    )
+
+
+def blocks(results: Mapping[str, Any]) -> dict[str, str]:
+    """Mark -> what stands there in docs/results.md."""
+    found, floor = results["rows"], results["floor"]
+    return {
+        "settings": settings_line(results["settings"]),
+        **{kind: table(kind, found) for kind in TABLES},
+        "floor": floor_table(found, floor),
+        "spectrum": spectrum_table(found, floor),
+    }
+
+
+def filled(page: str, results: Mapping[str, Any]) -> str:
+    """The page with all blocks in their places.
+
+    Raises:
+        ValueError: where a mark is missing.
+    """
+    for mark, text in blocks(results).items():
+        begin, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
+        pattern = re.compile(f"{begin}.*?{end}", re.DOTALL)
+        if not pattern.search(page):
+            raise ValueError(f"the page has no {begin} ... {end}")
+        page = pattern.sub(lambda _, new=f"{begin}\n{text}\n{end}": new, page)
+    return page
+
+
+# Pictures ------------------------------------------------------------------------------------------------------------
+
+
+def overview(found: Mapping[str, Runs], path: Path) -> None:
+    """Each row's Fréchet distance relative to the same objective and seed without LPL, a point for each seed."""
     from matplotlib.figure import Figure
 
-    names = [name for name in ROWS if name in found]
-    figure = Figure(figsize=(8, 0.6 + 0.28 * len(names)), dpi=120, layout="constrained")
+    values = {name: [run["change"] for run in runs.values() if "change" in run] for name, runs in found.items()}
+    names = [name for name in reversed(ROWS) if values.get(name)]
+    figure = Figure(figsize=(8, 0.8 + 0.28 * len(names)), dpi=120, layout="constrained")
     axes = figure.subplots()
-    for place, name in enumerate(reversed(names)):
-        values = [run["fid"] for run in found[name].values()]
+    for place, name in enumerate(names):
         colour = "#555753" if ROWS[name].flags.get("lpl_weight") == "0" else "#c4601d"
-        axes.plot(values, [place] * len(values), "o", color=colour, markersize=5, alpha=0.6)
-        axes.plot([mean(values)], [place], "|", color=colour, markersize=16, markeredgewidth=2)
+        axes.plot(values[name], [place] * len(values[name]), "o", color=colour, markersize=5, alpha=0.6)
+        axes.plot([mean(values[name])], [place], "|", color=colour, markersize=16, markeredgewidth=2)
     axes.set_ylim(-0.6, len(names) - 0.4)
-    axes.set_yticks(range(len(names)), [ROWS[name].label for name in reversed(names)])
-    if WITHOUT in found:
-        level = mean(run["fid"] for run in found[WITHOUT].values())
-        axes.axvline(level, color="#555753", linewidth=0.8, linestyle=":")
-    label_axes(axes, "Fréchet distance on the study's features, by seed (lower is better)", "", "")
+    axes.set_yticks(range(len(names)), [ROWS[name].label for name in names])
+    axes.axvline(0, color="#555753", linewidth=0.8, linestyle=":")
+    axes.xaxis.set_major_formatter("{x:+.0%}")
+    label_axes(axes, "Fréchet distance, to the same seed without LPL (lower is better)", "", "")
     save_figure(figure, path)
 
 
-def pictures(study: Path, folder: Path) -> None:
-    """The same seeds without LPL and with it, enlarged parts of them, and their spectra."""
-    preprocessing = Preprocessing(64)
+def measured_images(folder: Path) -> Path:
+    """The images that a run's evaluation is about; drawn under other settings there may be others beside them.
+
+    Raises:
+        ValueError: where they are not there.
+    """
+    evaluation, result = read_evaluation(folder)
+    drawn = result["drawn"] | {
+        "seeds": [evaluation["settings"]["seed"] + number for number in range(result["images"])]
+    }
+    for file in sorted((folder / "evaluation/images").glob("*/settings.json")):
+        settings = json.loads(file.read_text())
+        if all(settings.get(name) == value for name, value in drawn.items()):
+            return file.parent
+    raise ValueError(f"{folder}: the images that were measured are not in evaluation/images")
+
+
+def pictures(study: Path, found: Mapping[str, Runs], folder: Path) -> None:
+    """The first seed's images without LPL and with it, enlarged parts of them, and all seeds' spectra."""
+    preprocessing = Preprocessing(SETTINGS["resolution"])
+    names = {"without LPL": WITHOUT, "with LPL": WITH}
+    seed = min(found[WITHOUT].keys() & found[WITH].keys())
     sets = {
-        label: folder_images(next((study / "rows" / name / "0/evaluation/images").glob("*/")), preprocessing)
-        for label, name in (("without LPL", WITHOUT), ("with LPL", WITH))
+        label: folder_images(measured_images(study / "rows" / name / seed), preprocessing)
+        for label, name in names.items()
     }
     real = folder_images(study / "data/reference/train", preprocessing)
     captions = sets["without LPL"].captions[:SHOWN]
     rows = {label: [images[number] for number in range(SHOWN)] for label, images in sets.items()}
-    same = {"real images": [real[real.captions.index(caption)] for caption in captions]}
-    save_picture(paired_grid(rows | same, captions), folder / "study_samples.png")
+    save_picture(paired_grid(rows | {REAL: of_the_same(captions, real)}, captions), folder / "study_samples.png")
     save_picture(zoomed_crops(rows, captions), folder / "study_crops.png")
-    spectra = {label: log_power_spectrum(images) for label, images in {**sets, "real images": real}.items()}
-    save_figure(spectrum_figure(spectra, "real images"), folder / "study_spectrum.png")
+    sets = read_floor(study)["sets"]
+    shown = {label: mean_spectrum(study, name, found[name]) for label, name in names.items()}
+    shown |= {"the autoencoder alone": floor_spectrum(sets["reconstructions"]["0"])}
+    save_figure(
+        spectrum_figure(shown | {REAL: floor_spectrum(sets["reference"]["0"])}, REAL), folder / "study_spectrum.png"
+    )
+
+
+def of_the_same(captions: Sequence[str], real: ImageSet) -> list[Image.Image]:
+    """For each caption a real image that bears it, another one each time."""
+    places: dict[str, list[int]] = {}
+    for place, caption in reversed(list(enumerate(real.captions))):
+        places.setdefault(caption, []).append(place)
+    return [real[places[caption].pop()] for caption in captions]
+
+
+def mean_spectrum(study: Path, name: str, seeds: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Of all seeds of a row."""
+    evaluations = [read_evaluation(study / "rows" / name / seed)[0] for seed in seeds]
+    found = [spectra(evaluation)[drawn_name(evaluation)] for evaluation in evaluations]
+    return found[0][0], np.mean([power for _, power in found], 0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", type=Path, default=Path("study"))
     args = parser.parse_args()
-    found = gather(args.study)
-    (HERE / "results.json").write_text(json.dumps({"settings": ROW, "rows": found}, indent=1) + "\n")
+    found = with_earlier(gather(args.study))
+    results = {"settings": gather_settings(args.study), "floor": gather_floor(args.study), "rows": found}
     page = DOCS / "results.md"
-    text = page.read_text(encoding="utf-8")
-    for kind in TABLES:
-        marks = f"<!-- {kind} -->", f"<!-- end of {kind} -->"
-        pattern = re.compile(f"{marks[0]}.*?{marks[1]}", re.DOTALL)
-        if not pattern.search(text):
-            raise ValueError(f"{page} has no {marks[0]} ... {marks[1]}")
-        text = pattern.sub(lambda _, kind=kind, marks=marks: f"{marks[0]}\n{table(kind, found)}\n{marks[1]}", text)
-    page.write_text(text, encoding="utf-8")
+    page.write_text(filled(page.read_text(encoding="utf-8"), results), encoding="utf-8")
+    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     overview(found, DOCS / "study_rows.png")
-    if all(list((args.study / "rows" / name / "0/evaluation/images").glob("*/")) for name in (WITHOUT, WITH)):
-        pictures(args.study, DOCS)
+    if all(list((args.study / "rows" / name).glob("*/evaluation/images")) for name in (WITHOUT, WITH)):
+        pictures(args.study, gather(args.study), DOCS)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ SETTINGS = {
     "proportion_empty_prompts": 0,
     "lr_scheduler": "cosine",
     "report_to": "none",
-    "checkpointing_steps": 10**6,
     "logging_steps": 50,
 }
 BASE = {

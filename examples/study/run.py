@@ -1,29 +1,35 @@
-"""Trains and measures rows of the study, with several seeds each; what is done is not done again.
+"""Trains and measures rows of the study, with several seeds each; what is done is not done again, and what was
+interrupted goes on from its last checkpoint.
 
     python examples/study/run.py --rows flow flow_lpl --seeds 0 1 2
     python examples/study/run.py --list
 
 Needs what `examples/study/prepare.sh` has made. Several runs go at a time, one thread each; `metrics.jsonl` and the
-trained pipeline of each stay in `study/rows/`, its measurements in `study/rows/NAME/SEED/evaluation/`.
+trained pipeline of each stay in `study/rows/`, its measurements in `study/rows/NAME/SEED/evaluation/`. A row that is
+given as much time as another needs the times of that one and of `flow`, so these are run before it.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 from rows import BASE, OBJECTIVES, ROW, ROWS, SETTINGS, Row
 
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = HERE.parents[1] / "train_text_to_image_lpl.py"
+AS = "as "  # before the row whose time is given, in the place of a number of steps
+PLAIN = "flow"  # whose steps that time is counted in
 METRICS = ("fid", "kid", "precision", "recall", "density", "coverage")
 IMAGES = 1280
+RESUMING = {"checkpointing_steps": 200, "checkpoints_total_limit": 1, "resume_from_checkpoint": "latest"}
 
 
 def arguments(flags: Mapping[str, object]) -> list[str]:
@@ -56,7 +62,9 @@ def train(study: Path, source: Path, folder: Path, flags: Mapping[str, object]) 
         "caption_column": "label",
         "output_dir": folder,
     }
-    call([sys.executable, str(SCRIPT), *arguments(where | SETTINGS | flags)], folder.with_suffix(".log"))
+    call([sys.executable, str(SCRIPT), *arguments(where | SETTINGS | RESUMING | flags)], folder.with_suffix(".log"))
+    for checkpoint in folder.glob("checkpoint-*"):  # or it would be measured beside the result
+        shutil.rmtree(checkpoint)
 
 
 def train_base(study: Path, objective: str) -> None:
@@ -66,10 +74,22 @@ def train_base(study: Path, objective: str) -> None:
         print(f"{folder} is trained", flush=True)
 
 
-def steps_for_the_time_of(study: Path, name: str, seed: int) -> int:
-    """Steps without LPL that take as long as all of that row's."""
-    seconds = {row: median(1 / speed for speed in speeds(study / "rows" / row / str(seed))) for row in (name, "flow")}
-    return round(ROW["max_train_steps"] * seconds[name] / seconds["flow"])
+def given_time_of(row: Row) -> str | None:
+    """The row whose time that row is given, if it is given one's."""
+    steps = str(row.flags.get("max_train_steps", ""))
+    return steps.removeprefix(AS) if steps.startswith(AS) else None
+
+
+def steps_for_the_time_of(study: Path, name: str) -> int:
+    """Steps without LPL that take as long as all of that row's; the same for all seeds."""
+    ratio = time_of_a_step(study / "rows" / name) / time_of_a_step(study / "rows" / PLAIN)
+    return round(ROW["max_train_steps"] * ratio)
+
+
+def time_of_a_step(row: Path) -> float:
+    """Seconds per image: the mean over the row's finished seeds of the median over each one's log."""
+    finished = [folder for folder in sorted(row.glob("*/")) if (folder / "model_index.json").is_file()]
+    return mean(median(1 / speed for speed in speeds(folder)) for folder in finished)
 
 
 def speeds(folder: Path) -> list[float]:
@@ -82,8 +102,8 @@ def train_row(study: Path, row: Row, name: str, seed: int) -> None:
     if (folder / "model_index.json").is_file():
         return
     flags = ROW | row.flags | {"seed": seed, "prediction_type": row.objective}
-    if isinstance(flags["max_train_steps"], str):
-        flags["max_train_steps"] = steps_for_the_time_of(study, flags["max_train_steps"].removeprefix("as "), seed)
+    if (other := given_time_of(row)) is not None:
+        flags["max_train_steps"] = steps_for_the_time_of(study, other)
     train(study, study / "bases" / row.objective, folder, flags)
     print(f"{name}, seed {seed}: trained", flush=True)
 
@@ -125,13 +145,16 @@ def main() -> None:
         for name, row in ROWS.items():
             print(f"{name:12s} {row.table:12s} {row.label:28s} {' '.join(arguments(row.flags))}")
         return
-    objectives = [name for name in OBJECTIVES if any(ROWS[row].objective == name for row in args.rows)]
+    os.environ["STUDY"] = str(args.study)  # where features.py finds its weights
+    others = [other for row in args.rows if (other := given_time_of(ROWS[row]))]
+    rows = list(dict.fromkeys([PLAIN, *others, *args.rows] if others else args.rows))
+    stages = [row for row in rows if not given_time_of(ROWS[row])], [row for row in rows if given_time_of(ROWS[row])]
+    objectives = [name for name in OBJECTIVES if any(ROWS[row].objective == name for row in rows)]
     with ThreadPoolExecutor(args.workers) as pool:
         if args.only in (None, "bases"):
             list(pool.map(lambda name: train_base(args.study, name), objectives))
         if args.only == "bases":
             return
-        runs = [(name, seed) for seed in args.seeds for name in args.rows]
 
         def do(name: str, seed: int) -> None:
             if args.only in (None, "train"):
@@ -139,8 +162,8 @@ def main() -> None:
             if args.only in (None, "measure"):
                 measure(args.study, args.study / "rows" / name / str(seed), args.sampling_steps)
 
-        timed_last = sorted(runs, key=lambda run: isinstance(ROWS[run[0]].flags.get("max_train_steps"), str))
-        list(pool.map(lambda run: do(*run), timed_last))
+        for stage in stages:  # a stage begins when all of the one before it is done
+            list(pool.map(lambda run: do(*run), [(name, seed) for seed in args.seeds for name in stage]))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@
     sets = [folder_images(folder, preprocessing) for folder in ("samples", "photographs")]
     compare(*(set_features(images, network) for images in sets))["fid"].value
 
-What needs libraries that training does without (torchmetrics, prdc) is imported when it is asked for.
+What needs libraries that training does without (torchmetrics, scipy, scikit-learn) is imported when it is asked for.
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 
@@ -18,13 +19,15 @@ SET_METRICS = ("fid", "kid", *NEIGHBOUR_METRICS)  # of two sets of images
 CLIP_SCORE = "clip_score"  # of images and their captions
 METRICS = (*SET_METRICS, CLIP_SCORE)
 CLIP = "openai/clip-vit-base-patch32"  # that of the paper on CLIPScore (Hessel et al., 2021)
-LIBRARIES = ("torchmetrics", "prdc", "scipy")  # whatever computes the metrics
+MOST_BY_DEFAULT = 10_000  # images that are drawn where nothing else is said, as many as the paper takes
+NEAREST_K = 5  # of the neighbour metrics, as in the paper on density and coverage
+LIBRARIES = {"torchmetrics": "torchmetrics", "scipy": "scipy", "sklearn": "scikit-learn"}  # module -> package
 
 _PLACES = {
     "images": ("ImageSet", "Preprocessing", "folder_images", "listed_images"),
     "metrics": ("Estimate", "clip_score", "compare", "warnings_for"),
     "networks": ("FeatureNetwork", "TextImageNetwork", "load_network", "set_features"),
-    "spectrum": ("high_frequency_energy", "log_power_spectrum"),
+    "spectrum": ("high_frequency_energy", "log_power_spectrum", "spectrum_of"),
 }
 __all__ = ["METRICS", "SET_METRICS", *(name for names in _PLACES.values() for name in names)]
 
@@ -34,3 +37,13 @@ def __getattr__(name: str) -> Any:
         if name in names:
             return getattr(import_module(f"{__name__}.{module}"), name)
     raise AttributeError(f"module {__name__} has no attribute {name}")
+
+
+def check_libraries(what: str) -> None:
+    """Refuse to begin where the libraries that compute the metrics are missing.
+
+    Raises:
+        ValueError: with how they are installed.
+    """
+    if absent := [package for module, package in LIBRARIES.items() if find_spec(module) is None]:
+        raise ValueError(f"{what} needs {', '.join(absent)}: pip install {' '.join(absent)}")

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
-from scipy.ndimage import uniform_filter
 
 from lpl.inspect_figures import COLOURS
 from lpl.pictures import INK, PAPER, label_axes, labelled_grid
@@ -78,11 +77,16 @@ def paired_grid(rows: Mapping[str, Sequence[Image.Image]], captions: Sequence[st
     return labelled_grid(rows, captions)
 
 
-def zoomed_crops(rows: Mapping[str, Sequence[Image.Image]], captions: Sequence[str]) -> Image.Image:
+def zoomed_crops(
+    rows: Mapping[str, Sequence[Image.Image]], captions: Sequence[str], apart: str | None = None
+) -> Image.Image:
     """Each image with a framed square of it enlarged beside it, by a whole number.
 
     The square of a column is where the first row's image has most local energy (:func:`busiest_square`), and the same
     in all rows: by then the first row decides what is looked at, so put there what is compared with.
+
+    Args:
+        apart: a row of other pictures, whose squares are their own.
 
     Raises:
         ValueError: as for :func:`paired_grid`, and where the images of a column have different sizes.
@@ -93,9 +97,9 @@ def zoomed_crops(rows: Mapping[str, Sequence[Image.Image]], captions: Sequence[s
         for number, (image, other) in enumerate(zip(images, first)):
             if image.size != other.size:
                 raise ValueError(f"{label}: image {number} is {image.size} pixels, but above it {other.size}")
-    pairs = {
-        label: [_with_crop(image, corner) for image, corner in zip(images, corners)] for label, images in rows.items()
-    }
+    pairs = {label: [_with_crop(*pair) for pair in zip(images, corners)] for label, images in rows.items()}
+    if apart is not None:
+        pairs[apart] = [_with_crop(image, busiest_square(image, crop_side(image))) for image in rows[apart]]
     lengths = {len(images) for images in rows.values()}
     if lengths != {len(captions)}:
         raise ValueError(f"{len(captions)} captions for rows of {lengths} images: each column needs one")
@@ -110,6 +114,8 @@ def crop_side(image: Image.Image) -> int:
 
 def busiest_square(image: Image.Image, side: int) -> tuple[int, int]:
     """Left and top of the square with the largest local energy: the mean squared gradient of the luminance."""
+    from scipy.ndimage import uniform_filter
+
     across, down = np.gradient(np.asarray(image.convert("L"), np.float64), axis=(1, 0))
     energy = uniform_filter(across**2 + down**2, size=side, mode="constant")
     # The filter's window around (y, x) begins at (y - side // 2, x - side // 2); only whole windows count.
@@ -150,11 +156,11 @@ def _shown_scale(image: Image.Image) -> float:
 def metric_curves(
     results: Sequence[Mapping[str, Any]], better: Mapping[str, str] | None = None, reference: str | None = None
 ) -> Any:
-    """A panel for each metric: a line over the steps with its interval shaded, or across where there is no step.
+    """A panel for each metric, with its 0: a line over the steps, or across where there is no step, its spread shaded.
 
     Args:
-        results: "step" (None: it belongs to no training), "metrics", name -> value, or -> {"value", "low", "high"},
-            and, where there is more than one line, "label".
+        results: "step" (None: it belongs to no training), "metrics", name -> value, or -> {"value", "spread"}, and,
+            where there is more than one line, "label".
         better: name of a metric -> "lower" or "higher", for its title.
         reference: the label of the real images, if they are among the results.
 
@@ -180,6 +186,10 @@ def metric_curves(
             points = [(result.get("step"), result["metrics"][name]) for result in found]
             _draw_metric(axes, label, points, colours[label])
         direction = f" ({better[name]} is better)" if better and name in better else ""
+        if axes.dataLim.ymin >= 0:
+            axes.set_ylim(bottom=0)
+        elif axes.dataLim.ymax <= 0:
+            axes.set_ylim(top=0)
         label_axes(axes, name + direction, "optimizer step", "")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -193,22 +203,16 @@ def metric_curves(
 
 def _draw_metric(axes: Any, label: str, points: Sequence[tuple[int | None, Any]], colour: str) -> None:
     """One line of a panel; ``points`` are (step, value or estimate)."""
-    estimates = [
-        (step, *((value["value"], value.get("low"), value.get("high")) if isinstance(value, Mapping) else (value,)))
-        for step, value in points
-    ]
-    for _, value, *interval in (row for row in estimates if row[0] is None):
+    rows = []
+    for step, value in points:
+        value = value if isinstance(value, Mapping) else {"value": value, "spread": None}
+        rows.append((step, value["value"], value["spread"] or 0))
+    for _, value, spread in (row for row in rows if row[0] is None):
         axes.axhline(value, color=colour, linewidth=1.4, linestyle="--", label=label)
-        if _known(interval):
-            axes.axhspan(*interval, color=colour, alpha=0.1, linewidth=0)
-    steps = sorted((row for row in estimates if row[0] is not None), key=lambda row: row[0])
-    if steps:
-        axes.plot([row[0] for row in steps], [row[1] for row in steps], "o-", color=colour, markersize=4, label=label)
-    bounded = [row for row in steps if _known(row[2:])]
-    if bounded:
-        across, _, low, high = zip(*bounded)
-        axes.fill_between(across, low, high, color=colour, alpha=0.2, linewidth=0)
-
-
-def _known(interval: Sequence[float | None]) -> bool:
-    return len(interval) == 2 and None not in interval
+        if spread:
+            axes.axhspan(value - spread, value + spread, color=colour, alpha=0.1, linewidth=0)
+    if steps := sorted(row for row in rows if row[0] is not None):
+        across, values, spreads = map(np.array, zip(*steps))
+        axes.plot(across, values, "o-", color=colour, markersize=4, label=label)
+        if spreads.any():
+            axes.fill_between(across, values - spreads, values + spreads, color=colour, alpha=0.2, linewidth=0)

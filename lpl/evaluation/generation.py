@@ -8,8 +8,8 @@ diffusers' layout (``unet/``, ``text_encoder/``, ...) or as LoRA.
 Invariants. Image i follows from the model, prompts[i] and seeds[i], whatever the batch size and the number of
 processes; a batch of another size may round otherwise in the last bit. A folder of images holds ``000000.png`` ...,
 ``metadata.jsonl`` with their captions, so that it is a data set of the kind imagefolder, and ``settings.json``. Images
-that are there under the same settings are kept, so that an interrupted command goes on, and a longer list only adds to
-a shorter one; a folder that was made under other settings is refused, and nothing in it is touched.
+that are there under the same settings, and can be read, are kept, so that an interrupted command goes on, and a longer
+list only adds to a shorter one; a folder that was made under other settings is refused, and nothing in it is touched.
 """
 
 from __future__ import annotations
@@ -22,15 +22,13 @@ from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import transformers
-import yaml
-from accelerate import PartialState
+from huggingface_hub import hf_hub_download
 from peft import PeftModel
 from PIL import Image
 from torch import nn
@@ -40,24 +38,19 @@ from lpl import arguments, checks, lora
 from lpl.checkpoints import Progress, find_checkpoints
 from lpl.checks import DTYPES, PipelineConfigs, read_pipeline_configs
 from lpl.data import first_line
+from lpl.evaluation.images import METADATA, UNREADABLE
+from lpl.evaluation.processes import in_parts, processes, threaded
 from lpl.families import Family
 from lpl.files import write_text
 from lpl.loading import load_denoiser, pipeline_source, replaced_components
 from lpl.objectives import own_objective, training_scheduler
 from lpl.pictures import save_picture
+from lpl.recipes import read_recipe
 from lpl.trainee import EMA_FOLDER
 from lpl.validation import decoding_exactly
 
 
-RECIPE, INDEX, SETTINGS, METADATA = "recipe.yaml", "model_index.json", "settings.json", "metadata.jsonl"
-SEVERAL_HOURS = timedelta(hours=12)  # that a process may wait for the others
-
-
-def processes(cpu: bool = False) -> PartialState:
-    """This process among those that ``accelerate launch`` has started, or the only one."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    cpu = cpu or not torch.accelerator.is_available()  # else each would take itself for the only one
-    return PartialState(cpu=cpu, **({"timeout": SEVERAL_HOURS} if several else {}))
+RECIPE, INDEX, SETTINGS = "recipe.yaml", "model_index.json", "settings.json"
 
 
 # Which models a source stands for ------------------------------------------------------------------------------------
@@ -84,16 +77,14 @@ class Model:
         Raises:
             ValueError: for a resolution that the pipeline cannot draw.
         """
-        defaults = inspect.signature(self.configs.family.pipeline_class.__call__).parameters
         args = Namespace(**vars(self.args))
-        args.resolution = args.resolution if resolution is None else resolution
-        checks._check_resolution(args, self.configs)
-        for name, given, default in (
-            ("validation_inference_steps", steps, "num_inference_steps"),
-            ("validation_guidance_scale", guidance, "guidance_scale"),
+        for name, given in (
+            ("resolution", resolution),
+            ("validation_inference_steps", steps),
+            ("validation_guidance_scale", guidance),
         ):
-            own = getattr(args, name)
-            setattr(args, name, given if given is not None else defaults[default].default if own is None else own)
+            setattr(args, name, getattr(args, name) if given is None else given)
+        checks.check_resolution(args, self.configs)
         return replace(self, args=args)
 
     def settings(self, dtype: str) -> dict[str, Any]:
@@ -108,27 +99,49 @@ class Model:
             "files": self._files(),
             "step": self.step,
             "prediction_type": args.prediction_type,
-            "resolution": args.resolution,
-            "num_inference_steps": args.validation_inference_steps,
-            "guidance_scale": args.validation_guidance_scale,
-            "max_sequence_length": args.max_sequence_length,
-            "dtype": dtype,
+            **sampling_settings(args, self.configs.family, dtype),
         }
 
     def _files(self) -> str:
-        """Changes whenever weights or configurations do: sha256 over names, sizes and times of the local files."""
-        pipeline = Path(self.args.pretrained_model_name_or_path)
+        """Changes whenever weights or configurations do: sha256 over names, sizes and times of the local files, and
+        over the commits that the Hub's ids stand for."""
+        args = self.args
+        pipeline, vae = Path(args.pretrained_model_name_or_path), args.pretrained_vae_model_name_or_path
         components = [name for name, entry in self.configs.index.items() if isinstance(entry, list | tuple)]
         places = [pipeline / INDEX, *(pipeline / name for name in components)]
+        places += [Path(vae)] if vae else []
+        sources = [(str(pipeline), INDEX, args.revision)]
+        sources += [(vae, "config.json", None)] if vae else []
+        sources += [(str(pipeline), INDEX, args.non_ema_revision)] if args.non_ema_revision else []
         if self.weights is not None:
             places += [self.weights / lora.FILE, *sorted(self.weights.glob("*_lora"))]
             places += [self.weights / name for name in components]
-        found: list[tuple[str, int, int]] = []
+        found: list[Any] = [_commit(*source, args.cache_dir) for source in sources if not Path(source[0]).is_dir()]
         for place in places:
             for file in sorted(place.rglob("*")) if place.is_dir() else [place] if place.is_file() else []:
                 status = file.stat()
                 found.append((str(file), status.st_size, status.st_mtime_ns))
         return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+
+def sampling_settings(args: Namespace, family: type[Family], dtype: str) -> dict[str, Any]:
+    """How images are drawn: what the flags of the training script say, else the pipeline's own."""
+    defaults = inspect.signature(family.pipeline_class.__call__).parameters
+    given = {
+        "num_inference_steps": args.validation_inference_steps,
+        "guidance_scale": args.validation_guidance_scale,
+    }
+    return {
+        "resolution": args.resolution,
+        **{name: defaults[name].default if value is None else value for name, value in given.items()},
+        "max_sequence_length": args.max_sequence_length,
+        "dtype": dtype,
+    }
+
+
+def _commit(repository: str, file: str, revision: str | None, cache_dir: str | None) -> str:
+    """The commit that a repository's revision is at, as the cache has it by now."""
+    return Path(hf_hub_download(repository, file, revision=revision, cache_dir=cache_dir)).parent.name
 
 
 def is_run(source: str) -> bool:
@@ -206,12 +219,15 @@ def _with_defaults(values: Mapping[str, Any]) -> Namespace:
 
 def _read_recipe(folder: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"--generated {folder}: its {RECIPE} cannot be read ({first_line(error)})") from error
-    if not isinstance(values, dict) or "pretrained_model_name_or_path" not in values:
-        raise ValueError(f"--generated {folder}: its {RECIPE} is none that the training script has written")
-    return {name: value for name, value in values.items() if name != "measured"}
+        values = read_recipe(arguments.build_parser("lpl"), str(folder / RECIPE), strict=False).values
+        if (folder / INDEX).is_file():  # a published one may not say what it was made of
+            values.setdefault("pretrained_model_name_or_path", str(folder))
+        values["pretrained_model_name_or_path"]
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"--generated {folder}: its {RECIPE} is none that the training script has written ({error})"
+        ) from error
+    return values
 
 
 def _configs(args: Namespace, source: str) -> PipelineConfigs:
@@ -243,7 +259,7 @@ def _last_step(folder: Path) -> int | None:
 
 
 def _has_adapter(folder: Path) -> bool:
-    return (folder / lora.FILE).is_file() or any(folder.glob("*_lora/adapter_config.json"))
+    return (folder / lora.FILE).is_file() or any(folder.glob(f"*_lora/{lora.PEFT_FILE}"))
 
 
 # Loading them --------------------------------------------------------------------------------------------------------
@@ -271,7 +287,9 @@ def load_model(model: Model, device: torch.device | str = "cpu", dtype: str = "f
         loaded = family.load(args.pretrained_model_name_or_path, args, {"default": torch.float32, **reduced}, **source)
         if model.weights is not None and _has_adapter(model.weights):
             _add_adapters(loaded, model.weights)
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if str(error).startswith("--"):  # it is in our words already
+            raise
         raise ValueError(
             f"--generated {model.name}: its weights cannot be loaded; look at --variant and --revision "
             f"({first_line(error)})"
@@ -299,7 +317,7 @@ def trained_parts(model: Model, dtypes: Mapping[str, torch.dtype]) -> dict[str, 
         if (folder := model.weights / name).is_dir():
             library, class_name = index[name]
             kind = getattr({"diffusers": diffusers, "transformers": transformers}[library], class_name)
-            parts[name] = kind.from_pretrained(folder, dtype=dtypes[name])
+            parts[name] = kind.from_pretrained(folder, dtype=dtypes[name], use_safetensors=True)
     if not parts and not _has_adapter(model.weights):
         raise ValueError(f"--generated {model.name}: {model.weights} holds neither trained parts nor a LoRA")
     return parts
@@ -308,9 +326,9 @@ def trained_parts(model: Model, dtypes: Mapping[str, torch.dtype]) -> dict[str, 
 def _add_adapters(family: Family, folder: Path) -> None:
     """LoRA as the trainer writes it: by the pipeline's own loader, or of peft for each part (lpl.lora)."""
     if (folder / lora.FILE).is_file():
-        family.pipeline.load_lora_weights(str(folder), weight_name=lora.FILE)
+        family.pipeline.load_lora_weights(str(folder), weight_name=lora.FILE, use_safetensors=True)
         return
-    for place in sorted(folder.glob("*_lora/adapter_config.json")):
+    for place in sorted(folder.glob(f"*_lora/{lora.PEFT_FILE}")):
         part = getattr(family.pipeline, place.parent.name.removesuffix("_lora"))
         PeftModel.from_pretrained(part, str(place.parent))  # in place
 
@@ -401,8 +419,8 @@ def generate(
     folder = Path(folder)
     with state.main_process_first():
         _prepare(folder, model, prompts, seeds, dtype)
-    missing = [number for number in range(len(prompts)) if not image_path(folder, number).is_file()]
-    state.wait_for_everyone()  # or one would already miss fewer than another
+    there = in_parts(len(prompts), lambda mine: threaded(lambda number: _is_whole(image_path(folder, number)), mine))
+    missing = [number for number, whole in enumerate(there) if not whole]
     mine = missing[state.process_index :: state.num_processes]
     if mine:
         args = model.args
@@ -429,6 +447,15 @@ def image_path(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.png"
 
 
+def _is_whole(file: Path) -> bool:
+    try:
+        with Image.open(file, formats=["PNG"]) as image:
+            image.load()
+    except UNREADABLE:  # where there is none, too
+        return False
+    return True
+
+
 def _prepare(folder: Path, model: Model, prompts: Sequence[str | int], seeds: Sequence[int], dtype: str) -> None:
     """Refuse a folder with other images; write what it will hold, unless it holds as much already."""
     settings = json.loads(json.dumps(model.settings(dtype)))
@@ -452,8 +479,8 @@ def _prepare(folder: Path, model: Model, prompts: Sequence[str | int], seeds: Se
     family = model.configs.family
     names = family.class_names(model.configs.index) if family.class_conditional else {}
     lines = [_metadata(number, prompt, seed, names) for number, (prompt, seed) in enumerate(zip(prompts, seeds))]
-    _write(folder / METADATA, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    _write(folder / SETTINGS, json.dumps(settings | wanted, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / METADATA, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_text(folder / SETTINGS, json.dumps(settings | wanted, indent=2, ensure_ascii=False) + "\n")
 
 
 def _metadata(number: int, prompt: str | int, seed: int, names: Mapping[int, str]) -> dict[str, Any]:
@@ -461,7 +488,3 @@ def _metadata(number: int, prompt: str | int, seed: int, names: Mapping[int, str
     label = {"label": prompt} if isinstance(prompt, int) else {}
     text = names.get(prompt, str(prompt)) if isinstance(prompt, int) else prompt
     return {"file_name": f"{number:06d}.png", "text": text, **label, "seed": seed}
-
-
-def _write(path: Path, text: str) -> None:
-    write_text(path, text)

@@ -12,20 +12,19 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
-from tqdm.auto import tqdm
 
-from lpl.data import RESAMPLING, choose_caption, first_line, image_files, to_rgb
+from lpl.data import FORMATS, RESAMPLING, choose_caption, first_line, image_files, lies_in, to_rgb
+from lpl.evaluation.processes import in_parts, threaded
 
 
 logger = logging.getLogger(__name__)
 
-CROPS = ("center", "none")
 METADATA = "metadata.jsonl"
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for broken files
 NAMED = 5  # files that a warning names at most
@@ -33,11 +32,10 @@ NAMED = 5  # files that a warning names at most
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Makes any image an RGB square.
+    """Makes any image an RGB square: the largest in its middle, resized.
 
     Args:
         resolution: the square's side in pixels.
-        crop: "center" cuts the largest square out of the middle; "none" squeezes the whole image into the square.
         interpolation: the filter of the resizing, one of :data:`lpl.data.RESAMPLING`. An image that has the right
             size already is left as it is.
 
@@ -46,23 +44,19 @@ class Preprocessing:
     """
 
     resolution: int
-    crop: str = "center"
     interpolation: str = "lanczos"
 
     def __post_init__(self) -> None:
         if self.resolution < 1:
             raise ValueError(f"--resolution {self.resolution}: it must be at least 1 pixel")
-        if self.crop not in CROPS:
-            raise ValueError(f"crop {self.crop!r}: it must be one of {', '.join(CROPS)}")
         if self.interpolation not in RESAMPLING:
             raise ValueError(f"interpolation {self.interpolation!r}: it must be one of {', '.join(RESAMPLING)}")
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """RGB, resolution x resolution pixels; turned upright, transparent parts on white."""
-        image = to_rgb(image)
-        if self.crop == "center":
-            image = _central_square(image)
-        return image.resize((self.resolution, self.resolution), RESAMPLING[self.interpolation])
+        return _central_square(to_rgb(image)).resize(
+            (self.resolution, self.resolution), RESAMPLING[self.interpolation]
+        )
 
 
 def _central_square(image: Image.Image) -> Image.Image:
@@ -80,6 +74,7 @@ class ImageSet(Sequence[Image.Image]):
         sources: files, or images of any size and mode.
         captions: one for each image, or None.
         digests: of the preprocessed images where they are known; the others are computed when asked for.
+        enlarged: which images are known to be smaller than the preprocessing's resolution.
 
     Raises:
         ValueError: where there are not as many captions as images.
@@ -92,22 +87,28 @@ class ImageSet(Sequence[Image.Image]):
         preprocessing: Preprocessing,
         captions: Sequence[str] | None = None,
         digests: Mapping[int, str] | None = None,
+        enlarged: Collection[int] = (),
     ) -> None:
         if captions is not None and len(captions) != len(sources):
             raise ValueError(f"{name}: {len(captions)} captions for {len(sources)} images; give one for each")
         self.name, self.preprocessing = name, preprocessing
         self.captions = None if captions is None else list(captions)
-        self._sources, self._digests = list(sources), dict(digests or {})
+        self._sources, self._digests, self._enlarged = list(sources), dict(digests or {}), set(enlarged)
 
     def __len__(self) -> int:
         return len(self._sources)
+
+    @property
+    def enlarged(self) -> int:
+        """How many images are known to be smaller than the preprocessing's resolution."""
+        return len(self._enlarged)
 
     def __getitem__(self, index: int) -> Image.Image:
         """The preprocessed image, (resolution, resolution) RGB."""
         source = self._sources[index]
         if isinstance(source, Image.Image):
             return self.preprocessing(source)
-        with Image.open(source) as image:
+        with Image.open(source, formats=FORMATS) as image:
             return self.preprocessing(image)
 
     def digest(self, index: int) -> str:
@@ -121,7 +122,9 @@ class ImageSet(Sequence[Image.Image]):
         indices = [range(len(self))[index] for index in indices]
         captions = None if self.captions is None else [self.captions[index] for index in indices]
         known = {new: self._digests[old] for new, old in enumerate(indices) if old in self._digests}
-        return ImageSet(self.name, [self._sources[index] for index in indices], self.preprocessing, captions, known)
+        enlarged = [new for new, old in enumerate(indices) if old in self._enlarged]
+        sources = [self._sources[index] for index in indices]
+        return ImageSet(self.name, sources, self.preprocessing, captions, known, enlarged)
 
 
 def pixel_digest(image: Image.Image) -> str:
@@ -149,8 +152,8 @@ def folder_images(
 
     Where the folder has a ``metadata.jsonl``, its lines, ``{"file_name": ..., "text": ...}``, say which images belong
     to the set and what their captions are; of several captions of one image the first is taken. Folders below only
-    hold images, they are no classes. Every file is read once here, so that unreadable ones are known; they are left
-    out with one warning.
+    hold images, they are no classes. Every file is read once here, each process reading a part, so that unreadable
+    ones are known; they are left out with one warning. Another counts those that are smaller than the resolution.
 
     Args:
         caption_column: where the captions are in ``metadata.jsonl``.
@@ -166,41 +169,52 @@ def folder_images(
     if captions is not None:
         _warn_of_unlisted(folder, [file for file in files if file not in captions])
         files = sorted(captions)
-    found = ImageSet(folder.name or str(folder), files, preprocessing)
-    broken = _broken(found, progress)
-    if broken:
-        _warn_of_broken(folder, {files[index]: why for index, why in broken.items()})
-    kept = [index for index in range(len(files)) if index not in broken]
+    title = f"reading {folder.name}" if progress else None
+    read = in_parts(
+        len(files),
+        lambda mine: threaded(lambda index: _read(files[index], folder, preprocessing), mine, title),
+    )
+    if broken := {file: why for file, (why, _, _) in zip(files, read) if why is not None}:
+        _warn_of_broken(folder, broken)
+    kept = [index for index, (why, _, _) in enumerate(read) if why is None]
     if not kept:
         raise ValueError(f"{folder}: there is no readable image in this folder")
-    readable = found.select(kept)
-    if captions is not None and None not in captions.values():
-        readable.captions = [captions[files[index]] for index in kept]
-    return readable
+    texts = [captions[files[index]] for index in kept] if captions and None not in captions.values() else None
+    found = ImageSet(
+        folder.name or str(folder),
+        [files[index] for index in kept],
+        preprocessing,
+        texts,
+        {new: read[old][1] for new, old in enumerate(kept)},
+        [new for new, old in enumerate(kept) if read[old][2]],
+    )
+    if found.enlarged:
+        logger.warning(
+            "%s: %d of %d images are smaller than %d pixels, and are enlarged, which blurs them",
+            *(folder, found.enlarged, len(found), preprocessing.resolution),
+        )
+    return found
 
 
-def _broken(images: ImageSet, progress: bool) -> dict[int, str]:
-    """Read all images; which cannot be read, and why."""
-
-    def reason(index: int) -> str | None:
-        try:
-            images.digest(index)
-        except UNREADABLE as error:
-            return first_line(error)
-        return None
-
-    reasons = threaded(reason, range(len(images)), f"reading {images.name}" if progress else None)
-    return {index: why for index, why in enumerate(reasons) if why is not None}
+def has_captions(folder: str | Path, caption_column: str = "text") -> bool:
+    """Whether all images of a folder have captions, as far as its ``metadata.jsonl`` tells."""
+    captions = _read_metadata(Path(folder, METADATA), caption_column)
+    return bool(captions) and None not in captions.values()
 
 
-def threaded(function: Callable, items: Sequence, title: str | None = None) -> list:
-    """``[function(item) for item in items]`` in threads, since PIL lets others work; a bar with ``title``, if any."""
-    with ThreadPoolExecutor() as pool:
-        return list(tqdm(pool.map(function, items), title, len(items), leave=False, disable=title is None))
+def _read(file: Path, folder: Path, preprocessing: Preprocessing) -> tuple[str | None, str, bool]:
+    """Why a file cannot be used, or None; the digest; whether it is smaller than it is to be."""
+    try:
+        if not lies_in(str(file), str(folder)):
+            return "it is not in this folder; copy it there", "", False
+        with Image.open(file, formats=FORMATS) as image:
+            return None, pixel_digest(preprocessing(image)), min(image.size) < preprocessing.resolution
+    except UNREADABLE as error:
+        return first_line(error), "", False
 
 
 def _warn_of_broken(folder: Path, broken: Mapping[Path, str]) -> None:
-    names = [f"{file.relative_to(folder)} ({why})" for file, why in list(broken.items())[:NAMED]]
+    names = [f"{os.path.relpath(file, folder)} ({why})" for file, why in list(broken.items())[:NAMED]]
     more = f" and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
     logger.warning(
         "%s: %d images are left out, since they cannot be read: %s%s", folder, len(broken), ", ".join(names), more
@@ -223,7 +237,7 @@ def _read_metadata(path: Path, caption_column: str) -> dict[Path, str | None] | 
         try:
             row = json.loads(line)
             file, caption = path.parent / row["file_name"], row.get(caption_column)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f'{path}, line {number}: it should be {{"file_name": ..., ...}}') from error
         label = isinstance(caption, int)  # of a class-conditional data set
         captions[file] = str(caption) if label else caption if caption is None else choose_caption(caption, 0.0)

@@ -7,63 +7,61 @@ network and to the images' preprocessing, and compares with no other. Libraries 
   2017), by torchmetrics in float64. It is 0 or more; the fewer samples, the further above its limit.
 - ``kid``: the squared maximum mean discrepancy under the kernel (x . y / D + 1)^3 (Binkowski et al., 2018), by
   torchmetrics. It has no bias, so that it may fall below 0.
-- ``precision``, ``recall`` (Kynkäänniemi et al., 2019), ``density``, ``coverage`` (Naeem et al., 2020), by prdc. Each
-  sample has a ball around it that reaches to its k-th *neighbour*. Precision is the share of generated samples in some
-  real sample's ball, recall of real ones in some generated sample's; density counts the real balls that a generated
-  sample is in, divided by k; coverage is the share of real balls that hold a generated sample.
+- ``precision``, ``recall`` (Kynkäänniemi et al., 2019), ``density``, ``coverage`` (Naeem et al., 2020), from distances
+  that scikit-learn computes a part at a time. Each sample has a ball around it that reaches to its k-th nearest
+  neighbour. Precision is the share of generated samples in some real sample's ball, recall of real ones in some
+  generated sample's; density counts the real balls that a generated sample is in, divided by k; coverage is the share
+  of real balls that hold a generated sample.
 - ``clip_score``: 100 max(0, cosine) of the CLIP features of an image and its caption, averaged (Hessel et al., 2021,
   with 100 in the place of their 2.5).
 
-An *interval* is the value plus and minus 1.96 standard deviations of what resamples of both sets give, cut to the
-values that are possible. The quantiles of the resamples would not do: a sample drawn with replacement has duplicates,
-for which a Fréchet distance comes out larger and balls smaller, so that they may all lie on one side of the value.
+A *spread* is the standard deviation of a number under resampling of both sets, with replacement, at the number of
+images that there are: how far it moves with the choice of the images. It is no interval around the limit for many
+images, of whose distance it knows nothing: a Fréchet distance is above it by far more than its spread where N is about
+10 D. What no difference looks like, the two halves of the reference show (:func:`halves`). Two models that drew from
+the same seeds have a difference whose spread is that of resamples in *pairs*, and smaller than that of either.
 """
 
 from __future__ import annotations
 
-import io
-import math
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from prdc import compute_prdc
-from sklearn.metrics.pairwise import polynomial_kernel
 from torch import nn
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import KernelInceptionDistance
 from tqdm.auto import tqdm
 
-from lpl.evaluation import METRICS, NEIGHBOUR_METRICS, SET_METRICS
+from lpl.evaluation import CLIP_SCORE, METRICS, NEAREST_K, NEIGHBOUR_METRICS, SET_METRICS
 
 
 SMALLER_IS_BETTER = ("fid", "kid")
-RANGES = {
-    "fid": (0.0, math.inf),
-    "kid": (-math.inf, math.inf),
-    **dict.fromkeys(("precision", "recall", "coverage"), (0.0, 1.0)),
-    "density": (0.0, math.inf),
-    "clip_score": (0.0, 100.0),
-}
 KID_SUBSET = 1000  # samples of each set at a time
 KID_SUBSETS = 100
-SPREAD = 1.96  # standard deviations that hold 95% of a Gaussian
 SAMPLES_PER_FEATURE = 10  # our measure of enough for a Fréchet distance
 ENOUGH_FOR_NEIGHBOURS = 1000  # our measure
 ENOUGH_FOR_MEANS = 100  # our measure
 ROWS = 4096  # of the kernel's matrix at a time
+WORKING_MEMORY = 256  # MiB of distances at a time
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and its 95% interval, None where nothing was resampled."""
+    """A number, and the same number of resamples of the images, if any."""
 
     value: float
-    low: float | None = None
-    high: float | None = None
+    resampled: tuple[float, ...] = ()
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over the resamples; None where there are none."""
+        return float(np.std(self.resampled, ddof=1)) if self.resampled else None
+
+    def __sub__(self, other: Estimate) -> Estimate:
+        """The difference, resample by resample: of sets that were resampled alike."""
+        resampled = (mine - theirs for mine, theirs in zip(self.resampled, other.resampled, strict=True))
+        return Estimate(self.value - other.value, tuple(resampled))
 
 
 def compare(
@@ -72,7 +70,7 @@ def compare(
     metrics: Sequence[str] = SET_METRICS,
     bootstrap: int = 0,
     seed: int = 0,
-    neighbours: int = 5,
+    nearest_k: int = NEAREST_K,
     progress: bool = False,
 ) -> dict[str, Estimate]:
     """The metrics of two sets of features.
@@ -81,9 +79,10 @@ def compare(
         generated: (N, D).
         reference: (M, D).
         metrics: of SET_METRICS.
-        bootstrap: resamples for the intervals, or 0 for none.
+        bootstrap: resamples for the spread, or 0 for none. Sets of the same N and M are resampled alike.
         seed: of the resamples, and of KID's subsets where a set has more than 1000 samples or the sets differ in size.
-        neighbours: k of :data:`NEIGHBOUR_METRICS`, whose distances take 8 N M bytes several times over.
+        nearest_k: k of :data:`NEIGHBOUR_METRICS`. In resamples the balls keep their size, of which a sample that is
+            drawn twice would make nothing.
         progress: show a bar over the resamples.
 
     Returns:
@@ -93,62 +92,84 @@ def compare(
         ValueError: for unknown metrics, features that are not as above, not finite or too few, and one resample.
     """
     _check_metrics(metrics)
-    _check_bootstrap(bootstrap)
+    check_bootstrap(bootstrap)
     generated, reference = _checked_features(generated, reference)
-    _check_counts(metrics, len(generated), len(reference), neighbours)
-    values = _values(generated, reference, metrics, neighbours)
+    check_counts(metrics, len(generated), len(reference), nearest_k)
+    rng = np.random.default_rng(seed)
+    draws = [rng.integers(len(features), size=(bootstrap, len(features))) for features in (generated, reference)]
+    times = [_times(drawn) for drawn in draws]
+    found: dict[str, Estimate] = {}
+    if "fid" in metrics:
+        pairs = tqdm(zip(*draws), "resampling", bootstrap, leave=False, disable=not (progress and bootstrap))
+        resampled = tuple(frechet_distance(generated[mine], reference[yours]) for mine, yours in pairs)
+        found["fid"] = Estimate(frechet_distance(generated, reference), resampled)
     if "kid" in metrics:
-        values["kid"] = kid(generated, reference, seed)
-    deviations = _deviations(generated, reference, metrics, bootstrap, seed, neighbours, progress) if bootstrap else {}
-    return {metric: _estimate(metric, values[metric], deviations.get(metric)) for metric in metrics}
+        resampled = tuple(resampled_kid(generated, reference, *times).tolist()) if bootstrap else ()
+        found["kid"] = Estimate(kid(generated, reference, seed), resampled)
+    if any(metric in NEIGHBOUR_METRICS for metric in metrics):
+        once = [np.vstack([np.ones(one.shape[1]), one]) for one in times]
+        for metric, values in neighbour_metrics(generated, reference, nearest_k, *once).items():
+            found[metric] = Estimate(float(values[0]), tuple(values[1:].tolist()))
+    return {metric: found[metric] for metric in metrics}
+
+
+def halves(
+    reference: np.ndarray, metrics: Sequence[str], nearest_k: int = NEAREST_K, seed: int = 0
+) -> dict[str, Estimate]:
+    """The metrics of one random half of real images against the other: what no difference looks like, at half as many
+    images. Nothing where a half is too small."""
+    middle = len(reference) // 2
+    if middle < fewest(metrics, nearest_k):
+        return {}
+    order = np.random.default_rng(seed).permutation(len(reference))
+    return compare(reference[order[:middle]], reference[order[middle:]], metrics, seed=seed, nearest_k=nearest_k)
 
 
 def _check_metrics(metrics: Sequence[str]) -> None:
     if unknown := [metric for metric in metrics if metric not in SET_METRICS]:
-        why = " (clip_score compares images with captions: clip_score())" if "clip_score" in unknown else ""
+        why = " (clip_score compares images with captions: clip_score())" if CLIP_SCORE in unknown else ""
         raise ValueError(f"metrics {', '.join(unknown)}: of two sets there are {', '.join(SET_METRICS)}{why}")
 
 
-def _check_bootstrap(bootstrap: int) -> None:
+def check_bootstrap(bootstrap: int) -> None:
+    """Refuse a number of resamples that gives no spread."""
     if bootstrap < 0 or bootstrap == 1:
-        raise ValueError(f"--bootstrap {bootstrap}: give 0 for no intervals, or 2 resamples at least (100 serve)")
+        raise ValueError(f"--bootstrap {bootstrap}: it must be 2 or more, such as 100, or 0 for no resamples")
 
 
 def _checked_features(*sets: np.ndarray) -> list[np.ndarray]:
-    """Both in float64."""
+    """Both in float64, laid out as torch takes them."""
     shapes = [np.shape(features) for features in sets]
     if any(len(shape) != 2 for shape in shapes) or shapes[0][1] != shapes[1][1]:
         raise ValueError(f"features of shapes {shapes[0]} and {shapes[1]}: both must be (samples, D) with the same D")
     if not all(np.isfinite(features).all() for features in sets):
         raise ValueError("some features are not finite: the network fails on these images")
-    return [np.asarray(features, dtype=np.float64) for features in sets]
+    return [np.ascontiguousarray(features, dtype=np.float64) for features in sets]
 
 
-def _check_counts(metrics: Sequence[str], generated: int, reference: int, neighbours: int) -> None:
-    near = any(metric in NEIGHBOUR_METRICS for metric in metrics)
-    if near and neighbours < 1:
-        raise ValueError(f"neighbours = {neighbours}: {', '.join(NEIGHBOUR_METRICS)} need 1 at least")
-    least = neighbours + 2 if near else 2
-    if min(generated, reference) < least:
+def fewest(metrics: Sequence[str], nearest_k: int) -> int:
+    """How many images of each side the metrics need at least."""
+    return nearest_k + 2 if any(metric in NEIGHBOUR_METRICS for metric in metrics) else 2
+
+
+def check_counts(metrics: Sequence[str], generated: int, reference: int, nearest_k: int, flags: str = "--") -> None:
+    """Refuse sets that are too small.
+
+    Args:
+        metrics: of METRICS; ``clip_score`` compares no sets, and has no part in it.
+        flags: how the names of this program's flags begin.
+
+    Raises:
+        ValueError: with how many it takes, and the flags to change.
+    """
+    if nearest_k < 1:
+        raise ValueError(f"--nearest_k {nearest_k}: it must be 1 or more")
+    metrics = [metric for metric in metrics if metric in SET_METRICS]
+    if metrics and min(generated, reference) < (least := fewest(metrics, nearest_k)):
         raise ValueError(
             f"{generated} generated and {reference} reference images: {', '.join(metrics)} need {least} of each at "
-            "least; give more images (--num_images) or fewer --metrics"
+            f"least; give more images ({flags}num_images) or fewer {flags}metrics"
         )
-
-
-def _estimate(metric: str, value: float, deviation: float | None) -> Estimate:
-    if deviation is None:
-        return Estimate(value)
-    least, most = RANGES[metric]
-    return Estimate(value, max(least, value - SPREAD * deviation), min(most, value + SPREAD * deviation))
-
-
-def _values(generated: np.ndarray, reference: np.ndarray, metrics: Sequence[str], neighbours: int) -> dict[str, float]:
-    """Those of the metrics that draw no random numbers: all but KID."""
-    values = {"fid": frechet_distance(generated, reference)} if "fid" in metrics else {}
-    if any(metric in NEIGHBOUR_METRICS for metric in metrics):
-        values |= neighbour_metrics(generated, reference, neighbours)
-    return values
 
 
 def frechet_distance(generated: np.ndarray, reference: np.ndarray) -> float:
@@ -156,17 +177,21 @@ def frechet_distance(generated: np.ndarray, reference: np.ndarray) -> float:
 
     Rounding leaves it a little below 0 where the sets are alike; that is given as 0.
     """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
     metric = FrechetInceptionDistance(feature=_given(generated.shape[1]), sync_on_compute=False)
     return max(0.0, float(_torchmetrics(metric, generated, reference)))
 
 
 def kid(generated: np.ndarray, reference: np.ndarray, seed: int = 0) -> float:
     """The mean over subsets of min(1000, N, M) samples; just one where it is all there is."""
+    from torchmetrics.image.kid import KernelInceptionDistance
+
     size = min(KID_SUBSET, len(generated), len(reference))
     subsets = 1 if len(generated) == len(reference) == size else KID_SUBSETS
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer")
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed GPUs, which may be training
         metric = KernelInceptionDistance(
             feature=_given(generated.shape[1]), subsets=subsets, subset_size=size, sync_on_compute=False
         )
@@ -188,65 +213,82 @@ def _given(dim: int) -> nn.Module:
     return network
 
 
-def neighbour_metrics(generated: np.ndarray, reference: np.ndarray, neighbours: int) -> dict[str, float]:
-    """Precision, recall, density and coverage."""
-    with redirect_stdout(io.StringIO()):  # it prints the counts
-        values = compute_prdc(reference, generated, nearest_k=neighbours)
-    return {metric: float(values[metric]) for metric in NEIGHBOUR_METRICS}
-
-
-# How certain they are ------------------------------------------------------------------------------------------------
-
-
-def _deviations(
+def neighbour_metrics(
     generated: np.ndarray,
     reference: np.ndarray,
-    metrics: Sequence[str],
-    bootstrap: int,
-    seed: int,
-    neighbours: int,
-    progress: bool,
-) -> dict[str, float]:
-    """Standard deviation of each metric over resamples of both sets."""
-    rng = np.random.default_rng(seed)
-    draws = [rng.integers(len(features), size=(bootstrap, len(features))) for features in (generated, reference)]
-    found = [
-        _values(generated[mine], reference[yours], metrics, neighbours)
-        for mine, yours in tqdm(zip(*draws), "resampling", bootstrap, leave=False, disable=not progress)
-    ]
-    deviations = {metric: float(np.std([values[metric] for values in found], ddof=1)) for metric in found[0]}
-    if "kid" in metrics:
-        deviations["kid"] = float(resampled_kid(generated, reference, *draws).std(ddof=1))
-    return deviations
+    nearest_k: int,
+    generated_times: np.ndarray,
+    reference_times: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """Precision, recall, density and coverage of several resamples at once; distances are computed once for all.
+
+    Args:
+        generated_times: how often each generated sample is in each resample, (R, N); ones are the set itself.
+        reference_times: likewise, (R, M).
+
+    Returns:
+        metric -> (R,).
+    """
+    from sklearn.metrics import pairwise_distances_chunked
+
+    (resamples, n), m = generated_times.shape, len(reference)
+    reach, generated_reach = _reaches(reference, nearest_k), _reaches(generated, nearest_k)
+    balls = np.zeros((resamples, n))  # real ones that each generated sample is in
+    covered, recalled = np.zeros(resamples), np.zeros(resamples)
+    start = 0
+    for distances in pairwise_distances_chunked(reference, generated, working_memory=WORKING_MEMORY):
+        part = slice(start, start := start + len(distances))
+        times = reference_times[:, part]
+        in_real = (distances < reach[part, None]).astype(float)  # (rows, N)
+        in_generated = (distances < generated_reach).astype(float)
+        balls += times @ in_real
+        covered += (times * (generated_times @ in_real.T > 0)).sum(1)
+        recalled += (times * (generated_times @ in_generated.T > 0)).sum(1)
+    return {
+        "precision": (generated_times * (balls > 0)).sum(1) / n,
+        "recall": recalled / m,
+        "density": (generated_times * balls).sum(1) / (nearest_k * n),
+        "coverage": covered / m,
+    }
+
+
+def _reaches(features: np.ndarray, nearest_k: int) -> np.ndarray:
+    """Each sample's distance to its k-th nearest neighbour in its own set, (N,); the sample itself is the 0th."""
+    from sklearn.metrics import pairwise_distances_chunked
+
+    parts = pairwise_distances_chunked(
+        features,
+        reduce_func=lambda distances, _: np.partition(distances, nearest_k, axis=1)[:, nearest_k],
+        working_memory=WORKING_MEMORY,
+    )
+    return np.concatenate(list(parts))
+
+
+def _times(draws: np.ndarray) -> np.ndarray:
+    """How often each of N samples is in each resample, (R, N)."""
+    samples = draws.shape[1]
+    return np.array([np.bincount(draw, minlength=samples) for draw in draws], dtype=float).reshape(-1, samples)
 
 
 def resampled_kid(
-    generated: np.ndarray, reference: np.ndarray, generated_draws: np.ndarray, reference_draws: np.ndarray
+    generated: np.ndarray, reference: np.ndarray, generated_times: np.ndarray, reference_times: np.ndarray
 ) -> np.ndarray:
-    """KID of resamples, over all their samples at once instead of subsets.
+    """KID of resamples, over all their samples at once instead of subsets, (R,); arguments as above.
 
     A resample only changes how often each sample counts, so that the kernel is computed once for all of them.
-
-    Args:
-        generated_draws: which samples are in which resample, (resamples, N).
-        reference_draws: likewise, (resamples, M).
-
-    Returns:
-        (resamples,).
     """
-    sets, counts = (generated, reference), []
-    for features, draws in zip(sets, (generated_draws, reference_draws)):
-        counts.append(np.stack([np.bincount(draw, minlength=len(features)) for draw in draws]).astype(float))
     within = 0.0
-    for features, times in zip(sets, counts):
+    for features, times in ((generated, generated_times), (reference, reference_times)):
         itself = times @ ((features**2).mean(1) + 1) ** 3  # pairs of a sample and itself
         within += (_kernel_sums(features, features, times, times) - itself) / (len(features) * (len(features) - 1))
-    across = _kernel_sums(*sets, *counts) / (len(generated) * len(reference))
+    across = _kernel_sums(generated, reference, generated_times, reference_times) / (len(generated) * len(reference))
     return within - 2 * across
 
 
 def _kernel_sums(one: np.ndarray, other: np.ndarray, one_times: np.ndarray, other_times: np.ndarray) -> np.ndarray:
     """The kernel summed over all pairs, each as often as its two samples count, (resamples,)."""
+    from sklearn.metrics.pairwise import polynomial_kernel
+
     sums = np.zeros(len(one_times))
     for start in range(0, len(one), ROWS):
         part = slice(start, start + ROWS)
@@ -260,12 +302,12 @@ def clip_score(image_features: np.ndarray, text_features: np.ndarray, bootstrap:
     Args:
         image_features: (N, D).
         text_features: of each image's caption, (N, D), from the same network.
-        bootstrap: resamples of the pairs for the interval, or 0 for none.
+        bootstrap: resamples of the pairs for the spread, or 0 for none.
 
     Raises:
         ValueError: for features that are not as above, not finite, or none; and one resample.
     """
-    _check_bootstrap(bootstrap)
+    check_bootstrap(bootstrap)
     images, texts = _checked_features(image_features, text_features)
     if len(images) != len(texts) or len(images) == 0:
         raise ValueError(
@@ -273,10 +315,8 @@ def clip_score(image_features: np.ndarray, text_features: np.ndarray, bootstrap:
         )
     lengths = np.linalg.norm(images, axis=1) * np.linalg.norm(texts, axis=1)
     scores = 100 * np.maximum(0, (images * texts).sum(1) / np.maximum(lengths, np.finfo(float).tiny))
-    if not bootstrap:
-        return Estimate(float(scores.mean()))
     draws = np.random.default_rng(seed).integers(len(scores), size=(bootstrap, len(scores)))
-    return _estimate("clip_score", float(scores.mean()), float(scores[draws].mean(1).std(ddof=1)))
+    return Estimate(float(scores.mean()), tuple(scores[draws].mean(1).tolist()))
 
 
 # Whether there are enough samples ------------------------------------------------------------------------------------
@@ -297,14 +337,11 @@ def warnings_for(metric: str, generated: int, reference: int, dim: int) -> list[
     if metric not in METRICS:
         raise ValueError(f"metric {metric!r}: it must be one of {', '.join(METRICS)}")
     enough = _enough(metric, dim)
-    sets: Mapping[str, tuple[int, str]] = {
-        "generated": (generated, f"--num_images {enough} would do"),
-        "reference": (reference, f"{enough} of them would do"),
-    }
+    sets = {"generated": generated} if metric == CLIP_SCORE else {"generated": generated, "reference": reference}
     return [
-        f"{metric}: {count} {name} images are few{_consequence(metric, count, dim)}; {remedy}"
-        for name, (count, remedy) in sets.items()
-        if count < enough and (metric != "clip_score" or name == "generated")
+        f"{metric}: {count} {name} images are few{_consequence(metric, count, dim)}; {enough} would do"
+        for name, count in sets.items()
+        if count < enough
     ]
 
 

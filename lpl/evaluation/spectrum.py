@@ -13,11 +13,14 @@ paper does not say what it did here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from PIL import Image
+
+from lpl.evaluation.processes import in_parts, threaded
 
 
 LUMINANCE = np.array([0.299, 0.587, 0.114]) / 255  # of 8-bit R, G, B
@@ -25,51 +28,64 @@ ROUNDING = 1 / (12 * 255**2)  # power of rounding to 8 bits: less than this cann
 NYQUIST = 0.5  # cycles per pixel
 
 
-def log_power_spectrum(images: Iterable[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
-    """The radially averaged power of the luminance, log10, averaged over images.
+@dataclass(frozen=True)
+class Spectrum:
+    """How much of each frequency a set of images holds."""
+
+    frequencies: np.ndarray  # cycles per pixel, above 0 and up to 0.5, (K,)
+    log_power: np.ndarray  # log10 of the radially averaged power there, averaged over images, (K,)
+    high_frequency_energy: float  # share of their energy above half of Nyquist
+
+
+def spectrum_of(images: Sequence[Image.Image], title: str | None = None) -> Spectrum:
+    """Both in one pass over the images, of which each process reads a part.
+
+    Power below that of rounding to 8 bits counts as that, so that a flat image does not pull the mean of the
+    logarithms to minus infinity. The high frequencies' energy is that of all images over all energy of all images,
+    their means left out, so that flat ones do not matter; 0 where all are flat.
 
     Args:
-        images: of one size; each is read once. Power below that of rounding to 8 bits counts as that, so that a flat
-            image does not pull the mean to minus infinity.
-
-    Returns:
-        frequencies in cycles per pixel, above 0 and up to 0.5, (K,), and log10 of the power there, (K,).
+        images: of one size.
+        title: of a bar, if any.
 
     Raises:
         ValueError: where there is no image, or they are not of one size of 4 pixels at least.
     """
-    frequencies, spectra = zip(*(radial_average(power) for power in _powers(images)))
-    return frequencies[0], np.log10(np.maximum(spectra, ROUNDING)).mean(0)
+    rows = in_parts(len(images), lambda mine: threaded(lambda index: _measured(images[index]), mine, title))
+    sizes = {size for size, _ in rows}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"images of {len(sizes)} sizes: a spectrum is of one image at least, and of images of one size"
+        )
+    (size,) = sizes
+    if min(size) < 4:
+        raise ValueError(f"images of {size} pixels: a spectrum needs 4 at least each way")
+    table = np.stack([row for _, row in rows])  # (N, K + 2)
+    high, total = table[:, :2].sum(0)
+    side = min(size)
+    return Spectrum(
+        np.arange(1, side // 2 + 1) / side,
+        np.log10(np.maximum(table[:, 2:], ROUNDING)).mean(0),
+        float(high / total) if total > ROUNDING else 0.0,
+    )
 
 
-def high_frequency_energy(images: Iterable[Image.Image]) -> float:
-    """Which share of the images' energy, their means left out, is above half of Nyquist (0.25 cycles per pixel).
-
-    It is the energy of all images above it over that of all images, so that flat ones do not matter; 0 where all are
-    flat.
-
-    Raises:
-        ValueError: as for :func:`log_power_spectrum`.
-    """
-    high = total = 0.0
-    for power in _powers(images):
-        high += power[_radii(power.shape) > NYQUIST / 2].sum()
-        total += power.sum()
-    return float(high / total) if total > ROUNDING else 0.0
+def log_power_spectrum(images: Sequence[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
+    """Frequencies, (K,), and log10 of the power there, (K,): those of :func:`spectrum_of`."""
+    found = spectrum_of(images)
+    return found.frequencies, found.log_power
 
 
-def _powers(images: Iterable[Image.Image]) -> Iterator[np.ndarray]:
-    """Power of each image, (H, W), as the transform orders it, the mean's 0."""
-    size = None
-    for image in images:
-        size = size or image.size
-        if image.size != size:
-            raise ValueError(f"images of {size} and of {image.size} pixels: a spectrum is of images of one size")
-        if min(size) < 4:
-            raise ValueError(f"images of {size} pixels: a spectrum needs 4 at least each way")
-        yield power_spectrum(np.asarray(image.convert("RGB")) @ LUMINANCE)
-    if size is None:
-        raise ValueError("a spectrum needs at least one image")
+def high_frequency_energy(images: Sequence[Image.Image]) -> float:
+    """Which share of the images' energy is above half of Nyquist (0.25 cycles per pixel): :func:`spectrum_of`'s."""
+    return spectrum_of(images).high_frequency_energy
+
+
+def _measured(image: Image.Image) -> tuple[tuple[int, int], np.ndarray]:
+    """An image's size, and (K + 2,): its energy above half of Nyquist, all of it, and the power over rings."""
+    power = power_spectrum(np.asarray(image.convert("RGB")) @ LUMINANCE)
+    high = power[_radii(power.shape) > NYQUIST / 2].sum()
+    return image.size, np.concatenate([[high, power.sum()], radial_average(power)[1]])
 
 
 def power_spectrum(luminance: np.ndarray) -> np.ndarray:

@@ -1,42 +1,39 @@
 """Evaluations while a model trains: what ``--eval_steps`` asks for.
 
 ``evaluation/`` in the output folder has what ``python -m lpl.evaluate`` writes, a *result* for each step that is
-evaluated; a resumed run goes on with those that are there. The weights are the moving average's where one is kept.
-Prompts and seeds are the same at each step, and in each run with the same reference, whatever the run's own seed. Of
-the drawn images those of the first and of the last evaluation are kept.
+evaluated; a resumed run goes on with those that are there, and ends with the pictures and the card of one that was
+not interrupted. The weights are the moving average's where one is kept. Prompts and seeds are the same at each step,
+and in each run with the same reference, whatever the run's own seed. Of the drawn images those of the run's first and
+last evaluation are kept.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import sys
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
+from huggingface_hub import EvalResult
 
+from lpl.arguments import command_line
 from lpl.checks import DTYPES
-from lpl.evaluation import CLIP_SCORE
-from lpl.evaluation.generation import draw, image_path
-from lpl.evaluation.images import Preprocessing, folder_images
-from lpl.evaluation.networks import load_network, try_out
-from lpl.evaluation.results import (
-    State,
-    markdown_table,
-    measure,
-    model_index,
-    prompts_of,
-    short,
-    summary,
-    write_evaluation,
-)
+from lpl.evaluation import MOST_BY_DEFAULT, NEAREST_K, results
+from lpl.evaluation.generation import draw, image_path, sampling_settings
+from lpl.evaluation.images import ImageSet, Preprocessing, folder_images
+from lpl.evaluation.metrics import check_counts
+from lpl.evaluation.networks import load_networks, wanted_networks
+from lpl.evaluation.results import Reference, State
+from lpl.evaluation.spectrum import Spectrum
 from lpl.families import Family
 from lpl.pictures import save_picture
 from lpl.preemption import Preemption
-from lpl.trainee import Trainee, averaged
+from lpl.trainee import MovingAverage, Trainee, averaged
 
 
 FOLDER = "evaluation"
@@ -53,7 +50,7 @@ class TrainingEvaluation:
         preemption: where a signal has asked for an end, an evaluation is given up.
 
     Raises:
-        ValueError: for a reference without images, or without captions to draw from.
+        ValueError: for a reference with too few images or no captions to draw from, and for a network that fails.
     """
 
     def __init__(
@@ -61,78 +58,88 @@ class TrainingEvaluation:
     ) -> None:
         self.family, self.scheduler, self.args, self.preemption = family, scheduler, args, preemption
         self.folder = Path(args.output_dir, FOLDER)
-        self.reference = folder_images(args.eval_data_dir, Preprocessing(args.resolution), args.caption_column)
-        pool = prompts_of(self.reference, args.eval_data_dir, type(family), names, "--eval_data_dir")
-        count = args.eval_num_images or len(self.reference)
+        preprocessing = Preprocessing(args.resolution, args.image_interpolation_mode)
+        real = folder_images(args.eval_data_dir, preprocessing, args.caption_column)
+        pool = results.prompts_of(real, args.eval_data_dir, type(family), names, "--eval_data_dir")
+        count = args.eval_num_images or min(len(real), MOST_BY_DEFAULT)
         self.prompts = [pool[number % len(pool)] for number in range(count)]
-        wanted = dict.fromkeys([*args.eval_features, *([args.eval_clip] if CLIP_SCORE in args.eval_metrics else [])])
-        self.networks = {name: load_network(name, family.vae.device, args.cache_dir) for name in wanted}
-        for network in self.networks.values():
-            try_out(network, self.reference[0])
         self.captions = [names.get(prompt, str(prompt)) for prompt in self.prompts]
         self.settings = Namespace(
             **{"metrics": args.eval_metrics, "features": args.eval_features, "clip": args.eval_clip},
-            **{"batch_size": args.eval_batch_size, "reference": args.eval_data_dir},
-            **{"bootstrap": 0, "seed": 0, "neighbours": 5, "prompts": None},
+            **{"batch_size": args.eval_batch_size, "reference": args.eval_data_dir, "cache_dir": args.cache_dir},
+            **{"bootstrap": 0, "seed": 0, "nearest_k": NEAREST_K, "prompts_file": None},
+            words=["accelerate", "launch", sys.argv[0], *command_line(args)],
         )
-        self.states: list[State] = []
-        self.results: list[dict[str, Any]] = []
-        self.latest: dict[str, Any] = {}  # the content of evaluation.json
+        check_counts(args.eval_metrics, count, len(real), NEAREST_K, "--eval_")
+        wanted = wanted_networks(args.eval_metrics, args.eval_features, args.eval_clip, "--eval_")
+        networks = load_networks(wanted, real[0], family.vae.device, args.cache_dir)
+        self.reference = Reference(real, networks, self.settings)
+        self.states: list[State] = []  # the first and the last
+        self.latest: dict[str, Any] = {"results": []}  # the content of evaluation.json
 
     def resume(self, step: int) -> None:
         """Go on with the results of an earlier part of the run, up to a step."""
         file = self.folder / "evaluation.json"
-        if step and file.is_file():
-            found = json.loads(file.read_text(encoding="utf-8"))["results"]
-            self.results = [result for result in found if result["step"] <= step]
+        if not step or not file.is_file():
+            return
+        self.latest = json.loads(file.read_text(encoding="utf-8"))
+        self.latest["results"] = [result for result in self.latest["results"] if result["step"] <= step]
+        for first in self.latest["results"][:1]:
+            state = State(first["label"], first["source"], first["step"], self._images(first["step"]), first["drawn"])
+            frequencies, powers = (self.latest["spectrum"][name] for name in ("frequencies", "log_power"))
+            there = all(image_path(self._place(state.step), number).is_file() for number in range(len(self.prompts)))
+            if there and state.name in powers:
+                power, energy = np.array(powers[state.name]), first["high_frequency_energy"]
+                state.spectrum = Spectrum(np.array(frequencies), power, energy)
+                self.states = [state]
 
-    def run(self, accelerator: Accelerator, trainee: Trainee, ema: EMAModel | None, step: int) -> dict[str, float]:
+    def _place(self, step: int) -> Path:
+        return self.folder / "images" / f"step-{step:06d}"
+
+    def _images(self, step: int) -> ImageSet:
+        files = [image_path(self._place(step), number) for number in range(len(self.prompts))]
+        return ImageSet("drawn images", files, self.reference.images.preprocessing, self.captions)
+
+    def run(
+        self, accelerator: Accelerator, trainee: Trainee, ema: MovingAverage | None, step: int
+    ) -> dict[str, float]:
         """Draw, measure, write; called by every process. Returns the numbers for the log, on the main process."""
-        folder = self.folder / "images" / f"step-{step:06d}"
         if accelerator.is_main_process:
-            shutil.rmtree(folder, ignore_errors=True)  # of an earlier run in the same place
+            shutil.rmtree(self._place(step), ignore_errors=True)  # of an earlier run in the same place
         accelerator.wait_for_everyone()
+        dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(accelerator.mixed_precision, "float32")
         with averaged(ema, trainee):
-            self._draw(accelerator, trainee, folder)
+            self._draw(accelerator, trainee, self._place(step), dtype)
         if self.preemption.asked_now():  # which waits for all processes
             return {}
-        images = folder_images(folder, self.reference.preprocessing, progress=False)
-        images.captions = self.captions
-        drawn = {
-            "num_inference_steps": self.args.validation_inference_steps,
-            "guidance_scale": self.args.validation_guidance_scale,
-        }
         label = Path(self.args.output_dir).resolve().name
-        state = State(label, self.args.output_dir, step, images, drawn)
-        (result,) = measure([state], self.reference, self.networks, self.settings)
+        drawn = sampling_settings(self.args, type(self.family), dtype)
+        state = State(label, self.args.output_dir, step, self._images(step), drawn)
+        (result,) = results.measure([state], self.reference, keep=False)
         if not accelerator.is_main_process:
             return {}
-        self.results = [*(other for other in self.results if other["step"] != step), result]
-        self.states = [*self.states[:1], state]
-        for old in sorted(self.folder.glob("images/step-*"))[1:-1]:
-            shutil.rmtree(old)
-        self.latest = summary(self.results, self.states, self.reference, self.networks, self.settings)
-        write_evaluation(self.latest, self.states, self.reference, self.folder)
-        several = len(self.networks) > 1
+        found = [*(other for other in self.latest["results"] if other["step"] != step), result]
+        self.states = [*(other for other in self.states[:1] if other.step != step), state]
+        self.latest = results.summary(found, self.states, self.reference, self.settings)
+        results.write_evaluation(self.latest, self.states, self.reference.images, self.folder)
+        kept = [self._place(state.step) for state in self.states]
+        for other in self.folder.glob("images/step-*"):
+            if other not in kept:
+                shutil.rmtree(other)
+        names = results.short_names(self.latest)
         return {
-            f"eval_{metric}" + (f"/{short(network)}" if several else ""): estimate["value"]
+            f"eval_{metric}" + (f"/{names[network]}" if len(names) > 1 else ""): estimate["value"]
             for network, metrics in result["metrics"].items()
             for metric, estimate in metrics.items()
         } | {"eval_high_frequency_energy": result["high_frequency_energy"]}
 
-    def on_card(self) -> dict[str, Any]:
-        """What the model card says of it, by the names of RunCard."""
-        if not self.latest:
-            return {}
-        label = self.results[-1]["label"]
-        name = Path(self.args.eval_data_dir).resolve().name
-        return {
-            "results": model_index(self.latest, label, name),
-            "results_table": markdown_table(self.latest)
-            + f"\n\nDrawn images against {len(self.reference)} real ones that `{name}` holds.",
-        }
+    def on_card(self) -> tuple[list[EvalResult], str]:
+        """What the model card says of it: metadata and text."""
+        if not self.latest["results"]:
+            return [], ""
+        return results.on_card(self.latest, self.latest["results"][-1]["label"])
 
-    def _draw(self, accelerator: Accelerator, trainee: Trainee, folder: Path) -> None:
+    def _draw(self, accelerator: Accelerator, trainee: Trainee, folder: Path, dtype: str) -> None:
         """This process's part of the images."""
         pipeline = self.family.pipeline
         pipeline.register_modules(scheduler=type(self.scheduler).from_config(self.scheduler.config))
@@ -146,7 +153,7 @@ class TrainingEvaluation:
             self.args.validation_inference_steps,
             self.args.validation_guidance_scale,
             self.args.eval_batch_size,
-            DTYPES[{"bf16": "bfloat16", "fp16": "float16"}.get(accelerator.mixed_precision, "float32")],
+            DTYPES[dtype],
         )
         for number, image in zip(mine, images, strict=True):
             save_picture(image, image_path(folder, number))
