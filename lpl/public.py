@@ -1,0 +1,87 @@
+"""What may be shown of a run: no token, no path of this machine, on cards, in recipes and wherever others read.
+
+A *Hub id* is `user/name` and names no folder of this machine. Local folders appear as `path/to/name`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Collection, Iterator, Sequence
+
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
+WHOLE_PATH = re.compile(r"""([A-Za-z]:|[~.]{0,2})/[^:,;'"]*|[A-Za-z]:\\[^:,;'"]*|[^\s:,;'"]*/[^\s:,;'"]*""")
+PATH_WITHIN = re.compile(r"""(?<![^\s,;:='"(|<>\[])(file:/{0,2})?~?(/[^\s/,;:'"]+)+/(?=[^\s/])""")
+TOKEN = re.compile(r"\b(hf_|api_org_)[A-Za-z0-9]{16,}|\bhf_(oauth|jwt)_[\w.-]{16,}")
+BEARER = re.compile(r"(?<=\bBearer )[\w.~+/-]{16,}=*", re.IGNORECASE)
+CREDENTIALS = re.compile(r"(?<=://)[^\s/@]+@")
+SIGNED = re.compile(r"([?&]([\w-]*(token|key|secret|signature|password|credential)[\w-]*|sig)=)[^\s&'\"\\]+", re.I)
+
+
+def public_command(argv: Sequence[str], local: Collection[str] = ()) -> str:
+    """The command as others may see it: no token, no path of this machine, one flag a line.
+
+    Args:
+        argv: sys.argv.
+        local: arguments that are folders of this machine though they look like plain words.
+    """
+
+    def show(value: str) -> str:
+        return shlex.quote(local_name(value) if value in local else hide_paths(value))
+
+    lines = [f"accelerate launch {shlex.quote(os.path.basename(argv[0]))}"]
+    for argument in _without_token(argv[1:]):
+        if argument.startswith("--"):
+            name, equals, value = argument.partition("=")
+            lines.append(shlex.quote(name) + (equals + show(value) if equals else ""))
+        else:
+            lines[-1] += f" {show(argument)}"
+    return " \\\n  ".join(lines)
+
+
+def _without_token(arguments: Sequence[str]) -> Iterator[str]:
+    """Leave out `--hub_token` and its value, also as `--hub_token=...` and in the short forms of argparse."""
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, _ = argument.partition("=")
+        if not (name.startswith("--hub_t") and "--hub_token".startswith(name)):
+            yield argument
+        elif not equals:
+            next(rest, None)
+
+
+def is_hub_id(source: str) -> bool:
+    return bool(HUB_ID.fullmatch(source)) and not os.path.exists(source)
+
+
+def is_local(source: str) -> bool:
+    """Whether it leads to a folder or file of this machine, and not to the Hub or another address."""
+    return shown(source) != source
+
+
+def shown(source: str) -> str:
+    """A base model or data set: Hub ids and addresses as they are, folders of this machine by their own name."""
+    return local_name(source) if os.path.exists(os.path.expanduser(source)) else hide_paths(source)
+
+
+def local_name(path: str | os.PathLike) -> str:
+    place = os.path.abspath(os.path.expanduser(path))
+    name = os.path.basename(place.replace("\\", "/")) if place != os.path.expanduser("~") else ""  # a user's name
+    return f"path/to/{name or 'folder'}"
+
+
+def hide_paths(text: str) -> str:
+    """`path/to/` before the last part of every path in `text`; Hub ids, addresses and prose stay."""
+    if is_hub_id(text):
+        return text
+    if WHOLE_PATH.fullmatch(text) or ("/" in text and os.path.exists(text)):
+        return local_name(text)
+    return PATH_WITHIN.sub("path/to/", text)
+
+
+def without_secrets(text: str) -> str:
+    """`text` without access tokens, and without the passwords and signatures of addresses."""
+    text = BEARER.sub("...", TOKEN.sub("hf_...", text))
+    return SIGNED.sub(r"\1...", CREDENTIALS.sub("", text))
