@@ -8,7 +8,10 @@ READY := $(VENV)/.ready
 QUICKSTART_STEPS ?= 400
 QUICKSTART ?= quickstart
 
-.PHONY: help install quickstart quickstart-weights test test-slow test-gpu benchmark style quality clean
+# How often test-faults kills.
+KILLS ?= 100
+
+.PHONY: help install quickstart quickstart-weights test test-slow test-faults test-gpu benchmark style quality clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
@@ -32,6 +35,9 @@ test: $(READY)  ## the tests
 
 test-slow: $(READY)  ## the long ones
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+test-faults: $(READY)  ## kill a training run at random moments, KILLS times, and resume it each time
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 KILLS=$(KILLS) $(BIN)/python -m pytest tests/test_killed.py -m slow
 
 test-gpu:  ## those that need a GPU, and the measurements at real sizes; PYTHON=... names one whose torch has CUDA
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest tests/gpu

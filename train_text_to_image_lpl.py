@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
@@ -35,7 +34,6 @@ from accelerate.utils import (
     set_seed,
 )
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -43,10 +41,10 @@ from lpl import LatentPerceptualLoss, checkpoints, get_objective, hub, training_
 from lpl.arguments import parse_arguments, recipe
 from lpl.autoencoders import downscaling_factor, encode, feature_vae, latent_channels
 from lpl.bad_samples import BadSamples
-from lpl.checks import DTYPES, PipelineConfigs, check_pipeline, loss_options, read_pipeline_configs
+from lpl.card import RunCard, base_licence, describe, write_model_card
+from lpl.checks import DTYPES, check_pipeline, loss_options, read_pipeline_configs
 from lpl.data import (
     HELD_OUT,
-    KeyedBatches,
     TrainingImages,
     class_names,
     first_line,
@@ -55,16 +53,21 @@ from lpl.data import (
     real_images,
     training_batches,
 )
+from lpl.ending import Doing, Stage, told
 from lpl.families import Family
-from lpl.files import write_text
-from lpl.loading import average_from_revision, load_family, pipeline_source, replaced_components
+from lpl.files import filled_whole
+from lpl.loading import average_from_revision, load_family, save_result, weight_dtype
 from lpl.logs import Log
-from lpl.objectives import DiffusionObjective, Objective, expand, own_objective, sigma_threshold_at
-from lpl.optimizers import make_optimizer
+from lpl.nonfinite import SkippedSteps
+from lpl.objectives import Objective, diffusion_weight, dream_shift, own_objective, sigma_threshold_at
+from lpl.optimizers import Updates, make_optimizer
 from lpl.pictures import loss_curves
 from lpl.preemption import EXIT_CODE, Preemption
+from lpl.publication import Publication
 from lpl.report import DryRun, Plan
-from lpl.trainee import Trainee, averaged
+from lpl.rerun import compare_with, measured_facts, write_recipe
+from lpl.streaming import load_streamed_images, training_images
+from lpl.trainee import MovingAverage, Trainee, averaged
 from lpl.validation import Validation
 from lpl.weighting import SHARE_RANGE, LplWeight, Terms, has_lpl, ramp
 
@@ -75,22 +78,31 @@ SCRIPT = Path(__file__).name
 
 
 def main() -> None:
-    # Arguments: everything that can be refused is refused here, before any weights are loaded.
     warnings.formatwarning = lambda message, *_, **__: f"{SCRIPT}: warning: {message}\n"
     args = parse_arguments()
+    with told(SCRIPT, args) as doing:
+        train(args, doing)
+
+
+def train(args: Namespace, doing: Doing) -> None:
+    # Arguments: everything that can be refused is refused here, before any weights are loaded.
     try:
         configs = read_pipeline_configs(args)
         check_pipeline(args, configs)
         accelerator = start_accelerator(args)
+        args.mixed_precision = accelerator.mixed_precision  # also where accelerate's configuration says it
         with accelerator.main_process_first():
             if accelerator.is_main_process and not args.dry_run:
                 checkpoints.tidy(args.output_dir)
+                if args.resume_from_checkpoint == "hub":
+                    hub.download_run(args.hub_model_id, args.output_dir, args.hub_token, args.hub_revision)
             resumable = checkpoints.find_resumable(args.output_dir, args.resume_from_checkpoint)
         progress = start_or_resume(args, resumable)
         empty = configs.family.empty_caption(configs.parts)
         num_classes = empty if configs.family.class_conditional else None
         with accelerator.main_process_first():
-            dataset, held_out = load_training_images(args, num_classes)
+            load = load_streamed_images if args.streaming else load_training_images
+            dataset, held_out = load(args, num_classes)
         prompts, data_classes, classes = args.validation_prompts or [], {}, {}
         if num_classes is not None:
             data_classes = class_names(dataset, args.caption_column)  # they come first, and before the model's
@@ -103,15 +115,20 @@ def main() -> None:
             scheduler = training_scheduler(args.prediction_type, scheduler)
         objective = get_objective(args.prediction_type, scheduler)
         side = args.resolution // downscaling_factor(configs.vae)
-        images = TrainingImages(dataset, objective, (latent_channels(configs.vae), side, side), args, empty)
-        images[0, 0]  # one image at least can be read
+        images = training_images(dataset, objective, (latent_channels(configs.vae), side, side), args, empty)
+        images.check()
         if args.push_to_hub and not args.dry_run and accelerator.is_main_process:
-            args.hub_model_id = hub.prepare_repository(args.hub_model_id, args.output_dir, args.hub_token)
+            args.hub_model_id = hub.prepare_repository(
+                args.hub_model_id, args.output_dir, args.hub_token, args.hub_private_repo, args.hub_revision
+            )
+        licence = {}
+        if accelerator.is_main_process and not args.dry_run:
+            licence = base_licence(args.pretrained_model_name_or_path, args.revision, args.hub_token, args.cache_dir)
     except (ValueError, hub.HubError) as error:
         sys.exit(f"{SCRIPT}: error: {error}")
 
     # Models: a frozen VAE and frozen text encoders around what is trained, which is in float32.
-    device = accelerator.device
+    device, doing.accelerator, doing.stage = accelerator.device, accelerator, Stage.LOADING
     try:
         family = load_family(args, configs, weight_dtype(accelerator))
     except (OSError, ValueError) as error:
@@ -119,12 +136,17 @@ def main() -> None:
             f"{SCRIPT}: error: --pretrained_model_name_or_path {args.pretrained_model_name_or_path}: its weights "
             f"cannot be loaded; look at --variant and --revision ({first_line(error)})"
         )
-    trainee = Trainee(family, args)
+    trainee = doing.trainee = Trainee(family, args)
     for model in (family.vae, family.denoiser, *family.text_encoders):
         model.to(device)
+    if broken := trainee.not_finite():
+        sys.exit(
+            f"{SCRIPT}: error: --pretrained_model_name_or_path {args.pretrained_model_name_or_path}: the weights of "
+            f"{broken} are not finite"
+        )
     ema = None
     if args.use_ema:
-        ema = EMAModel(trainee.trained(), decay=args.ema_decay, foreach=args.foreach_ema)
+        ema = MovingAverage(trainee.trained(), args.ema_decay, args.foreach_ema, args.offload_ema)
         if args.non_ema_revision and not args.lora:
             average_from_revision(ema, args, configs)
 
@@ -144,24 +166,19 @@ def main() -> None:
 
     # Data: batches in an order, and with random numbers, that depend on seed and position only.
     global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    steps_per_epoch = math.ceil(len(images) / global_batch)
-    max_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(images) / global_batch)
-    batches = training_batches(
-        images,
-        KeyedBatches(
-            len(images),
-            args.train_batch_size,
-            args.seed,
-            accelerator.process_index,
-            accelerator.num_processes,
-            first_batch=progress.step * args.gradient_accumulation_steps,
-        ),
-        args.dataloader_num_workers,
+    max_steps = args.max_train_steps or math.ceil(args.num_train_epochs * images.length / global_batch)
+    steps_per_epoch = math.ceil(images.length / global_batch) if images.length else max_steps
+    order = images.batches(
+        accelerator.process_index,
+        accelerator.num_processes,
+        progress.step * args.gradient_accumulation_steps,
+        progress.stream,
     )
+    batches = training_batches(images, order, args.dataloader_num_workers)
 
     # Optimizer. The schedule counts optimizer steps, whatever the number of processes and micro-batches.
     optimizer = make_optimizer(args, trainee, global_batch)
-    lr_scheduler = get_scheduler(
+    schedule = get_scheduler(
         args.lr_scheduler,
         optimizer,
         num_warmup_steps=args.lr_warmup_steps,
@@ -169,24 +186,24 @@ def main() -> None:
         num_cycles=args.lr_num_cycles,
         power=args.lr_power,
     )
-    checkpoints.register(accelerator, trainee, ema)
     model, optimizer = accelerator.prepare(trainee, optimizer)
-    accelerator.register_for_checkpointing(lr_scheduler, lpl_weight)
+    updates = Updates(accelerator, trainee, optimizer, schedule, max_steps, ema, args.max_grad_norm)
+    state = checkpoints.TrainingState(accelerator, trainee, ema, updates, lpl_weight)
 
     # Resume: the same command goes on where the checkpoint stands.
     if resumable is not None:
         try:
-            accelerator.load_state(str(resumable))
+            state.load(resumable)
         except ValueError as error:
             sys.exit(f"{SCRIPT}: error: --resume_from_checkpoint {resumable.name}: {first_line(error)}")
         logger.info(f"resumed from {resumable}, {max(0, max_steps - progress.step)} of {max_steps} steps to go")
-    if ema is not None:
-        ema.decay = args.ema_decay  # a baseline goes on with LPL, and with LPL's decay
-        ema.to("cpu" if args.offload_ema else device)
 
-    plan = Plan(args, trainee, accelerator, images, objective, threshold, max_steps, global_batch, lr_scheduler)
+    plan = Plan(
+        args, trainee, accelerator, images, objective, threshold, max_steps, progress.step, global_batch, schedule
+    )
     if args.dry_run:
-        DryRun(plan, losses, model, optimizer, batches, lpl_weight).report()
+        doing.now(Stage.LPL_STEP if args.lpl else Stage.STEP, progress.step + 1)
+        DryRun(plan, losses, model, updates, batches, lpl_weight).report()
         finish(accelerator)
         return
 
@@ -198,9 +215,8 @@ def main() -> None:
     validation = Validation(family, scheduler, args, prompts, names, real, lambda: preemption.received is not None)
     log = Log(accelerator, args, progress.step, max_steps, global_batch, lpl_loss.block_names if lpl_loss else ())
     log.resume(progress.log)
-    bad_samples = BadSamples(
-        accelerator, dataset, args.image_column, args.output_dir, args.max_bad_samples, resumable is not None
-    )
+    bad_samples = BadSamples(accelerator, images, args.output_dir, args.max_bad_samples, resumable is not None)
+    skipped_steps = SkippedSteps(accelerator, args.max_skipped_steps)
     evaluation = None
     if args.eval_steps is not None:
         from lpl.evaluation.training import TrainingEvaluation  # whose libraries others need not have
@@ -219,17 +235,38 @@ def main() -> None:
     def look(step: int) -> None:
         """Samples, held-out losses and metrics, where they are due after a step; given up where the run is to end."""
         if due(step, validate_every):
+            doing.now(Stage.SAMPLES, step)
             validation.run(accelerator, trainee, ema, step)
             if held_out is not None and not preemption.asked_now():
+                doing.now(Stage.LOSSES, step)
                 log.validation(step, losses_on(held_out, losses, trainee, ema, accelerator))
         if evaluation is not None and due(step, evaluate_every) and not preemption.asked_now():
+            doing.now(Stage.EVALUATION, step)
             log.validation(step, evaluation.run(accelerator, trainee, ema, step))
         progress.looked = not preemption.asked_now()
 
     if held_out is not None:
         held_out = TrainingImages(held_out, objective, images.latent_shape, args, empty)
+    facts: dict[str, Any] = {}
     if accelerator.is_main_process:
-        write_recipe(args)
+        facts = measured_facts(args, dataset, accelerator.num_processes, plan.hardware) | lpl_weight.facts()
+        for difference in compare_with(args.rerun_of, facts, args.train_batch_size):
+            logger.warning(difference)
+        write_recipe(args, facts)
+
+    def save_to(folder: Path) -> None:
+        """The result with the present weights, the moving average's if there is one."""
+        with averaged(ema, trainee):
+            save_result(folder, args, configs, trainee, scheduler, classes)
+
+    def card() -> RunCard:
+        """What the model card says at this moment."""
+        results = evaluation.on_card() if evaluation is not None else ((), "")
+        return describe(plan, lpl_loss, log.records(), progress.step, prompts, data_classes, facts, licence, results)
+
+    publication = None
+    if args.push_to_hub and accelerator.is_main_process:
+        publication = Publication(args, save_to, () if args.lora else tuple(trainee.parts), card)
     plan.announce()
     preemption.listen()
     if not progress.looked:
@@ -239,6 +276,7 @@ def main() -> None:
     while progress.step < max_steps and not stop:
         weight = lpl_weight.value * ramp(progress.step, args.lpl_start_step, args.lpl_ramp_steps)  # w of Eq. 3
         with_lpl = args.lpl and has_lpl(progress.step, args.lpl_start_step, args.lpl_every)
+        doing.now(Stage.LPL_STEP if with_lpl else Stage.STEP, progress.step + 1)
         for _ in range(args.gradient_accumulation_steps):
             batch = next(batches)
             bad_samples.add(batch["bad"])
@@ -250,45 +288,45 @@ def main() -> None:
                 # L_total = L_diffusion + w LPL (Eq. 3); what only every n-th step has counts n-fold there
                 loss = terms.diffusion_loss + args.lpl_every * weight * terms.lpl
                 log.add(progress.step + 1, loss, weight, terms)
+                skipped_steps.add(progress.step + 1, batch, terms)
                 accelerator.backward(loss)
-                if accelerator.sync_gradients and args.max_grad_norm:
-                    accelerator.clip_grad_norm_(trainee.trained(), args.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
                 if args.debug_loss:
                     log.samples(progress.step + 1, batch["index"], terms.errors)
-
-        learning_rate = lr_scheduler.get_last_lr()[0]
-        lr_scheduler.step()
-        if ema is not None:
-            update_ema(ema, trainee, device, args.offload_ema)
+        updates.step()  # weights, schedule and moving average; nothing where a gradient is not finite
         progress.step += 1
+        skipped_steps.end_step(progress.step, updates.skipped)
         if with_lpl and lpl_weight.end_step(lambda sums: accelerator.reduce(sums, "mean")):
             report_share(lpl_weight)
             if accelerator.is_main_process:
-                write_recipe(args, lpl_weight=float(lpl_weight.value), lpl_share=lpl_weight.measured_share())
+                facts |= lpl_weight.facts()
+                write_recipe(args, facts)
 
-        problem = bad_samples.write() if log.is_due(progress.step) else None
+        problem = (bad_samples.write() or skipped_steps.write()) if log.is_due(progress.step) else None
         stop = preemption.asked() or problem is not None
         save = stop or progress.step % args.checkpointing_steps == 0
         if log.is_due(progress.step):
-            bar.set_postfix(log.write(progress.step, learning_rate, weight), refresh=False)
+            bar.set_postfix(log.write(progress.step, updates.learning_rate, weight), refresh=False)
             bar.update(progress.step - bar.n)
         if save or due(progress.step, validate_every) or due(progress.step, evaluate_every):
             with log.paused():  # images per second are those of the training alone
                 progress.looked, progress.log = False, log.state()
+                progress.stream = order.positions(progress.step * args.gradient_accumulation_steps)
                 if save:
-                    checkpoints.save_checkpoint(accelerator, args.output_dir, progress, args.checkpoints_total_limit)
+                    checkpoints.save_checkpoint(state, args.output_dir, progress, args.checkpoints_total_limit)
                 if not stop:
                     look(progress.step)
                     stop = not progress.looked
                 if stop and not save:
-                    checkpoints.save_checkpoint(accelerator, args.output_dir, progress, args.checkpoints_total_limit)
+                    checkpoints.save_checkpoint(state, args.output_dir, progress, args.checkpoints_total_limit)
                 elif save and accelerator.is_main_process:
                     progress.save(checkpoints.place(args.output_dir, progress.step))
+                if publication is not None and (save or stop):
+                    publication.checkpoint(checkpoints.place(args.output_dir, progress.step), progress.step)
     bar.close()
     if stop:
         logger.info(f"the run ends after step {progress.step}; --resume_from_checkpoint latest goes on from there")
+        if publication is not None:
+            publication.interrupt()
         preemption.close()
         finish(accelerator)
         sys.exit(f"{SCRIPT}: error: {problem}" if problem else EXIT_CODE)
@@ -296,38 +334,23 @@ def main() -> None:
         report_share(lpl_weight)
 
     # Save: a pipeline that loads and samples by itself, or the LoRA that one loads; with the EMA's weights if kept.
+    doing.now(Stage.SAVING, progress.step)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        with averaged(ema, trainee):
-            save_result(args, configs, trainee, scheduler, classes)
+        with averaged(ema, trainee), filled_whole(args.output_dir) as folder:
+            trainee.save(folder)  # first, so that nothing that follows can lose it
+        with filled_whole(args.output_dir) as folder:
+            save_to(folder)
         validation.before_after(progress.step)
-        records = log.records()
-        loss_curves(records, Path(args.output_dir, "loss_curves.png"))
-        if args.lpl and not any(record.get("lpl_share", 0) > 0 for record in records):
+        loss_curves(log.records(), Path(args.output_dir, "loss_curves.png"))
+        if args.lpl and not any(record.get("lpl_share", 0) > 0 for record in log.records()):
             logger.warning(
                 "no step was trained with LPL: no sample was inside the threshold, or the run was too short"
             )
-        card = hub.describe(
-            args,
-            family,
-            lpl_loss,
-            records,
-            progress.step,
-            global_batch,
-            threshold,
-            f"{accelerator.num_processes} x {device_name(accelerator)}",
-            accelerator.mixed_precision,
-            weight_dtype(accelerator),
-            prompts,
-            data_classes,
-            plan.what(),
-        )
-        card = replace(card, **evaluation.on_card()) if evaluation is not None else card
-        hub.write_model_card(args.output_dir, card)
+        write_model_card(args.output_dir, card())
         logger.info(f"the {'LoRA' if args.lora else 'pipeline'}, its samples and its card are in {args.output_dir}")
-        if args.push_to_hub and not preemption.received:
-            url = hub.push_folder(args.output_dir, args.hub_model_id, args.hub_token)
-            logger.info(f"published at {url}" if url else "nothing is published yet")
+        if publication is not None:
+            publication.end(lambda: preemption.received is not None)
     preemption.close()
     finish(accelerator)
 
@@ -394,7 +417,7 @@ class Losses:
                 window = random_window(side, side * args.lpl_crop // args.resolution, batch["lpl_choice"][0, 1])
             lpl = self.lpl_loss(predicted_latents, latents[rows], window)  # (n,)
             share = 1.0 if args.lpl_variant == "reference" else len(inside) / len(latents)
-            terms.take(lpl, share, self.lpl_loss)
+            terms.take(rows, lpl, share, self.lpl_loss)
         return terms
 
 
@@ -411,15 +434,6 @@ def report_share(lpl_weight: LplWeight) -> None:
             f"LPL is {share:.1%} of the loss; the paper found a fifth best, and outside {low:.0%} to {high:.0%} it "
             "does next to nothing or drowns the diffusion loss; --lpl_weight auto:0.2 finds the weight for a fifth"
         )
-
-
-def update_ema(ema: EMAModel, trainee: Trainee, device: torch.device, offload: bool) -> None:
-    """One step of the moving average; with ``offload`` it waits in the CPU's memory for the next one."""
-    if offload:
-        ema.to(device)
-    ema.step(trainee.trained())
-    if offload:
-        ema.to("cpu")  # blocking: a checkpoint may read it at once
 
 
 def start_accelerator(args: Namespace) -> Accelerator:
@@ -451,6 +465,10 @@ def start_accelerator(args: Namespace) -> Accelerator:
         )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("fp16 (in accelerate's configuration) needs a GPU; give --mixed_precision bf16 or no")
+    if accelerator.mixed_precision not in ("no", "fp16", "bf16"):
+        raise ValueError(
+            f"{accelerator.mixed_precision} (in accelerate's configuration) is not supported; give --mixed_precision"
+        )
     torch.backends.cuda.matmul.allow_tf32 |= args.allow_tf32
     return accelerator
 
@@ -474,44 +492,9 @@ def start_or_resume(args: Namespace, resumable: Path | None) -> checkpoints.Prog
     return progress
 
 
-def device_name(accelerator: Accelerator) -> str:
-    return torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "CPU"
-
-
-def weight_dtype(accelerator: Accelerator) -> torch.dtype:
-    """The precision of whatever is not trained."""
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-
-
-def write_recipe(args: Namespace, **measured: float) -> None:
-    """Every flag of the run with its resolved value, for --config, and what the run has found out."""
-    text = yaml.safe_dump(recipe(args) | ({"measured": measured} if measured else {}), sort_keys=True)
-    write_text(Path(args.output_dir, "recipe.yaml"), text)
-
-
-def save_result(
-    args: Namespace, configs: PipelineConfigs, trainee: Trainee, scheduler: Any, classes: Mapping[int, str]
-) -> None:
-    """What the run was for: the pipeline with what was trained in it, or the LoRA."""
-    changed = {"scheduler": scheduler} if scheduler is not configs.scheduler else {}
-    if args.lora:
-        trainee.save(args.output_dir)
-        for name, component in changed.items():
-            component.save_pretrained(Path(args.output_dir, name))
-        return
-    trainee.save(args.output_dir)  # first, so that nothing that follows can lose it
-    # The frozen parts as they were shipped, not as this run cast them.
-    components = changed | replaced_components(args, configs) | dict(trainee.parts)
-    source = pipeline_source(args, configs) | components
-    pipeline = configs.family.pipeline_class.from_pretrained(args.pretrained_model_name_or_path, **source)
-    if classes:  # which the pipeline reads from its index, but would not write there
-        pipeline.register_to_config(id2label={str(label): name for label, name in sorted(classes.items())})
-    pipeline.save_pretrained(args.output_dir)
-
-
 @torch.no_grad()
 def losses_on(
-    held_out: TrainingImages, losses: Losses, trainee: Trainee, ema: EMAModel | None, accelerator: Accelerator
+    held_out: TrainingImages, losses: Losses, trainee: Trainee, ema: MovingAverage | None, accelerator: Accelerator
 ) -> dict[str, float]:
     """Both terms on the held-out samples, unweighted, under the EMA's weights where there are any."""
     losses = replace(losses, args=Namespace(**vars(losses.args) | HELD_OUT))
@@ -555,22 +538,6 @@ def random_window(side: int, part: int, choice: Tensor) -> tuple[int, int, int, 
     count = side // part
     row, column = divmod(int(float(choice) * count**2), count)
     return row * part, column * part, part, part
-
-
-def diffusion_weight(objective: Objective, timesteps: Tensor, args: Namespace) -> Tensor | float:
-    """The weight of each sample's diffusion loss, (B,); it weighs that term only."""
-    if not isinstance(objective, DiffusionObjective):
-        return objective.scheme_weight(timesteps, args.weighting_scheme or "none").float()
-    return 1.0 if args.snr_gamma is None else objective.min_snr_weight(timesteps, args.snr_gamma).float()
-
-
-def dream_shift(
-    objective: Objective, model_output: Tensor, noise: Tensor, timesteps: Tensor, args: Namespace
-) -> Tensor:
-    """What DREAM adds to the noise, (B, C, h, w): the model's own error, times b_t^p (Zhou et al., Sec. 3)."""
-    _, b = objective.coefficients(timesteps)
-    scale = expand(b**args.dream_detail_preservation, noise)
-    return scale * (noise - model_output.float())
 
 
 def trainee_of(model: nn.Module) -> Trainee:

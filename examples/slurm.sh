@@ -12,7 +12,7 @@
 # torchrun is not asked: it would take the workers down before they are done. Each process is one task instead.
 set -uo pipefail
 export MASTER_ADDR=127.0.0.1 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) WORLD_SIZE=${SLURM_GPUS_ON_NODE:-1}
-srun --ntasks="$WORLD_SIZE" --kill-on-bad-exit=0 bash -c \
+srun --ntasks="$WORLD_SIZE" --kill-on-bad-exit=0 --wait=120 bash -c \
   'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python train_text_to_image_lpl.py --resume_from_checkpoint latest "$@"' \
   job "$@"
 code=$?

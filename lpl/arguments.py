@@ -1,25 +1,20 @@
-"""All flags of the training script, their defaults, and the recipes that hold them.
+"""All flags of the training script, their defaults, and what stands for a run: its flags resolved, and as words.
 
 Names, meanings and defaults are those of diffusers' training scripts wherever one of those has the flag; where they
 differ ``train_text_to_image.py`` decides. A default of None is often filled in later, from the pipeline
 (:func:`lpl.checks.check_pipeline`). What is wrong about the flags is found in :mod:`lpl.checks`.
 
-A *recipe* (``--config``) is a YAML file that maps flags to values. The command line wins over it, it wins over the
+A *recipe* (``--config``, :mod:`lpl.recipes`) maps flags to values. The command line wins over it, it wins over the
 defaults. :func:`recipe` gives the one that a run writes; given as ``--config`` it means the same flags again.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import difflib
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
-
-import yaml
 
 from lpl.checks import (
     DTYPES,
@@ -39,6 +34,7 @@ from lpl.evaluation import CLIP, METRICS, SET_METRICS
 from lpl.loss import DEPTH_WEIGHTINGS, DISTANCES, NORMALIZATIONS, VARIANTS
 from lpl.objectives import BIAS_STRATEGIES, OBJECTIVES, WEIGHTING_SCHEMES
 from lpl.outliers import MASK_DEFAULTS
+from lpl.recipes import close_match, read_recipe
 from lpl.weighting import parse_weight
 
 
@@ -58,6 +54,7 @@ __all__ = [
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 EMA_DECAY, EMA_DECAY_WITH_LPL = 0.9999, 0.99975  # Sec. 4.3, "Impact on EMA"
 INTERPOLATION_MODES = ("nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos")  # torchvision's
+HUB_STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")  # as transformers' Trainer names them
 RANK = 4  # of LoRA, as in diffusers' scripts
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
 
@@ -74,8 +71,14 @@ class Parser(argparse.ArgumentParser):
         unknown, _, words = message.partition("unrecognized arguments: ")
         if words and not unknown:
             known = [action.dest for action in self._actions if not (action.help or "").startswith(FOREIGN)]
-            message += _close_match(words.split()[0].partition("=")[0], known, "--")
+            message += close_match(words.split()[0].partition("=")[0], known, "--")
+        message = " ".join(message.split())  # whatever was given
         self.exit(2, f"{self.prog}: error: {self.source}{message} (all flags: --help)\n")
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        if action.option_strings and arg_strings == ["--"]:  # which Python before 3.13 takes for no value, silently
+            raise argparse.ArgumentError(action, "-- is no value")
+        return super()._get_values(action, arg_strings)
 
 
 class HelpFormatter(argparse.MetavarTypeHelpFormatter):
@@ -114,6 +117,13 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         group._negative_number_matcher = NEGATIVE_NUMBER
         add_flags(group.add_argument)
     return parser
+
+
+def add_flags(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
+    """Give another program's parser those flags of the training script."""
+    for action in _flags(build_parser()):
+        if action.dest in names:
+            parser._add_action(action)
 
 
 def _model(add: Callable[..., Any]) -> None:
@@ -155,9 +165,15 @@ def _data(add: Callable[..., Any]) -> None:
     add(
         "--train_data_dir", help="folder of images with a metadata.jsonl (file_name, text), or with a folder per class"
     )
+    add(
+        "--streaming",
+        action="store_true",
+        help="read the data while training; --train_data_dir is a folder of .parquet or .tar (WebDataset) files then",
+    )
+    add("--shuffle_buffer_size", type=int, default=1000, help="images that --streaming shuffles at a time")
     add("--image_column", default="image", help="column with the images")
     add("--caption_column", default="text", help="column with a caption or several; with DiT class labels, from label")
-    add("--max_train_samples", type=int, help="train on so many images at most, drawn by the seed")
+    add("--max_train_samples", type=int, help="train on so many images at most, drawn by the seed, or the first ones")
     add("--max_bad_samples", help="unreadable samples to bear: a number, or a share below 1; default: any number")
     add("--validation_split", help="split of --dataset_name for the validation loss, which is not trained on")
     add("--validation_every_nth", type=int, help="keep every so many-th image for the validation loss instead")
@@ -173,6 +189,12 @@ def _data(add: Callable[..., Any]) -> None:
     )
     add("--proportion_empty_prompts", type=float, help="share of captions that are left empty; default: the family's")
     add("--dataloader_num_workers", type=int, default=0, help="processes that load images; 0 = the main process")
+    add(
+        "--dataloader_timeout",
+        type=float,
+        default=600.0,
+        help="seconds after which a file that is still being read counts as a bad sample; 0 = wait for ever",
+    )
 
 
 def _lpl(add: Callable[..., Any]) -> None:
@@ -320,6 +342,12 @@ def _optimization(add: Callable[..., Any]) -> None:
         help="Prodigy: keep the warm-up out of its estimate of the step size",
     )
     add("--max_grad_norm", type=float, default=1.0, help="norm that gradients are clipped to; 0 = no clipping")
+    add(
+        "--max_skipped_steps",
+        type=int,
+        default=100,
+        help="steps to bear that change nothing, since a loss or a gradient is NaN or infinite",
+    )
     add("--use_ema", action="store_true", help="keep and save an exponential moving average of the weights")
     add("--ema_decay", type=float, help=f"its decay; default: {EMA_DECAY_WITH_LPL} with LPL, {EMA_DECAY} without")
     add("--foreach_ema", action="store_true", help="faster EMA by fused updates")
@@ -366,15 +394,31 @@ def _evaluation(add: Callable[..., Any]) -> None:
 
 
 def _output(add: Callable[..., Any]) -> None:
-    add("--config", help="recipe: a YAML file of flags and values, such as a run's recipe.yaml; flags given here win")
+    add(
+        "--config",
+        help="recipe: a YAML file of flags and values, such as a run's recipe.yaml, or a repository on the Hub that "
+        "has one (user/repo or user/repo@revision); flags given here win",
+    )
     add("--without", nargs="+", help="flags of the recipe to leave out, e.g. one that it turns on")
     add("--output_dir", default="sd-model-finetuned", help="where checkpoints, samples and the pipeline go")
     add("--checkpointing_steps", type=int, default=500, help="optimizer steps between two checkpoints")
     add("--checkpoints_total_limit", type=int, help="keep so many checkpoints")
-    add("--resume_from_checkpoint", help='a checkpoint\'s folder, or "latest"')
-    add("--push_to_hub", action="store_true", help="publish pipeline, samples and model card at the end")
+    add(
+        "--resume_from_checkpoint",
+        help='a checkpoint\'s folder, "latest", or "hub": the last one that --hub_strategy checkpoint has pushed',
+    )
+    add("--push_to_hub", action="store_true", help="publish the result with samples, curves, recipe and model card")
     add("--hub_model_id", help="repository to publish to; default: the name of --output_dir")
     add("--hub_token", help="token for it; a login or the environment is safer")
+    add("--hub_private_repo", action="store_true", help="make the repository a private one where it is new")
+    add("--hub_revision", help="branch to publish to, made where there is none; default: main")
+    add(
+        "--hub_strategy",
+        choices=HUB_STRATEGIES,
+        default="end",
+        help="when to publish: at the end; weights and samples with each checkpoint (every_save), and the state to "
+        "resume from, the last one (checkpoint) or all (all_checkpoints)",
+    )
 
 
 def _others(add: Callable[..., Any]) -> None:
@@ -431,7 +475,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The checked command line; ends the process with one sentence where it cannot be run.
 
     Beside the flags it has ``given``, the names of those that were given, by words or by a recipe that says something
-    else than the default, and ``lpl``, whether LPL is trained on.
+    else than the default, ``rerun_of``, what that recipe has measured, and ``lpl``, whether LPL is trained on.
     """
     parser = build_parser()
     try:
@@ -503,19 +547,20 @@ def _flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:
 
 
 def _read(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
-    """Defaults, over them the recipe, over it the command line; ``given`` is set.
+    """Defaults, over them the recipe, over it the command line; ``given`` and ``rerun_of`` are set.
 
     Raises:
         ValueError: where the recipe cannot be read or says something impossible.
     """
     args = parser.parse_args(words)
-    typed = _typed(words)
-    given = set(typed)
+    typed = given_flags(build_parser(), words)
+    given, measured = set(typed), {}
     if args.config is None:
         if args.without:
             raise ValueError("--without leaves out flags of a recipe; give one with --config, or leave it out")
     else:
-        values = _read_recipe(parser, args.config, args.without or ())
+        source = {"token": args.hub_token, "cache_dir": args.cache_dir}
+        values, measured = read_recipe(parser, args.config, args.without or (), typed, **source)
         given |= {
             action.dest
             for action in _flags(parser)
@@ -525,13 +570,12 @@ def _read(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
         args = parser.parse_args(words)
         if "lpl_weight" in typed and parse_weight(args.lpl_weight) == (0.0, None):
             given -= _forget_lpl(args, given - typed)
-    args.given = given
+    args.given, args.rerun_of = given, measured
     return args
 
 
-def _typed(words: Sequence[str]) -> set[str]:
-    """The flags in the words of a command line that is known to be right."""
-    parser = build_parser()
+def given_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> set[str]:
+    """The flags in the words of a command line that is known to be right; the parser loses its defaults."""
     for action in _flags(parser):
         action.default = argparse.SUPPRESS
     return set(vars(parser.parse_args(words)))
@@ -544,86 +588,6 @@ def _forget_lpl(args: argparse.Namespace, names: Collection[str]) -> set[str]:
         setattr(args, name, build_parser().get_default(name))
         warn(f"--lpl_weight 0: {name} of the recipe has no effect and is left out")
     return idle
-
-
-def _read_recipe(parser: Parser, path: str, without: Sequence[str]) -> dict[str, Any]:
-    """Values by flag, of the flags' types. What is null or false in the recipe is left to the default.
-
-    Raises:
-        ValueError: for what is no recipe, an unknown flag, or a value that the flag cannot have.
-    """
-    try:
-        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {path}: it cannot be read ({_in_one_line(error)})") from error
-    if not isinstance(entries, Mapping):
-        raise ValueError(f"--config {path}: it must map flags to values, a line each, such as learning_rate: 1.0e-5")
-    flags = {action.dest: action for action in _flags(parser) if action.dest not in ("help", "config", "without")}
-    for name in without:
-        if name not in entries:
-            raise ValueError(f"--without {name}: the recipe has no such flag{_close_match(name, entries)}")
-    values = {}
-    for name, value in entries.items():
-        if name == "measured" or name in without:
-            continue
-        if name == "hub_token":
-            raise ValueError(f"--config {path}: hub_token does not belong in a file; log in by hf auth login instead")
-        if name not in flags:
-            raise ValueError(f"--config {path}: there is no flag {name!r}{_close_match(str(name), flags)}")
-        value = _recipe_value(parser, path, flags[name], value)
-        if value is not None:
-            values[name] = value
-    return values
-
-
-def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _close_match(name: str, known: Collection[Any], before: str = "") -> str:
-    words = [str(word) for word in known]
-    close = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), words, n=1, cutoff=0.5)
-    return f"; did you mean {before}{close[0]}?" if close else ""
-
-
-def _recipe_value(parser: Parser, path: str, action: argparse.Action, value: Any) -> Any:
-    """What the flag would be on a command line with that value; None: absent."""
-    name = action.dest
-    if value is None:
-        return None
-    if action.nargs == 0:
-        if not isinstance(value, bool):
-            raise ValueError(f"--config {path}: {name} takes true or false, not {value!r}")
-        return value or None
-    if isinstance(value, list) and action.nargs != "+":
-        raise ValueError(f"--config {path}: {name} takes one value, not a list")
-    items = value if isinstance(value, list) else [value]
-    if not items:
-        raise ValueError(f"--config {path}: {name} is an empty list; leave it out")
-    parser.source = f"--config {path}: "
-    # Each by a command line of its own, with "=", for values that look like flags.
-    words = [_word(path, action, item) for item in items]
-    parsed = [getattr(parser.parse_args([f"--{name}={word}"]), name) for word in words]
-    parser.source = ""
-    return [item for part in parsed for item in part] if action.nargs == "+" else parsed[0]
-
-
-def _word(path: str, action: argparse.Action, value: Any) -> str:
-    """A value of YAML's as it would be typed.
-
-    Raises:
-        ValueError: for one that cannot be typed.
-    """
-    if isinstance(value, bool) and action.type is not boolean:
-        if value is False and "no" in (action.choices or ()):  # YAML reads a bare no as false
-            return "no"
-        raise ValueError(
-            f"--config {path}: {action.dest} takes a value, not {str(value).lower()}; put it in quotes if it is a word"
-        )
-    if isinstance(value, datetime.date) or not isinstance(value, str | int | float):
-        kind = "a date; put it in quotes" if isinstance(value, datetime.date) else f"{type(value).__name__}"
-        raise ValueError(f"--config {path}: {action.dest} takes a plain value, not {kind}")
-    return str(value)
 
 
 # Flags of diffusers' research script for LPL -------------------------------------------------------------------------

@@ -364,7 +364,7 @@ def feature_vae(
     if name_or_path is None:
         # a copy of the decoder, that is without the encoder
         return vae if vae.dtype == dtype else deepcopy(vae, {id(getattr(vae, "encoder", None)): None}).to(dtype)
-    other = AutoModel.from_pretrained(name_or_path, dtype=dtype, cache_dir=cache_dir)
+    other = AutoModel.from_pretrained(name_or_path, dtype=dtype, cache_dir=cache_dir, use_safetensors=True)
     return other.requires_grad_(False).eval().to(vae.device)
 
 

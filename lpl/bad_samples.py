@@ -1,7 +1,7 @@
 """Samples that cannot be trained on: counted, listed with the reason, and limited.
 
 A *bad sample* is a row of the data set whose image or caption cannot be read; the next row takes its place
-(:meth:`lpl.data.TrainingImages._readable`), in every epoch and every process the same one. ``bad_samples.jsonl`` has
+(:meth:`lpl.data.TrainingImages.readable`), in every epoch and every process the same one. ``bad_samples.jsonl`` has
 a line for each, ``{"image": place in the data set, "file": its name where it has one, "reason": ...}``, written at
 logging steps; a resumed run goes on with it.
 """
@@ -12,12 +12,11 @@ import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from datasets import Dataset
-from datasets import Image as ImageFeature
+
+from lpl.data import TrainingImages
 
 
 logger = logging.getLogger(__name__)
@@ -54,16 +53,15 @@ class BadSamples:
     def __init__(
         self,
         accelerator: Accelerator,
-        dataset: Dataset,
-        image_column: str,
+        images: TrainingImages,
         folder: str,
         limit: str | None = None,
         resumed: bool = False,
     ) -> None:
-        self.accelerator, self.dataset, self.image_column = accelerator, dataset, image_column
+        self.accelerator, self.images = accelerator, images
         self.path = Path(folder, "bad_samples.jsonl")
         share = parse_limit(limit)
-        self.limit = share if share is None or share >= 1 else share * len(dataset)
+        self.limit = share if share is None or share >= 1 else share * (images.length or 0)
         if accelerator.is_main_process and not resumed:
             self.path.unlink(missing_ok=True)
         accelerator.wait_for_everyone()
@@ -88,26 +86,20 @@ class BadSamples:
             return None
         self._known |= new.keys()
         if self.accelerator.is_main_process:
-            names = self._files(sorted(new))
+            names = self.images.file_names(sorted(new))
             lines = [{"image": index, "file": names[index], "reason": new[index]} for index in sorted(new)]
             with self.path.open("a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
             logger.warning(
-                "%d of %d samples cannot be used so far, others take their place; %s lists them",
-                *(len(self._known), len(self.dataset), self.path),
+                "%s cannot be used so far, others take their place; %s lists them", *(self._count(), self.path)
             )
         if self.limit is None or len(self._known) <= self.limit:
             return None
         return (
-            f"--max_bad_samples: {len(self._known)} of {len(self.dataset)} samples cannot be used; {self.path} "
+            f"--max_bad_samples: {self._count()} cannot be used; {self.path} "
             "lists them with their reasons; repair or remove them, or raise the limit"
         )
 
-    def _files(self, places: list[int]) -> dict[int, str | None]:
-        """The files' names, where the data set knows them."""
-        undecoded = self.dataset.cast_column(self.image_column, ImageFeature(decode=False))
-        found: dict[int, Any] = {}
-        for place in places:
-            image = undecoded[place][self.image_column]
-            found[place] = Path(image["path"]).name if image and image.get("path") else None
-        return found
+    def _count(self) -> str:
+        total = "" if self.images.length is None else f" of {self.images.length}"
+        return f"{len(self._known)}{total} samples"

@@ -8,28 +8,29 @@ finds the last whole checkpoint.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 import yaml
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
-from torch import nn
+from safetensors import SafetensorError
 
-from lpl.files import write_text
-from lpl.trainee import Trainee, load_ema, save_ema
+from lpl.files import UNFINISHED, load_state, put_back, removed, save_state, sync, write_text
+from lpl.optimizers import Updates
+from lpl.trainee import MovingAverage, Trainee, load_ema, save_ema
+from lpl.weighting import LplWeight
 
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "checkpoint-"
-UNFINISHED, REMOVED = ".unfinished", ".removed"  # endings of folders whose names begin with a dot
 
 
 @dataclass
@@ -41,12 +42,14 @@ class Progress:
         seed: that its random numbers are keyed by.
         looked: whether the samples and metrics that are due after this step are there.
         log: sums of the log since its last entry, see :meth:`lpl.logs.Log.state`.
+        stream: where each process reads a streamed data set, see :class:`lpl.streaming.StreamedBatches`.
     """
 
     step: int
     seed: int
     looked: bool = False
     log: list[list[float]] = field(default_factory=list)
+    stream: list[list[int]] = field(default_factory=list)
 
     FILE: ClassVar[str] = "progress.json"
 
@@ -58,26 +61,65 @@ class Progress:
         return cls(**json.loads((folder / cls.FILE).read_text()))
 
 
-def register(accelerator: Accelerator, trainee: Trainee, ema: EMAModel | None) -> None:
-    """Have accelerate save and load what is trained, and its moving average, in the layout of the result itself."""
+@dataclass
+class TrainingState:
+    """All that a checkpoint holds besides where the run stands; as safetensors and JSON, nothing of it pickled."""
 
-    def save(models: Sequence[nn.Module], weights: list[Any], folder: str) -> None:
-        if accelerator.is_main_process:
-            trainee.save(folder)
-            if ema is not None:
-                save_ema(ema, trainee, folder)
-        weights.clear()  # nothing is left for accelerate to write
+    accelerator: Accelerator
+    trainee: Trainee
+    ema: MovingAverage | None
+    updates: Updates
+    lpl_weight: LplWeight
 
-    def load(models: list[nn.Module], folder: str) -> None:
-        models.clear()  # nothing is left for accelerate to read
-        if ema is not None and not load_ema(ema, trainee, folder):
+    FILE: ClassVar[str] = "state.safetensors"
+
+    def save(self, folder: Path) -> None:
+        """Called by every process.
+
+        Raises:
+            FloatingPointError: where a weight is not finite.
+        """
+        if broken := self.trainee.not_finite():
+            raise FloatingPointError(f"the weights of {broken} are not finite any more, and are not saved")
+        if self.accelerator.is_main_process:
+            self.trainee.save(folder)
+            if self.ema is not None:
+                save_ema(self.ema, self.trainee, folder)
+            state = {"updates": self.updates.state_dict(), "lpl_weight": self.lpl_weight.state_dict()}
+            save_state(state, folder / self.FILE)
+        save_state(self._random(), folder / self._random_file)
+
+    def load(self, folder: Path) -> None:
+        """Go on from there.
+
+        Raises:
+            ValueError: where it is a checkpoint of something else.
+        """
+        state = load_state(folder / self.FILE)
+        if self.ema is not None and not load_ema(self.ema, self.trainee, folder):
             logger.warning(
                 "--use_ema: the checkpoint has no moving average, so it starts from the weights as they are"
             )
-        trainee.load(folder)
+        self.trainee.load(folder)
+        self.updates.load_state_dict(state["updates"])
+        self.lpl_weight.load_state_dict(state["lpl_weight"])
+        if (folder / self._random_file).is_file():  # else there were fewer processes
+            random = load_state(folder / self._random_file)
+            torch.set_rng_state(random["cpu"])
+            if random["cuda"] is not None and torch.cuda.is_available():
+                torch.cuda.set_rng_state(random["cuda"], self.accelerator.device)
 
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
+    @property
+    def _random_file(self) -> str:
+        return f"random-{self.accelerator.process_index}.safetensors"
+
+    def _random(self) -> dict[str, torch.Tensor | None]:
+        """What dropout draws from; all else has generators of its own."""
+        device = self.accelerator.device
+        return {
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        }
 
 
 def find_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -91,28 +133,30 @@ def find_checkpoints(output_dir: str | Path) -> list[Path]:
 
 def tidy(output_dir: str | Path) -> None:
     """Put in place what was whole when a run was killed, and remove what was not; on the main process, before it looks
-    for a checkpoint."""
+    for a checkpoint. The result is what it was before, or of the new run."""
     for hidden in Path(output_dir).glob(f".{PREFIX}*"):
         folder = hidden.with_name(hidden.name.removeprefix(".").rpartition(".")[0])
         if hidden.name.endswith(UNFINISHED) and (hidden / Progress.FILE).is_file() and not folder.exists():
             hidden.rename(folder)
         else:
             shutil.rmtree(hidden, ignore_errors=True)
+    put_back(output_dir)
 
 
 def find_resumable(output_dir: str, name: str | None) -> Path | None:
-    """The checkpoint that --resume_from_checkpoint means: a folder, or "latest"; None = start afresh.
+    """The checkpoint that --resume_from_checkpoint means: a folder, "latest", or "hub", by now as late; None = start
+    afresh.
 
     Raises:
         ValueError: where a named folder is no checkpoint.
     """
     if name is None:
         return None
-    if name == "latest":
+    if name in ("latest", "hub"):
         checkpoints = find_checkpoints(output_dir)
         if not checkpoints:
             logger.warning(
-                f"--resume_from_checkpoint latest: {output_dir} has no checkpoint yet, training starts afresh"
+                f"--resume_from_checkpoint {name}: {output_dir} has no checkpoint yet, training starts afresh"
             )
         return checkpoints[-1] if checkpoints else None
     place = Path(name) if Path(name).is_dir() else Path(output_dir, name)
@@ -177,34 +221,65 @@ def place(output_dir: str | Path, step: int) -> Path:
     return Path(output_dir, f"{PREFIX}{step}")
 
 
-def save_checkpoint(accelerator: Accelerator, output_dir: str, progress: Progress, total_limit: int | None) -> Path:
-    """Write ``checkpoint-STEP`` whole, then drop the oldest ones above the limit. Called by every process."""
-    folder = place(output_dir, progress.step)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, what of it this user may have, or a file's size
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether that is why a file could not be written."""
+    if isinstance(error, SafetensorError):
+        return any(f"(os error {number})" in str(error) for number in FULL)
+    return isinstance(error, OSError) and error.errno in FULL
+
+
+def save_checkpoint(state: TrainingState, output_dir: str, progress: Progress, total_limit: int | None) -> Path:
+    """Write ``checkpoint-STEP`` whole, then drop the oldest ones above the limit. Called by every process.
+
+    Where the disk is full they go before, as long as another one is left, and it is written once more.
+
+    Raises:
+        OSError: where there is no room for it.
+    """
+    accelerator, folder = state.accelerator, place(output_dir, progress.step)
     unfinished = folder.with_name(f".{folder.name}{UNFINISHED}")
     if accelerator.is_main_process:
         shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(unfinished))
+    spare = _above_limit(output_dir, folder, total_limit, keep=1) if accelerator.is_main_process else []
+    _save_with_room(state, unfinished, folder, spare)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        sync(unfinished)
         progress.save(unfinished)  # last: with it the checkpoint is whole
-        with _removed(folder):
+        with removed(folder):
             unfinished.rename(folder)
-        if total_limit is not None:
-            others = [path for path in find_checkpoints(output_dir) if path != folder]
-            for old in others[: max(0, len(others) + 1 - total_limit)]:
-                with _removed(old):
-                    pass
+        _drop(_above_limit(output_dir, folder, total_limit))
     accelerator.wait_for_everyone()
     return folder
 
 
-@contextmanager
-def _removed(folder: Path) -> Iterator[None]:
-    """Within, nothing bears the folder's name; behind, what did so is deleted."""
-    hidden = folder.with_name(f".{folder.name}{REMOVED}")
-    shutil.rmtree(hidden, ignore_errors=True)
-    if folder.exists():
-        folder.rename(hidden)
-    yield
-    shutil.rmtree(hidden, ignore_errors=True)
+def _save_with_room(state: TrainingState, unfinished: Path, folder: Path, spare: list[Path]) -> None:
+    """Save; where the disk is full, once more without the spare checkpoints."""
+    try:
+        state.save(unfinished)
+    except (OSError, SafetensorError) as error:
+        if not is_full(error):
+            raise
+        if not spare:
+            raise OSError(errno.ENOSPC, getattr(error, "strerror", None) or str(error), str(folder)) from error
+        logger.warning(f"the disk is full: {', '.join(path.name for path in spare)} makes room for {folder.name}")
+        _drop(spare)
+        _save_with_room(state, unfinished, folder, spare=[])
+
+
+def _above_limit(output_dir: str, new: Path, total_limit: int | None, keep: int = 0) -> list[Path]:
+    """The oldest checkpoints beside a new one that are too many, so that at least so many stay."""
+    others = [path for path in find_checkpoints(output_dir) if path != new]
+    count = 0 if total_limit is None else min(len(others) + 1 - total_limit, len(others) - keep)
+    return others[: max(0, count)]
+
+
+def _drop(checkpoints: list[Path]) -> None:
+    for path in checkpoints:
+        with removed(path):
+            pass

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import reprlib
 import warnings
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +20,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, ModelMixin, SchedulerMixin
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from torch import nn
 
@@ -27,8 +28,8 @@ from lpl import lora
 from lpl.autoencoders import RGB, SUPPORTED, decoder_blocks, downscaling_factor, latent_channels, skeleton
 from lpl.bad_samples import parse_limit
 from lpl.checkpoints import find_resumable
-from lpl.data import first_line, image_files
-from lpl.evaluation import CLIP_SCORE, LIBRARIES, METRICS
+from lpl.data import first_line, image_files, shard_files
+from lpl.evaluation import CLIP_SCORE, METRICS, MOST_BY_DEFAULT, NEAREST_K, SET_METRICS, check_libraries
 from lpl.families import FAMILIES, Family, find_family
 from lpl.loss import check_options
 from lpl.objectives import (
@@ -42,6 +43,7 @@ from lpl.objectives import (
     training_scheduler,
 )
 from lpl.outliers import MASK_DEFAULTS, MASK_RANGES
+from lpl.trust import check_components, check_weights
 from lpl.weighting import parse_weight
 
 
@@ -78,6 +80,7 @@ def has_gpu() -> bool:
 POSITIVE = [
     "resolution",
     "max_train_samples",
+    "shuffle_buffer_size",
     "train_batch_size",
     "gradient_accumulation_steps",
     "num_train_epochs",
@@ -118,11 +121,13 @@ NOT_NEGATIVE = [
     "lpl_start_step",
     "lpl_ramp_steps",
     "dataloader_num_workers",
+    "dataloader_timeout",
     "lr_warmup_steps",
     "input_perturbation",
     "adam_weight_decay",
     "adam_weight_decay_text_encoder",
     "max_grad_norm",
+    "max_skipped_steps",
     "seed",
     "guidance_scale",
     "dream_detail_preservation",
@@ -131,6 +136,7 @@ NOT_NEGATIVE = [
 ]
 SHARES = ["ema_decay", "proportion_empty_prompts"]
 BELOW_ONE = ["adam_beta1", "adam_beta2", "prodigy_beta3", "lora_dropout"]
+MOST = {"lpl_num_blocks": 100, "num_validation_images": 10_000, "max_train_steps": 10_000_000}  # lists are that long
 RULES = (
     (POSITIVE, lambda value: 0 < value < math.inf, "more than 0"),
     (NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "0 or more"),
@@ -139,6 +145,7 @@ RULES = (
     (["timestep_bias_portion"], lambda value: 0 < value <= 1, "more than 0 and at most 1"),
     *(([f"lpl_outlier_{name}"], *accepted) for name, accepted in MASK_RANGES.items()),
     (["validation_every_nth"], lambda value: value >= 2, "2 or more"),
+    *(([name], lambda value, most=most: value <= most, f"at most {most:,}") for name, most in MOST.items()),
 )
 
 
@@ -162,6 +169,8 @@ def check_arguments(args: Namespace) -> None:
     Raises:
         ValueError: with what was given, what is accepted, and the flag to change.
     """
+    for name in PLACES:
+        _check_place(name, getattr(args, name))
     _check_sources(args)
     _check_lora(args)
     _check_lpl(args)
@@ -196,6 +205,22 @@ def check_arguments(args: Namespace) -> None:
     )
 
 
+PLACES = (
+    *("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "lpl_vae_name_or_path", "dataset_name"),
+    *("train_data_dir", "eval_data_dir", "cache_dir", "output_dir", "logging_dir", "resume_from_checkpoint"),
+)
+
+
+def _check_place(name: str, place: str | None) -> None:
+    """Refuse one at which nothing can be, not even be looked for: a name that is too long, a forbidden folder."""
+    try:
+        os.stat(place or ".")
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        pass  # it is no file
+    except OSError as error:
+        raise ValueError(f"--{name} {reprlib.repr(place)}: {error.strerror}") from error
+
+
 def _check_sources(args: Namespace) -> None:
     parse_limit(args.max_bad_samples)
     if not args.pretrained_model_name_or_path:
@@ -206,10 +231,33 @@ def _check_sources(args: Namespace) -> None:
         raise ValueError("--dataset_config_name has no effect without --dataset_name; leave it out")
     if not args.dataset_name and not Path(args.train_data_dir).is_dir():
         raise ValueError(f"--train_data_dir {args.train_data_dir}: there is no such folder")
-    if not args.dataset_name and not image_files(args.train_data_dir):
+    if args.streaming:
+        _check_streaming(args)
+    elif not args.dataset_name and not image_files(args.train_data_dir):
         raise ValueError(f"--train_data_dir {args.train_data_dir}: the folder has no images")
+    warn_of_idle_flags(args, {"shuffle_buffer_size": args.streaming and args.max_train_samples is None})
     if args.from_scratch and args.non_ema_revision:
         raise ValueError("--from_scratch loads no weights, so --non_ema_revision has no effect; leave one of them out")
+
+
+def _check_streaming(args: Namespace) -> None:
+    """What needs the number of images, which only --max_train_samples tells."""
+    if not args.dataset_name:
+        shard_files(args.train_data_dir)
+    if args.max_train_samples is not None:
+        return
+    if args.max_train_steps is None:
+        raise ValueError("--streaming: how many images an epoch has is not known; give --max_train_steps")
+    validated = args.validation_prompt is not None or args.validation_prompts or holds_out(args)
+    if validated and args.validation_steps is None:
+        raise ValueError(
+            "--streaming: how many steps an epoch of --validation_epochs has is not known; give --validation_steps"
+        )
+    if 0 < (parse_limit(args.max_bad_samples) or 0) < 1:
+        raise ValueError(
+            f"--max_bad_samples {args.max_bad_samples}: how many images --streaming has is not known, so a share has "
+            "no meaning; give a number"
+        )
 
 
 LORA_OPTIONS = ("lora_alpha", "lora_dropout", "lora_target_modules", "use_dora", "use_rslora", "quantize_base")
@@ -381,26 +429,43 @@ def _check_evaluation(args: Namespace) -> None:
         raise ValueError(f"--eval_data_dir {args.eval_data_dir}: there is no such folder, or it has no images")
     if unknown := [name for name in args.eval_metrics if name not in METRICS]:
         raise ValueError(f"--eval_metrics {' '.join(unknown)}: accepted are {', '.join(METRICS)}")
-    if absent := [name for name in LIBRARIES if missing(name)]:
-        raise ValueError(f"--eval_steps needs {', '.join(absent)}: pip install {' '.join(absent)}")
-    from lpl.evaluation.networks import check_network
+    check_libraries("--eval_steps")
+    from lpl.evaluation.metrics import check_counts
+    from lpl.evaluation.networks import check_networks, wanted_networks
 
-    try:
-        for name in args.eval_features:
-            check_network(name, args.cache_dir)
-        if CLIP_SCORE in args.eval_metrics:
-            check_network(args.eval_clip, args.cache_dir, text=True)
-    except ValueError as error:  # which speaks of the flags of python -m lpl.evaluate
-        raise ValueError("--eval_" + str(error).removeprefix("--")) from error
+    warn_of_idle_flags(
+        args,
+        {
+            "eval_features": any(name in SET_METRICS for name in args.eval_metrics),
+            "eval_clip": CLIP_SCORE in args.eval_metrics,
+        },
+    )
+    real = len(image_files(args.eval_data_dir))
+    drawn = args.eval_num_images or min(real, MOST_BY_DEFAULT)
+    check_counts(args.eval_metrics, drawn, real, NEAREST_K, "--eval_")
+    check_networks(wanted_networks(args.eval_metrics, args.eval_features, args.eval_clip, "--eval_"), args.cache_dir)
 
 
 def _check_output(args: Namespace) -> None:
-    warn_of_idle_flags(args, {"hub_model_id": args.push_to_hub, "hub_token": args.push_to_hub})
+    from lpl.recipes import hub_source  # which imports this module
+
+    pushed, resumed = args.push_to_hub, args.resume_from_checkpoint == "hub"
+    read = args.config is not None and hub_source(args.config)
+    warn_of_idle_flags(
+        args,
+        dict.fromkeys(["hub_private_repo", "hub_strategy"], pushed)
+        | dict.fromkeys(["hub_model_id", "hub_revision"], pushed or resumed)
+        | {"hub_token": pushed or resumed or read},
+    )
+    if args.hub_token is not None and (pushed or resumed or read):
+        warn(
+            "--hub_token: the list of processes and the shell's history show it; `hf auth login` or HF_TOKEN are safer"
+        )
     if Path(args.output_dir).is_file():
         raise ValueError(f"--output_dir {args.output_dir}: this is a file; give a folder")
     if Path(args.output_dir).resolve() == Path(args.pretrained_model_name_or_path).resolve():
         raise ValueError(f"--output_dir {args.output_dir}: this is the pipeline to start from; give another folder")
-    if args.resume_from_checkpoint not in (None, "latest"):
+    if args.resume_from_checkpoint not in (None, "latest", "hub"):
         find_resumable(args.output_dir, args.resume_from_checkpoint)
 
 
@@ -439,17 +504,27 @@ def read_pipeline_configs(args: Namespace) -> PipelineConfigs:
             f"--pretrained_model_name_or_path {path}: {_why_no_pipeline(path, first_line(error))}"
         ) from error
     family = find_family(index.get("_class_name"))
+    check_components(path, index)
     components = {name: entry for name, entry in index.items() if isinstance(entry, list | tuple)}
     absent = dict.fromkeys(name for name, entry in components.items() if tuple(entry) == (None, None))
     absent |= dict.fromkeys(name for name in family.optional_components if name not in components)
-    library, scheduler_class = index.get("scheduler", (None, None))
-    if library != "diffusers" or not hasattr(diffusers, scheduler_class):
+    library, scheduler_class = components.get("scheduler", (None, None))
+    if library != "diffusers" or not _is_class(scheduler_class, SchedulerMixin):
         raise ValueError(
             f"--pretrained_model_name_or_path {path}: this version of diffusers has no scheduler {scheduler_class}"
         )
     vae, denoiser, scheduler = (
         _component_config(path, name, **where) for name in ("vae", family.denoiser_name, "scheduler")
     )
+    if not _is_class(denoiser.get("_class_name"), ModelMixin):
+        raise ValueError(
+            f"--pretrained_model_name_or_path {path}: this version of diffusers has no model "
+            f"{denoiser.get('_class_name')}, which its {family.denoiser_name} is"
+        )
+    unread = {*absent, *(["vae"] if args.pretrained_vae_model_name_or_path else [])}
+    unread |= {family.denoiser_name} if args.from_scratch else set()
+    folders = (name for name in components if name not in unread)
+    check_weights(f"--pretrained_model_name_or_path {path}", path, folders, args.revision)
     return PipelineConfigs(
         family=family,
         index=index,
@@ -458,6 +533,12 @@ def read_pipeline_configs(args: Namespace) -> PipelineConfigs:
         scheduler=getattr(diffusers, scheduler_class).from_config(scheduler),
         absent=absent,
     )
+
+
+def _is_class(name: Any, base: type) -> bool:
+    """Whether diffusers has a class of that name and kind."""
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    return isinstance(found, type) and issubclass(found, base)
 
 
 def _why_no_pipeline(path: str, error: str) -> str:
@@ -493,7 +574,7 @@ def _component_config(path: str, name: str, **where: str | None) -> Mapping[str,
 def _used_vae_config(args: Namespace, own: Mapping[str, Any]) -> Mapping[str, Any]:
     """The pipeline's own, or that of --pretrained_vae_model_name_or_path."""
     if args.pretrained_vae_model_name_or_path is None:
-        _check_autoencoder("--pretrained_model_name_or_path: the pipeline's VAE", own, PIPELINE_VAES, args)
+        check_autoencoder("--pretrained_model_name_or_path: the pipeline's VAE", own, PIPELINE_VAES, args)
         return own
     return _other_vae_config("pretrained_vae_model_name_or_path", args, own)
 
@@ -508,7 +589,8 @@ def _other_vae_config(flag: str, args: Namespace, own: Mapping[str, Any]) -> Map
             f"--{flag} {path}: no autoencoder is found there ({first_line(error)}); of a pipeline, give its folder vae"
         ) from error
     accepted = SUPPORTED if flag == "lpl_vae_name_or_path" else PIPELINE_VAES
-    _check_autoencoder(f"--{flag} {path}", config, accepted, args)
+    check_autoencoder(f"--{flag} {path}", config, accepted, args)
+    check_weights(f"--{flag} {path}", path, [""])
     theirs, ours = latent_channels(config), latent_channels(own)
     if theirs != ours:
         raise ValueError(
@@ -518,14 +600,16 @@ def _other_vae_config(flag: str, args: Namespace, own: Mapping[str, Any]) -> Map
     return config
 
 
-def _check_autoencoder(what: str, config: Mapping[str, Any], accepted: Sequence[str], args: Namespace) -> None:
+def check_autoencoder(what: str, config: Mapping[str, Any], accepted: Sequence[str], args: Namespace) -> None:
     """One whose decoder's blocks are known, or another of diffusers whose modules are named in --lpl_blocks."""
-    name = str(config.get("_class_name"))
-    if name not in accepted and not (args.lpl_blocks and hasattr(diffusers, name)):
+    name = config.get("_class_name")
+    if name not in accepted and not (args.lpl_blocks and _is_class(name, ModelMixin)):
         raise ValueError(
             f"{what} is of the class {name}; supported are {', '.join(accepted)}; of another of diffusers name "
             "modules by their path in --lpl_blocks"
         )
+    if "auto_map" in config:
+        raise ValueError(f"{what} brings code of its own (auto_map in its configuration), which is not run here")
 
 
 def check_pipeline(args: Namespace, configs: PipelineConfigs) -> None:
@@ -537,8 +621,9 @@ def check_pipeline(args: Namespace, configs: PipelineConfigs) -> None:
     _check_objective(args, configs)
     _check_timesteps(args, configs)
     _check_captions(args, configs)
+    _check_reference(args, configs.family)
     _check_text_encoders(args, configs.family)
-    _check_resolution(args, configs)
+    check_resolution(args, configs)
     _check_lora_targets(args, configs)
     _translate_timestep_threshold(args, configs)
     if args.lpl or holds_out(args):
@@ -622,7 +707,7 @@ def _check_captions(args: Namespace, configs: PipelineConfigs) -> None:
     family = configs.family
     if family.class_conditional and "caption_column" not in args.given:
         args.caption_column = "label"
-    if not args.dataset_name:
+    if not args.dataset_name and not args.streaming:
         _check_folder(args.train_data_dir, args.caption_column, family)
     if args.proportion_empty_prompts is None:
         args.proportion_empty_prompts = family.empty_share
@@ -635,6 +720,19 @@ def _check_captions(args: Namespace, configs: PipelineConfigs) -> None:
     limit = family.max_sequence_length
     if limit is not None and args.max_sequence_length > limit:
         raise ValueError(f"--max_sequence_length {args.max_sequence_length}: this pipeline takes {limit} at most")
+
+
+def _check_reference(args: Namespace, family: type[Family]) -> None:
+    """Looks at the captions only."""
+    if args.eval_steps is None or family.class_conditional:
+        return
+    from lpl.evaluation.images import has_captions
+
+    if not has_captions(args.eval_data_dir, args.caption_column):
+        raise ValueError(
+            f"--eval_data_dir {args.eval_data_dir}: it has no captions to draw from; put a metadata.jsonl beside the "
+            f'images, a line each, such as {{"file_name": "cat.png", "{args.caption_column}": "a photo of a cat"}}'
+        )
 
 
 def _check_folder(folder: str, caption_column: str, family: type[Family]) -> None:
@@ -671,7 +769,7 @@ def _check_text_encoders(args: Namespace, family: type[Family]) -> None:
         args.adam_weight_decay_text_encoder = args.adam_weight_decay if own is None else own
 
 
-def _check_resolution(args: Namespace, configs: PipelineConfigs) -> None:
+def check_resolution(args: Namespace, configs: PipelineConfigs) -> None:
     family, parts = configs.family, configs.parts
     multiple, (smallest, largest) = family.resolution_multiple(parts), family.resolution_range(parts)
     if args.resolution is None:

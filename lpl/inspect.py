@@ -46,14 +46,15 @@ from lpl.autoencoders import (
     latent_channels,
     skeleton,
 )
-from lpl.checks import DTYPES, check_ranges, check_vae_dtype
-from lpl.data import first_line, image_files, keyed_generator, to_rgb
+from lpl.checks import DTYPES, check_autoencoder, check_ranges, check_vae_dtype
+from lpl.data import FORMATS, first_line, image_files, keyed_generator, to_rgb
 from lpl.features import DecoderFeatureExtractor
 from lpl.files import write_text
 from lpl.inspect_figures import balance_figure, features_figure, interpolation_figure, outliers_figure, percent
 from lpl.loss import DEPTH_WEIGHTINGS, LatentPerceptualLoss, depth_weight
 from lpl.outliers import MASK_DEFAULTS, outlier_mask
 from lpl.pictures import save_figure
+from lpl.trust import check_components, check_weights
 
 
 ERRORS = (0.05, 0.1, 0.2, 0.4, 0.8)  # r of the balance study
@@ -96,9 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output_dir", required=True, help="where the pictures and inspect.json go")
     add("--device", help="e.g. cpu or cuda:1; default: a GPU if there is one")
     add("--seed", type=int, default=0, help="of the noise")
-    for action in arguments.build_parser()._actions:
-        if action.dest in SHARED_FLAGS:
-            parser._add_action(action)
+    arguments.add_flags(parser, SHARED_FLAGS)
     return parser
 
 
@@ -157,21 +156,21 @@ def find_vae(args: argparse.Namespace) -> tuple[str | None, Mapping[str, Any]]:
     path, where = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
     try:
         index = DiffusionPipeline.load_config(path, **where)
-        components = {name: entry[-1] for name, entry in index.items() if isinstance(entry, list | tuple)}
-        places = [name for name, kind in components.items() if kind in SUPPORTED] or ["vae"]
     except (OSError, ValueError):
         places = [None, "vae"]
+    else:
+        check_components(path, index)
+        components = {name: entry[-1] for name, entry in index.items() if isinstance(entry, list | tuple)}
+        places = [name for name, kind in components.items() if kind in SUPPORTED] or ["vae"]
     for place in places:
         try:  # this class knows the file's name, for any class
             config = AutoencoderKL.load_config(path, subfolder=place, **where)
         except (OSError, ValueError) as error:
             problem = first_line(error)
             continue
-        if (name := config.get("_class_name")) not in SUPPORTED and not args.lpl_blocks:
-            raise ValueError(
-                f"--pretrained_model_name_or_path {path}: its VAE is of the class {name}; "
-                f"supported are {', '.join(SUPPORTED)}"
-            )
+        what = f"--pretrained_model_name_or_path {path}"
+        check_autoencoder(f"{what}: its VAE", config, SUPPORTED, args)
+        check_weights(what, path, [place or ""], args.revision)
         return place, config
     raise ValueError(
         f"--pretrained_model_name_or_path {path}: neither a pipeline nor a VAE is found there ({problem})"
@@ -206,7 +205,7 @@ def read_image(file: Path, resolution: int) -> Image.Image:
         ValueError: where the file is no image.
     """
     try:
-        image = to_rgb(Image.open(file))
+        image = to_rgb(Image.open(file, formats=FORMATS))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"--images {file}: it cannot be read ({first_line(error)})") from error
     return ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
@@ -624,6 +623,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         variant=args.variant,
         cache_dir=args.cache_dir,
         dtype=torch.float32,
+        use_safetensors=True,
         **options,
     )
     vae = vae.requires_grad_(False).eval().to(args.device)

@@ -1,4 +1,5 @@
-"""Loads a family's pipeline as a run needs it: which parts in which precision, from where, or with fresh weights.
+"""Loads a family's pipeline as a run needs it: which parts in which precision, from where, or with fresh weights; and
+saves what came of it.
 
 Precisions. What is trained whole is in float32 (master weights); what is frozen or carries LoRA is in the run's mixed
 precision; the VAE is always in float32, since in half precision some make NaNs and black images.
@@ -7,17 +8,21 @@ precision; the VAE is always in float32, since in half precision some make NaNs 
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from accelerate import Accelerator
 from diffusers import AutoModel
 from diffusers.models import normalization
-from diffusers.training_utils import EMAModel
 from torch import nn
 
+from lpl import lora
 from lpl.checks import PipelineConfigs
 from lpl.families import Family
+from lpl.trainee import MovingAverage, Trainee
 
 
 def load_family(args: Namespace, configs: PipelineConfigs, dtype: torch.dtype) -> Family:
@@ -49,13 +54,15 @@ def load_family(args: Namespace, configs: PipelineConfigs, dtype: torch.dtype) -
 
 def pipeline_source(args: Namespace, configs: PipelineConfigs) -> dict[str, Any]:
     """What ``from_pretrained`` is told about where a pipeline is, and which components it lacks."""
-    return {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir, **configs.absent}
+    where = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
+    return {"use_safetensors": True, **where, **configs.absent}
 
 
 def replaced_components(args: Namespace, configs: PipelineConfigs) -> dict[str, nn.Module]:
     """The frozen components that do not come from the pipeline itself."""
     path = args.pretrained_vae_model_name_or_path
-    return {"vae": AutoModel.from_pretrained(path, dtype=torch.float32, cache_dir=args.cache_dir)} if path else {}
+    source = {"dtype": torch.float32, "cache_dir": args.cache_dir, "use_safetensors": True}
+    return {"vae": AutoModel.from_pretrained(path, **source)} if path else {}
 
 
 def fresh_denoiser(configs: PipelineConfigs) -> nn.Module:
@@ -83,7 +90,7 @@ def _start_as_identity(denoiser: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
-def average_from_revision(ema: EMAModel, args: Namespace, configs: PipelineConfigs) -> None:
+def average_from_revision(ema: MovingAverage, args: Namespace, configs: PipelineConfigs) -> None:
     """Let the moving average go on from the weights of --revision, while those of --non_ema_revision are trained."""
     denoiser = load_denoiser(args, configs, torch.float32)
     for shadow, weight in zip(ema.shadow_params, denoiser.parameters()):  # text encoders come behind
@@ -108,6 +115,7 @@ def load_denoiser(
         variant=args.variant,
         cache_dir=args.cache_dir,
         dtype=dtype,
+        use_safetensors=True,
         **options,
     )
     if options:
@@ -127,3 +135,34 @@ def _answer_in(denoiser: nn.Module, dtype: torch.dtype) -> None:
 
 def _denoiser_class(configs: PipelineConfigs) -> type[nn.Module]:
     return getattr(diffusers, configs.denoiser["_class_name"])
+
+
+def save_result(
+    folder: Path,
+    args: Namespace,
+    configs: PipelineConfigs,
+    trainee: Trainee,
+    scheduler: Any,
+    classes: Mapping[int, str],
+) -> None:
+    """What the run was for, into an empty folder: the pipeline with what was trained in it, or the LoRA."""
+    changed = {"scheduler": scheduler} if scheduler is not configs.scheduler else {}
+    if args.lora:
+        trainee.save(folder)
+        own_name = Path(args.output_dir).resolve().name
+        lora.save_for_other_programs(configs.family.pipeline_class, folder, trainee.parts, own_name)
+        for name, component in changed.items():
+            component.save_pretrained(folder / name)
+        return
+    # The frozen parts as they were shipped, not as this run cast them.
+    components = changed | replaced_components(args, configs) | dict(trainee.parts)
+    source = pipeline_source(args, configs) | components
+    pipeline = configs.family.pipeline_class.from_pretrained(args.pretrained_model_name_or_path, **source)
+    if classes:  # which the pipeline reads from its index, but would not write there
+        pipeline.register_to_config(id2label={str(label): name for label, name in sorted(classes.items())})
+    pipeline.save_pretrained(folder)
+
+
+def weight_dtype(accelerator: Accelerator) -> torch.dtype:
+    """The precision of whatever is not trained."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)

@@ -73,7 +73,7 @@ class Log:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             for path in (self.path, self.samples_path):
                 if path is self.path or path.is_file():
-                    kept = [record for record in _entries(path) if first_step and record["step"] <= first_step]
+                    kept = [record for record in entries(path) if first_step and record["step"] <= first_step]
                     write_text(path, _lines(kept))
         accelerator.init_trackers(args.tracker_project_name, {k: _plain(v) for k, v in recipe(args).items()})
         self._last_step, self._since = first_step, time.perf_counter()
@@ -90,41 +90,49 @@ class Log:
             step: the optimizer step that it belongs to, counted from 1.
             loss, weight: what is trained on, and w, both ().
         """
-        self._sums += torch.stack([loss, terms.diffusion_loss, terms.lpl, weight * terms.lpl]).detach()
+        losses = torch.stack([loss, terms.diffusion_loss, terms.lpl, weight * terms.lpl]).detach()
+        counts = torch.ones_like(losses[:2])
+        counts[1] = float(terms.with_lpl)
+        finite = losses.isfinite().all()
+        self._sums += _where(finite, torch.cat([losses, counts]))
         self._count += 1
         self._inside += terms.inside / len(terms.errors)
-        self._with_lpl += terms.with_lpl
         self._rows += terms.rows
         if terms.by_block is not None:
-            self._by_block += terms.by_block
+            self._by_block += _where(finite, terms.by_block)
         if terms.with_lpl and any(map(self.is_due, range(step, step + self.args.lpl_every))):
-            self._squares += terms.gradients(weight)  # an entry comes before the next step with LPL
+            gradients = terms.gradients(weight)  # an entry comes before the next step with LPL
+            self._squares += _where(gradients.isfinite().all(), gradients)
             self._looked = True
 
     def write(self, step: int, lr: float, lpl_weight: Tensor) -> dict[str, str]:
         """Log the means since the last call; returns them as the progress bar shows them."""
-        means = self.accelerator.reduce(self._means(), "mean").tolist()  # waits for the device: the time is true
-        loss, diffusion_loss, lpl, weighted, of_lpl, of_diffusion, inside, rows, *by_block = means
+        sums = self.accelerator.reduce(self._summed(), "mean").tolist()  # waits for the device: the time is true
+        loss, diffusion_loss, lpl, weighted, count, with_lpl, of_lpl, of_diffusion, inside, rows, *by_block = sums
         now = time.perf_counter()
-        total = diffusion_loss + weighted
-        record = {"loss": loss, "diffusion_loss": diffusion_loss, "lpl_weight": float(lpl_weight)}
-        if self._with_lpl or self.args.lpl_every == 1:
+        record = {"lpl_weight": float(lpl_weight)}
+        if count:  # else no loss was finite
+            loss, diffusion_loss = loss / count, diffusion_loss / count
+            record |= {"loss": loss, "diffusion_loss": diffusion_loss}
+        if with_lpl or (count and self.args.lpl_every == 1):
+            lpl, weighted = (value / max(with_lpl, 1) for value in (lpl, weighted))
+            total = diffusion_loss + weighted
             record |= {"lpl": lpl, "lpl_share": weighted / total if total else 0.0}
         if self._looked:
             norms = math.sqrt(of_lpl), math.sqrt(of_diffusion)
             record["lpl_gradient_share"] = norms[0] / sum(norms) if any(norms) else 0.0
         if rows:
             parts, kept = by_block[: len(self.blocks)], by_block[len(self.blocks) :]
-            record |= {f"lpl/{name}": part for name, part in zip(self.blocks, parts, strict=True)}
+            record |= {f"lpl/{name}": part / max(with_lpl, 1) for name, part in zip(self.blocks, parts, strict=True)}
             record |= {f"kept/{name}": share / rows for name, share in zip(self.blocks, kept, strict=True)}
         speed = (step - self._last_step) * self.global_batch / (now - self._since)
-        record |= {"inside": inside, "lr": lr, "images_per_second": speed}
+        record |= {"inside": inside / self._count, "lr": lr, "images_per_second": speed}
         self._reset()
         self._append(step, record)
         self._write_samples()
         self._last_step, self._since = step, time.perf_counter()
         return {
-            "loss": f"{loss:.4f}",
+            "loss": f"{loss:.4f}" if count else "not finite",
             **({"lpl": f"{lpl:.4f}", "share": f"{record['lpl_share']:.0%}"} if "lpl" in record else {}),
             "lr": f"{lr:.1e}",
             "img/s": f"{speed:.3g}",
@@ -133,7 +141,7 @@ class Log:
     def state(self) -> list[list[float]]:
         """What is summed since the last entry, a list for each process; all have to ask. Waits for the device."""
         sums = torch.cat([self._sums, self._squares, self._by_block.flatten()])
-        host = [self._count, self._with_lpl, self._rows, self._inside, self._looked]
+        host = [self._count, self._rows, self._inside, self._looked]
         exact = torch.float32 if sums.device.type == "mps" else torch.float64
         mine = torch.cat([sums.to(exact), torch.tensor(host, dtype=exact, device=sums.device)])
         self._write_samples()
@@ -143,31 +151,28 @@ class Log:
     def resume(self, state: list[list[float]]) -> None:
         """Go on from what :meth:`state` gave; with another number of processes or blocks, from nothing."""
         device, blocks = self.accelerator.device, len(self.blocks)
-        if len(state) != self.accelerator.num_processes or len(state[0]) != 13 + 2 * blocks:
+        if len(state) != self.accelerator.num_processes or len(state[0]) != 14 + 2 * blocks:
             return
-        self._last_step, seconds, *sums, count, with_lpl, rows, inside, looked = state[self.accelerator.process_index]
-        self._sums, self._squares, by_block = torch.tensor(sums, device=device).split([4, 2, 2 * blocks])
+        self._last_step, seconds, *sums, count, rows, inside, looked = state[self.accelerator.process_index]
+        self._sums, self._squares, by_block = torch.tensor(sums, device=device).split([6, 2, 2 * blocks])
         self._by_block = by_block.view(2, blocks)
-        self._count, self._with_lpl, self._rows = int(count), int(with_lpl), int(rows)
+        self._count, self._rows = int(count), int(rows)
         self._inside, self._looked = inside, bool(looked)
         self._since -= seconds
 
     def _reset(self) -> None:
         """Begin to sum anew."""
         device = self.accelerator.device
-        self._sums, self._squares = torch.zeros(4, device=device), torch.zeros(2, device=device)
+        # Of the micro-batches whose losses are finite: the losses, their number, and that of those with LPL.
+        self._sums, self._squares = torch.zeros(6, device=device), torch.zeros(2, device=device)
         self._by_block = torch.zeros(2, len(self.blocks), device=device)  # as in Terms
-        self._count = self._with_lpl = self._rows = 0  # micro-batches, those of steps with LPL, samples it looked at
+        self._count = self._rows = 0  # micro-batches, and samples that LPL looked at
         self._inside, self._looked = 0.0, False
 
-    def _means(self) -> Tensor:
-        """What this process has found: a vector, for the mean over all."""
-        count, with_lpl = self._count, max(1, self._with_lpl)
-        parts, kept = self._by_block
-        host = self._sums.new_tensor([self._inside / count, self._rows])
-        return torch.cat(
-            [self._sums[:2] / count, self._sums[2:] / with_lpl, self._squares, host, parts / with_lpl, kept]
-        )
+    def _summed(self) -> Tensor:
+        """What this process has found, as one vector."""
+        host = self._sums.new_tensor([self._inside, self._rows])
+        return torch.cat([self._sums, self._squares, host, self._by_block.flatten()])
 
     def validation(self, step: int, numbers: Mapping[str, float]) -> None:
         """An entry of its own for what was measured on held-out samples after a step."""
@@ -193,7 +198,7 @@ class Log:
 
     def records(self) -> list[dict[str, Any]]:
         """Every entry so far; a line that a crash cut short ends them."""
-        return _entries(self.path)
+        return entries(self.path)
 
     def _append(self, step: int, record: dict[str, float]) -> None:
         self.accelerator.log(record, step=step)
@@ -207,21 +212,26 @@ class Log:
         rows = self.accelerator.gather(torch.cat(self._samples)).tolist()
         self._samples.clear()
         if self.accelerator.is_main_process:
-            entries = [{"step": int(step), "image": int(index), "loss": loss} for step, index, loss in rows]
+            losses = [{"step": int(step), "image": int(index), "loss": loss} for step, index, loss in rows]
             with self.samples_path.open("a") as file:
-                file.write(_lines(sorted(entries, key=lambda entry: entry["step"])))  # processes come one by one
+                file.write(_lines(sorted(losses, key=lambda entry: entry["step"])))  # processes come one by one
 
 
-def _entries(path: Path) -> list[dict[str, Any]]:
+def _where(condition: Tensor, values: Tensor) -> Tensor:
+    """The values, or zeros."""
+    return torch.where(condition, values, torch.zeros_like(values))
+
+
+def entries(path: Path) -> list[dict[str, Any]]:
     """The lines of a log; one that a crash cut short ends them."""
-    entries = []
+    found = []
     if path.is_file():
         for line in path.read_text().splitlines():
             try:
-                entries.append(json.loads(line))
+                found.append(json.loads(line))
             except json.JSONDecodeError:
                 break
-    return entries
+    return found
 
 
 def _lines(entries: list[dict[str, Any]]) -> str:

@@ -359,3 +359,17 @@ def sigma_threshold_at(threshold: float, height: int, width: int, base_resolutio
     3.0
     """
     return threshold * math.sqrt(height * width) / base_resolution if base_resolution else threshold
+
+
+def diffusion_weight(objective: Objective, timesteps: Tensor, args: Any) -> Tensor | float:
+    """The weight of each sample's diffusion loss, (B,); it weighs that term only."""
+    if not isinstance(objective, DiffusionObjective):
+        return objective.scheme_weight(timesteps, args.weighting_scheme or "none").float()
+    return 1.0 if args.snr_gamma is None else objective.min_snr_weight(timesteps, args.snr_gamma).float()
+
+
+def dream_shift(objective: Objective, model_output: Tensor, noise: Tensor, timesteps: Tensor, args: Any) -> Tensor:
+    """What DREAM adds to the noise, (B, C, h, w): the model's own error, times b_t^p (Zhou et al., Sec. 3)."""
+    _, b = objective.coefficients(timesteps)
+    scale = expand(b**args.dream_detail_preservation, noise)
+    return scale * (noise - model_output.float())

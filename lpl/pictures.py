@@ -110,6 +110,8 @@ def on_white(image: Image.Image) -> Image.Image:
     """RGB of any mode; what is transparent shows the paper."""
     if not image.has_transparency_data:
         return image.convert("RGB")
+    if image.mode == "La":  # of TIFF, which PIL converts to nothing else
+        image = image.convert("LA")
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, PAPER), image).convert("RGB")
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,8 +26,21 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lpl.arguments import loss_flags
+from lpl.checkpoints import find_checkpoints
 from lpl.data import Batch, TrainingImages
+from lpl.ending import Doing, Stage
+from lpl.limits import (
+    DiskNeeds,
+    check_disk,
+    count_parameters,
+    free_space,
+    is_out_of_memory,
+    peak_memory,
+    reset_peak_memory,
+    size,
+)
 from lpl.objectives import FlowMatching, Objective, own_objective, training_scheduler
+from lpl.optimizers import Updates
 from lpl.trainee import Trainee
 from lpl.weighting import SHARE_RANGE, LplWeight, Terms
 
@@ -48,7 +60,8 @@ class Plan:
 
     Args:
         threshold: tau at this resolution.
-        max_steps: optimizer steps of the whole run; ``lr_scheduler`` knows how many of them a resumed one has done.
+        max_steps: optimizer steps of the whole run.
+        steps_done: those that a run to resume has behind it.
         global_batch: samples per optimizer step, over all processes and micro-batches.
     """
 
@@ -59,15 +72,24 @@ class Plan:
     objective: Objective
     threshold: float
     max_steps: int
+    steps_done: int
     global_batch: int
-    lr_scheduler: LambdaLR
+    schedule: LambdaLR
+
+    @property
+    def hardware(self) -> str:
+        """All processes' devices, such as "8 x NVIDIA H200"."""
+        on_gpu = self.accelerator.device.type == "cuda"
+        return f"{self.accelerator.num_processes} x {torch.cuda.get_device_name() if on_gpu else 'CPU'}"
 
     def announce(self) -> None:
-        """What is about to happen, in a few lines of the log."""
+        """What is about to happen, in a few lines of the log.
+
+        Raises:
+            NoRoom: where the disk has no place for what comes of it.
+        """
         args, inside = self.args, self.share_inside() if self.args.lpl else 0.0
-        logger.info(
-            f"{len(self.images)} images, {self.max_steps} steps of {self.global_batch}: {self.epochs:.1f} epochs"
-        )
+        logger.info(f"{self.count()} images, {self.max_steps} steps of {self.global_batch}{self.epochs(': ')}")
         logger.info(f"training {self.what()}, in {self.precision_of(self.trainee.trained())}{self.autocast()}")
         logger.info(
             f"objective {args.prediction_type}, {args.resolution} px, seed {args.seed}, results in {args.output_dir}"
@@ -79,6 +101,10 @@ class Plan:
             )
             for warning in self.warnings():
                 logger.warning(warning)
+        if self.accelerator.is_main_process and (
+            lacking := check_disk(self.trainee, args, self.max_steps, self.steps_done)
+        ):
+            logger.warning(lacking)
 
     def warnings(self) -> list[str]:
         """Why LPL may do less than was meant."""
@@ -95,14 +121,14 @@ class Plan:
             )
         return found
 
-    @property
-    def epochs(self) -> float:
-        return self.max_steps * self.global_batch / len(self.images)
+    def count(self) -> str:
+        """How many images there are."""
+        return "streamed" if self.images.length is None else str(self.images.length)
 
-    @property
-    def steps_done(self) -> int:
-        """Those that a run to resume has behind it."""
-        return self.lr_scheduler.last_epoch
+    def epochs(self, before: str) -> str:
+        """How often the run sees each, in words behind these; nothing where nobody knows."""
+        length = self.images.length
+        return f"{before}{self.max_steps * self.global_batch / length:.1f} epochs" if length else ""
 
     @property
     def steps_to_go(self) -> int:
@@ -169,7 +195,7 @@ class Plan:
         quarters = (self.max_steps * quarter // 4 for quarter in range(5))
         steps = sorted({min(step, self.max_steps - 1) for step in (0, self.args.lr_warmup_steps, *quarters)})
         curves = []
-        for base, factor in zip(self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas, strict=True):
+        for base, factor in zip(self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True):
             rates = [f"{base * factor(step):.2g}" for step in steps]
             points = ", ".join(f"{rate} at step {step + 1}" for rate, step in zip(rates, steps, strict=True))
             curves.append(points if len(set(rates)) > 1 else f"{rates[0]} throughout")
@@ -204,7 +230,7 @@ class DryRun:
     plan: Plan
     losses: Callable[[nn.Module, Batch, bool], Terms]
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    updates: Updates
     batches: Iterator[Batch]
     lpl_weight: LplWeight
 
@@ -231,8 +257,8 @@ class DryRun:
             start = time.perf_counter()
             inside = sum(self._step(with_lpl) for _ in range(MEASURED_STEPS))
             _wait_for(device)
-        except torch.OutOfMemoryError:
-            if self.plan.accelerator.num_processes > 1:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or self.plan.accelerator.num_processes > 1:
                 raise  # the others would wait for this one's gradients
             return None
         seconds = (time.perf_counter() - start) / MEASURED_STEPS
@@ -255,11 +281,8 @@ class DryRun:
                 if with_lpl and not warm_up:
                     self.lpl_weight.observe(terms.diffusion_loss, terms.lpl)
                 accelerator.backward(terms.diffusion_loss + args.lpl_every * self.lpl_weight.value * terms.lpl)
-                if accelerator.sync_gradients and args.max_grad_norm:
-                    accelerator.clip_grad_norm_(self.plan.trainee.trained(), args.max_grad_norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
             count += terms.inside
+        self.updates.step()
         if with_lpl and not warm_up:
             self.lpl_weight.end_step(lambda sums: accelerator.reduce(sums, "mean"))
         return count
@@ -297,7 +320,7 @@ class DryRun:
         rows.append(
             ("autocast", "none" if plan.accelerator.mixed_precision == "no" else plan.accelerator.mixed_precision)
         )
-        rows.append(("optimizer", _optimizer_name(self.optimizer)))
+        rows.append(("optimizer", _optimizer_name(self.updates.optimizer)))
         groups = ("learning rate", "of text encoders")
         return rows + list(zip(groups, plan.learning_rates(), strict=False))
 
@@ -335,12 +358,11 @@ class DryRun:
 
     def _cost(self, plain: Cost | None, with_lpl: Cost | None, warnings: list[str]) -> Rows:
         if plain is None or (self.plan.args.lpl and with_lpl is None):
-            savings = "--lpl_gradient_checkpointing, --lpl_chunk_size 1, --lpl_crop"
-            warnings.append(
-                f"a step {'with LPL' if plain else 'without LPL'} needs more memory than there is; try a smaller "
-                "--train_batch_size with more --gradient_accumulation_steps, --gradient_checkpointing, "
-                f"{savings if plain else '--use_8bit_adam, --lora'}"
-            )
+            stage, plan = Stage.LPL_STEP if plain else Stage.STEP, self.plan
+            remedies = Doing(plan.args, plan.accelerator, plan.trainee, stage, plan.steps_done + 1).remedies()
+            flags = "; ".join(f"{remedy.flags} ({remedy})" for remedy in remedies)
+            words = f"a step {'with' if plain else 'without'} LPL needs more memory than there is"
+            warnings.append(f"{words}; what saves memory: {flags}" if flags else words)
         rows = [("without LPL", _cost(plain))]
         if self.plan.args.lpl and plain:
             rows.append(("with LPL", _cost(with_lpl)))
@@ -360,37 +382,35 @@ class DryRun:
     def _run(self, cost: Cost | None, plain: Cost | None) -> Rows:
         plan, args = self.plan, self.plan.args
         rows = [
-            ("images", f"{len(plan.images)} at {args.resolution} px"),
+            ("images", f"{plan.count()} at {args.resolution} px"),
             ("samples per step", _composed(args, plan.global_batch, plan.accelerator.num_processes)),
-            ("steps", f"{plan.max_steps}, which is {plan.epochs:.1f} epochs; {plan.steps_to_go} to go"),
+            ("steps", f"{plan.max_steps}{plan.epochs(', which is ')}; {plan.steps_to_go} to go"),
         ]
         if args.lpl and args.lpl_start_step:
             ramp = f", growing over {args.lpl_ramp_steps} steps" if args.lpl_ramp_steps else ""
             rows.append(("LPL", f"from step {args.lpl_start_step + 1} on{ramp}"))
         if cost and plain:
             seconds = whole_run_seconds(plan, plain.seconds, cost.seconds)
-            rows.append(("time", f"about {_duration(seconds)}, samples, checkpoints and EMA not counted"))
+            rows.append(("time", f"about {duration(seconds)}, samples, checkpoints and EMA not counted"))
         return [*rows, ("validation", _validation(plan)), ("seed", str(args.seed))]
 
     def _results(self, warnings: list[str]) -> Rows:
         plan, args = self.plan, self.plan.args
-        result, checkpoint = result_bytes(plan.trainee), checkpoint_bytes(plan.trainee, args, self.optimizer)
-        written, kept, at_once = checkpoint_counts(plan)
-        needed, free = result + at_once * checkpoint, free_space(args.output_dir)
-        if needed > free:
-            warnings.append(
-                f"results need about {_size(needed)} and {_size(free)} are free; set --checkpoints_total_limit, raise "
-                "--checkpointing_steps, or give an --output_dir elsewhere"
-            )
+        there = len(find_checkpoints(args.output_dir))
+        needs = DiskNeeds.of(plan.trainee, args, plan.max_steps, plan.steps_done, there)
+        free = free_space(args.output_dir)
+        if lacking := needs.refusal(free) or needs.warning(free):
+            warnings.append(lacking)
         hub = f", published as {args.hub_model_id or Path(args.output_dir).name}" if args.push_to_hub else ""
         return [
             ("folder", f"{args.output_dir}{hub}"),
             (
                 "checkpoints",
-                f"{written}, every {args.checkpointing_steps} steps, {kept} kept; {_size(checkpoint)} each",
+                f"{needs.written}, every {args.checkpointing_steps} steps, {needs.kept} kept; "
+                f"{size(needs.checkpoint)} each",
             ),
-            ("in the end", f"{'LoRA' if args.lora else 'pipeline'} of about {_size(result)}"),
-            ("disk", f"about {_size(needed)} needed (weights, EMA, optimizer), {_size(free)} free"),
+            ("in the end", f"{'LoRA' if args.lora else 'pipeline'} of about {size(needs.result)}"),
+            ("disk", f"about {size(needs.bytes)} needed (weights, EMA, optimizer), {size(free)} free"),
         ]
 
 
@@ -409,83 +429,12 @@ def _parts(trainee: Trainee) -> dict[str, nn.Module]:
     return {name: part for name, part in parts.items() if part is not None}
 
 
-def count_parameters(part: nn.Module, trained_only: bool = True) -> int:
-    """How many numbers; those that are packed, two in a byte, count one by one."""
-    return part.num_parameters(only_trainable=trained_only)
-
-
-def result_bytes(trainee: Trainee) -> int:
-    """What the result takes on the disk, about: LoRA alone, or the pipeline with its diffusers models in float32."""
-    if trainee.lora:
-        return _bytes(trainee.trained())
-    encoders = [p for encoder in trainee.family.text_encoders for p in encoder.parameters()]
-    others = [trainee.denoiser, trainee.family.vae]
-    return sum(4 * count_parameters(model, trained_only=False) for model in others) + _bytes(encoders)
-
-
-def checkpoint_bytes(trainee: Trainee, args: Namespace, optimizer: torch.optim.Optimizer) -> int:
-    """One checkpoint: what is trained, its EMA likewise, and the state that the optimizer has after a step."""
-    weights = trainee.trained() if trainee.lora else trainee.parts.parameters()
-    state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
-    # bitsandbytes gives all parameters one and the same table, which is written once.
-    return _bytes(weights) * (2 if args.use_ema else 1) + _bytes(
-        {tensor.data_ptr(): tensor for tensor in state}.values()
-    )
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def checkpoint_counts(plan: Plan) -> tuple[int, int, int]:
-    """Checkpoints that the run writes, that stay, and that are there at once: the old one goes when the new one is
-    whole."""
-    every, limit = plan.args.checkpointing_steps, plan.args.checkpoints_total_limit
-    written = max(0, plan.max_steps // every - plan.steps_done // every)
-    return written, min(written, limit or written), min(written, limit + 1) if limit else written
-
-
-def free_space(folder: str | Path) -> int:
-    """Bytes that are free where a folder is or will be."""
-    place = Path(folder).resolve()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
-
-
 def whole_run_seconds(plan: Plan, without_lpl: float, with_lpl: float) -> float:
     """Seconds for the steps to go: those before --lpl_start_step are plain, and so are those between --lpl_every."""
     every, start = plan.args.lpl_every, plan.args.lpl_start_step if plan.args.lpl else plan.max_steps
     first, last = (math.ceil(max(0, step - start) / every) for step in (plan.steps_done, plan.max_steps))
     count = max(0, last - first)
     return (plan.steps_to_go - count) * without_lpl + count * with_lpl
-
-
-# Memory -------------------------------------------------------------------------------------------------------------
-
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-
-def reset_peak_memory(device: torch.device) -> bool:
-    """Start to look for the peak anew; False where that cannot be."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return True
-    try:
-        CLEAR.write_text("5")  # Linux: the peak resident size of this process, see proc(5)
-    except OSError:
-        return False
-    return device.type == "cpu"
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """Bytes: of tensors on a GPU; on a CPU what the process had resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    for line in STATUS.read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return None
 
 
 def _wait_for(device: torch.device) -> None:
@@ -537,14 +486,14 @@ def _validation(plan: Plan) -> str:
     what += ["the losses on what is held out"] if held_out else []
     if not what:
         return "none"
-    every = args.validation_steps or args.validation_epochs * math.ceil(len(plan.images) / plan.global_batch)
+    every = args.validation_steps or args.validation_epochs * math.ceil(plan.images.length / plan.global_batch)
     return f"{' and '.join(what)}, before, every {every} steps and at the end"
 
 
 def _cost(cost: Cost | None) -> str:
     if cost is None:
         return "out of memory"
-    return f"{cost.seconds:.3g} s, peak memory {'not measured' if cost.memory is None else _size(cost.memory)}"
+    return f"{cost.seconds:.3g} s, peak memory {'not measured' if cost.memory is None else size(cost.memory)}"
 
 
 def _count(number: int) -> str:
@@ -555,15 +504,7 @@ def _count(number: int) -> str:
     return str(number)
 
 
-def _size(count: int) -> str:
-    """Bytes in the largest unit that leaves a number of at least 1."""
-    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if count >= 2**power:
-            return f"{count / 2**power:.1f} {unit}"
-    return f"{count} bytes"
-
-
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Seconds in the two largest units that they have."""
     if seconds < 60:
         return f"{seconds:.0f} s"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lpl import lora
 from lpl.autoencoders import exact_precision
 from lpl.families import Conditions, Family
+from lpl.files import write_text
 
 
 class Trainee(nn.Module):
@@ -65,6 +66,15 @@ class Trainee(nn.Module):
         """Everything that the optimizer moves, always in the same order."""
         return self.parameters_of(*self.parts.values())
 
+    @torch.no_grad()
+    def not_finite(self) -> str:
+        """Names of the parts in which a weight that is trained is NaN or infinite, if any; waits for the device."""
+        finite = {
+            name: torch.stack([parameter.isfinite().all() for parameter in self.parameters_of(part)]).all()
+            for name, part in self.parts.items()
+        }
+        return " and ".join(name for name, good in finite.items() if not good)
+
     def conditions(self, batch: Mapping[str, Any], device: torch.device) -> Mapping[str, Any]:
         """What :meth:`forward` takes besides latents and timesteps: what frozen text encoders make of the batch, once
         for all calls, or the batch itself where text encoders are trained and have to run inside."""
@@ -98,7 +108,7 @@ class Trainee(nn.Module):
             lora.load_lora(self.family.pipeline_class, folder, self.parts)
         else:
             for name, part in self.parts.items():
-                saved = type(part).from_pretrained(Path(folder, name), dtype=part.dtype)
+                saved = type(part).from_pretrained(Path(folder, name), dtype=part.dtype, use_safetensors=True)
                 part.load_state_dict(saved.state_dict())
 
 
@@ -112,8 +122,47 @@ def _checkpoint_gradients(part: nn.Module) -> None:
 EMA_FOLDER, EMA_FILE = "ema", "ema.json"
 
 
+class MovingAverage(EMAModel):
+    """The exponential moving average of what is trained, as diffusers has it; whether a step counts may be known on
+    the device only.
+
+    Args:
+        decay: it is reached slowly: after n steps it is at most (n + 1) / (n + 10).
+        foreach: all parameters at once, which is faster and takes their memory a second time for a moment.
+        offload: it waits in the CPU's memory from step to step.
+    """
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], decay: float, foreach: bool = False, offload: bool = False
+    ) -> None:
+        super().__init__(parameters, decay=decay, foreach=foreach)
+        self.device = parameters[0].device
+        self.count = torch.zeros((), device=self.device)
+        self.offload = offload
+        if offload:
+            self.to("cpu")
+
+    @torch.no_grad()
+    def update(self, parameters: Sequence[nn.Parameter], skipped: Tensor) -> None:
+        """Move towards the parameters, unless ``skipped``, (), is 1."""
+        self.count += 1 - skipped
+        weight = (9 / (9 + self.count)).clamp(min=1 - self.decay)  # 1 - decay, without its cancellation
+        weight = torch.where(self.count > 1, weight, torch.ones_like(weight)) * (1 - skipped)
+        if self.offload:
+            self.to(self.device)
+        if self.foreach:
+            steps = torch._foreach_sub(list(parameters), self.shadow_params)
+            torch._foreach_mul_(steps, weight)
+            torch._foreach_add_(self.shadow_params, steps)
+        else:
+            for shadow, parameter in zip(self.shadow_params, parameters, strict=True):
+                shadow.lerp_(parameter, weight)
+        if self.offload:
+            self.to("cpu")  # blocking: a checkpoint may read it at once
+
+
 @contextmanager
-def averaged(ema: EMAModel | None, trainee: Trainee) -> Iterator[None]:
+def averaged(ema: MovingAverage | None, trainee: Trainee) -> Iterator[None]:
     """Within, the trainee has the moving average's weights, if there is one."""
     if ema is None:
         yield
@@ -127,19 +176,19 @@ def averaged(ema: EMAModel | None, trainee: Trainee) -> Iterator[None]:
         ema.restore(parameters)
 
 
-def save_ema(ema: EMAModel, trainee: Trainee, folder: str | Path) -> None:
+def save_ema(ema: MovingAverage, trainee: Trainee, folder: str | Path) -> None:
     """Write the moving average as the trainee's own weights are written, in ``ema/``."""
     with averaged(ema, trainee):
         trainee.save(Path(folder, EMA_FOLDER))
-    Path(folder, EMA_FILE).write_text(json.dumps({"optimization_step": ema.optimization_step}))
+    write_text(Path(folder, EMA_FILE), json.dumps({"optimization_step": int(ema.count)}))
 
 
-def load_ema(ema: EMAModel, trainee: Trainee, folder: str | Path) -> bool:
+def load_ema(ema: MovingAverage, trainee: Trainee, folder: str | Path) -> bool:
     """Read it again, through the trainee's weights, which the caller loads afterwards. False where there is none."""
     found = Path(folder, EMA_FOLDER).is_dir()
     if found:
         trainee.load(Path(folder, EMA_FOLDER))
-        ema.optimization_step = json.loads(Path(folder, EMA_FILE).read_text())["optimization_step"]
+        ema.count.fill_(json.loads(Path(folder, EMA_FILE).read_text())["optimization_step"])
     else:
         trainee.load(folder)
     with torch.no_grad():

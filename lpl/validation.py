@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import Tensor, nn
 
@@ -24,7 +23,7 @@ from lpl.families import Family
 from lpl.files import write_text
 from lpl.logs import log_image
 from lpl.pictures import labelled_grid, save_picture
-from lpl.trainee import Trainee, averaged
+from lpl.trainee import MovingAverage, Trainee, averaged
 
 
 class Validation:
@@ -53,7 +52,7 @@ class Validation:
         self.prompts, self.names = list(prompts), list(names)
         self.folder = Path(settings.output_dir, "samples")
 
-    def run(self, accelerator: Accelerator, trainee: Trainee, ema: EMAModel | None, step: int) -> Path | None:
+    def run(self, accelerator: Accelerator, trainee: Trainee, ema: MovingAverage | None, step: int) -> Path | None:
         """Sample the prompts with the present weights, save images and grid, and show them to the trackers.
 
         On the main process only; the others wait. Returns the grid's path.

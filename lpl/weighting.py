@@ -66,10 +66,12 @@ class Terms:
     with_lpl: bool  # whether the step has LPL, which is 0 even so where no sample is inside
     rows: int = 0  # samples that it was taken on
     by_block: Tensor | None = None  # (2, L): the parts of ``lpl``, and the kept shares summed over ``rows``
+    by_row: tuple[Tensor, Tensor] | None = None  # places in the batch, and their LPL, both (rows,)
 
-    def take(self, lpl: Tensor, share: float, lpl_loss: LatentPerceptualLoss) -> None:
-        """What the loss has just given for some rows, (n,), which stand for that share of the batch."""
+    def take(self, rows: Tensor, lpl: Tensor, share: float, lpl_loss: LatentPerceptualLoss) -> None:
+        """What the loss has just given for some rows, both (n,), which stand for that share of the batch."""
         self.rows = len(lpl)
+        self.by_row = rows, lpl.detach()
         self.lpl = share * lpl.mean()
         parts, kept = (
             torch.stack([of_block[name] for name in lpl_loss.block_names]).sum(1)
@@ -80,6 +82,15 @@ class Terms:
     @property
     def diffusion_loss(self) -> Tensor:
         return self.errors.mean()
+
+    def not_finite(self) -> Tensor:
+        """Which samples' diffusion loss, and LPL, is NaN or infinite, (B, 2)."""
+        found = self.errors.detach().isfinite().logical_not()[:, None].repeat(1, 2)
+        found[:, 1] = False
+        if self.by_row is not None:
+            rows, lpl = self.by_row
+            found[rows, 1] = lpl.isfinite().logical_not()
+        return found
 
     def gradients(self, weight: Tensor) -> Tensor:
         """|w dLPL/dD|^2 and |dL_diffusion/dD|^2, (2,); before the backward pass, whose graph is kept."""
@@ -146,6 +157,12 @@ class LplWeight:
         diffusion_loss, lpl = self._sums.tolist()
         weighted = float(self.value) * lpl
         return weighted / max(diffusion_loss + weighted, 1e-12)
+
+    def facts(self) -> dict[str, float]:
+        """What the first steps measured, for the recipe; nothing before they are over."""
+        if self.measuring or not self.steps:
+            return {}
+        return {"lpl_weight": float(self.value), "lpl_share": self.measured_share()}
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -1,5 +1,6 @@
 """A run that is killed at any moment leaves a whole checkpoint, and goes on from it to the same weights."""
 
+import contextlib
 import os
 import random
 import signal
@@ -8,7 +9,7 @@ import time
 import pytest
 from trainer import metrics, same, train, weights
 
-from lpl import checkpoints
+from lpl import files
 from lpl.checkpoints import Progress, find_checkpoints, find_resumable, place, tidy
 
 
@@ -78,7 +79,8 @@ def test_killed_three_times(sd_pipeline, image_folder, tmp_path):
 
 @pytest.mark.slow
 def test_killed_a_hundred_times(sd_pipeline, image_folder, tmp_path):
-    kill_and_resume(100, sd_pipeline, image_folder, tmp_path)
+    """Or as often as KILLS says."""
+    kill_and_resume(int(os.environ.get("KILLS", "100")), sd_pipeline, image_folder, tmp_path)
 
 
 @pytest.fixture
@@ -90,7 +92,7 @@ def folder(tmp_path):
 
 
 def test_one_that_was_whole_but_not_in_place_is_put_there(folder):
-    hidden = folder / f".checkpoint-3{checkpoints.UNFINISHED}"
+    hidden = folder / f".checkpoint-3{files.UNFINISHED}"
     hidden.mkdir()
     Progress(3, seed=0).save(hidden)
     assert find_resumable(str(folder), "latest").name == "checkpoint-2"
@@ -99,9 +101,9 @@ def test_one_that_was_whole_but_not_in_place_is_put_there(folder):
 
 
 def test_what_is_half_written_or_half_deleted_goes(folder):
-    for ending in (checkpoints.UNFINISHED, checkpoints.REMOVED):
+    for ending in (files.UNFINISHED, files.REMOVED):
         (folder / f".checkpoint-3{ending}/unet").mkdir(parents=True)
-    Progress(3, seed=0).save(folder / f".checkpoint-3{checkpoints.REMOVED}")
+    Progress(3, seed=0).save(folder / f".checkpoint-3{files.REMOVED}")
     tidy(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-1", "checkpoint-2"]
 
@@ -110,3 +112,30 @@ def test_a_checkpoint_without_its_last_file_is_passed_over(folder, caplog):
     (place(folder, 2) / Progress.FILE).unlink()
     assert find_resumable(str(folder), "latest").name == "checkpoint-1"
     assert "checkpoint-2 is no whole checkpoint" in caplog.text
+
+
+@pytest.mark.parametrize("moment", range(5))
+def test_a_result_is_replaced_whole_or_not_at_all(moment, tmp_path, monkeypatch):
+    """Killed at any of its renames: after tidying up there is each part, old or new, and nothing else."""
+
+    def result(folder, text):
+        (folder / "unet").mkdir()
+        (folder / "unet/weights").write_text(text)
+        (folder / "model_index.json").write_text(text)
+
+    result(tmp_path, "old")
+    rename, left = type(tmp_path).rename, iter(range(moment))
+
+    def killed(self, target):
+        if next(left, None) is None:
+            raise SystemExit
+        return rename(self, target)
+
+    with monkeypatch.context() as patch, contextlib.suppress(SystemExit):
+        patch.setattr(type(tmp_path), "rename", killed)
+        with files.filled_whole(tmp_path) as folder:
+            result(folder, "new")
+    tidy(tmp_path)
+    found = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    new = {0: (), 1: (), 2: ("unet/weights",), 3: ("unet/weights",), 4: ("unet/weights", "model_index.json")}[moment]
+    assert found == {name: "new" if name in new else "old" for name in ("unet/weights", "model_index.json")}

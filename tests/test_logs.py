@@ -1,7 +1,6 @@
 """The log: means over the steps since the last entry, one file that a resumed run goes on with, and the trackers."""
 
 import json
-import math
 import sys
 from types import SimpleNamespace
 
@@ -166,11 +165,21 @@ def test_a_loss_of_zero_has_no_share(logging):
     assert log.records()[0]["lpl_share"] == log.records()[0]["lpl_gradient_share"] == 0.0
 
 
-def test_a_loss_that_is_not_finite_is_logged(logging):
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_losses_that_are_not_finite_do_not_spoil_the_means(logging, value):
+    log = logging()
+    for loss in (1.0, value, 3.0):
+        add(log, loss, by_block=[[loss, 0.0], [1.0, 1.0]], rows=1)
+    log.write(1, 1e-4, WEIGHT)
+    (record,) = log.records()
+    assert record["loss"] == record["lpl/mid"] == 2.0
+
+
+def test_without_a_finite_loss_there_is_none_in_the_entry(logging):
     log = logging()
     add(log, float("nan"))
-    log.write(1, 1e-4, WEIGHT)
-    assert math.isnan(log.records()[0]["loss"])
+    assert log.write(1, 1e-4, WEIGHT)["loss"] == "not finite"
+    assert "loss" not in log.records()[0] and "inside" in log.records()[0]
 
 
 # What is seen of LPL
@@ -240,7 +249,7 @@ def test_processes_with_different_numbers_inside(logging):
     """The other one saw two samples where this one saw one: kept shares are means over samples, parts over batches."""
     log = logging()
     add(log, lpl=1.0, by_block=[[1.0, 0.0], [0.4, 1.0]], rows=1, grad=(3.0, 0.0))
-    ours = log._means()
+    ours = log._summed()
     log._reset()
     add(log, lpl=3.0, by_block=[[2.0, 1.0], [2.0, 1.4]], rows=2, inside=2, grad=(4.0, 2.5))
     log.accelerator.reduce = lambda theirs, kind: (ours + theirs) / 2

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -162,7 +163,10 @@ def agree(rank, port, queue):
     torch.distributed.destroy_process_group()
 
 
-def test_all_processes_agree_on_the_step(free_port=29531):
+def test_all_processes_agree_on_the_step():
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        free_port = listening.getsockname()[1]
     context = torch.multiprocessing.get_context("spawn")
     queue = context.Queue()
     workers = [context.Process(target=agree, args=(rank, free_port, queue)) for rank in range(2)]

@@ -3,9 +3,7 @@
 import io
 import logging
 import re
-import shutil
 from contextlib import redirect_stdout
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,13 +11,16 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.optimization import get_scheduler
+from test_streaming import write
 from trainer import parsed, reset_accelerate, train
 
-from lpl import report
+from lpl import limits, optimizers, report
 from lpl.autoencoders import downscaling_factor
 from lpl.data import KeyedBatches, TrainingImages, load_training_images, training_batches
+from lpl.limits import DiskNeeds
 from lpl.loading import load_family
 from lpl.objectives import get_objective
+from lpl.optimizers import Updates
 from lpl.report import DryRun, Plan
 from lpl.trainee import Trainee
 from lpl.weighting import LplWeight, Terms
@@ -51,7 +52,7 @@ def planned(sd_pipeline, image_folder, tmp_path, monkeypatch):
         side = args.resolution // downscaling_factor(configs.vae)
         dataset, _ = load_training_images(args)
         images = TrainingImages(dataset, objective, (configs.vae["latent_channels"], side, side), args)
-        optimizer = torch.optim.AdamW(trainee.trained(), lr=args.learning_rate)
+        optimizer = torch.optim.AdamW(trainee.trained(), lr=args.learning_rate, fused=True)
         schedule = get_scheduler(
             args.lr_scheduler,
             optimizer,
@@ -60,7 +61,7 @@ def planned(sd_pipeline, image_folder, tmp_path, monkeypatch):
         )
         global_batch = args.train_batch_size * args.gradient_accumulation_steps
         threshold, steps = args.lpl_sigma_threshold, args.max_train_steps
-        return Plan(args, trainee, accelerator, images, objective, threshold, steps, global_batch, schedule)
+        return Plan(args, trainee, accelerator, images, objective, threshold, steps, 0, global_batch, schedule)
 
     yield make
     reset_accelerate()
@@ -87,10 +88,12 @@ class Losses:
 def dry_run(plan, losses):
     """What the dry run prints, and the dry run."""
     batches = KeyedBatches(len(plan.images), plan.args.train_batch_size, 0, 0, 1, 0)
-    optimizer = torch.optim.AdamW(plan.trainee.trained(), lr=1e-3)
-    model, optimizer = plan.accelerator.prepare(plan.trainee, optimizer)
+    model, optimizer = plan.accelerator.prepare(plan.trainee, plan.schedule.optimizer)
+    updates = Updates(
+        plan.accelerator, plan.trainee, optimizer, plan.schedule, plan.max_steps, None, plan.args.max_grad_norm
+    )
     weight = LplWeight(plan.args.lpl_weight, 50, torch.device("cpu"))
-    done = DryRun(plan, losses, model, optimizer, training_batches(plan.images, batches, 0), weight)
+    done = DryRun(plan, losses, model, updates, training_batches(plan.images, batches, 0), weight)
     with redirect_stdout(io.StringIO()) as printed:
         done.report()
     return printed.getvalue(), done
@@ -183,7 +186,7 @@ def test_they_are_real_steps(planned):
 
 def test_gradients_are_clipped(planned, monkeypatch):
     plan, norms = planned(max_grad_norm=0.5), []
-    monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda self, parameters, norm: norms.append(norm))
+    monkeypatch.setattr(optimizers, "clip_grads_with_norm_", lambda parameters, norm, total: norms.append(norm))
     dry_run(plan, Losses())
     assert norms == [0.5] * 2 * (steps_of("warm-up") + steps_of("measured"))
 
@@ -241,9 +244,9 @@ def test_what_a_checkpoint_has_measured_is_not_measured_again(planned):
     weight = LplWeight("auto:0.2", 1, torch.device("cpu"))
     weight.observe(torch.tensor(4.0), torch.tensor(1.0))
     weight.end_step(lambda sums: sums)
-    done = DryRun(plan, Losses(), None, None, None, weight)
+    done = DryRun(plan, Losses(), None, SimpleNamespace(), None, weight)
     done._measured = lambda with_lpl: report.Cost(1.0, None)
-    done.optimizer = torch.optim.AdamW(plan.trainee.trained())
+    done.updates.optimizer = torch.optim.AdamW(plan.trainee.trained())
     with redirect_stdout(io.StringIO()) as printed:
         done.report()
     assert "auto:0.2, which is 1: 20.0% of the total loss, measured over 1 steps" in printed.getvalue()
@@ -299,7 +302,7 @@ def test_the_share_inside_is_that_of_the_timesteps_drawn(planned):
 def test_learning_rates_are_those_of_the_schedule(planned):
     plan = planned(lr_scheduler="cosine", lr_warmup_steps=30, max_train_steps=200)
     (curve,) = plan.learning_rates()
-    assert plan.lr_scheduler.last_epoch == 0  # it was not moved
+    assert plan.schedule.last_epoch == 0  # it was not moved
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=1e-3)
     schedule, rates = get_scheduler("cosine", optimizer, num_warmup_steps=30, num_training_steps=200), []
     for _ in range(200):
@@ -318,8 +321,10 @@ def test_a_constant_learning_rate_is_told_once(planned):
 def test_text_encoders_have_their_own(planned):
     plan = planned()
     parameters = plan.trainee.trained()
-    optimizer = torch.optim.AdamW([{"params": parameters[:1]}, {"params": parameters[1:], "lr": 5e-6}], lr=1e-4)
-    plan.lr_scheduler = get_scheduler("constant", optimizer)
+    optimizer = torch.optim.AdamW(
+        [{"params": parameters[:1]}, {"params": parameters[1:], "lr": 5e-6}], lr=1e-4, fused=True
+    )
+    plan.schedule = get_scheduler("constant", optimizer)
     said = rows(dry_run(plan, Losses())[0])
     assert said["learning rate"] == "0.0001 throughout" and said["of text encoders"] == "5e-06 throughout"
 
@@ -327,93 +332,46 @@ def test_text_encoders_have_their_own(planned):
 # Memory
 
 
-def test_peak_memory_is_the_highest_since_the_reset():
-    device = torch.device("cpu")
-    if not report.reset_peak_memory(device):
-        pytest.skip("the peak of this process cannot be reset here")
-    before = report.peak_memory(device)
-    much = torch.ones(64 * 2**20)  # 256 MiB
-    del much
-    with_much = report.peak_memory(device)
-    assert with_much - before == pytest.approx(256 * 2**20, rel=0.1)
-    report.reset_peak_memory(device)
-    assert report.peak_memory(device) - before < 64 * 2**20
-
-
 def test_memory_that_cannot_be_measured_is_not_told(planned, monkeypatch, tmp_path):
-    monkeypatch.setattr(report, "CLEAR", tmp_path / "nowhere" / "clear_refs")
+    monkeypatch.setattr(limits, "CLEAR", tmp_path / "nowhere" / "clear_refs")
     said = rows(dry_run(planned(), Losses())[0])
     assert said["without LPL"].endswith("peak memory not measured") and "memory" not in said["LPL costs"]
 
 
-@pytest.mark.parametrize("memory, words", [(0, "without LPL needs"), (1, "with LPL needs")])
-def test_what_does_not_fit_is_told(planned, memory, words):
-    said = rows(dry_run(planned(), Losses(memory=memory))[0])
-    assert words in said["warning"] and "--gradient_checkpointing" in said["warning"]
+@pytest.mark.parametrize("memory", [0, 1])
+def test_what_does_not_fit_is_told(planned, memory):
+    """With what saves memory in such a step, and nothing else."""
+    said = rows(dry_run(planned(gradient_checkpointing=True), Losses(memory=memory))[0])
+    assert f"a step {'with' if memory else 'without'} LPL needs more memory than there is" in said["warning"]
+    assert "--train_batch_size 1 --gradient_accumulation_steps 2 (50% of" in said["warning"]
+    assert "--use_8bit_adam (about " in said["warning"] and "--gradient_checkpointing (" not in said["warning"]
+    assert ("--lpl_chunk_size 1 (" in said["warning"]) is (memory == 1)
     assert said["with LPL" if memory else "without LPL"] == "out of memory"
     assert said["weight"].endswith("not measured: out of memory") and "time" not in said
     assert ("s, peak memory" in said["without LPL"]) is (memory == 1)
 
 
+def test_another_error_is_none_of_memory(planned, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        dry_run(planned(), broken)
+
+
 # The disk
 
 
-def size_of(folder, pattern):
-    return sum(file.stat().st_size for file in Path(folder).glob(pattern) if file.is_file())
-
-
-@pytest.mark.parametrize("flags", [{}, {"use_ema": True}, {"rank": 64, "use_ema": True}, {"use_8bit_adam": True}])
-def test_sizes_are_those_of_the_files(planned, sd_pipeline, image_folder, tmp_path, flags):
-    written = train(
-        sd_pipeline, image_folder, tmp_path / "run", max_train_steps=1, lpl_weight=0, checkpointing_steps=1, **flags
-    )
-    plan = planned(lpl_weight=0, **flags)
-    if flags.get("use_8bit_adam"):
-        from bitsandbytes.optim import AdamW8bit as optimizer_class
-    else:
-        optimizer_class = torch.optim.AdamW
-    optimizer = optimizer_class(plan.trainee.trained())
-    for parameter in plan.trainee.trained():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    # The rest of a file are names and shapes, which count for something in models as small as these.
-    estimate = report.checkpoint_bytes(plan.trainee, plan.args, optimizer)
-    assert 0.6 * size_of(written / "checkpoint-1", "**/*") < estimate < size_of(written / "checkpoint-1", "**/*")
-    plan.args.use_ema = False
-    of_ema = estimate - report.checkpoint_bytes(plan.trainee, plan.args, optimizer)
-    ema = size_of(written / "checkpoint-1", "ema/**/*.safetensors")
-    assert 0.7 * ema <= of_ema <= ema and (ema > 0) is flags.get("use_ema", False)
-    result = size_of(written, "*.safetensors" if flags.get("rank") else "[tuv]*/*.safetensors")
-    assert 0.6 * result < report.result_bytes(plan.trainee) < result
-
-
-@pytest.mark.parametrize(
-    "steps, done, every, limit, counts",
-    [
-        (10, 0, 3, None, (3, 3, 3)),
-        (9, 0, 3, None, (3, 3, 3)),
-        (10, 0, 3, 1, (3, 1, 2)),
-        (10, 0, 3, 5, (3, 3, 3)),
-        (10, 6, 3, None, (1, 1, 1)),
-        (2, 0, 3, 1, (0, 0, 0)),
-        (5, 6, 3, None, (0, 0, 0)),
-    ],
-)
-def test_counts_of_checkpoints(steps, done, every, limit, counts):
-    args = SimpleNamespace(checkpointing_steps=every, checkpoints_total_limit=limit)
-    assert report.checkpoint_counts(SimpleNamespace(args=args, max_steps=steps, steps_done=done)) == counts
-
-
-def test_a_disk_that_is_too_small(planned, monkeypatch):
-    monkeypatch.setattr(report, "free_space", lambda folder: 1000)
-    said = rows(dry_run(planned(), Losses())[0])
-    assert "1000 bytes are free" in said["warning"] and "--checkpoints_total_limit" in said["warning"]
-
-
-def test_free_space_is_that_of_the_place(tmp_path):
-    there = shutil.disk_usage(tmp_path).free
-    assert report.free_space(tmp_path / "a" / "b") == pytest.approx(there, rel=0.01)
-    assert not (tmp_path / "a").exists()
+@pytest.mark.parametrize("enough", [False, True])
+def test_a_disk_that_is_too_small(planned, monkeypatch, enough):
+    """For anything, or for all the checkpoints."""
+    plan = planned(max_train_steps=10, checkpointing_steps=1)
+    free = DiskNeeds.of(plan.trainee, plan.args, 10, 0).bytes - 1 if enough else 1000
+    monkeypatch.setattr(report, "free_space", lambda folder: free)
+    said = rows(dry_run(plan, Losses())[0])
+    words = "set --checkpoints_total_limit to 9 at most" if enough else "the result needs about"
+    assert words in said["warning"] and f"{limits.size(free)} are free" in said["warning"]
+    assert said["disk"].endswith(f" needed (weights, EMA, optimizer), {limits.size(free)} free")
 
 
 # The run
@@ -444,7 +402,7 @@ def test_time_of_the_whole_run(lpl, start, every, done, seconds):
 
 def test_a_run_to_resume_has_steps_behind_it(planned):
     plan = planned(max_train_steps=10)
-    plan.lr_scheduler.load_state_dict(plan.lr_scheduler.state_dict() | {"last_epoch": 4})
+    plan.steps_done = 4
     assert rows(dry_run(plan, Losses())[0])["steps"].endswith("; 6 to go")
 
 
@@ -461,6 +419,42 @@ def test_a_run_to_resume_has_steps_behind_it(planned):
 )
 def test_when_is_validated(planned, flags, said):
     assert rows(dry_run(planned(**flags), Losses())[0])["validation"] == said
+
+
+@pytest.mark.parametrize(
+    "flags, images, steps, validation",
+    [
+        ({}, "streamed", "4; 4 to go", "none"),
+        (
+            {"validation_prompts": ["a"], "validation_steps": 2},
+            *("streamed", "4; 4 to go", "1 sample, before, every 2 steps and at the end"),
+        ),
+        (
+            {"validation_every_nth": 3, "max_train_samples": 4},
+            *(
+                "4",
+                "4, which is 2.0 epochs; 4 to go",
+                "the losses on what is held out, before, every 10 steps and at the end",
+            ),
+        ),
+    ],
+)
+def test_streamed_images(flags, images, steps, validation, sd_pipeline, tmp_path):
+    """Nobody knows how many they are, unless --max_train_samples tells; then validation asks for its own steps."""
+    place = tmp_path / "out"
+    with redirect_stdout(io.StringIO()) as text:
+        train(
+            sd_pipeline,
+            write(tmp_path / "data", (5, 6)),
+            place,
+            streaming=True,
+            dry_run=True,
+            max_train_steps=4,
+            **flags,
+        )
+    said = rows(text.getvalue())
+    assert said["images"] == f"{images} at 32 px" and said["steps"] == steps and said["validation"] == validation
+    assert not place.exists()
 
 
 # The start of every run
@@ -505,6 +499,18 @@ def test_few_samples_inside_are_warned_of_by_both(planned, caplog):
     assert warned in rows(dry_run(plan, Losses())[0])["warning"]
 
 
+def test_what_will_not_fit_on_the_disk_is_said_before_the_first_step(planned, caplog, monkeypatch):
+    plan = planned(max_train_steps=10, checkpointing_steps=1)
+    monkeypatch.setattr(limits, "free_space", lambda folder: DiskNeeds.of(plan.trainee, plan.args, 10, 0).bytes - 1)
+    plan.announce()
+    assert "the result and 10 checkpoints of" in caplog.text
+    monkeypatch.setattr(limits, "free_space", lambda folder: 1000)
+    with pytest.raises(limits.NoRoom, match="--output_dir .*1000 bytes are free"):
+        plan.announce()
+    plan.accelerator = SimpleNamespace(is_main_process=False, mixed_precision="no")
+    plan.announce()  # the main process says it
+
+
 def test_a_baseline_says_nothing_of_lpl(planned, caplog):
     caplog.set_level(logging.INFO)
     planned(lpl_weight=0).announce()
@@ -517,14 +523,14 @@ def test_a_baseline_says_nothing_of_lpl(planned, caplog):
 @pytest.mark.parametrize(
     "words, value, said",
     [
-        (report._duration, 41.4, "41 s"),
-        (report._duration, 90, "2 min"),
-        (report._duration, 3599, "1 h 0 min"),
-        (report._duration, 9000, "2 h 30 min"),
-        (report._duration, 50 * 3600, "2 days 2 h"),
-        (report._size, 1023, "1023 bytes"),
-        (report._size, 1536, "1.5 KiB"),
-        (report._size, 3 * 2**30, "3.0 GiB"),
+        (report.duration, 41.4, "41 s"),
+        (report.duration, 90, "2 min"),
+        (report.duration, 3599, "1 h 0 min"),
+        (report.duration, 9000, "2 h 30 min"),
+        (report.duration, 50 * 3600, "2 days 2 h"),
+        (limits.size, 1023, "1023 bytes"),
+        (limits.size, 1536, "1.5 KiB"),
+        (limits.size, 3 * 2**30, "3.0 GiB"),
         (report._count, 999, "999"),
         (report._count, 859_500_000, "859.50M"),
         (report._count, 12_000_000_000, "12.00B"),

@@ -17,7 +17,7 @@ from tiny import WITHOUT_T5
 from trainer import launch, metrics, parsed, same, script, train, weights
 
 from lpl import LatentPerceptualLoss, get_objective
-from lpl.data import TrainingImages, collate, load_training_images
+from lpl.data import KeyedBatches, TrainingImages, collate, load_training_images
 
 
 # (loss, diffusion loss, LPL) of each step. To pin them again after a change that was meant to change them, copy the
@@ -74,7 +74,7 @@ def first_batch(pipeline, images, output_dir, size, **flags):
     args, configs = parsed(pipeline, images, output_dir, **flags)
     objective = get_objective(args.prediction_type, configs.scheduler)
     data = TrainingImages(load_training_images(args)[0], objective, (configs.vae["latent_channels"], 8, 8), args)
-    order = script.KeyedBatches(len(data), size, args.seed, 0, 1, 0)
+    order = KeyedBatches(len(data), size, args.seed, 0, 1, 0)
     return collate([data[key] for key in next(iter(order))]), configs.scheduler
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 import shutil
 from argparse import Namespace
 from unittest import mock
@@ -499,13 +500,12 @@ def test_the_cards_command_needs_no_recipe_of_ours(sd_pipeline, image_folder, tm
     words = arguments(sd_pipeline, image_folder, tmp_path / "out", seed=None)
     run(["--config", str(tmp_path / "mine.yaml"), *words])
     card = (tmp_path / "out" / "README.md").read_text()
-    (command,) = re.findall(r"accelerate launch (.*?)```", card, flags=re.DOTALL)
-    words = command.replace("\\\n", " ").split()[1:]
+    command = re.findall(r"accelerate launch (.*?)\n```", card, flags=re.DOTALL)[-1]
+    words = shlex.split(command.replace("\\\n", " "))[1:]
     assert "--config" not in words and "--seed" in words and words[words.index("--rank") + 1] == "4"
-    for name, place in {"sd": sd_pipeline, "images": image_folder, "out": tmp_path / "again", "cache": ""}.items():
+    for name, place in {"sd": sd_pipeline, "images": image_folder}.items():
         words = [word if not word.startswith(f"path/to/{name}") else str(place) for word in words]
-    where = words.index("--cache_dir")
-    run([*words[:where], *words[where + 2 :], "--cache_dir", str(image_folder.with_name("cache"))])
+    run([*words, "--output_dir", str(tmp_path / "again"), "--cache_dir", str(image_folder.with_name("cache"))])
     assert metrics(tmp_path / "again") == metrics(tmp_path / "out")
 
 

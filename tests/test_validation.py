@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
 from PIL import Image
 from tiny import PICTURES
 from trainer import metrics, parsed, reset_accelerate, same, train, weights
 
 from lpl import validation
 from lpl.loading import load_family
-from lpl.trainee import Trainee, averaged
+from lpl.trainee import MovingAverage, Trainee, averaged
 from lpl.validation import Validation, decoding_exactly, sample
 
 
@@ -201,7 +200,7 @@ def test_the_vae_decodes_in_its_own_precision_under_autocast(sampling):
 
 
 def test_averaged_weights_are_there_within_only(sampling):
-    ema = EMAModel(sampling.trainee.trained())
+    ema = MovingAverage(sampling.trainee.trained(), decay=0.9999)
     for parameter in ema.shadow_params:
         parameter.zero_()
     before = {name: value.clone() for name, value in sampling.trainee.state_dict().items()}
@@ -224,7 +223,10 @@ def test_without_prompts_nothing_is_sampled(sampling):
 
 
 def test_samples_of_an_earlier_run_are_not_taken_for_this_ones(sampling):
-    for prompts, ema in ((["a cat", "a dog"], EMAModel(sampling.trainee.trained())), (["a cat"], None)):
+    for prompts, ema in (
+        (["a cat", "a dog"], MovingAverage(sampling.trainee.trained(), decay=0.9999)),
+        (["a cat"], None),
+    ):
         for step in range(2):
             of_run = sampling.validation(*prompts)
             of_run.run(Accelerator(), sampling.trainee, ema, step)

@@ -218,6 +218,14 @@ def test_the_parts_of_blocks_add_up_to_what_is_taken():
         ),
     )
     terms = Terms(torch.zeros(8), torch.zeros(()), torch.zeros(8), 4, True)
-    terms.take(torch.tensor([4.0, 6.0]), 4 / 8, found)  # two of four inside, of eight
+    terms.take(torch.tensor([2, 5]), torch.tensor([4.0, 6.0]), 4 / 8, found)  # two of four inside, of eight
     assert terms.lpl.item() == 2.5 and terms.rows == 2
     assert terms.by_block.tolist() == [[1.75, 0.75], [2.0, 1.5]]
+    assert not terms.not_finite().any()
+
+
+def test_samples_that_are_not_finite_are_found_by_term():
+    nan, inf = float("nan"), float("inf")
+    terms = Terms(torch.tensor([0.0, nan, 1.0, inf]), torch.zeros(()), torch.zeros(4), 2, True)
+    terms.by_row = torch.tensor([3, 0]), torch.tensor([1.0, nan])
+    assert terms.not_finite().nonzero().tolist() == [[0, 1], [1, 0], [3, 0]]

@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 import train_text_to_image_lpl as script
+from lpl import lora
 from lpl.arguments import parse_arguments
 from lpl.checks import check_pipeline, read_pipeline_configs
 
@@ -116,6 +117,7 @@ def validation_metrics(folder):
 def weights(folder):
     """Every tensor of a saved model, or of a whole pipeline, by file and name."""
     files = sorted(Path(folder).rglob("*.safetensors"))
+    files = [file for file in files if not file.name.endswith(lora.OTHERS_SUFFIX)]  # the same again
     assert files, f"{folder} has no weights"
     return {(str(file.relative_to(folder)), name): value for file in files for name, value in load_file(file).items()}
 
@@ -147,6 +149,8 @@ def settings(**changes):
         "timestep_bias_portion": 0.25,
         "noise_offset": 0.0,
         "input_perturbation": 0.0,
+        "streaming": False,
+        "shuffle_buffer_size": 1000,
         "max_train_samples": None,
         "train_data_dir": None,
         "dataset_name": None,
@@ -155,5 +159,6 @@ def settings(**changes):
         "validation_split": None,
         "validation_every_nth": None,
         "num_validation_samples": 64,
+        "dataloader_timeout": 0,
     }
     return Namespace(**values | changes)

@@ -1,0 +1,76 @@
+"""What is loaded is data: no weights are unpickled, and no code that a repository brings is run.
+
+Diffusers and transformers run such code only where they are told to (``trust_remote_code``), which nothing here does.
+Where weights would have to be unpickled, or code run, that is said before anything is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
+
+
+LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # the last has diffusers' safety checker
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+
+
+def check_components(path: str, index: Mapping[str, Any]) -> None:
+    """Refuse a pipeline with a part whose class is neither of diffusers nor of transformers.
+
+    Args:
+        index: what is in its ``model_index.json``.
+
+    Raises:
+        ValueError: with the part.
+    """
+    parts = {name: entry for name, entry in index.items() if isinstance(entry, list | tuple)}
+    for name, entry in parts.items():
+        match entry:
+            case [None, None]:  # a part that this pipeline does without
+                continue
+            case [library, str()] if library in LIBRARIES:
+                continue
+        raise ValueError(
+            f"--pretrained_model_name_or_path {path}: its {name} is {'.'.join(map(str, entry))}, no class of "
+            "diffusers or transformers, and code that a repository brings is not run; give a pipeline without it"
+        )
+
+
+def check_weights(
+    what: str, path: str, folders: Iterable[str], revision: str | None = None, library: str = "diffusers"
+) -> None:
+    """Refuse weights that there are as pickles only; nothing where the Hub cannot be asked for its files.
+
+    Args:
+        what: the flag and its value.
+        folders: of the repository, "" for its top.
+        library: that can convert the weights.
+
+    Raises:
+        ValueError: with the file, and how to convert it.
+    """
+    files = [PurePosixPath(file) for file in _files(path, revision)]
+    for folder in folders:
+        here = [file for file in files if file.parent == PurePosixPath(folder)]
+        pickles = sorted(file for file in here if file.suffix in PICKLES)
+        if pickles and not any(file.suffix == ".safetensors" for file in here):
+            loader = "DiffusionPipeline" if folder else "AutoModel"
+            target = path if Path(path).is_dir() else "converted"
+            raise ValueError(
+                f"{what}: there are no safetensors beside {pickles[0]}, a pickle, which can run any code when it is "
+                f"read; where you trust it, convert it once by {library}.{loader}.from_pretrained({path!r})"
+                f".save_pretrained({target!r}), and give that folder"
+            )
+
+
+def _files(path: str, revision: str | None) -> list[str]:
+    if Path(path).is_dir():
+        return [file.relative_to(path).as_posix() for file in Path(path).rglob("*") if file.is_file()]
+    try:
+        return HfApi().list_repo_files(path, revision=revision)
+    except (HTTPError, OSError, ValueError):
+        return []
