@@ -19,7 +19,6 @@ import warnings
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from accelerate.utils import (
     set_seed,
 )
 from diffusers.optimization import get_scheduler
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -53,7 +53,7 @@ from lpl.data import (
     real_images,
     training_batches,
 )
-from lpl.ending import Doing, Stage, told
+from lpl.ending import Doing, Stage, leave_after, told
 from lpl.families import Family
 from lpl.files import filled_whole
 from lpl.loading import average_from_revision, load_family, save_result, weight_dtype
@@ -62,7 +62,7 @@ from lpl.nonfinite import SkippedSteps
 from lpl.objectives import Objective, diffusion_weight, dream_shift, own_objective, sigma_threshold_at
 from lpl.optimizers import Updates, make_optimizer
 from lpl.pictures import loss_curves
-from lpl.preemption import EXIT_CODE, Preemption
+from lpl.preemption import EXIT_CODE, OTHERS_WAIT, Preemption
 from lpl.publication import Publication
 from lpl.report import DryRun, Plan
 from lpl.rerun import compare_with, measured_facts, write_recipe
@@ -109,7 +109,7 @@ def train(args: Namespace, doing: Doing) -> None:
             classes = data_classes | configs.family.class_names(configs.index) | data_classes
             prompts = [configs.family.class_label(prompt, classes) for prompt in prompts]
         if resumable is not None:
-            checkpoints.check_recipe(resumable, recipe(args))
+            checkpoints.check_recipe(resumable, recipe(args), accelerator.num_processes)
         scheduler = configs.scheduler
         if args.prediction_type != own_objective(scheduler):
             scheduler = training_scheduler(args.prediction_type, scheduler)
@@ -194,7 +194,7 @@ def train(args: Namespace, doing: Doing) -> None:
     if resumable is not None:
         try:
             state.load(resumable)
-        except ValueError as error:
+        except (OSError, ValueError, SafetensorError) as error:
             sys.exit(f"{SCRIPT}: error: --resume_from_checkpoint {resumable.name}: {first_line(error)}")
         logger.info(f"resumed from {resumable}, {max(0, max_steps - progress.step)} of {max_steps} steps to go")
 
@@ -213,10 +213,13 @@ def train(args: Namespace, doing: Doing) -> None:
     names = [classes.get(prompt, str(prompt)) for prompt in prompts]
     preemption = Preemption(accelerator)
     validation = Validation(family, scheduler, args, prompts, names, real, lambda: preemption.received is not None)
-    log = Log(accelerator, args, progress.step, max_steps, global_batch, lpl_loss.block_names if lpl_loss else ())
+    if accelerator.is_main_process:
+        checkpoints.set_aside(args.output_dir, progress.step)
+    blocks = lpl_loss.block_names if lpl_loss else ()
+    log = Log(accelerator, args, progress.step, max_steps, global_batch, blocks, progress.looked)
     log.resume(progress.log)
     bad_samples = BadSamples(accelerator, images, args.output_dir, args.max_bad_samples, resumable is not None)
-    skipped_steps = SkippedSteps(accelerator, args.max_skipped_steps)
+    skipped_steps = SkippedSteps(accelerator, args.max_skipped_steps, progress.skipped)
     evaluation = None
     if args.eval_steps is not None:
         from lpl.evaluation.training import TrainingEvaluation  # whose libraries others need not have
@@ -271,7 +274,7 @@ def train(args: Namespace, doing: Doing) -> None:
     preemption.listen()
     if not progress.looked:
         look(progress.step)
-    stop, problem = not progress.looked, None
+    stop, problem = not progress.looked, ""
     bar = tqdm(total=max_steps, initial=progress.step, disable=not accelerator.is_main_process, desc="steps")
     while progress.step < max_steps and not stop:
         weight = lpl_weight.value * ramp(progress.step, args.lpl_start_step, args.lpl_ramp_steps)  # w of Eq. 3
@@ -301,15 +304,18 @@ def train(args: Namespace, doing: Doing) -> None:
                 facts |= lpl_weight.facts()
                 write_recipe(args, facts)
 
-        problem = (bad_samples.write() or skipped_steps.write()) if log.is_due(progress.step) else None
-        stop = preemption.asked() or problem is not None
+        stop = preemption.asked()
+        looks = due(progress.step, validate_every) or due(progress.step, evaluate_every)
+        if stop or looks or log.is_due(progress.step):  # what may be saved now has to know of them
+            problem = "; ".join(filter(None, [bad_samples.write(), skipped_steps.write()]))
+        stop = stop or bool(problem)
         save = stop or progress.step % args.checkpointing_steps == 0
         if log.is_due(progress.step):
             bar.set_postfix(log.write(progress.step, updates.learning_rate, weight), refresh=False)
             bar.update(progress.step - bar.n)
-        if save or due(progress.step, validate_every) or due(progress.step, evaluate_every):
+        if save or looks:
             with log.paused():  # images per second are those of the training alone
-                progress.looked, progress.log = False, log.state()
+                progress.looked, progress.log, progress.skipped = False, log.state(), skipped_steps.count
                 progress.stream = order.positions(progress.step * args.gradient_accumulation_steps)
                 if save:
                     checkpoints.save_checkpoint(state, args.output_dir, progress, args.checkpoints_total_limit)
@@ -321,14 +327,14 @@ def train(args: Namespace, doing: Doing) -> None:
                 elif save and accelerator.is_main_process:
                     progress.save(checkpoints.place(args.output_dir, progress.step))
                 if publication is not None and (save or stop):
-                    publication.checkpoint(checkpoints.place(args.output_dir, progress.step), progress.step)
+                    publication.checkpoint(checkpoints.place(args.output_dir, progress.step), progress.step, stop)
     bar.close()
     if stop:
         logger.info(f"the run ends after step {progress.step}; --resume_from_checkpoint latest goes on from there")
         if publication is not None:
             publication.interrupt()
-        preemption.close()
         finish(accelerator)
+        preemption.close()
         sys.exit(f"{SCRIPT}: error: {problem}" if problem else EXIT_CODE)
     if lpl_weight.measuring and lpl_weight.steps:
         report_share(lpl_weight)
@@ -351,12 +357,13 @@ def train(args: Namespace, doing: Doing) -> None:
         logger.info(f"the {'LoRA' if args.lora else 'pipeline'}, its samples and its card are in {args.output_dir}")
         if publication is not None:
             publication.end(lambda: preemption.received is not None)
-    preemption.close()
     finish(accelerator)
+    preemption.close()
 
 
 def finish(accelerator: Accelerator) -> None:
-    """Close trackers and the process group."""
+    """Close trackers and the process group, when all are done: launchers end those that stay behind the first."""
+    accelerator.wait_for_everyone()
     accelerator.end_training()
     # Gloo's thread needs the interpreter once more, to drop the last barrier. A process that tears its group down
     # before that, as happens when main() is left, would wait for that thread for ever.
@@ -439,9 +446,8 @@ def report_share(lpl_weight: LplWeight) -> None:
 def start_accelerator(args: Namespace) -> Accelerator:
     """Accelerate's state, with trackers for the flags that they can show."""
     accelerator = Accelerator(
-        # The others wait while the main process samples, saves or prepares the data set.
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(hours=12)),
+            InitProcessGroupKwargs(timeout=OTHERS_WAIT),
             # A text encoder's last layers may be computed for nothing: SDXL takes the ones before.
             DistributedDataParallelKwargs(find_unused_parameters=args.train_text_encoder),
         ],
@@ -478,7 +484,7 @@ def start_or_resume(args: Namespace, resumable: Path | None) -> checkpoints.Prog
     if resumable is None and (earlier := checkpoints.find_checkpoints(args.output_dir)):
         logger.warning(
             f"--output_dir {args.output_dir} has checkpoints of an earlier run, {earlier[-1].name} among them; this "
-            "run starts afresh and leaves them there; to go on, add --resume_from_checkpoint latest"
+            "run starts afresh, and moves them aside when it begins; to go on, add --resume_from_checkpoint latest"
         )
     if resumable is not None:
         progress = checkpoints.Progress.load(resumable)
@@ -546,4 +552,4 @@ def trainee_of(model: nn.Module) -> Trainee:
 
 
 if __name__ == "__main__":
-    main()
+    leave_after(main)

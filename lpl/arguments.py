@@ -486,6 +486,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         check_arguments(args)
     except ValueError as error:
         parser.error(str(error))
+    if argv is None and args.hub_token:  # trackers upload the command line
+        sys.argv = [word.replace(args.hub_token, "hf_...") for word in sys.argv]
     _resolve(args)
     return args
 

@@ -8,7 +8,6 @@ logging steps; a resumed run goes on with it.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from lpl.data import TrainingImages
+from lpl.files import entries, lines, write_text
 
 
 logger = logging.getLogger(__name__)
@@ -62,11 +62,13 @@ class BadSamples:
         self.path = Path(folder, "bad_samples.jsonl")
         share = parse_limit(limit)
         self.limit = share if share is None or share >= 1 else share * (images.length or 0)
-        if accelerator.is_main_process and not resumed:
-            self.path.unlink(missing_ok=True)
+        if accelerator.is_main_process:
+            if resumed and self.path.is_file():
+                write_text(self.path, lines(entries(self.path)))  # without a line that a crash cut short
+            else:
+                self.path.unlink(missing_ok=True)
         accelerator.wait_for_everyone()
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-        self._known = {json.loads(line)["image"] for line in lines if line.endswith("}")}
+        self._known = {entry["image"] for entry in entries(self.path)}
         self._new: dict[int, str] = {}
 
     def add(self, found: Iterable[tuple[int, str]]) -> None:
@@ -87,9 +89,9 @@ class BadSamples:
         self._known |= new.keys()
         if self.accelerator.is_main_process:
             names = self.images.file_names(sorted(new))
-            lines = [{"image": index, "file": names[index], "reason": new[index]} for index in sorted(new)]
+            listed = [{"image": index, "file": names[index], "reason": new[index]} for index in sorted(new)]
             with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+                file.write(lines(listed))
             logger.warning(
                 "%s cannot be used so far, others take their place; %s lists them", *(self._count(), self.path)
             )

@@ -51,6 +51,11 @@ EXAMPLES = 12  # of the widget, at most
 GRIDS = 6  # of samples between the first and the last step, at most
 LINE = 100  # characters of a command on one line, at most
 PATIENCE = 5.0  # seconds that the Hub has to tell a licence
+LICENCES = (  # that the Hub knows; of those that models for images have
+    *("apache-2.0", "mit", "openrail", "openrail++", "creativeml-openrail-m", "bigscience-openrail-m"),
+    *("cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "cc-by-nd-4.0"),
+    *("bsd", "bsd-2-clause", "bsd-3-clause", "gpl-3.0", "agpl-3.0", "lgpl-3.0", "unknown", "other"),
+)
 LARGEST_README = 2**20  # bytes; more are no model card
 
 
@@ -88,6 +93,7 @@ class RunCard:
     inference_steps: int | None = None  # None: the pipeline's default
     guidance_scale: float | None = None  # None: the pipeline's default
     loading_arguments: Mapping[str, None] = field(default_factory=dict)  # components that the pipeline does without
+    base_arguments: Mapping[str, str] = field(default_factory=dict)  # where of the base model's repository it was
     sampling_arguments: Mapping[str, object] = field(default_factory=dict)  # further ones of the pipeline's call
     # What it was trained on
     images: int | None = None  # how many; None: nobody knows, as in a stream
@@ -182,6 +188,7 @@ def describe(
         inference_steps=args.validation_inference_steps,
         guidance_scale=args.validation_guidance_scale,
         loading_arguments=family.loading_arguments(),
+        base_arguments={name: value for name in ("revision", "variant") if (value := getattr(args, name))},
         sampling_arguments=family.sampling_arguments(),
         steps=steps,
         max_steps=plan.max_steps,
@@ -264,6 +271,8 @@ def _licence_of(path: str, revision: str | None, token: str | None, cache_dir: s
         return {}
     card = metadata_load(readme) or {}
     licence = {name: card[name] for name in ("license", "license_name") if _named(card.get(name))}
+    if repository is None and licence.get("license") not in (None, *LICENCES):  # the Hub would refuse the card
+        licence = {"license_name": licence["license"]} | licence | {"license": "other"}
     link = str(card.get("license_link", "")) if "license" in licence else ""
     if re.fullmatch(r"[\w./-]+", link):  # a file beside that card, which is not beside ours
         link = f"{repository}/{link.removeprefix('./').removeprefix('/')}" if repository else ""
@@ -425,7 +434,8 @@ def _use(folder: Path, card: RunCard) -> str:
         classes.insert(0, json.loads(scheduler.read_text())["_class_name"])
         adapted.append(f'pipeline.scheduler = {classes[0]}.from_pretrained({here}, subfolder="scheduler")')
     imports.insert(1, f"from diffusers import {', '.join(classes)}")
-    absent = "".join(f", {name}=None" for name in card.loading_arguments)
+    arguments = card.loading_arguments | (card.base_arguments if card.lora_rank else {})
+    absent = "".join(f", {name}={_literal(value)}" for name, value in arguments.items())
     load = f"pipeline = {card.pipeline_class}.from_pretrained({source}, dtype=torch.{card.dtype}{absent})"
     call = ["image = pipeline(", *(f"    {argument}" for argument in _call_arguments(folder, card)), ").images[0]"]
     code = [*imports, "", load, *adapted, 'pipeline.to("cuda")', "", *call, 'image.save("image.png")']

@@ -3,7 +3,8 @@ average in ``ema/`` likewise, the optimizer, the learning-rate schedule, LPL's w
 
 A checkpoint is written beside its place and then renamed, so that what bears the name is whole; one that goes is
 renamed before it is deleted, so that nothing that bears the name is half there. Whenever a run is killed, the next one
-finds the last whole checkpoint.
+finds the last whole checkpoint. Those that an earlier run left beyond the step where a run begins are renamed to
+``earlier-checkpoint-N``: all that bear the name are of one run, and the highest number is the latest.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ import errno
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import yaml
 from accelerate import Accelerator
-from safetensors import SafetensorError
+from accelerate.utils import gather_object
+from safetensors import SafetensorError, safe_open
 
-from lpl.files import UNFINISHED, load_state, put_back, removed, save_state, sync, write_text
+from lpl.files import UNFINISHED, load_state, put_back, remove_halves, removed, save_state, sync, write_text
 from lpl.optimizers import Updates
 from lpl.trainee import MovingAverage, Trainee, load_ema, save_ema
 from lpl.weighting import LplWeight
@@ -43,6 +46,7 @@ class Progress:
         looked: whether the samples and metrics that are due after this step are there.
         log: sums of the log since its last entry, see :meth:`lpl.logs.Log.state`.
         stream: where each process reads a streamed data set, see :class:`lpl.streaming.StreamedBatches`.
+        skipped: steps that changed nothing so far, see :class:`lpl.nonfinite.SkippedSteps`.
     """
 
     step: int
@@ -50,6 +54,7 @@ class Progress:
     looked: bool = False
     log: list[list[float]] = field(default_factory=list)
     stream: list[list[int]] = field(default_factory=list)
+    skipped: int = 0
 
     FILE: ClassVar[str] = "progress.json"
 
@@ -72,8 +77,9 @@ class TrainingState:
     lpl_weight: LplWeight
 
     FILE: ClassVar[str] = "state.safetensors"
+    RANDOM_FILE: ClassVar[str] = "random-{}.safetensors"
 
-    def save(self, folder: Path) -> None:
+    def check(self) -> None:
         """Called by every process.
 
         Raises:
@@ -81,19 +87,32 @@ class TrainingState:
         """
         if broken := self.trainee.not_finite():
             raise FloatingPointError(f"the weights of {broken} are not finite any more, and are not saved")
-        if self.accelerator.is_main_process:
-            self.trainee.save(folder)
-            if self.ema is not None:
-                save_ema(self.ema, self.trainee, folder)
-            state = {"updates": self.updates.state_dict(), "lpl_weight": self.lpl_weight.state_dict()}
-            save_state(state, folder / self.FILE)
-        save_state(self._random(), folder / self._random_file)
+
+    def random(self) -> list[dict[str, torch.Tensor | None]]:
+        """What dropout draws from, for each process; all else has generators of its own. All have to ask."""
+        device = self.accelerator.device
+        mine = {
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        }
+        return gather_object([mine])
+
+    def save(self, folder: Path, random: list[dict[str, torch.Tensor | None]]) -> None:
+        """On the main process alone: another one may be on a machine that does not see the folder, and where the disk
+        is full, only one has to make room."""
+        self.trainee.save(folder)
+        if self.ema is not None:
+            save_ema(self.ema, self.trainee, folder)
+        state = {"updates": self.updates.state_dict(), "lpl_weight": self.lpl_weight.state_dict()}
+        save_state(state, folder / self.FILE)
+        for process, its_random in enumerate(random):
+            save_state(its_random, folder / self.RANDOM_FILE.format(process))
 
     def load(self, folder: Path) -> None:
-        """Go on from there.
+        """Go on from there; called by every process.
 
         Raises:
-            ValueError: where it is a checkpoint of something else.
+            ValueError, OSError, SafetensorError: where it is a checkpoint of something else, or a damaged one.
         """
         state = load_state(folder / self.FILE)
         if self.ema is not None and not load_ema(self.ema, self.trainee, folder):
@@ -103,32 +122,62 @@ class TrainingState:
         self.trainee.load(folder)
         self.updates.load_state_dict(state["updates"])
         self.lpl_weight.load_state_dict(state["lpl_weight"])
-        if (folder / self._random_file).is_file():  # else there were fewer processes
-            random = load_state(folder / self._random_file)
+        random_file = folder / self.RANDOM_FILE.format(self.accelerator.process_index)
+        if random_file.is_file():  # else there were fewer processes
+            random = load_state(random_file)
             torch.set_rng_state(random["cpu"])
             if random["cuda"] is not None and torch.cuda.is_available():
                 torch.cuda.set_rng_state(random["cuda"], self.accelerator.device)
 
-    @property
-    def _random_file(self) -> str:
-        return f"random-{self.accelerator.process_index}.safetensors"
-
-    def _random(self) -> dict[str, torch.Tensor | None]:
-        """What dropout draws from; all else has generators of its own."""
-        device = self.accelerator.device
-        return {
-            "cpu": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        }
-
 
 def find_checkpoints(output_dir: str | Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
-    found = [path for path in Path(output_dir).glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
-    if broken := [path.name for path in found if not (path / Progress.FILE).is_file()]:
-        logger.warning("%s: %s is no whole checkpoint and is passed over", output_dir, ", ".join(sorted(broken)))
-    whole = (path for path in found if path.name not in broken)
-    return sorted(whole, key=lambda path: int(path.name.removeprefix(PREFIX)))
+    found = _numbered(output_dir)
+    if broken := [path for path in found if not is_whole(path)]:
+        said = ", ".join(sorted(path.name for path in broken))
+        logger.warning("%s: %s is no whole checkpoint and is passed over", output_dir, said)
+    return [path for path in found if path not in broken]
+
+
+def _numbered(output_dir: str | Path) -> list[Path]:
+    """What bears the name of a checkpoint, whole or not, oldest first."""
+    found = (path for path in Path(output_dir).glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit())
+    return sorted(found, key=_number)
+
+
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder says where a run stands, and none of its tensors are cut off; reads headers only."""
+    try:
+        Progress.load(folder)
+        for file in folder.rglob("*.safetensors"):
+            with safe_open(file, "pt"):  # compares the file's size with what its header says
+                pass
+    except (OSError, ValueError, TypeError, SafetensorError):
+        return False
+    return True
+
+
+def set_aside(output_dir: str | Path, step: int) -> None:
+    """Rename the checkpoints beyond the step where a run begins, so that they are neither taken for its latest nor
+    outnumber its own; on the main process."""
+    later = [path for path in _numbered(output_dir) if _number(path) > step]
+    if later:
+        moved = ", ".join(f"{path.name} to {path.rename(_free_name(path)).name}" for path in later)
+        logger.warning(
+            f"--output_dir {output_dir}: this run begins at step {step}, so checkpoints of an earlier one beyond it "
+            f"are renamed: {moved}; --resume_from_checkpoint takes these names too"
+        )
+
+
+def _free_name(checkpoint: Path) -> Path:
+    """``earlier-checkpoint-N``, with another number behind it where that is taken."""
+    name = f"earlier-{checkpoint.name}"
+    places = map(checkpoint.with_name, chain([name], (f"{name}-{number}" for number in count(2))))
+    return next(place for place in places if not place.exists())
 
 
 def tidy(output_dir: str | Path) -> None:
@@ -136,11 +185,12 @@ def tidy(output_dir: str | Path) -> None:
     for a checkpoint. The result is what it was before, or of the new run."""
     for hidden in Path(output_dir).glob(f".{PREFIX}*"):
         folder = hidden.with_name(hidden.name.removeprefix(".").rpartition(".")[0])
-        if hidden.name.endswith(UNFINISHED) and (hidden / Progress.FILE).is_file() and not folder.exists():
+        if hidden.name.endswith(UNFINISHED) and is_whole(hidden) and not folder.exists():
             hidden.rename(folder)
         else:
             shutil.rmtree(hidden, ignore_errors=True)
     put_back(output_dir)
+    remove_halves(output_dir)
 
 
 def find_resumable(output_dir: str, name: str | None) -> Path | None:
@@ -160,9 +210,9 @@ def find_resumable(output_dir: str, name: str | None) -> Path | None:
             )
         return checkpoints[-1] if checkpoints else None
     place = Path(name) if Path(name).is_dir() else Path(output_dir, name)
-    if not (place / Progress.FILE).is_file():
+    if not is_whole(place):
         raise ValueError(
-            f"--resume_from_checkpoint {name}: there is no checkpoint in that folder; give one, or latest"
+            f"--resume_from_checkpoint {name}: there is no whole checkpoint in that folder; give one, or latest"
         )
     return place
 
@@ -178,16 +228,18 @@ NEVER_CHANGED = (
     "use_8bit_adam",
 )
 WITHOUT_EFFECT = (
-    *("max_train_steps", "num_train_epochs", "output_dir", "cache_dir", "dataloader_num_workers", "seed"),
+    *("output_dir", "cache_dir", "dataloader_num_workers", "seed"),
     *("report_to", "tracker_project_name", "push_to_hub", "debug_loss", "num_validation_images"),
 )
 WITHOUT_EFFECT_BEGINNINGS = (
     *("validation_prompt", "validation_steps", "validation_epochs", "validation_inference", "validation_guidance"),
     *("eval_", "logging_", "checkpoint", "hub_"),
 )
+LENGTHS = ("max_train_steps", "num_train_epochs")  # without effect where the schedule has no end
+SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup")
 
 
-def check_recipe(resumable: Path, values: Mapping[str, Any]) -> None:
+def check_recipe(resumable: Path, values: Mapping[str, Any], processes: int) -> None:
     """Name what the command changes of the run that it resumes.
 
     A change of objective, of what is trained or of the optimizer is refused, since the checkpoint is of something
@@ -195,14 +247,16 @@ def check_recipe(resumable: Path, values: Mapping[str, Any]) -> None:
 
     Args:
         values: the flags, as ``recipe.yaml`` has them.
+        processes: of this run; their number is no flag, but a recipe says it among what its run has measured.
 
     Raises:
         ValueError: with the flag, what it was and what it is.
     """
     file = resumable.resolve().parent / "recipe.yaml"
-    earlier = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
-    for name in sorted(values.keys() & (earlier or {}).keys()):
-        if values[name] == earlier[name] or name in WITHOUT_EFFECT or name.startswith(WITHOUT_EFFECT_BEGINNINGS):
+    earlier = (yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None) or {}
+    silent = WITHOUT_EFFECT + (LENGTHS if values.get("lr_scheduler") in SCHEDULES_WITHOUT_END else ())
+    for name in sorted(values.keys() & earlier.keys()):
+        if values[name] == earlier[name] or name in silent or name.startswith(WITHOUT_EFFECT_BEGINNINGS):
             continue
         change = f"--{name} {_said(values[name])}: the run to resume has {_said(earlier[name])}"
         if name in NEVER_CHANGED:
@@ -210,6 +264,23 @@ def check_recipe(resumable: Path, values: Mapping[str, Any]) -> None:
                 f"{change}, and its checkpoints cannot go on otherwise; start another run, or change it back"
             )
         logger.warning("%s; from here on the new value holds", change)
+    for difference in _other_processes(earlier.get("measured") or {}, values, processes):
+        logger.warning(difference)
+
+
+def _other_processes(measured: Mapping[str, Any], values: Mapping[str, Any], processes: int) -> Iterator[str]:
+    """What follows from another number of them, or of images that a step takes."""
+    if (before := measured.get("num_processes", processes)) != processes:
+        yield (
+            f"this run has so many processes: {processes}, the run to resume {before}; sums of the log since its last "
+            "entry and dropout's random state start anew"
+        )
+    images = processes * values["train_batch_size"] * values["gradient_accumulation_steps"]
+    if (before := measured.get("global_batch", images)) != images:
+        yield (
+            f"a step takes {images} images now and took {before} in the run to resume, so the position in the data "
+            "shifts: some images come twice or not at all in this epoch"
+        )
 
 
 def _said(value: Any) -> str:
@@ -232,23 +303,24 @@ def is_full(error: BaseException) -> bool:
 
 
 def save_checkpoint(state: TrainingState, output_dir: str, progress: Progress, total_limit: int | None) -> Path:
-    """Write ``checkpoint-STEP`` whole, then drop the oldest ones above the limit. Called by every process.
+    """Write ``checkpoint-STEP`` whole, then drop the oldest ones above the limit. Called by every process; the main
+    one writes.
 
     Where the disk is full they go before, as long as another one is left, and it is written once more.
 
     Raises:
         OSError: where there is no room for it.
+        FloatingPointError: where a weight is not finite.
     """
     accelerator, folder = state.accelerator, place(output_dir, progress.step)
     unfinished = folder.with_name(f".{folder.name}{UNFINISHED}")
+    state.check()
+    random = state.random()
     if accelerator.is_main_process:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    spare = _above_limit(output_dir, folder, total_limit, keep=1) if accelerator.is_main_process else []
-    _save_with_room(state, unfinished, folder, spare)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+        spare = _above_limit(output_dir, folder, total_limit, keep=1)
+        _save_with_room(lambda: state.save(unfinished, random), folder, spare)
         sync(unfinished)
         progress.save(unfinished)  # last: with it the checkpoint is whole
         with removed(folder):
@@ -258,10 +330,10 @@ def save_checkpoint(state: TrainingState, output_dir: str, progress: Progress, t
     return folder
 
 
-def _save_with_room(state: TrainingState, unfinished: Path, folder: Path, spare: list[Path]) -> None:
+def _save_with_room(save: Callable[[], None], folder: Path, spare: list[Path]) -> None:
     """Save; where the disk is full, once more without the spare checkpoints."""
     try:
-        state.save(unfinished)
+        save()
     except (OSError, SafetensorError) as error:
         if not is_full(error):
             raise
@@ -269,14 +341,14 @@ def _save_with_room(state: TrainingState, unfinished: Path, folder: Path, spare:
             raise OSError(errno.ENOSPC, getattr(error, "strerror", None) or str(error), str(folder)) from error
         logger.warning(f"the disk is full: {', '.join(path.name for path in spare)} makes room for {folder.name}")
         _drop(spare)
-        _save_with_room(state, unfinished, folder, spare=[])
+        _save_with_room(save, folder, spare=[])
 
 
 def _above_limit(output_dir: str, new: Path, total_limit: int | None, keep: int = 0) -> list[Path]:
     """The oldest checkpoints beside a new one that are too many, so that at least so many stay."""
     others = [path for path in find_checkpoints(output_dir) if path != new]
-    count = 0 if total_limit is None else min(len(others) + 1 - total_limit, len(others) - keep)
-    return others[: max(0, count)]
+    many = 0 if total_limit is None else min(len(others) + 1 - total_limit, len(others) - keep)
+    return others[: max(0, many)]
 
 
 def _drop(checkpoints: list[Path]) -> None:

@@ -8,16 +8,17 @@ activations, which depend on too much for that, a share at most.
 
 from __future__ import annotations
 
-import os
+import logging
 import re
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -38,6 +39,8 @@ from lpl.limits import (
     size,
     wanted_memory,
 )
+from lpl.preemption import leave
+from lpl.streaming import LostShard
 from lpl.timeouts import HungLoader
 from lpl.trainee import Trainee
 
@@ -112,6 +115,8 @@ class Doing:
             return words
         if isinstance(error, HungLoader):
             return f"{error}\n{self._how_to_go_on('then')}"
+        if isinstance(error, LostShard):
+            return f"{error}\n{self._how_to_go_on('when it can be read again')}"
         if isinstance(error, FloatingPointError):  # of weights that are not saved
             return f"{error}\n{self._how_to_go_on('with a lower --learning_rate')}"
         return str(error) if isinstance(error, NoRoom) else None
@@ -371,4 +376,35 @@ def told(script: str, args: Namespace) -> Iterator[Doing]:
             sys.exit(words)
         number = doing.accelerator.process_index
         print(f"{words}\nthis was process {number} of 0 to {doing.processes - 1}", file=sys.stderr, flush=True)
-        os._exit(1)
+        leave(1)
+
+
+def leave_after(main: Callable[[], None]) -> NoReturn:
+    """Run it, and end the process with what Python would say and its exit code, but without Python's waiting.
+
+    That would be for a loader's processes, which heed no signal, and for threads, such as those of an upload that was
+    given up.
+    """
+    end = None
+    try:
+        main()
+    except (Exception, SystemExit) as error:
+        end = error  # and with it all that main() holds: a loader that is let go waits for its processes
+    code = exit_code(end)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    leave(code)
+
+
+def exit_code(end: BaseException | None) -> int:
+    """That of a process which ends by an exception, said on standard error where Python does."""
+    if end is None:
+        return 0
+    if not isinstance(end, SystemExit):
+        sys.excepthook(type(end), end, end.__traceback__)
+        return 1
+    if end.code is None or isinstance(end.code, int):
+        return end.code or 0
+    print(end.code, file=sys.stderr)
+    return 1

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,16 @@ UNFINISHED, REMOVED = ".unfinished", ".removed"  # endings of what is on its way
 
 
 def write_whole(path: str | os.PathLike, write: Callable[[Path], None]) -> Path:
-    """Let `write` fill a file beside `path`, then move it there: nobody ever sees half of it. Makes the folder."""
+    """Let `write` fill a file beside `path`, then move it there: nobody ever sees half of it, not even where the
+    machine goes down. Makes the folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(unfinished)
+        _sync(unfinished)
         os.replace(unfinished, path)
+        _sync(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
     return path
@@ -36,22 +39,49 @@ def write_text(path: str | os.PathLike, text: str) -> Path:
     return write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
 
+def entries(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log, of JSON; one that a crash cut short ends them."""
+    found = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # it may end within a character
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return found
+
+
+def lines(entries: list[dict[str, Any]]) -> str:
+    """What :func:`entries` reads."""
+    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+
+
 def sync(folder: Path) -> None:
     """Have the disk hold what was written into a folder, so that it outlives the machine too."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    for path in (*folder.rglob("*"), folder):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold a file, or the names in a folder."""
+    with suppress(OSError) if path.is_dir() else nullcontext():  # not every system and network disk does that
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager
 def removed(path: Path) -> Iterator[None]:
-    """Within, nothing bears that name; behind, the file or folder that did so is deleted."""
+    """Within, nothing bears that name; behind, the file or folder that did so is deleted, once the disk holds what
+    has been put in its place."""
     hidden = path.with_name(f".{path.name}{REMOVED}")
     _delete(hidden)
     if path.exists():
         path.rename(hidden)
     yield
+    _sync(path.parent)
     _delete(hidden)
 
 
@@ -87,6 +117,13 @@ def put_back(folder: str | os.PathLike) -> None:
         else:
             hidden.rename(place)
     _delete(Path(folder, f".result{UNFINISHED}"))
+
+
+def remove_halves(folder: str | os.PathLike) -> None:
+    """After a kill within :func:`write_whole`, in a folder or one in it: what it had not moved to its place yet."""
+    for depth in ("", "*/"):
+        for half in Path(folder).glob(f"{depth}.*.[0-9]*.tmp"):
+            half.unlink(missing_ok=True)
 
 
 def save_state(state: Any, path: str | os.PathLike) -> Path:

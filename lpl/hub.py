@@ -11,9 +11,19 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi, get_session, get_token, snapshot_download
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    get_token,
+    hf_hub_download,
+    set_client_factory,
+    snapshot_download,
+)
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.utils import _http
 
 from lpl.checkpoints import Progress, find_checkpoints, place
 from lpl.public import without_secrets
@@ -25,8 +35,9 @@ MAIN = "main"  # the branch where --hub_revision names none
 LAST_CHECKPOINT = "last-checkpoint"  # where --hub_strategy checkpoint puts it, as transformers' Trainer does
 DOWNLOADS = ".download"  # in the output folder: what is not whole yet
 OF_A_RUN = ("metrics.jsonl", "recipe.yaml", "samples")  # what a resumed run goes on with beside its checkpoint
-MEANWHILE = (409, 412)  # somebody else has committed
 SILENCE = 120.0  # seconds without a byte after which a connection counts as gone; the client alone waits for ever
+LONGEST_WAIT = 300.0  # seconds between two tries
+REFUSED = (401, 403)  # another try gives no other answer
 
 
 class HubError(RuntimeError):
@@ -80,7 +91,7 @@ def push(
     message: str = "End of training",
     replaced: str | None = None,
 ) -> str:
-    """Commit all of a folder, in one commit.
+    """Commit all of a folder: in one commit, so that nobody ever finds half of it.
 
     Args:
         replaced: a folder of the repository from which everything goes that the commit does not bring.
@@ -91,14 +102,12 @@ def push(
     Raises:
         Exception: whatever a request raises; nothing is committed then.
     """
-    get_session().timeout = SILENCE
-    commit = _api(token).upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        revision=revision,
-        commit_message=message,
-        delete_patterns=f"{replaced}/*" if replaced else None,
-    )
+    api, paths = _api(token), [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+    files = {path.relative_to(folder).as_posix(): path for path in paths}
+    there = api.list_repo_files(repo_id, revision=revision) if replaced else []
+    gone = [file for file in there if file.startswith(f"{replaced}/") and file not in files]
+    operations = [*map(CommitOperationDelete, gone), *(CommitOperationAdd(*entry) for entry in files.items())]
+    commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision)
     return str(commit.repo_url)
 
 
@@ -117,14 +126,19 @@ def download_run(
     folder = output_dir / DOWNLOADS
     try:
         full_id = name if "/" in name else f"{_api(token).whoami()['name']}/{name}"
-        get_session().timeout = SILENCE
         files = _api(token).list_repo_files(full_id, revision=revision)
         remote = last_checkpoint(files)
         if remote is None:
             logger.warning(f"{flag}: {full_id} has no checkpoint yet")
             return
-        wanted = [f"{remote}/*", *(f"{entry}*" for entry in OF_A_RUN)]
-        snapshot_download(full_id, revision=revision, token=token, local_dir=folder, allow_patterns=wanted)
+        source = {"revision": revision, "token": token, "local_dir": folder}
+        step = Progress.load(Path(hf_hub_download(full_id, f"{remote}/{Progress.FILE}", **source)).parent).step
+        local = find_checkpoints(output_dir)
+        if here := bool(local) and Progress.load(local[-1]).step >= step:
+            logger.info(f"{flag}: {local[-1].name} in {output_dir} is as late as the Hub's {step}, and is taken")
+        else:
+            wanted = [f"{remote}/*", *(f"{entry}*" for entry in OF_A_RUN)]
+            snapshot_download(full_id, allow_patterns=wanted, **source)
     except RepositoryNotFoundError as error:
         if error.response.status_code != 404:
             raise HubError(f"{flag}: {explain(error, name)}") from error
@@ -132,14 +146,12 @@ def download_run(
         return
     except (HTTPError, OSError, ValueError) as error:
         raise HubError(f"{flag}: {explain(error, name)}") from error
-    step = Progress.load(folder / remote).step
-    local = find_checkpoints(output_dir)
-    if local and Progress.load(local[-1]).step >= step:
-        logger.info(f"{flag}: {local[-1].name} in {output_dir} is as late as the Hub's {step}, and is taken")
-    else:
-        for entry in OF_A_RUN:
-            if (folder / entry).exists() and not (output_dir / entry).exists():
-                (folder / entry).rename(output_dir / entry)
+    if not here:
+        for file in (file for file in folder.rglob("*") if file.is_file()):  # what is here is of an earlier step
+            name = file.relative_to(folder)
+            if name.parts[0] in OF_A_RUN:
+                (output_dir / name).parent.mkdir(parents=True, exist_ok=True)
+                file.replace(output_dir / name)
         shutil.rmtree(place(output_dir, step), ignore_errors=True)  # no whole one, or it would be local
         (folder / remote).rename(place(output_dir, step))
     shutil.rmtree(folder)
@@ -159,7 +171,27 @@ def last_checkpoint(files: list[str]) -> str | None:
 
 
 def _api(token: str | None) -> HfApi:
+    set_client_factory(_client)
     return HfApi(token=(token or "").strip() or None)
+
+
+def _client():
+    """As the library makes its own, but for its patience."""
+    client = _http.default_client_factory()
+    client.timeout = SILENCE
+    return client
+
+
+class _Discreet(logging.Filter):
+    """Keeps secrets, such as signed addresses, out of what the client says."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = without_secrets(record.getMessage()), None
+        return True
+
+
+for _handler in logging.getLogger("huggingface_hub").handlers:
+    _handler.addFilter(_Discreet())
 
 
 def _check_token(token: str | None, flag: str, otherwise: str) -> None:
@@ -206,15 +238,24 @@ def explain(error: Exception, name: str) -> str:
     return f"the Hub cannot be reached ({said}); leave --push_to_hub out, and publish later by python -m lpl.publish."
 
 
-def retry_after(error: BaseException) -> float | None:
-    """Seconds after which the Hub wants to be asked again, where an error says so."""
-    response = getattr(error, "response", None)
-    if response is None:  # the client says of a file which one it was, and the answer is the cause
-        return retry_after(error.__cause__) if error.__cause__ else None
-    if response.status_code in MEANWHILE:
-        return 1.0
-    asked = response.headers.get("Retry-After", "")
-    return float(asked) if asked.isdecimal() else None
+def pause(error: BaseException, wait: float) -> float:
+    """Seconds until the next try: as the Hub wishes, where an error says so, else ``wait``; not too many."""
+    response = answer_of(error)
+    asked = "" if response is None else response.headers.get("Retry-After", "")
+    return min(float(asked) if asked.isdecimal() else wait, LONGEST_WAIT)
+
+
+def answer_of(error: BaseException) -> Any:
+    """The Hub's answer that an error comes from: of a file, the client raises another one behind it."""
+    while error is not None and getattr(error, "response", None) is None:
+        error = error.__cause__
+    return getattr(error, "response", None)
+
+
+def is_refused(error: BaseException) -> bool:
+    """Whether the Hub says that this token may not do so."""
+    response = answer_of(error)
+    return response is not None and response.status_code in REFUSED
 
 
 def reason(error: BaseException) -> str:

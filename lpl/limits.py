@@ -114,7 +114,10 @@ class DiskNeeds:
 
     @classmethod
     def of(cls, trainee: Trainee, args: Namespace, max_steps: int, steps_done: int, there: int = 0) -> DiskNeeds:
-        result, every = result_bytes(trainee), args.checkpointing_steps
+        result, every, uploads = result_bytes(trainee), args.checkpointing_steps, 0
+        if args.push_to_hub and args.hub_strategy != "end":  # one is on its way, and one waits
+            states = args.hub_strategy in ("checkpoint", "all_checkpoints")
+            uploads = result + 2 * states * checkpoint_bytes(trainee, args)
         return cls(
             result,
             result if trainee.lora else result + _saved_bytes(trainee),
@@ -122,7 +125,7 @@ class DiskNeeds:
             max(0, max_steps // every - steps_done // every),
             args.checkpoints_total_limit,
             there,
-            result if args.push_to_hub and args.hub_strategy != "end" else 0,
+            uploads,
         )
 
     @property

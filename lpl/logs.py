@@ -20,7 +20,6 @@ has the diffusion loss of each sample of each step, where --debug_loss asks for 
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -37,7 +36,7 @@ from PIL import Image
 from torch import Tensor
 
 from lpl.arguments import recipe
-from lpl.files import write_text
+from lpl.files import entries, lines, write_text
 from lpl.weighting import Terms
 
 
@@ -52,6 +51,7 @@ class Log:
         last_step: of the whole run.
         global_batch: images per optimizer step, over all processes and micro-batches.
         blocks: names of the decoder blocks that LPL compares.
+        looked: whether the validation after ``first_step`` is done; else it comes again, and its entries are dropped.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class Log:
         last_step: int,
         global_batch: int,
         blocks: Sequence[str] = (),
+        looked: bool = True,
     ) -> None:
         self.accelerator, self.args, self.last_step = accelerator, args, last_step
         self.global_batch, self.blocks = global_batch, blocks
@@ -74,7 +75,9 @@ class Log:
             for path in (self.path, self.samples_path):
                 if path is self.path or path.is_file():
                     kept = [record for record in entries(path) if first_step and record["step"] <= first_step]
-                    write_text(path, _lines(kept))
+                    if path is self.path and not looked:
+                        kept = [record for record in kept if record["step"] < first_step or "lr" in record]
+                    write_text(path, lines(kept))
         accelerator.init_trackers(args.tracker_project_name, {k: _plain(v) for k, v in recipe(args).items()})
         self._last_step, self._since = first_step, time.perf_counter()
 
@@ -204,7 +207,7 @@ class Log:
         self.accelerator.log(record, step=step)
         if self.accelerator.is_main_process:
             with self.path.open("a") as file:
-                file.write(_lines([{"step": step} | record]))
+                file.write(lines([{"step": step} | record]))
 
     def _write_samples(self) -> None:
         if not self._samples:
@@ -214,28 +217,12 @@ class Log:
         if self.accelerator.is_main_process:
             losses = [{"step": int(step), "image": int(index), "loss": loss} for step, index, loss in rows]
             with self.samples_path.open("a") as file:
-                file.write(_lines(sorted(losses, key=lambda entry: entry["step"])))  # processes come one by one
+                file.write(lines(sorted(losses, key=lambda entry: entry["step"])))  # processes come one by one
 
 
 def _where(condition: Tensor, values: Tensor) -> Tensor:
     """The values, or zeros."""
     return torch.where(condition, values, torch.zeros_like(values))
-
-
-def entries(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; one that a crash cut short ends them."""
-    found = []
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return found
-
-
-def _lines(entries: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(entry) + "\n" for entry in entries)
 
 
 def log_image(accelerator: Accelerator, path: Path, step: int) -> None:

@@ -29,11 +29,11 @@ class SkippedSteps:
 
     Args:
         limit: --max_skipped_steps.
+        count: of them before a resume.
     """
 
-    def __init__(self, accelerator: Accelerator, limit: int) -> None:
-        self.accelerator, self.limit = accelerator, limit
-        self.count = 0
+    def __init__(self, accelerator: Accelerator, limit: int, count: int = 0) -> None:
+        self.accelerator, self.limit, self.count = accelerator, limit, count
         self._samples: list[
             tuple[int, Tensor, Tensor, Tensor]
         ] = []  # step, index, timestep; on the device which terms
@@ -78,7 +78,8 @@ class SkippedSteps:
             return None
         return (
             f"--max_skipped_steps {self.limit}: {self.count} steps had a loss or a gradient that is not finite, and "
-            "changed nothing; lower --learning_rate, look at the samples named above, or try --mixed_precision no"
+            "changed nothing; lower --learning_rate, look at the samples named above, or try --mixed_precision no; to "
+            "go on from here, raise the limit"
         )
 
 

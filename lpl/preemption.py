@@ -1,8 +1,12 @@
 """Ends a run that is asked to stop, at the end of a step, with a checkpoint, and with an exit code that says so.
 
 SIGTERM (a machine that is taken away), SIGINT (Ctrl-C) and SIGUSR1 (a Slurm job's time runs out) ask. The first one is
-noted; all processes then agree at the end of the same step. A second one leaves at once. EXIT_CODE tells a scheduler
-to run the same command again; it is sysexits.h's EX_TEMPFAIL.
+noted; all processes then agree at the end of the same step. A second one leaves at once, and so does a process that is
+still there LONGEST seconds after the first. EXIT_CODE tells a scheduler to run the same command again; it is
+sysexits.h's EX_TEMPFAIL.
+
+The main thread may wait in a library, for a device or for another process, where no handler of Python runs. What has
+to happen even then a thread does, to which the interpreter writes each signal at once.
 
 Between processes a flag travels over Gloo while the next step is computed already, so that no step waits for it: where
 there are several, the run ends one step later.
@@ -10,11 +14,13 @@ there are several, the run ends one step later.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
+from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +29,9 @@ from torch import distributed
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 EXIT_CODE = 75
+LONGEST = 15 * 60.0  # seconds from the first signal to the end: two steps of minutes, a checkpoint, and its upload
+OTHERS_WAIT = timedelta(hours=12)  # of processes with one another: one samples, saves or prepares, the others wait
+CLOSED = b"\0"  # no signal has that number
 
 
 class Preemption:
@@ -34,30 +43,55 @@ class Preemption:
     def __init__(self, accelerator: Accelerator) -> None:
         self.received: signal.Signals | None = None
         several = accelerator.num_processes > 1
-        self._group = distributed.new_group(backend="gloo") if several else None
+        self._group = distributed.new_group(backend="gloo", timeout=OTHERS_WAIT) if several else None
         self._flag = torch.zeros(1)
         self._travelling: distributed.Work | None = None
         self._before: dict[signal.Signals, Any] = {}
+        self._pipe, self._pipe_before = -1, -1  # where the interpreter writes signals, and where it did before
 
     def listen(self) -> None:
         """Note signals from here on."""
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        if threading.current_thread() is not threading.main_thread():
+            return
+        reading, self._pipe = os.pipe()
+        os.set_blocking(self._pipe, False)
+        threading.Thread(target=self._watch, args=(reading,), daemon=True).start()
+        self._pipe_before = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
 
     def close(self) -> None:
         """Let them do what they did before."""
+        if not self._before:
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
+        signal.set_wakeup_fd(self._pipe_before)
+        os.write(self._pipe, CLOSED)
+        os.close(self._pipe)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
-            os._exit(128 + number)
-        self.received = signal.Signals(number)
-        os.write(
-            2,
-            f"\n{self.received.name}: the run saves a checkpoint after this step and ends; again: at once\n".encode(),
-        )
+        self.received = self.received or signal.Signals(number)
+
+    def _watch(self, reading: int) -> None:
+        """Say what the first signal does, see to it that it does, and leave at the second one."""
+        bound = None
+        while (byte := os.read(reading, 1)) != CLOSED:
+            number = byte[0]
+            if number not in SIGNALS:  # another one that Python handles
+                continue
+            if bound is not None:
+                leave(128 + number)
+            bound = threading.Timer(LONGEST, too_long)
+            bound.daemon = True
+            bound.start()
+            name, minutes = signal.Signals(number).name, f"{LONGEST / 60:g} minutes"
+            say(
+                f"{name}: the run saves a checkpoint after this step and ends, after {minutes} at most; again: at once"
+            )
+        os.close(reading)
+        if bound is not None:
+            bound.cancel()
 
     def asked(self) -> bool:
         """Whether the run is to end here; the same answer in every process, which all have to ask after each step."""
@@ -86,7 +120,31 @@ class Preemption:
         return bool(self._flag.item())
 
 
+def say(words: str) -> None:
+    """A line on standard error, whatever the main thread is doing with that."""
+    os.write(2, f"\n{words}\n".encode())
+
+
+def too_long() -> NoReturn:
+    """The run was asked to end, and something in it hangs."""
+    say(
+        f"the run has not ended {LONGEST / 60:g} minutes after it was asked to, and is left as it is; the last "
+        "checkpoint is whole: --resume_from_checkpoint latest goes on from there"
+    )
+    leave(EXIT_CODE)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once, and those that it has started, such as a loader's, which heed no other signal."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where torch raises an error of its own
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(code)
+
+
 def leave_signals_alone(worker: int) -> None:
     """For a loader's worker process: a signal is for the whole group, but the worker is needed until the step ends."""
+    signal.set_wakeup_fd(-1)  # that is the main process's
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,8 +1,9 @@
 """What a run publishes on the Hub, and when (--hub_strategy). Whatever the Hub does, the run goes on.
 
-A *snapshot* is a folder with all that one commit brings, made beside the run's results: weights, which are only ever
-replaced whole, as links, all else as copies. So the run goes on, appends to its log and drops old checkpoints while a
-snapshot is on its way. It holds what was made for others only, and nothing in it names this machine.
+A *snapshot* is a folder with all that one commit brings, made beside the run's results: weights and pictures, which
+are only ever replaced whole, as links, all else as copies. So the run goes on, appends to its log and drops old
+checkpoints while a snapshot is on its way. It holds what was made for others only, and nothing in it names this
+machine.
 
 ``end``: result, samples, curves, log, recipe and card, once. ``every_save``: the same at each checkpoint, with the
 weights of that checkpoint (the moving average's where one is kept). ``checkpoint``: also what a run is resumed from,
@@ -13,10 +14,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shlex
 import shutil
 import threading
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,11 +27,12 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
-from safetensors import SafetensorError
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from tqdm.auto import tqdm
 
 from lpl import hub
 from lpl.card import RunCard, write_model_card
+from lpl.checkpoints import PREFIX
 from lpl.logs import entries
 from lpl.pictures import loss_curves
 from lpl.public import is_hub_id
@@ -40,10 +44,10 @@ logger = logging.getLogger(__name__)
 
 SNAPSHOTS = ".uploads"  # in the output folder
 CURVES = "loss_curves.png"
-FIRST_WAIT, LONGEST_WAIT = 1.0, 300.0  # seconds between two tries, which double
-LAST_TRIES = 6  # after the training is over
+FIRST_WAIT = 1.0  # seconds after which a failed upload is tried again; they double
+LAST_TRIES, LAST_SECONDS = 6, 900.0  # after the training is over
 LOOK = 0.1  # seconds between two looks at what is uploaded
-GRACE = 60.0  # seconds for uploads where a run is interrupted
+GRACE = 20.0  # seconds for uploads where a run is interrupted; Slurm kills after 30
 NAMES = ("_name_or_path", "name_or_path", "base_model_name_or_path")  # where a configuration was loaded from
 
 
@@ -72,13 +76,14 @@ def _files(folder: Path, place: Path) -> Iterator[Path]:
 
 
 def take(source: Path, target: Path) -> None:
-    """Put a file into a snapshot: weights as a link where that can be, else a copy that does not name this machine."""
+    """Put a file into a snapshot: weights and pictures as links where that can be, all else as a copy, which does not
+    name this machine."""
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
     if source.suffix == ".json":
         target.write_text(_without_origin(source.read_text(encoding="utf-8")), encoding="utf-8")
         return
-    if source.suffix == ".safetensors":
+    if source.suffix in (".safetensors", ".png"):
         try:
             os.link(source, target)
             return
@@ -126,20 +131,27 @@ class Publication:
         self.uploads = Uploads(self.folder, args.hub_model_id, args.hub_token, args.hub_revision)
         self.complete = False  # whether a snapshot has had all of the result
 
-    def checkpoint(self, checkpoint: Path, step: int) -> None:
-        """Queue what there is after a checkpoint and the samples of its step; no upload is waited for."""
+    def checkpoint(self, checkpoint: Path, step: int, interrupted: bool = False) -> None:
+        """Queue what there is after a checkpoint and the samples of its step; no upload is waited for.
+
+        Args:
+            interrupted: the run is to end now, and there is no time for parts that are not trained.
+        """
         if self.args.hub_strategy == "end":
             return
-        try:
-            taken = self._taken(checkpoint, step)
-            self.uploads.add(Snapshot(taken, f"Step {step}", partial(_finish, card=self.card())))
-        except (OSError, SafetensorError) as error:  # a disk that is full, most likely
-            logger.warning("Nothing of step %d can be published: %s", step, error)
-
-    def _taken(self, checkpoint: Path, step: int) -> Path:
-        """All that the strategy wants of it."""
         snapshot = self.uploads.new(step)
-        if self.complete and self.trained:
+        whole = not (self.trained and (self.complete or interrupted))
+        try:
+            self._fill(snapshot, checkpoint, whole)
+            self.uploads.add(Snapshot(snapshot, f"Step {step}", partial(_finish, card=self.card())))
+            self.complete |= whole
+        except Exception as error:  # a disk that is full, most likely; the run goes on
+            logger.warning("Nothing of step %d can be published: %s", step, error)
+            shutil.rmtree(snapshot, ignore_errors=True)
+
+    def _fill(self, snapshot: Path, checkpoint: Path, whole: bool) -> None:
+        """All that the strategy wants of a checkpoint; ``whole``: the parts that are not trained, too."""
+        if not whole:
             weights = checkpoint / EMA_FOLDER if (checkpoint / EMA_FOLDER).is_dir() else checkpoint
             for name in self.trained:
                 _take_all(weights / name, snapshot / name)
@@ -148,22 +160,22 @@ class Publication:
             self.save(made)
             _take_all(made, snapshot)
             shutil.rmtree(made)
-            self.complete = True
         _take_all(self.folder / "samples", snapshot / "samples")
-        for name in published(self.folder):
-            if name.parts[0] in ("metrics.jsonl", "evaluation"):
-                take(self.folder / name, snapshot / name)
+        for path in (self.folder / "metrics.jsonl", *sorted(self.folder.glob("evaluation/*.png"))):
+            take(path, snapshot / path.relative_to(self.folder))
         publish_recipe(self.folder / "recipe.yaml", snapshot / "recipe.yaml", self.address)
         state = {"checkpoint": hub.LAST_CHECKPOINT, "all_checkpoints": checkpoint.name}.get(self.args.hub_strategy)
         if state:
             _take_all(checkpoint, snapshot / state)
-        return snapshot
 
     def end(self, stop: Callable[[], bool]) -> None:
         """Publish the finished output folder, and wait for all uploads, unless ``stop`` says that there is no time."""
-        snapshot = self.uploads.new()
-        snapshot_of_result(self.folder, snapshot, self.address)
-        self.uploads.add(Snapshot(snapshot, "End of training"))
+        try:
+            snapshot = self.uploads.new()
+            snapshot_of_result(self.folder, snapshot, self.address)
+            self.uploads.add(Snapshot(snapshot, "End of training"))
+        except Exception as error:  # a disk that is full, most likely
+            self.uploads.problem = str(error)
         self.uploads.finish(stop)
 
     def interrupt(self) -> None:
@@ -206,7 +218,7 @@ class Snapshot:
             if not outdated and not (self.folder / name).exists():
                 (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (earlier.folder / name).rename(self.folder / name)
-        shutil.rmtree(earlier.folder)
+        shutil.rmtree(earlier.folder, ignore_errors=True)
 
 
 class Uploads:
@@ -228,6 +240,7 @@ class Uploads:
         self._waiting: Snapshot | None = None
         self._busy, self._over = False, False
         self._changed = threading.Condition()
+        disable_progress_bars()  # they would be drawn over the training's
         threading.Thread(target=self._work, name="uploads", daemon=True).start()
 
     def new(self, step: int | None = None) -> Path:
@@ -239,9 +252,17 @@ class Uploads:
     def add(self, snapshot: Snapshot) -> None:
         with self._changed:
             if self._waiting is not None:
+                self._drop_states(self._waiting.folder)
                 snapshot.take_in(self._waiting)
             self._waiting = snapshot
             self._changed.notify_all()
+
+    def _drop_states(self, waiting: Path) -> None:
+        """Of checkpoints that --checkpoints_total_limit has dropped meanwhile; their links would fill the disk."""
+        for state in waiting.glob(f"{PREFIX}*"):
+            if not (self.folder / state.name).exists():
+                logger.warning("%s is gone before it could be uploaded, and is left out", state.name)
+                shutil.rmtree(state, ignore_errors=True)
 
     def finish(self, stop: Callable[[], bool], seconds: float | None = None) -> bool:
         """Wait until all is uploaded, or given up.
@@ -257,6 +278,7 @@ class Uploads:
             self._over = True
             self._changed.notify_all()
         pending = self._pending
+        enable_progress_bars()  # the client shows bytes
         with tqdm(total=pending, desc="uploads", disable=not pending) as bar:
             for _ in count() if seconds is None else range(int(seconds / LOOK)):
                 bar.update(pending - self._pending - bar.n)
@@ -287,17 +309,21 @@ class Uploads:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting is not None)
                 snapshot, self._waiting, self._busy = self._waiting, None, True
-            self._upload(snapshot)
-            with self._changed:
-                self._busy = False
-                self._changed.notify_all()
+            try:
+                self._upload(snapshot)
+            except BaseException as error:  # of the client's own machinery; whoever waits must not wait for ever
+                self.problem = hub.reason(error)
+            finally:
+                with self._changed:
+                    self._busy = False
+                    self._changed.notify_all()
 
     def _upload(self, snapshot: Snapshot) -> None:
         """Until it is there, or the run is over and a few tries more have failed."""
-        wait, tries_left, over = FIRST_WAIT, LAST_TRIES, False
-        while tries_left:
+        wait, tries_left, over, deadline = FIRST_WAIT, LAST_TRIES, False, math.inf
+        while tries_left > 0 and time.monotonic() < deadline:
             if self._over and not over:
-                wait, over = FIRST_WAIT, True
+                wait, over, deadline = FIRST_WAIT, True, time.monotonic() + LAST_SECONDS
             tries_left -= over
             try:
                 self._push(snapshot)
@@ -307,7 +333,9 @@ class Uploads:
                 if said != self.problem:
                     logger.warning("The upload to %s failed and will be tried again: %s", self.repo_id, said)
                 self.problem = said
-                pause = min(hub.retry_after(error) or wait, LONGEST_WAIT)
+                pause = hub.pause(error, wait)
+                if over and hub.is_refused(error):
+                    tries_left = 0
             with self._changed:
                 if tries_left:
                     self._changed.wait_for(lambda: self._over and not over, pause)  # noqa: B023
@@ -321,4 +349,4 @@ class Uploads:
         replaced = hub.LAST_CHECKPOINT if (snapshot.folder / hub.LAST_CHECKPOINT).is_dir() else None
         self.url = hub.push(snapshot.folder, self.repo_id, self.token, self.revision, snapshot.message, replaced)
         self.problem = ""
-        shutil.rmtree(snapshot.folder)
+        shutil.rmtree(snapshot.folder, ignore_errors=True)

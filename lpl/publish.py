@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from lpl import arguments, hub
 from lpl.card import address_card
-from lpl.publication import FIRST_WAIT, LAST_TRIES, snapshot_of_result
+from lpl.publication import FIRST_WAIT, LAST_TRIES, SNAPSHOTS, snapshot_of_result
 
 
 logger = logging.getLogger(__name__)
@@ -67,8 +67,9 @@ def publish(args: argparse.Namespace) -> str:
     repo_id = hub.prepare_repository(
         args.hub_model_id, folder, args.hub_token, args.hub_private_repo, args.hub_revision
     )
-    with tempfile.TemporaryDirectory(prefix=".publish-", dir=folder) as place:
-        snapshot = Path(place)
+    snapshot = folder / SNAPSHOTS
+    shutil.rmtree(snapshot, ignore_errors=True)  # of an upload that was given up, or killed
+    try:
         snapshot_of_result(folder, snapshot, hub.address(repo_id, args.hub_revision))
         card = address_card(folder / "README.md", repo_id, args.hub_revision)
         (snapshot / "README.md").write_text(card, encoding="utf-8")
@@ -77,11 +78,13 @@ def publish(args: argparse.Namespace) -> str:
                 return hub.push(snapshot, repo_id, args.hub_token, args.hub_revision, "Publish a finished training")
             except Exception as error:  # a request raises dozens
                 said = f"the upload to {repo_id} failed ({hub.reason(error)})"
-                if number == LAST_TRIES - 1:
+                if number == LAST_TRIES - 1 or hub.is_refused(error):
                     raise hub.HubError(f"{said}; run the same command again.") from error
-                wait = hub.retry_after(error) or FIRST_WAIT * 2**number
+                wait = hub.pause(error, FIRST_WAIT * 2**number)
                 logger.warning("%s; the next try is in %g s", said, wait)
                 time.sleep(wait)
+    finally:
+        shutil.rmtree(snapshot, ignore_errors=True)
     raise AssertionError("every try returns or raises")
 
 
@@ -90,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.getLogger("httpx2").setLevel(logging.WARNING)
     try:
         print(f"published at {publish(build_parser().parse_args(argv))}")
-    except (ValueError, hub.HubError) as error:
+    except (OSError, ValueError, hub.HubError) as error:
         sys.exit(f"{PROGRAM}: error: {error}")
 
 

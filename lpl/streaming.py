@@ -19,10 +19,12 @@ from __future__ import annotations
 
 import logging
 import tarfile
+import threading
+import time
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -38,17 +40,21 @@ from datasets import Image as ImageFeature
 from torch.utils.data import Sampler
 
 from lpl.data import Candidates, Row, Stream, TrainingImages, first_line, keyed_generator, load_split, shard_files
+from lpl.timeouts import FLAG, HungLoader
 
 
 logger = logging.getLogger(__name__)
 
 ROWS = 10**9  # per shard at most: an index is read as shard 3, row 17 where it is 3000000017
-STAND_INS = 8  # rows that go with each to the process that decodes it, to take its place
 TRIED = 1000  # rows at the beginning, of which one at least must be readable
 
 Item = TypeVar("Item")
 Indexed = tuple[int, Row | ValueError]  # an index and its row, or why it cannot be read
 Key = tuple[int, list[Indexed]]  # epoch; the sample, and those that may take its place
+
+
+class LostShard(ValueError):
+    """A shard that cannot be reached; says which, and why."""
 
 
 def load_streamed_images(
@@ -94,15 +100,15 @@ def all_rows(dataset: IterableDataset, args: Any) -> Iterator[Indexed]:
         yield from shard_rows(dataset, shard, args)
 
 
-def shard_rows(dataset: IterableDataset, shard: int, args: Any, first: int = 0) -> Iterator[Indexed]:
-    """The rows of a shard from one on; where it is broken, an error stands in the place of the rest.
+def shard_rows(dataset: IterableDataset, shard: int, args: Any) -> Iterator[Indexed]:
+    """The rows of a shard; where it is broken, an error stands in the place of the rest.
 
     Raises:
-        ValueError: where the shard cannot be reached.
+        LostShard: where it cannot be reached.
     """
-    index = shard * ROWS + first
+    index = shard * ROWS
     try:
-        for row in dataset.shard(dataset.num_shards, shard).skip(first):
+        for row in dataset.shard(dataset.num_shards, shard):
             image = row[args.image_column] or {}
             if image.get("bytes") is None and not _belongs(image.get("path"), args.dataset_name):
                 row = ValueError("the row holds no image, or one that is not of this data set")
@@ -110,10 +116,8 @@ def shard_rows(dataset: IterableDataset, shard: int, args: Any, first: int = 0) 
             index += 1
     except Exception as error:
         if not _is_broken(error):
-            raise ValueError(
-                f"--streaming: shard {shard} cannot be read behind row {index % ROWS} ({first_line(error)}); when it "
-                "can be, --resume_from_checkpoint latest goes on from the last checkpoint"
-            ) from error
+            problem = f"--streaming: shard {shard} cannot be read from row {index % ROWS} on ({first_line(error)})"
+            raise LostShard(problem) from error
         yield index, ValueError(f"the rest of the shard cannot be read: {first_line(error)}")
 
 
@@ -161,21 +165,21 @@ class StreamedBatches(Sampler[list[Key]]):
         self.parts = ceil(num_processes / dataset.num_shards)  # units of a shard
         self.position = list(position)
         self._begun: deque[tuple[int, int, int]] = deque()  # of each block: samples before it, its unit, its row
+        self._reading = 0, 0.0  # index of the row that is being read, and seconds of the clock since when
 
     def __iter__(self) -> Iterator[list[Key]]:
         *start, done = self.position
         before, batch = -done, []
-        for unit, epoch, block in ahead(self._blocks(*start)):
+        for unit, epoch, block in ahead(self._blocks(*start), self._waited_for):
             first, _ = block[0]
             self._begun.append((before, unit, first % ROWS))
             before += len(block)
             key = keyed_generator(self.args.seed, epoch, first, Stream.ORDER)
             block = [block[place] for place in torch.randperm(len(block), generator=key)]
             for place in range(done, len(block)):
-                near = range(place, place + min(len(block), 1 + STAND_INS))
-                batch.append((epoch, [block[number % len(block)] for number in near]))
+                batch.append((epoch, block[place]))
                 if len(batch) == self.args.train_batch_size:
-                    yield batch
+                    yield with_stand_ins(batch, block[(place + 1) % len(block)])
                     batch = []
             done = 0
 
@@ -212,22 +216,62 @@ class StreamedBatches(Sampler[list[Key]]):
     def _rows(self, shard: int, part: int, first: int) -> Iterator[Indexed]:
         """Those of a unit that are trained on, from a row of its shard on."""
         every_nth = self.args.validation_every_nth
-        for index, row in shard_rows(self.dataset, shard, self.args, first):
+        self._reading = shard * ROWS, time.monotonic()
+        for index, row in shard_rows(self.dataset, shard, self.args):
             place = index % ROWS
-            if is_trained(index, every_nth):
+            if place >= first and is_trained(index, every_nth):
                 number = place - (place // every_nth + 1 if every_nth else 0)  # of those that are trained on
                 if number % self.parts == part:
                     yield index, row
+            self._reading = index + 1, time.monotonic()
+
+    def _waited_for(self, block: Future[Item]) -> Item:
+        """A block, as soon as it is read.
+
+        Raises:
+            HungLoader: where one of its rows takes longer than --dataloader_timeout.
+        """
+        seconds = self.args.dataloader_timeout
+        while not wait([block], seconds or None).done:
+            index, since = self._reading
+            if time.monotonic() - since >= seconds:
+                raise HungLoader(
+                    f"--streaming: the reading of shard {index // ROWS}, row {index % ROWS}, does not end; mend the "
+                    f"disk or the network that it comes from, or wait longer for a row ({FLAG} {seconds:g})"
+                )
+        return block.result()
 
 
-def ahead(items: Iterator[Item]) -> Iterator[Item]:
+def with_stand_ins(batch: list[tuple[int, Indexed]], spare: Indexed) -> list[Key]:
+    """Each sample of a batch with the others and one more, that may take its place.
+
+    A loader's process gets a batch as a whole, where the same row is sent once.
+    """
+    rows = [*(row for _, row in batch), spare]
+    return [(epoch, rows[place:] + rows[:place]) for place, (epoch, _) in enumerate(batch)]
+
+
+def ahead(items: Iterator[Item], waited_for: Callable[[Future[Item]], Item]) -> Iterator[Item]:
     """The same without an end, each read in a thread while the one before is used."""
-    with ThreadPoolExecutor(1) as reader:
-        following = reader.submit(next, items)
-        while True:
-            item = following.result()
-            following = reader.submit(next, items)
-            yield item
+    following = read_in_thread(items)
+    while True:
+        item = waited_for(following)
+        following = read_in_thread(items)
+        yield item
+
+
+def read_in_thread(items: Iterator[Item]) -> Future[Item]:
+    """The next one. Neither the end of its user nor that of the process waits for it, as an executor's would."""
+    item: Future[Item] = Future()
+
+    def read() -> None:
+        try:
+            item.set_result(next(items))
+        except BaseException as error:
+            item.set_exception(error)
+
+    threading.Thread(target=read, daemon=True).start()
+    return item
 
 
 # Samples -------------------------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ class Readings:
     """
 
     def __init__(self, processes: int = 0) -> None:
-        # process id, place in the data set, and seconds of the system's clock, 0 between two readings
+        # process id, place in the data set, and seconds of the system's clock, less than 0 between two readings
         self._table = torch.zeros(processes, 3, dtype=torch.float64).share_memory_()
 
     @contextmanager
@@ -89,12 +89,16 @@ class Readings:
         try:
             yield
         finally:
-            row[2] = 0
+            row[2] = -time.monotonic()
 
     def running(self) -> dict[int, float]:
         """Places of the samples that are being read, and seconds since then."""
         now = time.monotonic()
-        return {int(place): now - since for _, place, since in self._table.tolist() if since}
+        return {int(place): now - since for _, place, since in self._table.tolist() if since > 0}
+
+    def idle(self) -> float:
+        """Seconds since one of the processes last began or ended a reading."""
+        return time.monotonic() - float(self._table[:, 2].abs().max())
 
     def kill(self) -> None:
         """End the processes, which heed no signal but this."""
@@ -126,9 +130,8 @@ def watched(
             if not str(error).startswith("DataLoader timed out"):
                 raise
             waited += seconds
-            running = readings.running()
-            hung = [place for place, duration in running.items() if duration >= PATIENCE * seconds]
-            if not hung and (running or waited < max(PATIENCE * seconds, STARTING)):
+            hung = [place for place, duration in readings.running().items() if duration >= PATIENCE * seconds]
+            if not hung and min(waited, readings.idle()) < max(PATIENCE * seconds, STARTING):
                 continue  # files that are slow, one after the other
             readings.kill()
             if hung:

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -778,3 +779,12 @@ def test_paths_in_a_recipe_are_relative_to_the_working_directory(sd_pipeline, im
     entries = {"train_data_dir": image_folder.name, "pretrained_model_name_or_path": str(sd_pipeline)}
     args = resolved(["--config", write(tmp_path / "elsewhere", entries)])
     assert args.train_data_dir == image_folder.name
+
+
+def test_the_token_is_not_left_where_trackers_look(sd_pipeline, image_folder, tmp_path, monkeypatch):
+    token = "hf_aBcDeFgHiJkLmNoPqRsTuVwXyZ"
+    for words in (["--hub_token", token], [f"--hub_token={token}"]):
+        command = arguments(sd_pipeline, image_folder, tmp_path, push_to_hub=True)
+        monkeypatch.setattr(sys, "argv", ["train.py", *command, *words])
+        assert parse_arguments().hub_token == token
+        assert token not in " ".join(sys.argv) and "hf_..." in " ".join(sys.argv)

@@ -2,15 +2,20 @@
 
 import io
 import json
+import os
+import signal
 import struct
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 from trainer import metrics, train
 
-from lpl.bad_samples import parse_limit
+from lpl.bad_samples import BadSamples, parse_limit
+from lpl.files import entries
+from lpl.logs import Log
 
 
 def picture(mode="RGB", size=(40, 36)):
@@ -110,6 +115,40 @@ def test_a_list_goes_on_at_a_resume_and_begins_anew_otherwise(sd_pipeline, tmp_p
         (folder / name).write_bytes(GOOD["plain.png"])
     train(sd_pipeline, folder, run, **FLAGS)
     assert not (run / "bad_samples.jsonl").exists()
+
+
+def test_a_list_that_a_crash_cut_short_goes_on(tmp_path):
+    """Within a letter; what is written next begins a line of its own, and what was cut off comes again."""
+    accelerator = SimpleNamespace(is_main_process=True, num_processes=1, wait_for_everyone=lambda: None)
+    images = SimpleNamespace(length=9, file_names=lambda rows: dict.fromkeys(rows, "ä\u2028.png"))
+
+    def resumed(*found):
+        listed = BadSamples(accelerator, images, tmp_path, "2", resumed=True)
+        listed.add((row, "no image") for row in found)
+        return listed.write()
+
+    resumed(1, 2)
+    whole = (tmp_path / "bad_samples.jsonl").read_bytes()
+    (tmp_path / "bad_samples.jsonl").write_bytes(whole[: whole.rindex("ä".encode()) + 1])
+    for _ in range(2):
+        assert resumed(2) is None and (tmp_path / "bad_samples.jsonl").read_bytes() == whole
+    assert "3 of 9 samples" in resumed(7)
+    assert [entry["image"] for entry in entries(tmp_path / "bad_samples.jsonl")] == [1, 2, 7]
+
+
+def test_a_run_that_is_asked_to_end_lists_them_first(sd_pipeline, tmp_path, monkeypatch):
+    """Not only at the steps of the log, and the resumed run does not come by them again."""
+    folder, add = folder_of(tmp_path / "data/images", GOOD | BAD), Log.add
+
+    def asked(self, step, *args):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        add(self, step, *args)
+
+    monkeypatch.setattr(Log, "add", asked)
+    with pytest.raises(SystemExit):
+        train(sd_pipeline, folder, tmp_path / "run", logging_steps=100, **FLAGS)
+    assert len(entries(tmp_path / "run/bad_samples.jsonl")) > 2
 
 
 @pytest.mark.parametrize("text", ["-1", "1.5", "few", "nan"])

@@ -186,6 +186,21 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(hub, monkeypatch):
     hold.set()
 
 
+@pytest.mark.parametrize(
+    "word, told", [("mit", {"license": "mit"}), ("ours-1", {"license": "other", "license_name": "ours-1"})]
+)
+def test_a_licence_that_the_hub_does_not_know_is_another_one(word, told, tmp_path):
+    """Or it would refuse the card, and with it the weights."""
+    (tmp_path / "README.md").write_text(f"---\nlicense: {word}\n---\n")
+    assert base_licence(str(tmp_path)) == told
+
+
+def test_the_code_of_a_lora_names_the_base_that_it_was_trained_on(tmp_path):
+    where = {"revision": "fp16", "variant": "fp16"}
+    assert 'revision="fp16", variant="fp16")' in written(tmp_path, lora_rank=4, base_arguments=where).text
+    assert "revision=" not in written(tmp_path, base_arguments=where).text
+
+
 def test_the_licence_in_words(tmp_path):
     link = "https://host/licence"
     text = written(tmp_path, licence={"license": "other", "license_name": "fox-1", "license_link": link}).text

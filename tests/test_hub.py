@@ -1,16 +1,17 @@
 """The Hub's side of a run against tests/hub_server.py, which the real huggingface_hub talks to."""
 
 import json
+import logging
 import os
 
 import pytest
-from httpx2 import TimeoutException
+from httpx2 import Timeout, TimeoutException
 from hub_server import Fault, HubServer, Repository
-from huggingface_hub import constants
+from huggingface_hub import close_session, constants, get_session
 from huggingface_hub.errors import HfHubHTTPError
 
 from lpl.checkpoints import find_checkpoints
-from lpl.hub import HubError, download_run, prepare_repository, push, reason
+from lpl.hub import SILENCE, HubError, _api, download_run, prepare_repository, push, reason
 
 
 TOKEN = "hf_aBcDeFgHiJkLmNoPqRsTuVwXyZ"
@@ -135,6 +136,21 @@ def test_a_folder_is_one_commit_and_pushing_again_sends_what_has_changed(hub, re
     assert len(repository.commits) == 2  # nothing new, no commit
 
 
+@pytest.mark.parametrize("xet", [False, True])
+def test_many_files_are_one_commit_or_none(xet, hub, result, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", not xet)
+    (result / "unet/model.safetensors").unlink()
+    for number in range(300):
+        (result / f"{number}.png").write_bytes(os.urandom(8))
+    repo_id = prepare_repository(None, result, TOKEN)
+    hub.faults.append(Fault("commit", status=500, times=1))
+    with pytest.raises(HfHubHTTPError):
+        push(result, repo_id, TOKEN)
+    assert hub.repos[repo_id].commits == []
+    push(result, repo_id, TOKEN)
+    assert hub.repos[repo_id].commits == ["End of training"] and len(hub.repos[repo_id].files) == 301
+
+
 def test_what_a_folder_of_the_repository_had_and_is_not_brought_goes(hub, result):
     repo_id = prepare_repository(None, result, TOKEN)
     hub.repos[repo_id].files = {"last-checkpoint/random-1": b"1", "last-checkpoint/state": b"1", "other": b"1"}
@@ -203,6 +219,31 @@ def test_an_interrupted_download_is_no_checkpoint_and_goes_on(hub, tmp_path):
     download_run("user/fox", tmp_path, TOKEN)
     assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-7"]
     assert not (tmp_path / ".download").exists()
+
+
+def test_the_log_of_a_later_checkpoint_replaces_that_of_an_earlier_one(hub, tmp_path):
+    hub.repos["user/fox"] = Repository(files=checkpoint(9, "last-checkpoint") | OF_THE_RUN)
+    run = tmp_path / "run"
+    for name, content in (
+        checkpoint(7, "checkpoint-7") | {"metrics.jsonl": b"old", "samples/mine.png": b"mine"}
+    ).items():
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_bytes(content)
+    download_run("user/fox", run, TOKEN)
+    assert [path.name for path in find_checkpoints(run)] == ["checkpoint-7", "checkpoint-9"]
+    assert (run / "metrics.jsonl").read_text() == "log" and (run / "samples/mine.png").is_file()
+    assert (run / "samples/step-000000/00.png").is_file()
+
+
+def test_every_client_gives_up_a_silent_hub(hub):
+    _api(TOKEN)
+    close_session()  # as the library does when a connection is refused
+    assert get_session().timeout == Timeout(SILENCE)
+
+
+def test_the_client_tells_no_signed_address(hub, capfd):
+    logging.getLogger("huggingface_hub.utils._http").warning("PUT https://s3/x?X-Amz-Signature=%s", "secret")
+    assert "secret" not in capfd.readouterr().err
 
 
 def test_what_is_here_stays(hub, tmp_path):

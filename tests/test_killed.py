@@ -108,6 +108,30 @@ def test_what_is_half_written_or_half_deleted_goes(folder):
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-1", "checkpoint-2"]
 
 
+def test_what_a_killed_write_leaves_goes(folder):
+    """A kill cannot be caught: the file beside the one that was to be written stays."""
+    for place_of in (folder, place(folder, 2), folder / "samples"):
+        place_of.mkdir(exist_ok=True)
+        (place_of / ".progress.json.4711.tmp").write_text("half")
+    (folder / ".mine.tmp").write_text("not ours")
+    (folder / "checkpoint-2/a.1.tmp").write_text("not ours")
+    tidy(folder)
+    left = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.tmp"))
+    assert left == [".mine.tmp", "checkpoint-2/a.1.tmp"] and names_of(folder) == ["checkpoint-1", "checkpoint-2"]
+
+
+def names_of(folder):
+    return [path.name for path in find_checkpoints(folder)]
+
+
+def test_one_whose_last_file_is_empty_is_not_put_in_place(folder):
+    hidden = folder / f".checkpoint-3{files.UNFINISHED}"
+    hidden.mkdir()
+    (hidden / Progress.FILE).write_text("")
+    tidy(folder)
+    assert names_of(folder) == ["checkpoint-1", "checkpoint-2"] and not hidden.exists()
+
+
 def test_a_checkpoint_without_its_last_file_is_passed_over(folder, caplog):
     (place(folder, 2) / Progress.FILE).unlink()
     assert find_resumable(str(folder), "latest").name == "checkpoint-1"

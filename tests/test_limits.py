@@ -29,6 +29,7 @@ from lpl.limits import DiskNeeds, NoRoom
 from lpl.loading import load_family
 from lpl.optimizers import make_optimizer
 from lpl.preemption import SIGNALS
+from lpl.streaming import LostShard
 from lpl.timeouts import HungLoader
 from lpl.trainee import MovingAverage, Trainee
 
@@ -43,6 +44,7 @@ def signals_as_they_were():
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    signal.set_wakeup_fd(-1)
 
 
 @pytest.fixture
@@ -635,6 +637,8 @@ def test_a_loader_without_shared_memory(doing):
 
 
 def test_a_loader_that_hangs(doing):
+    said = doing().why(LostShard("--streaming: shard 3 cannot be read"))
+    assert said == "--streaming: shard 3 cannot be read\nthere is no checkpoint of this run to go on from"
     said = doing().why(HungLoader("the reading of a.png does not end"))
     assert said == "the reading of a.png does not end\nthere is no checkpoint of this run to go on from"
 

@@ -56,7 +56,7 @@ def logging(sd_pipeline, image_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     reset_accelerate()
 
-    def start(first_step=0, last_step=100, global_batch=4, **flags):
+    def start(first_step=0, last_step=100, global_batch=4, looked=True, **flags):
         args, _ = parsed(sd_pipeline, image_folder, tmp_path / "out", **flags)
         accelerator = Accelerator()
         tracker = Tracker("tracker")
@@ -66,7 +66,7 @@ def logging(sd_pipeline, image_folder, tmp_path, monkeypatch):
             tracker.store_init_configuration(configuration)
 
         accelerator.init_trackers = init_trackers
-        log = Log(accelerator, args, first_step, last_step, global_batch, ("mid", "up_0"))
+        log = Log(accelerator, args, first_step, last_step, global_batch, ("mid", "up_0"), looked)
         log.tracker = tracker
         return log
 
@@ -300,6 +300,20 @@ def test_a_resumed_run_goes_on_where_the_checkpoint_stands(logging):
     resumed = logging(first_step=2)
     assert resumed.records() == lines(resumed.path) == kept[:5]
     assert [entry["step"] for entry in lines(resumed.samples_path)] == [1, 2]
+
+
+def test_a_validation_that_comes_again_is_there_once(logging):
+    """Killed behind it, but before the checkpoint knew of it; a training entry without a loss stays."""
+    log = logging()
+    for step, loss in ((1, 1.0), (2, float("nan"))):
+        add(log, loss)
+        log.samples(step, torch.tensor([step]), torch.tensor([1.0]))
+        log.write(step, 1e-4, WEIGHT)
+        log.validation(step, {"validation_loss": 3.0 - step})
+    kept = log.records()
+    assert logging(first_step=2).records() == kept
+    resumed = logging(first_step=2, looked=False)
+    assert resumed.records() == kept[:3] and len(lines(resumed.samples_path)) == 2
 
 
 def test_a_new_run_begins_a_new_log(logging):

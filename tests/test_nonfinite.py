@@ -1,17 +1,21 @@
 """A step whose loss or gradient is NaN or infinite changes nothing, is named, and does not last for ever."""
 
+import gc
 import logging
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, debug_launcher
 from torch import nn
 from trainer import metrics, reset_accelerate, same, script, train, weights
 
 from lpl import optimizers
+from lpl.bad_samples import BadSamples
+from lpl.checkpoints import Progress
 from lpl.optimizers import Updates
+from lpl.preemption import Preemption
 from lpl.trainee import MovingAverage
 
 
@@ -218,6 +222,53 @@ def test_too_many_of_them_end_the_run(sd_pipeline, image_folder, tmp_path, monke
     assert "--max_skipped_steps 2: 3 steps" in str(end.value)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "checkpoint-4/unet").values())
+
+
+def test_they_are_counted_on_at_a_resume(sd_pipeline, image_folder, tmp_path, monkeypatch):
+    """Also those between two entries of the log, where a look or a signal saves the run."""
+    flags = FLAGS | {"logging_steps": 100, "checkpointing_steps": 100, "max_train_steps": 8, "max_skipped_steps": 1}
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        spoilt(patch, 0)
+        asked, calls = Preemption.asked, iter(range(100))
+        patch.setattr(Preemption, "asked", lambda self: asked(self) or next(calls) > 1)  # first before training
+        train(sd_pipeline, image_folder, tmp_path, **flags)
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    assert Progress.load(checkpoint).skipped == 1
+    spoilt(monkeypatch, 1)
+    with pytest.raises(SystemExit, match="--max_skipped_steps 1: 2 steps"):
+        train(sd_pipeline, image_folder, tmp_path, **flags, resume_from_checkpoint="latest")
+
+
+def test_a_checkpoint_that_knows_nothing_of_them_still_loads(tmp_path):
+    (tmp_path / "progress.json").write_text('{"step": 3, "seed": 1, "looked": true, "log": [], "stream": []}')
+    assert Progress.load(tmp_path).skipped == 0
+
+
+def test_they_are_named_where_bad_samples_end_the_run(sd_pipeline, image_folder, tmp_path, monkeypatch, caplog):
+    spoilt(monkeypatch, 0)
+    monkeypatch.setattr(BadSamples, "write", lambda self: "too many bad samples")
+    with pytest.raises(SystemExit, match="too many bad samples"):
+        train(sd_pipeline, image_folder, tmp_path, **FLAGS | {"logging_steps": 1})
+    assert "step 1 changed nothing" in caplog.text
+
+
+def one_of_two(pipeline, images, folder):
+    """A process of two; the loss of the second one is not finite in the third step."""
+    rank, patch, skipped, step = torch.distributed.get_rank(), pytest.MonkeyPatch(), [], Updates.step
+    if rank == 1:
+        spoilt(patch, 2)
+    patch.setattr(Updates, "step", lambda self: (step(self), skipped.append(int(self.skipped))))
+    train(pipeline, images, folder, **FLAGS)
+    folder.with_name(f"skipped-{rank}").write_text(str(skipped))
+
+
+def test_two_processes_skip_together(sd_pipeline, image_folder, tmp_path):
+    gc.collect()
+    debug_launcher(one_of_two, args=(sd_pipeline, image_folder, tmp_path / "run"), num_processes=2)
+    assert [(tmp_path / f"skipped-{rank}").read_text() for rank in range(2)] == ["[0, 0, 1, 0]"] * 2
+    for part in ("unet", "ema/unet"):
+        second, third, fourth = (weights(tmp_path / f"run/checkpoint-{step}" / part) for step in (2, 3, 4))
+        assert same(second, third) and not same(third, fourth)
 
 
 def test_weights_that_are_not_finite_are_never_saved(sd_pipeline, image_folder, tmp_path, monkeypatch):

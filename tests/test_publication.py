@@ -162,7 +162,7 @@ FAULTS = [answer(500), answer(503), answer(429, **{"Retry-After": "0"}), answer(
 
 
 def test_whatever_fails_is_tried_again_with_what_has_come_meanwhile(uploads, fake, caplog, monkeypatch):
-    monkeypatch.setattr(hub_module, "retry_after", lambda error: None)
+    monkeypatch.setattr(hub_module, "pause", lambda error, wait: 0.01)
     fake.errors = list(FAULTS)
     for number in range(3):
         add(uploads, number)
@@ -184,13 +184,57 @@ def test_a_hub_that_is_gone_is_asked_a_few_times_more_and_the_command_is_named(u
 
 
 def test_the_hubs_wish_is_granted():
-    assert hub_module.retry_after(answer(429, **{"Retry-After": "7"})) == 7
-    assert hub_module.retry_after(answer(412)) == 1 and hub_module.retry_after(answer(503)) is None
-    assert hub_module.retry_after(answer(429, **{"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"})) is None
-    assert hub_module.retry_after(OSError()) is None
+    assert hub_module.pause(answer(429, **{"Retry-After": "7"}), 2) == 7
+    assert hub_module.pause(answer(429, **{"Retry-After": "86400"}), 2) == hub_module.LONGEST_WAIT
+    assert hub_module.pause(answer(503), 2) == 2 and hub_module.pause(OSError(), 2**20) == hub_module.LONGEST_WAIT
+    assert hub_module.pause(answer(429, **{"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}), 2) == 2
     of_a_file = RuntimeError("of a file")
     of_a_file.__cause__ = answer(429, **{"Retry-After": "5"})
-    assert hub_module.retry_after(of_a_file) == 5
+    assert hub_module.pause(of_a_file, 2) == 5 and not hub_module.is_refused(of_a_file)
+    assert hub_module.is_refused(answer(403)) and not hub_module.is_refused(OSError())
+
+
+class OfTheMachinery(BaseException):
+    """As the client's Rust parts raise."""
+
+
+def test_whatever_is_raised_nobody_waits_for_ever(uploads, fake, caplog):
+    fake.errors = [OfTheMachinery("panic")]
+    add(uploads, 0)
+    assert fake.asked.acquire(timeout=10)
+    assert not done(uploads) and "panic" in caplog.text
+
+
+def test_a_folder_that_cannot_be_removed_is_no_failed_upload(uploads, fake, monkeypatch):
+    remove = publication.shutil.rmtree
+
+    def in_use(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError("a file in it is open")
+        remove(path, ignore_errors=True)
+
+    monkeypatch.setattr(publication.shutil, "rmtree", in_use)
+    for number in range(3):
+        add(uploads, number)
+    assert done(uploads) and fake.commits[-1][0] == "Step 2"
+
+
+def test_states_that_are_dropped_here_are_not_kept_for_a_hub_that_is_away(uploads, fake, tmp_path, caplog):
+    fake.open.clear()
+    add(uploads, 0)
+    assert fake.asked.acquire(timeout=10)
+    for number in (1, 2, 3):
+        folder = uploads.new(number)
+        write(folder, **{f"checkpoint-{number}/w": "x"})
+        write(tmp_path, **{f"checkpoint-{number}/w": "x"})
+        uploads.add(Snapshot(folder, f"Step {number}"))
+        if number == 1:
+            publication.shutil.rmtree(tmp_path / "checkpoint-1")
+    fake.open.set()
+    assert done(uploads)
+    assert (
+        fake.commits[-1] == ("Step 3", {"checkpoint-2/w", "checkpoint-3/w"}) and "checkpoint-1 is gone" in caplog.text
+    )
 
 
 def test_there_is_a_limit_to_waiting(uploads, fake, caplog):

@@ -1,11 +1,13 @@
 """A run that goes on from any of its checkpoints ends as the one that was never interrupted, bit for bit."""
 
+import json
 import shutil
 
 import pytest
 import torch
-from trainer import launch, metrics, same, train, weights
+from trainer import launch, metrics, same, train, validation_metrics, weights
 
+from lpl.checkpoints import TrainingState
 from lpl.files import load_state
 
 
@@ -86,11 +88,24 @@ def test_going_on_changes_nothing(name, request, image_folder, tmp_path):
 @pytest.mark.parametrize("step", [1, 2, 4])
 def test_two_processes_go_on_from_any_step(step, sd_pipeline, image_folder, tmp_path):
     flags = RUN | LORA | {"gradient_accumulation_steps": 2, "dataloader_num_workers": 1}
-    two = ("--num_processes", "2", "--main_process_port", "29617")
+    two = ("--multi_gpu", "--num_processes", "2", "--main_process_port", "29617")
     whole = launch(sd_pipeline, image_folder, tmp_path / "whole", *two, **flags)
+    assert (whole / "checkpoint-5" / TrainingState.RANDOM_FILE.format(1)).is_file()  # the second one took part
     folder = interrupted(whole, step, tmp_path / "resumed")
     launch(sd_pipeline, image_folder, folder, *two, **flags, resume_from_checkpoint="latest")
     assert_equal(folder, whole, 5)
+
+
+def test_a_validation_that_comes_again_is_logged_once(sd_pipeline, image_folder, tmp_path):
+    """Killed after it, and before the checkpoint knew that it is done."""
+    flags = {"max_train_steps": 3, "checkpointing_steps": 1, "validation_every_nth": 4, "validation_steps": 2}
+    whole = train(sd_pipeline, image_folder, tmp_path / "whole", **flags)
+    folder = interrupted(whole, 2, tmp_path / "resumed")
+    progress = folder / "checkpoint-2/progress.json"
+    progress.write_text(json.dumps(json.loads(progress.read_text()) | {"looked": False}))
+    train(sd_pipeline, image_folder, folder, **flags, resume_from_checkpoint="latest")
+    assert validation_metrics(folder) == validation_metrics(whole) and metrics(folder) == metrics(whole)
+    assert [step for step, *_ in validation_metrics(whole)] == [0, 2, 3]
 
 
 def test_at_the_end_nothing_is_trained(sd_pipeline, image_folder, tmp_path):

@@ -6,8 +6,11 @@ import re
 import subprocess
 import sys
 import tarfile
+import threading
+import time
 from collections import Counter
 from itertools import islice, takewhile
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
@@ -21,7 +24,8 @@ from trainer import ROOT, arguments, launch, metrics, same, settings, train, val
 
 from lpl import get_objective
 from lpl.data import training_batches
-from lpl.streaming import ROWS, load_streamed_images, shard_rows, training_images
+from lpl.streaming import ROWS, LostShard, ahead, load_streamed_images, shard_rows, training_images
+from lpl.timeouts import HungLoader
 
 
 KINDS = {"parquet": ("image", "text"), "tar": ("jpg", "txt")}  # columns of images and captions
@@ -156,14 +160,15 @@ def test_a_run_goes_on_without_reading_the_shards_before(tmp_path, monkeypatch):
     list(islice(before, 12))
     positions, read = before.positions(11), []
 
-    def counted(dataset, shard, args, first=0):
-        read.append((shard, first))
-        return shard_rows(dataset, shard, args, first)
+    def counted(dataset, shard, args):
+        read.append(shard)
+        return shard_rows(dataset, shard, args)
 
     monkeypatch.setattr("lpl.streaming.shard_rows", counted)
     next(iter(order(images, 0, 1, 11, positions)))
-    (_, first), *_ = read
-    assert positions[0][0] == 2 and first == positions[0][1] == 0  # 44 samples are done: the third shard's first block
+    whole = list(islice(order(images), 12))
+    assert positions == [[2, 0, 4]]  # 44 samples are done, 4 of them of the third shard
+    assert read[0] == whole[11][0][1][0][0] // ROWS
 
 
 def test_another_number_of_processes_goes_on_with_the_shards_that_follow(folders, caplog):
@@ -260,8 +265,76 @@ def test_a_shard_that_is_gone_ends_the_run(tmp_path):
     images, _ = streamed(write(tmp_path, (4, 4)))
     for file in tmp_path.iterdir():
         file.unlink()
-    with pytest.raises(ValueError, match="shard . cannot be read behind row 0.*No such file.*--resume"):
+    with pytest.raises(LostShard, match="shard . cannot be read from row 0 on .*No such file"):
         next(training_batches(images, order(images), 0))
+
+
+def test_a_shard_that_is_lost_ends_the_run_with_a_sentence(folders, sd_pipeline, tmp_path, monkeypatch):
+    read = []
+
+    def lost(dataset, shard, args):
+        read.append(shard)
+        yield from shard_rows(dataset, shard, args)
+        if len(read) > 12:
+            raise LostShard(f"--streaming: shard {shard} cannot be read from row 3 on (the network is gone)")
+
+    monkeypatch.setattr("lpl.streaming.shard_rows", lost)
+    with pytest.raises(SystemExit) as left:
+        train(sd_pipeline, folders["parquet"], tmp_path, **RUN | {"checkpointing_steps": 1, "max_train_steps": 50})
+    assert "cannot be read from row 3 on (the network is gone)" in left.value.code
+    assert "is whole: when it can be read again the same command" in left.value.code
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_row_that_never_comes_ends_the_run_and_is_named(workers, tmp_path, monkeypatch):
+    """A loader asks for its first batches before it is there."""
+    images, _ = streamed(write(tmp_path, (12,)), dataloader_timeout=0.4)
+    never = threading.Event()
+
+    def hangs(dataset, shard, args):
+        for index, row in shard_rows(dataset, shard, args):
+            if index % ROWS == 7:
+                never.wait()
+            yield index, row
+
+    monkeypatch.setattr("lpl.streaming.shard_rows", hangs)
+    try:
+        with pytest.raises(HungLoader, match="shard 0, row 7, does not end.*--dataloader_timeout 0.4"):
+            list(islice(training_batches(images, order(images), workers), 3))
+    finally:
+        never.set()
+
+
+def test_slow_rows_one_after_the_other_are_no_hang(tmp_path, monkeypatch):
+    images, _ = streamed(write(tmp_path, (12,)), dataloader_timeout=0.4)
+
+    def slow(dataset, shard, args):
+        for indexed in shard_rows(dataset, shard, args):
+            time.sleep(0.15)
+            yield indexed
+
+    monkeypatch.setattr("lpl.streaming.shard_rows", slow)  # a block of five takes longer than the timeout
+    assert len(list(islice(training_batches(images, order(images), 0), 3))) == 3
+
+
+def test_nobody_waits_for_a_row_that_is_read_ahead():
+    never = threading.Event()
+    items = ahead(iter(lambda: never.wait(20 * next(numbers)), None), lambda item: item.result())
+    numbers = iter(range(2))
+    start = time.monotonic()
+    assert next(items) is False
+    items.close()
+    assert time.monotonic() - start < 10
+    never.set()
+
+
+def test_a_row_is_sent_to_a_loaders_process_once(tmp_path):
+    images, _ = streamed(write(tmp_path, (40,)), shuffle_buffer_size=40)
+    for batch in islice(order(images), 12):  # across the end of a block
+        sent = bytes(ForkingPickler.dumps(batch))
+        rows = {index: row for _, near in batch for index, row in near}
+        assert len(rows) == 5 and all(len(near) == 5 for _, near in batch)
+        assert all(sent.count(row["image"]["bytes"]) == 1 for row in rows.values())
 
 
 def test_labels_that_the_model_does_not_know_cost_their_sample(tmp_path):

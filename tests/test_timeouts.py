@@ -128,8 +128,14 @@ def test_what_cannot_be_interrupted_ends_the_run_and_is_named(hangs, words, pipe
 
 def test_slow_files_one_after_the_other_are_no_hang(monkeypatch):
     images = images_of(*(static(seed=seed) for seed in range(4)), dataloader_timeout=0.5, train_batch_size=4)
-    sample = TrainingImages.__getitem__
-    monkeypatch.setattr(TrainingImages, "__getitem__", lambda self, key: time.sleep(0.4) or sample(self, key))
+    monkeypatch.setattr("lpl.timeouts.STARTING", 0.1)
+    candidates = TrainingImages.candidates
+
+    def slow(self, index):
+        for place, read in candidates(self, index):
+            yield place, lambda read=read: time.sleep(0.4) or read()
+
+    monkeypatch.setattr(TrainingImages, "candidates", slow)
     batch = next(training_batches(images, KeyedBatches(4, 4, 0, 0, 1, 0), 1))
     assert batch["bad"] == []
 

@@ -35,7 +35,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lpl import arguments, checks, lora
-from lpl.checkpoints import Progress, find_checkpoints
+from lpl.checkpoints import PREFIX, Progress, find_checkpoints
 from lpl.checks import DTYPES, PipelineConfigs, read_pipeline_configs
 from lpl.data import first_line
 from lpl.evaluation.images import METADATA, UNREADABLE
@@ -151,7 +151,8 @@ def is_run(source: str) -> bool:
 
 def is_checkpoint(source: str) -> bool:
     """Whether it is one checkpoint in such a folder."""
-    return Path(source, Progress.FILE).is_file() and is_run(str(Path(source).resolve().parent))
+    folder = Path(source).resolve()
+    return folder.name.startswith(PREFIX) and (folder / Progress.FILE).is_file() and is_run(str(folder.parent))
 
 
 def is_model(source: str) -> bool:
