@@ -432,8 +432,8 @@ def report_share(lpl_weight: LplWeight) -> None:
     """What the first steps measured, and whether LPL's part in the loss makes sense."""
     share = lpl_weight.measured_share()
     logger.info(
-        f"LPL weight {float(lpl_weight.value):.4g}: {share:.1%} of the total loss over its first {lpl_weight.steps} "
-        "steps"
+        f"LPL weight {float(lpl_weight.value):.4g}: with it, LPL would have been {share:.1%} of the total loss "
+        f"over its first {lpl_weight.steps} steps"
     )
     low, high = SHARE_RANGE
     if not low <= share <= high:

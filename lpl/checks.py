@@ -457,6 +457,8 @@ def _check_output(args: Namespace) -> None:
         | dict.fromkeys(["hub_model_id", "hub_revision"], pushed or resumed)
         | {"hub_token": pushed or resumed or read},
     )
+    if resumed and not pushed and args.hub_model_id is None:
+        raise ValueError("--resume_from_checkpoint hub: say by --hub_model_id in which repository the checkpoint is")
     if args.hub_token is not None and (pushed or resumed or read):
         warn(
             "--hub_token: the list of processes and the shell's history show it; `hf auth login` or HF_TOKEN are safer"

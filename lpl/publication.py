@@ -236,11 +236,13 @@ class Uploads:
         self.folder, self.repo_id, self.token, self.revision = folder, repo_id, token, revision
         shutil.rmtree(folder / SNAPSHOTS, ignore_errors=True)  # of a run that was killed; it is all in this one's
         self.url, self.problem = "", ""  # of the page, after a commit; why there was none
+        self.done = 0  # commits
         self._numbers = count()
         self._waiting: Snapshot | None = None
         self._busy, self._over = False, False
         self._changed = threading.Condition()
         disable_progress_bars()  # they would be drawn over the training's
+        logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # it tells each of its tries
         threading.Thread(target=self._work, name="uploads", daemon=True).start()
 
     def new(self, step: int | None = None) -> Path:
@@ -277,18 +279,20 @@ class Uploads:
         with self._changed:
             self._over = True
             self._changed.notify_all()
-        pending = self._pending
+        pending, done = self._pending, self.done
+        if pending and self.problem:
+            logger.info("the Hub is waited for, a quarter of an hour at most; Ctrl-C leaves the rest to lpl.publish")
         enable_progress_bars()  # the client shows bytes
-        with tqdm(total=pending, desc="uploads", disable=not pending) as bar:
+        with tqdm(total=pending, desc="uploads", disable=not pending, mininterval=5) as bar:
             for _ in count() if seconds is None else range(int(seconds / LOOK)):
-                bar.update(pending - self._pending - bar.n)
+                bar.update(min(pending, self.done - done) - bar.n)
                 if not self._pending or stop():
                     break
                 with self._changed:
                     self._changed.wait(LOOK)
         if self._pending or self.problem:
             logger.warning(
-                "Not all is uploaded to %s (%s). It is all in %s; when the run is done, this uploads it: %s",
+                "Not all is uploaded to %s (%s). All is in %s; of a run that is done this uploads the result: %s",
                 *(self.repo_id, self.problem or "there was no time", self.folder, self._by_hand()),
             )
             return False
@@ -348,5 +352,5 @@ class Uploads:
         snapshot.finish(snapshot.folder)
         replaced = hub.LAST_CHECKPOINT if (snapshot.folder / hub.LAST_CHECKPOINT).is_dir() else None
         self.url = hub.push(snapshot.folder, self.repo_id, self.token, self.revision, snapshot.message, replaced)
-        self.problem = ""
+        self.problem, self.done = "", self.done + 1
         shutil.rmtree(snapshot.folder, ignore_errors=True)

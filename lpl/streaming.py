@@ -111,7 +111,7 @@ def shard_rows(dataset: IterableDataset, shard: int, args: Any) -> Iterator[Inde
         for row in dataset.shard(dataset.num_shards, shard):
             image = row[args.image_column] or {}
             if image.get("bytes") is None and not _belongs(image.get("path"), args.dataset_name):
-                row = ValueError("the row holds no image, or one that is not of this data set")
+                row = ValueError("the row holds no image, or a path that leads out of the data set; embed the images")
             yield index, row
             index += 1
     except Exception as error:
@@ -309,20 +309,19 @@ class StreamedImages(TrainingImages):
         return StreamedBatches(self.dataset, self.args, process_index, num_processes, position, first_batch)
 
     def check(self) -> None:
-        every_nth, tried = self.args.validation_every_nth, []
+        every_nth, reasons = self.args.validation_every_nth, []
         rows = all_rows(self.dataset, self.args)
         for indexed in islice((row for row in rows if is_trained(row[0], every_nth)), TRIED):
-            tried = [indexed]
             try:
-                self.readable(self._candidates(tried))
-            except ValueError:
+                self.readable(self._candidates([indexed]))
+            except ValueError as error:
+                reasons.append(str(error))
                 continue
-            self.last_resort = tried
+            self.last_resort = [indexed]
             return
-        where = "--train_data_dir, --dataset_name"
-        if not tried:
-            raise ValueError(f"{where}: there are no images to train on")
-        raise ValueError(f"{where}: not one of the first {TRIED} images can be read")
+        if not reasons:
+            raise ValueError("--train_data_dir, --dataset_name: there are no images to train on")
+        raise ValueError(reasons[0].replace("not one image of the data set", f"not one of {len(reasons)} images"))
 
     def file_names(self, places: Sequence[int]) -> dict[int, str | None]:
         """Shard and row of samples; no file is read."""

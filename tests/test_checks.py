@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 import warnings
+from contextlib import nullcontext
 
 import diffusers
 import pytest
@@ -692,3 +693,11 @@ def test_a_shift_that_depends_on_the_size(sd3_pipeline, image_folder, tmp_path):
     pipeline = edited(sd3_pipeline, tmp_path / "pipeline", "scheduler", use_dynamic_shifting=True)
     with pytest.warns(UserWarning, match="shift depends on the image's size"):
         parsed(pipeline, image_folder, tmp_path / "out")
+
+
+def test_the_hub_to_resume_from_has_to_be_named(sd_pipeline, image_folder, tmp_path, capsys):
+    for flags, refused in (({}, True), ({"hub_model_id": "user/fox"}, False), ({"push_to_hub": True}, False)):
+        words = arguments(sd_pipeline, image_folder, tmp_path, resume_from_checkpoint="hub", **flags)
+        with pytest.raises(SystemExit) if refused else nullcontext():
+            parse_arguments(words)
+        assert ("say by --hub_model_id" in capsys.readouterr().err) == refused

@@ -209,7 +209,7 @@ def test_a_hub_that_refuses_leaves_all_here_and_the_command_does_it_later(
         hub.faults.append(Fault("commit/", status=status))
     folder = train(sd_pipeline, image_folder, tmp_path / "run", **RUN | {"hub_strategy": "every_save"})
     assert len(metrics(folder)) == 4 and (folder / "model_index.json").is_file()
-    command = re.search(r"python -m lpl.publish (.*)", caplog.text)[1]
+    command = re.search(r"uploads the result: python -m lpl.publish (.*)", caplog.text)[1]
     assert states(hub) == [] and TOKEN not in caplog.text
     hub.faults.clear()
     if status == "gone":
