@@ -49,6 +49,7 @@ SPECTRUM = {band: (f"{low:g} to {high:g}", "{:.2f}") for band, (low, high) in BA
 TABLES = ("objective", "weight", "statistics", "masks", "depth", "blocks", "threshold", "time")
 PLAIN = {"flow_matching": "flow", "epsilon": "epsilon", "v_prediction": "v"}  # the row without LPL, by objective
 WITHOUT, WITH = "flow", "flow_lpl"  # what every other table is compared with
+PAIRS = ((WITHOUT, WITH), ("v", "v_lpl"), ("epsilon", "epsilon_lpl"))  # the first whose images are there is shown
 SETS = {  # of floor.py
     "reference": "the reference",
     "training": "crops of the training part",
@@ -318,10 +319,15 @@ def measured_images(folder: Path) -> Path:
 
 
 def pictures(study: Path, found: Mapping[str, Runs], folder: Path) -> None:
-    """The first seed's images without LPL and with it, enlarged parts of them, and all seeds' spectra."""
+    """The first seed's images without LPL and with it, and enlarged parts of them; of flow matching all seeds'
+    spectra."""
     preprocessing = Preprocessing(SETTINGS["resolution"])
-    names = {"without LPL": WITHOUT, "with LPL": WITH}
-    seed = min(found[WITHOUT].keys() & found[WITH].keys())
+    there = [pair for pair in PAIRS if all(name in found for name in pair)]
+    if not there:
+        return
+    names = dict(zip(("without LPL", "with LPL"), there[0], strict=True))
+    without, with_lpl = there[0]
+    seed = min(found[without].keys() & found[with_lpl].keys())
     sets = {
         label: folder_images(measured_images(study / "rows" / name / seed), preprocessing)
         for label, name in names.items()
@@ -331,6 +337,8 @@ def pictures(study: Path, found: Mapping[str, Runs], folder: Path) -> None:
     rows = {label: [images[number] for number in range(SHOWN)] for label, images in sets.items()}
     save_picture(paired_grid(rows | {REAL: of_the_same(captions, real)}, captions), folder / "study_samples.png")
     save_picture(zoomed_crops(rows, captions), folder / "study_crops.png")
+    if (without, with_lpl) != (WITHOUT, WITH):
+        return
     sets = read_floor(study)["sets"]
     shown = {label: mean_spectrum(study, name, found[name]) for label, name in names.items()}
     shown |= {"the autoencoder alone": floor_spectrum(sets["reconstructions"]["0"])}
@@ -364,8 +372,7 @@ def main() -> None:
     page.write_text(filled(page.read_text(encoding="utf-8"), results), encoding="utf-8")
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     overview(found, DOCS / "study_rows.png")
-    if all(list((args.study / "rows" / name).glob("*/evaluation/images")) for name in (WITHOUT, WITH)):
-        pictures(args.study, gather(args.study), DOCS)
+    pictures(args.study, gather(args.study), DOCS)
 
 
 if __name__ == "__main__":
