@@ -356,8 +356,8 @@ def _last_samples(folder: Path, card: RunCard) -> tuple[str | None, dict[str, An
 
 
 def _introduction(folder: Path, card: RunCard) -> str:
-    base = f"a local `{card.pipeline_class}`" if is_local(card.base_model) else _link(card.base_model)
-    data = f"{card.images:,} local images" if card.images else "local images"
+    base = f"a `{card.pipeline_class}` that is not on the Hub" if is_local(card.base_model) else _link(card.base_model)
+    data = f"{card.images:,} images" if card.images else "images"
     data = data if is_local(card.dataset) else _link(card.dataset, "datasets/")
     what = f"{base[0].upper()}{base[1:]}, fine-tuned"
     if card.from_scratch:

@@ -7,6 +7,7 @@ same captions where the data set has them, the model before training, the model 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ from lpl.files import write_text
 from lpl.logs import log_image
 from lpl.pictures import labelled_grid, save_picture
 from lpl.trainee import MovingAverage, Trainee, averaged
+
+
+logger = logging.getLogger(__name__)
 
 
 class Validation:
@@ -62,6 +66,7 @@ class Validation:
             name = f"step-{step:06d}"
             for stale in self.folder.glob(f"{name}*/"):  # of an earlier run in the same place
                 shutil.rmtree(stale)
+            logger.info(f"drawing {len(self.prompts)} samples{' before the training' if step == 0 else ''}")
             rows = {f"step {step}": self._sampled(accelerator, trainee, name)}
             if ema is not None and step:
                 with averaged(ema, trainee):

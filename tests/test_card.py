@@ -394,7 +394,7 @@ def test_neither_path_nor_token_is_shown(tmp_path, monkeypatch):
         """  --dataset_name 'pipe:curl -H '"'"'Authorization:Bearer hf_...'"'"' https://host/a/b.tar' \\""",
         "  --validation_prompts 'a cat / dog, and/or a fox' path/to/a.txt,path/to/b.txt ''",
     ]
-    assert "A local `StableDiffusionPipeline`, fine-tuned on 9 local images" in text
+    assert "A `StableDiffusionPipeline` that is not on the Hub, fine-tuned on 9 images" in text
     assert "| the local folder `base` |" in text and "| the local folder `my photos`, 9 images |" in text
 
 
