@@ -173,6 +173,14 @@ def test_neighbour_metrics_by_brute_force(sets, nearest_k):
     assert len(set(expected.values())) == 4
 
 
+@pytest.mark.parametrize("nearest_k", [1, 5])
+def test_neighbour_metrics_are_those_of_the_authors_library(sets, nearest_k):
+    prdc = pytest.importorskip("prdc")
+    generated, reference = sets
+    expected = prdc.compute_prdc(real_features=reference, fake_features=generated, nearest_k=nearest_k)
+    assert values(compare(generated, reference, NEIGHBOUR_METRICS, nearest_k=nearest_k)) == pytest.approx(expected)
+
+
 def test_the_5th_neighbour_is_the_default(sets):
     assert NEAREST_K == 5
     assert compare(*sets, NEIGHBOUR_METRICS) == compare(*sets, NEIGHBOUR_METRICS, nearest_k=5)
