@@ -230,7 +230,7 @@ def test_a_sample_that_cannot_be_read_is_replaced_and_named(tmp_path):
     images.check()
     runs = [list(islice(training_batches(images, order(images), workers), 3)) for workers in (0, 2)]
     bad = dict(found for batch in runs[0] for found in batch["bad"])
-    assert sorted(bad) == [4, 7, 9] and "caption" in bad[7] and "not of this data set" in bad[9]
+    assert sorted(bad) == [4, 7, 9] and "caption" in bad[7] and "out of the data set" in bad[9]
     assert images.file_names([4]) == {4: "000.parquet, row 4"} and "row 4" in images.name(4)
     captions = Counter(caption for batch in runs[0] for caption in batch["caption"])
     assert captions.total() == 12 and not captions.keys() & {"0-4", "0-7", "0-9"}
