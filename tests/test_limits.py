@@ -531,6 +531,7 @@ def test_a_step_without_memory(sd_pipeline, image_folder, tmp_path, monkeypatch)
     assert len(metrics(tmp_path / "run")) == 4
 
 
+@pytest.mark.slow  # where it runs out depends on what the tests before have left in this process
 def test_memory_that_really_runs_out(sd_pipeline, image_folder, tmp_path):
     """In the middle of a step, wherever the system says so."""
     resource = pytest.importorskip("resource")
