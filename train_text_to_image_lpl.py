@@ -34,42 +34,48 @@ from accelerate.utils import (
 )
 from diffusers.optimization import get_scheduler
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
-from lpl import LatentPerceptualLoss, checkpoints, get_objective, hub, training_scheduler
-from lpl.arguments import parse_arguments, recipe
+from lpl import LatentPerceptualLoss, get_objective, training_scheduler
 from lpl.autoencoders import downscaling_factor, encode, feature_vae, latent_channels
-from lpl.bad_samples import BadSamples
-from lpl.card import RunCard, base_licence, describe, write_model_card
-from lpl.checks import DTYPES, check_pipeline, loss_options, read_pipeline_configs
-from lpl.data import (
-    HELD_OUT,
-    TrainingImages,
-    class_names,
-    first_line,
-    held_out_batches,
-    load_training_images,
-    real_images,
-    training_batches,
-)
-from lpl.ending import Doing, Stage, leave_after, told
+from lpl.config.command_line import parse, recipe
+from lpl.data.bad_samples import BadSamples
+from lpl.data.dataset import TrainingImages, held_out_batches, real_images
+from lpl.data.loader import training_batches
+from lpl.data.source import class_names, load_training_images
+from lpl.data.streaming import load_streamed_images, training_images
+from lpl.diagnosis.dry_run import DryRun
+from lpl.diagnosis.failures import Stage, Status, explained
+from lpl.diagnosis.plan import Plan
 from lpl.families import Family
-from lpl.files import filled_whole
-from lpl.loading import average_from_revision, load_family, save_result, weight_dtype
-from lpl.logs import Log
-from lpl.nonfinite import SkippedSteps
-from lpl.objectives import Objective, diffusion_weight, dream_shift, own_objective, sigma_threshold_at
-from lpl.optimizers import Updates, make_optimizer
-from lpl.pictures import loss_curves
-from lpl.preemption import EXIT_CODE, OTHERS_WAIT, Preemption
-from lpl.publication import Publication
-from lpl.report import DryRun, Plan
-from lpl.rerun import compare_with, measured_facts, write_recipe
-from lpl.streaming import load_streamed_images, training_images
-from lpl.trainee import MovingAverage, Trainee, averaged
-from lpl.validation import Validation
-from lpl.weighting import SHARE_RANGE, LplWeight, Terms, has_lpl, ramp
+from lpl.families.description import read_pipeline
+from lpl.families.resolve import resolve
+from lpl.gate import has_lpl, ramp, random_window, rows_inside, sigma_threshold_at, subset
+from lpl.objectives import Objective, diffusion_weight, dream_shift, own_objective
+from lpl.publishing import hub
+from lpl.publishing.card import RunCard, describe, write_model_card
+from lpl.publishing.licence import base_licence
+from lpl.publishing.publication import Publication
+from lpl.tools.files import filled_whole
+from lpl.tools.machine import DTYPES
+from lpl.tools.pictures import loss_curves
+from lpl.tools.process import leave_after
+from lpl.tools.words import first_line
+from lpl.training import checkpoints
+from lpl.training.average import MovingAverage, averaged
+from lpl.training.loading import average_from_revision, load_family, weight_dtype
+from lpl.training.log import Log
+from lpl.training.losses import BatchLosses
+from lpl.training.parts import TrainedParts
+from lpl.training.preemption import EXIT_CODE, OTHERS_WAIT, Preemption
+from lpl.training.preflight import check_captions, preflight
+from lpl.training.provenance import compare_with, measured_facts, write_recipe
+from lpl.training.result import save_result
+from lpl.training.skipped_steps import SkippedSteps
+from lpl.training.updates import Updates, make_optimizer
+from lpl.training.validation import Validation
+from lpl.weighting import SHARE_RANGE, LplWeight
 
 
 logger = logging.getLogger(__name__)
@@ -79,18 +85,24 @@ SCRIPT = Path(__file__).name
 
 def main() -> None:
     warnings.formatwarning = lambda message, *_, **__: f"{SCRIPT}: warning: {message}\n"
-    args = parse_arguments()
-    with told(SCRIPT, args) as doing:
-        train(args, doing)
+    args = parse()
+    with explained(SCRIPT, args) as status:
+        train(args, status)
 
 
-def train(args: Namespace, doing: Doing) -> None:
+def train(args: Namespace, status: Status) -> None:
     # Arguments: everything that can be refused is refused here, before any weights are loaded.
     try:
-        configs = read_pipeline_configs(args)
-        check_pipeline(args, configs)
+        preflight(args)
+        configs = read_pipeline(args.model, args.lpl.lpl_blocks)
+        args = resolve(args, configs)
+        check_captions(args.data, configs.family)
+        if args.eval_steps is not None:
+            from lpl.evaluation.training import check_evaluation  # whose libraries others need not have
+
+            check_evaluation(args, configs.family)
         accelerator = start_accelerator(args)
-        args.mixed_precision = accelerator.mixed_precision  # also where accelerate's configuration says it
+        args = status.args = args.changed(mixed_precision=accelerator.mixed_precision)
         with accelerator.main_process_first():
             if accelerator.is_main_process and not args.dry_run:
                 checkpoints.tidy(args.output_dir)
@@ -98,6 +110,7 @@ def train(args: Namespace, doing: Doing) -> None:
                     hub.download_run(args.hub_model_id, args.output_dir, args.hub_token, args.hub_revision)
             resumable = checkpoints.find_resumable(args.output_dir, args.resume_from_checkpoint)
         progress = start_or_resume(args, resumable)
+        args = status.args = args.changed(seed=progress.seed)
         empty = configs.family.empty_caption(configs.parts)
         num_classes = empty if configs.family.class_conditional else None
         with accelerator.main_process_first():
@@ -118,9 +131,10 @@ def train(args: Namespace, doing: Doing) -> None:
         images = training_images(dataset, objective, (latent_channels(configs.vae), side, side), args, empty)
         images.check()
         if args.push_to_hub and not args.dry_run and accelerator.is_main_process:
-            args.hub_model_id = hub.prepare_repository(
+            full_id = hub.prepare_repository(
                 args.hub_model_id, args.output_dir, args.hub_token, args.hub_private_repo, args.hub_revision
             )
+            args = status.args = args.changed(hub_model_id=full_id)
         licence = {}
         if accelerator.is_main_process and not args.dry_run:
             licence = base_licence(args.pretrained_model_name_or_path, args.revision, args.hub_token, args.cache_dir)
@@ -128,7 +142,7 @@ def train(args: Namespace, doing: Doing) -> None:
         sys.exit(f"{SCRIPT}: error: {error}")
 
     # Models: a frozen VAE and frozen text encoders around what is trained, which is in float32.
-    device, doing.accelerator, doing.stage = accelerator.device, accelerator, Stage.LOADING
+    device, status.accelerator, status.stage = accelerator.device, accelerator, Stage.LOADING
     try:
         family = load_family(args, configs, weight_dtype(accelerator))
     except (OSError, ValueError) as error:
@@ -136,28 +150,28 @@ def train(args: Namespace, doing: Doing) -> None:
             f"{SCRIPT}: error: --pretrained_model_name_or_path {args.pretrained_model_name_or_path}: its weights "
             f"cannot be loaded; look at --variant and --revision ({first_line(error)})"
         )
-    trainee = doing.trainee = Trainee(family, args)
+    trained = status.trained = TrainedParts(family, args)
     for model in (family.vae, family.denoiser, *family.text_encoders):
         model.to(device)
-    if broken := trainee.not_finite():
+    if broken := trained.not_finite():
         sys.exit(
             f"{SCRIPT}: error: --pretrained_model_name_or_path {args.pretrained_model_name_or_path}: the weights of "
             f"{broken} are not finite"
         )
     ema = None
     if args.use_ema:
-        ema = MovingAverage(trainee.trained(), args.ema_decay, args.foreach_ema, args.offload_ema)
-        if args.non_ema_revision and not args.lora:
+        ema = MovingAverage(trained.weights(), args.ema_decay, args.foreach_ema, args.offload_ema)
+        if args.non_ema_revision and not args.lora.lora:
             average_from_revision(ema, args, configs)
 
     # The loss looks through the decoder only where sigma is below the threshold (Sec. 3.2).
     lpl_loss, lpl_weight = None, LplWeight(args.lpl_weight, args.lpl_measuring_steps, device)
-    if args.lpl or held_out is not None:
+    if args.lpl.enabled or held_out is not None:
         lpl_loss = LatentPerceptualLoss(
             feature_vae(family.vae, args.lpl_vae_name_or_path, DTYPES[args.lpl_vae_dtype], args.cache_dir),
             blocks=args.lpl_blocks,
             gradient_checkpointing=args.lpl_gradient_checkpointing,
-            **loss_options(args),
+            **args.lpl.loss_options(),
         )
     threshold = sigma_threshold_at(
         args.lpl_sigma_threshold, args.resolution, args.resolution, args.lpl_threshold_base_resolution
@@ -177,7 +191,7 @@ def train(args: Namespace, doing: Doing) -> None:
     batches = training_batches(images, order, args.dataloader_num_workers)
 
     # Optimizer. The schedule counts optimizer steps, whatever the number of processes and micro-batches.
-    optimizer = make_optimizer(args, trainee, global_batch)
+    optimizer = make_optimizer(args, trained, global_batch)
     schedule = get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -186,9 +200,9 @@ def train(args: Namespace, doing: Doing) -> None:
         num_cycles=args.lr_num_cycles,
         power=args.lr_power,
     )
-    model, optimizer = accelerator.prepare(trainee, optimizer)
-    updates = Updates(accelerator, trainee, optimizer, schedule, max_steps, ema, args.max_grad_norm)
-    state = checkpoints.TrainingState(accelerator, trainee, ema, updates, lpl_weight)
+    model, optimizer = accelerator.prepare(trained, optimizer)
+    updates = Updates(accelerator, trained, optimizer, schedule, max_steps, ema, args.max_grad_norm)
+    state = checkpoints.TrainingState(accelerator, trained, ema, updates, lpl_weight)
 
     # Resume: the same command goes on where the checkpoint stands.
     if resumable is not None:
@@ -199,10 +213,10 @@ def train(args: Namespace, doing: Doing) -> None:
         logger.info(f"resumed from {resumable}, {max(0, max_steps - progress.step)} of {max_steps} steps to go")
 
     plan = Plan(
-        args, trainee, accelerator, images, objective, threshold, max_steps, progress.step, global_batch, schedule
+        args, trained, accelerator, images, objective, threshold, max_steps, progress.step, global_batch, schedule
     )
     if args.dry_run:
-        doing.now(Stage.LPL_STEP if args.lpl else Stage.STEP, progress.step + 1)
+        status.now(Stage.LPL_STEP if args.lpl.enabled else Stage.STEP, progress.step + 1)
         DryRun(plan, losses, model, updates, batches, lpl_weight).report()
         finish(accelerator)
         return
@@ -222,7 +236,7 @@ def train(args: Namespace, doing: Doing) -> None:
     skipped_steps = SkippedSteps(accelerator, args.max_skipped_steps, progress.skipped)
     evaluation = None
     if args.eval_steps is not None:
-        from lpl.evaluation.training import TrainingEvaluation  # whose libraries others need not have
+        from lpl.evaluation.training import TrainingEvaluation
 
         try:
             evaluation = TrainingEvaluation(family, scheduler, args, classes, preemption)
@@ -238,14 +252,14 @@ def train(args: Namespace, doing: Doing) -> None:
     def look(step: int) -> None:
         """Samples, held-out losses and metrics, where they are due after a step; given up where the run is to end."""
         if due(step, validate_every):
-            doing.now(Stage.SAMPLES, step)
-            validation.run(accelerator, trainee, ema, step)
+            status.now(Stage.SAMPLES, step)
+            validation.run(accelerator, trained, ema, step)
             if held_out is not None and not preemption.asked_now():
-                doing.now(Stage.LOSSES, step)
-                log.validation(step, losses_on(held_out, losses, trainee, ema, accelerator))
+                status.now(Stage.LOSSES, step)
+                log.validation(step, losses_on(held_out, losses, trained, ema, accelerator))
         if evaluation is not None and due(step, evaluate_every) and not preemption.asked_now():
-            doing.now(Stage.EVALUATION, step)
-            log.validation(step, evaluation.run(accelerator, trainee, ema, step))
+            status.now(Stage.EVALUATION, step)
+            log.validation(step, evaluation.run(accelerator, trained, ema, step))
         progress.looked = not preemption.asked_now()
 
     if held_out is not None:
@@ -259,8 +273,8 @@ def train(args: Namespace, doing: Doing) -> None:
 
     def save_to(folder: Path) -> None:
         """The result with the present weights, the moving average's if there is one."""
-        with averaged(ema, trainee):
-            save_result(folder, args, configs, trainee, scheduler, classes)
+        with averaged(ema, trained):
+            save_result(folder, args, configs, trained, scheduler, classes)
 
     def card() -> RunCard:
         """What the model card says at this moment."""
@@ -269,7 +283,7 @@ def train(args: Namespace, doing: Doing) -> None:
 
     publication = None
     if args.push_to_hub and accelerator.is_main_process:
-        publication = Publication(args, save_to, () if args.lora else tuple(trainee.parts), card)
+        publication = Publication(args, save_to, () if args.lora.lora else tuple(trained.parts), card)
     plan.announce()
     preemption.listen()
     if not progress.looked:
@@ -278,8 +292,8 @@ def train(args: Namespace, doing: Doing) -> None:
     bar = tqdm(total=max_steps, initial=progress.step, disable=not accelerator.is_main_process, desc="steps")
     while progress.step < max_steps and not stop:
         weight = lpl_weight.value * ramp(progress.step, args.lpl_start_step, args.lpl_ramp_steps)  # w of Eq. 3
-        with_lpl = args.lpl and has_lpl(progress.step, args.lpl_start_step, args.lpl_every)
-        doing.now(Stage.LPL_STEP if with_lpl else Stage.STEP, progress.step + 1)
+        with_lpl = args.lpl.enabled and has_lpl(progress.step, args.lpl_start_step, args.lpl_every)
+        status.now(Stage.LPL_STEP if with_lpl else Stage.STEP, progress.step + 1)
         for _ in range(args.gradient_accumulation_steps):
             batch = next(batches)
             bad_samples.add(batch["bad"])
@@ -325,9 +339,11 @@ def train(args: Namespace, doing: Doing) -> None:
                 if stop and not save:
                     checkpoints.save_checkpoint(state, args.output_dir, progress, args.checkpoints_total_limit)
                 elif save and accelerator.is_main_process:
-                    progress.save(checkpoints.place(args.output_dir, progress.step))
+                    progress.save(checkpoints.checkpoint_path(args.output_dir, progress.step))
                 if publication is not None and (save or stop):
-                    publication.checkpoint(checkpoints.place(args.output_dir, progress.step), progress.step, stop)
+                    publication.checkpoint(
+                        checkpoints.checkpoint_path(args.output_dir, progress.step), progress.step, stop
+                    )
     bar.close()
     if stop:
         logger.info(f"the run ends after step {progress.step}; --resume_from_checkpoint latest goes on from there")
@@ -340,21 +356,23 @@ def train(args: Namespace, doing: Doing) -> None:
         report_share(lpl_weight)
 
     # Save: a pipeline that loads and samples by itself, or the LoRA that one loads; with the EMA's weights if kept.
-    doing.now(Stage.SAVING, progress.step)
+    status.now(Stage.SAVING, progress.step)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        with averaged(ema, trainee), filled_whole(args.output_dir) as folder:
-            trainee.save(folder)  # first, so that nothing that follows can lose it
+        with averaged(ema, trained), filled_whole(args.output_dir) as folder:
+            trained.save(folder)  # first, so that nothing that follows can lose it
         with filled_whole(args.output_dir) as folder:
             save_to(folder)
         validation.before_after(progress.step)
         loss_curves(log.records(), Path(args.output_dir, "loss_curves.png"))
-        if args.lpl and not any(record.get("lpl_share", 0) > 0 for record in log.records()):
+        if args.lpl.enabled and not any(record.get("lpl_share", 0) > 0 for record in log.records()):
             logger.warning(
                 "no step was trained with LPL: no sample was inside the threshold, or the run was too short"
             )
         write_model_card(args.output_dir, card())
-        logger.info(f"the {'LoRA' if args.lora else 'pipeline'}, its samples and its card are in {args.output_dir}")
+        logger.info(
+            f"the {'LoRA' if args.lora.lora else 'pipeline'}, its samples and its card are in {args.output_dir}"
+        )
         if publication is not None:
             publication.end(lambda: preemption.received is not None)
     finish(accelerator)
@@ -384,7 +402,7 @@ class Losses:
     threshold: float  # tau at this resolution
     args: Namespace
 
-    def __call__(self, model: nn.Module, batch: Mapping[str, Any], with_lpl: bool) -> Terms:
+    def __call__(self, model: nn.Module, batch: Mapping[str, Any], with_lpl: bool) -> BatchLosses:
         family, objective, args, device = self.family, self.objective, self.args, self.family.vae.device
         # Timesteps and gate are known on the CPU: the step never waits to learn which rows to decode.
         inside = rows_inside(objective.sigma(batch["timestep"]), self.threshold)
@@ -399,10 +417,16 @@ class Losses:
         if args.input_perturbation:
             input_noise = noise + args.input_perturbation * batch["input_noise"].to(device, non_blocking=True)
         noisy_latents = objective.add_noise(latents, input_noise, timesteps)  # (B, C, h, w)
-        conditions = trainee_of(model).conditions(batch, device)
+        conditions = unwrapped(model).conditions(batch, device)
         if args.dream_training:
             with torch.no_grad():
-                shift = dream_shift(objective, model(noisy_latents, timesteps, conditions), noise, timesteps, args)
+                shift = dream_shift(
+                    objective,
+                    model(noisy_latents, timesteps, conditions),
+                    noise,
+                    timesteps,
+                    args.dream_detail_preservation,
+                )
             noise = noise + shift
             noisy_latents = objective.add_noise(latents, input_noise + shift, timesteps)
         model_output = model(noisy_latents, timesteps, conditions).float()  # (B, C, h, w)
@@ -412,16 +436,18 @@ class Losses:
             error = objective.clean_latents(model_output, noisy_latents, timesteps) - latents
         else:
             error = model_output - objective.target(latents, noise, timesteps)
-        errors = diffusion_weight(objective, timesteps, args) * error.square().flatten(1).mean(1)  # (B,)
+        errors = diffusion_weight(
+            objective, timesteps, weighting_scheme=args.weighting_scheme, snr_gamma=args.snr_gamma
+        ) * error.square().flatten(1).mean(1)  # (B,)
 
         # LPL, averaged over the whole batch: rows above the threshold count as 0 (Eq. 2)
-        terms = Terms(errors, torch.zeros((), device=device), model_output, len(inside), with_lpl)
+        terms = BatchLosses(errors, torch.zeros((), device=device), model_output, len(inside), with_lpl)
         if len(rows):
             predicted_latents = objective.clean_latents(model_output[rows], noisy_latents[rows], timesteps[rows])
             window = None
             if args.lpl_crop is not None:
                 side = latents.shape[-1]
-                window = random_window(side, side * args.lpl_crop // args.resolution, batch["lpl_choice"][0, 1])
+                window = random_window(side, side, side * args.lpl_crop // args.resolution, batch["lpl_choice"][0, 1])
             lpl = self.lpl_loss(predicted_latents, latents[rows], window)  # (n,)
             share = 1.0 if args.lpl_variant == "reference" else len(inside) / len(latents)
             terms.take(rows, lpl, share, self.lpl_loss)
@@ -493,60 +519,34 @@ def start_or_resume(args: Namespace, resumable: Path | None) -> checkpoints.Prog
     else:
         drawn = broadcast_object_list([secrets.randbelow(2**31)])[0]
         progress = checkpoints.Progress(step=0, seed=drawn if args.seed is None else args.seed)
-    args.seed = progress.seed
-    set_seed(args.seed)
+    set_seed(progress.seed)
     return progress
 
 
 @torch.no_grad()
 def losses_on(
-    held_out: TrainingImages, losses: Losses, trainee: Trainee, ema: MovingAverage | None, accelerator: Accelerator
+    held_out: TrainingImages,
+    losses: Losses,
+    trained: TrainedParts,
+    ema: MovingAverage | None,
+    accelerator: Accelerator,
 ) -> dict[str, float]:
     """Both terms on the held-out samples, unweighted, under the EMA's weights where there are any."""
-    losses = replace(losses, args=Namespace(**vars(losses.args) | HELD_OUT))
+    losses = replace(losses, args=losses.args.held_out())
     sums = torch.zeros(3, device=accelerator.device)
-    trainee.eval()
-    with averaged(ema, trainee):
+    trained.eval()
+    with averaged(ema, trained):
         for batch in held_out_batches(
             held_out, losses.args.train_batch_size, accelerator.process_index, accelerator.num_processes
         ):
-            terms = losses(trainee, batch, with_lpl=True)
+            terms = losses(trained, batch, with_lpl=True)
             sums += torch.stack([terms.diffusion_loss, terms.lpl, torch.ones_like(terms.lpl)]) * len(terms.errors)
-    trainee.train()
+    trained.train()
     diffusion_loss, lpl, count = accelerator.reduce(sums, "sum").tolist()
     return {"validation_loss": diffusion_loss / count, "validation_lpl": lpl / count}
 
 
-def rows_inside(sigma: Tensor, threshold: float) -> Tensor:
-    """Indices of the samples that LPL applies to: sigma_t finite and at most tau, (B,) -> (n,) (Eq. 2)."""
-    return (sigma.isfinite() & (sigma <= threshold)).nonzero().flatten()
-
-
-def subset(rows: Tensor, choice: Tensor, size: int | None) -> Tensor:
-    """At most so many of the rows, (n,) -> (m,), each subset as likely as any other; None = all.
-
-    Args:
-        choice: a uniformly random number for each sample of the batch, (B,); the smallest win.
-    """
-    return rows[choice[rows].argsort()[:size].sort().values]
-
-
-def random_window(side: int, part: int, choice: Tensor) -> tuple[int, int, int, int]:
-    """One of the tiles with sides of ``part`` that latents with sides of ``side`` fall into, each as likely as any
-    other: (top, left, height, width).
-
-    Args:
-        choice: a uniformly random number, ().
-
-    >>> random_window(8, 2, torch.tensor(0.4))  # the 7th of 16
-    (2, 4, 2, 2)
-    """
-    count = side // part
-    row, column = divmod(int(float(choice) * count**2), count)
-    return row * part, column * part, part, part
-
-
-def trainee_of(model: nn.Module) -> Trainee:
+def unwrapped(model: nn.Module) -> TrainedParts:
     """Without what accelerate has wrapped around it."""
     return getattr(model, "module", model)
 

@@ -2,12 +2,20 @@
 
 >>> from lpl import LatentPerceptualLoss
 >>> # loss_fn = LatentPerceptualLoss(vae); loss_fn(predicted_latents, latents) -> (B,)
+
+The files in this folder are the paper and need torch, diffusers and numpy only; the folders are the trainer. Names are
+imported when they are asked for, so that a command line is answered before torch is loaded.
 """
 
-from lpl.features import DecoderFeatureExtractor
-from lpl.loss import LatentPerceptualLoss
-from lpl.objectives import get_objective, training_scheduler
-from lpl.outliers import outlier_mask
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from lpl.features import DecoderFeatureExtractor
+    from lpl.loss import LatentPerceptualLoss
+    from lpl.objectives import get_objective, training_scheduler
+    from lpl.outliers import outlier_mask
 
 
 __version__ = "0.1.0"
@@ -19,3 +27,16 @@ __all__ = [
     "outlier_mask",
     "training_scheduler",
 ]
+_FILES = {
+    "DecoderFeatureExtractor": "lpl.features",
+    "LatentPerceptualLoss": "lpl.loss",
+    "get_objective": "lpl.objectives",
+    "outlier_mask": "lpl.outliers",
+    "training_scheduler": "lpl.objectives",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_FILES[name]), name)

@@ -19,7 +19,6 @@ and statistics are float32 (float64 for a float64 VAE). The gradient reaches the
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,14 +31,11 @@ from torch.autograd.function import once_differentiable
 from lpl.autoencoders import decoder_levels, exact_precision
 from lpl.features import DecoderFeatureExtractor
 from lpl.objectives import at_least_float32
-from lpl.outliers import MASK_DEFAULTS, MASK_RANGES, outlier_mask
+from lpl.options import MASK_DEFAULTS, check_mask_and_chunks, check_options
+from lpl.outliers import outlier_mask
 from lpl.terms import GRADIENT_SCALE, block_term, reference_block_term
 
 
-NORMALIZATIONS = ("shared", "separate", "none")
-DEPTH_WEIGHTINGS = ("inverse", "exponential", "uniform")
-DISTANCES = ("l2", "l1")
-VARIANTS = ("paper", "reference")
 LARGEST_IN_FLOAT16 = 64.0  # of a gradient that the decoder's backward pass begins with; sums of them follow
 MARGIN = 8  # latent positions decoded around a window, so that convolutions see there what is around it
 
@@ -313,87 +309,6 @@ def unshared(features: dict[str, Tensor]) -> dict[str, Tensor]:
         features[name] = maps.clone(memory_format=torch.contiguous_format) if memory in seen else maps.contiguous()
         seen.add(memory)
     return features
-
-
-def check_options(
-    normalization: str,
-    detach_statistics: bool,
-    depth_weighting: str | Sequence[float],
-    mask_outliers: bool,
-    distance: str,
-    variant: str,
-    blocks: Sequence[str] | None,
-) -> None:
-    """Refuse loss options that are unknown or exclude one another, before any model is at hand.
-
-    Args:
-        blocks: the selected blocks; None where they are not known yet.
-
-    Raises:
-        ValueError: with what was given, what is accepted, and the flag to change.
-    """
-    for flag, value, accepted in (
-        ("--lpl_normalization", normalization, NORMALIZATIONS),
-        ("--lpl_distance", distance, DISTANCES),
-        ("--lpl_variant", variant, VARIANTS),
-    ):
-        if value not in accepted:
-            raise ValueError(f"{flag} {value}: accepted are {', '.join(accepted)}")
-    if isinstance(depth_weighting, str):
-        if depth_weighting not in DEPTH_WEIGHTINGS:
-            raise ValueError(
-                f"--lpl_depth_weighting {depth_weighting}: accepted are {', '.join(DEPTH_WEIGHTINGS)}, "
-                "or one number per block"
-            )
-    elif (
-        len(depth_weighting) != len(blocks or depth_weighting)
-        or not all(0 <= weight < math.inf for weight in depth_weighting)
-        or not any(depth_weighting)
-    ):
-        raise ValueError(
-            f"--lpl_depth_weighting {' '.join(f'{weight:g}' for weight in depth_weighting)}: "
-            f"{len(blocks or depth_weighting)} finite numbers of 0 or more are needed, not all 0, one per selected "
-            "block in the order of --lpl_blocks"
-        )
-    if normalization == "none" and detach_statistics:
-        raise ValueError("--lpl_detach_statistics has no effect with --lpl_normalization none; leave one out")
-    if variant == "reference":
-        if others := [name for name in blocks or () if not re.fullmatch(r"mid|up_\d+", name)]:
-            raise ValueError(
-                f"--lpl_variant reference compares whole decoder blocks; leave {' '.join(others)} out of --lpl_blocks"
-            )
-        given = {
-            "normalization": normalization != "shared",
-            "detach_statistics": detach_statistics,
-            "depth_weighting": depth_weighting != "inverse",
-            "mask_outliers": not mask_outliers,
-            "distance": distance != "l2",
-        }
-        if any(given.values()):
-            raise ValueError(
-                f"--lpl_variant reference goes without {', '.join(name for name in given if given[name])}: it fixes "
-                "all options of the loss; leave them out, or use --lpl_variant paper"
-            )
-
-
-def check_mask_and_chunks(
-    outliers: Mapping[str, float], mask_outliers: bool, variant: str, chunk_size: int | None
-) -> None:
-    """Refuse parameters of the masks that are unknown, out of range or without effect, and a wrong chunk size.
-
-    Raises:
-        ValueError: with what was given and what is accepted.
-    """
-    if unknown := [name for name in outliers if name not in MASK_DEFAULTS]:
-        raise ValueError(f"outliers: {', '.join(unknown)} is not among {', '.join(MASK_DEFAULTS)}")
-    for name, value in outliers.items():
-        accepted, words = MASK_RANGES[name]
-        if not accepted(value):
-            raise ValueError(f"outliers: {name} {value}: it must be {words}")
-    if outliers and (not mask_outliers or variant == "reference"):
-        raise ValueError("outliers has no effect without mask_outliers, or with the variant reference; leave it out")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size {chunk_size}: it must be 1 or more, or None for all samples at once")
 
 
 def depth_weight(weighting: str | Mapping[str, float], relative_side: float, name: str) -> float:

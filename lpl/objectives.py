@@ -22,7 +22,6 @@ over ``(B, C, h, w)`` in one place, :func:`expand`.
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 import torch
@@ -30,9 +29,9 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 from torch import Tensor
 
+from lpl.options import BIAS_STRATEGIES, WEIGHTING_SCHEMES
 
-WEIGHTING_SCHEMES = ("logit_normal", "mode", "cosmap", "sigma_sqrt", "none")
-BIAS_STRATEGIES = ("earlier", "later", "range", "none")
+
 # The betas of Stable Diffusion, and of Sec. 4.1, for a model that comes without any.
 SCALED_LINEAR_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -350,26 +349,18 @@ def timestep_weights(
     return weights
 
 
-def sigma_threshold_at(threshold: float, height: int, width: int, base_resolution: int) -> float:
-    """tau for images of height x width pixels: stated at ``base_resolution``, scaled with the side (Sec. 4.1).
-
-    >>> sigma_threshold_at(3.0, 1024, 1024, 256)
-    12.0
-    >>> sigma_threshold_at(3.0, 1024, 1024, 0)  # 0 = do not scale
-    3.0
-    """
-    return threshold * math.sqrt(height * width) / base_resolution if base_resolution else threshold
-
-
-def diffusion_weight(objective: Objective, timesteps: Tensor, args: Any) -> Tensor | float:
+def diffusion_weight(
+    objective: Objective, timesteps: Tensor, *, weighting_scheme: str | None = None, snr_gamma: float | None = None
+) -> Tensor | float:
     """The weight of each sample's diffusion loss, (B,); it weighs that term only."""
     if not isinstance(objective, DiffusionObjective):
-        return objective.scheme_weight(timesteps, args.weighting_scheme or "none").float()
-    return 1.0 if args.snr_gamma is None else objective.min_snr_weight(timesteps, args.snr_gamma).float()
+        return objective.scheme_weight(timesteps, weighting_scheme or "none").float()
+    return 1.0 if snr_gamma is None else objective.min_snr_weight(timesteps, snr_gamma).float()
 
 
-def dream_shift(objective: Objective, model_output: Tensor, noise: Tensor, timesteps: Tensor, args: Any) -> Tensor:
+def dream_shift(
+    objective: Objective, model_output: Tensor, noise: Tensor, timesteps: Tensor, detail_preservation: float
+) -> Tensor:
     """What DREAM adds to the noise, (B, C, h, w): the model's own error, times b_t^p (Zhou et al., Sec. 3)."""
     _, b = objective.coefficients(timesteps)
-    scale = expand(b**args.dream_detail_preservation, noise)
-    return scale * (noise - model_output.float())
+    return expand(b**detail_preservation, noise) * (noise - model_output.float())

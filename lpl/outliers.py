@@ -7,7 +7,6 @@ per sample and channel on a feature map of H x W positions, and left out with a 
 from __future__ import annotations
 
 import math
-from inspect import signature
 
 import numpy as np
 import torch
@@ -16,8 +15,6 @@ from torch import Tensor
 
 # Kernels are stated for the full-resolution feature map of an image of this side, in pixels.
 BASE_RESOLUTION = 256
-LARGEST_KERNEL = 63  # a quarter of that side
-LARGEST_STRIDE = 8  # a mid block's map of 16 x 16 positions has no 2% left beyond
 CACHED_POSITIONS = 2**19  # of float32 maps that a CPU core's cache holds
 
 
@@ -58,16 +55,6 @@ def outlier_mask(
     if features.device.type != "cpu":
         return morphology(within_bounds(features, quantile, margin, stride), *kernels)
     return _mask_by_parts(features, quantile, margin, stride, *kernels)
-
-
-MASK_RANGES = {  # what each parameter may be, and how that is said
-    "quantile": (lambda value: 0 < value < 0.5, "more than 0 and less than 0.5"),
-    "margin": (lambda value: 0 <= value < math.inf, "0 or more"),
-    "dilation": (lambda value: 1 <= value <= LARGEST_KERNEL, f"from 1 to {LARGEST_KERNEL}"),
-    "erosion": (lambda value: 1 <= value <= LARGEST_KERNEL, f"from 1 to {LARGEST_KERNEL}"),
-    "stride": (lambda value: value in range(1, LARGEST_STRIDE + 1), f"a whole number from 1 to {LARGEST_STRIDE}"),
-}
-MASK_DEFAULTS = {name: parameter.default for name, parameter in list(signature(outlier_mask).parameters.items())[1:]}
 
 
 def _mask_by_parts(

@@ -9,7 +9,8 @@ for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[_variable] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything of Hugging Face is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `pytest` alone does not add the repository's root
+TESTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TESTS.parent), str(TESTS / "support")]  # `pytest` alone adds neither
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

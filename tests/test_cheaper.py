@@ -15,9 +15,9 @@ from tiny import tiny_vae
 from trainer import launch, metrics, same, script, train, validation_metrics, weights
 
 from lpl import LatentPerceptualLoss
-from lpl.logs import Log
 from lpl.loss import Measured
 from lpl.objectives import Epsilon
+from lpl.training.log import Log
 
 
 # All of it at once, as in the middle of a fine-tuning: with LPL are the steps 2, 4 and 6, and the weight of the first
@@ -41,7 +41,7 @@ BLOCKS = ("mid", "up_0", "up_1", "up_2")
 
 @pytest.fixture(scope="module")
 def cheap(sd_pipeline, image_folder, tmp_path_factory):
-    """(Folder of a run, [(micro-batch's step, its Terms)], windows that LPL was taken in)."""
+    """(Folder of a run, [(micro-batch's step, its BatchLosses)], windows that LPL was taken in)."""
     terms, windows = [], []
     add, call = Log.add, LatentPerceptualLoss.__call__
     with pytest.MonkeyPatch.context() as patch:

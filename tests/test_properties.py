@@ -22,17 +22,20 @@ from diffusers import DDPMScheduler
 from huggingface_hub import ModelCard
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from lpl.arguments import check_pipeline, read_pipeline
 from PIL import Image
-from test_card import card
 from trainer import arguments
 from trainer import settings as flags_of
 
 from lpl import get_objective
-from lpl.arguments import boolean, build_parser, check_pipeline, parse_arguments, read_pipeline_configs, recipe
-from lpl.card import write_model_card
-from lpl.data import RESAMPLING, TrainingImages, choose_caption, lies_in, to_rgb
+from lpl.config.command_line import build_parser, parse, recipe
+from lpl.config.flag import boolean
+from lpl.data.dataset import TrainingImages
+from lpl.data.reading import RESAMPLING, choose_caption, lies_in, to_rgb
 from lpl.evaluation import Preprocessing, folder_images
-from lpl.pictures import labelled_grid
+from lpl.publishing.card import write_model_card
+from lpl.tools.pictures import labelled_grid
+from tests.publishing.test_card import card
 
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "30"))  # of each long form
@@ -108,8 +111,8 @@ def checked(words):
     try:
         with redirect_stderr(said), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            args = parse_arguments(words)
-            check_pipeline(args, read_pipeline_configs(args))
+            args = parse(words)
+            check_pipeline(args, read_pipeline(args))
             return args
     except ValueError as error:
         return str(error)

@@ -21,7 +21,7 @@ from rows import BASE, ROW, ROWS, SETTINGS
 from lpl.evaluation import ImageSet, Preprocessing, folder_images
 from lpl.evaluation.figures import paired_grid, spectrum_figure, zoomed_crops
 from lpl.evaluation.results import REAL
-from lpl.pictures import label_axes, save_figure, save_picture
+from lpl.tools.pictures import label_axes, save_figure, save_picture
 
 
 HERE = Path(__file__).resolve().parent

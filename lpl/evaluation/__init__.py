@@ -13,12 +13,9 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+from lpl.config.choices import METRICS, SET_METRICS
 
-NEIGHBOUR_METRICS = ("precision", "recall", "density", "coverage")
-SET_METRICS = ("fid", "kid", *NEIGHBOUR_METRICS)  # of two sets of images
-CLIP_SCORE = "clip_score"  # of images and their captions
-METRICS = (*SET_METRICS, CLIP_SCORE)
-CLIP = "openai/clip-vit-base-patch32"  # that of the paper on CLIPScore (Hessel et al., 2021)
+
 MOST_BY_DEFAULT = 10_000  # images that are drawn where nothing else is said, as many as the paper takes
 NEAREST_K = 5  # of the neighbour metrics, as in the paper on density and coverage
 LIBRARIES = {"torchmetrics": "torchmetrics", "scipy": "scipy", "sklearn": "scikit-learn"}  # module -> package

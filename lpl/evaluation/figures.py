@@ -14,15 +14,14 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from lpl.inspect_figures import COLOURS
-from lpl.pictures import INK, PAPER, label_axes, labelled_grid
+from lpl.inspection.figures import COLOURS
+from lpl.tools.pictures import INK, PAPER, label_axes, labelled_grid
 
 
 FRAME = "#e02020"  # around what is enlarged
 SMALLEST_SHOWN, LARGEST_SHOWN = 192, 512  # pixels that an image is shown in, beside its crop
 LARGEST_CROP = 128  # pixels of the image
 CROP_SHARE = 4  # of the image's shorter side
-
 Spectrum = tuple[np.ndarray, np.ndarray]  # frequencies in cycles per pixel (K,), log10 of the power (K,)
 
 

@@ -18,7 +18,6 @@ import hashlib
 import inspect
 import json
 import os
-from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -34,20 +33,24 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
-from lpl import arguments, checks, lora
-from lpl.checkpoints import PREFIX, Progress, find_checkpoints
-from lpl.checks import DTYPES, PipelineConfigs, read_pipeline_configs
-from lpl.data import first_line
+from lpl.config import Config
+from lpl.config.command_line import build_parser, config_of
+from lpl.config.recipes import read_recipe
 from lpl.evaluation.images import METADATA, UNREADABLE
 from lpl.evaluation.processes import in_parts, processes, threaded
 from lpl.families import Family
-from lpl.files import write_text
-from lpl.loading import load_denoiser, pipeline_source, replaced_components
+from lpl.families.description import Description, read_pipeline
+from lpl.families.resolve import resolved_resolution
 from lpl.objectives import own_objective, training_scheduler
-from lpl.pictures import save_picture
-from lpl.recipes import read_recipe
-from lpl.trainee import EMA_FOLDER
-from lpl.validation import decoding_exactly
+from lpl.tools.files import write_text
+from lpl.tools.machine import DTYPES
+from lpl.tools.pictures import save_picture
+from lpl.tools.words import first_line, warn
+from lpl.training import lora
+from lpl.training.average import EMA_FOLDER
+from lpl.training.checkpoints import PREFIX, Progress, find_checkpoints
+from lpl.training.loading import load_denoiser, pipeline_source, replaced_components
+from lpl.training.sampling import decoding_exactly
 
 
 RECIPE, INDEX, SETTINGS = "recipe.yaml", "model_index.json", "settings.json"
@@ -62,8 +65,8 @@ class Model:
 
     label: str
     step: int | None  # of the run; None: a pipeline that stands for itself
-    args: Namespace  # the flags of the training script, of the run or at their defaults
-    configs: PipelineConfigs
+    args: Config  # the flags of the training script, of the run or at their defaults
+    configs: Description
     weights: Path | None = None  # of the trained parts; None: the pipeline has them
 
     @property
@@ -77,15 +80,13 @@ class Model:
         Raises:
             ValueError: for a resolution that the pipeline cannot draw.
         """
-        args = Namespace(**vars(self.args))
-        for name, given in (
-            ("resolution", resolution),
-            ("validation_inference_steps", steps),
-            ("validation_guidance_scale", guidance),
-        ):
-            setattr(args, name, getattr(args, name) if given is None else given)
-        checks.check_resolution(args, self.configs)
-        return replace(self, args=args)
+        given = {
+            "resolution": resolution,
+            "validation_inference_steps": steps,
+            "validation_guidance_scale": guidance,
+        }
+        args = self.args.changed(**{name: value for name, value in given.items() if value is not None})
+        return replace(self, args=args.changed(resolution=resolved_resolution(args.data, self.configs)))
 
     def settings(self, dtype: str) -> dict[str, Any]:
         """Whatever decides what the images look like, beside prompts and seeds; of a model that is ``sampled``."""
@@ -124,7 +125,7 @@ class Model:
         return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
-def sampling_settings(args: Namespace, family: type[Family], dtype: str) -> dict[str, Any]:
+def sampling_settings(args: Config, family: type[Family], dtype: str) -> dict[str, Any]:
     """How images are drawn: what the flags of the training script say, else the pipeline's own."""
     defaults = inspect.signature(family.pipeline_class.__call__).parameters
     given = {
@@ -184,19 +185,19 @@ def find_models(source: str, label: str | None = None, **flags: Any) -> list[Mod
         step = Progress.load(Path(source)).step
         return [model for model in whole if model.step == step]
     if not is_run(source):
-        args = _with_defaults({**flags, "pretrained_model_name_or_path": source, "validation_inference_steps": None})
-        return [Model(label, None, args, _configs(args, source))]
+        args = config_of(flags).changed(pretrained_model_name_or_path=source, validation_inference_steps=None)
+        return [Model(label, None, *_with_configs(args, source))]
     return _models_of_run(Path(source), label, flags)
 
 
 def _models_of_run(folder: Path, label: str, flags: Mapping[str, Any]) -> list[Model]:
     flags = {name: value for name, value in flags.items() if name not in ("revision", "variant")}
-    args = _with_defaults(_read_recipe(folder) | flags)
+    args = config_of(_read_recipe(folder) | flags)
     whole = (folder / INDEX).is_file()
     if whole:  # it has the frozen parts and the scheduler too, wherever the base pipeline may be now
         absent = ("revision", "variant", "pretrained_vae_model_name_or_path", "non_ema_revision")
-        args = Namespace(**vars(args) | dict.fromkeys(absent) | {"pretrained_model_name_or_path": str(folder)})
-    configs = _configs(args, str(folder))
+        args = args.changed(**dict.fromkeys(absent), pretrained_model_name_or_path=str(folder))
+    args, configs = _with_configs(args, str(folder))
     last = _last_step(folder)
     finished = (whole or _has_adapter(folder)) and (last is None or last >= (args.max_train_steps or last))
     final = args.max_train_steps or last
@@ -213,14 +214,9 @@ def _models_of_run(folder: Path, label: str, flags: Mapping[str, Any]) -> list[M
     return models
 
 
-def _with_defaults(values: Mapping[str, Any]) -> Namespace:
-    """The training script's flags with those values."""
-    return Namespace(**vars(arguments.build_parser("lpl").parse_args([])) | dict(values))
-
-
 def _read_recipe(folder: Path) -> dict[str, Any]:
     try:
-        values = read_recipe(arguments.build_parser("lpl"), str(folder / RECIPE), strict=False).values
+        values = read_recipe(build_parser("lpl"), str(folder / RECIPE), strict=False).values
         if (folder / INDEX).is_file():  # a published one may not say what it was made of
             values.setdefault("pretrained_model_name_or_path", str(folder))
         values["pretrained_model_name_or_path"]
@@ -231,10 +227,10 @@ def _read_recipe(folder: Path) -> dict[str, Any]:
     return values
 
 
-def _configs(args: Namespace, source: str) -> PipelineConfigs:
-    """The pipeline's configurations; fills in how many tokens its text encoders are given."""
+def _with_configs(args: Config, source: str) -> tuple[Config, Description]:
+    """With how many tokens the text encoders are given, and the pipeline's configurations."""
     try:
-        configs = read_pipeline_configs(args)
+        configs = read_pipeline(args.model, args.lpl.lpl_blocks)
     except ValueError as error:
         words = str(error)
         if source != args.pretrained_model_name_or_path:
@@ -242,11 +238,11 @@ def _configs(args: Namespace, source: str) -> PipelineConfigs:
         raise ValueError(words if is_run(source) else words.replace(*_FLAGS)) from error
     length, most = configs.family.sequence_length, configs.family.max_sequence_length
     if args.max_sequence_length is not None and length is None:
-        checks.warn(f"--max_sequence_length has no effect on {source}")
-    args.max_sequence_length = None if length is None else args.max_sequence_length or length
-    if most is not None and args.max_sequence_length > most:
-        raise ValueError(f"--max_sequence_length {args.max_sequence_length}: {source} takes {most} at most")
-    return configs
+        warn(f"--max_sequence_length has no effect on {source}")
+    length = None if length is None else args.max_sequence_length or length
+    if most is not None and length is not None and length > most:
+        raise ValueError(f"--max_sequence_length {length}: {source} takes {most} at most")
+    return args.changed(max_sequence_length=length), configs
 
 
 _FLAGS = ("--pretrained_model_name_or_path", "--generated")
@@ -279,8 +275,8 @@ def load_model(model: Model, device: torch.device | str = "cpu", dtype: str = "f
         reduced |= dict.fromkeys(family.no_float16, torch.bfloat16)
     try:
         components = replaced_components(args, configs) | trained_parts(model, reduced)
-        if args.lora and args.non_ema_revision:
-            unquantized = Namespace(**vars(args) | {"quantize_base": None})
+        if args.lora.lora and args.non_ema_revision:
+            unquantized = args.changed(quantize_base=None)
             components[family.denoiser_name] = load_denoiser(
                 unquantized, configs, DTYPES[dtype], args.non_ema_revision
             )

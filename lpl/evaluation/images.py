@@ -19,12 +19,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from lpl.data import FORMATS, RESAMPLING, choose_caption, first_line, image_files, lies_in, to_rgb
+from lpl.data.reading import FORMATS, RESAMPLING, choose_caption, image_files, lies_in, to_rgb
 from lpl.evaluation.processes import in_parts, threaded
+from lpl.tools.words import first_line
 
 
 logger = logging.getLogger(__name__)
-
 METADATA = "metadata.jsonl"
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for broken files
 NAMED = 5  # files that a warning names at most

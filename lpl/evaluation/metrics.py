@@ -33,7 +33,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from lpl.evaluation import CLIP_SCORE, METRICS, NEAREST_K, NEIGHBOUR_METRICS, SET_METRICS
+from lpl.config.choices import CLIP_SCORE, METRICS, NEIGHBOUR_METRICS, SET_METRICS
+from lpl.evaluation import NEAREST_K
 
 
 SMALLER_IS_BETTER = ("fid", "kid")

@@ -16,7 +16,6 @@ call :func:`set_features` then.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import importlib.util
 import json
 import logging
@@ -39,16 +38,15 @@ from tqdm.auto import tqdm
 from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
 from lpl.autoencoders import exact_precision
-from lpl.data import first_line
-from lpl.evaluation import CLIP_SCORE, SET_METRICS
+from lpl.config.choices import CLIP_SCORE, SET_METRICS
 from lpl.evaluation.images import ImageSet
 from lpl.evaluation.processes import everywhere, in_parts, processes, threaded
-from lpl.files import write_whole
-from lpl.trust import check_weights
+from lpl.tools.files import write_whole
+from lpl.tools.trust import check_weights
+from lpl.tools.words import first_line
 
 
 logger = logging.getLogger(__name__)
-
 INCEPTION = "inception"
 INCEPTION_NEEDS = {"torch_fidelity": "torch-fidelity", "torchvision": "torchvision"}  # module -> package
 CACHE = "LPL_CACHE"  # environment variable with the folder of kept features

@@ -21,22 +21,43 @@ import numpy as np
 from accelerate import Accelerator
 from huggingface_hub import EvalResult
 
-from lpl.arguments import command_line
-from lpl.checks import DTYPES
-from lpl.evaluation import MOST_BY_DEFAULT, NEAREST_K, results
+from lpl.config import Config
+from lpl.config.command_line import words_of as command_line
+from lpl.data.reading import image_files
+from lpl.evaluation import MOST_BY_DEFAULT, NEAREST_K, check_libraries, report, results
 from lpl.evaluation.generation import draw, image_path, sampling_settings
-from lpl.evaluation.images import ImageSet, Preprocessing, folder_images
+from lpl.evaluation.images import ImageSet, Preprocessing, folder_images, has_captions
 from lpl.evaluation.metrics import check_counts
-from lpl.evaluation.networks import load_networks, wanted_networks
+from lpl.evaluation.networks import check_networks, load_networks, wanted_networks
 from lpl.evaluation.results import Reference, State
 from lpl.evaluation.spectrum import Spectrum
 from lpl.families import Family
-from lpl.pictures import save_picture
-from lpl.preemption import Preemption
-from lpl.trainee import MovingAverage, Trainee, averaged
+from lpl.tools.machine import DTYPES
+from lpl.tools.pictures import save_picture
+from lpl.training.average import MovingAverage, averaged
+from lpl.training.parts import TrainedParts
+from lpl.training.preemption import Preemption
 
 
 FOLDER = "evaluation"
+
+
+def check_evaluation(args: Config, family: type[Family]) -> None:
+    """Refuse what the flags, the folder of real images and the networks' small files tell to be wrong.
+
+    Raises:
+        ValueError: with what was given, what is accepted, and the flag to change.
+    """
+    check_libraries("--eval_steps")
+    real = len(image_files(args.eval_data_dir))
+    drawn = args.eval_num_images or min(real, MOST_BY_DEFAULT)
+    check_counts(args.eval_metrics, drawn, real, NEAREST_K, "--eval_")
+    check_networks(wanted_networks(args.eval_metrics, args.eval_features, args.eval_clip, "--eval_"), args.cache_dir)
+    if not family.class_conditional and not has_captions(args.eval_data_dir, args.caption_column):
+        raise ValueError(
+            f"--eval_data_dir {args.eval_data_dir}: it has no captions to draw from; put a metadata.jsonl beside the "
+            f'images, a line each, such as {{"file_name": "cat.png", "{args.caption_column}": "a photo of a cat"}}'
+        )
 
 
 class TrainingEvaluation:
@@ -54,7 +75,7 @@ class TrainingEvaluation:
     """
 
     def __init__(
-        self, family: Family, scheduler: Any, args: Namespace, names: Mapping[int, str], preemption: Preemption
+        self, family: Family, scheduler: Any, args: Config, names: Mapping[int, str], preemption: Preemption
     ) -> None:
         self.family, self.scheduler, self.args, self.preemption = family, scheduler, args, preemption
         self.folder = Path(args.output_dir, FOLDER)
@@ -101,15 +122,15 @@ class TrainingEvaluation:
         return ImageSet("drawn images", files, self.reference.images.preprocessing, self.captions)
 
     def run(
-        self, accelerator: Accelerator, trainee: Trainee, ema: MovingAverage | None, step: int
+        self, accelerator: Accelerator, trained: TrainedParts, ema: MovingAverage | None, step: int
     ) -> dict[str, float]:
         """Draw, measure, write; called by every process. Returns the numbers for the log, on the main process."""
         if accelerator.is_main_process:
             shutil.rmtree(self._place(step), ignore_errors=True)  # of an earlier run in the same place
         accelerator.wait_for_everyone()
         dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(accelerator.mixed_precision, "float32")
-        with averaged(ema, trainee):
-            self._draw(accelerator, trainee, self._place(step), dtype)
+        with averaged(ema, trained):
+            self._draw(accelerator, trained, self._place(step), dtype)
         if self.preemption.asked_now():  # which waits for all processes
             return {}
         label = Path(self.args.output_dir).resolve().name
@@ -120,13 +141,13 @@ class TrainingEvaluation:
             return {}
         found = [*(other for other in self.latest["results"] if other["step"] != step), result]
         self.states = [*(other for other in self.states[:1] if other.step != step), state]
-        self.latest = results.summary(found, self.states, self.reference, self.settings)
-        results.write_evaluation(self.latest, self.states, self.reference.images, self.folder)
+        self.latest = report.summary(found, self.states, self.reference, self.settings)
+        report.write_evaluation(self.latest, self.states, self.reference.images, self.folder)
         kept = [self._place(state.step) for state in self.states]
         for other in self.folder.glob("images/step-*"):
             if other not in kept:
                 shutil.rmtree(other)
-        names = results.short_names(self.latest)
+        names = report.short_names(self.latest)
         return {
             f"eval_{metric}" + (f"/{names[network]}" if len(names) > 1 else ""): estimate["value"]
             for network, metrics in result["metrics"].items()
@@ -137,14 +158,14 @@ class TrainingEvaluation:
         """What the model card says of it: metadata and text."""
         if not self.latest["results"]:
             return [], ""
-        return results.on_card(self.latest, self.latest["results"][-1]["label"])
+        return report.on_card(self.latest, self.latest["results"][-1]["label"])
 
-    def _draw(self, accelerator: Accelerator, trainee: Trainee, folder: Path, dtype: str) -> None:
+    def _draw(self, accelerator: Accelerator, trained: TrainedParts, folder: Path, dtype: str) -> None:
         """This process's part of the images."""
         pipeline = self.family.pipeline
         pipeline.register_modules(scheduler=type(self.scheduler).from_config(self.scheduler.config))
         mine = range(accelerator.process_index, len(self.prompts), accelerator.num_processes)
-        trainee.eval()
+        trained.eval()
         images = draw(
             self.family,
             [self.prompts[number] for number in mine],
@@ -159,4 +180,4 @@ class TrainingEvaluation:
             save_picture(image, image_path(folder, number))
             if self.preemption.received:
                 break
-        trainee.train()
+        trained.train()

@@ -39,6 +39,9 @@ class Family:
     denoiser_name: ClassVar[str]  # the pipeline's component that is trained
     text_encoder_names: ClassVar[tuple[str, ...]]
     optional_components: ClassVar[tuple[str, ...]] = ()  # what a pipeline's index may lack
+    vaes: ClassVar[tuple[str, ...]] = (  # that its pipeline can sample with; LPL looks through more
+        *("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny", "VQModel", "AutoencoderDC"),
+    )
     left_out: ClassVar[Mapping[str, Any]] = {}  # what training does without, as ``from_pretrained`` is told
     no_float16: ClassVar[tuple[str, ...]] = ()  # text encoders that overflow in it, and are taken in bfloat16
     objectives: ClassVar[tuple[str, ...]] = tuple(OBJECTIVES)  # those that its pipeline can sample
@@ -106,9 +109,29 @@ class Family:
         return {name: None for name in self.optional_components if getattr(self.pipeline, name) is None}
 
     @classmethod
-    def default_resolution(cls, configs: Configs) -> int:
-        """Side in pixels: what the denoiser was made for."""
+    def native_resolution(cls, configs: Configs) -> int:
+        """Side in pixels that the denoiser was made for."""
         return configs[cls.denoiser_name]["sample_size"] * downscaling_factor(configs["vae"])
+
+    @classmethod
+    def default_resolution(cls, configs: Configs) -> int:
+        """Default of --resolution, where the pipeline takes it; else it is :meth:`native_resolution`."""
+        return cls.native_resolution(configs)
+
+    @classmethod
+    def takes_guidance(cls, configs: Configs) -> bool:
+        """Whether the denoiser is told a guidance scale in training."""
+        return False
+
+    @classmethod
+    def class_names(cls, index: Mapping[str, Any]) -> dict[int, str]:
+        """Of a class-conditional family: the classes' names in a pipeline's index, by label."""
+        raise NotImplementedError
+
+    @classmethod
+    def class_label(cls, prompt: str | int, names: Mapping[int, str]) -> int:
+        """Of a class-conditional family: the label that a class's name or number stands for."""
+        raise NotImplementedError
 
     @classmethod
     def resolution_multiple(cls, configs: Configs) -> int:

@@ -10,7 +10,6 @@ from diffusers import DiffusionPipeline, DiTPipeline
 from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
-from lpl.autoencoders import downscaling_factor
 from lpl.families.base import Conditions, Configs, Family
 
 
@@ -93,5 +92,5 @@ class DiT(Family):
     @classmethod
     def resolution_range(cls, configs: Configs) -> tuple[int, int | None]:
         """The pipeline draws one size, the one that the model was made for."""
-        side = configs[cls.denoiser_name]["sample_size"] * downscaling_factor(configs["vae"])
+        side = cls.native_resolution(configs)
         return side, side

@@ -62,6 +62,10 @@ class Flux(Family):
         return torch.full((len(noisy_latents),), scale, dtype=torch.float32, device=noisy_latents.device)
 
     @classmethod
+    def takes_guidance(cls, configs: Configs) -> bool:
+        return bool(configs[cls.denoiser_name].get("guidance_embeds"))
+
+    @classmethod
     def default_resolution(cls, configs: Configs) -> int:
         return 128 * downscaling_factor(configs["vae"])  # the pipeline's default
 

@@ -15,6 +15,7 @@ from lpl.families.base import Conditions, Configs, Family
 
 
 SIDE_MULTIPLE = 32  # in pixels, which the pipeline insists on whatever the autoencoder is
+
 # What the pipeline says to Gemma before each caption when nothing else is asked for.
 INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
 

@@ -66,7 +66,7 @@ class Run:
     def denoiser(self):
         return self.family.denoiser
 
-    def trained(self):
+    def weights(self):
         return [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
 
     def adapters(self):
@@ -99,7 +99,7 @@ def test_trains_lora_over_a_quantised_base(bits, pipeline, image_folder, tmp_pat
     for parameter, before in run.base:
         assert not parameter.requires_grad and torch.equal(parameter, before)
 
-    assert {parameter.dtype for parameter in run.trained()} == {torch.float32}
+    assert {parameter.dtype for parameter in run.weights()} == {torch.float32}
     assert all(math.isfinite(loss) and lpl > 0 for loss, lpl in metrics(tmp_path, "loss", "lpl"))
     saved = run.adapters()
     assert {value.dtype for value in saved.values()} == {torch.float32}
@@ -171,7 +171,7 @@ def test_lora_in_half_precision(precision, bits, sdxl_pipeline, image_folder, tm
         max_train_steps=12,
     )
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    assert {parameter.dtype for parameter in run.trained()} == {torch.float32}
+    assert {parameter.dtype for parameter in run.weights()} == {torch.float32}
     frozen = {p.dtype for p in run.denoiser.parameters() if not p.requires_grad and p.is_floating_point()}
     # Biases of 8-bit layers take on whatever precision their input had.
     assert half in frozen if bits == "8bit" else frozen == {half}
@@ -184,7 +184,7 @@ def test_lora_in_half_precision(precision, bits, sdxl_pipeline, image_folder, tm
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_whole_training_in_half_precision(precision, pipeline, image_folder, tmp_path):
     run = Run(pipeline, image_folder, tmp_path, mixed_precision=precision, max_train_steps=12, learning_rate=1e-4)
-    assert {parameter.dtype for parameter in run.trained()} == {torch.float32}
+    assert {parameter.dtype for parameter in run.weights()} == {torch.float32}
     assert all(math.isfinite(loss) for (loss,) in metrics(tmp_path, "loss"))
     before, after = weights(pipeline), weights(tmp_path)
     changed = {key for key in before if not torch.equal(before[key], after[key])}

@@ -1,11 +1,12 @@
 """real_sizes.py itself: its architectures are the public ones, and it reads what the dry run writes. No GPU needed."""
 
 import pytest
-import real_sizes
 import torch
-from real_sizes import MODELS, last_error, markdown, merged, read_cost, read_results
 
-from lpl.report import Cost, _cost, table
+from lpl.diagnosis.dry_run import Cost, _cost
+from lpl.tools.words import table
+from tests.gpu import real_sizes
+from tests.gpu.real_sizes import MODELS, last_error, markdown, merged, read_cost, read_results
 
 
 @pytest.mark.parametrize("name", MODELS)

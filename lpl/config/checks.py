@@ -1,0 +1,265 @@
+"""What the words alone tell to be wrong: one flag that cannot be meant, or two that say different things.
+
+Each refusal is one sentence: what was given, what is accepted, which flag to change. What was given and has no effect
+is warned of. What a folder, this machine or the pipeline tells is checked later (:mod:`lpl.training.preflight`,
+:mod:`lpl.families.resolve`).
+"""
+
+from __future__ import annotations
+
+import os
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lpl.config.choices import METRICS, TRACKERS
+from lpl.config.config import FLAGS, Config
+from lpl.config.flag import flags_of
+from lpl.config.foreign import FOREIGN
+from lpl.config.groups import Lora, Lpl
+from lpl.options import check_options, parse_weight
+from lpl.tools.privacy import HUB_ID
+from lpl.tools.words import warn
+
+
+def check_words(config: Config) -> None:
+    """Whatever the command line alone tells to be wrong.
+
+    Raises:
+        ValueError: with what was given, what is accepted, and the flag to change.
+    """
+    for name, value in config.values().items():
+        if FLAGS[name].path:
+            _check_place(name, value)
+    _check_sources(config)
+    _check_streaming(config)
+    _check_lora(config)
+    _check_lpl(config)
+    _check_timesteps(config)
+    _check_optimizer(config)
+    _check_validation(config)
+    _check_evaluation(config)
+    _check_output(config)
+
+
+def check_ranges(values: Mapping[str, Any]) -> None:
+    """Refuse numbers that are out of the range that their flag declares.
+
+    Raises:
+        ValueError: with the flag, its value, and what is accepted.
+    """
+    for name, value in values.items():
+        if name in FLAGS:
+            FLAGS[name].check(name, value)
+
+
+def warn_of_idle_flags(config: Config) -> None:
+    """Warn of flags that are given and have no effect in this run; once the configuration is complete."""
+    for name in sorted(config.given):
+        used = FLAGS[name].used
+        if used is not None and not used(config):
+            warn_idle(name)
+
+
+def warn_idle(name: str) -> None:
+    warn(f"--{name} has no effect in this run")
+
+
+def _check_place(name: str, place: str | None) -> None:
+    """Refuse a path at which nothing can be, not even be looked for: one that is too long, or in a forbidden folder."""
+    try:
+        os.stat(place or ".")
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        pass  # it is no file
+    except OSError as error:
+        raise ValueError(f"--{name} {reprlib.repr(place)}: {error.strerror}") from error
+
+
+def _check_sources(config: Config) -> None:
+    model, data = config.model, config.data
+    parse_limit(data.max_bad_samples)
+    if not model.pretrained_model_name_or_path:
+        raise ValueError("--pretrained_model_name_or_path is missing: a folder with a pipeline, or its id on the Hub")
+    if why := why_no_pipeline(model.pretrained_model_name_or_path):
+        raise ValueError(f"--pretrained_model_name_or_path {model.pretrained_model_name_or_path}: {why}")
+    if not data.dataset_name and not data.train_data_dir:
+        raise ValueError("--dataset_name or --train_data_dir is needed, but neither is given")
+    if data.dataset_config_name and not data.dataset_name:
+        raise ValueError("--dataset_config_name has no effect without --dataset_name; leave it out")
+    if not data.dataset_name and not Path(data.train_data_dir).is_dir():
+        raise ValueError(f"--train_data_dir {data.train_data_dir}: there is no such folder")
+    if model.from_scratch and model.non_ema_revision:
+        raise ValueError("--from_scratch loads no weights, so --non_ema_revision has no effect; leave one of them out")
+
+
+def why_no_pipeline(path: str) -> str | None:
+    """Why what is found at a path on this machine is no pipeline, and what to give instead; None: it may be one."""
+    place = Path(path)
+    if place.is_file():
+        return (
+            "this is a file; load it with the pipeline's from_single_file, save_pretrained that, and give its folder"
+        )
+    if (place / "model_index.json").is_file():
+        return None
+    if (place / "pytorch_lora_weights.safetensors").is_file() or list(place.glob("*/adapter_config.json")):
+        return "this is a LoRA; give the pipeline that it was trained on"
+    if place.is_dir():
+        return "this folder has no model_index.json, so it is no pipeline of diffusers"
+    if not HUB_ID.fullmatch(path):
+        return "there is no such folder, and no repository on the Hub has such a name"
+    return None
+
+
+def _check_streaming(config: Config) -> None:
+    """What needs the number of images, which only --max_train_samples tells."""
+    data = config.data
+    if not data.streaming or data.max_train_samples is not None:
+        return
+    if config.optimization.max_train_steps is None:
+        raise ValueError("--streaming: how many images an epoch has is not known; give --max_train_steps")
+    validated = bool(config.validation.validation_prompts) or data.holds_out
+    if validated and config.validation.validation_steps is None:
+        raise ValueError(
+            "--streaming: how many steps an epoch of --validation_epochs has is not known; give --validation_steps"
+        )
+    if 0 < (parse_limit(data.max_bad_samples) or 0) < 1:
+        raise ValueError(
+            f"--max_bad_samples {data.max_bad_samples}: how many images --streaming has is not known, so a share has "
+            "no meaning; give a number"
+        )
+
+
+def parse_limit(text: str | None) -> float | None:
+    """``"20"`` -> 20 samples, ``"0.01"`` -> 0.01, a share of the data set; None -> no limit.
+
+    Raises:
+        ValueError: for anything else.
+
+    >>> parse_limit("20"), parse_limit("0.01"), parse_limit("0")
+    (20.0, 0.01, 0.0)
+    """
+    if text is None:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not (0 <= value < 1 or (value >= 1 and value.is_integer())):
+        raise ValueError(f"--max_bad_samples {text}: accepted are a number of samples, such as 20, or a share below 1")
+    return value
+
+
+def _check_lora(config: Config) -> None:
+    lora = config.lora
+    if not lora.lora:
+        for name in flags_of(Lora):
+            if name in config.given:
+                raise ValueError(f"--{name} is for LoRA; add --lora or --rank, or leave it out")
+    elif config.model.from_scratch:
+        raise ValueError("--from_scratch trains every weight anew, which LoRA cannot; leave out --lora and --rank")
+    if lora.use_dora and config.model.train_text_encoder:
+        warn("--use_dora is for the denoiser; the text encoders get LoRA, since diffusers loads no DoRA there")
+    if lora.quantize_base is not None and config.model.train_text_encoder:
+        raise ValueError("--quantize_base goes without --train_text_encoder; leave one of them out")
+
+
+def _check_lpl(config: Config) -> None:
+    parse_weight(config.lpl.lpl_weight)
+    if not config.lpl.enabled and (idle := idle_without_lpl(config.given, config.data.holds_out)):
+        raise ValueError(f"--lpl_weight 0 turns the loss off, so --{idle[0]} has no effect; leave one of them out")
+    check_loss_options(config.lpl, config.lpl.lpl_blocks)
+
+
+def check_loss_options(lpl: Lpl, blocks: Sequence[str] | None) -> None:
+    """Refuse options of the loss that exclude one another.
+
+    Args:
+        blocks: the decoder's; None where they are not known yet.
+
+    Raises:
+        ValueError: with what was given, what is accepted, and the flag to change.
+    """
+    options = lpl.loss_options()
+    outliers = options.pop("outliers", {})
+    options.pop("chunk_size", None)
+    check_options(**options, blocks=blocks)
+    if outliers and lpl.lpl_variant == "reference":
+        raise ValueError(
+            f"--lpl_variant reference has masks of its own; leave out --lpl_outlier_{next(iter(outliers))}, or use "
+            "--lpl_variant paper"
+        )
+
+
+def idle_without_lpl(names: Iterable[str], measured: bool) -> list[str]:
+    """Those flags that have no effect where LPL is not trained on.
+
+    Args:
+        measured: whether a validation loss takes LPL all the same.
+    """
+    options = {name for name in flags_of(Lpl) if name != "lpl_weight"} | {n for n in FOREIGN if n.startswith("lpl_")}
+    training = {name for name, declared in flags_of(Lpl).items() if declared.training_only} | {"lpl_start"}
+    return sorted(name for name in names if name in options and (not measured or name in training))
+
+
+def _check_timesteps(config: Config) -> None:
+    begin, end = config.diffusion.timestep_bias_begin, config.diffusion.timestep_bias_end
+    if begin >= end:
+        raise ValueError(f"--timestep_bias_begin {begin}: it must be less than --timestep_bias_end, which is {end}")
+
+
+def _check_optimizer(config: Config) -> None:
+    optimization = config.optimization
+    if optimization.optimizer != "prodigy":
+        return
+    if optimization.use_8bit_adam:
+        raise ValueError("--use_8bit_adam is another optimizer than --optimizer prodigy; leave one of them out")
+    if optimization.text_encoder_lr not in (None, optimization.learning_rate):
+        raise ValueError(
+            f"--text_encoder_lr {optimization.text_encoder_lr}: --optimizer prodigy has one learning rate for all; "
+            "leave it out"
+        )
+    if optimization.learning_rate <= 0.1:
+        warn(
+            f"--learning_rate {optimization.learning_rate} is small for --optimizer prodigy, which finds the step "
+            "size by itself and takes this as a factor on it; 1.0 is usual"
+        )
+
+
+def _check_validation(config: Config) -> None:
+    data, reported = config.data, config.validation.report_to
+    if data.validation_split is not None and data.validation_every_nth is not None:
+        raise ValueError("--validation_split and --validation_every_nth exclude one another; give one of them")
+    if data.validation_split is not None and not data.dataset_name:
+        raise ValueError(
+            "--validation_split names a split of --dataset_name; with --train_data_dir use --validation_every_nth"
+        )
+    if data.validation_split == "train":
+        raise ValueError("--validation_split train: that is what is trained on; name another split")
+    if reported not in (*TRACKERS, "all", "none"):
+        raise ValueError(f"--report_to {reported}: accepted are {', '.join(TRACKERS)}, all and none")
+
+
+def _check_evaluation(config: Config) -> None:
+    evaluation = config.evaluation
+    if evaluation.eval_steps is None:
+        return
+    if evaluation.eval_data_dir is None:
+        raise ValueError("--eval_steps compares with real images: give their folder by --eval_data_dir")
+    if unknown := [name for name in evaluation.eval_metrics if name not in METRICS]:
+        raise ValueError(f"--eval_metrics {' '.join(unknown)}: accepted are {', '.join(METRICS)}")
+
+
+def _check_output(config: Config) -> None:
+    output, pipeline = config.output, config.model.pretrained_model_name_or_path
+    resumed = output.resume_from_checkpoint == "hub"
+    if resumed and not output.push_to_hub and output.hub_model_id is None:
+        raise ValueError("--resume_from_checkpoint hub: say by --hub_model_id in which repository the checkpoint is")
+    if output.hub_token is not None and FLAGS["hub_token"].used(config):
+        warn(
+            "--hub_token: the list of processes and the shell's history show it; `hf auth login` or HF_TOKEN are safer"
+        )
+    if Path(output.output_dir).is_file():
+        raise ValueError(f"--output_dir {output.output_dir}: this is a file; give a folder")
+    if Path(output.output_dir).resolve() == Path(pipeline).resolve():
+        raise ValueError(f"--output_dir {output.output_dir}: this is the pipeline to start from; give another folder")

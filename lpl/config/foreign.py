@@ -1,0 +1,115 @@
+"""Flags of other scripts: those that do nothing here, and those of diffusers' research script for LPL, in our words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lpl.config.config import Config
+from lpl.config.flag import NOT_NEGATIVE, POSITIVE, at_most, flag, flags_of
+from lpl.tools.words import warn
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """accepted from other scripts"""
+
+    enable_xformers_memory_efficient_attention: bool = flag(False, "ignored: PyTorch's own serves")
+    enable_npu_flash_attention: bool = flag(False, "ignored likewise")
+    local_rank: int = flag(-1, "ignored: the launcher's environment tells it")
+    use_lpl: bool = flag(False, "ignored: LPL is on unless --lpl_weight is 0")
+    lpl_scale: bool = flag(False, "ignored: --lpl_weight and the sigma threshold weigh LPL")
+    lpl_loss_type: str = flag("mse", "taken for --lpl_distance l2 or l1", choices=("mse", "l1"))
+    lpl_start: int = flag(0, "taken for --lpl_start_step", range=NOT_NEGATIVE)
+    lpl_num_blocks: int = flag(
+        4,
+        "N is taken for --lpl_blocks mid up_0 ... up_(N-1)",
+        range=(NOT_NEGATIVE, at_most(100)),
+    )
+    lpl_t_threshold: int = flag(200, "taken for the --lpl_sigma_threshold of that timestep", range=POSITIVE)
+    lpl_norm_type: str = flag(
+        "default",
+        "shared, with the two flags below: taken for --lpl_variant reference; else ignored",
+        choices=("default", "shared", "batch"),
+    )
+    lpl_pow_law: bool = flag(False, "see --lpl_norm_type")
+    lpl_remove_outliers: bool = flag(False, "see --lpl_norm_type too")
+
+
+FOREIGN = frozenset(flags_of(Foreign))
+# Those that do nothing here, and what serves instead.
+IGNORED = {
+    "enable_xformers_memory_efficient_attention": "PyTorch's own memory-efficient attention is always used",
+    "enable_npu_flash_attention": "PyTorch's own attention is always used",
+    "local_rank": "each process learns its number from the launcher's environment",
+    "use_lpl": "LPL is on unless --lpl_weight is 0",
+    "lpl_scale": "LPL is weighted by --lpl_weight and applies below --lpl_sigma_threshold",
+}
+
+
+def translated(config: Config, foreign: Mapping[str, Any]) -> Config:
+    """Warn of flags that do nothing here, and say those of the research script in ours.
+
+    Args:
+        foreign: the flags of :class:`Foreign` that were given.
+
+    Raises:
+        ValueError: where one contradicts a flag of ours.
+    """
+    for name in IGNORED:
+        if name in foreign:
+            warn(f"--{name} has no effect: {IGNORED[name]}")
+    if "use_lpl" not in foreign and any(name.startswith("lpl_") for name in foreign):
+        warn("LPL is on, though --use_lpl is not given; turn it off by --lpl_weight 0")
+    if "lpl_loss_type" in foreign:
+        kind = foreign["lpl_loss_type"]
+        config = _taken_for(config, f"--lpl_loss_type {kind}", "lpl_distance", {"mse": "l2", "l1": "l1"}[kind])
+    if "lpl_start" in foreign:
+        config = _taken_for(config, f"--lpl_start {foreign['lpl_start']}", "lpl_start_step", foreign["lpl_start"])
+    if "lpl_num_blocks" in foreign:
+        count = foreign["lpl_num_blocks"]
+        blocks = ("mid", *(f"up_{i}" for i in range(count)))
+        config = _taken_for(config, f"--lpl_num_blocks {count}", "lpl_blocks", blocks)
+    if "lpl_t_threshold" in foreign:
+        for name in ("lpl_sigma_threshold", "lpl_threshold_base_resolution"):
+            if name in config.given:
+                raise ValueError(f"--lpl_t_threshold and --{name} are two thresholds; leave one of them out")
+        config = replace(config, timestep_threshold=foreign["lpl_t_threshold"])
+    return _variant_translated(config, foreign)
+
+
+def _taken_for(config: Config, words: str, name: str, value: Any) -> Config:
+    """With a flag of ours set to what a foreign one means."""
+    ours = f"--{name} {' '.join(value) if isinstance(value, tuple) else value}"
+    if name in config.given and config.values()[name] != value:
+        raise ValueError(
+            f"{words} means {ours} here, which is not the --{name} that is given too; leave one of them out"
+        )
+    warn(f"{words} is taken for {ours}")
+    return replace(config.changed(**{name: value}), given=config.given | {name})
+
+
+def _variant_translated(config: Config, foreign: Mapping[str, Any]) -> Config:
+    """Normalisation, depth weights and masks of the research script, which its README gives as one set."""
+    names = ("lpl_norm_type", "lpl_pow_law", "lpl_remove_outliers")
+    words = " ".join(
+        f"--{name}" + (f" {foreign[name]}" if name == names[0] else "") for name in names if name in foreign
+    )
+    if not words:
+        return config
+    lpl = config.lpl
+    if len(words.split()) == 4 and foreign["lpl_norm_type"] == "shared" and lpl.lpl_distance == "l2":
+        return _taken_for(config, words, "lpl_variant", "reference")
+    weighting = lpl.lpl_depth_weighting
+    mask = "--lpl_no_outlier_mask" if lpl.lpl_no_outlier_mask else "outlier masks"
+    used = f"--lpl_normalization {lpl.lpl_normalization}, --lpl_depth_weighting " + (
+        weighting if isinstance(weighting, str) else " ".join(map(str, weighting))
+    )
+    if lpl.lpl_variant == "reference":
+        used, mask = "--lpl_variant reference", "its masks"
+    warn(
+        f"{words} has no counterpart (only --lpl_norm_type shared --lpl_pow_law --lpl_remove_outliers together, with "
+        f"squared differences, has one: --lpl_variant reference); this run uses {used} and {mask}"
+    )
+    return config

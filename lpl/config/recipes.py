@@ -1,0 +1,254 @@
+"""Recipes: YAML files that map flags to values, and under ``measured`` have what a run found out, which is no flag.
+
+:func:`read_recipe` reads a file, or of a repository on the Hub the ``recipe.yaml`` in it. A file is its user's own, as
+the command line is. What comes from the Hub is a stranger's, and is given no more than the numbers of the training:
+
+- What is this machine's and its user's business (``own`` in a flag's declaration) is passed over: where files lie, to whom something is
+  sent, how the run is started, what it is compared with. A recipe can neither write nor publish anything anywhere.
+- A model or data set has to be one on the Hub (:func:`is_public`), for a path leads to other people's files.
+- Code of one's own (PACKAGE.MODULE:FUNCTION) is refused; there are no YAML tags, and no references.
+
+What it can still do is make the run long, large or bad. Flags on the command line win, and none is looked at that is
+given there too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import reprlib
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import yaml
+
+from lpl.config.config import FLAGS
+from lpl.config.rules import hub_source
+from lpl.tools.words import close_match, warn
+
+
+if TYPE_CHECKING:
+    from lpl.config.command_line import Parser
+
+LARGEST_RECIPE = 1_000_000  # bytes
+MEASURED = "measured"  # what is no flag in a recipe
+
+
+class Recipe(NamedTuple):
+    """What a recipe says."""
+
+    values: dict[str, Any]  # by flag, of the flags' types; those that are given
+    measured: dict[str, Any]  # what the run that wrote it has found out; of a stranger's recipe it may be anything
+
+
+def read_recipe(
+    parser: Parser,
+    source: str,
+    without: Sequence[str] = (),
+    typed: Collection[str] = (),
+    *,
+    strict: bool = True,
+    token: str | None = None,
+    cache_dir: str | None = None,
+) -> Recipe:
+    """A recipe that is a file, or of a repository ``user/repo`` or ``user/repo@revision`` on the Hub.
+
+    What is null or false in it is left to the default.
+
+    Args:
+        without: flags that are left out.
+        typed: flags of the command line, which a stranger's recipe cannot change.
+        strict: refuse flags that there are not, which another version may have written.
+        token: for the Hub; None: that of the login.
+        cache_dir: where the download is kept; None: with all others.
+
+    Raises:
+        ValueError: for what is no recipe, an unknown flag, or a value that the flag cannot have, or may not.
+    """
+    repository = hub_source(source)
+    try:
+        entries = _entries_on_the_hub(*repository, token, cache_dir) if repository else read_entries(source)
+    except (OSError, ValueError) as error:
+        why = error if repository else f"it cannot be read ({error})"
+        raise ValueError(f"--config {source}: {why}") from error
+    measured = take_measured(entries)
+    values = _values(parser, source, entries, without, strict)
+    if repository:
+        values = _entrusted(parser, source, values, typed)
+    return Recipe(values, measured)
+
+
+def _entries_on_the_hub(
+    repository: str, revision: str | None, token: str | None, cache_dir: str | None
+) -> dict[Any, Any]:
+    from lpl.config.hub_recipes import downloaded, reading  # whose libraries a command line without --config can spare
+
+    with reading(repository, revision):
+        return read_entries(downloaded(repository, revision, token, cache_dir, LARGEST_RECIPE))
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """YAML's plain values, without references: those of lists of references are small here, and fill the memory."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has a reference (*name); write the value out instead")
+        return super().compose_node(parent, index)
+
+
+def read_entries(path: str | Path) -> dict[Any, Any]:
+    """What a recipe's file maps to what, as plain YAML: no tag makes it more than data.
+
+    Raises:
+        OSError, ValueError: where it cannot be read, or is no recipe.
+    """
+    with open(path, "rb") as file:
+        content = file.read(LARGEST_RECIPE + 1)
+    if len(content) > LARGEST_RECIPE:
+        raise ValueError(f"it has more than {LARGEST_RECIPE:,} bytes")
+    try:
+        entries = yaml.load(content, RecipeLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    if not isinstance(entries, dict):
+        raise ValueError("it must map flags to values, a line each, such as learning_rate: 1.0e-5")
+    return entries
+
+
+def take_measured(entries: dict[Any, Any]) -> dict[Any, Any]:
+    """Remove what is no flag from a recipe's entries, and return it."""
+    measured = entries.pop(MEASURED, None)
+    return measured if isinstance(measured, dict) else {}
+
+
+def recipe_text(values: Mapping[str, Any], measured: Mapping[str, Any] | None = None) -> str:
+    """The content of a recipe's file: the flags by name, and behind them what was measured."""
+    flags = dict(sorted(values.items(), key=lambda entry: str(entry[0])))
+    return yaml.safe_dump(flags | ({MEASURED: dict(measured)} if measured else {}), sort_keys=False)
+
+
+# Values --------------------------------------------------------------------------------------------------------------
+
+
+def _values(
+    parser: Parser, source: str, entries: Mapping[Any, Any], without: Sequence[str], strict: bool
+) -> dict[str, Any]:
+    flags = {action.dest: action for action in parser.flags if action.dest not in ("help", "config", "without")}
+    for name in without:
+        if name not in entries:
+            raise ValueError(f"--without {name}: the recipe has no such flag{close_match(name, entries)}")
+    values = {}
+    for name, value in entries.items():
+        if name in without:
+            continue
+        if name == "hub_token":
+            raise ValueError(
+                f"--config {source}: hub_token does not belong in a file; log in by hf auth login instead"
+            )
+        if name not in flags and not strict:
+            continue
+        if name not in flags:
+            raise ValueError(
+                f"--config {source}: there is no flag {reprlib.repr(name)}{close_match(str(name), flags)}"
+            )
+        value = _value(parser, source, flags[name], value)
+        if value is not None:
+            values[name] = value
+    return values
+
+
+def _value(parser: Parser, source: str, action: argparse.Action, value: Any) -> Any:
+    """What the flag would be on a command line with that value; None: absent."""
+    name = action.dest
+    if value is None:
+        return None
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise ValueError(f"--config {source}: {name} takes true or false, not {reprlib.repr(value)}")
+        return value or None
+    if isinstance(value, list) and action.nargs != "+":
+        raise ValueError(f"--config {source}: {name} takes one value, not a list")
+    items = value if isinstance(value, list) else [value]
+    if not items:
+        raise ValueError(f"--config {source}: {name} is an empty list; leave it out")
+    parser.source = f"--config {source}: "
+    # Each by a command line of its own, with "=", for values that look like flags.
+    words = [_word(source, action, item) for item in items]
+    parsed = [getattr(parser.parse_args([f"--{name}={word}"]), name) for word in words]
+    parser.source = ""
+    return [item for part in parsed for item in part] if action.nargs == "+" else parsed[0]
+
+
+def _word(source: str, action: argparse.Action, value: Any) -> str:
+    """A value of YAML's as it would be typed.
+
+    Raises:
+        ValueError: for one that cannot be typed.
+    """
+    if isinstance(value, bool) and not isinstance(action.default, bool):
+        if value is False and "no" in (action.choices or ()):  # YAML reads a bare no as false
+            return "no"
+        raise ValueError(
+            f"--config {source}: {action.dest} takes a value, not {str(value).lower()}; put it in quotes if it is a "
+            "word"
+        )
+    if isinstance(value, datetime.date) or not isinstance(value, str | int | float):
+        kind = "a date; put it in quotes" if isinstance(value, datetime.date) else f"{type(value).__name__}"
+        raise ValueError(f"--config {source}: {action.dest} takes a plain value, not {kind}")
+    return str(value)
+
+
+# What strangers may say ----------------------------------------------------------------------------------------------
+
+
+def is_own(name: str) -> bool:
+    """Whether a flag is the business of a machine and its user, and none of the training's numbers."""
+    return name in FLAGS and FLAGS[name].own
+
+
+def is_public(name: str, values: Mapping[str, Any]) -> bool:
+    """Whether the value of a flag means the same to everybody: no path of a machine, and nothing that leads to one.
+
+    Args:
+        values: all flags of the recipe.
+    """
+    if name not in FLAGS:
+        return True
+    declared = FLAGS[name]
+    return not declared.own and (declared.public is None or declared.public(values[name], values))
+
+
+def _entrusted(parser: Parser, source: str, values: Mapping[str, Any], typed: Collection[str]) -> dict[str, Any]:
+    """The flags of a stranger's recipe, without those of the command line and those that are not for strangers to say.
+
+    Raises:
+        ValueError: for a model or data set that is not on the Hub, and for code.
+    """
+    values = {name: value for name, value in values.items() if name not in typed}
+    if code := [feature for feature in values.get("eval_features", ()) if ":" in feature]:
+        raise ValueError(
+            f"--config {source}: eval_features has {reprlib.repr(code[0])}, and code is not run because a recipe of "
+            "the Hub says so; give --eval_features if you trust it, or leave it out by --without eval_features"
+        )
+    if ignored := sorted(name for name in values if is_own(name) and values[name] != parser.get_default(name)):
+        warn(
+            f"--config {source}: {', '.join(ignored)} {'is' if len(ignored) == 1 else 'are'} this machine's business "
+            "and not taken from a recipe of the Hub; what you want of it, give on the command line"
+        )
+    taken = {name: value for name, value in values.items() if not is_own(name)}
+    for name in taken:
+        if not is_public(name, taken):
+            raise ValueError(
+                f"--config {source}: {name} is {reprlib.repr(taken[name])}, which is not on the Hub, or is here too; "
+                f"give your own by --{name}, or leave it out by --without {name}"
+            )
+    most = os.cpu_count() or 1
+    if taken.get("dataloader_num_workers", 0) > most:  # their number moves nothing
+        warn(f"--config {source}: dataloader_num_workers {taken['dataloader_num_workers']} is taken for {most}")
+        taken["dataloader_num_workers"] = most
+    return taken

@@ -1,0 +1,88 @@
+"""Samples that cannot be trained on: counted, listed with the reason, and limited.
+
+A *bad sample* is a row of the data set whose image or caption cannot be read; the next row takes its place
+(:meth:`lpl.data.TrainingImages.readable`), in every epoch and every process the same one. ``bad_samples.jsonl`` has
+a line for each, ``{"image": place in the data set, "file": its name where it has one, "reason": ...}``, written at
+logging steps; a resumed run goes on with it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from lpl.config.checks import parse_limit
+from lpl.data.dataset import TrainingImages
+from lpl.tools.files import entries, lines, write_text
+
+
+logger = logging.getLogger(__name__)
+
+
+class BadSamples:
+    """Those of a run, over all its processes.
+
+    Args:
+        limit: --max_bad_samples: a number of samples, a share of the data set if it is below 1, or None.
+        resumed: whether the list in the folder is this run's.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        images: TrainingImages,
+        folder: str,
+        limit: str | None = None,
+        resumed: bool = False,
+    ) -> None:
+        self.accelerator, self.images = accelerator, images
+        self.path = Path(folder, "bad_samples.jsonl")
+        share = parse_limit(limit)
+        self.limit = share if share is None or share >= 1 else share * (images.length or 0)
+        if accelerator.is_main_process:
+            if resumed and self.path.is_file():
+                write_text(self.path, lines(entries(self.path)))  # without a line that a crash cut short
+            else:
+                self.path.unlink(missing_ok=True)
+        accelerator.wait_for_everyone()
+        self._known = {entry["image"] for entry in entries(self.path)}
+        self._new: dict[int, str] = {}
+
+    def add(self, found: Iterable[tuple[int, str]]) -> None:
+        """What a batch had to do without: places in the data set, and reasons."""
+        self._new |= {index: reason for index, reason in found if index not in self._known}
+
+    def write(self) -> str | None:
+        """List what is new; called by every process at the same steps.
+
+        Returns:
+            Why the run has to end, where there are more than the limit; the same in every process.
+        """
+        gathered = gather_object([self._new]) if self.accelerator.num_processes > 1 else [self._new]
+        new = {index: reason for part in gathered for index, reason in part.items() if index not in self._known}
+        self._new = {}
+        if not new:
+            return None
+        self._known |= new.keys()
+        if self.accelerator.is_main_process:
+            names = self.images.file_names(sorted(new))
+            listed = [{"image": index, "file": names[index], "reason": new[index]} for index in sorted(new)]
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(lines(listed))
+            logger.warning(
+                "%s cannot be used so far, others take their place; %s lists them", *(self._count(), self.path)
+            )
+        if self.limit is None or len(self._known) <= self.limit:
+            return None
+        return (
+            f"--max_bad_samples: {self._count()} cannot be used; {self.path} "
+            "lists them with their reasons; repair or remove them, or raise the limit"
+        )
+
+    def _count(self) -> str:
+        total = "" if self.images.length is None else f" of {self.images.length}"
+        return f"{len(self._known)}{total} samples"

@@ -1,0 +1,60 @@
+"""TODO: what is here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import IntEnum
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+
+class Stream(IntEnum):
+    """What a generator is for. Each purpose has its own, so that a new draw in one does not move the others."""
+
+    ORDER = 0
+    AUGMENTATION = 1
+    TIMESTEP = 2
+    NOISE = 3
+    LPL = 4
+
+
+def keyed_generator(seed: int, *key: int) -> torch.Generator:
+    """A CPU generator that depends on the numbers given and nothing else."""
+    state = np.random.SeedSequence([seed, *key]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
+
+
+class KeyedBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index) for one process, from a position in the endless sequence on.
+
+    Args:
+        length: samples in the data set.
+        batch_size: samples per batch and process.
+        first_batch: batches that this process has already trained on.
+    """
+
+    def __init__(
+        self, length: int, batch_size: int, seed: int, process_index: int, num_processes: int, first_batch: int
+    ) -> None:
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.process_index, self.num_processes, self.first_batch = process_index, num_processes, first_batch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        batch = self.first_batch
+        epoch, order = -1, torch.empty(0)
+        while True:
+            start = (batch * self.num_processes + self.process_index) * self.batch_size
+            keys = []
+            for position in range(start, start + self.batch_size):
+                if position // self.length != epoch:
+                    epoch = position // self.length
+                    order = torch.randperm(self.length, generator=keyed_generator(self.seed, epoch, Stream.ORDER))
+                keys.append((epoch, int(order[position % self.length])))
+            yield keys
+            batch += 1
+
+    def positions(self, batch: int) -> list[list[int]]:
+        """What it takes to go on behind so many batches of each process, besides their number: nothing."""
+        return []

@@ -1,0 +1,213 @@
+"""What a pipeline says of itself in its small configuration files, which are read before its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, ModelMixin, SchedulerMixin
+from huggingface_hub.constants import HF_HUB_OFFLINE
+
+from lpl.autoencoders import SUPPORTED, latent_channels
+from lpl.config.checks import why_no_pipeline
+from lpl.config.groups import Model
+from lpl.families import Family, find_family
+from lpl.objectives import Objective, get_objective, own_objective, training_scheduler
+from lpl.tools.trust import check_components, check_weights
+from lpl.tools.words import first_line
+
+
+@dataclass(frozen=True)
+class Description:
+    """The small configuration files of a pipeline, read before its weights."""
+
+    family: type[Family]
+    index: Mapping[str, Any]  # model_index.json
+    vae: Mapping[str, Any]  # of the VAE that is used
+    denoiser: Mapping[str, Any]
+    scheduler: Any  # a scheduler is its configuration
+    absent: Mapping[str, None]  # components that this pipeline does without, such as SD3's T5
+
+    @property
+    def parts(self) -> dict[str, Mapping[str, Any]]:
+        """As families take them, by the component's name."""
+        return {"vae": self.vae, self.family.denoiser_name: self.denoiser}
+
+    def training_scheduler(self, prediction_type: str) -> Any:
+        """A scheduler on which that objective is trained and sampled: the pipeline's own where it is one."""
+        if prediction_type == own_objective(self.scheduler):
+            return self.scheduler
+        return training_scheduler(prediction_type, self.scheduler)
+
+    def objective(self, prediction_type: str) -> Objective:
+        return get_objective(prediction_type, self.training_scheduler(prediction_type))
+
+    @property
+    def empty_caption(self) -> str | int:
+        """What stands for no caption; of a class-conditional family, the number of its classes."""
+        return self.family.empty_caption(self.parts)
+
+    @property
+    def num_classes(self) -> int | None:
+        """Of a class-conditional family, whose captions are class labels."""
+        return int(self.empty_caption) if self.family.class_conditional else None
+
+    def class_names(self, of_data: Mapping[int, str]) -> dict[int, str]:
+        """Names of the classes by label, those of the data first and before the model's; none where there are no
+        classes."""
+        if not self.family.class_conditional:
+            return {}
+        return dict(of_data) | self.family.class_names(self.index) | dict(of_data)
+
+
+def read_pipeline(model: Model, blocks: Sequence[str] | None = None) -> Description:
+    """Family and configurations of --pretrained_model_name_or_path.
+
+    Args:
+        blocks: --lpl_blocks, which may name modules of a VAE whose own blocks are not known.
+
+    Raises:
+        ValueError: where it is no pipeline, or one of a family or with a VAE that is not supported.
+    """
+    path = model.pretrained_model_name_or_path
+    where = {"revision": model.revision, "cache_dir": model.cache_dir}
+    try:
+        index = DiffusionPipeline.load_config(path, **where)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--pretrained_model_name_or_path {path}: {why_no_pipeline(path) or _why_not_on_the_hub(path, first_line(error))}"
+        ) from error
+    family = find_family(index.get("_class_name"))
+    check_components(path, index)
+    components = {name: entry for name, entry in index.items() if isinstance(entry, list | tuple)}
+    absent = dict.fromkeys(name for name, entry in components.items() if tuple(entry) == (None, None))
+    absent |= dict.fromkeys(name for name in family.optional_components if name not in components)
+    library, scheduler_class = components.get("scheduler", (None, None))
+    if library != "diffusers" or not _is_class(scheduler_class, SchedulerMixin):
+        raise ValueError(
+            f"--pretrained_model_name_or_path {path}: this version of diffusers has no scheduler {scheduler_class}"
+        )
+    vae, denoiser, scheduler = (
+        _component_config(path, name, **where) for name in ("vae", family.denoiser_name, "scheduler")
+    )
+    if not _is_class(denoiser.get("_class_name"), ModelMixin):
+        raise ValueError(
+            f"--pretrained_model_name_or_path {path}: this version of diffusers has no model "
+            f"{denoiser.get('_class_name')}, which its {family.denoiser_name} is"
+        )
+    unread = {*absent, *(["vae"] if model.pretrained_vae_model_name_or_path else [])}
+    unread |= {family.denoiser_name} if model.from_scratch else set()
+    folders = (name for name in components if name not in unread)
+    check_weights(f"--pretrained_model_name_or_path {path}", path, folders, model.revision)
+    return Description(
+        family=family,
+        index=index,
+        vae=_used_vae_config(model, vae, family, blocks),
+        denoiser=denoiser,
+        scheduler=getattr(diffusers, scheduler_class).from_config(scheduler),
+        absent=absent,
+    )
+
+
+def _is_class(name: Any, base: type) -> bool:
+    """Whether diffusers has a class of that name and kind."""
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    return isinstance(found, type) and issubclass(found, base)
+
+
+def _why_not_on_the_hub(path: str, error: str) -> str:
+    if path.startswith((".", "~")):
+        return "there is no such folder, and no repository on the Hub has such a name"
+    offline = " since HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else ""
+    return (
+        f"there is no such folder, and no such repository on the Hub with a model_index.json can be reached{offline} "
+        f"({error}); if it is gated or private, accept its licence on its page and run hf auth login"
+    )
+
+
+def _component_config(path: str, name: str, **where: str | None) -> Mapping[str, Any]:
+    reader = DDIMScheduler if name == "scheduler" else AutoencoderKL  # each knows its file's name, for any class
+    try:
+        return reader.load_config(path, subfolder=name, **where)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--pretrained_model_name_or_path {path}: the pipeline has no {name} whose configuration can be read"
+        ) from error
+
+
+def _used_vae_config(
+    model: Model, own: Mapping[str, Any], family: type[Family], blocks: Sequence[str] | None
+) -> Mapping[str, Any]:
+    """The pipeline's own, or that of --pretrained_vae_model_name_or_path."""
+    if model.pretrained_vae_model_name_or_path is None:
+        check_autoencoder("--pretrained_model_name_or_path: the pipeline's VAE", own, family.vaes, blocks)
+        return own
+    path = model.pretrained_vae_model_name_or_path
+    return other_vae_config("pretrained_vae_model_name_or_path", path, model.cache_dir, own, family.vaes, blocks)
+
+
+def other_vae_config(
+    flag: str,
+    path: str,
+    cache_dir: str | None,
+    own: Mapping[str, Any],
+    accepted: Sequence[str] = SUPPORTED,
+    blocks: Sequence[str] | None = None,
+) -> Mapping[str, Any]:
+    """Configuration of the VAE that a flag names.
+
+    Args:
+        own: configuration of the pipeline's VAE; the latents of the other one must fit where its latents were.
+        accepted, blocks: see :func:`check_autoencoder`.
+
+    Raises:
+        ValueError: where there is none, or one that is not supported or has other latents.
+    """
+    try:
+        config = AutoencoderKL.load_config(path, cache_dir=cache_dir)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--{flag} {path}: no autoencoder is found there ({first_line(error)}); of a pipeline, give its folder vae"
+        ) from error
+    check_autoencoder(f"--{flag} {path}", config, accepted, blocks)
+    check_weights(f"--{flag} {path}", path, [""])
+    theirs, ours = latent_channels(config), latent_channels(own)
+    if theirs != ours:
+        raise ValueError(
+            f"--{flag} {path}: its latents have {theirs} channels and the pipeline's {ours}; it must have the same "
+            "latent space"
+        )
+    return config
+
+
+def check_autoencoder(
+    what: str, config: Mapping[str, Any], accepted: Sequence[str], blocks: Sequence[str] | None
+) -> None:
+    """Refuse an autoencoder, unless its class is accepted, or is another of diffusers whose modules --lpl_blocks names.
+
+    Args:
+        what: the flag and its value.
+        blocks: --lpl_blocks.
+
+    Raises:
+        ValueError: with the class, and what is accepted.
+    """
+    name = config.get("_class_name")
+    if name not in accepted and not (blocks and _is_class(name, ModelMixin)):
+        raise ValueError(
+            f"{what} is of the class {name}; supported are {', '.join(accepted)}; of another of diffusers name "
+            "modules by their path in --lpl_blocks"
+        )
+    if "auto_map" in config:
+        raise ValueError(f"{what} brings code of its own (auto_map in its configuration), which is not run here")
+
+
+def check_vae_dtype(dtype: str, vae: Mapping[str, Any]) -> None:
+    """Refuse float16 for a VAE that says of itself that it overflows."""
+    if dtype == "float16" and vae.get("force_upcast"):
+        raise ValueError(
+            "--lpl_vae_dtype float16: this VAE overflows in float16 (force_upcast in its configuration); "
+            "use bfloat16 or float32"
+        )

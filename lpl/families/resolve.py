@@ -1,0 +1,271 @@
+"""From what was asked for and what the pipeline says to a complete configuration, or to a refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+
+from lpl.autoencoders import RGB, decoder_blocks, downscaling_factor, skeleton
+from lpl.config import Config
+from lpl.config.checks import check_loss_options, warn_idle, warn_of_idle_flags
+from lpl.config.groups import Data
+from lpl.families import FAMILIES
+from lpl.families.description import Description, check_vae_dtype, other_vae_config
+from lpl.gate import SMALLEST_CROP, accepted_crops
+from lpl.objectives import (
+    OBJECTIVES,
+    DiffusionObjective,
+    Epsilon,
+    FlowMatching,
+    get_objective,
+    is_flow,
+    own_objective,
+    training_scheduler,
+)
+from lpl.tools.words import warn
+
+
+def resolve(config: Config, description: Description) -> Config:
+    """Check the flags against the pipeline, and fill in the defaults that depend on it.
+
+    Raises:
+        ValueError: with what was given, what is accepted, and the flag to change.
+    """
+    config = _with_objective(config, description)
+    config = _with_timesteps(config, description)
+    config = _with_captions(config, description)
+    config = _with_text_encoders(config, description)
+    config = config.changed(resolution=resolved_resolution(config.data, description))
+    config = _with_lora_targets(config, description)
+    config = _with_sigma_threshold(config, description)
+    if config.lpl.enabled or config.data.holds_out:
+        _check_features(config, description)
+    _check_crop(config, description)
+    if "guidance_scale" in config.given and not description.family.takes_guidance(description.parts):
+        warn_idle("guidance_scale")
+    warn_of_idle_flags(config)
+    return config
+
+
+def _with_objective(config: Config, description: Description) -> Config:
+    own, family = own_objective(description.scheduler), description.family
+    name = config.model.prediction_type
+    if name is None:
+        if own not in OBJECTIVES:
+            raise ValueError(
+                f"the pipeline's scheduler predicts {own!r}; give --prediction_type, one of "
+                f"{', '.join(family.objectives)}"
+            )
+        name = own
+    if name not in family.objectives:
+        raise ValueError(
+            f"--prediction_type {name}: {family.pipeline_class.__name__} can only sample models that were trained on "
+            f"{' or '.join(family.objectives)}; choose "
+            f"{'one of these' if len(family.objectives) > 1 else family.objectives[0]}"
+        )
+    if name != own and not config.model.from_scratch:
+        warn(
+            f"--prediction_type {name}: the pipeline was trained on {own}, so it has to learn anew what its output "
+            "means; expect a long training"
+        )
+    if config.diffusion.dream_training and name != Epsilon.name:
+        raise ValueError(f"--dream_training is for epsilon, not for {name}; leave it out")
+    return config.changed(prediction_type=name)
+
+
+def _with_timesteps(config: Config, description: Description) -> Config:
+    """How timesteps are drawn, and what weighs the diffusion loss at each."""
+    if config.model.prediction_type != FlowMatching.name:
+        _check_diffusion(config, description.scheduler.config.num_train_timesteps)
+        return config
+    for name, given in (
+        ("snr_gamma", config.diffusion.snr_gamma is not None),
+        ("timestep_bias_strategy", config.diffusion.timestep_bias_strategy != "none"),
+    ):
+        if given:
+            raise ValueError(
+                f"--{name} is for epsilon, v_prediction and sample; for flow_matching use --weighting_scheme"
+            )
+    if is_flow(description.scheduler) and description.scheduler.config.get("use_dynamic_shifting"):
+        warn("the pipeline's flow shift depends on the image's size; training uses none")
+    return config.changed(weighting_scheme=config.diffusion.weighting_scheme or "logit_normal")
+
+
+def _check_diffusion(config: Config, num_train_timesteps: int) -> None:
+    diffusion, name = config.diffusion, config.model.prediction_type
+    strategy, portion = diffusion.timestep_bias_strategy, diffusion.timestep_bias_portion
+    if diffusion.weighting_scheme is not None:
+        raise ValueError(f"--weighting_scheme is for flow_matching; for {name} use --snr_gamma")
+    if diffusion.precondition_outputs:
+        raise ValueError(f"--precondition_outputs is for flow_matching, not for {name}; leave it out")
+    if strategy == "range" and diffusion.timestep_bias_end > num_train_timesteps:
+        raise ValueError(
+            f"--timestep_bias_end {diffusion.timestep_bias_end}: this pipeline has {num_train_timesteps} timesteps"
+        )
+    if strategy in ("earlier", "later") and portion * num_train_timesteps < 1:
+        raise ValueError(
+            f"--timestep_bias_portion {portion}: of this pipeline's {num_train_timesteps} timesteps that is not one; "
+            "give more"
+        )
+
+
+def _with_captions(config: Config, description: Description) -> Config:
+    """What the denoiser is conditioned on."""
+    family, values = description.family, {}
+    if family.class_conditional and "caption_column" not in config.given:
+        values["caption_column"] = "label"
+    if config.data.proportion_empty_prompts is None:
+        values["proportion_empty_prompts"] = family.empty_share
+    length, limit = config.model.max_sequence_length, family.max_sequence_length
+    if family.sequence_length is None:
+        if "max_sequence_length" in config.given:
+            warn_idle("max_sequence_length")
+        return config.changed(max_sequence_length=None, **values)
+    length = family.sequence_length if length is None else length
+    if limit is not None and length > limit:
+        raise ValueError(f"--max_sequence_length {length}: this pipeline takes {limit} at most")
+    return config.changed(max_sequence_length=length, **values)
+
+
+def _with_text_encoders(config: Config, description: Description) -> Config:
+    family, optimization = description.family, config.optimization
+    if not config.model.train_text_encoder:
+        return config.changed(text_encoder_lr=None, adam_weight_decay_text_encoder=None)
+    if not family.trainable_text_encoders:
+        others = ", ".join(other.name for other in FAMILIES if other.trainable_text_encoders)
+        raise ValueError(
+            f"--train_text_encoder: no text encoder of {family.name} is trained; that is for {others}; leave it out"
+        )
+    rate, decay = optimization.text_encoder_lr, optimization.adam_weight_decay_text_encoder
+    if rate is None:
+        own = None if optimization.optimizer == "prodigy" else family.text_encoder_learning_rate
+        rate = optimization.learning_rate if own is None else own
+    if decay is None:
+        own = family.text_encoder_weight_decay
+        decay = optimization.adam_weight_decay if own is None else own
+    return config.changed(text_encoder_lr=rate, adam_weight_decay_text_encoder=decay)
+
+
+def resolved_resolution(data: Data, description: Description) -> int:
+    """The side of the images in pixels: --resolution, or the family's default.
+
+    Raises:
+        ValueError: for a side that the pipeline does not take.
+    """
+    family, parts = description.family, description.parts
+    multiple, (smallest, largest) = family.resolution_multiple(parts), family.resolution_range(parts)
+    side = data.resolution
+    if side is None:
+        side = family.default_resolution(parts)
+        if largest is not None and side > largest:  # a small model of a family of larger ones
+            side = family.native_resolution(parts)
+    if side % multiple:
+        below = side // multiple * multiple
+        raise ValueError(
+            f"--resolution {side}: this pipeline takes multiples of {multiple}, "
+            f"such as {below or multiple} or {below + multiple}"
+        )
+    if largest is not None and side > largest:
+        raise ValueError(f"--resolution {side}: this pipeline takes {largest} at most")
+    if side < smallest:
+        raise ValueError(f"--resolution {side}: this pipeline takes {smallest} at least")
+    return side
+
+
+ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def _with_lora_targets(config: Config, description: Description) -> Config:
+    """The family's own modules, unless others are named; those must be there and of a kind that LoRA adapts."""
+    if not config.lora.lora:
+        return config
+    if config.lora.lora_target_modules is None:
+        return config.changed(lora_target_modules=tuple(description.family.lora_targets))
+    with torch.device("meta"):  # the modules' names, without memory for their weights
+        denoiser = getattr(diffusers, description.denoiser["_class_name"]).from_config(description.denoiser)
+    layers: list[str] = []
+    others: list[str] = []
+    for name, module in denoiser.named_modules():
+        (layers if isinstance(module, ADAPTABLE) else others).append(name)
+    for target in config.lora.lora_target_modules:
+        if not _matching(target, layers) or _matching(target, others):
+            raise ValueError(
+                f"--lora_target_modules {target}: {description.family.denoiser_name} has no linear layers or "
+                f"convolutions of that name; it has, for example, {', '.join(_short_names(layers))}"
+            )
+    return config
+
+
+def _matching(target: str, names: Sequence[str]) -> list[str]:
+    """The modules that peft takes for the target."""
+    return [name for name in names if name == target or name.endswith("." + target)]
+
+
+def _short_names(names: Sequence[str]) -> list[str]:
+    """The last parts of modules' names, which are enough to name them; the commonest first, a dozen at most."""
+    counts: dict[str, int] = {}
+    for name in names:
+        *rest, last = name.split(".")
+        short = ".".join([*rest[-1:], last]) if last.isdigit() else last
+        counts[short] = counts.get(short, 0) + 1
+    return sorted(counts, key=lambda short: -counts[short])[:12]
+
+
+def _with_sigma_threshold(config: Config, description: Description) -> Config:
+    """--lpl_t_threshold T, whose gate is t < T, as the noise-to-signal ratio of the last timestep below T."""
+    limit, name = config.timestep_threshold, config.model.prediction_type
+    if limit is None:
+        return config
+    if name == FlowMatching.name:
+        raise ValueError(
+            f"--lpl_t_threshold {limit} counts the timesteps of epsilon, v_prediction and sample; for flow_matching "
+            "use --lpl_sigma_threshold"
+        )
+    objective = get_objective(name, training_scheduler(name, description.scheduler))
+    assert isinstance(objective, DiffusionObjective)
+    sigma = objective.sigma(torch.arange(min(limit, objective.num_train_timesteps)))
+    values: dict[str, Any] = {
+        "lpl_sigma_threshold": float(sigma[sigma.isfinite()][-1]),
+        "lpl_threshold_base_resolution": 0,
+    }
+    warn(
+        f"--lpl_t_threshold {limit} is taken for --lpl_sigma_threshold {values['lpl_sigma_threshold']} "
+        "--lpl_threshold_base_resolution 0"
+    )
+    return replace(config.changed(**values), given=config.given | set(values), timestep_threshold=None)
+
+
+def _check_features(config: Config, description: Description) -> None:
+    """The decoder that LPL looks through."""
+    vae, path, blocks = description.vae, config.lpl.lpl_vae_name_or_path, config.lpl.lpl_blocks
+    if path is not None:
+        vae = other_vae_config("lpl_vae_name_or_path", path, config.model.cache_dir, description.vae, blocks=blocks)
+        theirs, ours = downscaling_factor(vae), downscaling_factor(description.vae)
+        if theirs != ours:
+            raise ValueError(
+                f"--lpl_vae_name_or_path {path}: a position of its latents is {theirs} pixels wide and one of the "
+                f"pipeline's {ours}; it must have the same latent space"
+            )
+    check_vae_dtype(config.lpl.lpl_vae_dtype, vae)
+    check_loss_options(config.lpl, tuple(decoder_blocks(skeleton(vae), blocks)) or (RGB,))
+
+
+def _check_crop(config: Config, description: Description) -> None:
+    """--lpl_crop: tiles of whole latent positions that cover the image."""
+    side = config.lpl.lpl_crop
+    if side is None:
+        return
+    height, width = config.data.size
+    factor = downscaling_factor(description.vae)
+    accepted = accepted_crops(height, width, factor)
+    if side not in accepted:
+        raise ValueError(
+            f"--lpl_crop {side}: accepted at --resolution {config.data.resolution} are "
+            f"{', '.join(map(str, accepted))}: {SMALLEST_CROP} or more latent positions of {factor} pixels, "
+            "a divisor of the image's side"
+        )

@@ -1,0 +1,96 @@
+"""Which samples and which steps LPL looks at (Eq. 2, Sec. 3.2, Sec. 4.3).
+
+A sample is *inside* where its noise-to-signal ratio sigma_t is finite and at most the threshold tau. Everything here is
+decided on the CPU, from numbers that are drawn there: no step waits for the device to learn which rows to decode.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+
+SMALLEST_CROP = 4  # latent positions; fewer have hardly a variance to standardise by
+
+
+# Samples -------------------------------------------------------------------------------------------------------------
+
+
+def sigma_threshold_at(threshold: float, height: int, width: int, base_resolution: int) -> float:
+    """tau for images of height x width pixels: stated at ``base_resolution``, scaled with the side (Sec. 4.1).
+
+    >>> sigma_threshold_at(3.0, 1024, 1024, 256)
+    12.0
+    >>> sigma_threshold_at(3.0, 1024, 1024, 0)  # 0 = do not scale
+    3.0
+    """
+    return threshold * math.sqrt(height * width) / base_resolution if base_resolution else threshold
+
+
+def is_inside(sigma: Tensor, threshold: float) -> Tensor:
+    """Whether LPL applies: sigma_t finite and at most tau, (B,) -> bool (B,) (Eq. 2)."""
+    return sigma.isfinite() & (sigma <= threshold)
+
+
+def rows_inside(sigma: Tensor, threshold: float) -> Tensor:
+    """Indices of the samples that LPL applies to, (B,) -> (n,) (Eq. 2)."""
+    return is_inside(sigma, threshold).nonzero().flatten()
+
+
+def subset(rows: Tensor, choice: Tensor, size: int | None) -> Tensor:
+    """At most ``size`` of the rows, (n,) -> (m,), each subset as likely as any other; None = all.
+
+    Args:
+        choice: a uniformly random number for each sample of the batch, (B,); the smallest win.
+    """
+    return rows[choice[rows].argsort()[:size].sort().values]
+
+
+# Parts of the images -------------------------------------------------------------------------------------------------
+
+
+def accepted_crops(height: int, width: int, factor: int) -> list[int]:
+    """Sides in pixels of the square parts that LPL may look at: whole latent positions, ``factor`` pixels each, at
+    least SMALLEST_CROP of them, and tiles that cover the image."""
+    sides = range(SMALLEST_CROP * factor, min(height, width) + 1, factor)
+    return [side for side in sides if height % side == 0 and width % side == 0]
+
+
+def random_window(height: int, width: int, part: int, choice: Tensor) -> tuple[int, int, int, int]:
+    """One of the tiles with sides of ``part`` that latents of height x width fall into, each as likely as any other:
+    (top, left, height, width).
+
+    Args:
+        choice: a uniformly random number, ().
+
+    >>> import torch
+    >>> random_window(8, 8, 2, torch.tensor(0.4))  # the 7th of 16
+    (2, 4, 2, 2)
+    """
+    rows, columns = height // part, width // part
+    row, column = divmod(int(float(choice) * rows * columns), columns)
+    return row * part, column * part, part, part
+
+
+# Steps ---------------------------------------------------------------------------------------------------------------
+
+
+def ramp(step: int, start_step: int, ramp_steps: int) -> float:
+    """The factor on w at an optimizer step, counted from 0: 0 before the start, then linearly up to 1.
+
+    >>> [ramp(step, 2, 2) for step in range(5)], ramp(0, 0, 0)
+    ([0.0, 0.0, 0.5, 1.0, 1.0], 1.0)
+    """
+    if step < start_step:
+        return 0.0
+    return min(1.0, (step - start_step + 1) / ramp_steps) if ramp_steps else 1.0
+
+
+def has_lpl(step: int, start_step: int, every: int) -> bool:
+    """Whether an optimizer step, counted from 0, is one of those with LPL: every n-th from the start on.
+
+    >>> [step for step in range(8) if has_lpl(step, 1, 3)]
+    [1, 4, 7]
+    """
+    return step >= start_step and (step - start_step) % every == 0

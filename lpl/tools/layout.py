@@ -1,0 +1,34 @@
+"""The names in a run's output folder, each once. None of them may change: users, published models and resumed runs
+know them."""
+
+# The result
+INDEX = "model_index.json"  # of a pipeline
+LORA = "pytorch_lora_weights.safetensors"  # of diffusers' LoRA
+PEFT_SUFFIX = "_lora"  # of the folder of peft's LoRA, after the component's name
+OTHERS_SUFFIX = "_comfyui.safetensors"  # of the LoRA for other programs, after the run's name
+CARD = "README.md"
+
+# The run
+RECIPE = "recipe.yaml"
+LOG = "metrics.jsonl"
+SAMPLE_LOSSES = "sample_losses.jsonl"
+BAD_SAMPLES = "bad_samples.jsonl"
+CURVES = "loss_curves.png"
+SAMPLES = "samples"
+BEFORE_AFTER = "samples/before_after.png"
+SETTINGS = "settings.json"  # beside drawn images: what they were drawn with
+EVALUATION = "evaluation"
+EVALUATION_CURVES = "evaluation/curves.png"
+
+# Checkpoints
+CHECKPOINT_PREFIX = "checkpoint-"
+PROGRESS = "progress.json"
+STATE = "state.safetensors"
+RANDOM_STATE = "random-{}.safetensors"  # of each process
+EMA = "ema"
+EMA_COUNT = "ema.json"
+LAST_CHECKPOINT = "last-checkpoint"  # on the Hub, as transformers' Trainer names it
+
+# On their way; all begin with a dot
+UPLOADS = ".uploads"
+DOWNLOADS = ".download"

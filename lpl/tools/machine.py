@@ -1,0 +1,113 @@
+"""What this machine has: packages, a GPU, disk and memory, and which errors say that one of them is short.
+
+*Full* is a disk that takes no more of a file. Sizes are in bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from lpl.tools.words import size
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def missing(package: str) -> bool:
+    """Whether a package is not installed."""
+    return importlib.util.find_spec(package) is None
+
+
+def has_gpu() -> bool:
+    """Whether accelerate will run on one."""
+    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+
+
+# Disk ----------------------------------------------------------------------------------------------------------------
+
+
+def free_space(folder: str | Path) -> int:
+    """Bytes that are free where a folder is or will be."""
+    place = Path(folder).resolve()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, what of it this user may have, or a file's size
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether that is why a file could not be written."""
+    if isinstance(error, SafetensorError):
+        return any(f"(os error {number})" in str(error) for number in FULL)
+    return isinstance(error, OSError) and error.errno in FULL
+
+
+# Memory --------------------------------------------------------------------------------------------------------------
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def reset_peak_memory(device: torch.device) -> bool:
+    """Start to look for the peak anew; False where that cannot be."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        CLEAR.write_text("5")  # Linux: the peak resident size of this process, see proc(5)
+    except OSError:
+        return False
+    return device.type == "cpu"
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes: of tensors on a GPU; on a CPU what the process had resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if not STATUS.is_file():
+        return None
+    for line in STATUS.read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def memory_in_words(device: torch.device) -> str:
+    """What a device has, and what of it is taken."""
+    if device.type == "cuda":
+        name, (free, total) = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)
+        others = total - free - torch.cuda.memory_reserved(device)
+    else:
+        name, total, others = "this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 0
+    peak = peak_memory(device)
+    words = [f"{name} has {size(total)}"]
+    words += [f"this run's process had {size(peak)} at most"] if peak is not None else []
+    words += [f"{size(others)} are taken by other programs"] if others > total / 20 else []  # CUDA itself needs some
+    return ", ".join(words)
+
+
+OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator: can't allocate memory", "ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of the device or of the machine, by whichever library it is found."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def wanted_memory(error: BaseException) -> str:
+    """What could not be had, in words, if the error tells."""
+    found = re.search(r"tried to allocate ([\d.]+) (\w+)", str(error), re.IGNORECASE)
+    if not found:
+        return ""
+    return f"; {size(float(found[1])) if found[2] == 'bytes' else f'{found[1]} {found[2]}'} more were asked for"

@@ -1,0 +1,323 @@
+"""The two pictures that a run leaves behind: a grid of samples and the curves of its losses.
+
+A *tile* is the square, `tile` pixels on a side, that an image is fitted into with its shape kept. A *row* of the grid
+is one state of the model (before, after, real images), a *column* is one caption. A *record* is one line of the
+training log: a dict with "step" and any of "diffusion_loss", "lpl", "lpl_share", "lr", or of "validation_loss" and
+"validation_lpl", which are of held-out samples; what it lacks is not drawn.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from lpl.tools.files import write_whole
+
+
+SMALLEST_TILE, LARGEST_TILE = 128, 1024  # pixels
+INK, PAPER = "#222222", "#ffffff"
+WIDE_SCRIPTS = 0x2E80  # from here on Unicode holds Chinese, Japanese and Korean, which DejaVu lacks
+WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "wqy-microhei.ttc", "msyh.ttc", "PingFang.ttc")
+
+
+def save_picture(image: Image.Image, path: str | os.PathLike) -> Path:
+    """Write `image` to `path` as PNG, whole or not at all."""
+    return write_whole(path, lambda unfinished: image.save(unfinished, format="PNG"))
+
+
+# The grid of samples ------------------------------------------------------------------------------------------------
+
+
+def labelled_grid(
+    rows: Mapping[str, Sequence[Image.Image]], captions: Sequence[str], tile: int | None = None
+) -> Image.Image:
+    """Draw images in labelled rows under captioned columns.
+
+    Args:
+        rows: label of each row -> its images, of any mode, size and shape; a short row ends in empty cells.
+        captions: one for each column, in any script.
+        tile: pixels that an image's longer side gets. None takes the longest side of all images, at most 1024; images
+            below 128 px are enlarged by a whole number, so that each of their pixels stays a sharp square.
+
+    Returns:
+        RGB image on white.
+
+    Raises:
+        ValueError: there is no image, or there are more images in a row than captions.
+    """
+    images = [image for row in rows.values() for image in row]
+    if not images:
+        raise ValueError("a grid needs at least one image, and every row given is empty")
+    if (columns := max(map(len, rows.values()))) > len(captions):
+        raise ValueError(
+            f"a row has {columns} images and there are {len(captions)} captions: give one for each column"
+        )
+    tile = tile or _natural_tile(images)
+    size = _font_size(tile)
+    fitted = {label: [_fit(image, tile) for image in row] for label, row in rows.items()}
+    cell = max(6 * size, *(image.width for row in fitted.values() for image in row))
+    lines = [[_text("", size, 0), *(_text(caption, size, int(0.95 * cell)) for caption in captions[:columns])]]
+    lines += [[_text(label, size, max(tile // 2, 7 * size), align="right"), *row] for label, row in fitted.items()]
+    return _lay_out(lines, gap=max(8, tile // 24))
+
+
+def _lay_out(lines: list[list[Image.Image]], gap: int) -> Image.Image:
+    """Paste lines of images: captions (line 0) stand on their column, labels (column 0) end at their row."""
+    widest = max(image.width for line in lines for image in line[1:])
+    widths = [max(line[0].width for line in lines), *[widest] * (max(map(len, lines)) - 1)]
+    heights = [max(image.height for image in line) for line in lines]
+    lefts, tops = _starts(widths, gap), _starts(heights, gap)
+    canvas = Image.new("RGB", (lefts[-1], tops[-1]), PAPER)
+    for i, line in enumerate(lines):
+        for j, image in enumerate(line):
+            x, y = widths[j] - image.width, heights[i] - image.height  # room to spare
+            canvas.paste(image, (lefts[j] + (x // 2 if j else x), tops[i] + (y // 2 if i else y)))
+    return canvas
+
+
+def _starts(sizes: list[int], gap: int) -> list[int]:
+    """Where each of `sizes` begins, and at last where the paper ends; what is empty takes no gap."""
+    starts = [gap]
+    for size in sizes:
+        starts.append(starts[-1] + (size + gap if size else 0))
+    return starts
+
+
+def _natural_tile(images: list[Image.Image]) -> int:
+    """The longest side there is, small ones times the whole number that brings them to 128 px; pixels."""
+    longest = max(max(image.size) for image in images)
+    return min(longest * math.ceil(SMALLEST_TILE / longest), LARGEST_TILE)
+
+
+def _fit(image: Image.Image, tile: int) -> Image.Image:
+    """Bring the longer side to `tile` pixels: whole enlargements keep hard pixels, all else is interpolated."""
+    scale = tile / max(image.size)
+    if scale > 1:
+        resample = Image.Resampling.NEAREST if scale.is_integer() else Image.Resampling.BICUBIC
+    else:
+        resample = Image.Resampling.LANCZOS
+    size = tuple(max(1, round(side * scale)) for side in image.size)
+    image = on_white(image)
+    return image if image.size == size else image.resize(size, resample)
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """RGB of any mode; what is transparent shows the paper."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    if image.mode == "La":  # of TIFF, which PIL converts to nothing else
+        image = image.convert("LA")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, PAPER), image).convert("RGB")
+
+
+def _text(text: str, size: int, width: int, align: str = "center", lines: int = 6) -> Image.Image:
+    """Draw text in at most `lines` lines of `width` pixels, an ellipsis for the rest; nothing is 0 by 0 pixels."""
+    text = " ".join(str(text).encode(errors="replace").decode().split())
+    font = _font(size, wide=any(ord(letter) >= WIDE_SCRIPTS for letter in text))
+    broken = _break(text, font, width)
+    if len(broken) > lines:
+        broken = [*broken[: lines - 1], _shorten(broken[lines - 1], font, width)]
+    image = Image.new("RGB", _extent(broken, font), PAPER)
+    if broken:
+        ImageDraw.Draw(image).multiline_text((0, 0), "\n".join(broken), INK, font, spacing=_spacing(font), align=align)
+    return image
+
+
+def _font_size(tile: int) -> int:
+    """Readable beside a tile, growing more slowly than it: 14 px at 128, 19 px at 256, 35 px at 1024."""
+    return max(12, round(3 + math.sqrt(tile)))
+
+
+@lru_cache(maxsize=16)
+def _font(size: int, wide: bool) -> ImageFont.FreeTypeFont:
+    """DejaVu, which comes with matplotlib: Pillow's own font knows no accents. `wide` looks for a CJK font first."""
+    import matplotlib
+
+    names = [*(WIDE_FONTS if wide else ()), str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))]
+    for name in names:
+        try:
+            return ImageFont.truetype(name, size)
+        except OSError:
+            continue
+    return ImageFont.load_default(size)
+
+
+def _spacing(font: ImageFont.FreeTypeFont) -> int:
+    return round(font.size / 5)  # pixels between lines
+
+
+def _extent(lines: list[str], font: ImageFont.FreeTypeFont) -> tuple[int, int]:
+    """(width, height) of lines drawn one under the other, in pixels."""
+    if not lines:
+        return 0, 0
+    probe = ImageDraw.Draw(Image.new("L", (1, 1)))
+    _, _, right, bottom = probe.multiline_textbbox((0, 0), "\n".join(lines), font, spacing=_spacing(font))
+    return math.ceil(right), math.ceil(bottom)
+
+
+def _break(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Fill lines word by word; a word wider than a line (or a script without spaces) breaks between letters."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+            continue
+        lines.append("")
+        for letter in word:
+            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    return lines
+
+
+def _shorten(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """Drop words, and letters of the last one, until an ellipsis fits behind the rest."""
+    while line and font.getlength(line + "…") > width:
+        line = line.rsplit(" ", 1)[0] if " " in line else line[:-1]
+    return line + "…"
+
+
+# The curves of the losses -------------------------------------------------------------------------------------------
+
+
+Curve = tuple[np.ndarray, np.ndarray]  # steps (N,) ascending, values (N,)
+
+
+class Panel(NamedTuple):
+    """One quantity of the training log and how it is shown."""
+
+    key: str
+    title: str
+    unit: str
+    colour: str
+    scale: float = 1.0
+    smoothed: bool = True
+    held_out: str | None = None  # the key of the same quantity on held-out samples
+
+
+PANELS = (
+    Panel("diffusion_loss", "Diffusion loss", "mean squared error", "#3465a4", held_out="validation_loss"),
+    Panel("lpl", "Latent perceptual loss", "LPL, before its weight", "#c4601d", held_out="validation_lpl"),
+    Panel("lpl_share", "LPL's share of the loss", "% of the total loss", "#4a8a3c", scale=100.0),
+    Panel("lr", "Learning rate", "learning rate", "#75507b", smoothed=False),
+)
+
+
+def loss_curves(records: Sequence[Mapping[str, float]], path: str | os.PathLike) -> Path | None:
+    """Draw diffusion loss, LPL, LPL's share and learning rate over the optimizer step, and write them to `path` (PNG).
+
+    Each panel shows its values as a thin line and their running mean as a thick one, and what was found on held-out
+    samples as a dotted line; a panel without values is left out. Records may come in any order and repeat a step, as
+    those of a resumed run do: the last one counts.
+
+    Returns:
+        `path`, or None where no record holds anything to draw; then no file is written.
+    """
+    curves = {panel: (_curve(records, panel.key, panel.scale), _curve(records, panel.held_out)) for panel in PANELS}
+    curves = {panel: pair for panel, pair in curves.items() if any(len(steps) for steps, _ in pair)}
+    if not curves:
+        return None
+    from matplotlib.figure import Figure  # not pyplot: no global state, no window, no backend to choose
+
+    columns = 1 if len(curves) == 1 else 2
+    lines = math.ceil(len(curves) / columns)
+    figure = Figure(figsize=(5.5 * columns, 3.2 * lines), dpi=120, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    for index, (panel, pair) in enumerate(curves.items(), start=1):
+        _draw_panel(figure.add_subplot(lines, columns, index), panel, *pair)
+    return save_figure(figure, path)
+
+
+def save_figure(figure, path: str | os.PathLike) -> Path:
+    """Write a figure to `path` as PNG, whole or not at all."""
+    return write_whole(path, lambda unfinished: figure.savefig(unfinished, format="png"))
+
+
+def label_axes(axes, title: str, horizontal: str, vertical: str) -> None:
+    """Title, labels and lines as all panels have them."""
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
+    axes.set_xlabel(horizontal, fontsize=9)
+    axes.set_ylabel(vertical, fontsize=9)
+    axes.tick_params(labelsize=9)
+    axes.grid(True, color="#e4e4e4", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _curve(records: Sequence[Mapping[str, float]], key: str | None, scale: float = 1.0) -> Curve:
+    """Steps (N,) ascending and the key's finite values (N,) at them."""
+    points = {}
+    for record in records:
+        step, value = record.get("step"), record.get(key)
+        if step is not None and value is not None and math.isfinite(value):
+            points[int(step)] = scale * float(value)
+    steps = sorted(points)
+    return np.array(steps), np.array([points[step] for step in steps])
+
+
+def _running_mean(values: np.ndarray) -> np.ndarray:
+    """(N,) -> (N,): mean over a window of about a tenth of the run; spikes count only as far as they are drawn."""
+    low, high = _reach(values)
+    total = np.concatenate([[0.0], np.cumsum(values.clip(low, high))])
+    at, half = np.arange(len(values)), max(1, len(values) // 20)
+    first, last = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
+    return (total[last] - total[first]) / (last - first)
+
+
+def _reach(values: np.ndarray) -> tuple[float, float]:
+    """(lowest, highest) value worth showing: all of (N,) but the rare spike that would flatten the rest."""
+    low, high = np.quantile(values, [0.01, 0.99])
+    return max(values.min(), low - (high - low) / 4), min(values.max(), high + (high - low) / 4)
+
+
+def _draw_panel(axes, panel: Panel, training: Curve, held_out: Curve) -> None:
+    """One quantity over the optimizer step."""
+    from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
+
+    steps, values = training
+    if panel.smoothed and len(values) > 4:
+        axes.plot(steps, values, color=panel.colour, linewidth=0.7, alpha=0.35)
+        axes.plot(steps, _running_mean(values), color=panel.colour, linewidth=2.0, label="training")
+        _frame(axes, *(part for part in (values, held_out[1]) if len(part)))
+    else:
+        if len(values):
+            single = "o" if len(values) == 1 else None
+            axes.plot(steps, values, color=panel.colour, linewidth=2.0, marker=single, label="training")
+        shown = np.concatenate([values, held_out[1]])
+        axes.set_ylim(min(0, 1.1 * shown.min()), 1.1 * shown.max() or None)
+    if len(held_out[0]):
+        axes.plot(*held_out, color=INK, linewidth=1.2, linestyle=":", marker="o", markersize=4, label="validation")
+        axes.legend(fontsize=9, frameon=False)
+    if panel.key == "lr":
+        axes.yaxis.set_major_formatter(FuncFormatter(_short))
+    if len({*steps, *held_out[0]}) == 1:
+        step = max([*steps, *held_out[0]])
+        axes.set_xlim(step - 1, step + 1)
+    label_axes(axes, panel.title, "optimizer step", panel.unit)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def _frame(axes, *curves: np.ndarray) -> None:
+    """Set the vertical range to what is worth showing of each, on a log scale where that spans decades."""
+    lowest, highest = zip(*map(_reach, curves), strict=True)
+    low, high = min(lowest), max(highest)
+    if low > 0 and high / low > 50:
+        axes.set_yscale("log")
+        axes.set_ylim(low / 1.2, high * 1.2)
+    elif high > low:
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+
+
+def _short(value: float, _position: int) -> str:
+    """A small number on an axis: 2e-5 instead of 0.00002."""
+    mantissa, _, exponent = f"{value:.2e}".partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}" if value else "0"

@@ -1,0 +1,79 @@
+"""Numbers, lists and errors in words."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+
+Rows = Sequence[tuple[str, str]]
+
+
+def warn(message: str) -> None:
+    """A warning that names the flag, not a line of the caller's file."""
+    warnings.warn(message, stacklevel=3)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def close_match(name: str, known: Collection[Any], before: str = "") -> str:
+    """The end of a sentence that says what may have been meant."""
+    words = [str(word) for word in known]
+    close = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), words, n=1, cutoff=0.5)
+    return f"; did you mean {before}{close[0]}?" if close else ""
+
+
+def size(count: float) -> str:
+    """Bytes in the largest unit that leaves a number of at least 1.
+
+    >>> size(512), size(3 * 2**30)
+    ('512 bytes', '3.0 GiB')
+    """
+    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if count >= 2**power:
+            return f"{count / 2**power:.1f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the two largest units that they have."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} days {hours % 24} h"
+
+
+def short_count(number: int) -> str:
+    """
+    >>> short_count(1234567)
+    '1.23M'
+    """
+    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= unit:
+            return f"{number / unit:.2f}{letter}"
+    return str(number)
+
+
+def counted(count: int, word: str) -> str:
+    """
+    >>> counted(1, "process"), counted(2, "process"), counted(2, "image")
+    ('1 process', '2 processes', '2 images')
+    """
+    return f"{count} {word}{'' if count == 1 else 'es' if word.endswith('s') else 's'}"
+
+
+def table(sections: Mapping[str, Rows]) -> str:
+    """Titles, and under each its rows with aligned values."""
+    width = max(len(name) for rows in sections.values() for name, _ in rows)
+    blocks = []
+    for title, rows in sections.items():
+        blocks.append("\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)]))
+    return "\n\n".join(blocks)

@@ -1,0 +1,330 @@
+"""Checkpoints from which a run goes on: ``checkpoint-N`` holds what is trained in diffusers' layout, its moving
+average in ``ema/`` likewise, the optimizer, the learning-rate schedule, LPL's weight, and where the run stands.
+
+A checkpoint is written beside its place and then renamed, so that what bears the name is whole; one that goes is
+renamed before it is deleted, so that nothing that bears the name is half there. Whenever a run is killed, the next one
+finds the last whole checkpoint. Those that an earlier run left beyond the step where a run begins are renamed to
+``earlier-checkpoint-N``: all that bear the name are of one run, and the highest number is the latest.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import chain, count
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors import SafetensorError, safe_open
+
+from lpl.config.choices import ENDLESS_SCHEDULERS
+from lpl.config.config import FLAGS
+from lpl.config.groups import LENGTH, REFUSED, SILENT
+from lpl.tools.files import UNFINISHED, load_state, put_back, remove_halves, removed, save_state, sync, write_text
+from lpl.tools.machine import is_full
+from lpl.training.average import MovingAverage, load_ema, save_ema
+from lpl.training.parts import TrainedParts
+from lpl.training.updates import Updates
+from lpl.weighting import LplWeight
+
+
+logger = logging.getLogger(__name__)
+PREFIX = "checkpoint-"
+
+
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    Args:
+        step: finished optimizer steps.
+        seed: that its random numbers are keyed by.
+        looked: whether the samples and metrics that are due after this step are there.
+        log: sums of the log since its last entry, see :meth:`lpl.logs.Log.state`.
+        stream: where each process reads a streamed data set, see :class:`lpl.streaming.StreamedBatches`.
+        skipped: steps that changed nothing so far, see :class:`lpl.nonfinite.SkippedSteps`.
+    """
+
+    step: int
+    seed: int
+    looked: bool = False
+    log: list[list[float]] = field(default_factory=list)
+    stream: list[list[int]] = field(default_factory=list)
+    skipped: int = 0
+
+    FILE: ClassVar[str] = "progress.json"
+
+    def save(self, folder: Path) -> None:
+        write_text(folder / self.FILE, json.dumps(asdict(self)))
+
+    @classmethod
+    def load(cls, folder: Path) -> Progress:
+        return cls(**json.loads((folder / cls.FILE).read_text()))
+
+
+@dataclass
+class TrainingState:
+    """All that a checkpoint holds besides where the run stands; as safetensors and JSON, nothing of it pickled."""
+
+    accelerator: Accelerator
+    trained: TrainedParts
+    ema: MovingAverage | None
+    updates: Updates
+    lpl_weight: LplWeight
+
+    FILE: ClassVar[str] = "state.safetensors"
+    RANDOM_FILE: ClassVar[str] = "random-{}.safetensors"
+
+    def check(self) -> None:
+        """Called by every process.
+
+        Raises:
+            FloatingPointError: where a weight is not finite.
+        """
+        if broken := self.trained.not_finite():
+            raise FloatingPointError(f"the weights of {broken} are not finite any more, and are not saved")
+
+    def random(self) -> list[dict[str, torch.Tensor | None]]:
+        """What dropout draws from, for each process; all else has generators of its own. All have to ask."""
+        device = self.accelerator.device
+        mine = {
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        }
+        return gather_object([mine])
+
+    def save(self, folder: Path, random: list[dict[str, torch.Tensor | None]]) -> None:
+        """On the main process alone: another one may be on a machine that does not see the folder, and where the disk
+        is full, only one has to make room."""
+        self.trained.save(folder)
+        if self.ema is not None:
+            save_ema(self.ema, self.trained, folder)
+        state = {"updates": self.updates.state_dict(), "lpl_weight": self.lpl_weight.state_dict()}
+        save_state(state, folder / self.FILE)
+        for process, its_random in enumerate(random):
+            save_state(its_random, folder / self.RANDOM_FILE.format(process))
+
+    def load(self, folder: Path) -> None:
+        """Go on from there; called by every process.
+
+        Raises:
+            ValueError, OSError, SafetensorError: where it is a checkpoint of something else, or a damaged one.
+        """
+        state = load_state(folder / self.FILE)
+        if self.ema is not None and not load_ema(self.ema, self.trained, folder):
+            logger.warning(
+                "--use_ema: the checkpoint has no moving average, so it starts from the weights as they are"
+            )
+        self.trained.load(folder)
+        self.updates.load_state_dict(state["updates"])
+        self.lpl_weight.load_state_dict(state["lpl_weight"])
+        random_file = folder / self.RANDOM_FILE.format(self.accelerator.process_index)
+        if random_file.is_file():  # else there were fewer processes
+            random = load_state(random_file)
+            torch.set_rng_state(random["cpu"])
+            if random["cuda"] is not None and torch.cuda.is_available():
+                torch.cuda.set_rng_state(random["cuda"], self.accelerator.device)
+
+
+def find_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    found = _numbered(output_dir)
+    if broken := [path for path in found if not is_whole(path)]:
+        said = ", ".join(sorted(path.name for path in broken))
+        logger.warning("%s: %s is no whole checkpoint and is passed over", output_dir, said)
+    return [path for path in found if path not in broken]
+
+
+def _numbered(output_dir: str | Path) -> list[Path]:
+    """What bears the name of a checkpoint, whole or not, oldest first."""
+    found = (path for path in Path(output_dir).glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit())
+    return sorted(found, key=_number)
+
+
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder says where a run stands, and none of its tensors are cut off; reads headers only."""
+    try:
+        Progress.load(folder)
+        for file in folder.rglob("*.safetensors"):
+            with safe_open(file, "pt"):  # compares the file's size with what its header says
+                pass
+    except (OSError, ValueError, TypeError, SafetensorError):
+        return False
+    return True
+
+
+def set_aside(output_dir: str | Path, step: int) -> None:
+    """Rename the checkpoints beyond the step where a run begins, so that they are neither taken for its latest nor
+    outnumber its own; on the main process."""
+    later = [path for path in _numbered(output_dir) if _number(path) > step]
+    if later:
+        moved = ", ".join(f"{path.name} to {path.rename(_free_name(path)).name}" for path in later)
+        logger.warning(
+            f"--output_dir {output_dir}: this run begins at step {step}, so checkpoints of an earlier one beyond it "
+            f"are renamed: {moved}; --resume_from_checkpoint takes these names too"
+        )
+
+
+def _free_name(checkpoint: Path) -> Path:
+    """``earlier-checkpoint-N``, with another number behind it where that is taken."""
+    name = f"earlier-{checkpoint.name}"
+    places = map(checkpoint.with_name, chain([name], (f"{name}-{number}" for number in count(2))))
+    return next(place for place in places if not place.exists())
+
+
+def tidy(output_dir: str | Path) -> None:
+    """Put in place what was whole when a run was killed, and remove what was not; on the main process, before it looks
+    for a checkpoint. The result is what it was before, or of the new run."""
+    for hidden in Path(output_dir).glob(f".{PREFIX}*"):
+        folder = hidden.with_name(hidden.name.removeprefix(".").rpartition(".")[0])
+        if hidden.name.endswith(UNFINISHED) and is_whole(hidden) and not folder.exists():
+            hidden.rename(folder)
+        else:
+            shutil.rmtree(hidden, ignore_errors=True)
+    put_back(output_dir)
+    remove_halves(output_dir)
+
+
+def find_resumable(output_dir: str, name: str | None) -> Path | None:
+    """The checkpoint that --resume_from_checkpoint means: a folder, "latest", or "hub", by now as late; None = start
+    afresh.
+
+    Raises:
+        ValueError: where a named folder is no checkpoint.
+    """
+    if name is None:
+        return None
+    if name in ("latest", "hub"):
+        checkpoints = find_checkpoints(output_dir)
+        if not checkpoints:
+            logger.warning(
+                f"--resume_from_checkpoint {name}: {output_dir} has no checkpoint yet, training starts afresh"
+            )
+        return checkpoints[-1] if checkpoints else None
+    place = Path(name) if Path(name).is_dir() else Path(output_dir, name)
+    if not is_whole(place):
+        raise ValueError(
+            f"--resume_from_checkpoint {name}: there is no whole checkpoint in that folder; give one, or latest"
+        )
+    return place
+
+
+def check_recipe(resumable: Path, values: Mapping[str, Any], processes: int) -> None:
+    """Name what the command changes of the run that it resumes.
+
+    A change of objective, of what is trained or of the optimizer is refused, since the checkpoint is of something
+    else; any other that moves numbers is allowed, with a warning; samples, logs and the like change without a word.
+
+    Args:
+        values: the flags, as ``recipe.yaml`` has them.
+        processes: of this run; their number is no flag, but a recipe says it among what its run has measured.
+
+    Raises:
+        ValueError: with the flag, what it was and what it is.
+    """
+    file = resumable.resolve().parent / "recipe.yaml"
+    earlier = (yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None) or {}
+    endless = values.get("lr_scheduler") in ENDLESS_SCHEDULERS
+    for name in sorted(values.keys() & earlier.keys()):
+        change = FLAGS[name].on_resume
+        if values[name] == earlier[name] or change is SILENT or (change is LENGTH and endless):
+            continue
+        change = f"--{name} {_said(values[name])}: the run to resume has {_said(earlier[name])}"
+        if FLAGS[name].on_resume is REFUSED:
+            raise ValueError(
+                f"{change}, and its checkpoints cannot go on otherwise; start another run, or change it back"
+            )
+        logger.warning("%s; from here on the new value holds", change)
+    for difference in _other_processes(earlier.get("measured") or {}, values, processes):
+        logger.warning(difference)
+
+
+def _other_processes(measured: Mapping[str, Any], values: Mapping[str, Any], processes: int) -> Iterator[str]:
+    """What follows from another number of them, or of images that a step takes."""
+    if (before := measured.get("num_processes", processes)) != processes:
+        yield (
+            f"this run has so many processes: {processes}, the run to resume {before}; sums of the log since its last "
+            "entry and dropout's random state start anew"
+        )
+    images = processes * values["train_batch_size"] * values["gradient_accumulation_steps"]
+    if (before := measured.get("global_batch", images)) != images:
+        yield (
+            f"a step takes {images} images now and took {before} in the run to resume, so the position in the data "
+            "shifts: some images come twice or not at all in this epoch"
+        )
+
+
+def _said(value: Any) -> str:
+    return "none" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value).lower()
+
+
+def checkpoint_path(output_dir: str | Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return Path(output_dir, f"{PREFIX}{step}")
+
+
+def save_checkpoint(state: TrainingState, output_dir: str, progress: Progress, total_limit: int | None) -> Path:
+    """Write ``checkpoint-STEP`` whole, then drop the oldest ones above the limit. Called by every process; the main
+    one writes.
+
+    Where the disk is full they go before, as long as another one is left, and it is written once more.
+
+    Raises:
+        OSError: where there is no room for it.
+        FloatingPointError: where a weight is not finite.
+    """
+    accelerator, folder = state.accelerator, checkpoint_path(output_dir, progress.step)
+    unfinished = folder.with_name(f".{folder.name}{UNFINISHED}")
+    state.check()
+    random = state.random()
+    if accelerator.is_main_process:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        spare = _above_limit(output_dir, folder, total_limit, keep=1)
+        _save_with_room(lambda: state.save(unfinished, random), folder, spare)
+        sync(unfinished)
+        progress.save(unfinished)  # last: with it the checkpoint is whole
+        with removed(folder):
+            unfinished.rename(folder)
+        _drop(_above_limit(output_dir, folder, total_limit))
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def _save_with_room(save: Callable[[], None], folder: Path, spare: list[Path]) -> None:
+    """Save; where the disk is full, once more without the spare checkpoints."""
+    try:
+        save()
+    except (OSError, SafetensorError) as error:
+        if not is_full(error):
+            raise
+        if not spare:
+            raise OSError(errno.ENOSPC, getattr(error, "strerror", None) or str(error), str(folder)) from error
+        logger.warning(f"the disk is full: {', '.join(path.name for path in spare)} makes room for {folder.name}")
+        _drop(spare)
+        _save_with_room(save, folder, spare=[])
+
+
+def _above_limit(output_dir: str, new: Path, total_limit: int | None, keep: int = 0) -> list[Path]:
+    """The oldest checkpoints beside a new one that are too many, so that at least so many stay."""
+    others = [path for path in find_checkpoints(output_dir) if path != new]
+    many = 0 if total_limit is None else min(len(others) + 1 - total_limit, len(others) - keep)
+    return others[: max(0, many)]
+
+
+def _drop(checkpoints: list[Path]) -> None:
+    for path in checkpoints:
+        with removed(path):
+            pass

@@ -1,0 +1,204 @@
+"""Low-rank adapters (LoRA) on frozen models, by peft, and the files that hold them.
+
+Vocabulary. An *adapted* component is one of the pipeline's, "unet", "transformer", "text_encoder", ..., that carries
+LoRA. Where diffusers' pipeline loads LoRA (``load_lora_weights``) all adapters are in one file that it reads, with
+rank and alpha in the file's metadata: without them alpha would silently become the rank. PixArt's and DiT's pipelines
+load none; there each adapted component has a folder of peft's, ``transformer_lora/``.
+
+*Other programs* are ComfyUI, kohya's sd-scripts, Forge and what else reads kohya's layout. They know nothing of that
+metadata: beside the factors ``lora_down`` (A) and ``lora_up`` (B) of a weight lies its ``alpha``, and what they add is
+alpha / rank * B @ A. They find a weight by its name in the *original* model, the one that diffusers' was converted
+from, with "_" for "."; of Stable Diffusion 1 and 2 all know diffusers' names too, of SDXL sd-scripts does not.
+Originals of transformers *stack* what diffusers has apart, as queries, keys and values, as the rows of one weight.
+
+Invariants. The adapters' weights are float32 whatever the base is in, in all files; the base needs no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.models.normalization import AdaLayerNormContinuous
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+from lpl.families.lora_layout import _LAYOUTS, TEXT_ENCODERS
+
+
+FILE = "pytorch_lora_weights.safetensors"
+PEFT_FILE = "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."  # of the names in peft's own files
+OTHERS_SUFFIX = "_comfyui.safetensors"  # of the file for other programs, after the run's name
+ADAPTER = "default"  # peft's name of the one that is trained
+TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+def add_lora(model: nn.Module, targets: Sequence[str], settings: Any, dora: bool = False) -> None:
+    """Give a model a float32 adapter that changes nothing yet, in place; all else needs no gradient from then on.
+
+    Args:
+        targets: names, or ends of names, of the modules that are adapted.
+        settings: the flags about LoRA.
+        dora: decompose the weights (DoRA); not for text encoders, where diffusers would load it wrongly.
+    """
+    model.requires_grad_(False)
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=list(targets),
+        use_dora=dora,
+        use_rslora=settings.use_rslora,
+        init_lora_weights="gaussian",  # as diffusers' scripts have it; the second factor is zero
+    )
+    inject_adapter_in_model(config, model)
+    cast_training_params(model)
+
+
+def in_one_file(pipeline_class: type[DiffusionPipeline]) -> bool:
+    """Whether the pipeline loads LoRA by itself."""
+    return hasattr(pipeline_class, "save_lora_weights")
+
+
+def save_lora(pipeline_class: type[DiffusionPipeline], folder: str | Path, models: Mapping[str, nn.Module]) -> None:
+    """Write the adapters of the components of those names into a folder."""
+    states = {
+        name: {_lost_prefix(model) + key: value for key, value in _adapter(model).items()}
+        for name, model in models.items()
+    }
+    if in_one_file(pipeline_class):
+        layers = {f"{name}_lora_layers": state for name, state in states.items()}
+        # Without the dropout: diffusers leaves the adapters that it loads in training mode, and would draw with it.
+        configs = {name: _config(model).to_dict() | {"lora_dropout": 0.0} for name, model in models.items()}
+        metadata = {f"{name}_lora_adapter_metadata": config for name, config in configs.items()}
+        pipeline_class.save_lora_weights(folder, weight_name=FILE, **layers, **metadata)
+        return
+    for name, model in models.items():
+        place = _peft_folder(folder, name)
+        place.mkdir(parents=True, exist_ok=True)
+        _config(model).save_pretrained(str(place))
+        save_file({PEFT_PREFIX + key: value for key, value in states[name].items()}, place / PEFT_FILE)
+
+
+def load_lora(pipeline_class: type[DiffusionPipeline], folder: str | Path, models: Mapping[str, nn.Module]) -> None:
+    """Read what :func:`save_lora` wrote into models that have adapters of the same shapes.
+
+    Raises:
+        ValueError: where the file holds other adapters, of another rank or on other modules.
+    """
+    for name, model in models.items():
+        if in_one_file(pipeline_class):
+            saved, prefix = load_file(Path(folder, FILE)), f"{name}."
+        else:
+            saved, prefix = load_file(_peft_folder(folder, name) / PEFT_FILE), PEFT_PREFIX
+        saved = {key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)}
+        saved = {key.removeprefix(_lost_prefix(model)): value for key, value in saved.items()}
+        own = _adapter(model)
+        if {key: value.shape for key, value in own.items()} != {key: value.shape for key, value in saved.items()}:
+            raise ValueError(
+                f"the LoRA in {folder} is not of the rank, or not on the modules, that this run trains; give the "
+                "--rank and --lora_target_modules that it was trained with"
+            )
+        set_peft_model_state_dict(model, saved)
+
+
+def _adapter(model: nn.Module) -> dict[str, Tensor]:
+    return {key: value.detach().cpu().contiguous() for key, value in get_peft_model_state_dict(model).items()}
+
+
+def _config(model: nn.Module) -> LoraConfig:
+    return model.peft_config[ADAPTER]
+
+
+def _peft_folder(folder: str | Path, name: str) -> Path:
+    return Path(folder, f"{name}_lora")
+
+
+def _lost_prefix(model: nn.Module) -> str:
+    """What transformers 5 left out of the names in ``CLIPTextModel``; files keep it, since all others expect it."""
+    return "text_model." if isinstance(model, CLIPTextModel) and not hasattr(model, "text_model") else ""
+
+
+# --- other programs --------------------------------------------------------------------------------------------------
+
+
+def save_for_other_programs(
+    pipeline_class: type[DiffusionPipeline], folder: str | Path, models: Mapping[str, nn.Module], name: str
+) -> Path | None:
+    """Write the adapters of the components once more, as other programs read them: one file with the run's name.
+
+    The file has no metadata, from which some programs conclude that a LoRA is of Stable Diffusion 1.
+
+    DoRA's length m of each row is written as ``dora_scale``, (out, 1), for m (W + s B A) / |W + s B A|, as DoRA and
+    LyCORIS have it. ComfyUI, as of August 2026, divides by |W| instead, which is close while the LoRA is small;
+    sd-scripts, and diffusers in this layout, leave m out.
+
+    Returns:
+        The file; None where the pipeline's LoRA has no layout that other programs share.
+    """
+    if pipeline_class not in _LAYOUTS:
+        return None
+    layout = _LAYOUTS[pipeline_class]
+    tensors = {}
+    for component, model in models.items():
+        adapted = [key for key, module in model.named_modules() if isinstance(module, LoraLayer)]
+        if component in TEXT_ENCODERS:
+            originals = {_lost_prefix(model) + key: (key,) for key in adapted}
+        else:
+            originals = layout.originals(model, adapted)
+        for original, names in originals.items():
+            key = f"{layout.prefixes[component]}_{original.replace('.', '_')}"
+            tensors |= {f"{key}.{kind}": tensor for kind, tensor in _stacked(model, names).items()}
+    path = Path(folder, name + OTHERS_SUFFIX)
+    save_file(tensors, path)
+    return path
+
+
+def _stacked(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    """One adapter for the layers of those names as the rows of one weight; some, not all, may have none themselves.
+
+    Each keeps its own factors: A are stacked, (n r, in), B are the blocks on a diagonal, (sum of out, n r).
+    """
+    layers = [model.get_submodule(name) for name in names]
+    adapted = [layer for layer in layers if isinstance(layer, LoraLayer)]
+    down, up = adapted[0].lora_A[ADAPTER].weight, adapted[0].lora_B[ADAPTER].weight
+    if len(layers) > 1:
+        down = torch.cat([layer.lora_A[ADAPTER].weight for layer in adapted])
+        up = torch.block_diag(
+            *(
+                layer.lora_B[ADAPTER].weight if isinstance(layer, LoraLayer) else down.new_zeros(layer.out_features, 0)
+                for layer in layers
+            )
+        )
+    tensors = {
+        "lora_down.weight": down,
+        "lora_up.weight": _in_order(model, names[0], up),
+        # By peft's scale, which is alpha / sqrt(rank) in rank-stabilised LoRA, and by the rank that others see.
+        "alpha": torch.tensor(adapted[0].scaling[ADAPTER] * len(down), dtype=down.dtype),
+    }
+    if ADAPTER in adapted[0].lora_magnitude_vector:  # DoRA
+        magnitudes = torch.cat([_magnitudes(layer) for layer in layers])
+        tensors["dora_scale"] = _in_order(model, names[0], magnitudes.reshape(-1, *[1] * (down.ndim - 1)))
+    return {kind: tensor.detach().cpu().contiguous() for kind, tensor in tensors.items()}
+
+
+def _magnitudes(layer: nn.Module) -> Tensor:
+    """DoRA's length of each row, (out,): a layer without an adapter keeps what it has."""
+    if isinstance(layer, LoraLayer):
+        return layer.lora_magnitude_vector[ADAPTER].weight.flatten()
+    return dequantize_module_weight(layer).float().norm(dim=1)
+
+
+def _in_order(model: nn.Module, name: str, rows: Tensor) -> Tensor:
+    """Rows in the original's order: this one norm of diffusers has scale and shift the other way round."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return torch.cat(rows.chunk(2)[::-1]) if isinstance(owner, AdaLayerNormContinuous) else rows

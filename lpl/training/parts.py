@@ -1,0 +1,115 @@
+"""What is trained, as one module: the denoiser and, if asked for, text encoders; whole or by LoRA.
+
+One module, so that accelerate wraps, accumulates and synchronises one. It saves and loads itself in the layout that
+diffusers' pipelines read, the moving average included.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lpl.autoencoders import exact_precision
+from lpl.families import Conditions, Family
+from lpl.training import lora
+
+
+class TrainedParts(nn.Module):
+    """The parts of a pipeline that are trained, and how they are called in a step.
+
+    Args:
+        args: the flags; ``lora`` and ``train_text_encoder`` say what is trained.
+    """
+
+    def __init__(self, family: Family, args: Namespace) -> None:
+        super().__init__()
+        self._family, self.lora = (family,), args.lora.lora  # in a tuple: its frozen parts are no parts of this module
+        names = [family.denoiser_name, *(family.trainable_text_encoders if args.train_text_encoder else ())]
+        self.parts = nn.ModuleDict({name: getattr(family.pipeline, name) for name in names})
+        for part in self.parts.values():
+            if args.lora.lora and part is family.denoiser:
+                lora.add_lora(part, args.lora_target_modules or family.lora_targets, args, dora=args.use_dora)
+            elif args.lora.lora:
+                lora.add_lora(part, lora.TEXT_ENCODER_TARGETS, args)
+            else:
+                part.requires_grad_(True)
+            if args.gradient_checkpointing:
+                _checkpoint_gradients(part)
+        self.train()
+
+    @property
+    def family(self) -> Family:
+        return self._family[0]
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.parts[self.family.denoiser_name]
+
+    @property
+    def text_encoders(self) -> list[nn.Module]:
+        return [part for name, part in self.parts.items() if name != self.family.denoiser_name]
+
+    def parameters_of(self, *parts: nn.Module) -> list[nn.Parameter]:
+        """What is trained of some parts."""
+        return [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
+
+    def weights(self) -> list[nn.Parameter]:
+        """Everything that the optimizer moves, always in the same order."""
+        return self.parameters_of(*self.parts.values())
+
+    @torch.no_grad()
+    def not_finite(self) -> str:
+        """Names of the parts in which a weight that is trained is NaN or infinite, if any; waits for the device."""
+        finite = {
+            name: torch.stack([parameter.isfinite().all() for parameter in self.parameters_of(part)]).all()
+            for name, part in self.parts.items()
+        }
+        return " and ".join(name for name, good in finite.items() if not good)
+
+    def conditions(self, batch: Mapping[str, Any], device: torch.device) -> Mapping[str, Any]:
+        """What :meth:`forward` takes besides latents and timesteps: what frozen text encoders make of the batch, once
+        for all calls, or the batch itself where text encoders are trained and have to run inside."""
+        if self.text_encoders:
+            return batch
+        with torch.no_grad(), exact_precision(device):
+            return self.family.conditions(batch, device)
+
+    def forward(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions | Mapping[str, Any]) -> Tensor:
+        """D, (B, C, h, w), in the denoiser's precision."""
+        if self.text_encoders:
+            conditions = self.family.conditions(conditions, noisy_latents.device)
+        return self.family.predict(self.denoiser, noisy_latents, timesteps, conditions)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the trained parts: whole models as ``unet/`` and the like, or the adapters."""
+        if self.lora:
+            lora.save_lora(self.family.pipeline_class, folder, self.parts)
+        else:
+            for name, part in self.parts.items():
+                part.save_pretrained(Path(folder, name))
+
+    def load(self, folder: str | Path) -> None:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: for adapters that are not of the same rank and modules.
+            OSError: where a part is missing.
+        """
+        if self.lora:
+            lora.load_lora(self.family.pipeline_class, folder, self.parts)
+        else:
+            for name, part in self.parts.items():
+                saved = type(part).from_pretrained(Path(folder, name), dtype=part.dtype, use_safetensors=True)
+                part.load_state_dict(saved.state_dict())
+
+
+def _checkpoint_gradients(part: nn.Module) -> None:
+    if hasattr(part, "enable_gradient_checkpointing"):  # diffusers
+        part.enable_gradient_checkpointing()
+    else:  # transformers
+        part.gradient_checkpointing_enable()

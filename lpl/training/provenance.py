@@ -1,0 +1,195 @@
+"""What a run's numbers depend on besides its flags, and what of it is another when its recipe is run again.
+
+A recipe has these facts under ``measured``; ``args.rerun_of`` are those of the recipe that a run was started from.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import reprlib
+from argparse import Namespace
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import PIL
+from datasets import Dataset, IterableDataset
+from huggingface_hub import try_to_load_from_cache
+
+from lpl import __version__
+from lpl.config.command_line import recipe
+from lpl.config.recipes import recipe_text
+from lpl.data.fingerprint import fingerprint, shard_paths
+from lpl.data.source import data_folders
+from lpl.tools.files import write_text
+from lpl.tools.layout import RECIPE as FILE
+from lpl.tools.privacy import is_hub_id
+
+
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the libraries that decide what a run computes; those not installed are left out."""
+    versions = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+MODELS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "lpl_vae_name_or_path")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+# The facts -----------------------------------------------------------------------------------------------------------
+
+
+def measured_facts(
+    args: Namespace, dataset: Dataset | IterableDataset, num_processes: int, hardware: str
+) -> dict[str, Any]:
+    """What a run's numbers depend on besides its flags, in YAML's types; reads images, see :mod:`lpl.fingerprint`.
+
+    Args:
+        dataset: what is trained on.
+        hardware: such as "8 x NVIDIA H200".
+    """
+    data: dict[str, Any] = {
+        "fingerprint": fingerprint(dataset, args.image_column, args.caption_column, data_folders(args))
+    }
+    if isinstance(dataset, Dataset):
+        data["images"] = len(dataset)
+    return {
+        "data": data,
+        "num_processes": num_processes,
+        "global_batch": args.train_batch_size * num_processes * args.gradient_accumulation_steps,
+        "commits": commits(args, dataset),
+        "hardware": hardware,
+        "libraries": {"lpl": __version__, **installed_versions(), "pillow": PIL.__version__},
+    }
+
+
+def write_recipe(args: Namespace, measured: Mapping[str, Any]) -> None:
+    """Every flag of the run with its resolved value, for --config, and what the run has found out."""
+    write_text(Path(args.output_dir, FILE), recipe_text(recipe(args), measured))
+
+
+def commits(args: Namespace, dataset: Dataset | IterableDataset) -> dict[str, str]:
+    """``user/repo@commit`` by flag, of the models and the data set of the Hub, as far as the caches tell."""
+    files = dict.fromkeys(MODELS, "config.json") | {MODELS[0]: "model_index.json"}
+    found = {}
+    for name, file in files.items():
+        source = getattr(args, name)
+        if source and is_hub_id(source):
+            revision = args.revision if name == MODELS[0] else None
+            path = try_to_load_from_cache(source, file, args.cache_dir, revision)
+            found[name] = os.path.basename(os.path.dirname(path)) if isinstance(path, str) else None
+    if args.dataset_name and is_hub_id(args.dataset_name):
+        found["dataset_name"] = _data_commit(dataset, args.dataset_name)
+    return {name: f"{getattr(args, name)}@{commit}" for name, commit in found.items() if commit}
+
+
+def _data_commit(dataset: Dataset | IterableDataset, name: str) -> str | None:
+    """The commit that a data set of the Hub was read at: it is in its files' addresses, or its place in the cache."""
+    if isinstance(dataset, IterableDataset):
+        paths = (re.search(rf"hf://datasets/{re.escape(name)}@(\w+)", path) for path in shard_paths(dataset))
+        return next((path[1] for path in paths if path), None)
+    folders = (os.path.basename(os.path.dirname(file["filename"])) for file in dataset.cache_files)
+    return next((folder for folder in folders if COMMIT.fullmatch(folder)), None)
+
+
+# Comparison ----------------------------------------------------------------------------------------------------------
+
+
+def compare_with(recipe: Mapping[str, Any], now: Mapping[str, Any], train_batch_size: int) -> list[str]:
+    """Why a run will not have the numbers of the one whose recipe it was started from, a sentence each.
+
+    Args:
+        recipe: what that recipe has measured; it may be anything, and what cannot be compared is passed over.
+        now: :func:`measured_facts` of this run.
+        train_batch_size: of this run.
+    """
+    data = _other_data(recipe, now)
+    sources = [name for name in now["commits"] if data or name != "dataset_name"]  # a commit may change a word only
+    sentences = [data, _other_batch(recipe, now, train_batch_size)]
+    sentences += [_other_commit(name, recipe, now) for name in sources]
+    return [sentence for sentence in (*sentences, _other_libraries(recipe, now)) if sentence]
+
+
+def _other_data(recipe: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    theirs, ours = _mapping(recipe.get("data")), now["data"]
+    if theirs.get("fingerprint") in (None, ours["fingerprint"]):
+        return None
+    before, images = _count(theirs.get("images")), ours.get("images")
+    said = "other images or captions, or in another order"
+    if None not in (before, images) and before != images:
+        said = f"{images} images instead of {before}"
+    return f"the data is not that of the recipe's run ({said}), so the loss curve will differ"
+
+
+def _other_batch(recipe: Mapping[str, Any], now: Mapping[str, Any], train_batch_size: int) -> str | None:
+    batch, processes = _count(recipe.get("global_batch")), _count(recipe.get("num_processes"))
+    if processes is None:
+        return None
+    here, there = _counted(now["num_processes"], "process"), _counted(processes, "process")
+    if batch not in (None, now["global_batch"]):
+        return (
+            f"a step takes {_counted(now['global_batch'], 'image')} on {here} and took {batch} on {there} in the "
+            "recipe's run, so the loss curve will differ; "
+            f"{_same_batch(batch, now['num_processes'], train_batch_size)}"
+        )
+    if processes != now["num_processes"] and "images" not in now["data"]:
+        return (
+            f"--streaming reads in another order on {here} than on {there}, as in the recipe's run, so the loss curve "
+            "will differ"
+        )
+    return None
+
+
+def _same_batch(batch: int, processes: int, train_batch_size: int) -> str:
+    """Which flags make as many images a step, with micro-batches that are no larger."""
+    each, rest = divmod(batch, processes)
+    if rest:
+        return f"{_counted(processes, 'process')} cannot share {batch}"
+    size = next(size for size in range(min(train_batch_size, each), 0, -1) if each % size == 0)
+    smaller = f" --train_batch_size {size}" if size != train_batch_size else ""
+    return f"--gradient_accumulation_steps {each // size}{smaller} gives the same"
+
+
+def _other_commit(name: str, recipe: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    source, _, commit = now["commits"][name].partition("@")
+    theirs, _, before = str(_mapping(recipe.get("commits")).get(name)).partition("@")
+    if theirs != source or before == commit or not COMMIT.fullmatch(before):
+        return None
+    return (
+        f"{name} {source} is at commit {commit[:7]} now and was at {before[:7]} in the recipe's run, so the loss "
+        f"curve may differ{f'; --revision {before} is the same' if name == MODELS[0] else ''}"
+    )
+
+
+def _other_libraries(recipe: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    theirs = {**_mapping(recipe.get("libraries")), "hardware": recipe.get("hardware")}
+    ours = {**now["libraries"], "hardware": now["hardware"]}
+    other = [name for name in ours if isinstance(theirs.get(name), str) and theirs[name] != ours[name]]
+    said = ", ".join(f"{name} {ours[name]} ({reprlib.repr(theirs[name])[1:-1]})" for name in other)
+    return f"not as in the recipe's run, in brackets: {said}; last digits may differ" if other else None
+
+
+def _mapping(value: Any) -> Mapping[Any, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and 0 < value < 2**31 else None
+
+
+def _counted(count: int, word: str) -> str:
+    """
+    >>> _counted(1, "process"), _counted(2, "process"), _counted(2, "image")
+    ('1 process', '2 processes', '2 images')
+    """
+    return f"{count} {word}{'' if count == 1 else 'es' if word.endswith('s') else 's'}"

@@ -1,0 +1,91 @@
+"""Steps that were not taken because a loss or a gradient was NaN or infinite: counted, named, and limited.
+
+:class:`lpl.optimizers.Updates` leaves everything as it was in such a step. Here its samples are remembered on the
+device, and named at the next logging step, so that no other step waits.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from lpl.training.losses import BatchLosses
+
+
+logger = logging.getLogger(__name__)
+NAMED = 8  # samples of a step that are named
+TERMS = ("diffusion loss", "LPL")
+
+
+class SkippedSteps:
+    """Those of a run, over all its processes.
+
+    Args:
+        limit: --max_skipped_steps.
+        count: of them before a resume.
+    """
+
+    def __init__(self, accelerator: Accelerator, limit: int, count: int = 0) -> None:
+        self.accelerator, self.limit, self.count = accelerator, limit, count
+        self._samples: list[
+            tuple[int, Tensor, Tensor, Tensor]
+        ] = []  # step, index, timestep; on the device which terms
+        self._steps: list[tuple[int, Tensor]] = []  # and, on the device, whether it was skipped
+
+    def add(self, step: int, batch: Mapping[str, Any], terms: BatchLosses) -> None:
+        """One micro-batch of an optimizer step, counted from 1."""
+        self._samples.append((step, batch["index"], batch["timestep"], terms.not_finite()))
+
+    def end_step(self, step: int, skipped: Tensor) -> None:
+        """After the step; ``skipped``, (), is 1 where it was not taken."""
+        self._steps.append((step, skipped.clone()))
+
+    def write(self) -> str | None:
+        """Name what there was since the last call; called by every process at the same steps. Waits for the device.
+
+        Returns:
+            Why the run has to end, where there are more than the limit; the same in every process.
+        """
+        numbers = [step for step, _ in self._steps]
+        flags = torch.stack([skipped for _, skipped in self._steps]).tolist() if numbers else []
+        skipped = [step for step, flag in zip(numbers, flags, strict=True) if flag]
+        samples, self._samples, self._steps = self._samples, [], []
+        if not skipped:
+            return None
+        mine = [found for found in map(_found, samples) if found[0] in skipped]
+        gathered = gather_object(mine) if self.accelerator.num_processes > 1 else mine
+        causes: dict[int, list[str]] = {step: [] for step in skipped}
+        for step, names in gathered:
+            causes[step] += names
+        if self.accelerator.scaler is not None:  # fp16 finds the scale of its loss by gradients that overflow
+            skipped = [step for step in skipped if causes[step] or self.accelerator.scaler.get_scale() < 1]
+            if not skipped:
+                return None
+        self.count += len(skipped)
+        for step in skipped[:NAMED]:
+            names = causes[step]
+            rest = f", and {len(names) - NAMED} more" if len(names) > NAMED else ""
+            logger.warning(f"step {step} changed nothing: {', '.join(names[:NAMED]) or 'a gradient'}{rest} not finite")
+        logger.warning(f"{self.count} steps changed nothing so far, of at most {self.limit} (--max_skipped_steps)")
+        if self.count <= self.limit:
+            return None
+        return (
+            f"--max_skipped_steps {self.limit}: {self.count} steps had a loss or a gradient that is not finite, and "
+            "changed nothing; lower --learning_rate, look at the samples named above, or try --mixed_precision no; to "
+            "go on from here, raise the limit"
+        )
+
+
+def _found(sample: tuple[int, Tensor, Tensor, Tensor]) -> tuple[int, list[str]]:
+    """The step, and its samples whose terms are not finite, in words."""
+    step, index, timestep, flags = sample
+    return step, [
+        f"{TERMS[term]} of image {int(index[row])} at timestep {float(timestep[row]):g}"
+        for row, term in flags.nonzero().tolist()
+    ]

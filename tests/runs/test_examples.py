@@ -1,0 +1,110 @@
+"""What README and examples/ show is run here, not admired."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from trainer import ROOT
+
+from lpl import LatentPerceptualLoss, get_objective
+from lpl.config.command_line import build_parser
+
+
+def commands_in(text):
+    """The flags of every call of the training script in a Markdown or shell text; a number for a shell's argument."""
+    for block in re.findall(r"train_text_to_image_lpl\.py\"? \\\n(?:.*\\\n)*.*$", text, re.MULTILINE):
+        words = shlex.split(block.partition("\\\n")[2].replace("\\\n", " "))
+        yield ["7" if re.fullmatch(r"\$\d", word) else word for word in words if not word.startswith("${@")]
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "examples/quickstart/finetune.sh", "examples/quickstart/train_denoiser.sh"]
+)
+def test_the_commands_that_are_shown_parse(name):
+    commands = list(commands_in((ROOT / name).read_text()))
+    assert commands
+    for words in commands:
+        build_parser().parse_args(words)
+
+
+def test_readme_flags_have_the_defaults_that_it_states():
+    table = re.findall(r"^\| `--(\w+)` \| `([^`]+)`", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(table) >= 2
+    parser = build_parser()
+    assert [(name, str(parser.get_default(name))) for name, _ in table] == table
+
+
+class TestOwnLoop:
+    @pytest.fixture
+    def parts(self, sd_pipeline):
+        pipeline = DiffusionPipeline.from_pretrained(sd_pipeline)
+        objective = get_objective("epsilon", pipeline.scheduler)
+        embeddings = pipeline.encode_prompt(["a cat", "a dog"], "cpu", 1, False)[0].detach()
+        return pipeline.unet, objective, LatentPerceptualLoss(pipeline.vae), torch.randn(2, 4, 8, 8), embeddings
+
+    def loss(self, parts, **options):
+        sys.path.insert(0, str(ROOT / "examples"))
+        from own_loop import training_loss
+
+        torch.manual_seed(1)
+        return training_loss(*parts, **options)
+
+    def test_lpl_is_added(self, parts):
+        plain, half, full = (self.loss(parts, weight=weight, sigma_threshold=1e9) for weight in (0.0, 0.5, 1.0))
+        assert full > half > plain
+        torch.testing.assert_close(full - plain, 2 * (half - plain))
+
+    def test_only_below_the_threshold(self, parts):
+        assert self.loss(parts, weight=1.0, sigma_threshold=0.0) == self.loss(parts, weight=0.0)
+
+    def test_the_gradient_reaches_the_denoiser_only(self, parts):
+        self.loss(parts, sigma_threshold=1e9).backward()
+        unet, _, loss_fn, *_ = parts
+        assert any(parameter.grad is not None for parameter in unet.parameters())
+        assert all(parameter.grad is None for parameter in loss_fn.vae.parameters())
+
+
+def test_the_loss_alone_needs_no_trainer(tmp_path):
+    """`from lpl import LatentPerceptualLoss` where nothing but torch, diffusers and what they need is installed."""
+    absent = ("accelerate", "transformers", "datasets", "peft", "bitsandbytes", "matplotlib")
+    for entry in Path(torch.__file__).parent.parent.iterdir():
+        if not entry.name.lower().startswith(absent):
+            (tmp_path / entry.name).symlink_to(entry)
+    code = "import sys; from lpl import LatentPerceptualLoss; print('accelerate' in sys.modules)"
+    environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": os.environ["PATH"]}
+    done = subprocess.run([sys.executable, "-S", "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stdout + done.stderr
+
+
+def test_the_quickstart_data(tmp_path):
+    script = ROOT / "examples" / "quickstart" / "prepare_data.py"
+    subprocess.run([sys.executable, str(script), "--output_dir", str(tmp_path)], check=True, capture_output=True)
+    rows = [json.loads(line) for line in Path(tmp_path, "train", "metadata.jsonl").read_text().splitlines()]
+    assert len(rows) > 900 and len({row["text"] for row in rows}) >= 30
+    assert all(Path(tmp_path, "train", row["file_name"]).is_file() for row in rows)
+
+
+def test_the_shipped_pipeline_is_small_and_samples():
+    folder = ROOT / "examples" / "quickstart" / "pipeline"
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 20e6
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts, size = ["a photo of a tabby cat", "a wall of bricks"], {"height": 64, "width": 64}
+    arguments = {
+        "num_inference_steps": 10,
+        "guidance_scale": 2.0,
+        "max_sequence_length": 16,
+        "output_type": "np",
+    } | size
+    images = pipeline(prompts, generator=torch.manual_seed(0), **arguments).images
+    assert images.shape == (2, 64, 64, 3) and images[0].std() > 0.05
+    # bricks are grey and a tabby cat is not: the prompt decides
+    saturation = [(image.max(-1) - image.min(-1)).mean() for image in images]
+    assert saturation[0] > 1.5 * saturation[1]

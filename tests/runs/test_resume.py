@@ -1,0 +1,118 @@
+"""A run that goes on from any of its checkpoints ends as the one that was never interrupted, bit for bit."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from trainer import launch, metrics, same, train, validation_metrics, weights
+
+from lpl.tools.files import load_state
+from lpl.training.checkpoints import TrainingState
+
+
+RUN = {
+    "max_train_steps": 5,
+    "checkpointing_steps": 1,
+    "logging_steps": 2,
+    "use_ema": True,
+    "ema_decay": 0.5,
+    "lr_scheduler": "cosine",
+    "lpl_measuring_steps": 4,
+    "proportion_empty_prompts": 0.3,
+    "random_flip": True,
+    "seed": 3,
+}
+LORA = {"lora": True, "rank": 2, "lora_dropout": 0.3}
+VARIANTS = {
+    "several epochs": ("sd", {"train_batch_size": 7}),
+    "accumulation": ("sd", {"gradient_accumulation_steps": 3, "offload_ema": True}),
+    "loader processes": ("sd", {"dataloader_num_workers": 2, "foreach_ema": True}),
+    "bf16": ("sd", {"mixed_precision": "bf16", "lpl_every": 2, "lpl_start_step": 1}),
+    "LoRA with dropout": ("sd", LORA),  # draws from the global random state
+    "text encoders": ("sdxl", LORA | {"train_text_encoder": True}),
+    "SD3, parts of images": ("sd3", {"lpl_crop": 16, "lpl_max_samples": 1, "validation_every_nth": 4}),
+    "8 bits": ("sd", {"use_8bit_adam": True}),
+    "prodigy": ("sd", {"optimizer": "prodigy", "learning_rate": 1.0}),
+}
+
+
+def everything(folder, step):
+    """A checkpoint: weights, moving average, and every number and tensor of its state."""
+    checkpoint = folder / f"checkpoint-{step}"
+    states = [load_state(path) for path in sorted(checkpoint.glob("*.safetensors")) if "lora" not in path.name]
+    return weights(checkpoint), list(flat(states)), (checkpoint / "progress.json").read_text().split('"log"')[0]
+
+
+def flat(value):
+    if isinstance(value, dict):
+        value = [part for entry in value.items() for part in entry]
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from flat(part)
+    else:
+        yield value
+
+
+def assert_equal(folder, whole, step):
+    (ours, our_state, our_place), (others, other_state, other_place) = (everything(x, step) for x in (folder, whole))
+    assert same(ours, others) and our_place == other_place and len(our_state) == len(other_state)
+    for one, other in zip(our_state, other_state, strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    assert metrics(folder) == metrics(whole)
+
+
+def interrupted(whole, step, folder):
+    """What a run leaves that ends after a step, though its log is longer."""
+    folder.mkdir()
+    for name in ("recipe.yaml", "metrics.jsonl"):
+        shutil.copy(whole / name, folder)
+    shutil.copytree(whole / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+    return folder
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_going_on_changes_nothing(name, request, image_folder, tmp_path):
+    family, flags = VARIANTS[name]
+    for flag, module in (("use_8bit_adam", "bitsandbytes"), ("optimizer", "prodigyopt")):
+        if flag in flags:
+            pytest.importorskip(module)
+    pipeline = request.getfixturevalue(f"{family}_pipeline")
+    whole = train(pipeline, image_folder, tmp_path / "whole", **RUN | flags)
+    folder = interrupted(whole, 3, tmp_path / "resumed")
+    train(pipeline, image_folder, folder, **RUN | flags, resume_from_checkpoint="latest")
+    assert_equal(folder, whole, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, 2, 4])
+def test_two_processes_go_on_from_any_step(step, sd_pipeline, image_folder, tmp_path):
+    flags = RUN | LORA | {"gradient_accumulation_steps": 2, "dataloader_num_workers": 1}
+    two = ("--multi_gpu", "--num_processes", "2", "--main_process_port", "29617")
+    whole = launch(sd_pipeline, image_folder, tmp_path / "whole", *two, **flags)
+    assert (whole / "checkpoint-5" / TrainingState.RANDOM_FILE.format(1)).is_file()  # the second one took part
+    folder = interrupted(whole, step, tmp_path / "resumed")
+    launch(sd_pipeline, image_folder, folder, *two, **flags, resume_from_checkpoint="latest")
+    assert_equal(folder, whole, 5)
+
+
+def test_a_validation_that_comes_again_is_logged_once(sd_pipeline, image_folder, tmp_path):
+    """Killed after it, and before the checkpoint knew that it is done."""
+    flags = {"max_train_steps": 3, "checkpointing_steps": 1, "validation_every_nth": 4, "validation_steps": 2}
+    whole = train(sd_pipeline, image_folder, tmp_path / "whole", **flags)
+    folder = interrupted(whole, 2, tmp_path / "resumed")
+    progress = folder / "checkpoint-2/progress.json"
+    progress.write_text(json.dumps(json.loads(progress.read_text()) | {"looked": False}))
+    train(sd_pipeline, image_folder, folder, **flags, resume_from_checkpoint="latest")
+    assert validation_metrics(folder) == validation_metrics(whole) and metrics(folder) == metrics(whole)
+    assert [step for step, *_ in validation_metrics(whole)] == [0, 2, 3]
+
+
+def test_at_the_end_nothing_is_trained(sd_pipeline, image_folder, tmp_path):
+    """A budget counts steps really taken: resuming at its end, or past it, leaves the weights as they are."""
+    whole = train(sd_pipeline, image_folder, tmp_path, **RUN)
+    before, entries = everything(whole, 5), metrics(whole)
+    for steps in (5, 4):
+        train(sd_pipeline, image_folder, whole, **RUN | {"max_train_steps": steps}, resume_from_checkpoint="latest")
+        assert same(weights(whole / "unet"), weights(whole / "checkpoint-5/ema/unet"))
+    assert same(everything(whole, 5)[0], before[0]) and metrics(whole) == entries
