@@ -8,6 +8,9 @@ READY := $(VENV)/.ready
 QUICKSTART_STEPS ?= 400
 QUICKSTART ?= quickstart
 
+# What test runs; empty: all.
+TESTS ?=
+
 # How often test-faults kills.
 KILLS ?= 100
 
@@ -30,14 +33,14 @@ quickstart: $(READY)  ## fine-tune the small shipped pipeline with LPL on real p
 quickstart-weights: $(READY)  ## train the quickstart's pipeline anew, without LPL (under two hours on 2 cores)
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/quickstart/train_pipeline.sh $(QUICKSTART)
 
-test: $(READY)  ## the tests
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+test: $(READY)  ## the tests, or those named by TESTS
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(TESTS)
 
 test-slow: $(READY)  ## the long ones
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 test-faults: $(READY)  ## kill a training run at random moments, KILLS times, and resume it each time
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 KILLS=$(KILLS) $(BIN)/python -m pytest tests/test_killed.py -m slow
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 KILLS=$(KILLS) $(BIN)/python -m pytest tests/runs/test_killed.py -m slow
 
 test-gpu:  ## those that need a GPU, and the measurements at real sizes; PYTHON=... names one whose torch has CUDA
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest tests/gpu
@@ -51,8 +54,10 @@ benchmark: $(READY)  ## what LPL costs, against the decoder passes that it needs
 style: $(READY)  ## format
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
-quality: $(READY)  ## check the format
+quality: $(READY)  ## check the format, the types, and that no import runs upwards
 	$(BIN)/ruff format --check . && $(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
 
 clean:  ## drop what quickstart and tests made
 	rm -rf $(QUICKSTART) .pytest_cache .ruff_cache

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lpl.gate import has_lpl, ramp
+
 from lpl.options import parse_weight
 
 
@@ -34,17 +36,36 @@ class LplWeight:
     Args:
         text: ``--lpl_weight``.
         measuring_steps: optimizer steps with LPL over which both terms are measured; those without do not count.
+        start_step, ramp_steps, every: which steps have LPL, and with how much of w, see :mod:`lpl.gate`.
     """
 
-    def __init__(self, text: str, measuring_steps: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        text: str,
+        measuring_steps: int,
+        device: torch.device,
+        start_step: int = 0,
+        ramp_steps: int = 0,
+        every: int = 1,
+    ) -> None:
         self.text = text
         fixed, self.share = parse_weight(text)
+        self.enabled = fixed != 0.0
         self.measuring_steps = measuring_steps
+        self.start_step, self.ramp_steps, self.every = start_step, ramp_steps, every
         self.steps = 0
         self._step_sums = torch.zeros(2, device=device)  # diffusion loss and LPL within the current step
         self._micro_batches = 0  # in it
         self._sums = torch.zeros(2, device=device)  # the same over all measured steps
         self.value: Tensor = torch.full((), 0.0 if fixed is None else fixed, device=device)
+
+    def applies(self, step: int) -> bool:
+        """Whether an optimizer step, counted from 0, has LPL."""
+        return self.enabled and has_lpl(step, self.start_step, self.every)
+
+    def at(self, step: int) -> Tensor:
+        """w at an optimizer step, counted from 0, (); it grows from 0 over the ramp."""
+        return self.value * ramp(step, self.start_step, self.ramp_steps)
 
     @property
     def measuring(self) -> bool:

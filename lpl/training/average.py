@@ -1,4 +1,4 @@
-"""TODO: what is here."""
+"""The exponential moving average (EMA) of the trained weights, and its files in a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,21 +11,19 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
+from lpl.config.groups import Optimization
+from lpl.tools import layout
 from lpl.tools.files import write_text
 from lpl.training.parts import TrainedParts
 
 
-EMA_FOLDER, EMA_FILE = "ema", "ema.json"
-
-
 class MovingAverage(EMAModel):
-    """The exponential moving average of what is trained, as diffusers has it; whether a step counts may be known on
-    the device only.
+    """Diffusers' EMA, except that whether a step counts may be known on the device only.
 
     Args:
-        decay: it is reached slowly: after n steps it is at most (n + 1) / (n + 10).
-        foreach: all parameters at once, which is faster and takes their memory a second time for a moment.
-        offload: it waits in the CPU's memory from step to step.
+        decay: reached slowly: after n steps the decay is at most (n + 1) / (n + 10).
+        foreach: update all parameters at once: faster, but needs their memory a second time for a moment.
+        offload: keep the average in CPU memory between steps.
     """
 
     def __init__(
@@ -37,6 +35,15 @@ class MovingAverage(EMAModel):
         self.offload = offload
         if offload:
             self.to("cpu")
+
+    @classmethod
+    def of(cls, trained: TrainedParts, optimization: Optimization) -> MovingAverage | None:
+        """The average that --use_ema asks for."""
+        if not optimization.use_ema:
+            return None
+        assert optimization.ema_decay is not None
+        decay, foreach, offload = optimization.ema_decay, optimization.foreach_ema, optimization.offload_ema
+        return cls(trained.weights(), decay, foreach, offload)
 
     @torch.no_grad()
     def update(self, parameters: Sequence[nn.Parameter], skipped: Tensor) -> None:
@@ -58,36 +65,40 @@ class MovingAverage(EMAModel):
 
 
 @contextmanager
-def averaged(ema: MovingAverage | None, trained: TrainedParts) -> Iterator[None]:
-    """Within, the trained has the moving average's weights, if there is one."""
-    if ema is None:
+def averaged(average: MovingAverage | None, trained: TrainedParts) -> Iterator[None]:
+    """Within, the trained parts have the moving average's weights, if there is one."""
+    if average is None:
         yield
         return
     parameters = trained.weights()
-    ema.store(parameters)
-    ema.copy_to(parameters)
+    average.store(parameters)
+    average.copy_to(parameters)
     try:
         yield
     finally:
-        ema.restore(parameters)
+        average.restore(parameters)
 
 
-def save_ema(ema: MovingAverage, trained: TrainedParts, folder: str | Path) -> None:
-    """Write the moving average as the trained's own weights are written, in ``ema/``."""
-    with averaged(ema, trained):
-        trained.save(Path(folder, EMA_FOLDER))
-    write_text(Path(folder, EMA_FILE), json.dumps({"optimization_step": int(ema.count)}))
+def save_average(average: MovingAverage, trained: TrainedParts, folder: str | Path) -> None:
+    """Write the moving average into ``ema/``, as the trained weights are written."""
+    with averaged(average, trained):
+        trained.save(Path(folder, layout.EMA))
+    write_text(Path(folder, layout.EMA_COUNT), json.dumps({"optimization_step": int(average.count)}))
 
 
-def load_ema(ema: MovingAverage, trained: TrainedParts, folder: str | Path) -> bool:
-    """Read it again, through the trained's weights, which the caller loads afterwards. False where there is none."""
-    found = Path(folder, EMA_FOLDER).is_dir()
+def load_average(average: MovingAverage, trained: TrainedParts, folder: str | Path) -> bool:
+    """Read the average through the trained weights, which the caller loads afterwards.
+
+    Returns:
+        Whether the checkpoint has one; else the average starts from the checkpoint's weights.
+    """
+    found = Path(folder, layout.EMA).is_dir()
     if found:
-        trained.load(Path(folder, EMA_FOLDER))
-        ema.count.fill_(json.loads(Path(folder, EMA_FILE).read_text())["optimization_step"])
+        trained.load(Path(folder, layout.EMA))
+        average.count.fill_(json.loads(Path(folder, layout.EMA_COUNT).read_text())["optimization_step"])
     else:
         trained.load(folder)
     with torch.no_grad():
-        for shadow, parameter in zip(ema.shadow_params, trained.weights(), strict=True):
+        for shadow, parameter in zip(average.shadow_params, trained.weights(), strict=True):
             shadow.copy_(parameter)
     return found

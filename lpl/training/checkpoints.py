@@ -1,10 +1,12 @@
-"""Checkpoints from which a run goes on: ``checkpoint-N`` holds what is trained in diffusers' layout, its moving
-average in ``ema/`` likewise, the optimizer, the learning-rate schedule, LPL's weight, and where the run stands.
+"""Checkpoints that a run resumes from.
 
-A checkpoint is written beside its place and then renamed, so that what bears the name is whole; one that goes is
-renamed before it is deleted, so that nothing that bears the name is half there. Whenever a run is killed, the next one
-finds the last whole checkpoint. Those that an earlier run left beyond the step where a run begins are renamed to
-``earlier-checkpoint-N``: all that bear the name are of one run, and the highest number is the latest.
+``checkpoint-N`` holds the trained parts in diffusers' layout, their moving average in ``ema/`` likewise, the optimizer,
+the position in the learning-rate schedule, LPL's weight, and where the run stands (:class:`Progress`).
+
+A checkpoint is written under another name and then renamed, so ``checkpoint-N`` is always whole; before one is deleted
+it is renamed. Whenever a run is killed, the next one finds the last whole checkpoint. Checkpoints that an earlier run
+left beyond the step where a run starts are renamed to ``earlier-checkpoint-N``, so that all ``checkpoint-N`` are of one
+run and the highest number is the latest.
 """
 
 from __future__ import annotations
@@ -28,16 +30,18 @@ from safetensors import SafetensorError, safe_open
 from lpl.config.choices import ENDLESS_SCHEDULERS
 from lpl.config.config import FLAGS
 from lpl.config.groups import LENGTH, REFUSED, SILENT
+from lpl.tools import layout
 from lpl.tools.files import UNFINISHED, load_state, put_back, remove_halves, removed, save_state, sync, write_text
 from lpl.tools.machine import is_full
-from lpl.training.average import MovingAverage, load_ema, save_ema
+from lpl.training.average import MovingAverage, load_average, save_average
 from lpl.training.parts import TrainedParts
 from lpl.training.updates import Updates
 from lpl.weighting import LplWeight
 
+from lpl.tools.words import counted, first_line
+
 
 logger = logging.getLogger(__name__)
-PREFIX = "checkpoint-"
 
 
 @dataclass
@@ -46,11 +50,11 @@ class Progress:
 
     Args:
         step: finished optimizer steps.
-        seed: that its random numbers are keyed by.
-        looked: whether the samples and metrics that are due after this step are there.
-        log: sums of the log since its last entry, see :meth:`lpl.logs.Log.state`.
-        stream: where each process reads a streamed data set, see :class:`lpl.streaming.StreamedBatches`.
-        skipped: steps that changed nothing so far, see :class:`lpl.nonfinite.SkippedSteps`.
+        seed: key of the run's random numbers.
+        looked: whether the validation that is due after this step is done.
+        log: sums of the log since its last entry, see :meth:`lpl.training.log.Log.state`.
+        stream: where each process reads a streamed data set, see :class:`lpl.data.streaming.StreamedBatches`.
+        skipped: skipped steps so far, see :class:`lpl.training.skipped_steps.SkippedSteps`.
     """
 
     step: int
@@ -60,7 +64,7 @@ class Progress:
     stream: list[list[int]] = field(default_factory=list)
     skipped: int = 0
 
-    FILE: ClassVar[str] = "progress.json"
+    FILE: ClassVar[str] = layout.PROGRESS
 
     def save(self, folder: Path) -> None:
         write_text(folder / self.FILE, json.dumps(asdict(self)))
@@ -72,16 +76,16 @@ class Progress:
 
 @dataclass
 class TrainingState:
-    """All that a checkpoint holds besides where the run stands; as safetensors and JSON, nothing of it pickled."""
+    """All that a checkpoint holds besides where the run stands, as safetensors and JSON; nothing is pickled."""
 
     accelerator: Accelerator
     trained: TrainedParts
-    ema: MovingAverage | None
+    average: MovingAverage | None
     updates: Updates
     lpl_weight: LplWeight
 
-    FILE: ClassVar[str] = "state.safetensors"
-    RANDOM_FILE: ClassVar[str] = "random-{}.safetensors"
+    FILE: ClassVar[str] = layout.STATE
+    RANDOM_FILE: ClassVar[str] = layout.RANDOM_STATE
 
     def check(self) -> None:
         """Called by every process.
@@ -90,10 +94,10 @@ class TrainingState:
             FloatingPointError: where a weight is not finite.
         """
         if broken := self.trained.not_finite():
-            raise FloatingPointError(f"the weights of {broken} are not finite any more, and are not saved")
+            raise FloatingPointError(f"the weights of {broken} are not finite any more and are not saved")
 
     def random(self) -> list[dict[str, torch.Tensor | None]]:
-        """What dropout draws from, for each process; all else has generators of its own. All have to ask."""
+        """The global random state of each process, which dropout draws from. Every process calls it."""
         device = self.accelerator.device
         mine = {
             "cpu": torch.get_rng_state(),
@@ -102,26 +106,32 @@ class TrainingState:
         return gather_object([mine])
 
     def save(self, folder: Path, random: list[dict[str, torch.Tensor | None]]) -> None:
-        """On the main process alone: another one may be on a machine that does not see the folder, and where the disk
-        is full, only one has to make room."""
+        """Called by the main process alone: the others may be on machines that do not see the folder, and only one has
+        to make room if the disk is full."""
         self.trained.save(folder)
-        if self.ema is not None:
-            save_ema(self.ema, self.trained, folder)
+        if self.average is not None:
+            save_average(self.average, self.trained, folder)
         state = {"updates": self.updates.state_dict(), "lpl_weight": self.lpl_weight.state_dict()}
         save_state(state, folder / self.FILE)
         for process, its_random in enumerate(random):
             save_state(its_random, folder / self.RANDOM_FILE.format(process))
 
     def load(self, folder: Path) -> None:
-        """Go on from there; called by every process.
+        """Resume from there. Called by every process.
 
         Raises:
-            ValueError, OSError, SafetensorError: where it is a checkpoint of something else, or a damaged one.
+            ValueError: where the checkpoint is damaged, or of something else than what is trained.
         """
+        try:
+            self._load(folder)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ValueError(f"--resume_from_checkpoint {folder.name}: {first_line(error)}") from error
+
+    def _load(self, folder: Path) -> None:
         state = load_state(folder / self.FILE)
-        if self.ema is not None and not load_ema(self.ema, self.trained, folder):
+        if self.average is not None and not load_average(self.average, self.trained, folder):
             logger.warning(
-                "--use_ema: the checkpoint has no moving average, so it starts from the weights as they are"
+                "--use_ema: the checkpoint has no moving average, so it starts from the checkpoint's weights"
             )
         self.trained.load(folder)
         self.updates.load_state_dict(state["updates"])
@@ -138,23 +148,23 @@ def find_checkpoints(output_dir: str | Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
     found = _numbered(output_dir)
     if broken := [path for path in found if not is_whole(path)]:
-        said = ", ".join(sorted(path.name for path in broken))
-        logger.warning("%s: %s is no whole checkpoint and is passed over", output_dir, said)
+        names = ", ".join(sorted(path.name for path in broken))
+        logger.warning("%s: %s is not a whole checkpoint and is ignored", output_dir, names)
     return [path for path in found if path not in broken]
 
 
 def _numbered(output_dir: str | Path) -> list[Path]:
-    """What bears the name of a checkpoint, whole or not, oldest first."""
-    found = (path for path in Path(output_dir).glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit())
+    """The folders named like a checkpoint, whole or not, oldest first."""
+    found = (path for path in Path(output_dir).glob(f"{layout.CHECKPOINT_PREFIX}*") if path.name.removeprefix(layout.CHECKPOINT_PREFIX).isdigit())
     return sorted(found, key=_number)
 
 
 def _number(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix(PREFIX))
+    return int(checkpoint.name.removeprefix(layout.CHECKPOINT_PREFIX))
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a folder says where a run stands, and none of its tensors are cut off; reads headers only."""
+    """Whether a folder records where a run stands and none of its tensors are truncated; reads headers only."""
     try:
         Progress.load(folder)
         for file in folder.rglob("*.safetensors"):
@@ -166,14 +176,14 @@ def is_whole(folder: Path) -> bool:
 
 
 def set_aside(output_dir: str | Path, step: int) -> None:
-    """Rename the checkpoints beyond the step where a run begins, so that they are neither taken for its latest nor
-    outnumber its own; on the main process."""
+    """Rename the checkpoints beyond the step where a run starts, so that they are not taken for its own. On the main
+    process."""
     later = [path for path in _numbered(output_dir) if _number(path) > step]
     if later:
         moved = ", ".join(f"{path.name} to {path.rename(_free_name(path)).name}" for path in later)
         logger.warning(
-            f"--output_dir {output_dir}: this run begins at step {step}, so checkpoints of an earlier one beyond it "
-            f"are renamed: {moved}; --resume_from_checkpoint takes these names too"
+            f"--output_dir {output_dir}: this run starts at step {step}, so checkpoints of an earlier run beyond it "
+            f"are renamed: {moved}; --resume_from_checkpoint accepts these names too"
         )
 
 
@@ -185,9 +195,9 @@ def _free_name(checkpoint: Path) -> Path:
 
 
 def tidy(output_dir: str | Path) -> None:
-    """Put in place what was whole when a run was killed, and remove what was not; on the main process, before it looks
-    for a checkpoint. The result is what it was before, or of the new run."""
-    for hidden in Path(output_dir).glob(f".{PREFIX}*"):
+    """After a run was killed: move what was whole to its place, and remove the rest. On the main process, before it
+    looks for a checkpoint. The result is the earlier one or the new one, never a mix."""
+    for hidden in Path(output_dir).glob(f".{layout.CHECKPOINT_PREFIX}*"):
         folder = hidden.with_name(hidden.name.removeprefix(".").rpartition(".")[0])
         if hidden.name.endswith(UNFINISHED) and is_whole(hidden) and not folder.exists():
             hidden.rename(folder)
@@ -198,8 +208,10 @@ def tidy(output_dir: str | Path) -> None:
 
 
 def find_resumable(output_dir: str, name: str | None) -> Path | None:
-    """The checkpoint that --resume_from_checkpoint means: a folder, "latest", or "hub", by now as late; None = start
-    afresh.
+    """The checkpoint that --resume_from_checkpoint names: a folder, "latest", or "hub", which is downloaded by now.
+
+    Returns:
+        None to start afresh.
 
     Raises:
         ValueError: where a named folder is no checkpoint.
@@ -222,19 +234,16 @@ def find_resumable(output_dir: str, name: str | None) -> Path | None:
 
 
 def check_recipe(resumable: Path, values: Mapping[str, Any], processes: int) -> None:
-    """Name what the command changes of the run that it resumes.
-
-    A change of objective, of what is trained or of the optimizer is refused, since the checkpoint is of something
-    else; any other that moves numbers is allowed, with a warning; samples, logs and the like change without a word.
+    """Report the flags that the command changes of the run that it resumes, as each flag's ``on_resume`` says.
 
     Args:
         values: the flags, as ``recipe.yaml`` has them.
-        processes: of this run; their number is no flag, but a recipe says it among what its run has measured.
+        processes: of this run; a recipe records the number among what its run has measured.
 
     Raises:
-        ValueError: with the flag, what it was and what it is.
+        ValueError: for a flag that cannot change, since the checkpoint is of something else.
     """
-    file = resumable.resolve().parent / "recipe.yaml"
+    file = resumable.resolve().parent / layout.RECIPE
     earlier = (yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None) or {}
     endless = values.get("lr_scheduler") in ENDLESS_SCHEDULERS
     for name in sorted(values.keys() & earlier.keys()):
@@ -244,18 +253,18 @@ def check_recipe(resumable: Path, values: Mapping[str, Any], processes: int) -> 
         change = f"--{name} {_said(values[name])}: the run to resume has {_said(earlier[name])}"
         if FLAGS[name].on_resume is REFUSED:
             raise ValueError(
-                f"{change}, and its checkpoints cannot go on otherwise; start another run, or change it back"
+                f"{change}, and its checkpoints cannot be resumed otherwise; start another run, or change it back"
             )
-        logger.warning("%s; from here on the new value holds", change)
+        logger.warning("%s; the new value holds from here on", change)
     for difference in _other_processes(earlier.get("measured") or {}, values, processes):
         logger.warning(difference)
 
 
 def _other_processes(measured: Mapping[str, Any], values: Mapping[str, Any], processes: int) -> Iterator[str]:
-    """What follows from another number of them, or of images that a step takes."""
+    """What another number of processes, or of images per step, leads to."""
     if (before := measured.get("num_processes", processes)) != processes:
         yield (
-            f"this run has so many processes: {processes}, the run to resume {before}; sums of the log since its last "
+            f"this run has {counted(processes, 'process')} and the run to resume had {before}; the log's sums since its last "
             "entry and dropout's random state start anew"
         )
     images = processes * values["train_batch_size"] * values["gradient_accumulation_steps"]
@@ -271,15 +280,16 @@ def _said(value: Any) -> str:
 
 
 def checkpoint_path(output_dir: str | Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
-    return Path(output_dir, f"{PREFIX}{step}")
+    """Path of the checkpoint of a step."""
+    return Path(output_dir, f"{layout.CHECKPOINT_PREFIX}{step}")
 
 
 def save_checkpoint(state: TrainingState, output_dir: str, progress: Progress, total_limit: int | None) -> Path:
-    """Write ``checkpoint-STEP`` whole, then drop the oldest ones above the limit. Called by every process; the main
+    """Write ``checkpoint-STEP`` whole, then delete the oldest ones above the limit. Called by every process; the main
     one writes.
 
-    Where the disk is full they go before, as long as another one is left, and it is written once more.
+    If the disk is full, the oldest ones above the limit are deleted first, as long as one is left, and the checkpoint is
+    written again.
 
     Raises:
         OSError: where there is no room for it.
@@ -304,7 +314,7 @@ def save_checkpoint(state: TrainingState, output_dir: str, progress: Progress, t
 
 
 def _save_with_room(save: Callable[[], None], folder: Path, spare: list[Path]) -> None:
-    """Save; where the disk is full, once more without the spare checkpoints."""
+    """Save; if the disk is full, delete the spare checkpoints and save again."""
     try:
         save()
     except (OSError, SafetensorError) as error:
@@ -312,13 +322,13 @@ def _save_with_room(save: Callable[[], None], folder: Path, spare: list[Path]) -
             raise
         if not spare:
             raise OSError(errno.ENOSPC, getattr(error, "strerror", None) or str(error), str(folder)) from error
-        logger.warning(f"the disk is full: {', '.join(path.name for path in spare)} makes room for {folder.name}")
+        logger.warning(f"the disk is full: {', '.join(path.name for path in spare)} is deleted to make room for {folder.name}")
         _drop(spare)
         _save_with_room(save, folder, spare=[])
 
 
 def _above_limit(output_dir: str, new: Path, total_limit: int | None, keep: int = 0) -> list[Path]:
-    """The oldest checkpoints beside a new one that are too many, so that at least so many stay."""
+    """The oldest checkpoints that are too many beside a new one, so that at least ``keep`` of them stay."""
     others = [path for path in find_checkpoints(output_dir) if path != new]
     many = 0 if total_limit is None else min(len(others) + 1 - total_limit, len(others) - keep)
     return others[: max(0, many)]

@@ -1,30 +1,33 @@
-"""TODO: what is here."""
+"""Both terms of Eq. 3 for one micro-batch, and what the log and the health checks see of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lpl.autoencoders import feature_vae
+from lpl.config.groups import Lpl
 from lpl.loss import LatentPerceptualLoss
+from lpl.tools.machine import DTYPES
 
 
 @dataclass
 class BatchLosses:
-    """Both terms of Eq. 3 for a micro-batch of B samples, and what is seen of them, on the device."""
+    """Both terms of Eq. 3 for a micro-batch of B samples, on the device."""
 
     errors: Tensor  # (B,), the weighted diffusion loss of each sample
     lpl: Tensor  # (), averaged over the batch
     model_output: Tensor  # D, (B, C, h, w)
     inside: int  # samples inside the threshold
-    with_lpl: bool  # whether the step has LPL, which is 0 even so where no sample is inside
-    rows: int = 0  # samples that it was taken on
+    with_lpl: bool  # whether the step has LPL; it is 0 even then if no sample is inside
+    rows: int = 0  # samples that LPL was computed on
     by_block: Tensor | None = None  # (2, L): the parts of ``lpl``, and the kept shares summed over ``rows``
     by_row: tuple[Tensor, Tensor] | None = None  # places in the batch, and their LPL, both (rows,)
 
     def take(self, rows: Tensor, lpl: Tensor, share: float, lpl_loss: LatentPerceptualLoss) -> None:
-        """What the loss has just given for some rows, both (n,), which stand for that share of the batch."""
+        """Record LPL of some rows, both (n,), which stand for that share of the batch."""
         self.rows = len(lpl)
         self.by_row = rows, lpl.detach()
         self.lpl = share * lpl.mean()
@@ -39,7 +42,7 @@ class BatchLosses:
         return self.errors.mean()
 
     def not_finite(self) -> Tensor:
-        """Which samples' diffusion loss, and LPL, is NaN or infinite, (B, 2)."""
+        """Whether each sample's diffusion loss, and its LPL, is NaN or infinite, (B, 2)."""
         found = self.errors.detach().isfinite().logical_not()[:, None].repeat(1, 2)
         found[:, 1] = False
         if self.by_row is not None:
@@ -56,3 +59,14 @@ class BatchLosses:
                 (gradient,) = torch.autograd.grad(term, self.model_output, retain_graph=True)
                 squares[-1] = gradient.square().sum()
         return torch.stack(squares)
+
+
+def perceptual_loss(vae: nn.Module, lpl: Lpl, cache_dir: str | None) -> LatentPerceptualLoss:
+    """The latent perceptual loss that the flags ask for, through the pipeline's VAE or --lpl_vae_name_or_path."""
+    decoder = feature_vae(vae, lpl.lpl_vae_name_or_path, DTYPES[lpl.lpl_vae_dtype], cache_dir)
+    return LatentPerceptualLoss(
+        decoder,
+        blocks=lpl.lpl_blocks,
+        gradient_checkpointing=lpl.lpl_gradient_checkpointing,
+        **lpl.loss_options(),
+    )

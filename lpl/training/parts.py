@@ -1,12 +1,11 @@
-"""What is trained, as one module: the denoiser and, if asked for, text encoders; whole or by LoRA.
+"""What is trained, as one module: the denoiser and, with --train_text_encoder, text encoders; whole or by LoRA.
 
-One module, so that accelerate wraps, accumulates and synchronises one. It saves and loads itself in the layout that
-diffusers' pipelines read, the moving average included.
+It is one module so that accelerate wraps, accumulates and synchronises one. It saves and loads itself in the layout
+that diffusers' pipelines read.
 """
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,30 +14,33 @@ import torch
 from torch import Tensor, nn
 
 from lpl.autoencoders import exact_precision
+from lpl.config.groups import Lora
 from lpl.families import Conditions, Family
-from lpl.training import lora
+from lpl.training.lora import TEXT_ENCODER_TARGETS, add_lora, load_lora, save_lora
 
 
 class TrainedParts(nn.Module):
     """The parts of a pipeline that are trained, and how they are called in a step.
 
     Args:
-        args: the flags; ``lora`` and ``train_text_encoder`` say what is trained.
+        text_encoders: train the text encoders too.
     """
 
-    def __init__(self, family: Family, args: Namespace) -> None:
+    def __init__(
+        self, family: Family, lora: Lora, *, text_encoders: bool = False, gradient_checkpointing: bool = False
+    ) -> None:
         super().__init__()
-        self._family, self.lora = (family,), args.lora.lora  # in a tuple: its frozen parts are no parts of this module
-        names = [family.denoiser_name, *(family.trainable_text_encoders if args.train_text_encoder else ())]
+        self._family, self.lora = (family,), lora.lora  # in a tuple: its frozen parts are no parts of this module
+        names = [family.denoiser_name, *(family.trainable_text_encoders if text_encoders else ())]
         self.parts = nn.ModuleDict({name: getattr(family.pipeline, name) for name in names})
         for part in self.parts.values():
-            if args.lora.lora and part is family.denoiser:
-                lora.add_lora(part, args.lora_target_modules or family.lora_targets, args, dora=args.use_dora)
-            elif args.lora.lora:
-                lora.add_lora(part, lora.TEXT_ENCODER_TARGETS, args)
+            if lora.lora and part is family.denoiser:
+                add_lora(part, lora.lora_target_modules or family.lora_targets, lora, dora=lora.use_dora)
+            elif lora.lora:
+                add_lora(part, TEXT_ENCODER_TARGETS, lora)
             else:
                 part.requires_grad_(True)
-            if args.gradient_checkpointing:
+            if gradient_checkpointing:
                 _checkpoint_gradients(part)
         self.train()
 
@@ -55,16 +57,16 @@ class TrainedParts(nn.Module):
         return [part for name, part in self.parts.items() if name != self.family.denoiser_name]
 
     def parameters_of(self, *parts: nn.Module) -> list[nn.Parameter]:
-        """What is trained of some parts."""
+        """The trained parameters of some parts."""
         return [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
 
     def weights(self) -> list[nn.Parameter]:
-        """Everything that the optimizer moves, always in the same order."""
+        """All parameters that the optimizer updates, always in the same order."""
         return self.parameters_of(*self.parts.values())
 
     @torch.no_grad()
     def not_finite(self) -> str:
-        """Names of the parts in which a weight that is trained is NaN or infinite, if any; waits for the device."""
+        """Names of the parts in which a trained weight is NaN or infinite; empty if there are none. Waits for the device."""
         finite = {
             name: torch.stack([parameter.isfinite().all() for parameter in self.parameters_of(part)]).all()
             for name, part in self.parts.items()
@@ -72,7 +74,7 @@ class TrainedParts(nn.Module):
         return " and ".join(name for name, good in finite.items() if not good)
 
     def conditions(self, batch: Mapping[str, Any], device: torch.device) -> Mapping[str, Any]:
-        """What :meth:`forward` takes besides latents and timesteps: what frozen text encoders make of the batch, once
+        """What :meth:`forward` takes besides latents and timesteps: the outputs of frozen text encoders, computed once
         for all calls, or the batch itself where text encoders are trained and have to run inside."""
         if self.text_encoders:
             return batch
@@ -88,7 +90,7 @@ class TrainedParts(nn.Module):
     def save(self, folder: str | Path) -> None:
         """Write the trained parts: whole models as ``unet/`` and the like, or the adapters."""
         if self.lora:
-            lora.save_lora(self.family.pipeline_class, folder, self.parts)
+            save_lora(self.family.pipeline_class, folder, self.parts)
         else:
             for name, part in self.parts.items():
                 part.save_pretrained(Path(folder, name))
@@ -101,7 +103,7 @@ class TrainedParts(nn.Module):
             OSError: where a part is missing.
         """
         if self.lora:
-            lora.load_lora(self.family.pipeline_class, folder, self.parts)
+            load_lora(self.family.pipeline_class, folder, self.parts)
         else:
             for name, part in self.parts.items():
                 saved = type(part).from_pretrained(Path(folder, name), dtype=part.dtype, use_safetensors=True)
@@ -113,3 +115,8 @@ def _checkpoint_gradients(part: nn.Module) -> None:
         part.enable_gradient_checkpointing()
     else:  # transformers
         part.gradient_checkpointing_enable()
+
+
+def unwrapped(model: nn.Module) -> TrainedParts:
+    """The module without what accelerate has wrapped around it."""
+    return getattr(model, "module", model)

@@ -1,15 +1,14 @@
-"""Ends a run that is asked to stop, at the end of a step, with a checkpoint, and with an exit code that says so.
+"""Ends a run at a signal: after the step, with a checkpoint and an exit code that a scheduler understands.
 
-SIGTERM (a machine that is taken away), SIGINT (Ctrl-C) and SIGUSR1 (a Slurm job's time runs out) ask. The first one is
-noted; all processes then agree at the end of the same step. A second one leaves at once, and so does a process that is
-still there LONGEST seconds after the first. EXIT_CODE tells a scheduler to run the same command again; it is
-sysexits.h's EX_TEMPFAIL.
+SIGTERM (the machine is preempted), SIGINT (Ctrl-C) and SIGUSR1 (a Slurm job's time runs out) ask a run to end. The first
+signal is recorded, and all processes end after the same step. A second one ends the process at once; so does LONGEST,
+in seconds after the first. EXIT_CODE asks a scheduler to run the same command again; it is EX_TEMPFAIL of sysexits.h.
 
-The main thread may wait in a library, for a device or for another process, where no handler of Python runs. What has
-to happen even then a thread does, to which the interpreter writes each signal at once.
+The main thread may be waiting in a library, for a device or another process, where no Python handler runs. A thread, to
+which the interpreter writes each signal at once, does what must happen even then.
 
-Between processes a flag travels over Gloo while the next step is computed already, so that no step waits for it: where
-there are several, the run ends one step later.
+Processes agree over Gloo while the next step is computed already, so that no step waits: with several processes the run
+ends one step later.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ CLOSED = b"\0"  # no signal has that number
 
 
 class Preemption:
-    """Notes signals between :meth:`listen` and :meth:`close`, instead of their ending the process.
+    """Records signals between :meth:`listen` and :meth:`close`, instead of letting them end the process.
 
-    Only the main thread can note signals; elsewhere they do as they did.
+    Only the main thread can do so; elsewhere signals keep their handlers.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -50,7 +49,7 @@ class Preemption:
         self._pipe, self._pipe_before = -1, -1  # where the interpreter writes signals, and where it did before
 
     def listen(self) -> None:
-        """Note signals from here on."""
+        """Record signals from here on."""
         if threading.current_thread() is not threading.main_thread():
             return
         reading, self._pipe = os.pipe()
@@ -60,7 +59,7 @@ class Preemption:
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
 
     def close(self) -> None:
-        """Let them do what they did before."""
+        """Restore the earlier handlers."""
         if not self._before:
             return
         for number, handler in self._before.items():
@@ -74,7 +73,7 @@ class Preemption:
         self.received = self.received or signal.Signals(number)
 
     def _watch(self, reading: int) -> None:
-        """Say what the first signal does, see to it that it does, and leave at the second one."""
+        """Announce what the first signal does, bound the time it takes, and leave at the second one."""
         bound = None
         while (byte := os.read(reading, 1)) != CLOSED:
             number = byte[0]
@@ -94,7 +93,7 @@ class Preemption:
             bound.cancel()
 
     def asked(self) -> bool:
-        """Whether the run is to end here; the same answer in every process, which all have to ask after each step."""
+        """Whether the run ends here; the same in every process. Every process calls it after each step."""
         if self._group is None:
             return self.received is not None
         agreed = self._arrived()
@@ -102,7 +101,7 @@ class Preemption:
         return agreed
 
     def asked_now(self) -> bool:
-        """The same, of this very moment, in the middle of a longer work; the processes wait for one another."""
+        """The same at this very moment, within longer work; the processes wait for one another."""
         agreed = self.asked()
         return agreed if self._group is None else self._arrived() or agreed
 
@@ -121,7 +120,7 @@ class Preemption:
 
 
 def too_long() -> NoReturn:
-    """The run was asked to end, and something in it hangs."""
+    """Leave a run that was asked to end and hangs."""
     say(
         f"the run has not ended {LONGEST / 60:g} minutes after it was asked to, and is left as it is; the last "
         "checkpoint is whole: --resume_from_checkpoint latest goes on from there"

@@ -1,6 +1,6 @@
-"""What a run's numbers depend on besides its flags, and what of it is another when its recipe is run again.
+"""What a run's numbers depend on besides its flags, and how that differs where its recipe is run again.
 
-A recipe has these facts under ``measured``; ``args.rerun_of`` are those of the recipe that a run was started from.
+A recipe records these facts under ``measured``; ``config.rerun_of`` has those of the recipe that a run started from.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import reprlib
-from argparse import Namespace
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -19,13 +18,14 @@ from datasets import Dataset, IterableDataset
 from huggingface_hub import try_to_load_from_cache
 
 from lpl import __version__
-from lpl.config.command_line import recipe
+from lpl.config import Config
 from lpl.config.recipes import recipe_text
 from lpl.data.fingerprint import fingerprint, shard_paths
 from lpl.data.source import data_folders
 from lpl.tools.files import write_text
-from lpl.tools.layout import RECIPE as FILE
+from lpl.tools import layout
 from lpl.tools.privacy import is_hub_id
+from lpl.tools.words import counted
 
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
@@ -50,51 +50,51 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def measured_facts(
-    args: Namespace, dataset: Dataset | IterableDataset, num_processes: int, hardware: str
+    config: Config, dataset: Dataset | IterableDataset, num_processes: int, hardware: str
 ) -> dict[str, Any]:
-    """What a run's numbers depend on besides its flags, in YAML's types; reads images, see :mod:`lpl.fingerprint`.
+    """The facts, in YAML's types. Reads images, see :mod:`lpl.data.fingerprint`.
 
     Args:
         dataset: what is trained on.
-        hardware: such as "8 x NVIDIA H200".
+        hardware: for example "8 x NVIDIA H200".
     """
-    data: dict[str, Any] = {
-        "fingerprint": fingerprint(dataset, args.image_column, args.caption_column, data_folders(args))
-    }
+    flags, optimization = config.data, config.optimization
+    folders = data_folders(flags, config.model.cache_dir)
+    data: dict[str, Any] = {"fingerprint": fingerprint(dataset, flags.image_column, flags.caption_column, folders)}
     if isinstance(dataset, Dataset):
         data["images"] = len(dataset)
     return {
         "data": data,
         "num_processes": num_processes,
-        "global_batch": args.train_batch_size * num_processes * args.gradient_accumulation_steps,
-        "commits": commits(args, dataset),
+        "global_batch": optimization.train_batch_size * num_processes * optimization.gradient_accumulation_steps,
+        "commits": commits(config, dataset),
         "hardware": hardware,
         "libraries": {"lpl": __version__, **installed_versions(), "pillow": PIL.__version__},
     }
 
 
-def write_recipe(args: Namespace, measured: Mapping[str, Any]) -> None:
-    """Every flag of the run with its resolved value, for --config, and what the run has found out."""
-    write_text(Path(args.output_dir, FILE), recipe_text(recipe(args), measured))
+def write_recipe(folder: Path, recipe: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Write every flag of the run with its resolved value, for --config, and the facts."""
+    write_text(folder / layout.RECIPE, recipe_text(recipe, facts))
 
 
-def commits(args: Namespace, dataset: Dataset | IterableDataset) -> dict[str, str]:
-    """``user/repo@commit`` by flag, of the models and the data set of the Hub, as far as the caches tell."""
+def commits(config: Config, dataset: Dataset | IterableDataset) -> dict[str, str]:
+    """``user/repo@commit`` by flag, for models and data set of the Hub, as far as the caches record it."""
     files = dict.fromkeys(MODELS, "config.json") | {MODELS[0]: "model_index.json"}
-    found = {}
+    values, found = config.values(), {}
     for name, file in files.items():
-        source = getattr(args, name)
+        source = values[name]
         if source and is_hub_id(source):
-            revision = args.revision if name == MODELS[0] else None
-            path = try_to_load_from_cache(source, file, args.cache_dir, revision)
+            revision = config.model.revision if name == MODELS[0] else None
+            path = try_to_load_from_cache(source, file, config.model.cache_dir, revision)
             found[name] = os.path.basename(os.path.dirname(path)) if isinstance(path, str) else None
-    if args.dataset_name and is_hub_id(args.dataset_name):
-        found["dataset_name"] = _data_commit(dataset, args.dataset_name)
-    return {name: f"{getattr(args, name)}@{commit}" for name, commit in found.items() if commit}
+    if config.data.dataset_name and is_hub_id(config.data.dataset_name):
+        found["dataset_name"] = _data_commit(dataset, config.data.dataset_name)
+    return {name: f"{values[name]}@{commit}" for name, commit in found.items() if commit}
 
 
 def _data_commit(dataset: Dataset | IterableDataset, name: str) -> str | None:
-    """The commit that a data set of the Hub was read at: it is in its files' addresses, or its place in the cache."""
+    """The commit that a data set of the Hub was read at, from its files' addresses or their place in the cache."""
     if isinstance(dataset, IterableDataset):
         paths = (re.search(rf"hf://datasets/{re.escape(name)}@(\w+)", path) for path in shard_paths(dataset))
         return next((path[1] for path in paths if path), None)
@@ -106,10 +106,10 @@ def _data_commit(dataset: Dataset | IterableDataset, name: str) -> str | None:
 
 
 def compare_with(recipe: Mapping[str, Any], now: Mapping[str, Any], train_batch_size: int) -> list[str]:
-    """Why a run will not have the numbers of the one whose recipe it was started from, a sentence each.
+    """Why a run's numbers will differ from those of the run whose recipe it started from, one sentence each.
 
     Args:
-        recipe: what that recipe has measured; it may be anything, and what cannot be compared is passed over.
+        recipe: what that recipe records; it may be anything, and what cannot be compared is ignored.
         now: :func:`measured_facts` of this run.
         train_batch_size: of this run.
     """
@@ -125,20 +125,20 @@ def _other_data(recipe: Mapping[str, Any], now: Mapping[str, Any]) -> str | None
     if theirs.get("fingerprint") in (None, ours["fingerprint"]):
         return None
     before, images = _count(theirs.get("images")), ours.get("images")
-    said = "other images or captions, or in another order"
+    difference = "other images or captions, or in another order"
     if None not in (before, images) and before != images:
-        said = f"{images} images instead of {before}"
-    return f"the data is not that of the recipe's run ({said}), so the loss curve will differ"
+        difference = f"{images} images instead of {before}"
+    return f"the data is not that of the recipe's run ({difference}), so the loss curve will differ"
 
 
 def _other_batch(recipe: Mapping[str, Any], now: Mapping[str, Any], train_batch_size: int) -> str | None:
     batch, processes = _count(recipe.get("global_batch")), _count(recipe.get("num_processes"))
     if processes is None:
         return None
-    here, there = _counted(now["num_processes"], "process"), _counted(processes, "process")
+    here, there = counted(now["num_processes"], "process"), counted(processes, "process")
     if batch not in (None, now["global_batch"]):
         return (
-            f"a step takes {_counted(now['global_batch'], 'image')} on {here} and took {batch} on {there} in the "
+            f"a step takes {counted(now['global_batch'], 'image')} on {here} and took {batch} on {there} in the "
             "recipe's run, so the loss curve will differ; "
             f"{_same_batch(batch, now['num_processes'], train_batch_size)}"
         )
@@ -151,10 +151,10 @@ def _other_batch(recipe: Mapping[str, Any], now: Mapping[str, Any], train_batch_
 
 
 def _same_batch(batch: int, processes: int, train_batch_size: int) -> str:
-    """Which flags make as many images a step, with micro-batches that are no larger."""
+    """The flags that give as many images per step, with micro-batches that are no larger."""
     each, rest = divmod(batch, processes)
     if rest:
-        return f"{_counted(processes, 'process')} cannot share {batch}"
+        return f"{counted(processes, 'process')} cannot share {batch} images"
     size = next(size for size in range(min(train_batch_size, each), 0, -1) if each % size == 0)
     smaller = f" --train_batch_size {size}" if size != train_batch_size else ""
     return f"--gradient_accumulation_steps {each // size}{smaller} gives the same"
@@ -175,8 +175,8 @@ def _other_libraries(recipe: Mapping[str, Any], now: Mapping[str, Any]) -> str |
     theirs = {**_mapping(recipe.get("libraries")), "hardware": recipe.get("hardware")}
     ours = {**now["libraries"], "hardware": now["hardware"]}
     other = [name for name in ours if isinstance(theirs.get(name), str) and theirs[name] != ours[name]]
-    said = ", ".join(f"{name} {ours[name]} ({reprlib.repr(theirs[name])[1:-1]})" for name in other)
-    return f"not as in the recipe's run, in brackets: {said}; last digits may differ" if other else None
+    shown = ", ".join(f"{name} {ours[name]} ({reprlib.repr(theirs[name])[1:-1]})" for name in other)
+    return f"different from the recipe's run (in brackets): {shown}; last digits may differ" if other else None
 
 
 def _mapping(value: Any) -> Mapping[Any, Any]:
@@ -185,11 +185,3 @@ def _mapping(value: Any) -> Mapping[Any, Any]:
 
 def _count(value: Any) -> int | None:
     return value if isinstance(value, int) and 0 < value < 2**31 else None
-
-
-def _counted(count: int, word: str) -> str:
-    """
-    >>> _counted(1, "process"), _counted(2, "process"), _counted(2, "image")
-    ('1 process', '2 processes', '2 images')
-    """
-    return f"{count} {word}{'' if count == 1 else 'es' if word.endswith('s') else 's'}"

@@ -1,4 +1,4 @@
-"""TODO: what is here."""
+"""Images of the model in training."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lpl.autoencoders import exact_precision
+from lpl.config.groups import Validation
 from lpl.families import Family
 
 
@@ -20,36 +21,39 @@ def sample(
     family: Family,
     scheduler: Any,
     prompts: Sequence[str | int],
-    settings: Any,
+    validation: Validation,
+    size: tuple[int, int],
+    seed: int,
     accelerator: Accelerator,
     stop: Callable[[], bool] = lambda: False,
 ) -> list[Image.Image]:
-    """One image per prompt; the n-th from the seed's n-th successor, whatever the other prompts are.
+    """One image per prompt; the n-th is drawn from seed + n, whatever the other prompts are.
 
     Args:
-        stop: asked before each image, whether no more are wanted.
+        size: height and width in pixels.
+        stop: called before each image; True ends the sampling.
     """
     pipeline = family.pipeline
     pipeline.register_modules(scheduler=type(scheduler).from_config(scheduler.config))
     pipeline.set_progress_bar_config(disable=True)
-    guidance = settings.validation_guidance_scale
+    guidance = validation.validation_guidance_scale
     images = []
     for number, prompt in enumerate(prompts):
         if stop():
             break
         with accelerator.autocast(), decoding_exactly(family.vae):
             images += pipeline(
-                num_inference_steps=settings.validation_inference_steps,
-                generator=torch.Generator().manual_seed(settings.seed + number),
+                num_inference_steps=validation.validation_inference_steps,
+                generator=torch.Generator().manual_seed(seed + number),
                 **({} if guidance is None else {"guidance_scale": guidance}),
-                **family.call_arguments(prompt, settings.resolution),
+                **family.call_arguments(prompt, *size),
             ).images
     return images
 
 
 @contextmanager
 def decoding_exactly(vae: nn.Module) -> Iterator[None]:
-    """Within, the VAE decodes in its own precision, also under autocast: in half precision some make black images."""
+    """Within, the VAE decodes in its own precision, also under autocast: some VAEs give black images in half precision."""
     decode = vae.decode
 
     def exactly(latents: Tensor, *args: Any, **kwargs: Any) -> Any:

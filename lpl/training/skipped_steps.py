@@ -1,7 +1,7 @@
-"""Steps that were not taken because a loss or a gradient was NaN or infinite: counted, named, and limited.
+"""Steps that changed nothing because a loss or a gradient was NaN or infinite: counted, reported, and limited.
 
-:class:`lpl.optimizers.Updates` leaves everything as it was in such a step. Here its samples are remembered on the
-device, and named at the next logging step, so that no other step waits.
+:class:`lpl.training.updates.Updates` updates nothing in such a step. Its samples are kept on the device and reported at
+the next logging step, so that no other step waits.
 """
 
 from __future__ import annotations
@@ -24,33 +24,32 @@ TERMS = ("diffusion loss", "LPL")
 
 
 class SkippedSteps:
-    """Those of a run, over all its processes.
+    """The skipped steps of a run, over all its processes.
 
     Args:
         limit: --max_skipped_steps.
-        count: of them before a resume.
+        count: skipped steps before a resume.
     """
 
     def __init__(self, accelerator: Accelerator, limit: int, count: int = 0) -> None:
         self.accelerator, self.limit, self.count = accelerator, limit, count
-        self._samples: list[
-            tuple[int, Tensor, Tensor, Tensor]
-        ] = []  # step, index, timestep; on the device which terms
-        self._steps: list[tuple[int, Tensor]] = []  # and, on the device, whether it was skipped
+        # step, index, timestep; on the device, which terms are not finite
+        self._samples: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        self._steps: list[tuple[int, Tensor]] = []  # step; on the device, whether it was skipped
 
-    def add(self, step: int, batch: Mapping[str, Any], terms: BatchLosses) -> None:
-        """One micro-batch of an optimizer step, counted from 1."""
-        self._samples.append((step, batch["index"], batch["timestep"], terms.not_finite()))
+    def observe(self, step: int, batch: Mapping[str, Any], losses: BatchLosses, *_: Tensor) -> None:
+        """Record one micro-batch of an optimizer step, counted from 1."""
+        self._samples.append((step, batch["index"], batch["timestep"], losses.not_finite()))
 
     def end_step(self, step: int, skipped: Tensor) -> None:
-        """After the step; ``skipped``, (), is 1 where it was not taken."""
+        """Record whether the step was skipped, 1 or 0, ()."""
         self._steps.append((step, skipped.clone()))
 
     def write(self) -> str | None:
-        """Name what there was since the last call; called by every process at the same steps. Waits for the device.
+        """Report the steps skipped since the last call. Every process calls it at the same steps; waits for the device.
 
         Returns:
-            Why the run has to end, where there are more than the limit; the same in every process.
+            Why the run has to end, if there are more than the limit; the same in every process.
         """
         numbers = [step for step, _ in self._steps]
         flags = torch.stack([skipped for _, skipped in self._steps]).tolist() if numbers else []

@@ -1,7 +1,8 @@
-"""Samples of the model in training, from the same prompts and seeds every time, so that grids compare.
+"""What a run measures of the model in training: samples, the losses on held-out images, metrics.
 
-``samples/step-000500/00.png`` ... are the images, ``samples/step-000500.png`` their grid: real images that bear the
-same captions where the data set has them, the model before training, the model now, and its EMA where one is kept.
+``samples/step-000500/00.png`` ... are the samples after step 500, ``samples/step-000500.png`` their grid: the model
+before training, the model now, its EMA if one is kept, and real images with the same captions if the data set has them.
+Prompts and seeds are the same every time, so that grids compare.
 """
 
 from __future__ import annotations
@@ -9,103 +10,206 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from accelerate import Accelerator
+import torch
 from PIL import Image
+from torch import nn
 
+from lpl.config import groups
+from lpl.data.dataset import Batch, TrainingImages, held_out_batches
 from lpl.families import Family
+from lpl.tools import layout
 from lpl.tools.files import write_text
 from lpl.tools.pictures import labelled_grid, save_picture
 from lpl.training.average import MovingAverage, averaged
-from lpl.training.log import log_image
+from lpl.training.log import Log, log_image
+from lpl.training.losses import BatchLosses
 from lpl.training.parts import TrainedParts
+from lpl.training.preemption import Preemption
 from lpl.training.sampling import sample
+from lpl.training.start import Run, Stage
 
 
 logger = logging.getLogger(__name__)
 
 
+class Metrics(Protocol):
+    """What ``--eval_steps`` computes, see :class:`lpl.evaluation.training.TrainingEvaluation`."""
+
+    def run(self, run: Run, trained: TrainedParts, average: MovingAverage | None) -> dict[str, float]: ...
+
+
+# All of it -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
 class Validation:
-    """Samples ``prompts`` and keeps what it sampled.
+    """Computes what is due after a step, unless a signal asks the run to end.
+
+    Args:
+        held_out: of the validation loss; None: nothing is held out.
+        metrics: None: there are none.
+        every, metrics_every: optimizer steps between two validations, and two evaluations; both come after the last
+            step, too.
+        now: told what is being done, for the error that may end it.
+    """
+
+    samples: Samples
+    held_out: HeldOutLosses | None
+    metrics: Metrics | None
+    every: int
+    metrics_every: int
+    max_steps: int
+    trained: TrainedParts
+    average: MovingAverage | None
+    log: Log
+    preemption: Preemption
+    now: Callable[[Stage, int], None]
+
+    def is_due(self, step: int) -> bool:
+        return self._due(step, self.every) or self._due(step, self.metrics_every)
+
+    def run(self, run: Run) -> None:
+        """Compute what is due; the run is ending if a signal has interrupted it. Called by every process."""
+        step = run.step
+        if self._due(step, self.every):
+            self.now(Stage.SAMPLES, step)
+            self.samples.draw(run, self.trained, self.average)
+            if self.held_out is not None and not self.preemption.asked_now():
+                self.now(Stage.LOSSES, step)
+                self.log.validation(step, self.held_out.compute(run, self.trained, self.average))
+        if self.metrics is not None and self._due(step, self.metrics_every) and not self.preemption.asked_now():
+            self.now(Stage.EVALUATION, step)
+            self.log.validation(step, self.metrics.run(run, self.trained, self.average))
+        run.progress.looked = not self.preemption.asked_now()
+        run.ending = not run.progress.looked
+
+    def _due(self, step: int, every: int) -> bool:
+        return step % every == 0 or step == self.max_steps
+
+
+# Held-out losses -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class HeldOutLosses:
+    """Both terms on the held-out samples, unweighted, under the EMA's weights if there is one.
+
+    Args:
+        losses: the script's ``Losses``, with nothing random in it.
+    """
+
+    images: TrainingImages
+    losses: Callable[[nn.Module, Batch, bool], BatchLosses]
+    batch_size: int
+
+    @torch.no_grad()
+    def compute(self, run: Run, trained: TrainedParts, average: MovingAverage | None) -> dict[str, float]:
+        """``validation_loss`` and ``validation_lpl``; each process computes its part."""
+        accelerator = run.accelerator
+        sums = torch.zeros(3, device=accelerator.device)
+        trained.eval()
+        with averaged(average, trained):
+            for batch in held_out_batches(
+                self.images, self.batch_size, accelerator.process_index, accelerator.num_processes
+            ):
+                losses = self.losses(trained, batch, True)
+                sums += torch.stack([losses.diffusion_loss, losses.lpl, torch.ones_like(losses.lpl)]) * len(losses.errors)
+        trained.train()
+        diffusion_loss, lpl, count = accelerator.reduce(sums, "sum").tolist()
+        return {"validation_loss": diffusion_loss / count, "validation_lpl": lpl / count}
+
+
+# Samples -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Samples:
+    """Samples of ``prompts``, and their grids.
 
     Args:
         scheduler: one that samples the objective in training.
-        settings: the flags about validation.
+        size: height and width in pixels.
         prompts: captions; class labels in a class-conditional family.
-        names: what stands over the grid's columns.
-        real: training images that bear the prompts, for the last row.
-        stop: asked before each image; where it says so, no more are sampled, and there is no grid.
+        names: headings of the grid's columns.
+        real: training images that bear the prompts, for the grid's last row.
+        stop: called before each image; True ends the sampling, and no grid is made.
     """
 
-    def __init__(
-        self,
-        family: Family,
-        scheduler: Any,
-        settings: Any,
-        prompts: Sequence[str | int],
-        names: Sequence[str],
-        real: Sequence[Image.Image] | None,
-        stop: Callable[[], bool] = lambda: False,
-    ) -> None:
-        self.family, self.scheduler, self.settings, self.real, self.stop = family, scheduler, settings, real, stop
-        self.prompts, self.names = list(prompts), list(names)
-        self.folder = Path(settings.output_dir, "samples")
+    folder: Path
+    family: Family
+    scheduler: Any
+    validation: groups.Validation
+    size: tuple[int, int]
+    seed: int
+    prompts: Sequence[str | int]
+    names: Sequence[str]
+    real: Sequence[Image.Image] | None = None
+    stop: Callable[[], bool] = lambda: False
 
-    def run(
-        self, accelerator: Accelerator, trained: TrainedParts, ema: MovingAverage | None, step: int
-    ) -> Path | None:
-        """Sample the prompts with the present weights, save images and grid, and show them to the trackers.
+    def draw(self, run: Run, trained: TrainedParts, average: MovingAverage | None) -> Path | None:
+        """Sample with the present weights, save images and grid, and show the grid to the trackers.
 
-        On the main process only; the others wait. Returns the grid's path.
+        On the main process; the others wait. Returns the grid's path.
         """
         grid = None
-        if self.prompts and accelerator.is_main_process:
-            name = f"step-{step:06d}"
-            for stale in self.folder.glob(f"{name}*/"):  # of an earlier run in the same place
+        if self.prompts and run.is_main:
+            name = f"step-{run.step:06d}"
+            for stale in self.folder.glob(f"{name}*/"):  # of an earlier run in the same folder
                 shutil.rmtree(stale)
-            logger.info(f"drawing {len(self.prompts)} samples{' before the training' if step == 0 else ''}")
-            rows = {f"step {step}": self._sampled(accelerator, trained, name)}
-            if ema is not None and step:
-                with averaged(ema, trained):
-                    rows[f"step {step}, EMA"] = self._sampled(accelerator, trained, f"{name}-ema")
+            logger.info(f"drawing {len(self.prompts)} samples{' before the training' if run.step == 0 else ''}")
+            rows = {f"step {run.step}": self._sampled(run, trained, name)}
+            if average is not None and run.step:
+                with averaged(average, trained):
+                    rows[f"step {run.step}, EMA"] = self._sampled(run, trained, f"{name}-ema")
             if not self.stop():
-                grid = self._grid(rows if step else {"before training": rows[f"step {step}"]}, f"{name}.png")
-                log_image(accelerator, grid, step)
-        accelerator.wait_for_everyone()
+                before = {"before training": rows[f"step {run.step}"]}
+                grid = self._grid(rows if run.step else before, f"{name}.png")
+                log_image(run.accelerator, grid, run.step)
+        run.accelerator.wait_for_everyone()
         return grid
 
     def before_after(self, step: int) -> Path | None:
-        """The final comparison: before, after the last step (the EMA where there is one), real images."""
+        """The final comparison: before training, after the last step (the EMA if there is one), real images."""
         after = self._saved(f"step-{step:06d}-ema") or self._saved(f"step-{step:06d}")
-        return self._grid({"after": after}, "before_after.png") if after else None
+        return self._grid({"after": after}, Path(layout.BEFORE_AFTER).name) if after else None
 
-    def _grid(self, rows: dict[str, list[Image.Image]], name: str) -> Path:
+    def _grid(self, rows: Mapping[str, list[Image.Image]], name: str) -> Path:
         before = self._saved("step-000000")
         context = {"before training": before} if before else {}
         real = {"real images": list(self.real)} if self.real else {}
-        return save_picture(labelled_grid(context | rows | real, self.names), self.folder / name)
+        return save_picture(labelled_grid(context | dict(rows) | real, list(self.names)), self.folder / name)
 
     def _saved(self, name: str) -> list[Image.Image]:
-        """The samples of a step, unless other settings made them: a resumed run may have changed its prompts."""
+        """The samples of a step, unless they were drawn with other settings: a resumed run may have other prompts."""
         folder = self.folder / name
-        settings = folder / "settings.json"
+        settings = folder / layout.SETTINGS
         if not settings.is_file() or json.loads(settings.read_text()) != self._settings():
             return []
         return [Image.open(path).copy() for path in sorted(folder.glob("*.png"))]
 
     def _settings(self) -> dict[str, Any]:
-        names = ("seed", "resolution", "validation_inference_steps", "validation_guidance_scale")
-        return {"prompts": self.prompts} | {name: getattr(self.settings, name) for name in names}
+        """What decides the samples besides the weights."""
+        return {
+            "prompts": list(self.prompts),
+            "seed": self.seed,
+            "resolution": min(self.size),
+            "validation_inference_steps": self.validation.validation_inference_steps,
+            "validation_guidance_scale": self.validation.validation_guidance_scale,
+        }
 
-    def _sampled(self, accelerator: Accelerator, trained: TrainedParts, name: str) -> list[Image.Image]:
+    def _sampled(self, run: Run, trained: TrainedParts, name: str) -> list[Image.Image]:
         trained.eval()
-        images = sample(self.family, self.scheduler, self.prompts, self.settings, accelerator, self.stop)
+        images = sample(
+            self.family, self.scheduler, self.prompts, self.validation, self.size, self.seed, run.accelerator, self.stop
+        )
         trained.train()
         for number, image in enumerate(images):
             save_picture(image, self.folder / name / f"{number:02d}.png")
         if len(images) == len(self.prompts):
-            write_text(self.folder / name / "settings.json", json.dumps(self._settings()))
+            write_text(self.folder / name / layout.SETTINGS, json.dumps(self._settings()))
         return images

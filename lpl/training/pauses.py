@@ -1,0 +1,68 @@
+"""What interrupts the training after a step: a checkpoint, a validation, and what is published of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from lpl.training.checkpoints import TrainingState, checkpoint_path, save_checkpoint
+from lpl.training.log import Log
+from lpl.training.skipped_steps import SkippedSteps
+from lpl.training.start import Run
+from lpl.training.validation import Validation
+
+
+class Order(Protocol):
+    """The order in which batches are read."""
+
+    def positions(self, batch: int) -> list[list[int]]:
+        """What a resumed run needs to continue after so many batches of each process."""
+        ...
+
+
+@dataclass
+class Pauses:
+    """Saves, validates and publishes where it is due; saves once more if the run ends early.
+
+    Args:
+        micro_batches: per optimizer step.
+        every, limit: --checkpointing_steps and --checkpoints_total_limit.
+        publish: given a checkpoint, its step and whether the run is ending; None: nothing is published.
+    """
+
+    state: TrainingState
+    order: Order
+    micro_batches: int
+    log: Log
+    skipped_steps: SkippedSteps
+    validation: Validation
+    every: int
+    limit: int | None
+    publish: Callable[[Path, int, bool], None] | None = None
+
+    def are_due(self, run: Run) -> bool:
+        return run.ending or run.step % self.every == 0 or self.validation.is_due(run.step)
+
+    def take(self, run: Run) -> None:
+        """Do what is due; time does not count for the images per second. Called by every process."""
+        with self.log.paused():
+            run.progress.looked = False
+            run.progress.log, run.progress.skipped = self.log.state(), self.skipped_steps.count
+            run.progress.stream = self.order.positions(run.step * self.micro_batches)
+            saved = run.ending or run.step % self.every == 0
+            if saved:
+                self._save(run)
+            if not run.ending:
+                self.validation.run(run)
+            checkpoint = checkpoint_path(run.folder, run.step)
+            if run.ending and not saved:
+                self._save(run)
+            elif saved and run.is_main:
+                run.progress.save(checkpoint)  # that its validation is done
+            if self.publish is not None and (saved or run.ending):
+                self.publish(checkpoint, run.step, run.ending)
+
+    def _save(self, run: Run) -> None:
+        save_checkpoint(self.state, run.folder, run.progress, self.limit)

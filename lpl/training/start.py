@@ -1,0 +1,251 @@
+"""How a run starts: accelerate's state, the checkpoint it resumes, the images it trains on, its length."""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    set_seed,
+)
+
+from lpl.config import Config
+from lpl.config.command_line import recipe
+from lpl.config.groups import Optimization
+from lpl.data.dataset import LatentSpace, TrainingImages
+from lpl.data.source import load_training_images
+from lpl.data.streaming import load_streamed_images, training_images
+from lpl.families.description import Description
+from lpl.training.checkpoints import Progress, check_recipe, find_checkpoints, find_resumable, tidy
+from lpl.training.preemption import OTHERS_WAIT
+
+
+logger = logging.getLogger(__name__)
+
+
+class Stage(Enum):
+    """What a run is doing, in words; {} stands for the step."""
+
+    READING = "while flags and data were read"
+    LOADING = "while the models were loaded"
+    STEP = "in step {}"
+    LPL_STEP = "in step {}, which has LPL"
+    SAMPLES = "while samples were drawn after step {}"
+    LOSSES = "while the validation losses were computed after step {}"
+    EVALUATION = "in the evaluation after step {}"
+    SAVING = "while the result was saved"
+
+
+@dataclass
+class Run:
+    """What a run finds out or decides for itself; what was asked for is in the configuration.
+
+    Args:
+        folder: --output_dir.
+        progress: where the run stands, as checkpoints record it.
+        flags: every flag, resolved, as a recipe records it.
+        resumed: the checkpoint that the run resumes from, if it does.
+        repository: full id, ``user/name``, of the repository that the run publishes to, if it does.
+        facts: what the run's numbers depend on besides its flags, see :mod:`lpl.training.provenance`.
+        ending: the run ends at this step, before its last one.
+        problem: why, if no signal asked for it.
+    """
+
+    accelerator: Accelerator
+    folder: Path
+    progress: Progress
+    flags: dict[str, Any]
+    resumed: Path | None = None
+    repository: str | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    ending: bool = False
+    problem: str = ""
+
+    @property
+    def step(self) -> int:
+        """Finished optimizer steps."""
+        return self.progress.step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self.progress.step = step
+
+    @property
+    def seed(self) -> int:
+        return self.progress.seed
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    @property
+    def mixed_precision(self) -> str:
+        """``no``, ``fp16`` or ``bf16``; accelerate's configuration may say it."""
+        return self.accelerator.mixed_precision
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """Every flag, resolved, in YAML's types."""
+        return self.flags | ({"hub_model_id": self.repository} if self.repository else {})
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a run is.
+
+    Args:
+        global_batch: images per optimizer step, over all processes and micro-batches.
+        max_steps: optimizer steps of the whole run.
+        epoch: optimizer steps of an epoch; of a stream, whose length nobody knows, of the whole run.
+    """
+
+    global_batch: int
+    max_steps: int
+    epoch: int
+
+    @classmethod
+    def of(cls, optimization: Optimization, images: int | None, processes: int) -> Length:
+        """Args: images: in an epoch; None: unknown."""
+        batch = optimization.train_batch_size * processes * optimization.gradient_accumulation_steps
+        if images is None:
+            assert optimization.max_train_steps is not None  # refused by config.checks
+            return cls(batch, optimization.max_train_steps, optimization.max_train_steps)
+        steps = optimization.max_train_steps or math.ceil(optimization.num_train_epochs * images / batch)
+        return cls(batch, steps, math.ceil(images / batch))
+
+
+@contextmanager
+def refusing(script: str, *errors: type[Exception]) -> Iterator[None]:
+    """Within, a ValueError, or one of the other errors, ends the process with its sentence and exit code 1."""
+    try:
+        yield
+    except (ValueError, *errors) as error:
+        sys.exit(f"{script}: error: {error}")
+
+
+def start_accelerator(config: Config) -> Accelerator:
+    """Accelerate's state, with trackers for what they can show.
+
+    Raises:
+        ValueError: for an engine or a precision that is not supported.
+    """
+    validation, output = config.validation, config.output
+    accelerator = Accelerator(
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=OTHERS_WAIT),
+            # The last layers of a text encoder may be computed for nothing: SDXL takes the ones before.
+            DistributedDataParallelKwargs(find_unused_parameters=config.model.train_text_encoder),
+        ],
+        gradient_accumulation_steps=config.optimization.gradient_accumulation_steps,
+        mixed_precision=config.optimization.mixed_precision,
+        log_with=None if validation.report_to == "none" or validation.dry_run else validation.report_to,
+        project_config=ProjectConfiguration(
+            output.output_dir, logging_dir=str(Path(output.output_dir, validation.logging_dir))
+        ),
+    )
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s: %(message)s",
+        datefmt="%H:%M:%S",
+        level=logging.INFO if accelerator.is_main_process else logging.ERROR,
+    )
+    for library in ("accelerate", "httpx", "httpx2"):  # they log every file that they touch
+        logging.getLogger(library).setLevel(logging.WARNING)
+    logging.getLogger("diffusers.pipelines").setLevel(logging.ERROR)  # they log every caption that they truncate
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"{accelerator.distributed_type.value} (in accelerate's configuration) is not supported; launch "
+            "with --multi_gpu, and save memory by --gradient_checkpointing, --use_8bit_adam and --offload_ema"
+        )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("fp16 (in accelerate's configuration) needs a GPU; give --mixed_precision bf16 or no")
+    if accelerator.mixed_precision not in ("no", "fp16", "bf16"):
+        raise ValueError(
+            f"{accelerator.mixed_precision} (in accelerate's configuration) is not supported; give --mixed_precision"
+        )
+    torch.backends.cuda.matmul.allow_tf32 |= config.optimization.allow_tf32
+    return accelerator
+
+
+def start_or_resume(config: Config, accelerator: Accelerator, download: Callable[..., None]) -> Run:
+    """A run at its beginning, or at the checkpoint that --resume_from_checkpoint names.
+
+    Args:
+        download: puts the last checkpoint that was pushed into the output folder, see
+            :func:`lpl.publishing.hub.download_run`.
+
+    Raises:
+        ValueError: where the checkpoint is of something else than what the command trains.
+    """
+    output, seed = config.output, config.optimization.seed
+    with accelerator.main_process_first():
+        if accelerator.is_main_process and not config.validation.dry_run:
+            tidy(output.output_dir)
+            if output.resume_from_checkpoint == "hub":
+                download(output.hub_model_id, output.output_dir, output.hub_token, output.hub_revision)
+        resumed = find_resumable(output.output_dir, output.resume_from_checkpoint)
+    if resumed is not None:
+        progress = Progress.load(resumed)
+        if seed not in (None, progress.seed):
+            raise ValueError(f"--seed {seed}: the run to resume has the seed {progress.seed}; leave the flag out")
+    else:
+        if earlier := find_checkpoints(output.output_dir):
+            logger.warning(
+                f"--output_dir {output.output_dir} has checkpoints of an earlier run, {earlier[-1].name} among them; "
+                "this run starts afresh and moves them aside; to resume it, add --resume_from_checkpoint latest"
+            )
+        drawn = broadcast_object_list([secrets.randbelow(2**31)])[0]
+        progress = Progress(step=0, seed=drawn if seed is None else seed)
+    set_seed(progress.seed)
+    flags = recipe(config) | {"seed": progress.seed, "mixed_precision": accelerator.mixed_precision}
+    if resumed is not None:
+        check_recipe(resumed, flags, accelerator.num_processes)
+    return Run(accelerator, Path(output.output_dir), progress, flags, resumed)
+
+
+def open_images(config: Config, description: Description, run: Run) -> tuple[TrainingImages, TrainingImages | None]:
+    """What is trained on, and what is held out for the validation loss (None: nothing is); one image is read.
+
+    Raises:
+        ValueError: where there is nothing to train on, or a column is missing or of the wrong kind.
+    """
+    data, cache_dir = config.data, config.model.cache_dir
+    load = load_streamed_images if data.streaming else load_training_images
+    with run.accelerator.main_process_first():
+        dataset, held_out = load(data, run.seed, cache_dir, description.num_classes)
+    common = (
+        description.objective(config.model.prediction_type),
+        LatentSpace(*description.space),
+        data,
+        config.diffusion,
+        run.seed,
+        description.empty_caption,
+        cache_dir,
+    )
+    images = training_images(dataset, *common)
+    images.check()
+    return images, None if held_out is None else TrainingImages(held_out, *common)
+
+
+def finish(accelerator: Accelerator) -> None:
+    """Close trackers and the process group once all processes are done: launchers end those behind the first."""
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    # Gloo's thread needs the interpreter once more, to drop the last barrier. A process that tears its group down
+    # before that, as happens when main() is left, would wait for that thread for ever.
+    time.sleep(0.2 if accelerator.num_processes > 1 else 0)
