@@ -41,9 +41,9 @@ from lpl import LatentPerceptualLoss, get_objective, training_scheduler
 from lpl.autoencoders import downscaling_factor, encode, feature_vae, latent_channels
 from lpl.config.command_line import parse, recipe
 from lpl.data.bad_samples import BadSamples
-from lpl.data.dataset import TrainingImages, held_out_batches, real_images
+from lpl.data.dataset import LatentSpace, TrainingImages, held_out_batches, real_images
 from lpl.data.loader import training_batches
-from lpl.data.source import class_names, load_training_images
+from lpl.data.source import load_training_images
 from lpl.data.streaming import load_streamed_images, training_images
 from lpl.diagnosis.dry_run import DryRun
 from lpl.diagnosis.failures import Stage, Status, explained
@@ -115,20 +115,21 @@ def train(args: Namespace, status: Status) -> None:
         num_classes = empty if configs.family.class_conditional else None
         with accelerator.main_process_first():
             load = load_streamed_images if args.streaming else load_training_images
-            dataset, held_out = load(args, num_classes)
-        prompts, data_classes, classes = args.validation_prompts or [], {}, {}
-        if num_classes is not None:
-            data_classes = class_names(dataset, args.caption_column)  # they come first, and before the model's
-            classes = data_classes | configs.family.class_names(configs.index) | data_classes
-            prompts = [configs.family.class_label(prompt, classes) for prompt in prompts]
+            dataset, held_out = load(args.data, args.seed, args.cache_dir, num_classes)
         if resumable is not None:
             checkpoints.check_recipe(resumable, recipe(args), accelerator.num_processes)
         scheduler = configs.scheduler
         if args.prediction_type != own_objective(scheduler):
             scheduler = training_scheduler(args.prediction_type, scheduler)
         objective = get_objective(args.prediction_type, scheduler)
-        side = args.resolution // downscaling_factor(configs.vae)
-        images = training_images(dataset, objective, (latent_channels(configs.vae), side, side), args, empty)
+        space = LatentSpace(latent_channels(configs.vae), downscaling_factor(configs.vae))
+        images_of = objective, space, args.data, args.diffusion, args.seed, empty, args.cache_dir
+        images = training_images(dataset, *images_of)
+        prompts, data_classes, classes = args.validation_prompts or [], {}, {}
+        if num_classes is not None:
+            data_classes = images.class_names  # they come first, and before the model's
+            classes = data_classes | configs.family.class_names(configs.index) | data_classes
+            prompts = [configs.family.class_label(prompt, classes) for prompt in prompts]
         images.check()
         if args.push_to_hub and not args.dry_run and accelerator.is_main_process:
             full_id = hub.prepare_repository(
@@ -183,12 +184,13 @@ def train(args: Namespace, status: Status) -> None:
     max_steps = args.max_train_steps or math.ceil(args.num_train_epochs * images.length / global_batch)
     steps_per_epoch = math.ceil(images.length / global_batch) if images.length else max_steps
     order = images.batches(
+        args.train_batch_size,
         accelerator.process_index,
         accelerator.num_processes,
         progress.step * args.gradient_accumulation_steps,
         progress.stream,
     )
-    batches = training_batches(images, order, args.dataloader_num_workers)
+    batches = training_batches(images, order)
 
     # Optimizer. The schedule counts optimizer steps, whatever the number of processes and micro-batches.
     optimizer = make_optimizer(args, trained, global_batch)
@@ -263,7 +265,7 @@ def train(args: Namespace, status: Status) -> None:
         progress.looked = not preemption.asked_now()
 
     if held_out is not None:
-        held_out = TrainingImages(held_out, objective, images.latent_shape, args, empty)
+        held_out = TrainingImages(held_out, *images_of)
     facts: dict[str, Any] = {}
     if accelerator.is_main_process:
         facts = measured_facts(args, dataset, accelerator.num_processes, plan.hardware) | lpl_weight.facts()

@@ -1,13 +1,14 @@
 """The fingerprint of the training data: the same on every machine, different for different data.
 
 A loaded data set: the number of samples, all captions, and the bytes of the image files, in order. Of more than
-``IMAGES`` images only ``IMAGES`` are read, evenly spaced from the first to the last; another file in between, under the
-same caption, may go unnoticed. Names, folders and the way of loading do not count: a folder of images and parquet files
-with the same bytes, captions and order have one fingerprint. Images encoded again, or in another order, change it.
+``IMAGES`` images only ``IMAGES`` are read, evenly spaced from the first to the last; another file in between, under
+the same caption, may go unnoticed. Names, folders and the way of loading do not count: a folder of images and parquet
+files with the same bytes, captions and order have one fingerprint. Images encoded again, or in another order, change
+it.
 
-A streamed data set, not yet read: the number and names of its shards, its columns, and the first ``FIRST_ROWS`` rows of
-the first shard. Changes behind those rows, in shards of the same names, go unnoticed. Its fingerprint always differs
-from that of the same data loaded without --streaming.
+A streamed data set, not yet read: the number and names of its shards, its columns, and the first ``FIRST_ROWS`` rows
+of the first shard. Changes behind those rows, in shards of the same names, go unnoticed. Its fingerprint always
+differs from that of the same data loaded without --streaming.
 
 Files are read, not decoded: a file that is no image counts with its bytes; one that cannot be read, or lies outside of
 the data set's folders, counts as missing.

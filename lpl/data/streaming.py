@@ -251,8 +251,8 @@ class StreamedBatches(Sampler[list[Key]]):
             index, since = self._reading
             if time.monotonic() - since >= seconds:
                 raise HungLoader(
-                    f"--streaming: shard {index // ROWS}, row {index % ROWS}, took longer than {FLAG} {seconds:g} to read; "
-                    "repair the disk or the network that it comes from, or raise the timeout"
+                    f"--streaming: shard {index // ROWS}, row {index % ROWS}, took longer than {FLAG} {seconds:g} to "
+                    "read; repair the disk or the network that it comes from, or raise the timeout"
                 )
         return block.result()
 

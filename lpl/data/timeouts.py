@@ -135,8 +135,8 @@ def watched(
             readings.kill()
             if hung:
                 problem = (
-                    f"{', '.join(map(name, hung))} took longer than {FLAG} {seconds:g} to read and cannot be interrupted; "
-                    "remove it from the data, or repair the disk that it is on"
+                    f"{', '.join(map(name, hung))} took longer than {FLAG} {seconds:g} to read and cannot be "
+                    "interrupted; remove it from the data, or repair the disk that it is on"
                 )
             else:
                 problem = (

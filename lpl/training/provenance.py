@@ -59,7 +59,9 @@ def measured_facts(
         hardware: such as "8 x NVIDIA H200".
     """
     data: dict[str, Any] = {
-        "fingerprint": fingerprint(dataset, args.image_column, args.caption_column, data_folders(args))
+        "fingerprint": fingerprint(
+            dataset, args.image_column, args.caption_column, data_folders(args.data, args.cache_dir)
+        )
     }
     if isinstance(dataset, Dataset):
         data["images"] = len(dataset)
