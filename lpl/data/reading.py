@@ -88,7 +88,7 @@ def cropped(
     Args:
         image: RGB.
         size: height and width of the crop in pixels.
-        shares: position of the crop, from 0 (top, left) to 1 (bottom, right).
+        shares: vertical and horizontal position of the crop, in [0, 1), from the top and from the left.
         interpolation: a key of :data:`RESAMPLING`.
 
     Returns:

@@ -185,7 +185,7 @@ class StreamedBatches(Sampler[list[Key]]):
     def __iter__(self) -> Iterator[list[Key]]:
         *start, done = self.position
         before, batch = -done, []
-        for unit, epoch, block in ahead(self._blocks(*start), self._waited_for):
+        for unit, epoch, block in read_ahead(self._blocks(*start), self._wait_for):
             first, _ = block[0]
             self._begun.append((before, unit, first % ROWS))
             before += len(block)
@@ -194,7 +194,7 @@ class StreamedBatches(Sampler[list[Key]]):
             for place in range(done, len(block)):
                 batch.append((epoch, block[place]))
                 if len(batch) == self.batch_size:
-                    yield with_stand_ins(batch, block[(place + 1) % len(block)])
+                    yield with_substitutes(batch, block[(place + 1) % len(block)])
                     batch = []
             done = 0
 
@@ -240,7 +240,7 @@ class StreamedBatches(Sampler[list[Key]]):
                     yield index, row
             self._reading = index + 1, time.monotonic()
 
-    def _waited_for(self, block: Future[Item]) -> Item:
+    def _wait_for(self, block: Future[Item]) -> Item:
         """Waits for a block.
 
         Raises:
@@ -257,7 +257,7 @@ class StreamedBatches(Sampler[list[Key]]):
         return block.result()
 
 
-def with_stand_ins(batch: list[tuple[int, Indexed]], spare: Indexed) -> list[Key]:
+def with_substitutes(batch: list[tuple[int, Indexed]], spare: Indexed) -> list[Key]:
     """The keys of a batch: each sample with the others and a spare one, which may replace it.
 
     A loader's worker gets a batch in one message, which contains each row once.
@@ -266,15 +266,15 @@ def with_stand_ins(batch: list[tuple[int, Indexed]], spare: Indexed) -> list[Key
     return [(epoch, rows[place:] + rows[:place]) for place, (epoch, _) in enumerate(batch)]
 
 
-def ahead(items: Iterator[Item], waited_for: Callable[[Future[Item]], Item]) -> Iterator[Item]:
+def read_ahead(items: Iterator[Item], wait_for: Callable[[Future[Item]], Item]) -> Iterator[Item]:
     """Yields endless items, each read in a thread while the one before is used.
 
     Args:
-        waited_for: returns an item when it has been read.
+        wait_for: returns an item when it has been read.
     """
     following = read_in_thread(items)
     while True:
-        item = waited_for(following)
+        item = wait_for(following)
         following = read_in_thread(items)
         yield item
 

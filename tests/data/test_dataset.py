@@ -18,6 +18,7 @@ from lpl.data.source import load_training_images
 
 
 SPACE = LatentSpace(4, 4)
+NOISES = ("noise", "posterior_noise")
 RANDOM = ("pixels", "noise", "posterior_noise", "timestep", "lpl_choice")
 
 
@@ -250,6 +251,16 @@ def test_the_crop_is_described_as_it_was_taken(flags):
 def test_the_original_size_is_the_one_before_resizing():
     sample = images_of(static(200, 100), center_crop=True)[0, 0]
     assert sample["original_size"].tolist() == [100, 200] and sample["crop_top_left"].tolist() == [0, 16]
+
+
+def test_each_index_may_have_a_size_of_its_own(monkeypatch):
+    sizes = [(16, 24), (32, 64)]
+    monkeypatch.setattr(TrainingImages, "size_of", lambda images, index: sizes[index])
+    images = images_of(static(), None, input_perturbation=0.1)  # the first image replaces the second one
+    for index, (height, width) in enumerate(sizes):
+        sample = images[0, index]
+        assert sample["pixels"].shape == (3, height, width) and sample["target_size"].tolist() == [height, width]
+        assert all(sample[name].shape == (4, height // 4, width // 4) for name in (*NOISES, "input_noise"))
 
 
 def test_timesteps_follow_the_bias():

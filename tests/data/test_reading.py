@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lpl.data.reading import choose_caption
+from lpl.data.reading import choose_caption, cropped
 from tests.data.test_dataset import coordinates, images_of, levels, static
 
 
@@ -33,6 +33,24 @@ def test_the_shorter_side_gets_the_resolution_and_the_shape_is_kept(size):
     inner = crop[4:-4, 4:-4]
     for axis, channel in ((1, 0), (0, 1)):
         assert np.diff(inner[..., channel], axis=axis).mean() == pytest.approx(step, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "picture, size, corner",
+    [
+        ((48, 32), (32, 24), (0, 12)),  # (width, height), (height, width), (top, left)
+        ((48, 32), (16, 48), (8, 0)),
+        ((200, 20), (20, 100), (0, 50)),  # ten times as long as high, but only five times the crop's aspect ratio
+        ((200, 20), (20, 20), (0, 90)),
+        ((20, 200), (20, 20), (90, 0)),
+    ],
+)
+def test_a_crop_need_not_be_square(picture, size, corner):
+    pixels, found = cropped(coordinates(*picture), size, (0.5, 0.5), False, "lanczos")
+    crop = levels({"pixels": pixels})
+    assert found == corner and crop.shape == (*size, 3)
+    assert tuple(crop[0, 0, 1::-1]) == corner
+    assert tuple(crop[-1, -1, 1::-1]) == (corner[0] + size[0] - 1, corner[1] + size[1] - 1)
 
 
 def test_interpolation_mode_is_used():

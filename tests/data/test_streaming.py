@@ -24,7 +24,7 @@ from trainer import ROOT, arguments, launch, metrics, same, settings, train, val
 
 from lpl import get_objective
 from lpl.data.dataset import LatentSpace
-from lpl.data.streaming import ROWS, LostShard, ahead, load_streamed_images, shard_rows, training_images
+from lpl.data.streaming import ROWS, LostShard, load_streamed_images, read_ahead, shard_rows, training_images
 from lpl.data.timeouts import HungLoader
 from tests.data.test_loader import batches_of
 
@@ -322,7 +322,7 @@ def test_slow_rows_one_after_the_other_are_no_hang(tmp_path, monkeypatch):
 
 def test_nobody_waits_for_a_row_that_is_read_ahead():
     never = threading.Event()
-    items = ahead(iter(lambda: never.wait(20 * next(numbers)), None), lambda item: item.result())
+    items = read_ahead(iter(lambda: never.wait(20 * next(numbers)), None), lambda item: item.result())
     numbers = iter(range(2))
     start = time.monotonic()
     assert next(items) is False

@@ -1,4 +1,4 @@
-"""Readings that do not end are given up, and where they cannot be, they are named."""
+"""Reads that do not finish are given up; if one cannot be interrupted, the file is named."""
 
 import os
 import signal
