@@ -18,7 +18,6 @@ from contextlib import redirect_stderr
 import numpy as np
 import pytest
 import yaml
-from diffusers import DDPMScheduler
 from huggingface_hub import ModelCard
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -27,14 +26,13 @@ from PIL import Image
 from trainer import arguments
 from trainer import settings as flags_of
 
-from lpl import get_objective
 from lpl.config.command_line import build_parser, parse, recipe
 from lpl.config.flag import boolean
-from lpl.data.dataset import TrainingImages
 from lpl.data.reading import RESAMPLING, choose_caption, lies_in, to_rgb
 from lpl.evaluation import Preprocessing, folder_images
 from lpl.publishing.card import write_model_card
 from lpl.tools.pictures import labelled_grid
+from tests.data.test_dataset import over
 from tests.publishing.test_card import card
 
 
@@ -297,7 +295,7 @@ def picture(mode, width, height, seed=0):
 
 
 def samples_of(*rows, **changes):
-    return TrainingImages(list(rows), get_objective("epsilon", DDPMScheduler()), (4, 2, 2), flags_of(**changes))
+    return over(list(rows), flags_of(**changes))
 
 
 PICTURES = {

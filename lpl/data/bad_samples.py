@@ -1,15 +1,16 @@
-"""Samples that cannot be trained on: counted, listed with the reason, and limited.
+"""Samples that cannot be read: counted, listed with the reason, and limited.
 
-A *bad sample* is a row of the data set whose image or caption cannot be read; the next row takes its place
-(:meth:`lpl.data.TrainingImages.readable`), in every epoch and every process the same one. ``bad_samples.jsonl`` has
-a line for each, ``{"image": place in the data set, "file": its name where it has one, "reason": ...}``, written at
-logging steps; a resumed run goes on with it.
+A *bad sample* is a row of the data set whose image or caption cannot be read. The next row replaces it
+(:meth:`lpl.data.dataset.TrainingImages.readable`), the same one in every epoch and process. ``bad_samples.jsonl`` has
+one line for each, ``{"image": place in the data set, "file": its name if known, "reason": ...}``, written at logging
+steps. A resumed run continues the list.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from os import PathLike
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -18,29 +19,31 @@ from accelerate.utils import gather_object
 from lpl.config.checks import parse_limit
 from lpl.data.dataset import TrainingImages
 from lpl.tools.files import entries, lines, write_text
+from lpl.tools.layout import BAD_SAMPLES
 
 
 logger = logging.getLogger(__name__)
 
 
 class BadSamples:
-    """Those of a run, over all its processes.
+    """The bad samples of a run, over all its processes.
 
     Args:
-        limit: --max_bad_samples: a number of samples, a share of the data set if it is below 1, or None.
-        resumed: whether the list in the folder is this run's.
+        folder: the run's output folder.
+        limit: --max_bad_samples: a number of samples, a share of the data set if below 1, or None.
+        resumed: whether the list in the folder belongs to this run.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
         images: TrainingImages,
-        folder: str,
+        folder: str | PathLike[str],
         limit: str | None = None,
         resumed: bool = False,
     ) -> None:
         self.accelerator, self.images = accelerator, images
-        self.path = Path(folder, "bad_samples.jsonl")
+        self.path = Path(folder, BAD_SAMPLES)
         share = parse_limit(limit)
         self.limit = share if share is None or share >= 1 else share * (images.length or 0)
         if accelerator.is_main_process:
@@ -53,14 +56,14 @@ class BadSamples:
         self._new: dict[int, str] = {}
 
     def add(self, found: Iterable[tuple[int, str]]) -> None:
-        """What a batch had to do without: places in the data set, and reasons."""
+        """Adds the bad samples of a batch: places in the data set, and reasons."""
         self._new |= {index: reason for index, reason in found if index not in self._known}
 
     def write(self) -> str | None:
-        """List what is new; called by every process at the same steps.
+        """Lists new bad samples. Every process must call this at the same steps.
 
         Returns:
-            Why the run has to end, where there are more than the limit; the same in every process.
+            why the run must end, if there are more than the limit; the same in every process.
         """
         gathered = gather_object([self._new]) if self.accelerator.num_processes > 1 else [self._new]
         new = {index: reason for part in gathered for index, reason in part.items() if index not in self._known}
@@ -73,13 +76,11 @@ class BadSamples:
             listed = [{"image": index, "file": names[index], "reason": new[index]} for index in sorted(new)]
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(lines(listed))
-            logger.warning(
-                "%s cannot be used so far, others take their place; %s lists them", *(self._count(), self.path)
-            )
+            logger.warning("%s could not be read so far and were replaced; %s lists them", self._count(), self.path)
         if self.limit is None or len(self._known) <= self.limit:
             return None
         return (
-            f"--max_bad_samples: {self._count()} cannot be used; {self.path} "
+            f"--max_bad_samples: {self._count()} cannot be read; {self.path} "
             "lists them with their reasons; repair or remove them, or raise the limit"
         )
 

@@ -1,17 +1,17 @@
-"""The fingerprint of what is trained on: the same on any machine, another one where the data is another.
+"""The fingerprint of the training data: the same on every machine, different for different data.
 
-A data set that is here: the number of its samples, all captions, and the bytes of the images' files, all in their
-order. Of more than ``IMAGES`` images only so many are read, evenly spaced with the first and the last among them: then
-a file in between that is exchanged for another one, under the same caption, may stay unseen. Names and folders do not
-count, nor does how the data is loaded: a folder of images and parquet files with the same bytes, captions and order
-have one fingerprint, and have two where one of them has its images encoded anew or in another order.
+A loaded data set: the number of samples, all captions, and the bytes of the image files, in order. Of more than
+``IMAGES`` images only ``IMAGES`` are read, evenly spaced from the first to the last; another file in between, under
+the same caption, may go unnoticed. Names, folders and the way of loading do not count: a folder of images and parquet
+files with the same bytes, captions and order have one fingerprint. Images encoded again, or in another order, change
+it.
 
-A streamed data set, which nobody has read yet: the number and the names of its shards, its columns, and the first
-``FIRST_ROWS`` rows of the first shard. What changes behind them, in shards of the same names, stays unseen. It never
-has the fingerprint of the same data loaded without --streaming.
+A streamed data set, not yet read: the number and names of its shards, its columns, and the first ``FIRST_ROWS`` rows
+of the first shard. Changes behind those rows, in shards of the same names, go unnoticed. Its fingerprint always
+differs from that of the same data loaded without --streaming.
 
-Files are read, not decoded: one that is no image counts with its bytes, one that cannot be read or lies outside of the
-data set's folders counts as missing.
+Files are read, not decoded: a file that is no image counts with its bytes; one that cannot be read, or lies outside of
+the data set's folders, counts as missing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Any
+from typing import IO, Any, cast
 
 import fsspec
 from datasets import Dataset, IterableDataset
@@ -31,32 +31,36 @@ from datasets import Image as ImageFeature
 from lpl.data.reading import LARGEST_FILE, lies_in
 
 
-IMAGES = 512  # whose files are read
+IMAGES = 512  # files read
 FIRST_ROWS = 16  # of a streamed data set
-READERS = 8  # threads: a file on a network disk is waited for
-PART = 2**20  # bytes that are read at a time
+READERS = 8  # threads, since files may lie on a network disk
+PART = 2**20  # bytes read at a time
 MISSING = "missing"  # stands for the digest of a file that cannot be read
 
 
 def fingerprint(
     dataset: Dataset | IterableDataset, image_column: str, caption_column: str, folders: Sequence[str] = ()
 ) -> str:
-    """``sha256:`` and 64 hex digits.
+    """Returns ``sha256:`` and 64 hex digits.
 
     Args:
-        folders: where the files of the data set may lie, see :func:`lpl.data.data_folders`; images that are in the
-            data set itself need none.
+        folders: where the data set's files may lie, see :func:`lpl.data.source.data_folders`; images embedded in the
+            data set need none.
     """
-    parts = _streamed if isinstance(dataset, IterableDataset) else _loaded
+    if isinstance(dataset, IterableDataset):
+        parts = _streamed(dataset, image_column, caption_column, folders)
+    else:
+        parts = _loaded(dataset, image_column, caption_column, folders)
     digest = hashlib.sha256()
-    for part in parts(dataset, image_column, caption_column, folders):  # a line of JSON each, so that none runs into
-        digest.update(json.dumps(part, default=str).encode() + b"\n")  # the next
+    for part in parts:  # a line of JSON each, so that parts cannot run into each other
+        digest.update(json.dumps(part, default=str).encode() + b"\n")
     return f"sha256:{digest.hexdigest()}"
 
 
 def _loaded(dataset: Dataset, image_column: str, caption_column: str, folders: Sequence[str]) -> Iterator[Any]:
     yield "loaded", len(dataset)
-    for batch in dataset.select_columns([caption_column]).iter(1000):
+    batches = cast(Iterator[dict[str, Any]], dataset.select_columns([caption_column]).iter(1000))
+    for batch in batches:
         yield from batch[caption_column]
     images = dataset.select_columns([image_column]).cast_column(image_column, ImageFeature(decode=False))
 
@@ -70,7 +74,9 @@ def _loaded(dataset: Dataset, image_column: str, caption_column: str, folders: S
         yield from readers.map(digest, spaced(len(dataset), IMAGES))
 
 
-def _streamed(dataset: IterableDataset, image_column: str, caption_column: str, folders: Sequence[str]) -> Iterator:
+def _streamed(
+    dataset: IterableDataset, image_column: str, caption_column: str, folders: Sequence[str]
+) -> Iterator[Any]:
     yield "streamed", dataset.num_shards, dataset.column_names
     yield [os.path.basename(path) for path in shard_paths(dataset)]
     try:
@@ -81,7 +87,7 @@ def _streamed(dataset: IterableDataset, image_column: str, caption_column: str, 
 
 
 def spaced(length: int, count: int) -> list[int]:
-    """At most so many places, evenly spaced from the first to the last.
+    """At most ``count`` places, evenly spaced from the first to the last.
 
     >>> spaced(3, 5), spaced(9, 5)
     ([0, 1, 2], [0, 2, 4, 6, 8])
@@ -92,7 +98,7 @@ def spaced(length: int, count: int) -> list[int]:
 
 
 def image_digest(image: Mapping[str, Any] | None, folders: Sequence[str]) -> str:
-    """sha256 of an image's file, in hex; what a data set holds of it is its bytes or its path."""
+    """sha256 of an image file in hex, given its bytes or its path."""
     content, path = (image or {}).get("bytes"), (image or {}).get("path")
     if content is not None:
         return hashlib.sha256(content).hexdigest()
@@ -100,28 +106,28 @@ def image_digest(image: Mapping[str, Any] | None, folders: Sequence[str]) -> str
         return MISSING
     try:
         return _file_digest(path)
-    except Exception:  # as many kinds as there are places where a file may lie
+    except Exception:  # each kind of storage raises its own
         return MISSING
 
 
 def _file_digest(path: str) -> str:
-    if "://" not in path and not os.path.isfile(path):  # a pipe would be waited for
+    if "://" not in path and not os.path.isfile(path):  # reading a pipe would block
         return MISSING
     digest = hashlib.sha256()
     with fsspec.open(path) if "://" in path else open(path, "rb") as file:
         for _ in range(LARGEST_FILE // PART):
-            if not (part := file.read(PART)):
+            if not (part := cast(IO[bytes], file).read(PART)):
                 break
             digest.update(part)
     return digest.hexdigest()
 
 
 def shard_paths(dataset: IterableDataset) -> list[str]:
-    """The files of a streamed data set, in order; none where its library does not tell.
+    """The files of a streamed data set, in order; empty if unknown.
 
-    It has no public way to ask: they are what its innermost iterable is called with.
+    The library has no public way to ask. The files are the arguments of its innermost iterable.
     """
-    rows = getattr(dataset, "_ex_iterable", None)
+    rows: Any = getattr(dataset, "_ex_iterable", None)
     while hasattr(rows, "ex_iterable"):
         rows = rows.ex_iterable
     for value in (getattr(rows, "kwargs", None) or {}).values():

@@ -1,4 +1,8 @@
-"""TODO: what is here."""
+"""Random generators keyed by what they are for, and the order of samples.
+
+The order is one endless sequence: epoch after epoch, each a permutation keyed by (seed, epoch). A run's place in it is
+one number, the count of batches behind it. Batches are always full and may span two epochs.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from torch.utils.data import Sampler
 
 
 class Stream(IntEnum):
-    """What a generator is for. Each purpose has its own, so that a new draw in one does not move the others."""
+    """The purpose of a generator. Each purpose has its own, so that a new draw for one leaves the others unchanged."""
 
     ORDER = 0
     AUGMENTATION = 1
@@ -21,13 +25,13 @@ class Stream(IntEnum):
 
 
 def keyed_generator(seed: int, *key: int) -> torch.Generator:
-    """A CPU generator that depends on the numbers given and nothing else."""
+    """A CPU generator that depends on seed and key only."""
     state = np.random.SeedSequence([seed, *key]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
 
 
 class KeyedBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index) for one process, from a position in the endless sequence on.
+    """Endless batches of (epoch, index) for one process.
 
     Args:
         length: samples in the data set.
@@ -56,5 +60,5 @@ class KeyedBatches(Sampler[list[tuple[int, int]]]):
             batch += 1
 
     def positions(self, batch: int) -> list[list[int]]:
-        """What it takes to go on behind so many batches of each process, besides their number: nothing."""
+        """What a resumed run needs besides the number of batches: nothing."""
         return []

@@ -1,4 +1,7 @@
-"""TODO: what is here."""
+"""Loads a data set: its image and caption column, checked, and the part held out for the validation loss.
+
+Images stay undecoded; :class:`lpl.data.dataset.TrainingImages` opens each one when a batch needs it.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-import datasets
+import datasets.config
 from datasets import ClassLabel, Dataset, IterableDataset, Value, load_dataset
 from datasets import Image as ImageFeature
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from lpl.config.groups import Data
 from lpl.data.reading import image_files
 from lpl.tools.words import first_line
 
@@ -20,68 +24,84 @@ from lpl.tools.words import first_line
 logger = logging.getLogger(__name__)
 
 
-SHARDS = {".parquet": "parquet", ".tar": "webdataset"}  # what --streaming reads from a folder
+SHARDS = {".parquet": "parquet", ".tar": "webdataset"}  # suffixes that --streaming reads -> load_dataset's builders
 
 
-def load_training_images(args: Any, num_classes: int | None = None) -> tuple[Dataset, Dataset | None]:
-    """What is trained on, and what is held out for the validation loss (None: nothing is).
+def load_training_images(
+    data: Data, seed: int, cache_dir: str | None, num_classes: int | None = None
+) -> tuple[Dataset, Dataset | None]:
+    """Loads the training data and the held-out data for the validation loss (None if the flags ask for none).
 
     Args:
+        seed: draws the --max_train_samples.
         num_classes: of a class-conditional family, whose captions are class labels.
 
     Raises:
-        ValueError: where there is nothing to train on, or a column is missing or of the wrong kind.
+        ValueError: if there is nothing to train on, or a column is missing or of the wrong type.
     """
-    dataset, held_out = load_split(args, "train", num_classes), None
-    if args.max_train_samples is not None:
-        dataset = dataset.shuffle(seed=args.seed).select(range(min(args.max_train_samples, len(dataset))))
-    if args.validation_split is not None:
-        held_out = load_split(args, args.validation_split, num_classes)
-    elif args.validation_every_nth is not None:
-        every_nth = range(0, len(dataset), args.validation_every_nth)
+    dataset, held_out = _map_style(data, "train", cache_dir, num_classes), None
+    if data.max_train_samples is not None:
+        dataset = dataset.shuffle(seed=seed).select(range(min(data.max_train_samples, len(dataset))))
+    if data.validation_split is not None:
+        held_out = _map_style(data, data.validation_split, cache_dir, num_classes)
+    elif data.validation_every_nth is not None:
+        every_nth = range(0, len(dataset), data.validation_every_nth)
         held_out = dataset.select(every_nth)
         dataset = dataset.select(sorted(set(range(len(dataset))) - set(every_nth)))
         if len(dataset) == 0:
-            raise ValueError(f"--validation_every_nth {args.validation_every_nth}: nothing is left to train on")
+            raise ValueError(f"--validation_every_nth {data.validation_every_nth}: nothing is left to train on")
     if held_out is not None:
-        held_out = held_out.select(range(min(args.num_validation_samples, len(held_out))))
+        held_out = held_out.select(range(min(data.num_validation_samples, len(held_out))))
     return dataset, held_out
 
 
-def load_split(args: Any, split: str, num_classes: int | None) -> Dataset | IterableDataset:
-    """Image and caption column of a split; with --streaming its rows are read when they are needed, and not decoded.
+def _map_style(data: Data, split: str, cache_dir: str | None, num_classes: int | None) -> Dataset:
+    dataset = load_split(data, split, cache_dir, num_classes)
+    assert isinstance(dataset, Dataset), "a streamed data set is loaded by load_streamed_images"
+    return dataset
+
+
+def load_split(
+    data: Data, split: str, cache_dir: str | None, num_classes: int | None = None
+) -> Dataset | IterableDataset:
+    """Loads the image and caption column of a split, images undecoded; with --streaming as an ``IterableDataset``.
 
     Raises:
-        ValueError: where it cannot be loaded, or a column is missing or of the wrong kind.
+        ValueError: if it cannot be loaded, or a column is missing or of the wrong type.
     """
-    where = f"--dataset_name {args.dataset_name}" if args.dataset_name else f"--train_data_dir {args.train_data_dir}"
-    options = {"split": split, "cache_dir": args.cache_dir, "streaming": args.streaming}
+    where = f"--dataset_name {data.dataset_name}" if data.dataset_name else f"--train_data_dir {data.train_data_dir}"
     try:
-        if not args.dataset_name:
-            kind, files = "imagefolder", [os.path.join(glob.escape(args.train_data_dir), "**")]
-            if args.streaming:
-                kind, shards = shard_files(args.train_data_dir)
-                files = [glob.escape(str(shard)) for shard in shards]
-            # All files under one name: left to itself, the library takes "test" in a file's name for a split.
-            dataset = load_dataset(kind, data_files={"train": files}, **options)
-        else:
-            dataset = load_dataset(
-                args.dataset_name, args.dataset_config_name, data_dir=args.train_data_dir, **options
-            )
-        if args.streaming:
-            dataset = dataset.decode(False)
+        dataset = _loaded(data, split, cache_dir)
     except Exception as error:  # the library raises a dozen kinds; each means that there is nothing to train on
         why = first_line(error.__cause__ or error)
         raise ValueError(f"{where}: the data set cannot be loaded: {why}") from error
-    check_columns(dataset, args.image_column, args.caption_column, where, num_classes)
-    dataset = dataset.select_columns([args.image_column, args.caption_column])
-    if args.streaming:
+    check_columns(dataset, data.image_column, data.caption_column, where, num_classes)
+    dataset = dataset.select_columns([data.image_column, data.caption_column])
+    if isinstance(dataset, IterableDataset):
         return dataset
-    dataset = dataset.cast_column(args.image_column, ImageFeature(decode=False))  # TrainingImages opens them itself
-    if args.dataset_name:
+    dataset = dataset.cast_column(data.image_column, ImageFeature(decode=False))
+    if data.dataset_name or data.train_data_dir is None:
         return dataset
-    if (left := len(image_files(args.train_data_dir)) - len(dataset)) > 0:
+    if (left := len(image_files(data.train_data_dir)) - len(dataset)) > 0:
         logger.warning("%s: %d images are left out, since no metadata file names them", where, left)
+    return dataset
+
+
+def _loaded(data: Data, split: str, cache_dir: str | None) -> Dataset | IterableDataset:
+    options: dict[str, Any] = {"split": split, "cache_dir": cache_dir, "streaming": data.streaming}
+    if data.dataset_name:
+        dataset = load_dataset(data.dataset_name, data.dataset_config_name, data_dir=data.train_data_dir, **options)
+    else:
+        assert data.train_data_dir is not None
+        kind, files = "imagefolder", [os.path.join(glob.escape(data.train_data_dir), "**")]
+        if data.streaming:
+            kind, shards = shard_files(data.train_data_dir)
+            files = [glob.escape(str(shard)) for shard in shards]
+        # All files under one name: by default, the library takes "test" in a file's name for a split.
+        dataset = load_dataset(kind, data_files={"train": files}, **options)
+    if isinstance(dataset, IterableDataset):
+        return dataset.decode(False)
+    assert isinstance(dataset, Dataset)  # with a split, it is no dictionary of splits
     return dataset
 
 
@@ -92,25 +112,35 @@ def check_columns(
     where: str,
     num_classes: int | None = None,
 ) -> None:
-    """Refuse a data set that is empty, lacks the named columns, or has something else in them.
+    """Refuses a data set that is empty, lacks a named column, or has a column of the wrong type.
+
+    Args:
+        where: the flag that names the data set and its value, for messages.
 
     Raises:
-        ValueError: with the columns that there are, and the flag to change.
+        ValueError: with the available columns, and the flag to change.
     """
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError(f"{where}: the data set has no images")
+    columns = dataset.column_names or []
     for flag, column in (("--image_column", image_column), ("--caption_column", caption_column)):
-        if column not in dataset.column_names:
+        if column not in columns:
             raise ValueError(
                 f"{where}: there is no column {column!r} ({flag}); its columns are "
-                f"{', '.join(dataset.column_names)}{_folder_hint(dataset, caption_column, num_classes)}"
+                f"{', '.join(columns)}{_folder_hint(dataset, caption_column, num_classes)}"
             )
-    if not isinstance(dataset.features[image_column], ImageFeature):
+    if not isinstance(_feature(dataset, image_column), ImageFeature):
         raise ValueError(f"{where}: column {image_column!r} (--image_column) holds no images")
     if num_classes is None:
         _check_captions(dataset, caption_column, where)
     else:
         _check_labels(dataset, caption_column, where, num_classes)
+
+
+def _feature(dataset: Dataset | IterableDataset, column: str) -> Any:
+    """The feature type of a column, one of the library's dozen."""
+    assert dataset.features is not None
+    return dataset.features[column]
 
 
 def _folder_hint(dataset: Dataset | IterableDataset, caption_column: str, num_classes: int | None) -> str:
@@ -124,7 +154,7 @@ def _folder_hint(dataset: Dataset | IterableDataset, caption_column: str, num_cl
 
 
 def _check_captions(dataset: Dataset | IterableDataset, column: str, where: str) -> None:
-    feature = dataset.features[column]
+    feature = _feature(dataset, column)
     kind = getattr(getattr(feature, "feature", feature), "dtype", None)  # of a list's entries, or of the value itself
     if kind not in ("string", "large_string"):
         raise ValueError(
@@ -134,13 +164,13 @@ def _check_captions(dataset: Dataset | IterableDataset, column: str, where: str)
 
 
 def _check_labels(dataset: Dataset | IterableDataset, column: str, where: str, num_classes: int) -> None:
-    feature = dataset.features[column]
+    feature = _feature(dataset, column)
     if not isinstance(feature, ClassLabel) and not (isinstance(feature, Value) and "int" in feature.dtype):
         raise ValueError(
             f"{where}: column {column!r} (--caption_column) must hold class labels, numbers from 0 on, "
             f"but its first value is {next(iter(dataset[column]), None)!r}"
         )
-    if isinstance(dataset, IterableDataset):  # each is looked at when its image is
+    if isinstance(dataset, IterableDataset):  # StreamedImages checks each label when it reads the row
         return
     labels = [label for label in dataset[column] if label is not None]
     if not labels or min(labels) < 0 or max(labels) >= num_classes:
@@ -150,25 +180,23 @@ def _check_labels(dataset: Dataset | IterableDataset, column: str, where: str, n
         )
 
 
-def class_names(dataset: Dataset | IterableDataset, column: str) -> dict[int, str]:
-    """The names of the classes by label, where the data set has them."""
-    return dict(enumerate(getattr(dataset.features[column], "names", None) or []))
-
-
-def data_folders(args: Any) -> list[str]:
-    """Where the files of a data set may lie: in its folder; of one on the Hub, there, or in what was downloaded."""
-    if not args.dataset_name:
-        return [args.train_data_dir] if args.train_data_dir else []
-    downloads = os.path.join(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "downloads")
-    own = (f"hf://datasets/{args.dataset_name}", args.dataset_name, args.train_data_dir)
+def data_folders(data: Data, cache_dir: str | None) -> list[str]:
+    """Folders that a data set's files may lie in: its own; for a data set of the Hub also the download caches."""
+    if not data.dataset_name:
+        return [data.train_data_dir] if data.train_data_dir else []
+    downloads = os.path.join(cache_dir or datasets.config.HF_DATASETS_CACHE, "downloads")
+    own = (f"hf://datasets/{data.dataset_name}", data.dataset_name, data.train_data_dir)
     return [folder for folder in (*own, HF_HUB_CACHE, downloads) if folder]
 
 
 def shard_files(folder: str) -> tuple[str, list[Path]]:
-    """The kind of the shards in a folder and the folders below, as load_dataset names it, and their files in order.
+    """Finds the shards in a folder and below it.
+
+    Returns:
+        the name of load_dataset's builder that reads them, and the files in order.
 
     Raises:
-        ValueError: where there are none, or of both kinds.
+        ValueError: if there are none, or both kinds.
     """
     files = sorted(file for file in Path(folder).rglob("*") if file.suffix in SHARDS)
     kinds = {SHARDS[file.suffix] for file in files}

@@ -1,9 +1,9 @@
-"""Files whose reading does not end: given up after a time, or, where that cannot be, named.
+"""Gives up reads that do not finish, or names the file if a read cannot be interrupted.
 
-A timer interrupts whatever Python code waits (:func:`at_most`); that costs the sample. It has no power over code that
-hangs outside of Python, as on a network disk that is gone. A loader's processes therefore note what they read
-(:class:`Readings`), and the main process, which waits for them, ends with an error that says what it is
-(:func:`watched`). In a run without loader's processes nobody is left to find it.
+A timer interrupts Python code that waits (:func:`at_most`); this costs the sample. It cannot interrupt code that hangs
+outside of Python, as on a lost network disk. The loader's workers therefore record what they read (:class:`Readings`),
+and the main process, which waits for them, raises an error that names the file (:func:`watched`). Without workers,
+nothing detects such a hang.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from torch.utils.data import get_worker_info
 
 
 Batch = TypeVar("Batch")
-PATIENCE = 2  # times the timeout: a reading that goes on for so long has not noticed its timer
-STARTING = 60.0  # seconds that a loader's processes may take before they read anything
+PATIENCE = 2  # a read that takes longer than this many timeouts has not noticed its timer
+STARTING = 60.0  # seconds that workers may take before their first read
 FLAG = "--dataloader_timeout"
 
 
 class TookTooLong(TimeoutError):
-    """A reading that its timer has interrupted."""
+    """A timer has interrupted a read."""
 
 
 class HungLoader(RuntimeError):
-    """A loader that will give no more batches; says why, and what to do."""
+    """The loader yields no more batches; the message says why, and what to do."""
 
 
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Within, what takes longer is interrupted; 0: nothing is.
+    """Interrupts the body after ``seconds``; 0 means never.
 
-    Only a process's main thread can do so, on a system with interval timers; elsewhere everything takes its time. A
-    timer that runs already goes on afterwards.
+    This needs the main thread of a process and a system with interval timers; elsewhere it has no effect. A timer that
+    is already running continues afterwards.
 
     Raises:
-        TookTooLong: in the middle of whatever takes so long.
+        TookTooLong: in the body.
     """
     if not seconds or not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
@@ -54,31 +54,31 @@ def at_most(seconds: float) -> Iterator[None]:
 
     handler = signal.signal(signal.SIGALRM, interrupt)
     start = time.monotonic()
-    # Again every second: an exception that is raised in a finalizer is lost.
+    # Again every second, since an exception raised in a finalizer is lost.
     due, interval = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)  # None: one that Python does not know
+        signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)  # None: a handler not set by Python
         if due:
             signal.setitimer(signal.ITIMER_REAL, max(1e-3, due - (time.monotonic() - start)), interval)
 
 
 class Readings:
-    """What each of a loader's processes reads, and since when: in memory that they share with the main process.
+    """What each worker of a loader is reading and since when, in memory shared with the main process.
 
     Args:
-        processes: of the loader; 0: nothing is noted.
+        workers: of the loader; with 0 nothing is recorded.
     """
 
-    def __init__(self, processes: int = 0) -> None:
-        # process id, place in the data set, and seconds of the system's clock, less than 0 between two readings
-        self._table = torch.zeros(processes, 3, dtype=torch.float64).share_memory_()
+    def __init__(self, workers: int = 0) -> None:
+        # process id, place in the data set, and the monotonic clock's seconds, negative between two reads
+        self._table = torch.zeros(workers, 3, dtype=torch.float64).share_memory_()
 
     @contextmanager
     def noted(self, place: int) -> Iterator[None]:
-        """Within, this process reads the sample at that place."""
+        """Records that this process reads the sample at ``place`` within the body."""
         worker = get_worker_info()
         if worker is None:
             yield
@@ -91,17 +91,17 @@ class Readings:
             row[2] = -time.monotonic()
 
     def running(self) -> dict[int, float]:
-        """Places of the samples that are being read, and seconds since then."""
+        """Places of the samples being read, and seconds since their reads began."""
         now = time.monotonic()
         return {int(place): now - since for _, place, since in self._table.tolist() if since > 0}
 
     def idle(self) -> float:
-        """Seconds since one of the processes last began or ended a reading."""
+        """Seconds since a worker last began or ended a read."""
         return time.monotonic() - float(self._table[:, 2].abs().max())
 
     def kill(self) -> None:
-        """End the processes, which heed no signal but this."""
-        before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where torch raises an error of its own
+        """Kills the workers, which ignore other signals."""
+        before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error of its own
         processes = {int(number) for number in self._table[:, 0]}
         for child in multiprocessing.active_children():
             if child.pid in processes:
@@ -113,13 +113,13 @@ class Readings:
 def watched(
     batches: Iterator[Batch], readings: Readings, seconds: float, name: Callable[[int], str]
 ) -> Iterator[Batch]:
-    """The batches of a loader that has this timeout, as long as they come.
+    """Yields the batches of a loader that has this timeout.
 
     Args:
-        name: what to call the sample at a place.
+        name: returns the name of the sample at a place.
 
     Raises:
-        HungLoader: where a reading goes on beyond its own timeout, or where no batch comes though nothing is read.
+        HungLoader: if a read has not been interrupted by its own timeout, or if no batch comes though nothing is read.
     """
     waited = 0.0
     while True:
@@ -131,16 +131,16 @@ def watched(
             waited += seconds
             hung = [place for place, duration in readings.running().items() if duration >= PATIENCE * seconds]
             if not hung and min(waited, readings.idle()) < max(PATIENCE * seconds, STARTING):
-                continue  # files that are slow, one after the other
+                continue  # slow files, one after the other
             readings.kill()
             if hung:
                 problem = (
-                    f"the reading of {', '.join(map(name, hung))} does not end and cannot be interrupted; take it out "
-                    f"of the data, or mend the disk that it is on ({FLAG} {seconds:g})"
+                    f"{', '.join(map(name, hung))} took longer than {FLAG} {seconds:g} to read and cannot be "
+                    "interrupted; remove it from the data, or repair the disk that it is on"
                 )
             else:
                 problem = (
-                    f"no batch came for {waited:g} s, though no file is being read; try fewer --dataloader_num_workers"
+                    f"no batch came for {waited:g} s, though no file is being read; use fewer --dataloader_num_workers"
                 )
             raise HungLoader(problem) from error
         waited = 0.0

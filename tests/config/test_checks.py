@@ -29,7 +29,7 @@ def no_weights(monkeypatch):
 
     for loader in (DiffusionPipeline, ModelMixin, transformers.PreTrainedModel):
         monkeypatch.setattr(loader, "from_pretrained", loaded)
-    monkeypatch.setattr("lpl.data.dataset.load_dataset", loaded)
+    monkeypatch.setattr("lpl.data.source.load_dataset", loaded)
 
 
 @pytest.fixture

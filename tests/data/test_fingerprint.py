@@ -38,11 +38,12 @@ def write_folder(folder, images, captions):
 
 def of_folder(folder, **changes):
     """The fingerprint of what would be trained on; nothing is taken from a cache."""
-    args = settings(train_data_dir=str(folder), cache_dir=str(folder.with_name("cache")), **changes)
-    load = load_streamed_images if args.streaming else load_training_images
-    dataset, _ = load(args)
+    config = settings(train_data_dir=str(folder), cache_dir=str(folder.with_name("cache")), **changes)
+    data, cache_dir = config.data, config.model.cache_dir
+    load = load_streamed_images if data.streaming else load_training_images
+    dataset, _ = load(data, config.optimization.seed, cache_dir)
     shutil.rmtree(folder.with_name("cache"), ignore_errors=True)
-    return fingerprint(dataset, args.image_column, args.caption_column, data_folders(args))
+    return fingerprint(dataset, data.image_column, data.caption_column, data_folders(data, cache_dir))
 
 
 def of_rows(images, captions=None):
@@ -79,8 +80,8 @@ def test_how_the_data_is_loaded_does_not_count(folder, tmp_path):
     dataset = load_dataset("imagefolder", data_dir=str(folder), split="train", cache_dir=str(tmp_path / "cache"))
     embedded = dataset.with_format("arrow").map(embed_table_storage, batched=True)  # as push_to_hub does
     embedded.with_format(None).to_parquet(tmp_path / "parquet/0.parquet")
-    args = settings(dataset_name=str(tmp_path / "parquet"), cache_dir=str(tmp_path / "cache"))
-    loaded, _ = load_training_images(args)
+    data = settings(dataset_name=str(tmp_path / "parquet")).data
+    loaded, _ = load_training_images(data, 0, str(tmp_path / "cache"))
     assert loaded[0]["image"]["bytes"] == (folder / "0.png").read_bytes()
     assert fingerprint(loaded, "image", "text") == of_folder(folder)
     decoded = loaded.cast_column("image", ImageFeature())
@@ -153,8 +154,7 @@ def test_a_file_that_is_missing_or_no_image_counts_as_such(folder):
     whole = of_folder(folder)
     (folder / "3.png").write_bytes(b"no image")
     bad = of_folder(folder)
-    args = settings(train_data_dir=str(folder), cache_dir=str(folder.with_name("cache")))
-    dataset, _ = load_training_images(args)
+    dataset, _ = load_training_images(settings(train_data_dir=str(folder)).data, 0, str(folder.with_name("cache")))
     (folder / "3.png").unlink()
     missing = fingerprint(dataset, "image", "text", [str(folder)])
     (folder / "3.png").mkdir()
@@ -217,8 +217,8 @@ def test_a_streamed_data_set_is_known_by_its_shards_and_first_rows(kind, tmp_pat
 def test_the_library_still_tells_the_shards(kind, tmp_path):
     folder = write(tmp_path / "data", (1, 2), kind)
     image, caption = KINDS[kind]
-    args = settings(streaming=True, train_data_dir=str(folder), image_column=image, caption_column=caption)
-    dataset, _ = load_streamed_images(args)
+    config = settings(streaming=True, train_data_dir=str(folder), image_column=image, caption_column=caption)
+    dataset, _ = load_streamed_images(config.data, 0, None)
     assert shard_paths(dataset) == [str(folder / f"00{number}.{kind}") for number in range(2)]
     assert shard_paths(None) == []
 
@@ -226,10 +226,10 @@ def test_the_library_still_tells_the_shards(kind, tmp_path):
 def test_a_broken_shard_has_a_fingerprint_too(tmp_path):
     whole = streamed(write(tmp_path / "whole", (3, 1), "tar"), "tar")
     broken = write(tmp_path / "broken", (3, 1), "tar")
-    args = settings(streaming=True, train_data_dir=str(broken), image_column="jpg", caption_column="txt")
-    dataset, _ = load_streamed_images(args)
+    data = settings(streaming=True, train_data_dir=str(broken), image_column="jpg", caption_column="txt").data
+    dataset, _ = load_streamed_images(data, 0, None)
     (broken / "000.tar").write_bytes((broken / "000.tar").read_bytes()[:2000])
-    found = fingerprint(dataset, "jpg", "txt", data_folders(args))
+    found = fingerprint(dataset, "jpg", "txt", data_folders(data, None))
     assert found.startswith("sha256:") and found != whole
 
 

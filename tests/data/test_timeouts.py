@@ -1,4 +1,4 @@
-"""Readings that do not end are given up, and where they cannot be, they are named."""
+"""Reads that do not finish are given up; if one cannot be interrupted, the file is named."""
 
 import os
 import signal
@@ -10,10 +10,10 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 
 from lpl.data.dataset import TrainingImages
-from lpl.data.loader import training_batches
 from lpl.data.order import KeyedBatches
 from lpl.data.timeouts import HungLoader, Readings, TookTooLong, at_most
 from tests.data.test_dataset import images_of, static
+from tests.data.test_loader import batches_of
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def with_pipe(pipe, seconds):
 
 def epoch(images, workers):
     """Two batches, which have all four samples."""
-    batches = training_batches(images, KeyedBatches(4, 2, 0, 0, 1, 0), workers)
+    batches = batches_of(images, KeyedBatches(4, 2, 0, 0, 1, 0), workers)
     return [next(batches) for _ in range(2)]
 
 
@@ -138,7 +138,7 @@ def test_slow_files_one_after_the_other_are_no_hang(monkeypatch):
             yield place, lambda read=read: time.sleep(0.4) or read()
 
     monkeypatch.setattr(TrainingImages, "candidates", slow)
-    batch = next(training_batches(images, KeyedBatches(4, 4, 0, 0, 1, 0), 1))
+    batch = next(batches_of(images, KeyedBatches(4, 4, 0, 0, 1, 0), 1))
     assert batch["bad"] == []
 
 

@@ -14,7 +14,7 @@ from diffusers.optimization import get_scheduler
 from trainer import parsed, reset_accelerate, train
 
 from lpl.autoencoders import downscaling_factor
-from lpl.data.dataset import TrainingImages
+from lpl.data.dataset import LatentSpace, TrainingImages
 from lpl.data.loader import training_batches
 from lpl.data.order import KeyedBatches
 from lpl.data.source import load_training_images
@@ -56,9 +56,9 @@ def planned(sd_pipeline, image_folder, tmp_path, monkeypatch):
         )
         trained = TrainedParts(load_family(args, configs, torch.float32), args)
         objective = get_objective(args.prediction_type, configs.scheduler)
-        side = args.resolution // downscaling_factor(configs.vae)
-        dataset, _ = load_training_images(args)
-        images = TrainingImages(dataset, objective, (configs.vae["latent_channels"], side, side), args)
+        space = LatentSpace(configs.vae["latent_channels"], downscaling_factor(configs.vae))
+        dataset, _ = load_training_images(args.data, args.seed, args.cache_dir)
+        images = TrainingImages(dataset, objective, space, args.data, args.diffusion, args.seed)
         optimizer = torch.optim.AdamW(trained.weights(), lr=args.learning_rate, fused=True)
         schedule = get_scheduler(
             args.lr_scheduler,
@@ -100,7 +100,7 @@ def dry_run(plan, losses):
         plan.accelerator, plan.trained, optimizer, plan.schedule, plan.max_steps, None, plan.args.max_grad_norm
     )
     weight = LplWeight(plan.args.lpl_weight, 50, torch.device("cpu"))
-    done = DryRun(plan, losses, model, updates, training_batches(plan.images, batches, 0), weight)
+    done = DryRun(plan, losses, model, updates, training_batches(plan.images, batches), weight)
     with redirect_stdout(io.StringIO()) as printed:
         done.report()
     return printed.getvalue(), done

@@ -17,7 +17,7 @@ from tiny import WITHOUT_T5
 from trainer import launch, metrics, parsed, same, script, train, weights
 
 from lpl import LatentPerceptualLoss, get_objective
-from lpl.data.dataset import TrainingImages, collate
+from lpl.data.dataset import LatentSpace, TrainingImages, collate
 from lpl.data.order import KeyedBatches
 from lpl.data.source import load_training_images
 
@@ -75,7 +75,9 @@ def first_batch(pipeline, images, output_dir, size, **flags):
     """The samples that a run with these flags begins with, and the pipeline's scheduler."""
     args, configs = parsed(pipeline, images, output_dir, **flags)
     objective = get_objective(args.prediction_type, configs.scheduler)
-    data = TrainingImages(load_training_images(args)[0], objective, (configs.vae["latent_channels"], 8, 8), args)
+    dataset, _ = load_training_images(args.data, args.seed, args.cache_dir)
+    space = LatentSpace(configs.vae["latent_channels"], args.resolution // 8)
+    data = TrainingImages(dataset, objective, space, args.data, args.diffusion, args.seed)
     order = KeyedBatches(len(data), size, args.seed, 0, 1, 0)
     return collate([data[key] for key in next(iter(order))]), configs.scheduler
 
@@ -420,11 +422,11 @@ def test_every_option_at_once(sd_pipeline, image_folder, tmp_path, monkeypatch):
         ("UNet2DConditionModel", "enable_gradient_checkpointing"),
     }
     assert loss.call_args.kwargs == {
-        "blocks": ["up_1", "mid"],
+        "blocks": ("up_1", "mid"),
         "gradient_checkpointing": True,
         "normalization": "separate",
         "detach_statistics": True,
-        "depth_weighting": [1, 0.5],
+        "depth_weighting": (1, 0.5),
         "mask_outliers": False,
         "distance": "l1",
         "variant": "paper",

@@ -20,16 +20,13 @@ import torch
 import yaml
 from datasets import Features, Value
 from datasets import Image as ImageFeature
-from diffusers import DDPMScheduler
 from PIL import EpsImagePlugin, Image
 from tiny import tiny_vae
 from torch import nn
 from trainer import ROOT, arguments, parsed, settings
 
-from lpl import get_objective
-from lpl.data.dataset import TrainingImages
 from lpl.data.reading import lies_in
-from lpl.data.source import data_folders, load_training_images
+from lpl.data.source import data_folders
 from lpl.evaluation import Preprocessing, folder_images, load_network
 from lpl.evaluation.generation import Model, find_models, trained_parts
 from lpl.evaluation.networks import check_network
@@ -37,7 +34,7 @@ from lpl.inspection import command as inspect
 from lpl.tools import trust
 from lpl.training.loading import load_family
 from tests.config.test_checks import edited, refusal
-from tests.data.test_dataset import static
+from tests.data.test_dataset import load_data, over, static
 
 
 class Evil:
@@ -314,9 +311,8 @@ def secret(tmp_path):
 def rows(folder, tmp_path, **flags):
     """(file or None, reason or None) of each sample of a data set that --dataset_name or --train_data_dir names."""
     flags = flags or {"dataset_name": str(folder)}
-    args = settings(cache_dir=str(tmp_path / "cache"), **flags)
-    dataset, _ = load_training_images(args)
-    images = TrainingImages(dataset, get_objective("epsilon", DDPMScheduler()), (4, 8, 8), args)
+    config = settings(cache_dir=str(tmp_path / "cache"), **flags)
+    images = over(load_data(config)[0], config)
     found = []
     for index in range(len(images)):
         found.append(dict(images[0, index]["bad"]).get(index))
@@ -452,10 +448,10 @@ def test_where_a_path_leads(path, folder, inside):
 
 
 def test_a_data_set_of_the_hub_lies_in_what_was_downloaded():
-    folders = data_folders(settings(dataset_name="user/pictures", cache_dir="kept"))
+    folders = data_folders(settings(dataset_name="user/pictures").data, "kept")
     assert folders[0] == "hf://datasets/user/pictures" and "kept/downloads" in folders
-    assert data_folders(settings(train_data_dir="pictures")) == ["pictures"]
-    assert data_folders(settings()) == []
+    assert data_folders(settings(train_data_dir="pictures").data, None) == ["pictures"]
+    assert data_folders(settings().data, None) == []
 
 
 def test_scripts_of_data_sets_are_not_run(tmp_path, code, mark):

@@ -7,7 +7,7 @@ from hub_server import HubServer, Repository
 from trainer import metrics, parsed, run, same, settings, train, weights
 
 from lpl import __version__
-from lpl.config.command_line import build_parser
+from lpl.config.command_line import build_parser, config_of
 from lpl.config.recipes import read_recipe, recipe_text
 from lpl.data.fingerprint import fingerprint
 from lpl.data.source import load_training_images
@@ -41,7 +41,7 @@ def now(**changes):
 
 def test_the_facts_of_a_run(sd_pipeline, image_folder, tmp_path):
     args, _ = parsed(sd_pipeline, image_folder, tmp_path / "run", gradient_accumulation_steps=3)
-    dataset, _ = load_training_images(args)
+    dataset, _ = load_training_images(args.data, args.seed, args.cache_dir)
     facts = measured_facts(args, dataset, 4, "4 x CPU")
     libraries = facts.pop("libraries")
     assert libraries["lpl"] == __version__ and {"torch", "diffusers", "transformers", "pillow"} < set(libraries)
@@ -89,15 +89,15 @@ def test_the_commit_of_a_data_set_of_the_hub_loaded_or_streamed(tmp_path, monkey
         for file in (tmp_path / "data").iterdir():
             hub.repos["user/pictures"].files[f"data/train-{file.name}"] = file.read_bytes()
         words = ["--dataset_name", "user/pictures", "--cache_dir", str(tmp_path / "cache")]
-        args = build_parser().parse_args(words)
-        loaded = measured_facts(args, load_training_images(args)[0], 1, "CPU")
-        args.streaming = True
-        streamed = measured_facts(args, load_streamed_images(args)[0], 1, "CPU")
+        config = config_of(vars(build_parser().parse_args(words)))
+        cache_dir = config.model.cache_dir
+        loaded = measured_facts(config, load_training_images(config.data, 0, cache_dir)[0], 1, "CPU")
+        config = config.changed(streaming=True)
+        streamed = measured_facts(config, load_streamed_images(config.data, 0, cache_dir)[0], 1, "CPU")
         commit = {"dataset_name": f"user/pictures@{hub.repos['user/pictures'].at().sha}"}
     assert loaded["commits"] == streamed["commits"] == commit
     assert loaded["data"]["images"] == 5 and "images" not in streamed["data"]
-    args = settings(dataset_name=str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"))
-    here, _ = load_training_images(args)
+    here, _ = load_training_images(settings(dataset_name=str(tmp_path / "data")).data, 0, str(tmp_path / "cache"))
     assert loaded["data"]["fingerprint"] == fingerprint(here, "image", "text")  # the same bytes, from elsewhere
     assert loaded["data"]["fingerprint"] != streamed["data"]["fingerprint"]
 

@@ -1,0 +1,93 @@
+"""One image: geometry, modes, rotation, captions."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lpl.data.reading import choose_caption, cropped
+from tests.data.test_dataset import coordinates, images_of, levels, static
+
+
+@pytest.mark.parametrize("size, left, top", [((64, 32), 16, 0), ((32, 64), 0, 16), ((32, 32), 0, 0), ((34, 32), 1, 0)])
+def test_center_crop(size, left, top):
+    crop = levels(images_of(coordinates(*size), center_crop=True)[0, 0])
+    assert (crop[0, 0, :2] == (left, top)).all() and (crop[-1, -1, :2] == (left + 31, top + 31)).all()
+
+
+@pytest.mark.parametrize("size, axis", [((48, 32), 0), ((32, 48), 1)])
+def test_random_crops_reach_both_ends(size, axis):
+    images = images_of(coordinates(*size))
+    corners = [levels(images[epoch, 0])[0, 0] for epoch in range(200)]
+    assert {corner[axis] for corner in corners} == set(range(17))
+    assert {corner[1 - axis] for corner in corners} == {0}
+
+
+@pytest.mark.parametrize("size", [(256, 128), (128, 200), (16, 8), (33, 250)])
+def test_the_shorter_side_gets_the_resolution_and_the_shape_is_kept(size):
+    crop = levels(images_of(coordinates(*size), center_crop=True)[0, 0]).astype(float)
+    assert crop.shape == (32, 32, 3)
+    step = min(size) / 32  # picture's pixels per pixel of the crop, along both sides
+    inner = crop[4:-4, 4:-4]
+    for axis, channel in ((1, 0), (0, 1)):
+        assert np.diff(inner[..., channel], axis=axis).mean() == pytest.approx(step, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "picture, size, corner",
+    [
+        ((48, 32), (32, 24), (0, 12)),  # (width, height), (height, width), (top, left)
+        ((48, 32), (16, 48), (8, 0)),
+        ((200, 20), (20, 100), (0, 50)),  # ten times as long as high, but only five times the crop's aspect ratio
+        ((200, 20), (20, 20), (0, 90)),
+        ((20, 200), (20, 20), (90, 0)),
+    ],
+)
+def test_a_crop_need_not_be_square(picture, size, corner):
+    pixels, found = cropped(coordinates(*picture), size, (0.5, 0.5), False, "lanczos")
+    crop = levels({"pixels": pixels})
+    assert found == corner and crop.shape == (*size, 3)
+    assert tuple(crop[0, 0, 1::-1]) == corner
+    assert tuple(crop[-1, -1, 1::-1]) == (corner[0] + size[0] - 1, corner[1] + size[1] - 1)
+
+
+def test_interpolation_mode_is_used():
+    crops = {
+        mode: images_of(static(64, 64), center_crop=True, image_interpolation_mode=mode)[0, 0]["pixels"]
+        for mode in ("nearest", "bilinear", "lanczos")
+    }
+    source = set(map(tuple, np.asarray(static(64, 64)).reshape(-1, 3)))
+    nearest = ((crops["nearest"] + 1) * 127.5).round().int().permute(1, 2, 0).reshape(-1, 3).tolist()
+    assert set(map(tuple, nearest)) <= source  # copies of the picture's own pixels
+    assert not torch.equal(crops["bilinear"], crops["lanczos"])
+
+
+def test_pixels_are_from_minus_one_to_one():
+    black_and_white = Image.fromarray(np.repeat([[0], [255]], 2, 1).astype(np.uint8)).resize((32, 32), 0)
+    pixels = images_of(black_and_white)[0, 0]["pixels"]
+    assert pixels.dtype == torch.float32 and pixels.unique().tolist() == [-1.0, 1.0]
+
+
+def test_exif_rotation_is_applied():
+    buffer = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright: turn clockwise by 90 degrees to show
+    coordinates(64, 32).save(buffer, "PNG", exif=exif)
+    crop = levels(images_of(Image.open(buffer), center_crop=True)[0, 0])
+    assert (crop[0, 0, :2] == (16, 31)).all() and (crop[-1, -1, :2] == (47, 0)).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16"])
+def test_every_mode_becomes_rgb(mode):
+    gray = Image.new("L", (32, 32), 128 if mode != "1" else 255)
+    picture = Image.fromarray(np.full((32, 32), 128 * 257, np.uint16)) if mode == "I;16" else gray.convert(mode)
+    assert picture.mode == mode
+    assert np.unique(levels(images_of(picture)[0, 0])).tolist() == [255 if mode == "1" else 128]
+
+
+@pytest.mark.parametrize("caption", [None, 3, [], [None], {"en": "a cat"}])
+def test_what_is_no_caption_is_refused(caption):
+    with pytest.raises(ValueError, match="--caption_column"):
+        choose_caption(caption, 0.5)

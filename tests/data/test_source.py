@@ -1,0 +1,92 @@
+"""Loading: columns and class labels are checked, samples are limited, every nth is held out."""
+
+import pytest
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from trainer import settings
+
+from lpl.data.source import check_columns
+from tests.data.test_dataset import folder_of, load_data, loaded, static
+
+
+def labelled(labels, feature):
+    features = Features({"image": ImageFeature(), "label": feature})
+    return Dataset.from_dict({"image": [static() for _ in labels], "label": labels}, features)
+
+
+def refused(call, *words):
+    with pytest.raises(ValueError) as error:
+        call()
+    assert all(word in str(error.value) for word in words), error.value
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ({"image_column": "picture"}, ("'picture'", "--image_column", "image, text")),
+        ({"caption_column": "caption"}, ("'caption'", "--caption_column", "image, text", "metadata.jsonl")),
+        ({"caption_column": "image"}, ("'image'", "--caption_column", "strings")),
+        ({"image_column": "text"}, ("'text'", "--image_column", "no images")),
+    ],
+)
+def test_wrong_columns_are_named(tmp_path, flags, words):
+    folder = folder_of(tmp_path / "data", {"a.png": static(), "b.png": static()})
+    refused(lambda: loaded(folder, **flags), str(folder), *words)
+
+
+def test_a_folder_without_captions(tmp_path):
+    folder = folder_of(tmp_path / "data", {"a.png": static()}, captions=False)
+    refused(lambda: loaded(folder), str(folder), "'text'", "--caption_column", "metadata.jsonl", "file_name")
+
+
+def test_an_unknown_data_set(tmp_path):
+    config = settings(dataset_name="nobody/nothing", cache_dir=str(tmp_path))
+    refused(lambda: load_data(config), "--dataset_name nobody/nothing", "cannot be loaded")
+
+
+@pytest.mark.parametrize("captions", [[1, 2], [None, None], [[1], [2]]])
+def test_captions_of_the_wrong_kind(captions):
+    dataset = Dataset.from_dict({"image": [static(), static()], "text": captions})
+    dataset = dataset.cast_column("image", ImageFeature())
+    refused(lambda: check_columns(dataset, "image", "text", "--dataset_name x"), "'text'", "--caption_column")
+
+
+def test_an_empty_data_set():
+    features = Features({"image": ImageFeature(), "text": Value("string")})
+    dataset = Dataset.from_dict({"image": [], "text": []}, features)
+    refused(lambda: check_columns(dataset, "image", "text", "--dataset_name x"), "--dataset_name x", "no images")
+
+
+def test_max_train_samples_are_drawn_by_the_seed(tmp_path):
+    folder = folder_of(tmp_path / "data", {f"{number}.png": static(8, 8) for number in range(6)})
+    drawn = [sorted(loaded(folder, max_train_samples=3, seed=seed).dataset["text"]) for seed in (0, 0, 1)]
+    assert len(drawn[0]) == 3 and drawn[0] == drawn[1] != drawn[2]
+    assert len(loaded(folder, max_train_samples=99)) == 6
+
+
+@pytest.mark.parametrize(
+    "labels, feature, words",
+    [
+        ([0, 1], Value("string"), ("class labels", "--caption_column")),
+        ([0, 10], Value("int64"), ("0 to 9", "0 to 10")),
+        ([-1, 1], Value("int64"), ("0 to 9", "-1 to 1")),
+    ],
+)
+def test_labels_that_the_model_does_not_have(labels, feature, words):
+    dataset = labelled(list(map(str, labels)) if feature.dtype == "string" else labels, feature)
+    refused(lambda: check_columns(dataset, "image", "label", "--dataset_name x", 10), "'label'", *words)
+
+
+def test_a_folder_without_classes(tmp_path):
+    folder = folder_of(tmp_path / "data", {"a.png": static()})
+    config = settings(train_data_dir=str(folder), cache_dir=str(tmp_path / "cache"), caption_column="label")
+    refused(lambda: load_data(config, 10), "'label'", "sub-folders")
+
+
+def test_every_nth_sample_is_held_out(tmp_path):
+    folder = folder_of(tmp_path / "data", {f"{number}.png": static(8, 8) for number in range(7)})
+    config = settings(train_data_dir=str(folder), cache_dir=str(tmp_path / "cache"), validation_every_nth=3)
+    dataset, held_out = load_data(config)
+    assert held_out["text"] == ["0.png", "3.png", "6.png"] and dataset["text"] == ["1.png", "2.png", "4.png", "5.png"]
+    assert load_data(config.changed(num_validation_samples=2))[1]["text"] == ["0.png", "3.png"]
