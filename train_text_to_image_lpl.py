@@ -144,7 +144,7 @@ def train(args: Namespace, status: Status) -> None:
     # Models: a frozen VAE and frozen text encoders around what is trained, which is in float32.
     device, status.accelerator, status.stage = accelerator.device, accelerator, Stage.LOADING
     try:
-        family = load_family(args, configs, weight_dtype(accelerator))
+        family = load_family(args.model, args.lora, configs, weight_dtype(accelerator))
     except (OSError, ValueError) as error:
         sys.exit(
             f"{SCRIPT}: error: --pretrained_model_name_or_path {args.pretrained_model_name_or_path}: its weights "
@@ -162,7 +162,7 @@ def train(args: Namespace, status: Status) -> None:
     if args.use_ema:
         ema = MovingAverage(trained.weights(), args.ema_decay, args.foreach_ema, args.offload_ema)
         if args.non_ema_revision and not args.lora.lora:
-            average_from_revision(ema, args, configs)
+            average_from_revision(ema, args.model, configs)
 
     # The loss looks through the decoder only where sigma is below the threshold (Sec. 3.2).
     lpl_loss, lpl_weight = None, LplWeight(args.lpl_weight, args.lpl_measuring_steps, device)

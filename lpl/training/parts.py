@@ -33,9 +33,9 @@ class TrainedParts(nn.Module):
         self.parts = nn.ModuleDict({name: getattr(family.pipeline, name) for name in names})
         for part in self.parts.values():
             if args.lora.lora and part is family.denoiser:
-                lora.add_lora(part, args.lora_target_modules or family.lora_targets, args, dora=args.use_dora)
+                lora.add_lora(part, args.lora_target_modules or family.lora_targets, args.lora, dora=args.use_dora)
             elif args.lora.lora:
-                lora.add_lora(part, lora.TEXT_ENCODER_TARGETS, args)
+                lora.add_lora(part, lora.TEXT_ENCODER_TARGETS, args.lora)
             else:
                 part.requires_grad_(True)
             if args.gradient_checkpointing:
