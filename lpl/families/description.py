@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import diffusers
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers import AutoencoderKL, ConfigMixin, DDIMScheduler, DiffusionPipeline, ModelMixin, SchedulerMixin
 from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from lpl.autoencoders import SUPPORTED, downscaling_factor, latent_channels
@@ -80,7 +80,7 @@ def read_pipeline(model: Model, blocks: Sequence[str] | None = None) -> Descript
     assert path is not None
     where = {"revision": model.revision, "cache_dir": model.cache_dir}
     try:
-        index = DiffusionPipeline.load_config(path, **where)
+        index = _load_config(DiffusionPipeline, path, **where)
     except (OSError, ValueError) as error:
         why = why_no_pipeline(path) or _why_not_on_the_hub(path, first_line(error))
         raise ValueError(f"--pretrained_model_name_or_path {path}: {why}") from error
@@ -133,10 +133,14 @@ def _why_not_on_the_hub(path: str, error: str) -> str:
     )
 
 
+def _load_config(reader: type[ConfigMixin], path: str, **where: Any) -> Mapping[str, Any]:
+    return cast(Mapping[str, Any], reader.load_config(path, **where))
+
+
 def _component_config(path: str, name: str, **where: str | None) -> Mapping[str, Any]:
     reader = DDIMScheduler if name == "scheduler" else AutoencoderKL  # for the name of its file; any class is read
     try:
-        return reader.load_config(path, subfolder=name, **where)
+        return _load_config(reader, path, subfolder=name, **where)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--pretrained_model_name_or_path {path}: the pipeline has no {name} whose configuration can be read"
@@ -172,7 +176,7 @@ def other_vae_config(
         ValueError: if there is no VAE, or it is not supported or has other latents.
     """
     try:
-        config = AutoencoderKL.load_config(path, cache_dir=cache_dir)
+        config = _load_config(AutoencoderKL, path, cache_dir=cache_dir)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--{flag} {path}: there is no autoencoder ({first_line(error)}); of a pipeline, give its folder vae"

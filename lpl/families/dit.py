@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, DiTPipeline
@@ -22,7 +22,9 @@ class DiT(Family):
     pipeline_class = DiTPipeline
     denoiser_name = "transformer"
     text_encoder_names = ()
-    num_classes = 1000  # also the label for no class, which the pipeline's guidance uses for every model
+    num_classes: ClassVar[int] = (
+        1000  # also the label for no class, which the pipeline's guidance uses for every model
+    )
     empty_share = 0.1  # as DiT was trained
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 

@@ -57,10 +57,10 @@ def _with_objective(config: Config, description: Description) -> Config:
             )
         name = own
     if name not in family.objectives:
+        choice = "one of these" if len(family.objectives) > 1 else next(iter(family.objectives))
         raise ValueError(
             f"--prediction_type {name}: {family.pipeline_class.__name__} can only sample models trained on "
-            f"{' or '.join(family.objectives)}; choose "
-            f"{'one of these' if len(family.objectives) > 1 else family.objectives[0]}"
+            f"{' or '.join(family.objectives)}; choose {choice}"
         )
     if name != own and not config.model.from_scratch:
         warn(

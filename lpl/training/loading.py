@@ -6,12 +6,12 @@ are in the run's mixed precision. The VAE is always in float32: in half precisio
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
 from accelerate import Accelerator
-from diffusers import AutoModel, ModelMixin
+from diffusers import AutoModel
 from torch import nn
 
 from lpl.config.groups import Lora, Model
@@ -65,7 +65,7 @@ def replaced_components(model: Model) -> dict[str, nn.Module]:
     """The frozen components that come from elsewhere than the pipeline."""
     path = model.pretrained_vae_model_name_or_path
     source = {"dtype": torch.float32, "cache_dir": model.cache_dir, "use_safetensors": True}
-    return {"vae": AutoModel.from_pretrained(path, **source)} if path else {}
+    return {"vae": cast(nn.Module, AutoModel.from_pretrained(path, **source))} if path else {}
 
 
 def fresh_denoiser(description: Description) -> nn.Module:
@@ -131,7 +131,8 @@ def _answer_in(denoiser: nn.Module, dtype: torch.dtype) -> None:
             module.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype), *inputs[1:]))
 
 
-def _denoiser_class(description: Description) -> type[ModelMixin]:
+def _denoiser_class(description: Description) -> Any:
+    """A class of diffusers that is a ModelMixin and a ConfigMixin."""
     return getattr(diffusers, description.denoiser["_class_name"])
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -81,7 +81,8 @@ def save_lora(pipeline_class: type[DiffusionPipeline], folder: str | Path, model
         # Without dropout: diffusers leaves the adapters that it loads in training mode and would apply it.
         configs = {name: _config(model).to_dict() | {"lora_dropout": 0.0} for name, model in models.items()}
         metadata = {f"{name}_lora_adapter_metadata": config for name, config in configs.items()}
-        pipeline_class.save_lora_weights(folder, weight_name=FILE, **layers, **metadata)
+        loader: Any = pipeline_class  # not every class of pipelines has the method
+        loader.save_lora_weights(folder, weight_name=FILE, **layers, **metadata)
         return
     for name, model in models.items():
         place = _peft_folder(folder, name)
@@ -173,15 +174,16 @@ def _stacked(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     """
     layers = [model.get_submodule(name) for name in names]
     adapted = [layer for layer in layers if isinstance(layer, LoraLayer)]
-    down, up = adapted[0].lora_A[ADAPTER].weight, adapted[0].lora_B[ADAPTER].weight
+    down, up = _factors(adapted[0])
     if len(layers) > 1:
-        down = torch.cat([layer.lora_A[ADAPTER].weight for layer in adapted])
-        up = torch.block_diag(
-            *(
-                layer.lora_B[ADAPTER].weight if isinstance(layer, LoraLayer) else down.new_zeros(layer.out_features, 0)
-                for layer in layers
-            )
+        down = torch.cat([_factors(layer)[0] for layer in adapted])
+        ups = (
+            _factors(layer)[1]
+            if isinstance(layer, LoraLayer)
+            else down.new_zeros(cast(nn.Linear, layer).out_features, 0)
+            for layer in layers
         )
+        up = torch.block_diag(*ups)
     tensors = {
         "lora_down.weight": down,
         "lora_up.weight": _in_order(model, names[0], up),
@@ -194,10 +196,15 @@ def _stacked(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     return {kind: tensor.detach().cpu().contiguous() for kind, tensor in tensors.items()}
 
 
+def _factors(layer: LoraLayer) -> tuple[Tensor, Tensor]:
+    """A, (r, in, ...), and B, (out, r, ...)."""
+    return layer.lora_A[ADAPTER].get_parameter("weight"), layer.lora_B[ADAPTER].get_parameter("weight")
+
+
 def _magnitudes(layer: nn.Module) -> Tensor:
     """DoRA's length of each row, (out,); that of the weight itself if the layer has no adapter."""
     if isinstance(layer, LoraLayer):
-        return layer.lora_magnitude_vector[ADAPTER].weight.flatten()
+        return layer.lora_magnitude_vector[ADAPTER].get_parameter("weight").flatten()
     return dequantize_module_weight(layer).float().norm(dim=1)
 
 
