@@ -10,7 +10,7 @@ import diffusers
 from diffusers import AutoencoderKL, ConfigMixin, DDIMScheduler, DiffusionPipeline, ModelMixin, SchedulerMixin
 from huggingface_hub.constants import HF_HUB_OFFLINE
 
-from lpl.autoencoders import SUPPORTED, downscaling_factor, latent_channels
+from lpl.autoencoders import downscaling_factor, latent_channels
 from lpl.config.checks import why_no_pipeline
 from lpl.config.groups import Model
 from lpl.families import Family, find_family
@@ -163,7 +163,7 @@ def other_vae_config(
     path: str,
     cache_dir: str | None,
     own: Mapping[str, Any],
-    accepted: Sequence[str] = SUPPORTED,
+    accepted: Sequence[str],
     blocks: Sequence[str] | None = None,
 ) -> Mapping[str, Any]:
     """Configuration of the VAE that a flag names.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, DiTPipeline
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lpl.families.base import Conditions, Configs, Family, modulations
 
 
+CLASSES = 1000  # the pipeline's label for no class in classifier-free guidance, for every model
 SHOWN_NAMES = 5
 
 
@@ -22,9 +23,7 @@ class DiT(Family):
     pipeline_class = DiTPipeline
     denoiser_name = "transformer"
     text_encoder_names = ()
-    num_classes: ClassVar[int] = (
-        1000  # also the label for no class, which the pipeline's guidance uses for every model
-    )
+    num_classes = CLASSES
     empty_share = 0.1  # as DiT was trained
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 
@@ -72,12 +71,12 @@ class DiT(Family):
         text = str(prompt).strip().lower()
         if text in labels:
             return labels[text]
-        if text.isdecimal() and int(text) < cls.num_classes:
+        if text.isdecimal() and int(text) < CLASSES:
             return int(text)
         some = ", ".join(name.split(",")[0] for name in list(names.values())[:SHOWN_NAMES])
         accepted = f"a class's name, such as {some}, or its number" if some else "a class's number"
         raise ValueError(
-            f"--validation_prompts {prompt}: this model draws classes; give {accepted}, 0 to {cls.num_classes - 1}"
+            f"--validation_prompts {prompt}: this model draws classes; give {accepted}, 0 to {CLASSES - 1}"
         )
 
     @classmethod
@@ -87,12 +86,12 @@ class DiT(Family):
         Raises:
             ValueError: if the model does not have 1000 classes: its pipeline could not guide it.
         """
-        if (classes := configs[cls.denoiser_name]["num_embeds_ada_norm"]) != cls.num_classes:
+        if (classes := configs[cls.denoiser_name]["num_embeds_ada_norm"]) != CLASSES:
             raise ValueError(
                 f"--pretrained_model_name_or_path: this DiT has {classes} classes, but its pipeline samples only "
-                f"models with {cls.num_classes}; choose one of these; your data may have fewer classes"
+                f"models with {CLASSES}; choose one of these; your data may have fewer classes"
             )
-        return cls.num_classes
+        return CLASSES
 
     @classmethod
     def resolution_range(cls, configs: Configs) -> tuple[int, int | None]:

@@ -13,7 +13,7 @@ import diffusers
 import torch
 from torch import nn
 
-from lpl.autoencoders import RGB, decoder_blocks, downscaling_factor, skeleton
+from lpl.autoencoders import RGB, SUPPORTED, decoder_blocks, downscaling_factor, skeleton
 from lpl.config import Config
 from lpl.config.checks import check_loss_options, warn_idle, warn_of_idle_flags
 from lpl.config.groups import Data
@@ -241,7 +241,7 @@ def _check_features(config: Config, description: Description) -> None:
     """Check the decoder whose features LPL compares, and the options of the loss for its blocks."""
     vae, path, blocks = description.vae, config.lpl.lpl_vae_name_or_path, config.lpl.lpl_blocks
     if path is not None:
-        vae = other_vae_config("lpl_vae_name_or_path", path, config.model.cache_dir, description.vae, blocks=blocks)
+        vae = other_vae_config("lpl_vae_name_or_path", path, config.model.cache_dir, vae, SUPPORTED, blocks)
         theirs, ours = downscaling_factor(vae), downscaling_factor(description.vae)
         if theirs != ours:
             raise ValueError(

@@ -18,6 +18,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import yaml
+from commands import edited, refusal
 from datasets import Features, Value
 from datasets import Image as ImageFeature
 from diffusers import DDPMScheduler
@@ -36,7 +37,6 @@ from lpl.evaluation.networks import check_network
 from lpl.inspection import command as inspect
 from lpl.tools import trust
 from lpl.training.loading import load_family
-from tests.config.test_checks import edited, refusal
 from tests.data.test_dataset import static
 
 
