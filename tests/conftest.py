@@ -134,3 +134,23 @@ def class_folder(tmp_path_factory):
     from tiny import tiny_class_folder
 
     return tiny_class_folder(tmp_path_factory.mktemp("classes"))
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Nothing may load weights or a data set."""
+    import transformers
+    from diffusers import DiffusionPipeline, ModelMixin
+
+    def loaded(*args, **kwargs):
+        raise AssertionError("weights or data were loaded before the command was refused")
+
+    for loader in (DiffusionPipeline, ModelMixin, transformers.PreTrainedModel):
+        monkeypatch.setattr(loader, "from_pretrained", loaded)
+    monkeypatch.setattr("lpl.data.source.load_dataset", loaded)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The preflight finds a GPU."""
+    monkeypatch.setattr("lpl.training.preflight.has_gpu", lambda: True)

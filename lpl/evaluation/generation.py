@@ -274,14 +274,18 @@ def load_model(model: Model, device: torch.device | str = "cpu", dtype: str = "f
     if dtype == "float16":
         reduced |= dict.fromkeys(family.no_float16, torch.bfloat16)
     try:
-        components = replaced_components(args, configs) | trained_parts(model, reduced)
+        components = replaced_components(args.model) | trained_parts(model, reduced)
         if args.lora.lora and args.non_ema_revision:
-            unquantized = args.changed(quantize_base=None)
             components[family.denoiser_name] = load_denoiser(
-                unquantized, configs, DTYPES[dtype], args.non_ema_revision
+                args.model, None, configs, DTYPES[dtype], args.non_ema_revision
             )
-        source = pipeline_source(args, configs) | dict(family.left_out) | components
-        loaded = family.load(args.pretrained_model_name_or_path, args, {"default": torch.float32, **reduced}, **source)
+        loaded = family.load(
+            args.pretrained_model_name_or_path,
+            {"default": torch.float32, **reduced},
+            max_sequence_length=args.max_sequence_length,
+            guidance_scale=args.guidance_scale,
+            **pipeline_source(args.model, configs) | dict(family.left_out) | components,
+        )
         if model.weights is not None and _has_adapter(model.weights):
             _add_adapters(loaded, model.weights)
     except (OSError, ValueError) as error:
@@ -370,7 +374,7 @@ def draw(
 
 def _batched(family: Family, prompts: Sequence[str | int], resolution: int) -> dict[str, Any]:
     """How the pipeline is called to draw several prompts at once."""
-    calls = [family.call_arguments(prompt, resolution) for prompt in prompts]
+    calls = [family.call_arguments(prompt, resolution, resolution) for prompt in prompts]
     if family.class_conditional:
         return calls[0] | {"class_labels": [label for call in calls for label in call["class_labels"]]}
     return calls[0] | {"prompt": [call["prompt"] for call in calls]}

@@ -30,7 +30,6 @@ from lpl.evaluation.networks import set_features
 from lpl.evaluation.processes import processes
 from lpl.evaluation.spectrum import Spectrum, spectrum_of
 from lpl.families import Family
-from lpl.families.dit import NULL_CLASS
 
 
 REAL, HALVES = "real images", "real images, half and half"
@@ -76,7 +75,7 @@ def prompts_of(
     pool: list[Any] = list(reference.captions or ())
     if family.class_conditional:
         pool = class_labels(family, pool, names, where) if pool else _folder_labels(folder, names)
-        pool = pool or list(range(NULL_CLASS))
+        pool = pool or list(range(family.num_classes))
     elif not pool:
         raise ValueError(f"{where}: it has no captions to draw from; put a metadata.jsonl beside the images")
     return [pool[index] for index in np.random.default_rng(seed).permutation(len(pool))]

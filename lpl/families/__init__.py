@@ -1,4 +1,10 @@
-"""The model families that can be trained, found by the class name in a pipeline's ``model_index.json``."""
+"""What can be trained: one file per model family, found by the class name in a pipeline's ``model_index.json``.
+
+``base.py`` is what the trainer asks of a family, ``description.py`` reads a pipeline's small configuration files,
+``resolve.py`` completes or refuses a configuration, ``lora_layout.py`` helps families to name LoRA for other programs.
+May import: the paper (``lpl/*.py``), ``lpl.config``, ``lpl.tools``. A new family is one file here and its line in
+``FAMILIES``, a tiny pipeline in ``tests/support/tiny.py`` and a recipe. Tests: ``tests/families``.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +31,10 @@ FAMILIES: tuple[type[Family], ...] = (
 
 
 def find_family(pipeline_class_name: str | None) -> type[Family]:
-    """The family of a pipeline.
+    """The family whose pipeline has that class name.
 
     Raises:
-        ValueError: where none of ours is trained through that pipeline class.
+        ValueError: if no family has it.
     """
     for family in FAMILIES:
         if family.pipeline_class.__name__ == pipeline_class_name:

@@ -1,16 +1,16 @@
-"""What a pipeline says of itself in its small configuration files, which are read before its weights."""
+"""Reads and checks the small configuration files of a pipeline, before its weights are loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import diffusers
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers import AutoencoderKL, ConfigMixin, DDIMScheduler, DiffusionPipeline, ModelMixin, SchedulerMixin
 from huggingface_hub.constants import HF_HUB_OFFLINE
 
-from lpl.autoencoders import SUPPORTED, latent_channels
+from lpl.autoencoders import downscaling_factor, latent_channels
 from lpl.config.checks import why_no_pipeline
 from lpl.config.groups import Model
 from lpl.families import Family, find_family
@@ -21,22 +21,27 @@ from lpl.tools.words import first_line
 
 @dataclass(frozen=True)
 class Description:
-    """The small configuration files of a pipeline, read before its weights."""
+    """The small configuration files of a pipeline."""
 
     family: type[Family]
     index: Mapping[str, Any]  # model_index.json
     vae: Mapping[str, Any]  # of the VAE that is used
     denoiser: Mapping[str, Any]
     scheduler: Any  # a scheduler is its configuration
-    absent: Mapping[str, None]  # components that this pipeline does without, such as SD3's T5
+    absent: Mapping[str, None]  # components that this pipeline lacks, such as SD3's T5
 
     @property
     def parts(self) -> dict[str, Mapping[str, Any]]:
-        """As families take them, by the component's name."""
+        """Configurations of the VAE and of the denoiser, by the component's name."""
         return {"vae": self.vae, self.family.denoiser_name: self.denoiser}
 
+    @property
+    def space(self) -> tuple[int, int]:
+        """Channels of the latents, and how many pixels wide a latent position is."""
+        return latent_channels(self.vae), downscaling_factor(self.vae)
+
     def training_scheduler(self, prediction_type: str) -> Any:
-        """A scheduler on which that objective is trained and sampled: the pipeline's own where it is one."""
+        """The scheduler to train and sample that objective with: the pipeline's own if it has that objective."""
         if prediction_type == own_objective(self.scheduler):
             return self.scheduler
         return training_scheduler(prediction_type, self.scheduler)
@@ -46,17 +51,17 @@ class Description:
 
     @property
     def empty_caption(self) -> str | int:
-        """What stands for no caption; of a class-conditional family, the number of its classes."""
+        """The caption that stands for none; for a class-conditional family, the number of classes."""
         return self.family.empty_caption(self.parts)
 
     @property
     def num_classes(self) -> int | None:
-        """Of a class-conditional family, whose captions are class labels."""
+        """For a class-conditional family, whose captions are class labels."""
         return int(self.empty_caption) if self.family.class_conditional else None
 
     def class_names(self, of_data: Mapping[int, str]) -> dict[int, str]:
-        """Names of the classes by label, those of the data first and before the model's; none where there are no
-        classes."""
+        """Names of the classes by label: those of the data come first and replace the model's. Empty unless the family
+        is class-conditional."""
         if not self.family.class_conditional:
             return {}
         return dict(of_data) | self.family.class_names(self.index) | dict(of_data)
@@ -66,19 +71,19 @@ def read_pipeline(model: Model, blocks: Sequence[str] | None = None) -> Descript
     """Family and configurations of --pretrained_model_name_or_path.
 
     Args:
-        blocks: --lpl_blocks, which may name modules of a VAE whose own blocks are not known.
+        blocks: --lpl_blocks, which may name modules of a VAE whose blocks are unknown.
 
     Raises:
-        ValueError: where it is no pipeline, or one of a family or with a VAE that is not supported.
+        ValueError: if there is no pipeline, or its family or its VAE is not supported.
     """
     path = model.pretrained_model_name_or_path
+    assert path is not None
     where = {"revision": model.revision, "cache_dir": model.cache_dir}
     try:
-        index = DiffusionPipeline.load_config(path, **where)
+        index = _load_config(DiffusionPipeline, path, **where)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--pretrained_model_name_or_path {path}: {why_no_pipeline(path) or _why_not_on_the_hub(path, first_line(error))}"
-        ) from error
+        why = why_no_pipeline(path) or _why_not_on_the_hub(path, first_line(error))
+        raise ValueError(f"--pretrained_model_name_or_path {path}: {why}") from error
     family = find_family(index.get("_class_name"))
     check_components(path, index)
     components = {name: entry for name, entry in index.items() if isinstance(entry, list | tuple)}
@@ -95,9 +100,10 @@ def read_pipeline(model: Model, blocks: Sequence[str] | None = None) -> Descript
     if not _is_class(denoiser.get("_class_name"), ModelMixin):
         raise ValueError(
             f"--pretrained_model_name_or_path {path}: this version of diffusers has no model "
-            f"{denoiser.get('_class_name')}, which its {family.denoiser_name} is"
+            f"{denoiser.get('_class_name')}, the class of its {family.denoiser_name}"
         )
-    unread = {*absent, *(["vae"] if model.pretrained_vae_model_name_or_path else [])}
+    unread = set(absent)
+    unread |= {"vae"} if model.pretrained_vae_model_name_or_path else set()
     unread |= {family.denoiser_name} if model.from_scratch else set()
     folders = (name for name in components if name not in unread)
     check_weights(f"--pretrained_model_name_or_path {path}", path, folders, model.revision)
@@ -112,7 +118,7 @@ def read_pipeline(model: Model, blocks: Sequence[str] | None = None) -> Descript
 
 
 def _is_class(name: Any, base: type) -> bool:
-    """Whether diffusers has a class of that name and kind."""
+    """Whether diffusers has a subclass of ``base`` by that name."""
     found = getattr(diffusers, name, None) if isinstance(name, str) else None
     return isinstance(found, type) and issubclass(found, base)
 
@@ -127,10 +133,14 @@ def _why_not_on_the_hub(path: str, error: str) -> str:
     )
 
 
+def _load_config(reader: type[ConfigMixin], path: str, **where: Any) -> Mapping[str, Any]:
+    return cast(Mapping[str, Any], reader.load_config(path, **where))
+
+
 def _component_config(path: str, name: str, **where: str | None) -> Mapping[str, Any]:
-    reader = DDIMScheduler if name == "scheduler" else AutoencoderKL  # each knows its file's name, for any class
+    reader = DDIMScheduler if name == "scheduler" else AutoencoderKL  # for the name of its file; any class is read
     try:
-        return reader.load_config(path, subfolder=name, **where)
+        return _load_config(reader, path, subfolder=name, **where)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--pretrained_model_name_or_path {path}: the pipeline has no {name} whose configuration can be read"
@@ -140,7 +150,7 @@ def _component_config(path: str, name: str, **where: str | None) -> Mapping[str,
 def _used_vae_config(
     model: Model, own: Mapping[str, Any], family: type[Family], blocks: Sequence[str] | None
 ) -> Mapping[str, Any]:
-    """The pipeline's own, or that of --pretrained_vae_model_name_or_path."""
+    """Of the pipeline's own VAE, or of --pretrained_vae_model_name_or_path."""
     if model.pretrained_vae_model_name_or_path is None:
         check_autoencoder("--pretrained_model_name_or_path: the pipeline's VAE", own, family.vaes, blocks)
         return own
@@ -153,23 +163,23 @@ def other_vae_config(
     path: str,
     cache_dir: str | None,
     own: Mapping[str, Any],
-    accepted: Sequence[str] = SUPPORTED,
+    accepted: Sequence[str],
     blocks: Sequence[str] | None = None,
 ) -> Mapping[str, Any]:
     """Configuration of the VAE that a flag names.
 
     Args:
-        own: configuration of the pipeline's VAE; the latents of the other one must fit where its latents were.
+        own: configuration of the pipeline's VAE, whose number of latent channels the other VAE must have.
         accepted, blocks: see :func:`check_autoencoder`.
 
     Raises:
-        ValueError: where there is none, or one that is not supported or has other latents.
+        ValueError: if there is no VAE, or it is not supported or has other latents.
     """
     try:
-        config = AutoencoderKL.load_config(path, cache_dir=cache_dir)
+        config = _load_config(AutoencoderKL, path, cache_dir=cache_dir)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--{flag} {path}: no autoencoder is found there ({first_line(error)}); of a pipeline, give its folder vae"
+            f"--{flag} {path}: there is no autoencoder ({first_line(error)}); of a pipeline, give its folder vae"
         ) from error
     check_autoencoder(f"--{flag} {path}", config, accepted, blocks)
     check_weights(f"--{flag} {path}", path, [""])
@@ -185,10 +195,11 @@ def other_vae_config(
 def check_autoencoder(
     what: str, config: Mapping[str, Any], accepted: Sequence[str], blocks: Sequence[str] | None
 ) -> None:
-    """Refuse an autoencoder, unless its class is accepted, or is another of diffusers whose modules --lpl_blocks names.
+    """Refuse an autoencoder of any other class, unless it is one of diffusers and --lpl_blocks names its modules.
 
     Args:
         what: the flag and its value.
+        accepted: names of classes.
         blocks: --lpl_blocks.
 
     Raises:
@@ -197,15 +208,15 @@ def check_autoencoder(
     name = config.get("_class_name")
     if name not in accepted and not (blocks and _is_class(name, ModelMixin)):
         raise ValueError(
-            f"{what} is of the class {name}; supported are {', '.join(accepted)}; of another of diffusers name "
-            "modules by their path in --lpl_blocks"
+            f"{what} is of the class {name}; supported are {', '.join(accepted)}; for another class of diffusers, "
+            "name modules by their path in --lpl_blocks"
         )
     if "auto_map" in config:
-        raise ValueError(f"{what} brings code of its own (auto_map in its configuration), which is not run here")
+        raise ValueError(f"{what} has code of its own (auto_map in its configuration), which is not run here")
 
 
 def check_vae_dtype(dtype: str, vae: Mapping[str, Any]) -> None:
-    """Refuse float16 for a VAE that says of itself that it overflows."""
+    """Refuse float16 for a VAE whose configuration has ``force_upcast``."""
     if dtype == "float16" and vae.get("force_upcast"):
         raise ValueError(
             "--lpl_vae_dtype float16: this VAE overflows in float16 (force_upcast in its configuration); "

@@ -1,21 +1,63 @@
-"""Flux: a flow transformer over 2 x 2 patches of latents, with a T5 and a CLIP whose pooled output alone is used."""
+"""Flux: a flow transformer over 2 x 2 patches of latents, with a T5 and the pooled output of a CLIP."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from diffusers import FluxPipeline
+from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle
 from torch import Tensor, nn
 
 from lpl.autoencoders import downscaling_factor
-from lpl.families.base import Conditions, Configs, Family
+from lpl.families.base import Conditions, Configs, Family, modulations
+from lpl.families.lora_layout import ADDED_QKV, QKV, TRANSFORMER, LoraLayout, Table, by_table
 from lpl.objectives import FlowMatching
 
 
-PATCH = 2  # latent positions along a side of what the transformer takes for one; no configuration has it
-TIMESTEPS = 1000  # the pipeline divides by it whatever the scheduler has, and the transformer multiplies
+PATCH = 2  # side of a patch in latents; no configuration file has it
+TIMESTEPS = 1000  # the pipeline divides by it, whatever the scheduler has, and the transformer multiplies
+
+
+# Layers by their names in the original model
+ORIGINAL: Table = {
+    "transformer_blocks": (
+        "double_blocks",
+        {
+            "img_attn.qkv": QKV,
+            "img_attn.proj": ("attn.to_out.0",),
+            "img_mlp.0": ("ff.net.0.proj",),
+            "img_mlp.2": ("ff.net.2",),
+            "img_mod.lin": ("norm1.linear",),
+            "txt_attn.qkv": ADDED_QKV,
+            "txt_attn.proj": ("attn.to_add_out",),
+            "txt_mlp.0": ("ff_context.net.0.proj",),
+            "txt_mlp.2": ("ff_context.net.2",),
+            "txt_mod.lin": ("norm1_context.linear",),
+        },
+    ),
+    "single_transformer_blocks": (
+        "single_blocks",
+        {"linear1": (*QKV, "proj_mlp"), "linear2": ("proj_out",), "modulation.lin": ("norm.linear",)},
+    ),
+    "": (
+        "",
+        {
+            "img_in": ("x_embedder",),
+            "txt_in": ("context_embedder",),
+            "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
+            "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
+            "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
+            "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
+            "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
+            "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
+            "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+            "final_layer.linear": ("proj_out",),
+        },
+    ),
+}
 
 
 class Flux(Family):
@@ -23,8 +65,8 @@ class Flux(Family):
     pipeline_class = FluxPipeline
     denoiser_name = "transformer"
     text_encoder_names = ("text_encoder", "text_encoder_2")
-    # Its pipeline hands the scheduler sigmas of its own and the shift that goes with the image's size, which DDIM
-    # does not take: what was trained on epsilon, v_prediction or sample could not be sampled.
+    # The pipeline passes sigmas and a shift for the image's size to the scheduler. DDIM takes neither, so a model
+    # trained on epsilon, v_prediction or sample could not be sampled.
     objectives = (FlowMatching.name,)
     sequence_length, max_sequence_length = 512, 512
     trainable_text_encoders = ("text_encoder",)
@@ -33,10 +75,11 @@ class Flux(Family):
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     )
+    lora_layout = LoraLayout(TRANSFORMER, partial(by_table, ORIGINAL))
 
     def encode_prompts(self, captions: Sequence[str], device: torch.device) -> Conditions:
         embeddings, pooled, _ = self.pipeline.encode_prompt(
-            list(captions), device=device, max_sequence_length=self.settings.max_sequence_length
+            list(captions), device=device, max_sequence_length=self.tokens
         )
         return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}  # (B, tokens, dim), (B, dim)
 
@@ -47,19 +90,19 @@ class Flux(Family):
             hidden_states=F.pixel_unshuffle(noisy_latents, PATCH).flatten(2).mT,  # (B, rows * columns, 4 C)
             timestep=timesteps.to(noisy_latents.dtype) / TIMESTEPS,
             guidance=self._guidance(noisy_latents),
-            txt_ids=noisy_latents.new_zeros(tokens, 3),  # text has no place
-            img_ids=_places(rows, columns).to(noisy_latents),
+            txt_ids=noisy_latents.new_zeros(tokens, 3),  # text has no position
+            img_ids=_positions(rows, columns).to(noisy_latents),
             **conditions,
             return_dict=False,
         )[0]
         return F.pixel_shuffle(output.mT.unflatten(2, (rows, columns)), PATCH)
 
     def _guidance(self, noisy_latents: Tensor) -> Tensor | None:
-        """The guidance that a distilled model is told, (B,); others are told none."""
-        if not self.denoiser.config.guidance_embeds:
+        """The guidance scale of a distilled model, (B,); other models take none."""
+        if not self.pipeline.transformer.config.guidance_embeds:
             return None
-        scale = self.settings.guidance_scale
-        return torch.full((len(noisy_latents),), scale, dtype=torch.float32, device=noisy_latents.device)
+        size = (len(noisy_latents),)
+        return torch.full(size, self.guidance_scale, dtype=torch.float32, device=noisy_latents.device)
 
     @classmethod
     def takes_guidance(cls, configs: Configs) -> bool:
@@ -73,7 +116,12 @@ class Flux(Family):
     def resolution_multiple(cls, configs: Configs) -> int:
         return PATCH * downscaling_factor(configs["vae"])
 
+    @classmethod
+    def identity_layers(cls, denoiser: nn.Module) -> list[nn.Module]:
+        kinds = (AdaLayerNormZero, AdaLayerNormZeroSingle, AdaLayerNormContinuous)
+        return [*modulations(denoiser, *kinds), denoiser.get_submodule("proj_out")]
 
-def _places(rows: int, columns: int) -> Tensor:
+
+def _positions(rows: int, columns: int) -> Tensor:
     """Each patch's (0, row, column), in reading order, (rows * columns, 3)."""
     return torch.cartesian_prod(torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float())

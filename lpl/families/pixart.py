@@ -26,7 +26,7 @@ class PixArtSigma(Family):
             do_classifier_free_guidance=False,
             device=device,
             clean_caption=False,
-            max_sequence_length=self.settings.max_sequence_length,
+            max_sequence_length=self.tokens,
         )
         return {"encoder_hidden_states": embeddings, "encoder_attention_mask": mask}  # (B, tokens, dim), (B, tokens)
 
@@ -39,15 +39,19 @@ class PixArtSigma(Family):
             added_cond_kwargs={name: conditions.get(name) for name in ("resolution", "aspect_ratio")},
             return_dict=False,
         )[0]
-        return output[:, : noisy_latents.shape[1]]  # behind it the learned variance
+        return output[:, : noisy_latents.shape[1]]  # the learned variance follows
 
     def sampling_arguments(self) -> dict[str, Any]:
-        # Captions are trained as they are; and the size asked for is the size drawn.
+        # As in training: captions are not rewritten, and images have the requested size.
         return super().sampling_arguments() | {"clean_caption": False, "use_resolution_binning": False}
+
+    @classmethod
+    def identity_layers(cls, denoiser: nn.Module) -> list[nn.Module]:
+        return [denoiser.get_submodule("proj_out")]
 
 
 class PixArtAlpha(PixArtSigma):
-    """Those of its models that were made for 1024 px are also told the image's size."""
+    """Models made for 1024 px are conditioned on the image's size too."""
 
     name = "pixart-alpha"
     pipeline_class = PixArtAlphaPipeline
@@ -55,7 +59,7 @@ class PixArtAlpha(PixArtSigma):
 
     def conditions(self, batch: Mapping[str, Any], device: torch.device) -> Conditions:
         conditions = super().conditions(batch, device)
-        if self.denoiser.config.sample_size != 128:  # by this the pipeline decides
+        if self.pipeline.transformer.config.sample_size != 128:  # the pipeline's own rule
             return conditions
         size = batch["target_size"].to(device, torch.float32)  # (B, 2)
         sizes = {"resolution": size, "aspect_ratio": size[:, :1] / size[:, 1:]}  # (B, 2), (B, 1)

@@ -1,4 +1,7 @@
-"""From what was asked for and what the pipeline says to a complete configuration, or to a refusal."""
+"""Completes a configuration from the pipeline's description, or refuses it.
+
+Flags that default to None get the family's or the pipeline's value. Afterwards nothing in the configuration changes.
+"""
 
 from __future__ import annotations
 
@@ -10,28 +13,19 @@ import diffusers
 import torch
 from torch import nn
 
-from lpl.autoencoders import RGB, decoder_blocks, downscaling_factor, skeleton
+from lpl.autoencoders import RGB, SUPPORTED, decoder_blocks, downscaling_factor, skeleton
 from lpl.config import Config
 from lpl.config.checks import check_loss_options, warn_idle, warn_of_idle_flags
 from lpl.config.groups import Data
 from lpl.families import FAMILIES
 from lpl.families.description import Description, check_vae_dtype, other_vae_config
 from lpl.gate import SMALLEST_CROP, accepted_crops
-from lpl.objectives import (
-    OBJECTIVES,
-    DiffusionObjective,
-    Epsilon,
-    FlowMatching,
-    get_objective,
-    is_flow,
-    own_objective,
-    training_scheduler,
-)
+from lpl.objectives import OBJECTIVES, DiffusionObjective, Epsilon, FlowMatching, is_flow, own_objective
 from lpl.tools.words import warn
 
 
 def resolve(config: Config, description: Description) -> Config:
-    """Check the flags against the pipeline, and fill in the defaults that depend on it.
+    """Check the flags against the pipeline and fill in the defaults that depend on it.
 
     Raises:
         ValueError: with what was given, what is accepted, and the flag to change.
@@ -63,14 +57,14 @@ def _with_objective(config: Config, description: Description) -> Config:
             )
         name = own
     if name not in family.objectives:
+        choice = "one of these" if len(family.objectives) > 1 else next(iter(family.objectives))
         raise ValueError(
-            f"--prediction_type {name}: {family.pipeline_class.__name__} can only sample models that were trained on "
-            f"{' or '.join(family.objectives)}; choose "
-            f"{'one of these' if len(family.objectives) > 1 else family.objectives[0]}"
+            f"--prediction_type {name}: {family.pipeline_class.__name__} can only sample models trained on "
+            f"{' or '.join(family.objectives)}; choose {choice}"
         )
     if name != own and not config.model.from_scratch:
         warn(
-            f"--prediction_type {name}: the pipeline was trained on {own}, so it has to learn anew what its output "
+            f"--prediction_type {name}: the pipeline was trained on {own}, so it has to relearn what its output "
             "means; expect a long training"
         )
     if config.diffusion.dream_training and name != Epsilon.name:
@@ -79,7 +73,7 @@ def _with_objective(config: Config, description: Description) -> Config:
 
 
 def _with_timesteps(config: Config, description: Description) -> Config:
-    """How timesteps are drawn, and what weighs the diffusion loss at each."""
+    """The density of timesteps and the weight of the diffusion loss."""
     if config.model.prediction_type != FlowMatching.name:
         _check_diffusion(config, description.scheduler.config.num_train_timesteps)
         return config
@@ -109,14 +103,15 @@ def _check_diffusion(config: Config, num_train_timesteps: int) -> None:
         )
     if strategy in ("earlier", "later") and portion * num_train_timesteps < 1:
         raise ValueError(
-            f"--timestep_bias_portion {portion}: of this pipeline's {num_train_timesteps} timesteps that is not one; "
-            "give more"
+            f"--timestep_bias_portion {portion}: that is less than one of this pipeline's {num_train_timesteps} "
+            "timesteps; give more"
         )
 
 
 def _with_captions(config: Config, description: Description) -> Config:
-    """What the denoiser is conditioned on."""
-    family, values = description.family, {}
+    """The conditions of the denoiser."""
+    family = description.family
+    values: dict[str, Any] = {}
     if family.class_conditional and "caption_column" not in config.given:
         values["caption_column"] = "label"
     if config.data.proportion_empty_prompts is None:
@@ -139,7 +134,8 @@ def _with_text_encoders(config: Config, description: Description) -> Config:
     if not family.trainable_text_encoders:
         others = ", ".join(other.name for other in FAMILIES if other.trainable_text_encoders)
         raise ValueError(
-            f"--train_text_encoder: no text encoder of {family.name} is trained; that is for {others}; leave it out"
+            f"--train_text_encoder: text encoders of {family.name} cannot be trained, only those of {others}; leave "
+            "it out"
         )
     rate, decay = optimization.text_encoder_lr, optimization.adam_weight_decay_text_encoder
     if rate is None:
@@ -155,7 +151,7 @@ def resolved_resolution(data: Data, description: Description) -> int:
     """The side of the images in pixels: --resolution, or the family's default.
 
     Raises:
-        ValueError: for a side that the pipeline does not take.
+        ValueError: if the pipeline does not accept it.
     """
     family, parts = description.family, description.parts
     multiple, (smallest, largest) = family.resolution_multiple(parts), family.resolution_range(parts)
@@ -181,12 +177,12 @@ ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def _with_lora_targets(config: Config, description: Description) -> Config:
-    """The family's own modules, unless others are named; those must be there and of a kind that LoRA adapts."""
+    """The family's modules, or those of the flag, which must exist and be of a kind that LoRA adapts."""
     if not config.lora.lora:
         return config
     if config.lora.lora_target_modules is None:
         return config.changed(lora_target_modules=tuple(description.family.lora_targets))
-    with torch.device("meta"):  # the modules' names, without memory for their weights
+    with torch.device("meta"):  # names of modules, without memory for their weights
         denoiser = getattr(diffusers, description.denoiser["_class_name"]).from_config(description.denoiser)
     layers: list[str] = []
     others: list[str] = []
@@ -202,12 +198,12 @@ def _with_lora_targets(config: Config, description: Description) -> Config:
 
 
 def _matching(target: str, names: Sequence[str]) -> list[str]:
-    """The modules that peft takes for the target."""
+    """The modules that peft adapts for the target."""
     return [name for name in names if name == target or name.endswith("." + target)]
 
 
 def _short_names(names: Sequence[str]) -> list[str]:
-    """The last parts of modules' names, which are enough to name them; the commonest first, a dozen at most."""
+    """The last parts of the names, which suffice as targets; the 12 most common, in that order."""
     counts: dict[str, int] = {}
     for name in names:
         *rest, last = name.split(".")
@@ -217,16 +213,17 @@ def _short_names(names: Sequence[str]) -> list[str]:
 
 
 def _with_sigma_threshold(config: Config, description: Description) -> Config:
-    """--lpl_t_threshold T, whose gate is t < T, as the noise-to-signal ratio of the last timestep below T."""
+    """Translate --lpl_t_threshold T (LPL where t < T) to the noise-to-signal ratio of the last timestep below T."""
     limit, name = config.timestep_threshold, config.model.prediction_type
     if limit is None:
         return config
+    assert name is not None
     if name == FlowMatching.name:
         raise ValueError(
-            f"--lpl_t_threshold {limit} counts the timesteps of epsilon, v_prediction and sample; for flow_matching "
-            "use --lpl_sigma_threshold"
+            f"--lpl_t_threshold {limit} is for epsilon, v_prediction and sample; for flow_matching use "
+            "--lpl_sigma_threshold"
         )
-    objective = get_objective(name, training_scheduler(name, description.scheduler))
+    objective = description.objective(name)
     assert isinstance(objective, DiffusionObjective)
     sigma = objective.sigma(torch.arange(min(limit, objective.num_train_timesteps)))
     values: dict[str, Any] = {
@@ -241,10 +238,10 @@ def _with_sigma_threshold(config: Config, description: Description) -> Config:
 
 
 def _check_features(config: Config, description: Description) -> None:
-    """The decoder that LPL looks through."""
+    """Check the decoder whose features LPL compares, and the options of the loss for its blocks."""
     vae, path, blocks = description.vae, config.lpl.lpl_vae_name_or_path, config.lpl.lpl_blocks
     if path is not None:
-        vae = other_vae_config("lpl_vae_name_or_path", path, config.model.cache_dir, description.vae, blocks=blocks)
+        vae = other_vae_config("lpl_vae_name_or_path", path, config.model.cache_dir, vae, SUPPORTED, blocks)
         theirs, ours = downscaling_factor(vae), downscaling_factor(description.vae)
         if theirs != ours:
             raise ValueError(
@@ -256,7 +253,7 @@ def _check_features(config: Config, description: Description) -> None:
 
 
 def _check_crop(config: Config, description: Description) -> None:
-    """--lpl_crop: tiles of whole latent positions that cover the image."""
+    """--lpl_crop: the image must divide into tiles of whole latent positions."""
     side = config.lpl.lpl_crop
     if side is None:
         return

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from lpl.families.base import Conditions, Configs, Family
 
 
-SIDE_MULTIPLE = 32  # in pixels, which the pipeline insists on whatever the autoencoder is
+SIDE_MULTIPLE = 32  # in pixels; the pipeline requires it, whatever the autoencoder is
 
-# What the pipeline says to Gemma before each caption when nothing else is asked for.
+# The pipeline's default instruction to Gemma, which precedes each caption.
 INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
 
 
@@ -29,7 +29,7 @@ class Sana(Family):
     no_float16 = ("text_encoder",)
 
     def encode_prompts(self, captions: Sequence[str], device: torch.device) -> Conditions:
-        """As the pipeline's plain call has it: captions follow the instruction, the empty one of guidance does not."""
+        """As the pipeline does by default: captions follow the instruction, the empty caption of guidance does not."""
         numbers: list[int] = []
         encoded: list[tuple[Tensor, Tensor]] = []  # (N, tokens, dim), (N, tokens)
         for instruction, group in (
@@ -51,19 +51,23 @@ class Sana(Family):
             do_classifier_free_guidance=False,
             device=device,
             clean_caption=False,
-            max_sequence_length=self.settings.max_sequence_length,
+            max_sequence_length=self.tokens,
             complex_human_instruction=instruction,
         )[:2]
 
     def predict(self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
-        timesteps = timesteps * self.denoiser.config.timestep_scale
+        timesteps = timesteps * self.pipeline.transformer.config.timestep_scale
         output = denoiser(noisy_latents, timestep=timesteps, **conditions, return_dict=False)[0]
         return output[:, : noisy_latents.shape[1]]
 
     def sampling_arguments(self) -> dict[str, Any]:
-        # Captions are trained as they are; and the size asked for is the size drawn.
+        # As in training: captions are not rewritten, and images have the requested size.
         return super().sampling_arguments() | {"clean_caption": False, "use_resolution_binning": False}
 
     @classmethod
     def resolution_multiple(cls, configs: Configs) -> int:
         return math.lcm(SIDE_MULTIPLE, super().resolution_multiple(configs))
+
+    @classmethod
+    def identity_layers(cls, denoiser: nn.Module) -> list[nn.Module]:
+        return [denoiser.get_submodule("proj_out")]

@@ -9,6 +9,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from lpl.families.base import Conditions, Configs, Family
+from lpl.families.lora_layout import LoraLayout, own_names
 
 
 class StableDiffusion(Family):
@@ -17,10 +18,9 @@ class StableDiffusion(Family):
     denoiser_name = "unet"
     text_encoder_names = ("text_encoder",)
     trainable_text_encoders = ("text_encoder",)
-    left_out = {
-        "safety_checker": None,
-        "requires_safety_checker": False,
-    }  # it would blacken samples; the result has it
+    lora_layout = LoraLayout({"unet": "lora_unet", "text_encoder": "lora_te"}, own_names)
+    # It would blacken samples; the saved pipeline has it.
+    left_out = {"safety_checker": None, "requires_safety_checker": False}
 
     def encode_prompts(self, captions: Sequence[str], device: torch.device) -> Conditions:
         embeddings, _ = self.pipeline.encode_prompt(list(captions), device, 1, False)

@@ -3,12 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from diffusers import StableDiffusion3Pipeline
+from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, SD35AdaLayerNormZeroX
 from torch import Tensor, nn
 
-from lpl.families.base import Conditions, Configs, Family
+from lpl.families.base import Conditions, Configs, Family, modulations
+from lpl.families.lora_layout import ADDED_QKV, QKV, TRANSFORMER, LoraLayout, Table, by_table
+
+
+# Layers by their names in the original model
+ORIGINAL: Table = {
+    "transformer_blocks": (
+        "joint_blocks",
+        {
+            "x_block.attn.qkv": QKV,
+            "x_block.attn.proj": ("attn.to_out.0",),
+            "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+            "x_block.attn2.proj": ("attn2.to_out.0",),
+            "x_block.mlp.fc1": ("ff.net.0.proj",),
+            "x_block.mlp.fc2": ("ff.net.2",),
+            "x_block.adaLN_modulation.1": ("norm1.linear",),
+            "context_block.attn.qkv": ADDED_QKV,
+            "context_block.attn.proj": ("attn.to_add_out",),
+            "context_block.mlp.fc1": ("ff_context.net.0.proj",),
+            "context_block.mlp.fc2": ("ff_context.net.2",),
+            "context_block.adaLN_modulation.1": ("norm1_context.linear",),
+        },
+    ),
+    "": (
+        "",
+        {
+            "x_embedder.proj": ("pos_embed.proj",),
+            "context_embedder": ("context_embedder",),
+            "t_embedder.mlp.0": ("time_text_embed.timestep_embedder.linear_1",),
+            "t_embedder.mlp.2": ("time_text_embed.timestep_embedder.linear_2",),
+            "y_embedder.mlp.0": ("time_text_embed.text_embedder.linear_1",),
+            "y_embedder.mlp.2": ("time_text_embed.text_embedder.linear_2",),
+            "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+            "final_layer.linear": ("proj_out",),
+        },
+    ),
+}
 
 
 class StableDiffusion3(Family):
@@ -24,6 +62,7 @@ class StableDiffusion3(Family):
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     )
+    lora_layout = LoraLayout(TRANSFORMER, partial(by_table, ORIGINAL))
 
     def encode_prompts(self, captions: Sequence[str], device: torch.device) -> Conditions:
         captions = list(captions)
@@ -33,7 +72,7 @@ class StableDiffusion3(Family):
             captions,
             device=device,
             do_classifier_free_guidance=False,
-            max_sequence_length=self.settings.max_sequence_length,
+            max_sequence_length=self.tokens,
         )
         return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}  # (B, tokens, dim), (B, dim)
 
@@ -47,3 +86,8 @@ class StableDiffusion3(Family):
     @classmethod
     def resolution_range(cls, configs: Configs) -> tuple[int, int | None]:
         return 1, configs["transformer"]["pos_embed_max_size"] * cls.resolution_multiple(configs)
+
+    @classmethod
+    def identity_layers(cls, denoiser: nn.Module) -> list[nn.Module]:
+        kinds = (AdaLayerNormZero, SD35AdaLayerNormZeroX, AdaLayerNormContinuous)
+        return [*modulations(denoiser, *kinds), denoiser.get_submodule("proj_out")]

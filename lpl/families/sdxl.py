@@ -1,8 +1,8 @@
-"""Stable Diffusion XL: a UNet with two CLIP encoders that is also told the image's size and crop."""
+"""Stable Diffusion XL: a UNet with two CLIP encoders, conditioned on the image's size and crop too."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,61 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from lpl.families.base import Conditions, Family
+from lpl.families.lora_layout import TWO_ENCODERS, LoraLayout, Originals
+
+
+# Our layers in the original UNet; those of blocks and their layers are numbered by _block_places.
+UNET = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+    "conv_out": "out.2",
+}
+RESNET = {
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+
+
+def unet_originals(unet: nn.Module, names: Iterable[str]) -> Originals:
+    """The original UNet's names of our layers."""
+    places = UNET | _block_places(unet)
+
+    def original(name: str) -> str:
+        start = next((place for place in places if f"{name}.".startswith(f"{place}.")), "")
+        rest = name[len(start) :].removeprefix(".")
+        return ".".join(filter(None, (places.get(start), RESNET.get(rest, rest))))
+
+    return {original(name): (name,) for name in names}
+
+
+def _block_places(unet: Any) -> dict[str, str]:
+    """Our blocks in the original UNet, which numbers the layers of each side consecutively."""
+    places, count = {}, 1  # input block 0 is conv_in
+    for index, block in enumerate(unet.down_blocks):
+        for layer in range(len(block.resnets)):
+            places[f"down_blocks.{index}.resnets.{layer}"] = f"input_blocks.{count}.0"
+            places[f"down_blocks.{index}.attentions.{layer}"] = f"input_blocks.{count}.1"
+            count += 1
+        if block.downsamplers:
+            places[f"down_blocks.{index}.downsamplers.0.conv"] = f"input_blocks.{count}.0.op"
+            count += 1
+    count = 0
+    for index, block in enumerate(unet.up_blocks):
+        for layer in range(len(block.resnets)):
+            places[f"up_blocks.{index}.resnets.{layer}"] = f"output_blocks.{count}.0"
+            places[f"up_blocks.{index}.attentions.{layer}"] = f"output_blocks.{count}.1"
+            count += 1
+        before = 2 if hasattr(block, "attentions") else 1  # the resnet and, if the block has any, the attention
+        places[f"up_blocks.{index}.upsamplers.0.conv"] = f"output_blocks.{count - 1}.{before}.conv"
+    return places
 
 
 class StableDiffusionXL(Family):
@@ -18,6 +73,7 @@ class StableDiffusionXL(Family):
     denoiser_name = "unet"
     text_encoder_names = ("text_encoder", "text_encoder_2")
     trainable_text_encoders = ("text_encoder", "text_encoder_2")
+    lora_layout = LoraLayout({"unet": "lora_unet", **TWO_ENCODERS}, unet_originals)
 
     def conditions(self, batch: Mapping[str, Any], device: torch.device) -> Conditions:
         conditions = self.encode_prompts(batch["caption"], device)

@@ -1,114 +1,117 @@
-"""Loads a family's pipeline as a run needs it: which parts in which precision, from where, or with fresh weights; and
-saves what came of it.
+"""Loads a family's pipeline for a run: each component in its precision, from its source or with random weights.
 
-Precisions. What is trained whole is in float32 (master weights); what is frozen or carries LoRA is in the run's mixed
-precision; the VAE is always in float32, since in half precision some make NaNs and black images.
+Precisions. Components that are trained whole are in float32 (master weights); frozen ones, and those that carry LoRA,
+are in the run's mixed precision. The VAE is always in float32: in half precision some produce NaN and black images.
 """
 
 from __future__ import annotations
 
-from argparse import Namespace
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
 from accelerate import Accelerator
 from diffusers import AutoModel
-from diffusers.models import normalization
 from torch import nn
 
+from lpl.config.groups import Lora, Model
 from lpl.families import Family
 from lpl.families.description import Description
 from lpl.training.average import MovingAverage
 
 
-def load_family(args: Namespace, configs: Description, dtype: torch.dtype) -> Family:
-    """The pipeline that ``args`` name.
+def load_family(model: Model, lora: Lora, description: Description, dtype: torch.dtype) -> Family:
+    """The pipeline that the flags name.
 
     Args:
         dtype: of the mixed precision.
 
     Raises:
-        OSError, ValueError: where weights cannot be loaded.
+        OSError, ValueError: if weights cannot be loaded.
     """
-    family = configs.family
-    frozen = dict.fromkeys(family.text_encoder_names, dtype)
+    assert model.pretrained_model_name_or_path is not None
+    family = description.family
+    dtypes = {"default": torch.float32, **dict.fromkeys(family.text_encoder_names, dtype)}
     if dtype == torch.float16:
-        frozen |= dict.fromkeys(family.no_float16, torch.bfloat16)
-    if args.train_text_encoder and not args.lora.lora:
-        frozen |= dict.fromkeys(family.trainable_text_encoders, torch.float32)
-    if args.lora.lora:
-        frozen[family.denoiser_name] = dtype
-    components = replaced_components(args, configs)
-    if args.from_scratch:
-        components[family.denoiser_name] = fresh_denoiser(configs)
-    elif args.non_ema_revision or args.quantize_base:
-        trained_in = dtype if args.lora.lora else torch.float32
-        components[family.denoiser_name] = load_denoiser(args, configs, trained_in, args.non_ema_revision)
-    source = pipeline_source(args, configs) | dict(family.left_out) | components
-    return family.load(args.pretrained_model_name_or_path, args, {"default": torch.float32, **frozen}, **source)
+        dtypes |= dict.fromkeys(family.no_float16, torch.bfloat16)
+    if lora.lora:
+        dtypes[family.denoiser_name] = dtype
+    elif model.train_text_encoder:
+        dtypes |= dict.fromkeys(family.trainable_text_encoders, torch.float32)
+    components = replaced_components(model)
+    if model.from_scratch:
+        components[family.denoiser_name] = fresh_denoiser(description)
+    elif model.non_ema_revision or lora.quantize_base:
+        trained_in = dtype if lora.lora else torch.float32
+        components[family.denoiser_name] = load_denoiser(
+            model, lora.quantize_base, description, trained_in, model.non_ema_revision
+        )
+    return family.load(
+        model.pretrained_model_name_or_path,
+        dtypes,
+        max_sequence_length=model.max_sequence_length,
+        guidance_scale=model.guidance_scale,
+        **pipeline_source(model, description) | dict(family.left_out) | components,
+    )
 
 
-def pipeline_source(args: Namespace, configs: Description) -> dict[str, Any]:
-    """What ``from_pretrained`` is told about where a pipeline is, and which components it lacks."""
-    where = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
-    return {"use_safetensors": True, **where, **configs.absent}
+def pipeline_source(model: Model, description: Description) -> dict[str, Any]:
+    """Arguments of ``from_pretrained``: where the pipeline is, and which components it lacks."""
+    where = {"revision": model.revision, "variant": model.variant, "cache_dir": model.cache_dir}
+    return {"use_safetensors": True, **where, **description.absent}
 
 
-def replaced_components(args: Namespace, configs: Description) -> dict[str, nn.Module]:
-    """The frozen components that do not come from the pipeline itself."""
-    path = args.pretrained_vae_model_name_or_path
-    source = {"dtype": torch.float32, "cache_dir": args.cache_dir, "use_safetensors": True}
-    return {"vae": AutoModel.from_pretrained(path, **source)} if path else {}
+def replaced_components(model: Model) -> dict[str, nn.Module]:
+    """The frozen components that come from elsewhere than the pipeline."""
+    path = model.pretrained_vae_model_name_or_path
+    source = {"dtype": torch.float32, "cache_dir": model.cache_dir, "use_safetensors": True}
+    return {"vae": cast(nn.Module, AutoModel.from_pretrained(path, **source))} if path else {}
 
 
-def fresh_denoiser(configs: Description) -> nn.Module:
-    """The denoiser of the pipeline's configuration with random weights, for --from_scratch."""
-    config = configs.family.untrained_config(configs.denoiser)
-    denoiser = _denoiser_class(configs).from_config(config)
-    _start_as_identity(denoiser)
+def fresh_denoiser(description: Description) -> nn.Module:
+    """The pipeline's denoiser with random weights, for --from_scratch."""
+    family = description.family
+    denoiser = _denoiser_class(description).from_config(family.untrained_config(description.denoiser))
+    start_as_identity(family, denoiser)
     return denoiser
 
 
-def _start_as_identity(denoiser: nn.Module) -> None:
-    """Zero the output, and what modulates the blocks of DiT, SD3 and Flux, which then pass on what they are given:
-    adaLN-Zero of the DiT paper (Peebles & Xie, Sec. 3.2). All else begins as diffusers has it."""
-    modulations = (
-        normalization.AdaLayerNormZero,
-        normalization.AdaLayerNormZeroSingle,
-        normalization.SD35AdaLayerNormZeroX,
-        normalization.AdaLayerNormContinuous,
-    )
-    zeroed = [module.linear for module in denoiser.modules() if isinstance(module, modulations)]
-    zeroed += [getattr(denoiser, name) for name in ("proj_out", "proj_out_1", "proj_out_2") if hasattr(denoiser, name)]
-    for layer in zeroed:
-        nn.init.zeros_(layer.weight)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
+def start_as_identity(family: type[Family], denoiser: nn.Module) -> None:
+    """Zero the layers that :meth:`Family.identity_layers` lists."""
+    for layer in family.identity_layers(denoiser):
+        for parameter in layer.parameters():
+            nn.init.zeros_(parameter)
 
 
-def average_from_revision(ema: MovingAverage, args: Namespace, configs: Description) -> None:
-    """Let the moving average go on from the weights of --revision, while those of --non_ema_revision are trained."""
-    denoiser = load_denoiser(args, configs, torch.float32)
-    for shadow, weight in zip(ema.shadow_params, denoiser.parameters()):  # text encoders come behind
+def average_from_revision(average: MovingAverage, model: Model, description: Description) -> None:
+    """Continue the moving average from the weights of --revision, while those of --non_ema_revision are trained."""
+    denoiser = load_denoiser(model, None, description, torch.float32)
+    for shadow, weight in zip(average.shadow_params, denoiser.parameters()):  # those of text encoders follow
         shadow.copy_(weight.detach())
 
 
-def load_denoiser(args: Namespace, configs: Description, dtype: torch.dtype, revision: str | None = None) -> nn.Module:
-    """The denoiser alone, of another revision than the pipeline's, or with weights of 8 or 4 bits (QLoRA)."""
+def load_denoiser(
+    model: Model, quantize_base: str | None, description: Description, dtype: torch.dtype, revision: str | None = None
+) -> nn.Module:
+    """The denoiser alone, from another revision than the pipeline, or with weights of 8 or 4 bits (QLoRA).
+
+    Args:
+        quantize_base: "8bit", "4bit" or None.
+        revision: defaults to --revision.
+    """
     options: dict[str, Any] = {}
-    if args.quantize_base == "8bit":
+    if quantize_base == "8bit":
         options["quantization_config"] = diffusers.BitsAndBytesConfig(load_in_8bit=True)
-    elif args.quantize_base == "4bit":
+    elif quantize_base == "4bit":
         options["quantization_config"] = diffusers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
-    denoiser = _denoiser_class(configs).from_pretrained(
-        args.pretrained_model_name_or_path,
-        subfolder=configs.family.denoiser_name,
-        revision=revision or args.revision,
-        variant=args.variant,
-        cache_dir=args.cache_dir,
+    denoiser = _denoiser_class(description).from_pretrained(
+        model.pretrained_model_name_or_path,
+        subfolder=description.family.denoiser_name,
+        revision=revision or model.revision,
+        variant=model.variant,
+        cache_dir=model.cache_dir,
         dtype=dtype,
         use_safetensors=True,
         **options,
@@ -119,8 +122,8 @@ def load_denoiser(args: Namespace, configs: Description, dtype: torch.dtype, rev
 
 
 def _answer_in(denoiser: nn.Module, dtype: torch.dtype) -> None:
-    """Cast what enters quantised layers, as autocast does for others but not for them: they answer in the precision
-    that they are asked in, so that behind each normalisation all activations would be float32."""
+    """Cast the inputs of quantised layers, which autocast does not. Their output has the dtype of their input, so
+    that all activations after a normalisation would be float32."""
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     for module in denoiser.modules():
@@ -128,10 +131,11 @@ def _answer_in(denoiser: nn.Module, dtype: torch.dtype) -> None:
             module.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype), *inputs[1:]))
 
 
-def _denoiser_class(configs: Description) -> type[nn.Module]:
-    return getattr(diffusers, configs.denoiser["_class_name"])
+def _denoiser_class(description: Description) -> Any:
+    """A class of diffusers that is a ModelMixin and a ConfigMixin."""
+    return getattr(diffusers, description.denoiser["_class_name"])
 
 
 def weight_dtype(accelerator: Accelerator) -> torch.dtype:
-    """The precision of whatever is not trained."""
+    """The precision of everything that is not trained."""
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)

@@ -1,24 +1,24 @@
 """Low-rank adapters (LoRA) on frozen models, by peft, and the files that hold them.
 
-Vocabulary. An *adapted* component is one of the pipeline's, "unet", "transformer", "text_encoder", ..., that carries
-LoRA. Where diffusers' pipeline loads LoRA (``load_lora_weights``) all adapters are in one file that it reads, with
-rank and alpha in the file's metadata: without them alpha would silently become the rank. PixArt's and DiT's pipelines
-load none; there each adapted component has a folder of peft's, ``transformer_lora/``.
+Vocabulary. An *adapted* component ("unet", "transformer", "text_encoder", ...) is one that carries LoRA. If the
+pipeline's class loads LoRA (``load_lora_weights``), one file in its format holds all adapters, with rank and alpha in
+the metadata: without them alpha would silently become the rank. The pipelines of PixArt and DiT load none; there each
+adapted component has a folder in peft's format, ``transformer_lora/``.
 
-*Other programs* are ComfyUI, kohya's sd-scripts, Forge and what else reads kohya's layout. They know nothing of that
-metadata: beside the factors ``lora_down`` (A) and ``lora_up`` (B) of a weight lies its ``alpha``, and what they add is
-alpha / rank * B @ A. They find a weight by its name in the *original* model, the one that diffusers' was converted
-from, with "_" for "."; of Stable Diffusion 1 and 2 all know diffusers' names too, of SDXL sd-scripts does not.
-Originals of transformers *stack* what diffusers has apart, as queries, keys and values, as the rows of one weight.
+*Other programs* are ComfyUI, kohya's sd-scripts, Forge and others that read kohya's format. They ignore that metadata:
+each weight has the factors ``lora_down`` (A) and ``lora_up`` (B) and an ``alpha``, and they add alpha / rank * B @ A.
+They find a weight by its name in the original model (:mod:`lpl.families.lora_layout`), with "_" for ".". All know
+diffusers' names of Stable Diffusion 1 and 2 too; sd-scripts does not know those of SDXL.
 
-Invariants. The adapters' weights are float32 whatever the base is in, in all files; the base needs no gradient.
+Invariants. The adapters' weights are float32 in memory and in all files, whatever the base is in; the base needs no
+gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -31,56 +31,58 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from lpl.families.lora_layout import _LAYOUTS, TEXT_ENCODERS
+from lpl.config.groups import Lora
+from lpl.families.lora_layout import LoraLayout
 
 
 FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."  # of the names in peft's own files
 OTHERS_SUFFIX = "_comfyui.safetensors"  # of the file for other programs, after the run's name
-ADAPTER = "default"  # peft's name of the one that is trained
+ADAPTER = "default"  # peft's name of the trained adapter
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
-def add_lora(model: nn.Module, targets: Sequence[str], settings: Any, dora: bool = False) -> None:
-    """Give a model a float32 adapter that changes nothing yet, in place; all else needs no gradient from then on.
+def add_lora(model: nn.Module, targets: Sequence[str], lora: Lora, dora: bool = False) -> None:
+    """Add a float32 adapter to a model in place. It changes no output yet; nothing else keeps a gradient.
 
     Args:
-        targets: names, or ends of names, of the modules that are adapted.
-        settings: the flags about LoRA.
-        dora: decompose the weights (DoRA); not for text encoders, where diffusers would load it wrongly.
+        targets: names, or ends of names, of the modules to adapt.
+        dora: decompose the weights (DoRA); not for text encoders, for which diffusers would load it wrongly.
     """
+    assert lora.rank is not None and lora.lora_alpha is not None
     model.requires_grad_(False)
     config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
+        r=lora.rank,
+        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # peft takes fractions too
+        lora_dropout=lora.lora_dropout,
         target_modules=list(targets),
         use_dora=dora,
-        use_rslora=settings.use_rslora,
-        init_lora_weights="gaussian",  # as diffusers' scripts have it; the second factor is zero
+        use_rslora=lora.use_rslora,
+        init_lora_weights="gaussian",  # as in diffusers' scripts; the second factor is zero
     )
     inject_adapter_in_model(config, model)
     cast_training_params(model)
 
 
 def in_one_file(pipeline_class: type[DiffusionPipeline]) -> bool:
-    """Whether the pipeline loads LoRA by itself."""
+    """Whether the pipeline's class loads LoRA."""
     return hasattr(pipeline_class, "save_lora_weights")
 
 
 def save_lora(pipeline_class: type[DiffusionPipeline], folder: str | Path, models: Mapping[str, nn.Module]) -> None:
-    """Write the adapters of the components of those names into a folder."""
+    """Write the adapters of the components, given by name, into a folder."""
     states = {
         name: {_lost_prefix(model) + key: value for key, value in _adapter(model).items()}
         for name, model in models.items()
     }
     if in_one_file(pipeline_class):
         layers = {f"{name}_lora_layers": state for name, state in states.items()}
-        # Without the dropout: diffusers leaves the adapters that it loads in training mode, and would draw with it.
+        # Without dropout: diffusers leaves the adapters that it loads in training mode and would apply it.
         configs = {name: _config(model).to_dict() | {"lora_dropout": 0.0} for name, model in models.items()}
         metadata = {f"{name}_lora_adapter_metadata": config for name, config in configs.items()}
-        pipeline_class.save_lora_weights(folder, weight_name=FILE, **layers, **metadata)
+        loader: Any = pipeline_class  # not every class of pipelines has the method
+        loader.save_lora_weights(folder, weight_name=FILE, **layers, **metadata)
         return
     for name, model in models.items():
         place = _peft_folder(folder, name)
@@ -90,10 +92,10 @@ def save_lora(pipeline_class: type[DiffusionPipeline], folder: str | Path, model
 
 
 def load_lora(pipeline_class: type[DiffusionPipeline], folder: str | Path, models: Mapping[str, nn.Module]) -> None:
-    """Read what :func:`save_lora` wrote into models that have adapters of the same shapes.
+    """Read what :func:`save_lora` wrote into models with adapters of the same shapes.
 
     Raises:
-        ValueError: where the file holds other adapters, of another rank or on other modules.
+        ValueError: if the adapters in the file have another rank or are on other modules.
     """
     for name, model in models.items():
         if in_one_file(pipeline_class):
@@ -105,7 +107,7 @@ def load_lora(pipeline_class: type[DiffusionPipeline], folder: str | Path, model
         own = _adapter(model)
         if {key: value.shape for key, value in own.items()} != {key: value.shape for key, value in saved.items()}:
             raise ValueError(
-                f"the LoRA in {folder} is not of the rank, or not on the modules, that this run trains; give the "
+                f"the LoRA in {folder} has another rank, or is on other modules, than this run trains; give the "
                 "--rank and --lora_target_modules that it was trained with"
             )
         set_peft_model_state_dict(model, saved)
@@ -116,7 +118,7 @@ def _adapter(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _config(model: nn.Module) -> LoraConfig:
-    return model.peft_config[ADAPTER]
+    return cast(dict[str, LoraConfig], model.peft_config)[ADAPTER]
 
 
 def _peft_folder(folder: str | Path, name: str) -> Path:
@@ -124,7 +126,7 @@ def _peft_folder(folder: str | Path, name: str) -> Path:
 
 
 def _lost_prefix(model: nn.Module) -> str:
-    """What transformers 5 left out of the names in ``CLIPTextModel``; files keep it, since all others expect it."""
+    """The prefix that transformers 5 dropped from names in ``CLIPTextModel``; files keep it for all other readers."""
     return "text_model." if isinstance(model, CLIPTextModel) and not hasattr(model, "text_model") else ""
 
 
@@ -132,26 +134,28 @@ def _lost_prefix(model: nn.Module) -> str:
 
 
 def save_for_other_programs(
-    pipeline_class: type[DiffusionPipeline], folder: str | Path, models: Mapping[str, nn.Module], name: str
+    layout: LoraLayout | None, folder: str | Path, models: Mapping[str, nn.Module], name: str
 ) -> Path | None:
-    """Write the adapters of the components once more, as other programs read them: one file with the run's name.
+    """Write the adapters of the components once more, for other programs: one file with the run's name.
 
-    The file has no metadata, from which some programs conclude that a LoRA is of Stable Diffusion 1.
+    The file has no metadata, from which some programs conclude that a LoRA is for Stable Diffusion 1.
 
-    DoRA's length m of each row is written as ``dora_scale``, (out, 1), for m (W + s B A) / |W + s B A|, as DoRA and
-    LyCORIS have it. ComfyUI, as of August 2026, divides by |W| instead, which is close while the LoRA is small;
-    sd-scripts, and diffusers in this layout, leave m out.
+    DoRA's length m of each row is written as ``dora_scale``, (out, 1), for m (W + s B A) / |W + s B A|, as in DoRA and
+    LyCORIS. ComfyUI, as of August 2026, divides by |W| instead, which is close while the LoRA is small. sd-scripts,
+    and diffusers in this format, ignore m.
+
+    Args:
+        layout: of the family.
 
     Returns:
-        The file; None where the pipeline's LoRA has no layout that other programs share.
+        The file; None if the family has no layout.
     """
-    if pipeline_class not in _LAYOUTS:
+    if layout is None:
         return None
-    layout = _LAYOUTS[pipeline_class]
     tensors = {}
     for component, model in models.items():
         adapted = [key for key, module in model.named_modules() if isinstance(module, LoraLayer)]
-        if component in TEXT_ENCODERS:
+        if component.startswith("text_encoder"):
             originals = {_lost_prefix(model) + key: (key,) for key in adapted}
         else:
             originals = layout.originals(model, adapted)
@@ -164,25 +168,26 @@ def save_for_other_programs(
 
 
 def _stacked(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
-    """One adapter for the layers of those names as the rows of one weight; some, not all, may have none themselves.
+    """One adapter for the layers that are the rows of one weight; some of them, not all, may have no adapter.
 
-    Each keeps its own factors: A are stacked, (n r, in), B are the blocks on a diagonal, (sum of out, n r).
+    Each layer keeps its factors: the A are stacked, (n r, in); the B are the blocks on a diagonal, (sum of out, n r).
     """
     layers = [model.get_submodule(name) for name in names]
     adapted = [layer for layer in layers if isinstance(layer, LoraLayer)]
-    down, up = adapted[0].lora_A[ADAPTER].weight, adapted[0].lora_B[ADAPTER].weight
+    down, up = _factors(adapted[0])
     if len(layers) > 1:
-        down = torch.cat([layer.lora_A[ADAPTER].weight for layer in adapted])
-        up = torch.block_diag(
-            *(
-                layer.lora_B[ADAPTER].weight if isinstance(layer, LoraLayer) else down.new_zeros(layer.out_features, 0)
-                for layer in layers
-            )
+        down = torch.cat([_factors(layer)[0] for layer in adapted])
+        ups = (
+            _factors(layer)[1]
+            if isinstance(layer, LoraLayer)
+            else down.new_zeros(cast(nn.Linear, layer).out_features, 0)
+            for layer in layers
         )
+        up = torch.block_diag(*ups)
     tensors = {
         "lora_down.weight": down,
         "lora_up.weight": _in_order(model, names[0], up),
-        # By peft's scale, which is alpha / sqrt(rank) in rank-stabilised LoRA, and by the rank that others see.
+        # From peft's scale, which is alpha / sqrt(rank) in rank-stabilised LoRA, and the rank that others see.
         "alpha": torch.tensor(adapted[0].scaling[ADAPTER] * len(down), dtype=down.dtype),
     }
     if ADAPTER in adapted[0].lora_magnitude_vector:  # DoRA
@@ -191,14 +196,19 @@ def _stacked(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     return {kind: tensor.detach().cpu().contiguous() for kind, tensor in tensors.items()}
 
 
+def _factors(layer: LoraLayer) -> tuple[Tensor, Tensor]:
+    """A, (r, in, ...), and B, (out, r, ...)."""
+    return layer.lora_A[ADAPTER].get_parameter("weight"), layer.lora_B[ADAPTER].get_parameter("weight")
+
+
 def _magnitudes(layer: nn.Module) -> Tensor:
-    """DoRA's length of each row, (out,): a layer without an adapter keeps what it has."""
+    """DoRA's length of each row, (out,); that of the weight itself if the layer has no adapter."""
     if isinstance(layer, LoraLayer):
-        return layer.lora_magnitude_vector[ADAPTER].weight.flatten()
+        return layer.lora_magnitude_vector[ADAPTER].get_parameter("weight").flatten()
     return dequantize_module_weight(layer).float().norm(dim=1)
 
 
 def _in_order(model: nn.Module, name: str, rows: Tensor) -> Tensor:
-    """Rows in the original's order: this one norm of diffusers has scale and shift the other way round."""
+    """Rows in the original's order: in this norm diffusers swaps scale and shift."""
     owner = model.get_submodule(name.rpartition(".")[0])
     return torch.cat(rows.chunk(2)[::-1]) if isinstance(owner, AdaLayerNormContinuous) else rows

@@ -23,7 +23,6 @@ from trainer import ROOT, metrics, parsed, run, weights
 
 from lpl.config import recipes
 from lpl.config.command_line import build_parser, parse, recipe
-from lpl.families import FAMILIES
 from lpl.families.description import read_pipeline
 from lpl.families.resolve import resolve
 
@@ -182,12 +181,6 @@ def test_any_recipe_can_be_run_without_lpl_for_comparison(name, image_folder):
         warnings.simplefilter("ignore")  # of LPL's own flags, which are left out
         args = parse([*words, "--lpl_weight", "0"])
     assert not args.lpl and args.learning_rate == values(name)["learning_rate"]
-
-
-def test_every_family_has_a_recipe():
-    pipelines = {values(name)["pretrained_model_name_or_path"] for name in RECIPES}
-    fixtures = {PIPELINES[pipeline].removesuffix("_pipeline") for pipeline in pipelines if pipeline in PIPELINES}
-    assert len(fixtures - {"sd_v"}) == len(FAMILIES)
 
 
 # Runs ----------------------------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def planned(sd_pipeline, image_folder, tmp_path, monkeypatch):
         accelerator = Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps, mixed_precision=args.mixed_precision
         )
-        trained = TrainedParts(load_family(args, configs, torch.float32), args)
+        trained = TrainedParts(load_family(args.model, args.lora, configs, torch.float32), args)
         objective = get_objective(args.prediction_type, configs.scheduler)
         space = LatentSpace(configs.vae["latent_channels"], downscaling_factor(configs.vae))
         dataset, _ = load_training_images(args.data, args.seed, args.cache_dir)

@@ -64,7 +64,9 @@ def status(sd_pipeline, image_folder, tmp_path):
             device=torch.device("cpu"), mixed_precision=precision, num_processes=1, is_main_process=True
         )
         vars(accelerator).update(machine or {})
-        return Status(args, accelerator, TrainedParts(load_family(args, configs, dtype), args), stage, step)
+        return Status(
+            args, accelerator, TrainedParts(load_family(args.model, args.lora, configs, dtype), args), stage, step
+        )
 
     return make
 
@@ -373,7 +375,7 @@ def test_advice_can_be_followed(pipeline, stride, request, with_gpu, image_folde
         key = args.lora, args.train_text_encoder, args.mixed_precision
         if key not in runs:
             dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
-            runs[key] = TrainedParts(load_family(args, configs, dtype), args)
+            runs[key] = TrainedParts(load_family(args.model, args.lora, configs, dtype), args)
         machine = SimpleNamespace(
             device=torch.device("cuda"), mixed_precision=args.mixed_precision or "no", num_processes=1
         )

@@ -290,7 +290,7 @@ def test_a_lora_without_its_run_is_refused(tmp_path):
 def test_the_number_of_tokens_is_that_of_the_training(sd3_pipeline, sd_pipeline):
     assert find_models(str(sd3_pipeline))[0].sampled(32).settings("float32")["max_sequence_length"] == 77
     (model,) = find_models(str(sd3_pipeline), max_sequence_length=16)
-    assert load_model(model).call_arguments("a cat", 32)["max_sequence_length"] == 16
+    assert load_model(model).call_arguments("a cat", 32, 32)["max_sequence_length"] == 16
     with pytest.raises(ValueError, match="--max_sequence_length 513: .* takes 512 at most"):
         find_models(str(sd3_pipeline), max_sequence_length=513)
     with pytest.warns(UserWarning, match="--max_sequence_length has no effect"):

@@ -18,6 +18,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import yaml
+from commands import edited, refusal
 from datasets import Features, Value
 from datasets import Image as ImageFeature
 from PIL import EpsImagePlugin, Image
@@ -33,7 +34,6 @@ from lpl.evaluation.networks import check_network
 from lpl.inspection import command as inspect
 from lpl.tools import trust
 from lpl.training.loading import load_family
-from tests.config.test_checks import edited, refusal
 from tests.data.test_dataset import load_data, over, static
 
 
@@ -105,13 +105,13 @@ def test_weights_that_are_pickles_are_refused(part, sd_pipeline, image_folder, t
     monkeypatch.setattr("lpl.config.checks.check_weights", lambda *_: None)
     args, configs = parsed(pipeline, image_folder, tmp_path / "run")
     with pytest.raises(OSError, match="safetensors"):
-        load_family(args, configs, torch.float32)
+        load_family(args.model, args.lora, configs, torch.float32)
 
 
 def test_weights_that_are_not_read_may_be_pickles(sd_pipeline, image_folder, tmp_path, mark):
     pipeline = pickled(sd_pipeline, tmp_path / "pipeline", "unet", mark)
     args, configs = parsed(pipeline, image_folder, tmp_path / "run", from_scratch=True)
-    assert load_family(args, configs, torch.float32).denoiser.training is False
+    assert load_family(args.model, args.lora, configs, torch.float32).denoiser.training is False
 
 
 def test_the_advice_converts_them(sd_pipeline, image_folder, tmp_path, capsys):
@@ -125,7 +125,9 @@ def test_the_advice_converts_them(sd_pipeline, image_folder, tmp_path, capsys):
     advice = re.search(r"diffusers\.DiffusionPipeline\S+", refusal(capsys, arguments(pipeline, image_folder, "run")))
     eval(advice[0].rstrip(","), {"diffusers": diffusers})
     args, configs = parsed(pipeline, image_folder, tmp_path / "run")
-    assert torch.equal(load_family(args, configs, torch.float32).denoiser.conv_in.weight, whole["conv_in.weight"])
+    assert torch.equal(
+        load_family(args.model, args.lora, configs, torch.float32).denoiser.conv_in.weight, whole["conv_in.weight"]
+    )
 
 
 @pytest.mark.parametrize("flag", ["pretrained_vae_model_name_or_path", "lpl_vae_name_or_path"])
@@ -219,14 +221,14 @@ def test_code_beside_a_known_class_is_not_run(sd_pipeline, image_folder, tmp_pat
         (pipeline / name).write_text(code)
     args, configs = parsed(pipeline, image_folder, tmp_path / "run")
     with pytest.raises(ValueError, match="custom code"):
-        load_family(args, configs, torch.float32)
+        load_family(args.model, args.lora, configs, torch.float32)
     for name in ("unet/diffusers.py", "text_encoder/transformers.py", "scheduler/diffusers.py"):
         (pipeline / name).unlink()
     config = json.loads((pipeline / "text_encoder/config.json").read_text())
     config["auto_map"] = {"AutoConfig": "mine.Config", "AutoModel": "mine.Model"}
     (pipeline / "text_encoder/config.json").write_text(json.dumps(config))
     (pipeline / "text_encoder/mine.py").write_text(code)
-    assert load_family(args, configs, torch.float32)
+    assert load_family(args.model, args.lora, configs, torch.float32)
 
 
 # Networks that measure -----------------------------------------------------------------------------------------------

@@ -2,36 +2,22 @@
 
 diffusers reads its own file, and kohya's layout where it can; peft reads its folders. ComfyUI and sd-scripts are not
 here: `changed` does to a weight what they do, and the converters of diffusers, which turn original checkpoints into
-its own, say which weight of ours an original's name means.
+its own, say in tests/families/test_lora_layout.py which weight of ours an original's name means.
 """
-
-from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    FluxPipeline,
-    FluxTransformer2DModel,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
-from diffusers.loaders.single_file_utils import (
-    convert_flux_transformer_checkpoint_to_diffusers,
-    convert_sd3_transformer_checkpoint_to_diffusers,
-)
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import seeded
-from torch import nn
+from tiny_families import load
 
+from lpl.config.groups import Lora
 from lpl.families import FAMILIES
 from lpl.training import lora
-from tests.families.test_families import load
 
 
 RANK, ALPHA = 2, 5.0
@@ -47,8 +33,8 @@ FLUX_DOUBLE_BLOCK = [f"transformer_blocks.0.{name}" for name in ("attn.to_q", "a
 
 def adapt(model, targets, rank=RANK, use_rslora=False, use_dora=False):
     """A model with a LoRA that changes something, as after a training."""
-    settings = Namespace(rank=rank, lora_alpha=ALPHA, lora_dropout=0.1, use_rslora=use_rslora)
-    lora.add_lora(model, targets, settings, dora=use_dora)
+    flags = Lora(lora=True, rank=rank, lora_alpha=ALPHA, lora_dropout=0.1, use_rslora=use_rslora)
+    lora.add_lora(model, targets, flags, dora=use_dora)
     with seeded(1), torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:
@@ -72,14 +58,14 @@ def trained(folder, encoders=False, targets=None, **kind):
 def save(family, parts, folder):
     """All files of a result; the one for other programs."""
     lora.save_lora(family.pipeline_class, folder, parts)
-    return lora.save_for_other_programs(family.pipeline_class, folder, parts, NAME)
+    return lora.save_for_other_programs(family.lora_layout, folder, parts, NAME)
 
 
 @torch.no_grad()
 def image(family):
     """float32 in [0, 1], (H, W, 3)."""
     prompt = 207 if family.class_conditional else "a cat"
-    call = family.call_arguments(prompt, 32) | {"num_inference_steps": 2, "output_type": "np"}
+    call = family.call_arguments(prompt, 32, 32) | {"num_inference_steps": 2, "output_type": "np"}
     return family.pipeline(**call, generator=torch.Generator().manual_seed(0)).images[0]
 
 
@@ -180,7 +166,7 @@ def test_text_encoders_keep_the_names_that_older_transformers_have(sd_pipeline, 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_every_family_has_a_file_for_other_programs_or_none_that_they_read(family, tmp_path):
-    path = lora.save_for_other_programs(family.pipeline_class, tmp_path, {}, NAME)
+    path = lora.save_for_other_programs(family.lora_layout, tmp_path, {}, NAME)
     assert (path is None) == (family.name in WITHOUT_OTHERS) and list(tmp_path.iterdir()) == [path] * (
         path is not None
     )
@@ -257,152 +243,3 @@ def test_weights_that_the_original_has_in_one(name, targets, original, stacked, 
     expected = torch.cat([after.get(layer, before.get_submodule(layer).weight) for layer in names])
     assert (expected != whole).any()
     torch.testing.assert_close(changed(whole, tensors, f"lora_unet_{original}"), expected)
-
-
-# --- names in the original models ------------------------------------------------------------------------------------
-
-
-def vector(size):
-    return torch.arange(1.0, 1 + size).sin()
-
-
-class OriginalCheckpoint(dict):
-    """What the adapters of a file do to a vector, (out, 1), under the original's names; zeros where there is none.
-
-    As in ComfyUI and sd-scripts, the original's name says where in the file to look; `read` is what was found there.
-    """
-
-    def __init__(self, tensors, *blocks):
-        super().__init__(dict.fromkeys(blocks))  # the converters count them
-        self.tensors, self.read = tensors, set()
-
-    def pop(self, name):
-        key = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
-        if key not in keys(self.tensors) or not name.endswith(".weight"):
-            return torch.zeros(7 * 3072, 1) if "linear1" in name else torch.zeros(12, 1)
-        self.read.add(key)
-        down, up, alpha = (self.tensors[f"{key}.{kind}"] for kind in ("lora_down.weight", "lora_up.weight", "alpha"))
-        return (alpha / len(down) * (up.flatten(1) @ (down.flatten(1) @ vector(down[0].numel()))))[:, None]
-
-    __missing__ = pop
-
-
-def tiny_sd3_transformer():
-    """As in SD 3.5 medium, some blocks attend twice."""
-    return SD3Transformer2DModel(
-        sample_size=8,
-        num_layers=2,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        caption_projection_dim=16,
-        joint_attention_dim=32,
-        pooled_projection_dim=40,
-        pos_embed_max_size=8,
-        dual_attention_layers=(0,),
-        qk_norm="rms_norm",
-    )
-
-
-def flux_transformer():
-    """As wide as the real one, the only width that diffusers' converter knows; all weights are one and the same 0."""
-    with torch.device("meta"):
-        model = FluxTransformer2DModel(
-            num_layers=1, num_single_layers=1, joint_attention_dim=32, pooled_projection_dim=16, guidance_embeds=True
-        )
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.weight = nn.Parameter(torch.zeros(()).expand(module.weight.shape))
-    return model
-
-
-@pytest.mark.parametrize(
-    "pipeline_class, build, convert, blocks",
-    [
-        (
-            StableDiffusion3Pipeline,
-            tiny_sd3_transformer,
-            convert_sd3_transformer_checkpoint_to_diffusers,
-            ["joint_blocks.1.x_block", "joint_blocks.0.attn2.x"],
-        ),
-        (
-            FluxPipeline,
-            flux_transformer,
-            convert_flux_transformer_checkpoint_to_diffusers,
-            ["double_blocks.0.x", "single_blocks.0.x", "guidance_in.x"],
-        ),
-    ],
-    ids=["sd3", "flux"],
-)
-def test_every_layer_of_a_transformer_is_found_under_its_original_name(
-    pipeline_class, build, convert, blocks, tmp_path
-):
-    with seeded(0):
-        model = build()
-    targets = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    adapt(model, targets)
-    path = lora.save_for_other_programs(pipeline_class, tmp_path, {"transformer": model}, NAME)
-    checkpoint = OriginalCheckpoint(load_file(path), *blocks)
-    converted = convert(checkpoint)
-    assert checkpoint.read == keys(checkpoint.tensors)
-    assert layers(model).keys() == set(targets)
-    for name, layer in layers(model).items():
-        down, up = (factor["default"].weight.flatten(1) for factor in (layer.lora_A, layer.lora_B))
-        expected = ALPHA / RANK * (up @ (down @ vector(down.shape[1])))
-        torch.testing.assert_close(converted[f"{name}.weight"].flatten(), expected, atol=1e-4, rtol=1e-4)
-
-
-@pytest.fixture
-def sdxl_unet():
-    """Small, with the blocks that SDXL has."""
-    with seeded(0):
-        return UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(4, 8, 8),
-            layers_per_block=2,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 2),
-            cross_attention_dim=8,
-            attention_head_dim=2,
-            norm_num_groups=2,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=4,
-            projection_class_embeddings_input_dim=32,
-        )
-
-
-def test_every_layer_of_sdxls_unet_is_found_under_its_original_name(sdxl_unet, tmp_path):
-    config = dict(sdxl_unet.config)
-    targets = [name for name, module in sdxl_unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    adapt(sdxl_unet, targets)
-    path = lora.save_for_other_programs(StableDiffusionXLPipeline, tmp_path, {"unet": sdxl_unet}, NAME)
-    fresh = UNet2DConditionModel.from_config(config)
-    state, alphas = StableDiffusionXLPipeline.lora_state_dict(path, unet_config=fresh.config)
-    StableDiffusionXLPipeline.load_lora_into_unet(state, alphas, fresh)
-    read = layers(fresh)
-    assert read.keys() == layers(sdxl_unet).keys() == set(targets)
-    for name, layer in layers(sdxl_unet).items():
-        torch.testing.assert_close(read[name].get_delta_weight("default_0"), layer.get_delta_weight("default"))
-
-
-def test_names_in_sdxls_files_as_they_are_shared(sdxl_unet, tmp_path):
-    """Some that LoRA files of sd-scripts have."""
-    adapt(sdxl_unet, ["to_q", "conv1", "conv", "time_emb_proj", "conv_shortcut"])
-    tensors = load_file(lora.save_for_other_programs(StableDiffusionXLPipeline, tmp_path, {"unet": sdxl_unet}, NAME))
-    attention = "transformer_blocks.0.attn1.to_q", "transformer_blocks_0_attn1_to_q"
-    expected = {
-        f"down_blocks.1.attentions.0.{attention[0]}": f"input_blocks_4_1_{attention[1]}",
-        f"down_blocks.2.attentions.1.{attention[0]}": f"input_blocks_8_1_{attention[1]}",
-        f"mid_block.attentions.0.{attention[0]}": f"middle_block_1_{attention[1]}",
-        f"up_blocks.0.attentions.2.{attention[0]}": f"output_blocks_2_1_{attention[1]}",
-        f"up_blocks.1.attentions.0.{attention[0]}": f"output_blocks_3_1_{attention[1]}",
-        "down_blocks.0.resnets.0.conv1": "input_blocks_1_0_in_layers_2",
-        "down_blocks.0.downsamplers.0.conv": "input_blocks_3_0_op",
-        "mid_block.resnets.1.time_emb_proj": "middle_block_2_emb_layers_1",
-        "up_blocks.0.upsamplers.0.conv": "output_blocks_2_2_conv",
-        "up_blocks.2.resnets.2.conv_shortcut": "output_blocks_8_0_skip_connection",
-    }
-    for name, original in expected.items():
-        up = tensors[f"lora_unet_{original}.lora_up.weight"]
-        assert torch.equal(up, sdxl_unet.get_submodule(name).lora_B["default"].weight)

@@ -50,7 +50,7 @@ def sampling(sd_pipeline, image_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     reset_accelerate()
     args, configs = parsed(sd_pipeline, image_folder, tmp_path)
-    family = load_family(args, configs, torch.float32)
+    family = load_family(args.model, args.lora, configs, torch.float32)
     trained = TrainedParts(family, args)
     yield SimpleNamespace(
         args=args,

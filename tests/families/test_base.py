@@ -1,135 +1,36 @@
-"""The contract of every model family, on its tiny pipelines; a family without one fails here."""
+"""The contract of every model family, on its tiny pipelines."""
 
 import inspect
-import json
-from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
-from diffusers.models.embeddings import LabelEmbedding
 from tiny import VAE_FACTOR
+from tiny_families import (
+    CPU,
+    FAMILY_OF,
+    SIZE,
+    TINY,
+    Calls,
+    batch_of,
+    captions_of,
+    configs_of,
+    guidance_off,
+    inputs,
+    load,
+    sample,
+    unpacked,
+)
 from torch import nn
 
 from lpl.autoencoders import unscale
-from lpl.families import FAMILIES, Family, find_family
-from lpl.families.dit import DiT
 from lpl.objectives import OBJECTIVES, get_objective, training_scheduler
-
-
-TINY = {  # family -> fixtures of tests/conftest.py
-    "stable-diffusion": ["sd_pipeline", "sd_v_pipeline"],
-    "stable-diffusion-xl": ["sdxl_pipeline"],
-    "stable-diffusion-3": ["sd3_pipeline", "sd3_without_t5"],
-    "pixart-alpha": ["pixart_alpha_pipeline"],
-    "pixart-sigma": ["pixart_sigma_pipeline"],
-    "dit": ["dit_pipeline"],
-    "flux": ["flux_pipeline"],
-    "sana": ["sana_pipeline"],
-}
-FAMILY_OF = {family.name: family for family in FAMILIES}
-CAPTIONS = ["a cat", "", "the dog, and a very long caption " * 8]
-LABELS = [3, 1000, 999]  # no class, as no caption, in the middle
-SIZE = 32  # pixels
-CPU = torch.device("cpu")
+from lpl.training.loading import start_as_identity
 
 
 @pytest.fixture(params=[name for names in TINY.values() for name in names])
 def folder(request):
     return request.getfixturevalue(request.param)
-
-
-def load(folder, dtype=torch.float32, max_sequence_length=77, guidance_scale=3.5):
-    index = json.loads((folder / "model_index.json").read_text())
-    absent = {name: None for name, entry in index.items() if entry == [None, None]}
-    settings = Namespace(max_sequence_length=max_sequence_length, guidance_scale=guidance_scale)
-    kind = find_family(index["_class_name"])
-    dtypes = {"default": torch.float32, **dict.fromkeys(kind.text_encoder_names, dtype)}
-    family = kind.load(folder, settings, dtypes, **absent)
-    family.pipeline.set_progress_bar_config(disable=True)
-    return family
-
-
-def configs_of(family):
-    return {name: dict(getattr(family.pipeline, name).config) for name in ("vae", family.denoiser_name)}
-
-
-def captions_of(family, count=3):
-    return (LABELS if family.class_conditional else CAPTIONS)[:count]
-
-
-def batch_of(family, captions=None, **sizes):
-    """A batch of whole images of SIZE px, as the data gives it."""
-    captions = captions_of(family) if captions is None else captions
-    whole = {"original_size": (SIZE, SIZE), "crop_top_left": (0, 0), "target_size": (SIZE, SIZE)}
-    return {"caption": captions} | {
-        name: torch.tensor([size] * len(captions)) for name, size in (whole | sizes).items()
-    }
-
-
-def inputs(family, batch=3, side=8):
-    """Latents, timesteps and conditions of a batch; no two samples are alike."""
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(batch, family.vae.config.latent_channels, side, side, generator=generator)
-    conditions = family.conditions(batch_of(family, captions_of(family, batch)), CPU)
-    return latents, torch.tensor([1.0, 500.0, 900.0])[:batch], conditions
-
-
-class Calls:
-    """What the denoiser is called with while the context lasts, by argument; nested dictionaries are flattened."""
-
-    def __init__(self, family):
-        self.family, self.calls = family, []
-
-    def __enter__(self):
-        self.handle = self.family.denoiser.register_forward_pre_hook(self.note, with_kwargs=True)
-        return self.calls
-
-    def __exit__(self, *_):
-        self.handle.remove()
-
-    def note(self, module, args, kwargs):
-        names = list(inspect.signature(type(module).forward).parameters)[1:]
-        call = dict(zip(names, args)) | kwargs
-        call |= call.pop("added_cond_kwargs", None) or {}
-        call = {name: value for name, value in call.items() if isinstance(value, torch.Tensor)}
-        self.calls.append({{"sample": "hidden_states"}.get(name, name): value for name, value in call.items()})
-
-
-def sample(family, prompts, **arguments):
-    """What the pipeline draws, for the call that the family gives; of several prompts at once."""
-    calls = [family.call_arguments(prompt, SIZE) for prompt in prompts]
-    merged = {key: [x for call in calls for x in call[key]] for key in ("class_labels",) if key in calls[0]}
-    merged |= {key: [call[key] for call in calls] for key in ("prompt",) if key in calls[0]}
-    return family.pipeline(**{**calls[0], **merged, "num_inference_steps": 2, **arguments}).images
-
-
-def unpacked(family, hidden_states):
-    """The latents, (B, C, h, w), in the way that the denoiser is given them."""
-    if family.name != "flux":
-        return hidden_states
-    return family.pipeline._unpack_latents(hidden_states, SIZE, SIZE, family.pipeline.vae_scale_factor)
-
-
-def guidance_off(family):
-    """Flux's `guidance_scale` is told to the denoiser, and guides nothing."""
-    return {} if family.name == "flux" else {"guidance_scale": 1.0}
-
-
-# --- the registry ----------------------------------------------------------------------------------------------------
-
-
-def test_every_family_has_a_tiny_pipeline_here():
-    assert set(FAMILY_OF) == set(TINY) and len(FAMILY_OF) == len(FAMILIES)
-    assert len({family.pipeline_class for family in FAMILIES}) == len(FAMILIES)
-
-
-@pytest.mark.parametrize("name", ["KandinskyPipeline", "StableDiffusion", "", None])
-def test_unknown_pipelines_are_refused(name):
-    with pytest.raises(ValueError) as error:
-        find_family(name)
-    assert str(name) in str(error.value) and "--pretrained_model_name_or_path" in str(error.value)
-    assert all(family.pipeline_class.__name__ in str(error.value) for family in FAMILIES)
 
 
 def test_class_attributes_name_components_of_the_pipeline(folder):
@@ -138,8 +39,8 @@ def test_class_attributes_name_components_of_the_pipeline(folder):
     assert {family.denoiser_name, *family.text_encoder_names, *family.optional_components, "vae"} <= expected
     encoders = {name for name in expected if name.startswith("text_encoder")}
     assert set(family.text_encoder_names) == encoders >= set(family.trainable_text_encoders)
-    assert issubclass(type(family), Family) and issubclass(family.pipeline_class, DiffusionPipeline)
     assert family.objectives and set(family.objectives) <= set(OBJECTIVES)
+    assert family.class_conditional == (family.num_classes is not None)
 
 
 def test_lora_targets_are_layers_of_the_denoiser(folder):
@@ -216,7 +117,7 @@ def test_no_caption_is_what_guidance_starts_from(name, request):
 def test_call_arguments_draw_one_image(folder):
     family = load(folder)
     prompt = 207 if family.class_conditional else "a cat"
-    arguments = {**family.call_arguments(prompt, SIZE), "num_inference_steps": 2}
+    arguments = {**family.call_arguments(prompt, SIZE, SIZE), "num_inference_steps": 2}
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 0)]
     (first,), (again,) = (family.pipeline(**arguments, generator=generator).images for generator in generators)
     assert first.size == (SIZE, SIZE) and first.tobytes() == again.tobytes()
@@ -330,31 +231,7 @@ def test_resolutions_of_the_published_models(name, denoiser, levels, expected):
     assert found == expected
 
 
-# --- single families -------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_sdxl_is_told_sizes_and_crop(sdxl_pipeline):
-    family = load(sdxl_pipeline)
-    latents, timesteps, conditions = inputs(family)
-    output = family.predict(family.denoiser, latents, timesteps, conditions)
-    assert conditions["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]] * 3
-    for sizes in ({"original_size": (32, 48)}, {"crop_top_left": (0, 5)}, {"target_size": (24, 32)}):
-        changed = family.conditions(batch_of(family, **sizes), CPU)
-        changed = family.predict(family.denoiser, latents, timesteps, changed)
-        assert (changed - output).abs().flatten(1).max(1).values.min() > 1e-6
-    told = family.conditions(batch_of(family, original_size=(1, 2), crop_top_left=(3, 4), target_size=(5, 6)), CPU)
-    assert told["time_ids"].tolist() == [[1, 2, 3, 4, 5, 6]] * 3  # the pipeline's order, height or top first
-
-
-def test_pixart_is_told_the_size_where_the_pipeline_tells_it(pixart_alpha_pipeline, pixart_sigma_pipeline):
-    alpha = load(pixart_alpha_pipeline)
-    told = alpha.conditions(batch_of(alpha, target_size=(24, 32)), CPU)
-    assert told["resolution"].tolist() == [[24, 32]] * 3 and told["aspect_ratio"].tolist() == [[0.75]] * 3
-    small = load(pixart_alpha_pipeline)
-    small.denoiser.register_to_config(sample_size=64)
-    for family in (small, load(pixart_sigma_pipeline)):
-        assert set(family.conditions(batch_of(family), CPU)) == {"encoder_hidden_states", "encoder_attention_mask"}
+# --- captions --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fixture", ["pixart_alpha_pipeline", "pixart_sigma_pipeline", "sana_pipeline"])
@@ -370,87 +247,21 @@ def test_captions_are_not_cleaned_in_training_nor_in_sampling(fixture, request, 
     assert len(seen) >= 2 and not any(seen)
 
 
-@torch.no_grad()
-def test_dit_drops_no_labels_of_itself(dit_pipeline):
-    family = load(dit_pipeline)
-    family.denoiser.train()
-    embedders = [module for module in family.denoiser.modules() if isinstance(module, LabelEmbedding)]
-    assert len(embedders) == 2 and all(len(module.embedding_table.weight) == 1001 for module in embedders)
-    latents, timesteps, conditions = (
-        value[:1].expand(64, *value.shape[1:]) if torch.is_tensor(value) else value for value in inputs(family)
-    )
-    output = family.predict(family.denoiser, latents, timesteps, {"class_labels": torch.full((64,), 3)})
-    torch.testing.assert_close(output, output[:1].expand_as(output))  # in train mode 1 in 10 would be another
-
-
-def test_dit_refuses_what_is_not_square(dit_pipeline):
-    family = load(dit_pipeline)
-    with pytest.raises(ValueError, match="8 x 6"):
-        family.predict(
-            family.denoiser, torch.zeros(1, 4, 8, 6), torch.tensor([1]), {"class_labels": torch.tensor([1])}
-        )
-
-
-def test_dit_reads_its_classes_names_from_the_index(dit_pipeline):
-    index = json.loads((dit_pipeline / "model_index.json").read_text())
-    assert DiT.class_names(index) == NAMES
-    assert DiT.class_names({"_class_name": "DiTPipeline"}) == {}
-    labels = load(dit_pipeline).pipeline.labels  # as diffusers understands the same entry
-    assert labels and all(DiT.class_label(name, NAMES) == label for name, label in labels.items())
-
-
-NAMES = {0: "tench, Tinca tinca", 1: "goldfish", 207: "golden retriever"}
-
-
-@pytest.mark.parametrize(
-    "prompt, names, label",
-    [
-        ("goldfish", NAMES, 1),
-        (" Golden Retriever ", NAMES, 207),
-        ("Tinca tinca", NAMES, 0),
-        ("tench, Tinca tinca", NAMES, 0),
-        ("999", NAMES, 999),
-        (5, NAMES, 5),
-        ("cups", {0: "cats", 1: "cups"}, 1),
-        ("7", {0: "3", 1: "5", 2: "7"}, 2),  # a name, before it is a number
-        ("12", {}, 12),
-    ],
-)
-def test_class_labels(prompt, names, label):
-    assert DiT.class_label(prompt, names) == label
-
-
-@pytest.mark.parametrize("prompt", ["a goldfish", "1000", "-1", "1.5", "", "²"])
-@pytest.mark.parametrize("names, shown", [(NAMES, "goldfish"), ({}, "0 to 999"), ({0: "cats", 1: "cups"}, "cups")])
-def test_class_labels_that_are_none(prompt, names, shown):
-    with pytest.raises(ValueError) as error:
-        DiT.class_label(prompt, names)
-    assert prompt in str(error.value) and shown in str(error.value) and "--validation_prompts" in str(error.value)
-
-
-def test_dit_with_another_number_of_classes_is_refused():
-    with pytest.raises(ValueError, match="10 classes.*1000"):
-        DiT.empty_caption({"vae": {}, "transformer": {"num_embeds_ada_norm": 10}})
+# --- from scratch ----------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_flux_is_told_the_guidance(flux_pipeline):
-    family, other = load(flux_pipeline), load(flux_pipeline, guidance_scale=1.0)
-    latents, timesteps, conditions = inputs(family)
-    outputs = [each.predict(each.denoiser, latents, timesteps, conditions) for each in (family, other)]
-    assert (outputs[0] - outputs[1]).abs().max() > 1e-6
-    other.denoiser.register_to_config(guidance_embeds=False)
-    with Calls(other) as calls, pytest.raises(Exception):  # noqa: B017  the tiny model has the embedder all the same
-        other.predict(other.denoiser, latents, timesteps, conditions)
-    assert "guidance" not in calls[0]
-
-
-def test_sana_mixes_captions_with_and_without_text(sana_pipeline):
-    family = load(sana_pipeline)
-    together = family.encode_prompts(["", "a cat", "", "a dog"], CPU)
-    for row, caption in enumerate(["", "a cat", "", "a dog"]):
-        for name, value in family.encode_prompts([caption], CPU).items():
-            torch.testing.assert_close(together[name][row : row + 1], value, msg=f"{caption!r}, {name}")
+def test_identity_layers_start_at_zero(folder):
+    """A fresh transformer answers zero, and its blocks pass on their input; of a UNet nothing is changed."""
+    family = load(folder)
+    kind, before = type(family), {name: value.clone() for name, value in family.denoiser.state_dict().items()}
+    start_as_identity(kind, family.denoiser)
+    layers = {id(parameter) for layer in kind.identity_layers(family.denoiser) for parameter in layer.parameters()}
+    for name, parameter in family.denoiser.named_parameters():
+        assert not parameter.any() if id(parameter) in layers else torch.equal(parameter, before[name]), name
+    assert bool(layers) == (family.denoiser_name == "transformer")
+    answer = family.predict(family.denoiser, *inputs(family))
+    assert bool(answer.any()) != bool(layers)
 
 
 # --- what is trained can be sampled ----------------------------------------------------------------------------------
@@ -474,7 +285,7 @@ def oracle(family, objective, clean):
         if flux:
             return (family.pipeline._pack_latents(answer, *answer.shape),)
         answer = torch.cat([answer, torch.full_like(answer, 7.0)], 1) if out == 2 * channels else answer
-        return (answer,) if call.get("return_dict") is False else Namespace(sample=answer)
+        return (answer,) if call.get("return_dict") is False else SimpleNamespace(sample=answer)
 
     return forward
 

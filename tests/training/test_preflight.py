@@ -1,0 +1,77 @@
+"""Machine, packages and folders are checked before anything is loaded."""
+
+import importlib.util
+
+import pytest
+from commands import cases, refusal, warned
+from trainer import arguments, parsed
+
+
+HERE = cases(
+    ({"resume_from_checkpoint": "checkpoint-7"}, ["--resume_from_checkpoint", "checkpoint-7", "latest"]),
+    ({"mixed_precision": "fp16"}, ["--mixed_precision", "fp16", "bf16"]),
+    ({"lpl_vae_dtype": "float16"}, ["--lpl_vae_dtype", "float16", "bfloat16"]),
+    ({"quantize_base": "4bit", "lora": True}, ["--quantize_base 4bit", "GPU"]),
+)
+
+
+@pytest.mark.parametrize("flags, words", HERE)
+def test_refused_here(flags, words, sd_pipeline, image_folder, tmp_path, capsys, no_weights):
+    message = refusal(capsys, arguments(sd_pipeline, image_folder, tmp_path, **flags))
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    "package, flags",
+    [
+        ("bitsandbytes", {"use_8bit_adam": True}),
+        ("bitsandbytes", {"quantize_base": "4bit", "lora": True}),
+        ("wandb", {"report_to": "wandb"}),
+        ("comet_ml", {"report_to": "comet_ml"}),
+        ("trackio", {"report_to": "trackio"}),
+        ("prodigyopt", {"optimizer": "prodigy"}),
+    ],
+)
+def test_a_package_that_is_missing(
+    package, flags, sd_pipeline, image_folder, tmp_path, capsys, monkeypatch, no_weights, gpu
+):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
+    message = refusal(capsys, arguments(sd_pipeline, image_folder, tmp_path, **flags))
+    assert f"pip install {package}" in message and f"--{next(iter(flags))}" in message
+
+
+@pytest.mark.parametrize("flags", [{"quantize_base": "4bit", "rank": 4}, {"mixed_precision": "fp16"}])
+def test_what_a_gpu_allows(flags, sd_pipeline, image_folder, tmp_path, gpu):
+    assert warned(sd_pipeline, image_folder, tmp_path, **flags, allow_tf32=True) == []
+
+
+def test_a_data_folder_without_images_or_captions(sd_pipeline, tmp_path, capsys, no_weights):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("no picture")
+    assert "has no images" in refusal(capsys, arguments(sd_pipeline, folder, tmp_path / "out"))
+    (folder / "a.PNG").write_bytes(b"")
+    message = refusal(capsys, arguments(sd_pipeline, folder, tmp_path / "out", caption_column="prompt"))
+    assert "metadata.jsonl" in message and '"prompt"' in message and str(folder) in message
+
+
+def test_no_images_is_said_before_the_pipeline_is_looked_for(tmp_path, capsys):
+    assert "no images" in refusal(capsys, arguments("no/where", tmp_path, tmp_path / "out"))
+
+
+def test_class_labels_come_from_folders_or_a_file(dit_pipeline, class_folder, image_folder, tmp_path, capsys):
+    for flags, column in (({}, "label"), ({"caption_column": "text"}, "text")):
+        config, _ = parsed(dit_pipeline, class_folder, tmp_path / "out", **flags)
+        assert config.data.caption_column == column
+    parsed(dit_pipeline, image_folder, tmp_path / "out")  # its metadata.jsonl may have labels
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    (flat / "a.png").write_bytes(b"")
+    message = refusal(capsys, arguments(dit_pipeline, flat, tmp_path / "out"))
+    assert all(word in message for word in (str(flat), "class labels", "sub-folder", '"label"'))
+
+
+def test_a_folder_of_classes_has_no_captions(sd_pipeline, class_folder, tmp_path, capsys, no_weights):
+    message = refusal(capsys, arguments(sd_pipeline, class_folder, tmp_path / "out"))
+    assert "no captions" in message and '"text"' in message
