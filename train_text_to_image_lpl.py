@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,14 +34,15 @@ from accelerate.utils import (
 )
 from diffusers.optimization import get_scheduler
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lpl import LatentPerceptualLoss, get_objective, training_scheduler
 from lpl.autoencoders import downscaling_factor, encode, feature_vae, latent_channels
+from lpl.config import Config
 from lpl.config.command_line import parse, recipe
 from lpl.data.bad_samples import BadSamples
-from lpl.data.dataset import TrainingImages, held_out_batches, real_images
+from lpl.data.dataset import Batch, TrainingImages, held_out_batches, real_images
 from lpl.data.loader import training_batches
 from lpl.data.source import class_names, load_training_images
 from lpl.data.streaming import load_streamed_images, training_images
@@ -73,9 +74,10 @@ from lpl.training.preflight import check_captions, preflight
 from lpl.training.provenance import compare_with, measured_facts, write_recipe
 from lpl.training.result import save_result
 from lpl.training.skipped_steps import SkippedSteps
+from lpl.training.start import Run
 from lpl.training.updates import Updates, make_optimizer
 from lpl.training.validation import Validation
-from lpl.weighting import SHARE_RANGE, LplWeight
+from lpl.weighting import LplWeight
 
 
 logger = logging.getLogger(__name__)
@@ -102,7 +104,7 @@ def train(args: Namespace, status: Status) -> None:
 
             check_evaluation(args, configs.family)
         accelerator = start_accelerator(args)
-        args = status.args = args.changed(mixed_precision=accelerator.mixed_precision)
+        args = status.config = args.changed(mixed_precision=accelerator.mixed_precision)
         with accelerator.main_process_first():
             if accelerator.is_main_process and not args.dry_run:
                 checkpoints.tidy(args.output_dir)
@@ -110,7 +112,7 @@ def train(args: Namespace, status: Status) -> None:
                     hub.download_run(args.hub_model_id, args.output_dir, args.hub_token, args.hub_revision)
             resumable = checkpoints.find_resumable(args.output_dir, args.resume_from_checkpoint)
         progress = start_or_resume(args, resumable)
-        args = status.args = args.changed(seed=progress.seed)
+        args = status.config = args.changed(seed=progress.seed)
         empty = configs.family.empty_caption(configs.parts)
         num_classes = empty if configs.family.class_conditional else None
         with accelerator.main_process_first():
@@ -134,7 +136,7 @@ def train(args: Namespace, status: Status) -> None:
             full_id = hub.prepare_repository(
                 args.hub_model_id, args.output_dir, args.hub_token, args.hub_private_repo, args.hub_revision
             )
-            args = status.args = args.changed(hub_model_id=full_id)
+            args = status.config = args.changed(hub_model_id=full_id)
         licence = {}
         if accelerator.is_main_process and not args.dry_run:
             licence = base_licence(args.pretrained_model_name_or_path, args.revision, args.hub_token, args.cache_dir)
@@ -173,15 +175,12 @@ def train(args: Namespace, status: Status) -> None:
             gradient_checkpointing=args.lpl_gradient_checkpointing,
             **args.lpl.loss_options(),
         )
-    threshold = sigma_threshold_at(
-        args.lpl_sigma_threshold, args.resolution, args.resolution, args.lpl_threshold_base_resolution
-    )
+    threshold = sigma_threshold_at(args.lpl_sigma_threshold, *args.data.size, args.lpl_threshold_base_resolution)
     losses = Losses(family, objective, lpl_loss, threshold, args)
 
     # Data: batches in an order, and with random numbers, that depend on seed and position only.
     global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     max_steps = args.max_train_steps or math.ceil(args.num_train_epochs * images.length / global_batch)
-    steps_per_epoch = math.ceil(images.length / global_batch) if images.length else max_steps
     order = images.batches(
         accelerator.process_index,
         accelerator.num_processes,
@@ -212,12 +211,23 @@ def train(args: Namespace, status: Status) -> None:
             sys.exit(f"{SCRIPT}: error: --resume_from_checkpoint {resumable.name}: {first_line(error)}")
         logger.info(f"resumed from {resumable}, {max(0, max_steps - progress.step)} of {max_steps} steps to go")
 
-    plan = Plan(
-        args, trained, accelerator, images, objective, threshold, max_steps, progress.step, global_batch, schedule
+    run = Run(
+        accelerator,
+        progress.seed,
+        progress.step,
+        Path(args.output_dir),
+        accelerator.mixed_precision,
+        args.hub_model_id if args.push_to_hub else None,
+        recipe(args),
     )
+    plan = Plan(args, run, trained, images, objective, max_steps, global_batch, schedule)
     if args.dry_run:
         status.now(Stage.LPL_STEP if args.lpl.enabled else Stage.STEP, progress.step + 1)
-        DryRun(plan, losses, model, updates, batches, lpl_weight).report()
+
+        def step(batches: Iterator[Batch], with_lpl: bool) -> int:
+            return optimizer_step(batches, model, losses, lpl_weight, lpl_weight.value, with_lpl, updates, args)
+
+        DryRun(plan, step, batches, updates, lpl_weight).report()
         finish(accelerator)
         return
 
@@ -243,7 +253,7 @@ def train(args: Namespace, status: Status) -> None:
         except ValueError as error:
             sys.exit(f"{SCRIPT}: error: {error}")
         evaluation.resume(progress.step)
-    validate_every = args.validation_steps or args.validation_epochs * steps_per_epoch
+    validate_every = plan.validation_steps
     evaluate_every = args.eval_steps or max_steps
 
     def due(step: int, every: int) -> bool:
@@ -294,25 +304,19 @@ def train(args: Namespace, status: Status) -> None:
         weight = lpl_weight.value * ramp(progress.step, args.lpl_start_step, args.lpl_ramp_steps)  # w of Eq. 3
         with_lpl = args.lpl.enabled and has_lpl(progress.step, args.lpl_start_step, args.lpl_every)
         status.now(Stage.LPL_STEP if with_lpl else Stage.STEP, progress.step + 1)
-        for _ in range(args.gradient_accumulation_steps):
-            batch = next(batches)
-            bad_samples.add(batch["bad"])
-            with accelerator.accumulate(model):
-                terms = losses(model, batch, with_lpl)
-                if with_lpl:
-                    lpl_weight.observe(terms.diffusion_loss, terms.lpl)
+        measuring = lpl_weight.measuring
 
-                # L_total = L_diffusion + w LPL (Eq. 3); what only every n-th step has counts n-fold there
-                loss = terms.diffusion_loss + args.lpl_every * weight * terms.lpl
-                log.add(progress.step + 1, loss, weight, terms)
-                skipped_steps.add(progress.step + 1, batch, terms)
-                accelerator.backward(loss)
-                if args.debug_loss:
-                    log.samples(progress.step + 1, batch["index"], terms.errors)
-        updates.step()  # weights, schedule and moving average; nothing where a gradient is not finite
+        def observe(batch: Batch, terms: BatchLosses, loss: Tensor, weight: Tensor = weight) -> None:
+            bad_samples.add(batch["bad"])
+            log.add(progress.step + 1, loss, weight, terms)
+            skipped_steps.add(progress.step + 1, batch, terms)
+            if args.debug_loss:
+                log.samples(progress.step + 1, batch["index"], terms.errors)
+
+        optimizer_step(batches, model, losses, lpl_weight, weight, with_lpl, updates, args, observe)
         progress.step += 1
         skipped_steps.end_step(progress.step, updates.skipped)
-        if with_lpl and lpl_weight.end_step(lambda sums: accelerator.reduce(sums, "mean")):
+        if measuring and not lpl_weight.measuring:
             report_share(lpl_weight)
             if accelerator.is_main_process:
                 facts |= lpl_weight.facts()
@@ -388,6 +392,38 @@ def finish(accelerator: Accelerator) -> None:
     time.sleep(0.2 if accelerator.num_processes > 1 else 0)
 
 
+def optimizer_step(
+    batches: Iterator[Batch],
+    model: nn.Module,
+    losses: Losses,
+    lpl_weight: LplWeight,
+    weight: Tensor,
+    with_lpl: bool,
+    updates: Updates,
+    config: Config,
+    observe: Callable[[Batch, BatchLosses, Tensor], None] | None = None,
+) -> int:
+    """One optimizer step, with LPL or without, at the weight w of Eq. 3; returns how many samples were inside."""
+    accelerator, inside = updates.accelerator, 0
+    for _ in range(config.optimization.gradient_accumulation_steps):
+        batch = next(batches)
+        with accelerator.accumulate(model):
+            terms = losses(model, batch, with_lpl)
+            if with_lpl:
+                lpl_weight.observe(terms.diffusion_loss, terms.lpl)
+
+            # L_total = L_diffusion + w LPL (Eq. 3); what only every n-th step has counts n-fold there
+            loss = terms.diffusion_loss + config.lpl.lpl_every * weight * terms.lpl
+            if observe is not None:
+                observe(batch, terms, loss)
+            accelerator.backward(loss)
+        inside += terms.inside
+    updates.step()  # weights, schedule and moving average; nothing where a gradient is not finite
+    if with_lpl:
+        lpl_weight.end_step(lambda sums: accelerator.reduce(sums, "mean"))
+    return inside
+
+
 @dataclass
 class Losses:
     """Both terms of Eq. 3 for a batch: the method, line by line.
@@ -461,12 +497,8 @@ def report_share(lpl_weight: LplWeight) -> None:
         f"LPL weight {float(lpl_weight.value):.4g}: with it, LPL would have been {share:.1%} of the total loss "
         f"over its first {lpl_weight.steps} steps"
     )
-    low, high = SHARE_RANGE
-    if not low <= share <= high:
-        logger.warning(
-            f"LPL is {share:.1%} of the loss; the paper found a fifth best, and outside {low:.0%} to {high:.0%} it "
-            "does next to nothing or drowns the diffusion loss; --lpl_weight auto:0.2 finds the weight for a fifth"
-        )
+    if warning := lpl_weight.share_warning():
+        logger.warning(warning)
 
 
 def start_accelerator(args: Namespace) -> Accelerator:

@@ -64,7 +64,7 @@ def remedies(status: Status, device: torch.device | None = None) -> list[Remedy]
     Args:
         device: the one that is short of memory; None: the device that the run trains on.
     """
-    device = device or status.device
+    device = status.device if device is None else device
     rows = [*(ON_DEVICE if device.type == status.device.type else ()), *(ON_HOST if device.type == "cpu" else ())]
     return [row.remedy(status) for row in rows if status.stage in row.stages and row.applies(status)]
 
