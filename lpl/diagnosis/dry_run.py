@@ -20,8 +20,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from lpl.config import Config
 from lpl.config.command_line import loss_words
+from lpl.config.groups import Lpl
 from lpl.data.dataset import Batch
 from lpl.diagnosis.needs import DiskNeeds, count_parameters
 from lpl.diagnosis.plan import DRAWS, Plan
@@ -226,7 +226,7 @@ class Report:
         cost = self.with_lpl if config.lpl.enabled else self.plain
         if cost and self.plain:
             seconds = whole_run_seconds(
-                config, plan.run.step, plan.max_steps, without_lpl=self.plain.seconds, with_lpl=cost.seconds
+                config.lpl, plan.run.step, plan.max_steps, without_lpl=self.plain.seconds, with_lpl=cost.seconds
             )
             rows.append(("time", f"about {duration(seconds)}, without samples and checkpoints"))
         return [*rows, ("validation", _validation_in_words(plan)), ("seed", str(plan.run.seed))]
@@ -275,12 +275,10 @@ class Report:
 # Words ---------------------------------------------------------------------------------------------------------------
 
 
-def whole_run_seconds(
-    config: Config, steps_done: int, max_steps: int, *, without_lpl: float, with_lpl: float
-) -> float:
-    """Seconds of the remaining steps: those before --lpl_start_step are plain, and so are those between --lpl_every."""
-    every, start = config.lpl.lpl_every, config.lpl.lpl_start_step if config.lpl.enabled else max_steps
-    first, last = (math.ceil(max(0, step - start) / every) for step in (steps_done, max_steps))
+def whole_run_seconds(lpl: Lpl, steps_done: int, max_steps: int, *, without_lpl: float, with_lpl: float) -> float:
+    """Seconds of the remaining steps: plain before --lpl_start_step, and then with LPL every --lpl_every-th."""
+    start = lpl.lpl_start_step if lpl.enabled else max_steps
+    first, last = (math.ceil(max(0, step - start) / lpl.lpl_every) for step in (steps_done, max_steps))
     count = max(0, last - first)
     return (max(0, max_steps - steps_done) - count) * without_lpl + count * with_lpl
 

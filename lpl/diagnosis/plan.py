@@ -19,7 +19,7 @@ from lpl.config import Config
 from lpl.data.dataset import TrainingImages
 from lpl.diagnosis.needs import check_disk, count_parameters
 from lpl.gate import is_inside, sigma_threshold_at
-from lpl.objectives import DiffusionObjective, Objective, own_objective, training_scheduler
+from lpl.objectives import FlowMatching, Objective, own_objective, training_scheduler
 from lpl.tools.words import pixels, short_count
 from lpl.training.parts import TrainedParts
 from lpl.training.start import Run
@@ -167,7 +167,7 @@ class Plan:
 
     def timesteps_inside(self) -> str:
         """The threshold as a condition on the timestep; for flow t is the fraction of the way to the noise."""
-        if not isinstance(self.objective, DiffusionObjective):
+        if isinstance(self.objective, FlowMatching):
             return f"t <= {self.threshold / (1 + self.threshold):.3f}"  # sigma = t / (1 - t)
         count = self.objective.num_train_timesteps
         inside = is_inside(self.objective.sigma(torch.arange(count)), self.threshold).nonzero()
