@@ -9,7 +9,8 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.optimization import get_scheduler
 
-from lpl.diagnosis import needs, plan as plans
+from lpl.diagnosis import needs
+from lpl.diagnosis import plan as plans
 from lpl.diagnosis.needs import DiskNeeds, NoRoom
 from lpl.objectives import get_objective
 

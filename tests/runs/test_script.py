@@ -420,11 +420,11 @@ def test_every_option_at_once(sd_pipeline, image_folder, tmp_path, monkeypatch):
         ("UNet2DConditionModel", "enable_gradient_checkpointing"),
     }
     assert loss.call_args.kwargs == {
-        "blocks": ["up_1", "mid"],
+        "blocks": ("up_1", "mid"),
         "gradient_checkpointing": True,
         "normalization": "separate",
         "detach_statistics": True,
-        "depth_weighting": [1, 0.5],
+        "depth_weighting": (1, 0.5),
         "mask_outliers": False,
         "distance": "l1",
         "variant": "paper",
