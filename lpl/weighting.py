@@ -104,6 +104,16 @@ class LplWeight:
         weighted = float(self.value) * lpl
         return weighted / max(diffusion_loss + weighted, 1e-12)
 
+    def share_warning(self) -> str | None:
+        """Why the measured share is too small or too large, and which flag to change; None: it is neither."""
+        share, (low, high) = self.measured_share(), SHARE_RANGE
+        if low <= share <= high:
+            return None
+        return (
+            f"LPL is {share:.1%} of the loss; the paper found a fifth best, and outside {low:.0%} to {high:.0%} it "
+            "does next to nothing or drowns the diffusion loss; --lpl_weight auto:0.2 finds the weight for a fifth"
+        )
+
     def facts(self) -> dict[str, float]:
         """What the first steps measured, for the recipe; nothing before they are over."""
         if self.measuring or not self.steps:

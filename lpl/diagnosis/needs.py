@@ -1,18 +1,17 @@
-"""What a run can run out of, memory and disk: how much it needs, how much there is, and which errors say so.
+"""The disk space that a run needs: its checkpoints and its *result*, a pipeline or a LoRA.
 
-Vocabulary. The *result* is what a run leaves in the end: a pipeline, or LoRA. *Full* is a disk that takes no more of a
-file. Sizes are in bytes, and are those of this run's models, read off their shapes; the rest of a file are names.
+Sizes are in bytes, from the shapes of the run's own models; names and headers of files are not counted.
 """
 
 from __future__ import annotations
 
 import math
-from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from lpl.config.groups import Optimization, Output
 from lpl.tools.machine import free_space
 from lpl.tools.words import size
 from lpl.training.checkpoints import find_checkpoints
@@ -30,16 +29,17 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 
 
 def count_parameters(part: nn.Module, trained_only: bool = True) -> int:
-    """How many numbers; those that are packed, two in a byte, count one by one."""
-    return part.num_parameters(only_trainable=trained_only)
+    """The number of parameters; two that are packed in a byte count as two."""
+    count: int = part.num_parameters(only_trainable=trained_only)  # type: ignore[operator]
+    return count
 
 
-def optimizer_bytes(parameters: Iterable[Tensor], args: Namespace) -> int:
-    """The state that the optimizer of these flags has of some parameters from its first step on."""
+def optimizer_bytes(parameters: Iterable[Tensor], optimization: Optimization) -> int:
+    """The optimizer's state for some parameters, from its first step on."""
     parameters = list(parameters)
-    if args.optimizer == "prodigy":  # where it began, a sum of gradients, and as many moments as it has
-        return (3 + (args.adam_beta1 > 0)) * bytes_of(parameters)
-    if not args.use_8bit_adam:
+    if optimization.optimizer == "prodigy":  # the initial weights, a sum of gradients, and one or two moments
+        return (3 + (optimization.adam_beta1 > 0)) * bytes_of(parameters)
+    if not optimization.use_8bit_adam:
         return 2 * bytes_of(parameters) + 4 * len(parameters)
     counts = [parameter.numel() for parameter in parameters]
     small = sum(count for count in counts if count < SMALLEST_8BIT)  # which stay in float32
@@ -49,7 +49,7 @@ def optimizer_bytes(parameters: Iterable[Tensor], args: Namespace) -> int:
 
 
 def result_bytes(trained: TrainedParts) -> int:
-    """What the result takes on the disk, about: LoRA alone, where it has one file once more for other programs, or the
+    """The approximate size of the result: the LoRA, twice where other programs get a file of their own, or the
     pipeline with its diffusers models in float32."""
     if trained.lora:
         return bytes_of(trained.weights()) * (2 if in_one_file(trained.family.pipeline_class) else 1)
@@ -58,28 +58,28 @@ def result_bytes(trained: TrainedParts) -> int:
     return sum(4 * count_parameters(model, trained_only=False) for model in others) + bytes_of(encoders)
 
 
-def checkpoint_bytes(trained: TrainedParts, args: Namespace) -> int:
-    """One checkpoint: what is trained, its EMA likewise, and the optimizer's state."""
-    return _saved_bytes(trained) * (2 if args.use_ema else 1) + optimizer_bytes(trained.weights(), args)
+def checkpoint_bytes(trained: TrainedParts, optimization: Optimization) -> int:
+    """One checkpoint: the trained parts, their EMA, and the optimizer's state."""
+    return _saved_bytes(trained) * (1 + optimization.use_ema) + optimizer_bytes(trained.weights(), optimization)
 
 
 def _saved_bytes(trained: TrainedParts) -> int:
-    """The trained parts as :meth:`lpl.trained.TrainedParts.save` writes them."""
+    """The trained parts as :meth:`TrainedParts.save` writes them."""
     return bytes_of(trained.weights() if trained.lora else trained.parts.parameters())
 
 
 @dataclass(frozen=True)
 class DiskNeeds:
-    """What a run is going to put on the disk, besides samples and logs.
+    """What a run writes to the disk, besides samples and logs.
 
     Args:
-        result: bytes in the end.
-        writing: bytes that it takes to get there: the trained parts are saved apart first.
-        checkpoint: bytes of one.
-        written: checkpoints that are going to be.
-        limit: how many of them stay, None: all.
-        there: those that are there already, which count.
-        uploads: bytes of what is on its way to the Hub during the run.
+        result: bytes of the result.
+        writing: bytes while the result is written: the trained parts are saved separately first.
+        checkpoint: bytes of one checkpoint.
+        written: checkpoints that the run writes.
+        limit: checkpoints that are kept; None: all.
+        there: existing checkpoints, which count towards the limit.
+        uploads: bytes of uploads to the Hub during the run.
     """
 
     result: int
@@ -91,29 +91,38 @@ class DiskNeeds:
     uploads: int = 0
 
     @classmethod
-    def of(cls, trained: TrainedParts, args: Namespace, max_steps: int, steps_done: int, there: int = 0) -> DiskNeeds:
-        result, every, uploads = result_bytes(trained), args.checkpointing_steps, 0
-        if args.push_to_hub and args.hub_strategy != "end":  # one is on its way, and one waits
-            states = args.hub_strategy in ("checkpoint", "all_checkpoints")
-            uploads = result + 2 * states * checkpoint_bytes(trained, args)
+    def of(
+        cls,
+        trained: TrainedParts,
+        optimization: Optimization,
+        output: Output,
+        max_steps: int,
+        steps_done: int,
+        there: int = 0,
+    ) -> DiskNeeds:
+        result, checkpoint = result_bytes(trained), checkpoint_bytes(trained, optimization)
+        every, uploads = output.checkpointing_steps, 0
+        if output.push_to_hub and output.hub_strategy != "end":  # one is being uploaded, and one waits
+            states = output.hub_strategy in ("checkpoint", "all_checkpoints")
+            uploads = result + 2 * states * checkpoint
         return cls(
             result,
             result if trained.lora else result + _saved_bytes(trained),
-            checkpoint_bytes(trained, args),
+            checkpoint,
             max(0, max_steps // every - steps_done // every),
-            args.checkpoints_total_limit,
+            output.checkpoints_total_limit,
             there,
             uploads,
         )
 
     @property
     def kept(self) -> int:
-        """Of those written."""
+        """Of those that are written."""
         return min(self.written, self.limit or self.written)
 
     def bytes_with(self, limit: int | None) -> int:
-        """Bytes at the worst moment, more than now, if so many checkpoints stayed: the old one goes when the new one
-        is whole."""
+        """The most bytes in addition to the present ones, if that many checkpoints were kept. An old checkpoint is
+        deleted once the new one is complete."""
         most = stay = self.written
         if limit and self.written:
             most, stay = min(self.written, max(1, limit + 1 - self.there)), min(self.written, limit - self.there)
@@ -124,7 +133,7 @@ class DiskNeeds:
         return self.bytes_with(self.limit)
 
     def refusal(self, free: int) -> str | None:
-        """Why the run cannot even begin, and which flags to change."""
+        """Why the run cannot begin, and which flags to change."""
         if self.writing > free:
             return (
                 f"the result needs about {size(self.writing)} while it is written, and {size(free)} are free; make "
@@ -138,7 +147,7 @@ class DiskNeeds:
         return None
 
     def warning(self, free: int) -> str | None:
-        """What will not fit later, and which flags to change."""
+        """What will not fit in the course of the run, and which flags to change."""
         if self.bytes <= free:
             return None
         limits = [limit for limit in range(1, self.kept + 1) if self.bytes_with(limit) <= free]
@@ -152,17 +161,20 @@ class DiskNeeds:
 
 
 class NoRoom(ValueError):
-    """A disk on which a run would have no place."""
+    """The disk has no room for the run."""
 
 
-def check_disk(trained: TrainedParts, args: Namespace, max_steps: int, steps_done: int) -> str | None:
-    """What will not fit on the disk in the course of a run, in words; before its first step.
+def check_disk(
+    trained: TrainedParts, optimization: Optimization, output: Output, max_steps: int, steps_done: int
+) -> str | None:
+    """What will not fit on the disk in the course of a run; called before its first step.
 
     Raises:
-        NoRoom: where not even the result, or one checkpoint, does.
+        NoRoom: where the result, or one checkpoint, does not fit.
     """
-    needs = DiskNeeds.of(trained, args, max_steps, steps_done, len(find_checkpoints(args.output_dir)))
-    free = free_space(args.output_dir)
+    there = len(find_checkpoints(output.output_dir))
+    needs = DiskNeeds.of(trained, optimization, output, max_steps, steps_done, there)
+    free = free_space(output.output_dir)
     if refusal := needs.refusal(free):
-        raise NoRoom(f"--output_dir {args.output_dir}: {refusal}")
+        raise NoRoom(f"--output_dir {output.output_dir}: {refusal}")
     return needs.warning(free)

@@ -1,27 +1,33 @@
-"""TODO: what is here."""
+"""A run before its first step: what is trained, on how many images, for how many steps, and where LPL applies.
+
+``announce`` logs it in a few lines at every start, ``lpl/diagnosis/dry_run.py`` prints all of it, and the model card
+quotes it. *Inside* are the samples whose sigma is at most the threshold tau: LPL applies to those.
+"""
 
 from __future__ import annotations
 
 import logging
-from argparse import Namespace
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from lpl.config import Config
 from lpl.data.dataset import TrainingImages
 from lpl.diagnosis.needs import check_disk, count_parameters
+from lpl.gate import is_inside, sigma_threshold_at
 from lpl.objectives import FlowMatching, Objective, own_objective, training_scheduler
-from lpl.tools.words import short_count
+from lpl.tools.words import pixels, short_count
 from lpl.training.parts import TrainedParts
+from lpl.training.start import Run
 
 
 logger = logging.getLogger(__name__)
-FEW_INSIDE = 0.05  # share of the samples below the sigma threshold under which the run warns
-DRAWS = 2000  # timesteps for the share of samples inside
+FEW_INSIDE = 0.05  # share of the samples inside the threshold under which the run warns
+DRAWS = 2000  # timesteps drawn to estimate that share
 
 
 @dataclass
@@ -29,100 +35,95 @@ class Plan:
     """Everything that is known about a run before its first step.
 
     Args:
-        threshold: tau at this resolution.
         max_steps: optimizer steps of the whole run.
-        steps_done: those that a run to resume has behind it.
         global_batch: samples per optimizer step, over all processes and micro-batches.
     """
 
-    args: Namespace
+    config: Config
+    run: Run
     trained: TrainedParts
-    accelerator: Accelerator
     images: TrainingImages
     objective: Objective
-    threshold: float
     max_steps: int
-    steps_done: int
     global_batch: int
     schedule: LambdaLR
 
-    @property
-    def hardware(self) -> str:
-        """All processes' devices, such as "8 x NVIDIA H200"."""
-        on_gpu = self.accelerator.device.type == "cuda"
-        return f"{self.accelerator.num_processes} x {torch.cuda.get_device_name() if on_gpu else 'CPU'}"
-
     def announce(self) -> None:
-        """What is about to happen, in a few lines of the log.
+        """Log what the run will do.
 
         Raises:
-            NoRoom: where the disk has no place for what comes of it.
+            NoRoom: where the disk has no room for the result or a checkpoint.
         """
-        args, inside = self.args, self.share_inside() if self.args.lpl.enabled else 0.0
+        config, run, lpl = self.config, self.run, self.config.lpl
         logger.info(f"{self.count()} images, {self.max_steps} steps of {self.global_batch}{self.epochs(': ')}")
         logger.info(f"training {self.what()}, in {self.precision_of(self.trained.weights())}{self.autocast()}")
         logger.info(
-            f"objective {args.prediction_type}, {args.resolution} px, seed {args.seed}, results in {args.output_dir}"
+            f"objective {config.model.prediction_type}, {pixels(*config.data.size)}, seed {run.seed}, "
+            f"results in {config.output.output_dir}"
         )
-        if args.lpl.enabled:
+        if lpl.enabled:
+            applied = f"; {applied}" if (applied := self.applied_to()) else ""
             logger.info(
-                f"LPL with weight {args.lpl_weight} where sigma <= {self.threshold:g}: {inside:.0%} of the samples "
-                f"are inside{f'; {looked_at}' if (looked_at := self.looked_at()) else ''}"
+                f"LPL with weight {lpl.lpl_weight} where sigma <= {self.threshold:g}: {self.share_inside():.0%} of "
+                f"the samples are inside{applied}"
             )
             for warning in self.warnings():
                 logger.warning(warning)
-        if self.accelerator.is_main_process and (
-            lacking := check_disk(self.trained, args, self.max_steps, self.steps_done)
-        ):
-            logger.warning(lacking)
+        if run.accelerator.is_main_process:
+            lacking = check_disk(self.trained, config.optimization, config.output, self.max_steps, run.step)
+            if lacking:
+                logger.warning(lacking)
 
-    def warnings(self) -> list[str]:
-        """Why LPL may do less than was meant."""
-        args, found = self.args, []
-        if (inside := self.share_inside()) < FEW_INSIDE:
-            found.append(self.few_inside(inside))
-        grown = args.lpl_start_step + args.lpl_ramp_steps
-        if args.lpl_start_step >= self.max_steps:
-            found.append(f"--lpl_start_step {args.lpl_start_step}: the run ends after {self.max_steps}, without LPL")
-        elif grown > self.max_steps:
-            reached = (self.max_steps - args.lpl_start_step) / args.lpl_ramp_steps
-            found.append(
-                f"--lpl_ramp_steps {args.lpl_ramp_steps}: the run ends where LPL has {reached:.0%} of its weight"
-            )
-        return found
+    # The run
 
-    def count(self) -> str:
-        """How many images there are."""
-        return "streamed" if self.images.length is None else str(self.images.length)
-
-    def epochs(self, before: str) -> str:
-        """How often the run sees each, in words behind these; nothing where nobody knows."""
-        length = self.images.length
-        return f"{before}{self.max_steps * self.global_batch / length:.1f} epochs" if length else ""
+    @property
+    def hardware(self) -> str:
+        """The devices of all processes, such as "8 x NVIDIA H200"."""
+        accelerator = self.run.accelerator
+        on_gpu = accelerator.device.type == "cuda"
+        return f"{accelerator.num_processes} x {torch.cuda.get_device_name() if on_gpu else 'CPU'}"
 
     @property
     def steps_to_go(self) -> int:
-        return max(0, self.max_steps - self.steps_done)
+        return max(0, self.max_steps - self.run.step)
+
+    @property
+    def validation_steps(self) -> int:
+        """Optimizer steps between two validations."""
+        validation, length = self.config.validation, self.images.length
+        epoch = math.ceil(length / self.global_batch) if length else self.max_steps
+        return validation.validation_steps or validation.validation_epochs * epoch
+
+    def count(self) -> str:
+        """The number of images in words."""
+        return "streamed" if self.images.length is None else str(self.images.length)
+
+    def epochs(self, before: str) -> str:
+        """The number of epochs in words, after the words ``before``; empty where it is not known."""
+        length = self.images.length
+        return f"{before}{self.max_steps * self.global_batch / length:.1f} epochs" if length else ""
+
+    # What is trained
 
     def what(self) -> str:
         """What is trained, in words: parts, how, and how many parameters."""
-        args, count = self.args, sum(map(count_parameters, self.trained.parts.values()))
-        names = list(self.trained.parts)  # the denoiser is the first
-        if args.from_scratch:
+        lora, count = self.config.lora, sum(map(count_parameters, self.trained.parts.values()))
+        names = list(self.trained.parts)  # the denoiser comes first
+        if self.config.model.from_scratch:
             names[0] += " from scratch"
-        if not args.lora.lora:
+        if not lora.lora:
             return f"all of {' and '.join(names)}, {short_count(count)} parameters"
-        kind = f"{'rank-stabilised ' if args.use_rslora else ''}{'DoRA' if args.use_dora else 'LoRA'}"
-        if args.use_dora and names[1:]:
+        kind = f"{'rank-stabilised ' if lora.use_rslora else ''}{'DoRA' if lora.use_dora else 'LoRA'}"
+        if lora.use_dora and names[1:]:
             names[1] = f"LoRA on {names[1]}"
-        over = f" over weights of {args.quantize_base.replace('bit', ' bits')}" if args.quantize_base else ""
+        over = f" over weights of {lora.quantize_base.replace('bit', ' bits')}" if lora.quantize_base else ""
         return (
-            f"{kind} of rank {args.rank} and alpha {args.lora_alpha:g} on {' and '.join(names)}{over}, "
+            f"{kind} of rank {lora.rank} and alpha {lora.lora_alpha:g} on {' and '.join(names)}{over}, "
             f"{short_count(count)} parameters"
         )
 
     def autocast(self) -> str:
-        precision = self.accelerator.mixed_precision
+        precision = self.run.accelerator.mixed_precision
         return "" if precision == "no" else f" under {precision} autocast"
 
     @staticmethod
@@ -130,40 +131,11 @@ class Plan:
         """The names of their dtypes."""
         return " and ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})) or "nothing"
 
-    def share_inside(self) -> float:
-        """Share of the timesteps drawn in training at which LPL applies (Eq. 2): sigma finite and at most tau."""
-        timesteps = torch.stack([self.images.timestep(0, index) for index in range(DRAWS)])
-        return float(_inside(self.objective.sigma(timesteps), self.threshold).double().mean())
-
-    def looked_at(self) -> str:
-        """What of the steps, samples and images inside LPL looks at, in words; nothing where that is all."""
-        args, words = self.args, []
-        if args.lpl_every > 1:
-            words.append(f"one step in {args.lpl_every}, at {args.lpl_every} times the weight")
-        if args.lpl_max_samples is not None:
-            words.append(f"at most {args.lpl_max_samples} of {args.train_batch_size} samples")
-        if args.lpl_crop is not None:
-            words.append(f"one of {(args.resolution // args.lpl_crop) ** 2} parts of {args.lpl_crop} px")
-        return ", ".join(words)
-
-    def few_inside(self, inside: float) -> str:
-        return (
-            f"LPL sees {inside:.1%} of the samples only; raise --lpl_sigma_threshold, which is scaled to this "
-            "resolution unless --lpl_threshold_base_resolution is 0"
-        )
-
-    def timesteps_inside(self) -> str:
-        """The threshold as a condition on the timestep; for flow t is the fraction of the way to the noise."""
-        if isinstance(self.objective, FlowMatching):
-            return f"t <= {self.threshold / (1 + self.threshold):.3f}"  # sigma = t / (1 - t)
-        count = self.objective.num_train_timesteps
-        inside = _inside(self.objective.sigma(torch.arange(count)), self.threshold).nonzero()
-        return f"t <= {int(inside.max())} of {count}" if len(inside) else f"no timestep of {count}"
-
     def learning_rates(self) -> list[str]:
-        """For each group of parameters its learning rate over the run; the schedule itself is not moved."""
+        """The learning rate of each group of parameters over the run; does not move the schedule."""
+        warmup = self.config.optimization.lr_warmup_steps
         quarters = (self.max_steps * quarter // 4 for quarter in range(5))
-        steps = sorted({min(step, self.max_steps - 1) for step in (0, self.args.lr_warmup_steps, *quarters)})
+        steps = sorted({min(step, self.max_steps - 1) for step in (0, warmup, *quarters)})
         curves = []
         for base, factor in zip(self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True):
             rates = [f"{base * factor(step):.2g}" for step in steps]
@@ -173,15 +145,59 @@ class Plan:
 
     def saved_scheduler(self) -> str:
         """The class of the scheduler that the result samples with."""
-        own = self.trained.family.pipeline.scheduler
-        if own_objective(own) == self.args.prediction_type:
+        own, name = self.trained.family.pipeline.scheduler, self.config.model.prediction_type
+        assert name is not None
+        if own_objective(own) == name:
             return f"{type(own).__name__}, the pipeline's own"
-        made = training_scheduler(self.args.prediction_type, own)
+        made = training_scheduler(name, own)
         return f"{type(made).__name__}, in place of the pipeline's {type(own).__name__}"
 
+    # Where LPL applies
 
-# Counting -----------------------------------------------------------------------------------------------------------
+    @property
+    def threshold(self) -> float:
+        """tau at the size of the images."""
+        lpl = self.config.lpl
+        return sigma_threshold_at(lpl.lpl_sigma_threshold, *self.config.data.size, lpl.lpl_threshold_base_resolution)
 
+    def share_inside(self) -> float:
+        """The share of the timesteps drawn in training at which LPL applies (Eq. 2)."""
+        timesteps = torch.stack([self.images.timestep(0, index) for index in range(DRAWS)])
+        return float(is_inside(self.objective.sigma(timesteps), self.threshold).double().mean())
 
-def _inside(sigma: Tensor, threshold: float) -> Tensor:
-    return sigma.isfinite() & (sigma <= threshold)
+    def timesteps_inside(self) -> str:
+        """The threshold as a condition on the timestep; for flow t is the fraction of the way to the noise."""
+        if isinstance(self.objective, FlowMatching):
+            return f"t <= {self.threshold / (1 + self.threshold):.3f}"  # sigma = t / (1 - t)
+        count = self.objective.num_train_timesteps
+        inside = is_inside(self.objective.sigma(torch.arange(count)), self.threshold).nonzero()
+        return f"t <= {int(inside.max())} of {count}" if len(inside) else f"no timestep of {count}"
+
+    def applied_to(self) -> str:
+        """The part of the steps, samples and images inside that LPL is computed on; empty for all of them."""
+        lpl, (height, width), words = self.config.lpl, self.config.data.size, []
+        if lpl.lpl_every > 1:
+            words.append(f"one step in {lpl.lpl_every}, at {lpl.lpl_every} times the weight")
+        if lpl.lpl_max_samples is not None:
+            words.append(f"at most {lpl.lpl_max_samples} of {self.config.optimization.train_batch_size} samples")
+        if lpl.lpl_crop is not None:
+            parts = (height // lpl.lpl_crop) * (width // lpl.lpl_crop)
+            words.append(f"one of {parts} parts of {pixels(lpl.lpl_crop, lpl.lpl_crop)}")
+        return ", ".join(words)
+
+    def warnings(self) -> list[str]:
+        """Why LPL may do less than intended."""
+        lpl, found = self.config.lpl, []
+        if (inside := self.share_inside()) < FEW_INSIDE:
+            found.append(
+                f"LPL applies to only {inside:.1%} of the samples; raise --lpl_sigma_threshold, which is scaled to "
+                "this resolution unless --lpl_threshold_base_resolution is 0"
+            )
+        if lpl.lpl_start_step >= self.max_steps:
+            found.append(f"--lpl_start_step {lpl.lpl_start_step}: the run ends after {self.max_steps}, without LPL")
+        elif lpl.lpl_start_step + lpl.lpl_ramp_steps > self.max_steps:
+            reached = (self.max_steps - lpl.lpl_start_step) / lpl.lpl_ramp_steps
+            found.append(
+                f"--lpl_ramp_steps {lpl.lpl_ramp_steps}: the run ends where LPL has {reached:.0%} of its weight"
+            )
+        return found

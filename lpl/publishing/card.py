@@ -149,7 +149,7 @@ def describe(
         licence: :func:`base_licence`.
         results: what was measured of its pictures, as metadata and as Markdown.
     """
-    args, family, accelerator = plan.args, plan.trained.family, plan.accelerator
+    args, family, accelerator = plan.config, plan.trained.family, plan.run.accelerator
     with_lpl = [record for record in records if record.get("lpl_weight", 0) > 0 and "lpl_share" in record]
     return RunCard(
         base_model=args.pretrained_model_name_or_path,

@@ -70,6 +70,14 @@ def counted(count: int, word: str) -> str:
     return f"{count} {word}{'' if count == 1 else 'es' if word.endswith('s') else 's'}"
 
 
+def pixels(height: int, width: int) -> str:
+    """
+    >>> pixels(512, 512), pixels(512, 768)
+    ('512 px', '512 x 768 px')
+    """
+    return f"{height} px" if height == width else f"{height} x {width} px"
+
+
 def table(sections: Mapping[str, Rows]) -> str:
     """Titles, and under each its rows with aligned values."""
     width = max(len(name) for rows in sections.values() for name, _ in rows)

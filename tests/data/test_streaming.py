@@ -285,7 +285,7 @@ def test_a_shard_that_is_lost_ends_the_run_with_a_sentence(folders, sd_pipeline,
     with pytest.raises(SystemExit) as left:
         train(sd_pipeline, folders["parquet"], tmp_path, **RUN | {"checkpointing_steps": 1, "max_train_steps": 50})
     assert "cannot be read from row 3 on (the network is gone)" in left.value.code
-    assert "is whole: when it can be read again the same command" in left.value.code
+    assert "is complete; to continue once it can be read again, run the same command" in left.value.code
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lpl.diagnosis.dry_run import Cost, _cost
+from lpl.diagnosis.dry_run import Cost, cost_in_words
 from lpl.tools.words import table
 from tests.gpu import real_sizes
 from tests.gpu.real_sizes import MODELS, last_error, markdown, merged, read_cost, read_results
@@ -28,11 +28,11 @@ def test_shrunken_ones_differ_in_numbers_only(name):
 
 @pytest.mark.parametrize("cost", [Cost(0.125, 3 * 2**29), Cost(1.5e-5, 1000), Cost(120.0, None)])
 def test_costs_are_read_as_the_report_writes_them(cost):
-    assert read_cost(_cost(cost)) == {"seconds": pytest.approx(cost.seconds), "memory": cost.memory}
+    assert read_cost(cost_in_words(cost)) == {"seconds": pytest.approx(cost.seconds), "memory": cost.memory}
 
 
 def test_no_memory_and_other_texts():
-    assert read_cost(_cost(None)) == {"seconds": None, "memory": None}
+    assert read_cost(cost_in_words(None)) == {"seconds": None, "memory": None}
     with pytest.raises(ValueError, match="half a second"):
         read_cost("half a second")
     with pytest.raises(ValueError, match="no costs"):
@@ -42,7 +42,10 @@ def test_no_memory_and_other_texts():
 REPORT = table(
     {
         "What is trained": [("unet", "whole, 5 parameters"), ("learning rate", "1 throughout")],
-        "One step, mean of 5, on a GPU": [("without LPL", _cost(Cost(2.0, 2**30))), ("with LPL", _cost(None))],
+        "One step, mean of 5, on a GPU": [
+            ("without LPL", cost_in_words(Cost(2.0, 2**30))),
+            ("with LPL", cost_in_words(None)),
+        ],
     }
 )
 
