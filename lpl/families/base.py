@@ -31,7 +31,8 @@ class Family:
     Class attributes say what the family is; an instance holds the components.
 
     Args:
-        settings: the flags; a family looks at ``max_sequence_length`` and ``guidance_scale``.
+        max_sequence_length: tokens of a caption that a T5 or Gemma is given.
+        guidance_scale: guidance that Flux's denoiser is told in training.
     """
 
     name: ClassVar[str]  # as on the model card's tags
@@ -46,6 +47,7 @@ class Family:
     no_float16: ClassVar[tuple[str, ...]] = ()  # text encoders that overflow in it, and are taken in bfloat16
     objectives: ClassVar[tuple[str, ...]] = tuple(OBJECTIVES)  # those that its pipeline can sample
     class_conditional: ClassVar[bool] = False  # captions are class labels, numbers from 0
+    num_classes: ClassVar[int | None] = None  # of a class-conditional family's pipeline
     empty_share: ClassVar[float] = 0.0  # default of --proportion_empty_prompts
     sequence_length: ClassVar[int | None] = None  # default of --max_sequence_length; None: it has no effect
     max_sequence_length: ClassVar[int | None] = None
@@ -54,13 +56,24 @@ class Family:
     text_encoder_learning_rate: ClassVar[float | None] = None  # default of --text_encoder_lr; None: --learning_rate
     text_encoder_weight_decay: ClassVar[float | None] = None  # likewise
 
-    def __init__(self, pipeline: DiffusionPipeline, settings: Any) -> None:
-        self.pipeline, self.settings = pipeline, settings
+    def __init__(
+        self, pipeline: DiffusionPipeline, max_sequence_length: int | None = None, guidance_scale: float = 3.5
+    ) -> None:
+        self.pipeline = pipeline
+        self.max_length, self.guidance_scale = max_sequence_length, guidance_scale
         for component in (self.vae, self.denoiser, *self.text_encoders):
             component.requires_grad_(False).eval()
 
     @classmethod
-    def load(cls, path: str, settings: Any, dtypes: Mapping[str, torch.dtype], **source: Any) -> Family:
+    def load(
+        cls,
+        path: str,
+        dtypes: Mapping[str, torch.dtype],
+        *,
+        max_sequence_length: int | None = None,
+        guidance_scale: float = 3.5,
+        **source: Any,
+    ) -> Family:
         """From a pipeline's folder or id.
 
         Args:
@@ -68,7 +81,8 @@ class Family:
             source: ``revision``, ``variant`` and ``cache_dir`` of ``from_pretrained``, components that are loaded
                 already, and None for absent ones.
         """
-        return cls(cls.pipeline_class.from_pretrained(path, dtype=dict(dtypes), **source), settings)
+        pipeline = cls.pipeline_class.from_pretrained(path, dtype=dict(dtypes), **source)
+        return cls(pipeline, max_sequence_length, guidance_scale)
 
     @property
     def denoiser(self) -> nn.Module:
@@ -96,13 +110,13 @@ class Family:
         """The denoiser's output D, (B, C, h, w), for z_t and (B,) timesteps; without a learned variance's half."""
         raise NotImplementedError
 
-    def call_arguments(self, prompt: str | int, resolution: int) -> dict[str, Any]:
+    def call_arguments(self, prompt: str | int, height: int, width: int) -> dict[str, Any]:
         """How the pipeline is called to draw what a caption (or class label) says, beside steps and guidance."""
-        return {"prompt": prompt, "height": resolution, "width": resolution} | self.sampling_arguments()
+        return {"prompt": prompt, "height": height, "width": width} | self.sampling_arguments()
 
     def sampling_arguments(self) -> dict[str, Any]:
         """What a call of the pipeline needs beyond prompt, size, steps and guidance to sample as in training."""
-        return {"max_sequence_length": self.settings.max_sequence_length} if self.sequence_length else {}
+        return {"max_sequence_length": self.max_length} if self.sequence_length else {}
 
     def loading_arguments(self) -> dict[str, None]:
         """What ``from_pretrained`` has to be told to load a pipeline like this one: the components that it lacks."""

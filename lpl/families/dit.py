@@ -23,11 +23,14 @@ class DiT(Family):
     denoiser_name = "transformer"
     text_encoder_names = ()
     class_conditional = True
+    num_classes = NULL_CLASS
     empty_share = 0.1  # as DiT was trained
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 
-    def __init__(self, pipeline: DiffusionPipeline, settings: Any) -> None:
-        super().__init__(pipeline, settings)
+    def __init__(
+        self, pipeline: DiffusionPipeline, max_sequence_length: int | None = None, guidance_scale: float = 3.5
+    ) -> None:
+        super().__init__(pipeline, max_sequence_length, guidance_scale)
         # Each block would drop labels by itself, so that one sample has a class in some blocks and none in others,
         # and from the global random numbers; the data drops them by its own. The null class's row stays.
         for module in self.denoiser.modules():
@@ -45,7 +48,7 @@ class DiT(Family):
         output = denoiser(noisy_latents, timestep=timesteps, **conditions, return_dict=False)[0]
         return output[:, :channels]  # behind it the learned variance
 
-    def call_arguments(self, prompt: str | int, resolution: int) -> dict[str, Any]:
+    def call_arguments(self, prompt: str | int, height: int, width: int) -> dict[str, Any]:
         return {"class_labels": [int(prompt)]}
 
     @classmethod

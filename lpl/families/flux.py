@@ -36,7 +36,7 @@ class Flux(Family):
 
     def encode_prompts(self, captions: Sequence[str], device: torch.device) -> Conditions:
         embeddings, pooled, _ = self.pipeline.encode_prompt(
-            list(captions), device=device, max_sequence_length=self.settings.max_sequence_length
+            list(captions), device=device, max_sequence_length=self.max_length
         )
         return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}  # (B, tokens, dim), (B, dim)
 
@@ -58,7 +58,7 @@ class Flux(Family):
         """The guidance that a distilled model is told, (B,); others are told none."""
         if not self.denoiser.config.guidance_embeds:
             return None
-        scale = self.settings.guidance_scale
+        scale = self.guidance_scale
         return torch.full((len(noisy_latents),), scale, dtype=torch.float32, device=noisy_latents.device)
 
     @classmethod

@@ -26,7 +26,7 @@ class PixArtSigma(Family):
             do_classifier_free_guidance=False,
             device=device,
             clean_caption=False,
-            max_sequence_length=self.settings.max_sequence_length,
+            max_sequence_length=self.max_length,
         )
         return {"encoder_hidden_states": embeddings, "encoder_attention_mask": mask}  # (B, tokens, dim), (B, tokens)
 

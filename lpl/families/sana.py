@@ -51,7 +51,7 @@ class Sana(Family):
             do_classifier_free_guidance=False,
             device=device,
             clean_caption=False,
-            max_sequence_length=self.settings.max_sequence_length,
+            max_sequence_length=self.max_length,
             complex_human_instruction=instruction,
         )[:2]
 

@@ -33,7 +33,7 @@ class StableDiffusion3(Family):
             captions,
             device=device,
             do_classifier_free_guidance=False,
-            max_sequence_length=self.settings.max_sequence_length,
+            max_sequence_length=self.max_length,
         )
         return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}  # (B, tokens, dim), (B, dim)
 

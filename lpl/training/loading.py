@@ -17,6 +17,7 @@ from diffusers import AutoModel
 from diffusers.models import normalization
 from torch import nn
 
+from lpl.config.groups import Model
 from lpl.families import Family
 from lpl.families.description import Description
 from lpl.training.average import MovingAverage
@@ -39,26 +40,34 @@ def load_family(args: Namespace, configs: Description, dtype: torch.dtype) -> Fa
         frozen |= dict.fromkeys(family.trainable_text_encoders, torch.float32)
     if args.lora.lora:
         frozen[family.denoiser_name] = dtype
-    components = replaced_components(args, configs)
+    components = replaced_components(args.model)
     if args.from_scratch:
         components[family.denoiser_name] = fresh_denoiser(configs)
     elif args.non_ema_revision or args.quantize_base:
         trained_in = dtype if args.lora.lora else torch.float32
-        components[family.denoiser_name] = load_denoiser(args, configs, trained_in, args.non_ema_revision)
-    source = pipeline_source(args, configs) | dict(family.left_out) | components
-    return family.load(args.pretrained_model_name_or_path, args, {"default": torch.float32, **frozen}, **source)
+        components[family.denoiser_name] = load_denoiser(
+            args.model, args.quantize_base, configs, trained_in, args.non_ema_revision
+        )
+    source = pipeline_source(args.model, configs) | dict(family.left_out) | components
+    return family.load(
+        args.pretrained_model_name_or_path,
+        {"default": torch.float32, **frozen},
+        max_sequence_length=args.max_sequence_length,
+        guidance_scale=args.guidance_scale,
+        **source,
+    )
 
 
-def pipeline_source(args: Namespace, configs: Description) -> dict[str, Any]:
+def pipeline_source(model: Model, configs: Description) -> dict[str, Any]:
     """What ``from_pretrained`` is told about where a pipeline is, and which components it lacks."""
-    where = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
+    where = {"revision": model.revision, "variant": model.variant, "cache_dir": model.cache_dir}
     return {"use_safetensors": True, **where, **configs.absent}
 
 
-def replaced_components(args: Namespace, configs: Description) -> dict[str, nn.Module]:
+def replaced_components(model: Model) -> dict[str, nn.Module]:
     """The frozen components that do not come from the pipeline itself."""
-    path = args.pretrained_vae_model_name_or_path
-    source = {"dtype": torch.float32, "cache_dir": args.cache_dir, "use_safetensors": True}
+    path = model.pretrained_vae_model_name_or_path
+    source = {"dtype": torch.float32, "cache_dir": model.cache_dir, "use_safetensors": True}
     return {"vae": AutoModel.from_pretrained(path, **source)} if path else {}
 
 
@@ -89,26 +98,28 @@ def _start_as_identity(denoiser: nn.Module) -> None:
 
 def average_from_revision(ema: MovingAverage, args: Namespace, configs: Description) -> None:
     """Let the moving average go on from the weights of --revision, while those of --non_ema_revision are trained."""
-    denoiser = load_denoiser(args, configs, torch.float32)
+    denoiser = load_denoiser(args.model, args.quantize_base, configs, torch.float32)
     for shadow, weight in zip(ema.shadow_params, denoiser.parameters()):  # text encoders come behind
         shadow.copy_(weight.detach())
 
 
-def load_denoiser(args: Namespace, configs: Description, dtype: torch.dtype, revision: str | None = None) -> nn.Module:
+def load_denoiser(
+    model: Model, quantize_base: str | None, configs: Description, dtype: torch.dtype, revision: str | None = None
+) -> nn.Module:
     """The denoiser alone, of another revision than the pipeline's, or with weights of 8 or 4 bits (QLoRA)."""
     options: dict[str, Any] = {}
-    if args.quantize_base == "8bit":
+    if quantize_base == "8bit":
         options["quantization_config"] = diffusers.BitsAndBytesConfig(load_in_8bit=True)
-    elif args.quantize_base == "4bit":
+    elif quantize_base == "4bit":
         options["quantization_config"] = diffusers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
     denoiser = _denoiser_class(configs).from_pretrained(
-        args.pretrained_model_name_or_path,
+        model.pretrained_model_name_or_path,
         subfolder=configs.family.denoiser_name,
-        revision=revision or args.revision,
-        variant=args.variant,
-        cache_dir=args.cache_dir,
+        revision=revision or model.revision,
+        variant=model.variant,
+        cache_dir=model.cache_dir,
         dtype=dtype,
         use_safetensors=True,
         **options,

@@ -31,8 +31,8 @@ def save_result(
             component.save_pretrained(folder / name)
         return
     # The frozen parts as they were shipped, not as this run cast them.
-    components = changed | replaced_components(args, configs) | dict(trained.parts)
-    source = pipeline_source(args, configs) | components
+    components = changed | replaced_components(args.model) | dict(trained.parts)
+    source = pipeline_source(args.model, configs) | components
     pipeline = configs.family.pipeline_class.from_pretrained(args.pretrained_model_name_or_path, **source)
     if classes:  # which the pipeline reads from its index, but would not write there
         pipeline.register_to_config(id2label={str(label): name for label, name in sorted(classes.items())})

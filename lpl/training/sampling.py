@@ -42,7 +42,7 @@ def sample(
                 num_inference_steps=settings.validation_inference_steps,
                 generator=torch.Generator().manual_seed(settings.seed + number),
                 **({} if guidance is None else {"guidance_scale": guidance}),
-                **family.call_arguments(prompt, settings.resolution),
+                **family.call_arguments(prompt, settings.resolution, settings.resolution),
             ).images
     return images
 
