@@ -39,7 +39,7 @@ from tqdm.auto import tqdm
 
 from lpl import LatentPerceptualLoss, get_objective, training_scheduler
 from lpl.autoencoders import downscaling_factor, encode, feature_vae, latent_channels
-from lpl.config.command_line import parse, recipe
+from lpl.config.command_line import parse, recipe, words_of
 from lpl.data.bad_samples import BadSamples
 from lpl.data.dataset import TrainingImages, held_out_batches, real_images
 from lpl.data.loader import training_batches
@@ -100,7 +100,7 @@ def train(args: Namespace, status: Status) -> None:
         if args.eval_steps is not None:
             from lpl.evaluation.training import check_evaluation  # whose libraries others need not have
 
-            check_evaluation(args, configs.family)
+            check_evaluation(args.evaluation, args.data, args.model, configs.family)
         accelerator = start_accelerator(args)
         args = status.args = args.changed(mixed_precision=accelerator.mixed_precision)
         with accelerator.main_process_first():
@@ -239,7 +239,10 @@ def train(args: Namespace, status: Status) -> None:
         from lpl.evaluation.training import TrainingEvaluation
 
         try:
-            evaluation = TrainingEvaluation(family, scheduler, args, classes, preemption)
+            evaluation = TrainingEvaluation(
+                *(family, scheduler, args.evaluation, args.data, args.validation, args.output, args.model),
+                *(classes, preemption, words_of(args)),
+            )
         except ValueError as error:
             sys.exit(f"{SCRIPT}: error: {error}")
         evaluation.resume(progress.step)
