@@ -152,7 +152,7 @@ class TrainingEvaluation:
     def run(
         self, accelerator: Accelerator, trained: TrainedParts, average: MovingAverage | None, step: int
     ) -> dict[str, float]:
-        """Draw, measure and write; every process has to call this. The main process returns the numbers for the log."""
+        """Draw, measure and write; every process has to call this, and the main one returns numbers for the log."""
         if accelerator.is_main_process:
             shutil.rmtree(self._place(step), ignore_errors=True)  # of an earlier run in the same folder
         accelerator.wait_for_everyone()

@@ -209,7 +209,7 @@ def test_the_model_index_holds_the_last_state(reference, photos):
     assert (args["nearest_k"], args["resolution"], args["num_inference_steps"]) == (2, 32, 2)
     assert args["spread_under_resampling"] == last["precision"]["spread"]
     assert "nearest_k" not in measured["kernel_distance"]["args"]
-    with pytest.raises(ValueError, match="no result is labelled 'walk'; there are before, run"):
+    with pytest.raises(ValueError, match="no result is labelled 'walk'; the labels are before, run"):
         report.model_index(evaluation, "walk", "photos")
 
 
