@@ -30,7 +30,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -408,7 +408,7 @@ def run(command: Command) -> dict[str, Any]:
     if request.update_card and not cards(request):
         raise ValueError(f"--update_card: none of the sources is a training run's folder with its {CARD}")
     workers = processes(cpu=request.device == "cpu")
-    device = torch.device(request.device or workers.device)
+    device = torch.device(request.device) if request.device else cast(torch.device, workers.device)
     if not workers.is_main_process:
         logging.getLogger("lpl").setLevel(logging.ERROR)  # the main process warns for all
     real = command.folder_images(request.reference, preprocessing)

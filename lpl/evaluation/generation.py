@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
@@ -147,17 +147,21 @@ def draw(
     family.pipeline.set_progress_bar_config(disable=True)
     sampling = {"num_inference_steps": steps, "guidance_scale": guidance}
     sampling = {name: value for name, value in sampling.items() if value is not None}
-    device = family.vae.device
+    device = _device(family)
     for first in range(0, len(prompts), batch_size):
         part = slice(first, first + batch_size)
         autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
         with torch.no_grad(), autocast, decoding_exactly(family.vae):
-            images = family.pipeline(
+            images = cast(Any, family.pipeline)(
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
                 **sampling,
                 **_batched(family, prompts[part], size),
             ).images
         yield from images
+
+
+def _device(family: Family) -> torch.device:
+    return next(family.vae.parameters()).device
 
 
 def _batched(family: Family, prompts: Sequence[str | int], size: tuple[int, int]) -> dict[str, Any]:
@@ -214,7 +218,7 @@ def generate(
     if mine:
         validation = model.config.validation
         images = draw(
-            load_model(model, device or state.device, dtype),
+            load_model(model, device or cast(torch.device, state.device), dtype),
             [prompts[number] for number in mine],
             [seeds[number] for number in mine],
             model.config.data.size,

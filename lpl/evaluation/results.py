@@ -23,9 +23,10 @@ from lpl.config.choices import CLIP, CLIP_SCORE, SET_METRICS
 from lpl.data.reading import image_files
 from lpl.evaluation import NEAREST_K
 from lpl.evaluation import metrics as measures
+from lpl.evaluation.cache import set_features
 from lpl.evaluation.images import ImageSet
 from lpl.evaluation.metrics import Estimate
-from lpl.evaluation.networks import FeatureNetwork, TextImageNetwork, set_features
+from lpl.evaluation.networks import FeatureNetwork, TextImageNetwork
 from lpl.evaluation.processes import processes
 from lpl.evaluation.sources import Model
 from lpl.evaluation.spectrum import Spectrum, spectrum_of

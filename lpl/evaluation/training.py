@@ -111,7 +111,8 @@ class TrainingEvaluation:
         self.prompts = [pool[number % len(pool)] for number in range(count)]
         self.captions = [prompt_text(prompt, names) for prompt in self.prompts]
         check_counts(evaluation.eval_metrics, count, len(real), NEAREST_K, "--eval_")
-        networks = load_networks(_networks(evaluation), real[0], family.vae.device, model.cache_dir)
+        device = next(family.vae.parameters()).device
+        networks = load_networks(_networks(evaluation), real[0], device, model.cache_dir)
         settings = Settings(
             reference=source,
             metrics=evaluation.eval_metrics,
