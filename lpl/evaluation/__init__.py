@@ -1,12 +1,12 @@
-"""Measures images against real ones: sets of images, features of networks, metrics, power spectra.
-
-    from lpl.evaluation import Preprocessing, compare, folder_images, load_network, set_features
+"""Measures images against real ones; ``python -m lpl.evaluate`` (command.py) and ``--eval_steps`` (training.py).
 
     network, preprocessing = load_network("facebook/dinov2-base"), Preprocessing(512)
     sets = [folder_images(folder, preprocessing) for folder in ("samples", "photographs")]
     compare(*(set_features(images, network) for images in sets))["fid"].value
 
-What needs libraries that training does without (torchmetrics, scipy, scikit-learn) is imported when it is asked for.
+Images: sources, generation, images. Numbers: networks, cache, metrics, spectrum, results. Files: report, figures.
+The public names load their module on first use: training alone needs no torchmetrics, scipy or scikit-learn.
+May import all rooms. A new metric is a function in metrics.py and its name in lpl.config.choices; tests/evaluation.
 """
 
 from importlib import import_module
@@ -16,14 +16,15 @@ from typing import Any
 from lpl.config.choices import METRICS, SET_METRICS
 
 
-MOST_BY_DEFAULT = 10_000  # images that are drawn where nothing else is said, as many as the paper takes
+MOST_BY_DEFAULT = 10_000  # images to draw, as many as in the paper
 NEAREST_K = 5  # of the neighbour metrics, as in the paper on density and coverage
 LIBRARIES = {"torchmetrics": "torchmetrics", "scipy": "scipy", "sklearn": "scikit-learn"}  # module -> package
 
 _PLACES = {
     "images": ("ImageSet", "Preprocessing", "folder_images", "listed_images"),
     "metrics": ("Estimate", "clip_score", "compare", "warnings_for"),
-    "networks": ("FeatureNetwork", "TextImageNetwork", "load_network", "set_features"),
+    "networks": ("FeatureNetwork", "TextImageNetwork", "load_network"),
+    "cache": ("set_features",),
     "spectrum": ("high_frequency_energy", "log_power_spectrum", "spectrum_of"),
 }
 __all__ = ["METRICS", "SET_METRICS", *(name for names in _PLACES.values() for name in names)]
@@ -37,10 +38,10 @@ def __getattr__(name: str) -> Any:
 
 
 def check_libraries(what: str) -> None:
-    """Refuse to begin where the libraries that compute the metrics are missing.
+    """Refuse to start without the libraries that compute the metrics.
 
     Raises:
-        ValueError: with how they are installed.
+        ValueError: with the command that installs them.
     """
     if absent := [package for module, package in LIBRARIES.items() if find_spec(module) is None]:
         raise ValueError(f"{what} needs {', '.join(absent)}: pip install {' '.join(absent)}")

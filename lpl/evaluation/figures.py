@@ -1,15 +1,15 @@
 """The pictures of an evaluation: spectra, samples side by side, enlarged crops, metrics over the training.
 
 A *row* is the images of one state of a model, or real ones; a *column* is one prompt and seed, so that the images of a
-column differ by the model alone. A *crop* is a small square of an image, shown with each of its pixels as a square of
-a whole number of pixels. What returns a figure leaves saving it to :func:`lpl.pictures.save_figure`.
+column differ by the model alone. A *crop* is a small square of an image, enlarged by a whole number. Functions that
+return a figure leave saving it to :func:`lpl.tools.pictures.save_figure`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -18,8 +18,12 @@ from lpl.inspection.figures import COLOURS
 from lpl.tools.pictures import INK, PAPER, label_axes, labelled_grid
 
 
-FRAME = "#e02020"  # around what is enlarged
-SMALLEST_SHOWN, LARGEST_SHOWN = 192, 512  # pixels that an image is shown in, beside its crop
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FRAME = "#e02020"  # around the crop
+SMALLEST_SHOWN, LARGEST_SHOWN = 192, 512  # pixels of an image beside its crop
 LARGEST_CROP = 128  # pixels of the image
 CROP_SHARE = 4  # of the image's shorter side
 Spectrum = tuple[np.ndarray, np.ndarray]  # frequencies in cycles per pixel (K,), log10 of the power (K,)
@@ -28,26 +32,26 @@ Spectrum = tuple[np.ndarray, np.ndarray]  # frequencies in cycles per pixel (K,)
 # Spectra -------------------------------------------------------------------------------------------------------------
 
 
-def spectrum_figure(spectra: Mapping[str, Spectrum], reference: str) -> Any:
-    """Power spectra (Fig. 5), and below them what each has more or less than the reference (Fig. 6).
+def spectrum_figure(spectra: Mapping[str, Spectrum], reference: str) -> Figure:
+    """Power spectra (Fig. 5), and below them their differences to the reference (Fig. 6).
 
     Args:
-        spectra: by label, as :func:`lpl.evaluation.spectrum.log_power_spectrum` gives them; of one size of image.
+        spectra: by label, from :func:`lpl.evaluation.spectrum.log_power_spectrum`, for one image size.
         reference: the label of the real images.
 
     Raises:
-        ValueError: where the reference is not among them, or the frequencies differ.
+        ValueError: if the reference is not among them, or the frequencies differ.
     """
     from matplotlib.figure import Figure  # not pyplot: no global state
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     if reference not in spectra:
         raise ValueError(f"{reference!r} is none of the spectra: {', '.join(spectra)}")
     frequencies, real = spectra[reference]
     for label, (others, _) in spectra.items():
         if not np.array_equal(others, frequencies):
-            raise ValueError(f"{label} and {reference} have other frequencies: give spectra of images of one size")
-    figure = Figure(figsize=(7, 7), dpi=120, layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.1)
+            raise ValueError(f"{label} and {reference} differ in frequencies: give spectra of images of one size")
+    figure = Figure(figsize=(7, 7), dpi=120, layout=ConstrainedLayoutEngine(h_pad=0.1))
     power, difference = figure.subplots(2, 1, sharex=True, height_ratios=[1.2, 1])
     generated = [label for label in spectra if label != reference]
     for label, colour in zip(generated, COLOURS * (1 + len(generated) // len(COLOURS))):
@@ -68,7 +72,7 @@ def paired_grid(rows: Mapping[str, Sequence[Image.Image]], captions: Sequence[st
     """The same prompts and seeds in the same columns, a row for each model; real images may be the last row.
 
     Raises:
-        ValueError: where the rows are of unequal length, or there is not one caption for each column.
+        ValueError: if rows and captions are not all of the same length.
     """
     lengths = {label: len(images) for label, images in rows.items()}
     if set(lengths.values()) != {len(captions)}:
@@ -79,23 +83,23 @@ def paired_grid(rows: Mapping[str, Sequence[Image.Image]], captions: Sequence[st
 def zoomed_crops(
     rows: Mapping[str, Sequence[Image.Image]], captions: Sequence[str], apart: str | None = None
 ) -> Image.Image:
-    """Each image with a framed square of it enlarged beside it, by a whole number.
+    """Each image with a framed square, and that square enlarged beside it.
 
-    The square of a column is where the first row's image has most local energy (:func:`busiest_square`), and the same
-    in all rows: by then the first row decides what is looked at, so put there what is compared with.
+    A column's square is where the first row's image has the most local energy (:func:`busiest_square`), and the same
+    in all rows; make the first row the baseline.
 
     Args:
-        apart: a row of other pictures, whose squares are their own.
+        apart: a row of unrelated images, each of which gets its own square.
 
     Raises:
-        ValueError: as for :func:`paired_grid`, and where the images of a column have different sizes.
+        ValueError: as for :func:`paired_grid`, and if the images of a column differ in size.
     """
     first = next(iter(rows.values()), [])
     corners = [busiest_square(image, crop_side(image)) for image in first]
     for label, images in rows.items():
         for number, (image, other) in enumerate(zip(images, first)):
             if image.size != other.size:
-                raise ValueError(f"{label}: image {number} is {image.size} pixels, but above it {other.size}")
+                raise ValueError(f"{label}: image {number} has {image.size} pixels, the one above it {other.size}")
     pairs = {label: [_with_crop(*pair) for pair in zip(images, corners)] for label, images in rows.items()}
     if apart is not None:
         pairs[apart] = [_with_crop(image, busiest_square(image, crop_side(image))) for image in rows[apart]]
@@ -107,17 +111,17 @@ def zoomed_crops(
 
 
 def crop_side(image: Image.Image) -> int:
-    """The side of what is enlarged: a quarter of the image's, 128 pixels at most."""
+    """The side of the crop: a quarter of the image's, at most 128 pixels."""
     return max(1, min(min(image.size) // CROP_SHARE, LARGEST_CROP))
 
 
 def busiest_square(image: Image.Image, side: int) -> tuple[int, int]:
-    """Left and top of the square with the largest local energy: the mean squared gradient of the luminance."""
+    """Left and top of the square with the largest local energy, the mean squared gradient of the luminance."""
     from scipy.ndimage import uniform_filter
 
     across, down = np.gradient(np.asarray(image.convert("L"), np.float64), axis=(1, 0))
     energy = uniform_filter(across**2 + down**2, size=side, mode="constant")
-    # The filter's window around (y, x) begins at (y - side // 2, x - side // 2); only whole windows count.
+    # The filter's window around (y, x) begins at (y - side // 2, x - side // 2); only full windows count.
     begin = side // 2
     inside = energy[begin : begin + image.height - side + 1, begin : begin + image.width - side + 1]
     top, left = np.unravel_index(inside.argmax(), inside.shape)
@@ -125,7 +129,7 @@ def busiest_square(image: Image.Image, side: int) -> tuple[int, int]:
 
 
 def _with_crop(image: Image.Image, corner: tuple[int, int]) -> Image.Image:
-    """The image with a frame around the square at that corner, and the square enlarged beside it."""
+    """The image with a frame around the square at that corner, and the enlarged square beside it."""
     image, side = image.convert("RGB"), crop_side(image)
     crop = image.crop((*corner, corner[0] + side, corner[1] + side))
     scale = _shown_scale(image)
@@ -145,7 +149,7 @@ def _with_crop(image: Image.Image, corner: tuple[int, int]) -> Image.Image:
 
 
 def _shown_scale(image: Image.Image) -> float:
-    """Small images are shown whole numbers larger, large ones reduced."""
+    """Small images are enlarged by a whole number, large ones reduced."""
     return max(1, math.ceil(SMALLEST_SHOWN / max(image.size))) * min(1.0, LARGEST_SHOWN / max(image.size))
 
 
@@ -154,19 +158,21 @@ def _shown_scale(image: Image.Image) -> float:
 
 def metric_curves(
     results: Sequence[Mapping[str, Any]], better: Mapping[str, str] | None = None, reference: str | None = None
-) -> Any:
-    """A panel for each metric, with its 0: a line over the steps, or across where there is no step, its spread shaded.
+) -> Figure:
+    """A panel for each metric, from 0: a line over the steps with its spread shaded; a horizontal line for a result
+    without a step.
 
     Args:
-        results: "step" (None: it belongs to no training), "metrics", name -> value, or -> {"value", "spread"}, and,
-            where there is more than one line, "label".
+        results: mappings with "step" (None: not of a training), "metrics" (name -> value or {"value", "spread"}) and,
+            for more than one line, "label".
         better: name of a metric -> "lower" or "higher", for its title.
         reference: the label of the real images, if they are among the results.
 
     Raises:
-        ValueError: where there is no result with a step.
+        ValueError: if no result has a step.
     """
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     if all(result.get("step") is None for result in results):
@@ -174,8 +180,8 @@ def metric_curves(
     names = list(dict.fromkeys(name for result in results for name in result["metrics"]))
     columns = min(2, len(names))
     lines = math.ceil(len(names) / columns)
-    figure = Figure(figsize=(5.5 * columns, 3.2 * lines), dpi=120, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
+    figure = Figure(figsize=(5.5 * columns, 3.2 * lines), dpi=120, layout=layout)
     labels = list(dict.fromkeys(result.get("label", "") for result in results))
     colours = dict(zip(labels, COLOURS * (1 + len(labels) // len(COLOURS)))) | {reference: INK}
     handles = {}
@@ -200,7 +206,7 @@ def metric_curves(
     return figure
 
 
-def _draw_metric(axes: Any, label: str, points: Sequence[tuple[int | None, Any]], colour: str) -> None:
+def _draw_metric(axes: Axes, label: str, points: Sequence[tuple[int | None, Any]], colour: str) -> None:
     """One line of a panel; ``points`` are (step, value or estimate)."""
     rows = []
     for step, value in points:

@@ -1,10 +1,10 @@
-"""Sets of images that are compared: all of them square, of one size, preprocessed in one way.
+"""Sets of images to compare: square, of one size, with the same preprocessing.
 
-A *set* is a sequence of images, read and preprocessed when they are asked for, so that a large one fits in memory. Its
-*digests* name the pixels that the networks see. *Captions* belong to the images one by one, or are not there at all.
+A *set* is a sequence of images that are read and preprocessed on access, so that a large one fits in memory. Its
+*digests* are hashes of the pixels that the networks see. All images have a *caption*, or none has.
 
-Preprocessing moves every metric: a set resized with another filter is another set, whose Fréchet distance to the first
-is not zero. Both sides of a comparison go through the same :class:`Preprocessing`, which is recorded with the result.
+Preprocessing changes every metric: a set resized with another filter has a positive Fréchet distance to itself. Both
+sides of a comparison go through the same :class:`Preprocessing`, which is recorded with the result.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from lpl.tools.words import first_line
 logger = logging.getLogger(__name__)
 METADATA = "metadata.jsonl"
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for broken files
-NAMED = 5  # files that a warning names at most
+NAMED = 5  # a warning names at most this many files
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Makes any image an RGB square: the largest in its middle, resized.
+    """Crops the largest central square of an image and resizes it, in RGB.
 
     Args:
         resolution: the square's side in pixels.
-        interpolation: the filter of the resizing, one of :data:`lpl.data.RESAMPLING`. An image that has the right
-            size already is left as it is.
+        interpolation: the resizing filter, one of :data:`lpl.data.reading.RESAMPLING`. An image of the right size is
+            not resampled.
 
     Raises:
-        ValueError: for a value that is none of these.
+        ValueError: for another value.
     """
 
     resolution: int
@@ -53,31 +53,31 @@ class Preprocessing:
             raise ValueError(f"interpolation {self.interpolation!r}: it must be one of {', '.join(RESAMPLING)}")
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """RGB, resolution x resolution pixels; turned upright, transparent parts on white."""
+        """RGB, resolution x resolution pixels; rotated by its EXIF orientation, transparent parts on white."""
         return _central_square(to_rgb(image)).resize(
             (self.resolution, self.resolution), RESAMPLING[self.interpolation]
         )
 
 
 def _central_square(image: Image.Image) -> Image.Image:
-    """The largest square in the middle, at whole pixels: half a pixel's shift would blur what is not resized."""
+    """The largest central square, at whole pixels: a shift by half a pixel would blur images that are not resized."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))
 
 
 class ImageSet(Sequence[Image.Image]):
-    """Images under one preprocessing.
+    """Images with one preprocessing.
 
     Args:
-        name: what the set is called in tables and pictures.
+        name: of the set, in tables and pictures.
         sources: files, or images of any size and mode.
         captions: one for each image, or None.
-        digests: of the preprocessed images where they are known; the others are computed when asked for.
-        enlarged: which images are known to be smaller than the preprocessing's resolution.
+        digests: known ones of the preprocessed images; others are computed on access.
+        enlarged: images that are known to be smaller than the preprocessing's resolution.
 
     Raises:
-        ValueError: where there are not as many captions as images.
+        ValueError: if captions and images differ in number.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class ImageSet(Sequence[Image.Image]):
         """How many images are known to be smaller than the preprocessing's resolution."""
         return len(self._enlarged)
 
-    def __getitem__(self, index: int) -> Image.Image:
+    def __getitem__(self, index: int) -> Image.Image:  # type: ignore[override] (slices: select)
         """The preprocessed image, (resolution, resolution) RGB."""
         source = self._sources[index]
         if isinstance(source, Image.Image):
@@ -112,7 +112,7 @@ class ImageSet(Sequence[Image.Image]):
             return self.preprocessing(image)
 
     def digest(self, index: int) -> str:
-        """Names what the networks see of an image: sha256 of its preprocessed pixels and their shape."""
+        """Identifies what the networks see of an image: sha256 of its preprocessed pixels and their shape."""
         if index not in self._digests:
             self._digests[index] = pixel_digest(self[index])
         return self._digests[index]
@@ -135,10 +135,10 @@ def pixel_digest(image: Image.Image) -> str:
 def listed_images(
     images: Sequence[Image.Image], name: str, preprocessing: Preprocessing, captions: Sequence[str] | None = None
 ) -> ImageSet:
-    """A set of images that are in memory.
+    """A set of images in memory.
 
     Raises:
-        ValueError: where there is no image, or not as many captions as images.
+        ValueError: without images, or if captions and images differ in number.
     """
     if len(images) == 0:
         raise ValueError(f"{name}: there are no images")
@@ -150,16 +150,16 @@ def folder_images(
 ) -> ImageSet:
     """The images in a folder and the folders below it, sorted by path.
 
-    Where the folder has a ``metadata.jsonl``, its lines, ``{"file_name": ..., "text": ...}``, say which images belong
-    to the set and what their captions are; of several captions of one image the first is taken. Folders below only
-    hold images, they are no classes. Every file is read once here, each process reading a part, so that unreadable
-    ones are known; they are left out with one warning. Another counts those that are smaller than the resolution.
+    If the folder has a ``metadata.jsonl``, its lines, ``{"file_name": ..., "text": ...}``, list the set's images and
+    their captions; of several captions of an image the first is used. Sub-folders are not classes. Every file is read
+    once here, each process reading a part; unreadable files are left out with one warning, and another counts the
+    images that are smaller than the resolution.
 
     Args:
-        caption_column: where the captions are in ``metadata.jsonl``.
+        caption_column: the key of the captions in ``metadata.jsonl``.
 
     Raises:
-        ValueError: where there is no such folder, no readable image in it, or ``metadata.jsonl`` is not as above.
+        ValueError: if there is no such folder or no readable image in it, or for another ``metadata.jsonl``.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -179,7 +179,8 @@ def folder_images(
     kept = [index for index, (why, _, _) in enumerate(read) if why is None]
     if not kept:
         raise ValueError(f"{folder}: there is no readable image in this folder")
-    texts = [captions[files[index]] for index in kept] if captions and None not in captions.values() else None
+    known = {file: caption for file, caption in (captions or {}).items() if caption is not None}
+    texts = [known[files[index]] for index in kept] if captions and len(known) == len(captions) else None
     found = ImageSet(
         folder.name or str(folder),
         [files[index] for index in kept],
@@ -190,20 +191,20 @@ def folder_images(
     )
     if found.enlarged:
         logger.warning(
-            "%s: %d of %d images are smaller than %d pixels, and are enlarged, which blurs them",
+            "%s: %d of %d images are smaller than %d pixels and are enlarged, which blurs them",
             *(folder, found.enlarged, len(found), preprocessing.resolution),
         )
     return found
 
 
 def has_captions(folder: str | Path, caption_column: str = "text") -> bool:
-    """Whether all images of a folder have captions, as far as its ``metadata.jsonl`` tells."""
+    """Whether all images in a folder's ``metadata.jsonl`` have captions."""
     captions = _read_metadata(Path(folder, METADATA), caption_column)
     return bool(captions) and None not in captions.values()
 
 
 def _read(file: Path, folder: Path, preprocessing: Preprocessing) -> tuple[str | None, str, bool]:
-    """Why a file cannot be used, or None; the digest; whether it is smaller than it is to be."""
+    """Why a file cannot be used, or None; its digest; whether it is smaller than the resolution."""
     try:
         if not lies_in(str(file), str(folder)):
             return "it is not in this folder; copy it there", "", False
@@ -217,17 +218,17 @@ def _warn_of_broken(folder: Path, broken: Mapping[Path, str]) -> None:
     names = [f"{os.path.relpath(file, folder)} ({why})" for file, why in list(broken.items())[:NAMED]]
     more = f" and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
     logger.warning(
-        "%s: %d images are left out, since they cannot be read: %s%s", folder, len(broken), ", ".join(names), more
+        "%s: %d images are left out because they cannot be read: %s%s", folder, len(broken), ", ".join(names), more
     )
 
 
 def _warn_of_unlisted(folder: Path, unlisted: Sequence[Path]) -> None:
     if unlisted:
-        logger.warning("%s: %d images are left out, since %s does not name them", folder, len(unlisted), METADATA)
+        logger.warning("%s: %d images are left out because %s does not list them", folder, len(unlisted), METADATA)
 
 
 def _read_metadata(path: Path, caption_column: str) -> dict[Path, str | None] | None:
-    """File -> caption; a caption is None where the line has none. None without such a file."""
+    """File -> caption, or None for a line without a caption. None if there is no such file."""
     if not path.is_file():
         return None
     captions: dict[Path, str | None] = {}

@@ -1,25 +1,25 @@
-"""How far generated images are from real ones, as numbers that follow from features.
+"""Metrics of features: Fréchet and kernel distances, precision, recall, density, coverage, CLIPScore.
 
-*Features* are one row per image, (N, D), of a network (:mod:`lpl.evaluation.networks`); a number belongs to its
-network and to the images' preprocessing, and compares with no other. Libraries compute, here is what they are told:
+*Features* are one row per image, (N, D), of a network (:mod:`lpl.evaluation.networks`); a number compares only with
+numbers of the same network and the same preprocessing of the images. Libraries compute:
 
-- ``fid``: the Fréchet distance of the two Gaussians that have the features' means and covariances (Heusel et al.,
-  2017), by torchmetrics in float64. It is 0 or more; the fewer samples, the further above its limit.
+- ``fid``: the Fréchet distance of two Gaussians with the features' means and covariances (Heusel et al., 2017), by
+  torchmetrics in float64. It is 0 or more, and biased upwards: the fewer samples, the larger.
 - ``kid``: the squared maximum mean discrepancy under the kernel (x . y / D + 1)^3 (Binkowski et al., 2018), by
-  torchmetrics. It has no bias, so that it may fall below 0.
+  torchmetrics. It is unbiased, and may be negative.
 - ``precision``, ``recall`` (Kynkäänniemi et al., 2019), ``density``, ``coverage`` (Naeem et al., 2020), from distances
-  that scikit-learn computes a part at a time. Each sample has a ball around it that reaches to its k-th nearest
-  neighbour. Precision is the share of generated samples in some real sample's ball, recall of real ones in some
-  generated sample's; density counts the real balls that a generated sample is in, divided by k; coverage is the share
-  of real balls that hold a generated sample.
+  that scikit-learn computes in chunks. The ball of a sample reaches to its k-th nearest neighbour. Precision is the
+  share of generated samples in the ball of a real sample, recall the share of real samples in the ball of a generated
+  one; density is the mean number of real balls around a generated sample, divided by k; coverage is the share of real
+  balls that contain a generated sample.
 - ``clip_score``: 100 max(0, cosine) of the CLIP features of an image and its caption, averaged (Hessel et al., 2021,
-  with 100 in the place of their 2.5).
+  with 100 instead of their 2.5).
 
-A *spread* is the standard deviation of a number under resampling of both sets, with replacement, at the number of
-images that there are: how far it moves with the choice of the images. It is no interval around the limit for many
-images, of whose distance it knows nothing: a Fréchet distance is above it by far more than its spread where N is about
-10 D. What no difference looks like, the two halves of the reference show (:func:`halves`). Two models that drew from
-the same seeds have a difference whose spread is that of resamples in *pairs*, and smaller than that of either.
+A *spread* is the standard deviation of a number when both sets are resampled with replacement, at their own sizes: how
+much it depends on the choice of images. It is not a confidence interval of the limit for many images: at N of about
+10 D a Fréchet distance exceeds that limit by far more than its spread. The two halves of the reference show the
+numbers of equal distributions (:func:`halves`). For two models that drew from the same seeds, the difference is
+resampled in *pairs*; its spread is smaller than that of either model.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -37,30 +38,34 @@ from lpl.config.choices import CLIP_SCORE, METRICS, NEIGHBOUR_METRICS, SET_METRI
 from lpl.evaluation import NEAREST_K
 
 
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+
 SMALLER_IS_BETTER = ("fid", "kid")
 KID_SUBSET = 1000  # samples of each set at a time
 KID_SUBSETS = 100
-SAMPLES_PER_FEATURE = 10  # our measure of enough for a Fréchet distance
-ENOUGH_FOR_NEIGHBOURS = 1000  # our measure
-ENOUGH_FOR_MEANS = 100  # our measure
+SAMPLES_PER_FEATURE = 10  # our choice for a Fréchet distance
+ENOUGH_FOR_NEIGHBOURS = 1000  # our choice
+ENOUGH_FOR_MEANS = 100  # our choice
 ROWS = 4096  # of the kernel's matrix at a time
 WORKING_MEMORY = 256  # MiB of distances at a time
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number, and the same number of resamples of the images, if any."""
+    """A metric's value, and its values on resamples of the images."""
 
     value: float
     resampled: tuple[float, ...] = ()
 
     @property
     def spread(self) -> float | None:
-        """Standard deviation over the resamples; None where there are none."""
+        """Standard deviation over the resamples; None without resamples."""
         return float(np.std(self.resampled, ddof=1)) if self.resampled else None
 
     def __sub__(self, other: Estimate) -> Estimate:
-        """The difference, resample by resample: of sets that were resampled alike."""
+        """The difference, resample by resample; both must have the same resamples."""
         resampled = (mine - theirs for mine, theirs in zip(self.resampled, other.resampled, strict=True))
         return Estimate(self.value - other.value, tuple(resampled))
 
@@ -80,17 +85,17 @@ def compare(
         generated: (N, D).
         reference: (M, D).
         metrics: of SET_METRICS.
-        bootstrap: resamples for the spread, or 0 for none. Sets of the same N and M are resampled alike.
-        seed: of the resamples, and of KID's subsets where a set has more than 1000 samples or the sets differ in size.
-        nearest_k: k of :data:`NEIGHBOUR_METRICS`. In resamples the balls keep their size, of which a sample that is
-            drawn twice would make nothing.
-        progress: show a bar over the resamples.
+        bootstrap: resamples for the spread; 0: none. Sets of the same N and M get the same resamples.
+        seed: of the resamples, and of KID's subsets if a set has more than 1000 samples or the sets differ in size.
+        nearest_k: k of :data:`NEIGHBOUR_METRICS`. Resamples keep the balls of the full set: a sample drawn twice would
+            be its own neighbour.
+        progress: show a progress bar over the resamples.
 
     Returns:
         metric -> estimate, in the order of ``metrics``.
 
     Raises:
-        ValueError: for unknown metrics, features that are not as above, not finite or too few, and one resample.
+        ValueError: for unknown metrics, for features of another shape, not finite or too few, and for one resample.
     """
     _check_metrics(metrics)
     check_bootstrap(bootstrap)
@@ -117,8 +122,8 @@ def compare(
 def halves(
     reference: np.ndarray, metrics: Sequence[str], nearest_k: int = NEAREST_K, seed: int = 0
 ) -> dict[str, Estimate]:
-    """The metrics of one random half of real images against the other: what no difference looks like, at half as many
-    images. Nothing where a half is too small."""
+    """The metrics of one random half of the real images against the other: the numbers of equal distributions, at half
+    as many images. Empty if a half is too small."""
     middle = len(reference) // 2
     if middle < fewest(metrics, nearest_k):
         return {}
@@ -129,7 +134,7 @@ def halves(
 def _check_metrics(metrics: Sequence[str]) -> None:
     if unknown := [metric for metric in metrics if metric not in SET_METRICS]:
         why = " (clip_score compares images with captions: clip_score())" if CLIP_SCORE in unknown else ""
-        raise ValueError(f"metrics {', '.join(unknown)}: of two sets there are {', '.join(SET_METRICS)}{why}")
+        raise ValueError(f"metrics {', '.join(unknown)}: accepted are {', '.join(SET_METRICS)}{why}")
 
 
 def check_bootstrap(bootstrap: int) -> None:
@@ -139,7 +144,7 @@ def check_bootstrap(bootstrap: int) -> None:
 
 
 def _checked_features(*sets: np.ndarray) -> list[np.ndarray]:
-    """Both in float64, laid out as torch takes them."""
+    """Both in float64, contiguous."""
     shapes = [np.shape(features) for features in sets]
     if any(len(shape) != 2 for shape in shapes) or shapes[0][1] != shapes[1][1]:
         raise ValueError(f"features of shapes {shapes[0]} and {shapes[1]}: both must be (samples, D) with the same D")
@@ -149,7 +154,7 @@ def _checked_features(*sets: np.ndarray) -> list[np.ndarray]:
 
 
 def fewest(metrics: Sequence[str], nearest_k: int) -> int:
-    """How many images of each side the metrics need at least."""
+    """The smallest number of images that the metrics need on each side."""
     return nearest_k + 2 if any(metric in NEIGHBOUR_METRICS for metric in metrics) else 2
 
 
@@ -157,35 +162,35 @@ def check_counts(metrics: Sequence[str], generated: int, reference: int, nearest
     """Refuse sets that are too small.
 
     Args:
-        metrics: of METRICS; ``clip_score`` compares no sets, and has no part in it.
-        flags: how the names of this program's flags begin.
+        metrics: of METRICS; ``clip_score`` is ignored, since it compares no sets.
+        flags: prefix of the program's flags, for messages.
 
     Raises:
-        ValueError: with how many it takes, and the flags to change.
+        ValueError: with the number that is needed, and the flags to change.
     """
     if nearest_k < 1:
         raise ValueError(f"--nearest_k {nearest_k}: it must be 1 or more")
     metrics = [metric for metric in metrics if metric in SET_METRICS]
     if metrics and min(generated, reference) < (least := fewest(metrics, nearest_k)):
         raise ValueError(
-            f"{generated} generated and {reference} reference images: {', '.join(metrics)} need {least} of each at "
-            f"least; give more images ({flags}num_images) or fewer {flags}metrics"
+            f"{generated} generated and {reference} reference images: {', '.join(metrics)} need at least "
+            f"{least} of each; give more images ({flags}num_images) or fewer {flags}metrics"
         )
 
 
 def frechet_distance(generated: np.ndarray, reference: np.ndarray) -> float:
     """|m - n|^2 + tr(S + T - 2 (S T)^(1/2)) of the means m, n and covariances S, T (divided by N - 1) of the features.
 
-    Rounding leaves it a little below 0 where the sets are alike; that is given as 0.
+    Rounding can make it slightly negative for equal sets; it is clamped to 0.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=_given(generated.shape[1]), sync_on_compute=False)
+    metric = FrechetInceptionDistance(feature=_Given(generated.shape[1]), sync_on_compute=False)
     return max(0.0, float(_torchmetrics(metric, generated, reference)))
 
 
 def kid(generated: np.ndarray, reference: np.ndarray, seed: int = 0) -> float:
-    """The mean over subsets of min(1000, N, M) samples; just one where it is all there is."""
+    """The mean over subsets of min(1000, N, M) samples; a single subset if it holds all samples of both sets."""
     from torchmetrics.image.kid import KernelInceptionDistance
 
     size = min(KID_SUBSET, len(generated), len(reference))
@@ -194,24 +199,25 @@ def kid(generated: np.ndarray, reference: np.ndarray, seed: int = 0) -> float:
         warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer")
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed GPUs, which may be training
         metric = KernelInceptionDistance(
-            feature=_given(generated.shape[1]), subsets=subsets, subset_size=size, sync_on_compute=False
+            feature=_Given(generated.shape[1]), subsets=subsets, subset_size=size, sync_on_compute=False
         )
         mean, _ = _torchmetrics(metric, generated, reference)
     return float(mean)
 
 
-def _torchmetrics(metric: nn.Module, generated: np.ndarray, reference: np.ndarray):
-    """Of this process alone (sync_on_compute=False): where there are several, each has all features."""
+def _torchmetrics(metric: Metric, generated: np.ndarray, reference: np.ndarray) -> Any:
+    """The metric in this process alone (sync_on_compute=False): every process has all features."""
     metric.update(torch.from_numpy(reference), real=True)
     metric.update(torch.from_numpy(generated), real=False)
     return metric.compute()
 
 
-def _given(dim: int) -> nn.Module:
-    """In the place of a network: what it is given are features already."""
-    network = nn.Identity()
-    network.num_features = dim
-    return network
+class _Given(nn.Identity):
+    """Replaces the metric's network: its inputs are features already."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.num_features = dim
 
 
 def neighbour_metrics(
@@ -221,11 +227,11 @@ def neighbour_metrics(
     generated_times: np.ndarray,
     reference_times: np.ndarray,
 ) -> dict[str, np.ndarray]:
-    """Precision, recall, density and coverage of several resamples at once; distances are computed once for all.
+    """Precision, recall, density and coverage of several resamples; distances are computed once for all of them.
 
     Args:
-        generated_times: how often each generated sample is in each resample, (R, N); ones are the set itself.
-        reference_times: likewise, (R, M).
+        generated_times: how often each generated sample is in each resample, (R, N); a row of ones is the set itself.
+        reference_times: the same for the reference, (R, M).
 
     Returns:
         metric -> (R,).
@@ -234,7 +240,7 @@ def neighbour_metrics(
 
     (resamples, n), m = generated_times.shape, len(reference)
     reach, generated_reach = _reaches(reference, nearest_k), _reaches(generated, nearest_k)
-    balls = np.zeros((resamples, n))  # real ones that each generated sample is in
+    balls = np.zeros((resamples, n))  # real balls around each generated sample
     covered, recalled = np.zeros(resamples), np.zeros(resamples)
     start = 0
     for distances in pairwise_distances_chunked(reference, generated, working_memory=WORKING_MEMORY):
@@ -254,7 +260,7 @@ def neighbour_metrics(
 
 
 def _reaches(features: np.ndarray, nearest_k: int) -> np.ndarray:
-    """Each sample's distance to its k-th nearest neighbour in its own set, (N,); the sample itself is the 0th."""
+    """Each sample's distance to its k-th nearest neighbour in its own set, (N,); the 0th is the sample itself."""
     from sklearn.metrics import pairwise_distances_chunked
 
     parts = pairwise_distances_chunked(
@@ -274,20 +280,20 @@ def _times(draws: np.ndarray) -> np.ndarray:
 def resampled_kid(
     generated: np.ndarray, reference: np.ndarray, generated_times: np.ndarray, reference_times: np.ndarray
 ) -> np.ndarray:
-    """KID of resamples, over all their samples at once instead of subsets, (R,); arguments as above.
+    """KID of resamples, (R,), over all their samples instead of subsets; arguments as in :func:`neighbour_metrics`.
 
     A resample only changes how often each sample counts, so that the kernel is computed once for all of them.
     """
     within = 0.0
     for features, times in ((generated, generated_times), (reference, reference_times)):
-        itself = times @ ((features**2).mean(1) + 1) ** 3  # pairs of a sample and itself
+        itself = times @ ((features**2).mean(1) + 1) ** 3  # pairs of a sample with itself
         within += (_kernel_sums(features, features, times, times) - itself) / (len(features) * (len(features) - 1))
     across = _kernel_sums(generated, reference, generated_times, reference_times) / (len(generated) * len(reference))
     return within - 2 * across
 
 
 def _kernel_sums(one: np.ndarray, other: np.ndarray, one_times: np.ndarray, other_times: np.ndarray) -> np.ndarray:
-    """The kernel summed over all pairs, each as often as its two samples count, (resamples,)."""
+    """The kernel summed over all pairs, weighted by how often their samples count, (R,)."""
     from sklearn.metrics.pairwise import polynomial_kernel
 
     sums = np.zeros(len(one_times))
@@ -298,15 +304,15 @@ def _kernel_sums(one: np.ndarray, other: np.ndarray, one_times: np.ndarray, othe
 
 
 def clip_score(image_features: np.ndarray, text_features: np.ndarray, bootstrap: int = 0, seed: int = 0) -> Estimate:
-    """How well images show what their captions say: 100 max(0, cosine), averaged.
+    """CLIPScore, how well images match their captions: 100 max(0, cosine), averaged.
 
     Args:
         image_features: (N, D).
         text_features: of each image's caption, (N, D), from the same network.
-        bootstrap: resamples of the pairs for the spread, or 0 for none.
+        bootstrap: resamples of the pairs for the spread; 0: none.
 
     Raises:
-        ValueError: for features that are not as above, not finite, or none; and one resample.
+        ValueError: for features of another shape, not finite or none, and for one resample.
     """
     check_bootstrap(bootstrap)
     images, texts = _checked_features(image_features, text_features)
@@ -320,16 +326,16 @@ def clip_score(image_features: np.ndarray, text_features: np.ndarray, bootstrap:
     return Estimate(float(scores.mean()), tuple(scores[draws].mean(1).tolist()))
 
 
-# Whether there are enough samples ------------------------------------------------------------------------------------
+# Enough samples ------------------------------------------------------------------------------------------------------
 
 
 def warnings_for(metric: str, generated: int, reference: int, dim: int) -> list[str]:
-    """What to know of a metric where there are few samples: one sentence for each set that is too small.
+    """Warnings of a metric on few samples: one sentence for each set that is too small.
 
     Args:
         metric: of METRICS.
-        generated: how many samples, N.
-        reference: how many, M; has no part in ``clip_score``.
+        generated: number of generated samples, N.
+        reference: number of reference samples, M; ignored for ``clip_score``.
         dim: the features' dimension, D.
 
     Raises:
@@ -357,13 +363,13 @@ def _enough(metric: str, dim: int) -> int:
 def _consequence(metric: str, count: int, dim: int) -> str:
     if metric == "fid":
         rank = (
-            f"their covariance has rank {count - 1} at most"
+            f"their covariance has at most rank {count - 1}"
             if count <= dim
-            else f"their covariance is known with an error of the order of sqrt({dim}/{count})"
+            else f"their covariance has an error of the order of sqrt({dim}/{count})"
         )
-        return f" for {dim} features: {rank}, and the distance comes out too large"
+        return f" for {dim} features: {rank}, and the distance is too large"
     if metric == "kid":
-        return f": its subsets are smaller than the usual {KID_SUBSET}, and it is less certain, though without bias"
+        return f": its subsets are smaller than the usual {KID_SUBSET}; it is less certain, but unbiased"
     if metric in NEIGHBOUR_METRICS:
-        return ": neighbours are far apart, and the value compares only with those of as many images"
+        return ": neighbours are far apart, and the value compares only with values of as many images"
     return ": their mean is uncertain"

@@ -1,16 +1,12 @@
-"""Networks that turn images into features, and the features of whole sets, kept by content.
+"""Feature networks: loading, checking, preprocessing.
 
-A *feature network* gives each image one row of D numbers in float32. It preprocesses images itself: what it does is in
-its ``preprocessing``, and comes after the preprocessing of the set (:mod:`lpl.evaluation.images`). Images are square,
-and networks see all of them: a processor that would resize them and cut out the middle makes them that small instead.
+A *feature network* maps each image to D numbers in float32. It preprocesses images itself, as its ``preprocessing``
+records, after the preprocessing of the set (:mod:`lpl.evaluation.images`). Images are square, and networks see all of
+them: a processor that would resize an image and crop its centre resizes the whole image to the crop's size instead.
 
-Its *fingerprint* is a hash of name, configuration, preprocessing, weights and the libraries' versions. The *key* of a
-set's features is a hash of the fingerprint and of the images' digests in their order: nobody needs to say when kept
-features are out of date. What a module of one's own computes does not follow from its weights: its features are kept
-only where it has an attribute ``fingerprint``, a word that is changed whenever anything else is.
-
-Where there are several processes, each computes every so-many-th image and all get all features; all of them have to
-call :func:`set_features` then.
+Its *fingerprint* is a hash of name, configuration, preprocessing, weights and the libraries' versions; features are
+cached by it (:mod:`lpl.evaluation.cache`). The output of a user's own module does not follow from its weights alone:
+its features are cached only if it has an attribute ``fingerprint``, a string that its author changes with the module.
 """
 
 from __future__ import annotations
@@ -18,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,52 +21,50 @@ from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
-from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedModel
 
 from lpl.autoencoders import exact_precision
 from lpl.config.choices import CLIP_SCORE, SET_METRICS
-from lpl.evaluation.images import ImageSet
-from lpl.evaluation.processes import everywhere, in_parts, processes, threaded
-from lpl.tools.files import write_whole
 from lpl.tools.trust import check_weights
 from lpl.tools.words import first_line
 
 
-logger = logging.getLogger(__name__)
 INCEPTION = "inception"
 INCEPTION_NEEDS = {"torch_fidelity": "torch-fidelity", "torchvision": "torchvision"}  # module -> package
-CACHE = "LPL_CACHE"  # environment variable with the folder of kept features
 LIBRARIES = ("torch", "transformers", "pillow")  # whose versions features depend on
-NO_NETWORK = (OSError, ValueError, ImportError)  # what transformers raises for a network that it cannot load
+NO_NETWORK = (OSError, ValueError, ImportError)  # raised by transformers for a network that it cannot load
 
 
 @runtime_checkable
 class FeatureNetwork(Protocol):
-    """What maps images to features."""
+    """Maps images to features."""
 
     name: str
-    fingerprint: str | None  # None: features are not kept
     preprocessing: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str | None:
+        """See the head of this module; None: features are not cached."""
+        ...
 
     def features(self, images: Sequence[Image.Image]) -> Tensor:
         """RGB images -> (B, D), float32 on the CPU."""
+        ...
 
 
 @runtime_checkable
 class TextImageNetwork(FeatureNetwork, Protocol):
-    """What maps captions into the same space, such as CLIP."""
+    """Maps captions into the same space too, such as CLIP."""
 
     def text_features(self, captions: Sequence[str]) -> Tensor:
         """(B, D), float32 on the CPU."""
+        ...
 
 
 # Loading -------------------------------------------------------------------------------------------------------------
@@ -83,23 +76,23 @@ def load_network(
     cache_dir: str | None = None,
     flag: str = "--features",
 ) -> FeatureNetwork:
-    """The network of that name, in float32 and evaluation mode.
+    """Load a network in float32 and evaluation mode.
 
     Args:
         name: one of
 
-            - a folder or Hub id with an image model of transformers and its image processor: DINOv2 and its like give
+            - a folder or Hub id of a transformers image model with its image processor: DINOv2 and similar models give
               the pooled output, CLIP and SigLIP the projected one (a :class:`TextImageNetwork`);
-            - ``inception``: the network of published FIDs, by torchmetrics, which downloads it at its first use; needs
+            - ``inception``: the network of published FIDs, which torchmetrics downloads at its first use; needs
               torch-fidelity and torchvision;
-            - ``package.module:function``, where ``function()`` returns an ``nn.Module`` of your own that maps images,
+            - ``package.module:function``, where ``function()`` returns your own ``nn.Module``, which maps images,
               uint8 (B, 3, H, W), to (B, D);
-            - such a module itself, which is put into evaluation mode and on the device.
-        cache_dir: where transformers keeps its downloads.
-        flag: that names the network, for refusals.
+            - such a module itself, which is set to evaluation mode and moved to the device.
+        cache_dir: for the downloads of transformers.
+        flag: the flag that names the network, for messages.
 
     Raises:
-        ValueError: where there is no such network, or it is of another kind.
+        ValueError: if there is no such network, or it is of another kind.
     """
     if isinstance(name, nn.Module):
         return ModuleNetwork(type(name).__name__, name, device)
@@ -115,11 +108,11 @@ def load_network(
 
 
 def check_network(name: str, cache_dir: str | None = None, flag: str = "--features", text: bool = False) -> None:
-    """Refuse a network that :func:`load_network` cannot load, as far as that can be told without its weights.
+    """Refuse a network that :func:`load_network` cannot load, without reading its weights.
 
     Args:
-        flag: that names the network, for refusals.
-        text: whether it has to understand captions as well.
+        flag: the flag that names the network, for messages.
+        text: whether it has to map captions as well.
 
     Raises:
         ValueError: with what is wrong.
@@ -150,7 +143,7 @@ def _function(name: str, flag: str) -> Callable[[], nn.Module]:
         return getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"{flag} {name}: it should be package.module:function, and this cannot be imported ({first_line(error)})"
+            f"{flag} {name}: it should be package.module:function, but cannot be imported ({first_line(error)})"
         ) from error
 
 
@@ -160,10 +153,10 @@ def _check_transformers(name: str, cache_dir: str | None, flag: str, text: bool)
         model_class = MODEL_MAPPING.get(type(config), None)
     except NO_NETWORK as error:
         raise ValueError(
-            f"{flag} {name}: no network is found that needs no code of its own, which is not run; give a folder, a "
-            f"Hub id or package.module:function ({first_line(error)})"
+            f"{flag} {name}: there is no such network, or it needs code of its own, which is not run; give a folder, "
+            f"a Hub id or package.module:function ({first_line(error)})"
         ) from error
-    if Path(name).is_dir():  # on the Hub, transformers finds converted weights by itself
+    if Path(name).is_dir():  # on the Hub, transformers finds converted weights itself
         check_weights(f"{flag} {name}", name, [""], library="transformers")
     if text and not hasattr(model_class, "get_text_features"):
         raise ValueError(f"{flag} {name}: a {config.model_type} does not understand captions; give a CLIP or SigLIP")
@@ -175,7 +168,7 @@ def _check_transformers(name: str, cache_dir: str | None, flag: str, text: bool)
 
 def _load_transformers(name: str, device: str | torch.device, cache_dir: str | None, flag: str) -> TransformersNetwork:
     try:
-        # PIL, also where torchvision is installed, whose resizing gives other pixels
+        # PIL even if torchvision is installed, whose resizing gives other pixels
         source = {"cache_dir": cache_dir, "trust_remote_code": False}
         processor = AutoImageProcessor.from_pretrained(name, backend="pil", **source)
         model, info = AutoModel.from_pretrained(
@@ -190,10 +183,10 @@ def _load_transformers(name: str, device: str | torch.device, cache_dir: str | N
 
 
 def _has_pooler(missing: Iterable[str]) -> bool:
-    """False where the weights lack the last layer, as those of many ViTs do; what is missing would be random.
+    """False if the weights lack the pooler, as those of many ViTs do; missing layers would be random.
 
     Raises:
-        ValueError: where they lack anything else.
+        ValueError: if they lack other layers.
     """
     if others := sorted(key for key in missing if not key.startswith("pooler.")):
         raise ValueError(f"its weights lack {others[0]} and {len(others) - 1} more, which would be random")
@@ -208,17 +201,17 @@ def _inception(device: str | torch.device, flag: str) -> ModuleNetwork:
             metric = FrechetInceptionDistance(feature=2048, antialias=False)
     except (*NO_NETWORK, UnpicklingError) as error:
         raise ValueError(f"{flag} {INCEPTION}: it cannot be downloaded: {first_line(error)}") from error
-    metric.inception.fingerprint = " ".join(metadata.version(name) for name in ("torchmetrics", "torch-fidelity"))
-    return ModuleNetwork(INCEPTION, metric.inception, device, {"resize": 299, "antialias": False})
+    fingerprint = " ".join(metadata.version(name) for name in ("torchmetrics", "torch-fidelity"))
+    return ModuleNetwork(INCEPTION, metric.inception, device, {"resize": 299, "antialias": False}, fingerprint)
 
 
 def wanted_networks(
     metrics: Sequence[str], features: Sequence[str], clip: str, flags: str = "--"
 ) -> dict[str, tuple[str, bool]]:
-    """The networks that the metrics need: name -> the flag that names it, and whether it has to know captions.
+    """The networks that the metrics need: name -> the flag that names it, and whether it has to map captions.
 
     Args:
-        flags: how the names of this program's flags begin.
+        flags: prefix of the program's flags.
     """
     of_sets = features if any(metric in SET_METRICS for metric in metrics) else ()
     of_captions = {clip: (f"{flags}clip", True)} if CLIP_SCORE in metrics else {}
@@ -234,10 +227,10 @@ def check_networks(wanted: Mapping[str, tuple[str, bool]], cache_dir: str | None
 def load_networks(
     wanted: Mapping[str, tuple[str, bool]], image: Image.Image, device: str | torch.device, cache_dir: str | None
 ) -> dict[str, FeatureNetwork]:
-    """All of them, tried out on an image such as those to come.
+    """Load all networks and try them on an image.
 
     Raises:
-        ValueError: where one cannot be loaded, or fails.
+        ValueError: if one cannot be loaded, or fails.
     """
     networks = {name: load_network(name, device, cache_dir, flag) for name, (flag, _) in wanted.items()}
     for name, network in networks.items():
@@ -247,8 +240,8 @@ def load_networks(
 
 @contextmanager
 def _tensors_only() -> Iterator[None]:
-    """Within, ``torch.load`` reads nothing but tensors, whatever it is told: these weights come as a pickle only."""
-    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")  # which torch refuses together
+    """Make ``torch.load`` read tensors only, whatever its arguments: these weights exist only as a pickle."""
+    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")  # torch refuses both together
     before = {name: os.environ.pop(name) for name in names if name in os.environ}
     os.environ[names[0]] = "1"
     try:
@@ -262,10 +255,10 @@ def _tensors_only() -> Iterator[None]:
 
 
 def try_out(network: FeatureNetwork, image: Image.Image, flag: str = "--features") -> None:
-    """Refuse a network that fails on an image such as those to come, before they are drawn.
+    """Refuse a network that fails on an image, before the others are drawn.
 
     Raises:
-        ValueError: with what it says.
+        ValueError: with the network's error.
     """
     try:
         network.features([image])
@@ -277,7 +270,7 @@ def try_out(network: FeatureNetwork, image: Image.Image, flag: str = "--features
 
 
 class _Network:
-    """What networks have in common."""
+    """The common part of all networks."""
 
     def __init__(
         self, name: str, module: nn.Module, device: str | torch.device, preprocessing: dict[str, Any] | None = None
@@ -286,14 +279,18 @@ class _Network:
         self.module = module.to(self.device).eval()
         self.preprocessing = preprocessing or {}
 
-    @cached_property
+    @property
     def fingerprint(self) -> str | None:
         """sha256 over name, configuration, preprocessing, weights and the libraries' versions."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> str:
         versions = [metadata.version(name) for name in LIBRARIES]
-        said = [self.name, versions, repr(getattr(self.module, "config", None)), self.preprocessing]
-        found = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode())
+        parts = [self.name, versions, repr(getattr(self.module, "config", None)), self.preprocessing]
+        found = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
         for key, tensor in self.module.state_dict().items():
-            if isinstance(tensor, Tensor):  # a module of one's own may keep other things there
+            if isinstance(tensor, Tensor):  # a user's module may keep other types there
                 found.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
                 found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return found.hexdigest()
@@ -304,11 +301,11 @@ class _Network:
             features = self._embed(self._pixels(images).to(self.device))
         if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
             shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise ValueError(f"{self.name}: for {len(images)} images it gives {shape} instead of (B, D)")
+            raise ValueError(f"{self.name}: for {len(images)} images it returns {shape} instead of (B, D)")
         return features.float().cpu()
 
     def _pixels(self, images: Sequence[Image.Image]) -> Tensor:
-        """What the module is given, (B, 3, H, W)."""
+        """The module's input, (B, 3, H, W)."""
         raise NotImplementedError
 
     def _embed(self, pixels: Tensor) -> Any:
@@ -316,13 +313,28 @@ class _Network:
 
 
 class ModuleNetwork(_Network):
-    """A module that maps uint8 (B, 3, H, W) to (B, D)."""
+    """A module that maps uint8 (B, 3, H, W) to (B, D).
 
-    @cached_property
+    Args:
+        own_fingerprint: defaults to the module's attribute ``fingerprint``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        device: str | torch.device,
+        preprocessing: dict[str, Any] | None = None,
+        own_fingerprint: str | None = None,
+    ) -> None:
+        super().__init__(name, module, device, preprocessing)
+        self.own_fingerprint = own_fingerprint or getattr(module, "fingerprint", None)
+
+    @property
     def fingerprint(self) -> str | None:
-        """sha256 over what the module says of itself, and the rest; None where it says nothing."""
-        own = getattr(self.module, "fingerprint", None)
-        return hashlib.sha256(f"{own} {super().fingerprint}".encode()).hexdigest() if own else None
+        """sha256 over the module's own fingerprint and the rest; None without its own."""
+        own = self.own_fingerprint
+        return hashlib.sha256(f"{own} {self._hash}".encode()).hexdigest() if own else None
 
     def _pixels(self, images: Sequence[Image.Image]) -> Tensor:
         pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
@@ -333,17 +345,17 @@ class ModuleNetwork(_Network):
 
 
 class TransformersNetwork(_Network):
-    """An image model of transformers behind its own image processor.
+    """An image model of transformers with its own image processor.
 
     Args:
-        pooled: whether its weights have the layer of the pooled output; else the class token is taken.
+        pooled: whether its weights have the pooler; otherwise the features are the class token.
     """
 
     def __init__(
-        self, name: str, module: nn.Module, processor: Any, device: str | torch.device, pooled: bool = True
+        self, name: str, module: PreTrainedModel, processor: Any, device: str | torch.device, pooled: bool = True
     ) -> None:
         if not pooled:
-            module.pooler = nn.Identity()  # its random weights would make another fingerprint each time
+            module.pooler = nn.Identity()  # random weights would change the fingerprint
         _see_all(processor)
         super().__init__(name, module, device, {**processor.to_dict(), "pooled": pooled})
         self.processor, self.pooled = processor, pooled
@@ -353,19 +365,19 @@ class TransformersNetwork(_Network):
 
     def _embed(self, pixels: Tensor) -> Any:
         if hasattr(self.module, "get_image_features"):
-            return _projected(self.module.get_image_features(pixel_values=pixels))
+            return _projected(cast(Any, self.module).get_image_features(pixel_values=pixels))
         output = self.module(pixel_values=pixels)
         return output.pooler_output.flatten(1) if self.pooled else output.last_hidden_state[:, 0]
 
 
 class ClipNetwork(TransformersNetwork):
-    """A model that puts images and captions into one space. Captions are cut to the length that it knows."""
+    """A model that maps images and captions into one space. Captions are truncated to its maximum length."""
 
     def __init__(
-        self, name: str, module: nn.Module, processor: Any, device: str | torch.device, tokenizer: Any
+        self, name: str, module: PreTrainedModel, processor: Any, device: str | torch.device, tokenizer: Any
     ) -> None:
         super().__init__(name, module, processor, device)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.length = tokenizer, module.config.text_config.max_position_embeddings
 
     def text_features(self, captions: Sequence[str], batch_size: int = 256) -> Tensor:
         """(B, D), float32 on the CPU."""
@@ -373,99 +385,22 @@ class ClipNetwork(TransformersNetwork):
         return torch.cat([self._embed_text(list(part)) for part in parts])
 
     def _embed_text(self, captions: list[str]) -> Tensor:
-        length = self.module.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(  # all to the same length: SigLIP has learned no other
-            captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        tokens = self.tokenizer(  # all to the same length: SigLIP was trained on no other
+            captions, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
         )
         with torch.no_grad(), exact_precision(self.device):
-            return _projected(self.module.get_text_features(**tokens.to(self.device))).float().cpu()
+            output = cast(Any, self.module).get_text_features(**tokens.to(self.device))
+            return _projected(output).float().cpu()
 
 
 def _see_all(processor: Any) -> None:
-    """Make a processor that cuts out the middle resize the whole image instead, to the same number of pixels."""
+    """Make a processor that crops the centre resize the whole image instead, to the same number of pixels."""
     if getattr(processor, "do_center_crop", False):
         processor.size, processor.do_resize, processor.do_center_crop = processor.crop_size, True, False
     if getattr(processor, "crop_pct", None):
-        processor.crop_pct = 1.0  # the share that ConvNeXt, ResNet and PoolFormer leave when they resize
+        processor.crop_pct = 1.0  # the share of the image that ConvNeXt, ResNet and PoolFormer keep
 
 
 def _projected(output: Any) -> Any:
-    """(B, D), which some versions of transformers wrap."""
+    """(B, D); some versions of transformers wrap it."""
     return output if isinstance(output, Tensor) else output.pooler_output
-
-
-# Features of sets ----------------------------------------------------------------------------------------------------
-
-
-def set_features(
-    images: ImageSet,
-    network: FeatureNetwork,
-    batch_size: int = 32,
-    cache_dir: str | Path | None = None,
-    progress: bool = True,
-    keep: bool = True,
-) -> np.ndarray:
-    """The features of all images, computed once and kept.
-
-    Args:
-        cache_dir: where features are kept; by default the environment's LPL_CACHE, or ``~/.cache/lpl/features``.
-        progress: show a bar while images are embedded.
-        keep: False: neither look for kept features nor keep them.
-
-    Returns:
-        (N, D) float32, the same in all processes.
-
-    Raises:
-        ValueError: where the network fails on the images.
-    """
-    main = processes().is_main_process
-    path = None
-    if keep and network.fingerprint is not None:
-        digests = in_parts(len(images), lambda mine: threaded(images.digest, mine))
-        path = cache_folder(cache_dir) / f"{features_key(network, digests)}.safetensors"
-        kept = _read(path, len(images))
-        if all(everywhere(kept is not None)):
-            return kept
-
-    def embed(mine: Sequence[int]) -> list[np.ndarray]:
-        bar = tqdm(total=len(mine), desc=f"features of {images.name}", leave=False, disable=not (progress and main))
-        rows: list[np.ndarray] = []
-        with bar:
-            for start in range(0, len(mine), batch_size):
-                batch = threaded(images.__getitem__, mine[start : start + batch_size])
-                rows.extend(network.features(batch).numpy())
-                bar.update(len(batch))
-        return rows
-
-    features = np.stack(in_parts(len(images), embed))
-    if not np.isfinite(features).all():
-        raise ValueError(f"{network.name}: some features of {images.name} are not finite")
-    if path is not None and main:
-        _write(path, features)
-    return features
-
-
-def cache_folder(given: str | Path | None = None) -> Path:
-    """Where features are kept."""
-    return Path(given or os.environ.get(CACHE) or Path.home() / ".cache" / "lpl" / "features")
-
-
-def features_key(network: FeatureNetwork, digests: Sequence[str]) -> str:
-    """Names the features of images with these digests, in this order."""
-    return hashlib.sha256("\n".join([network.fingerprint, *digests]).encode()).hexdigest()
-
-
-def _read(path: Path, count: int) -> np.ndarray | None:
-    """Kept features; None where there are none, or the file is broken."""
-    try:
-        features = load_file(path)["features"]
-    except (OSError, KeyError, SafetensorError):
-        return None
-    return features if features.ndim == 2 and len(features) == count else None
-
-
-def _write(path: Path, features: np.ndarray) -> None:
-    try:
-        write_whole(path, lambda unfinished: save_file({"features": features}, unfinished))
-    except OSError as error:  # they are there all the same
-        logger.warning("the features are not kept: %s (set %s to a folder that can be written)", error, CACHE)

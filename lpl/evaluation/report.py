@@ -1,10 +1,9 @@
-"""What was found of images, for people: warnings, a table, pictures, a model card's metadata, evaluation.json."""
+"""Writes results: evaluation.json, warnings, a table, pictures, and text and metadata for a model card."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
@@ -21,24 +20,34 @@ from lpl.evaluation.images import ImageSet
 from lpl.evaluation.metrics import SMALLER_IS_BETTER
 from lpl.evaluation.networks import INCEPTION
 from lpl.evaluation.results import HALVES, REAL, Reference, State
-from lpl.publishing import card
-from lpl.tools import privacy as public
 from lpl.tools.files import write_text
+from lpl.tools.layout import EVALUATION_FILE, EVALUATION_TABLE
 from lpl.tools.pictures import save_figure, save_picture
+from lpl.tools.privacy import without_secrets
+from lpl.training.provenance import installed_versions
 
 
 COLUMNS, CROP_COLUMNS = 6, 4  # of samples.png and crops.png
 ENERGY = "high-frequency energy"
-TITLES = {"fid": "Fréchet distance", "kid": "kernel distance", CLIP_SCORE: "CLIPScore"}  # of metrics, else their names
+TITLES = {
+    "fid": "Fréchet distance",
+    "kid": "kernel distance",
+    CLIP_SCORE: "CLIPScore",
+}  # of metrics; others go by their names
 INCEPTION_TITLES = {"fid": "FID", "kid": "KID"}
-SETTINGS = ("metrics", "seed", "bootstrap", "nearest_k", "prompts_file")  # that are written down
-SAMPLING = ("num_inference_steps", "guidance_scale", "max_sequence_length", "dtype")  # of a drawn state, in tables
-LIBRARIES = ("torchmetrics", "scikit-learn", "scipy", "numpy", "pillow")  # beside those of lpl.hub
+RECORDED = ("metrics", "seed", "bootstrap", "nearest_k", "prompts_file")  # settings in evaluation.json
+SAMPLING = (
+    "num_inference_steps",
+    "guidance_scale",
+    "max_sequence_length",
+    "dtype",
+)  # settings of a drawn state, in tables
+LIBRARIES = ("torchmetrics", "scikit-learn", "scipy", "numpy", "pillow")  # besides those of installed_versions
 
 
 def all_warnings(results: Sequence[Mapping[str, Any]], reference: int) -> dict[str, list[str]]:
-    """What has to be known to read the numbers: samples that are too small, or not alike; each with its details."""
-    of_metrics: dict[str, list[str]] = {}  # what is said -> of which
+    """Warnings that are needed to read the numbers, each with its details: few images, or unlike sources."""
+    of_metrics: dict[str, list[str]] = {}  # sentence -> metrics
     for result in results:
         for name, metrics in result["metrics"].items():
             for metric in metrics:
@@ -68,8 +77,8 @@ def all_warnings(results: Sequence[Mapping[str, Any]], reference: int) -> dict[s
 
 
 def in_columns(images: ImageSet, captions: Sequence[str]) -> dict[int, int]:
-    """Column -> number of the image that stands there: the one of that number where it bears the column's caption,
-    else the first that does, if any. Images without captions stand in their own order."""
+    """Column -> number of its image: the same number if that image has the column's caption, else the first image that
+    does, if any. Images without captions keep their order."""
     own = images.captions
     if own is None:
         return {column: column for column in range(min(len(captions), len(images)))}
@@ -82,12 +91,12 @@ def in_columns(images: ImageSet, captions: Sequence[str]) -> dict[int, int]:
 
 
 def draw_samples(shown: Sequence[State], reference: ImageSet, folder: Path) -> None:
-    """samples.png and crops.png: columns of which all rows have an image. A source that would leave no column is left
-    out; where no real images bear the captions, some others are shown."""
-    captions = next((state.images.captions for state in shown if state.images.captions), None)
-    captions = captions or [""] * min(len(state.images) for state in shown)
+    """samples.png and crops.png, with the columns that have an image in every row. A source that would leave no column
+    is left out; if no real image has one of the captions, other real images are shown."""
+    captions = next((state.pictures.captions for state in shown if state.pictures.captions), None)
+    captions = captions or [""] * min(len(state.pictures) for state in shown)
     columns, rows = list(range(len(captions))), {}
-    for name, images in [*((state.name, state.images) for state in shown), (REAL, reference)]:
+    for name, images in [*((state.name, state.pictures) for state in shown), (REAL, reference)]:
         numbers = in_columns(images, captions)
         alike = [column for column in columns if column in numbers]
         if alike and (images is not reference or images.captions):
@@ -104,40 +113,49 @@ def draw_samples(shown: Sequence[State], reference: ImageSet, folder: Path) -> N
 
 
 def draw_curves(evaluation: Mapping[str, Any], folder: Path) -> None:
-    """curves.png, if there is a series."""
+    """curves.png, if the evaluation has a series."""
     counts = [result["label"] for result in evaluation["results"] if result["step"] is not None]
     if not any(counts.count(label) > 1 for label in counts):
         return
-    names = short_names(evaluation)
-    better: dict[str, str] = {}
-
-    def panels(found: Mapping[str, Any]) -> dict[str, Any]:
-        panels = {}
-        for network, metrics in found.items():
-            for metric, estimate in metrics.items():
-                name = title(metric, network) + (f", {names[network]}" if len(names) > 1 else "")
-                panels[name], better[name] = estimate, "lower" if metric in SMALLER_IS_BETTER else "higher"
-        return panels
-
+    names, real = short_names(evaluation), evaluation["reference"]
     lines = [
         {
             "label": result["label"],
             "step": result["step"],
-            "metrics": panels(result["metrics"]) | {ENERGY: result["high_frequency_energy"]},
+            "metrics": _panels(result["metrics"], names) | {ENERGY: result["high_frequency_energy"]},
         }
         for result in evaluation["results"]
     ]
-    real = evaluation["reference"]
     lines.append({"label": REAL, "step": None, "metrics": {ENERGY: real["high_frequency_energy"]}})
-    lines.append({"label": HALVES, "step": None, "metrics": panels(real["halves"])})
+    lines.append({"label": HALVES, "step": None, "metrics": _panels(real["halves"], names)})
+    better = {
+        _panel(metric, network, names): "lower" if metric in SMALLER_IS_BETTER else "higher"
+        for found in (*(result["metrics"] for result in evaluation["results"]), real["halves"])
+        for network, metrics in found.items()
+        for metric in metrics
+    }
     save_figure(metric_curves(lines, better, REAL), folder / "curves.png")
+
+
+def _panels(found: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Estimates by the title of their panel."""
+    return {
+        _panel(metric, network, names): estimate
+        for network, metrics in found.items()
+        for metric, estimate in metrics.items()
+    }
+
+
+def _panel(metric: str, network: str, names: Mapping[str, str]) -> str:
+    """The title of a panel; names the network if there are several."""
+    return title(metric, network) + (f", {names[network]}" if len(names) > 1 else "")
 
 
 # The table -----------------------------------------------------------------------------------------------------------
 
 
 def title(metric: str, network: str) -> str:
-    """What a metric is called through a network: only Inception's is FID.
+    """The name of a metric through a network; only that of Inception is FID.
 
     >>> title("fid", "inception"), title("fid", "facebook/dinov2-base")
     ('FID', 'Fréchet distance')
@@ -147,8 +165,8 @@ def title(metric: str, network: str) -> str:
 
 
 def short_names(evaluation: Mapping[str, Any]) -> dict[str, str]:
-    """What the networks are called in tables: the last part of the name, or all of it where two would be called alike.
-    A resumed run may have results of networks that it no longer uses.
+    """Names of the networks in tables: the last part of the name, or all of it if two end alike. A resumed run may
+    have results of networks that it no longer uses.
 
     >>> short_names({"networks": {"org/dinov2": {}, "org/clip": {}, "other/dinov2": {}}})
     {'org/dinov2': 'org/dinov2', 'org/clip': 'clip', 'other/dinov2': 'other/dinov2'}
@@ -166,29 +184,42 @@ def table(evaluation: Mapping[str, Any]) -> list[list[str]]:
     arrows = {name: "↓" if name in SMALLER_IS_BETTER else "↑" for name in used}
     headings = [f"{title(name, INCEPTION if alone else '')} {arrow}" for name, arrow in arrows.items()]
     rows = [["source", "step", "images", "features", *headings, ENERGY]]
-
-    def add(label: str, step: int | None, images: int, energy: float | None, found: Mapping[str, Any], sign: str = ""):
-        for number, (network, metrics) in enumerate((found or {"": {}}).items()):
-            cells = [shown_estimate(metrics[name], sign) if name in metrics else "" for name in used]
-            words = "" if number or energy is None else f"{energy:.4f}"
-            features = names.get(network, "")
-            rows.append([label, "" if step is None else str(step), str(images), features, *cells, words])
-
     for result in results:
-        energy = result["high_frequency_energy"]
-        add(result["label"], result["step"], result["images"], energy, result["metrics"])
+        start = [result["label"], _step(result), str(result["images"])]
+        rows += _rows(start, result["metrics"], result["high_frequency_energy"], used, names)
     for result in results:
         if difference := result["differences"]:
-            label = f"{result['label']} minus {difference['to']}"
-            add(label, result["step"], result["images"], None, difference["metrics"], "+")
-    add(REAL, None, reference["images"], reference["high_frequency_energy"], {})
+            start = [f"{result['label']} minus {difference['to']}", _step(result), str(result["images"])]
+            rows += _rows(start, difference["metrics"], None, used, names, "+")
+    rows += _rows([REAL, "", str(reference["images"])], {}, reference["high_frequency_energy"], used, names)
     if any(reference["halves"].values()):
-        add(HALVES, None, reference["images"] // 2, None, reference["halves"])
+        rows += _rows([HALVES, "", str(reference["images"] // 2)], reference["halves"], None, used, names)
     return rows
 
 
-def shown_estimate(estimate: Mapping[str, float | None], sign: str = "") -> str:
-    """The value and, where there is one, its spread.
+def _step(result: Mapping[str, Any]) -> str:
+    return "" if result["step"] is None else str(result["step"])
+
+
+def _rows(
+    start: list[str],
+    found: Mapping[str, Any],
+    energy: float | None,
+    used: Sequence[str],
+    names: Mapping[str, str],
+    sign: str = "",
+) -> list[list[str]]:
+    """A row for each network, or one without metrics; the first one has the energy."""
+    rows = []
+    for number, (network, metrics) in enumerate((found or {"": {}}).items()):
+        cells = [shown_estimate(metrics[name], sign) if name in metrics else "" for name in used]
+        words = "" if number or energy is None else f"{energy:.4f}"
+        rows.append([*start, names.get(network, ""), *cells, words])
+    return rows
+
+
+def shown_estimate(estimate: Mapping[str, Any], sign: str = "") -> str:
+    """The value, with its spread if there is one.
 
     >>> shown_estimate({"value": 12.3456, "spread": None})
     '12.35'
@@ -214,7 +245,7 @@ def markdown(evaluation: Mapping[str, Any]) -> str:
 
 
 def notes(evaluation: Mapping[str, Any]) -> list[str]:
-    """What the table does not say, a line of Markdown each."""
+    """What the table leaves out, a line of Markdown each."""
     reference, settings = evaluation["reference"], evaluation["settings"]
     preprocessing = reference["preprocessing"]
     found = [
@@ -224,8 +255,8 @@ def notes(evaluation: Mapping[str, Any]) -> list[str]:
     ]
     if any(reference["halves"].values()):
         found.append(
-            f"{HALVES.capitalize()}: one half against the other shows what no difference looks like, at half as many "
-            "images; of all of them the Fréchet distance would be about half as large."
+            f"{HALVES.capitalize()}: one half against the other shows the numbers of equal distributions, at half as "
+            "many images; at the full number the Fréchet distance would be about half as large."
         )
     found.append(f"{ENERGY.capitalize()}: share of the energy above half of the Nyquist frequency.")
     for result in evaluation["results"]:
@@ -235,7 +266,7 @@ def notes(evaluation: Mapping[str, Any]) -> list[str]:
     if settings["bootstrap"]:
         found.append(
             f"±: spread under resampling at this number of images, a standard deviation over {settings['bootstrap']} "
-            "resamples; no interval around the distance to infinitely many. Differences are resampled in pairs."
+            "resamples; not a confidence interval of the limit for many images. Differences are resampled in pairs."
         )
     return [f"- {note}" for note in dict.fromkeys(found)]
 
@@ -250,43 +281,38 @@ def markdown_table(evaluation: Mapping[str, Any]) -> str:
 
 
 def model_index(evaluation: Mapping[str, Any], model_name: str, dataset_name: str) -> list[EvalResult]:
-    """What the model card's metadata says of a model: the numbers of its last state.
+    """Metadata for the model card: the numbers of the model's last state.
 
     Args:
         evaluation: the content of evaluation.json.
-        model_name: the label of the source that the card is for.
+        model_name: the label of the card's source.
         dataset_name: of the reference.
 
     Raises:
-        ValueError: where no source has that label.
+        ValueError: if no source has that label.
     """
     found = [result for result in evaluation["results"] if result["label"] == model_name]
     if not found:
         labels = ", ".join(dict.fromkeys(result["label"] for result in evaluation["results"]))
-        raise ValueError(f"no result is labelled {model_name!r}; there are {labels}")
-    result, settings, reference, names = (
-        found[-1],
-        evaluation["settings"],
-        evaluation["reference"],
-        short_names(evaluation),
-    )
+        raise ValueError(f"no result is labelled {model_name!r}; the labels are {labels}")
+    result, names = found[-1], short_names(evaluation)
     return [
         EvalResult(
             task_type="text-to-image",
             dataset_type="imagefolder",
             dataset_name=dataset_name,
-            dataset_config=dataset_name,  # without it, a card gives all results of one type to one data set
+            dataset_config=dataset_name,  # without it, a card merges all results of one type
             metric_type=title(metric, network).lower().replace("é", "e").replace(" ", "_"),
             metric_name=f"{title(metric, network)} ({names[network]})",
             metric_value=estimate["value"],
             metric_args={
                 "features": names[network],
                 "generated_images": result["images"],
-                "reference_images": reference["images"],
+                "reference_images": evaluation["reference"]["images"],
                 **{name: result["drawn"][name] for name in SAMPLING if name in (result["drawn"] or {})},
-                **reference["preprocessing"],
+                **evaluation["reference"]["preprocessing"],
                 **({} if estimate["spread"] is None else {"spread_under_resampling": estimate["spread"]}),
-                **({"nearest_k": settings["nearest_k"]} if metric in NEIGHBOUR_METRICS else {}),
+                **({"nearest_k": evaluation["settings"]["nearest_k"]} if metric in NEIGHBOUR_METRICS else {}),
             },
         )
         for network, metrics in result["metrics"].items()
@@ -295,10 +321,10 @@ def model_index(evaluation: Mapping[str, Any], model_name: str, dataset_name: st
 
 
 def on_card(evaluation: Mapping[str, Any], label: str) -> tuple[list[EvalResult], str]:
-    """What a model card says of an evaluation: its metadata, and its text under a heading that names the reference.
+    """Metadata and text of an evaluation for a model card; the text's heading names the reference.
 
     Args:
-        label: of the source that the card is for.
+        label: of the card's source.
     """
     name = Path(evaluation["reference"]["folder"]).resolve().name
     warned = [f"- Warning: {words}." for words in evaluation["warnings"]]
@@ -313,18 +339,16 @@ def on_card(evaluation: Mapping[str, Any], label: str) -> tuple[list[EvalResult]
     return model_index(evaluation, label, name), "\n".join(lines)
 
 
-# All of it -----------------------------------------------------------------------------------------------------------
+# The whole -----------------------------------------------------------------------------------------------------------
 
 
-def summary(
-    results: Sequence[Mapping[str, Any]], shown: Sequence[State], reference: Reference, settings: Namespace
-) -> dict[str, Any]:
-    """The evaluation, as JSON takes it.
+def summary(results: Sequence[Mapping[str, Any]], shown: Sequence[State], reference: Reference) -> dict[str, Any]:
+    """The evaluation, in types of JSON.
 
     Args:
         shown: the states whose spectra are in it.
-        settings: as of the reference, and ``reference``, ``prompts_file`` and ``words``, those of the command.
     """
+    settings = reference.settings
     dims = {name: dim for result in results for name, dim in result["dims"].items()}
     return {
         "results": list(results),
@@ -340,34 +364,34 @@ def summary(
             name: {"fingerprint": network.fingerprint, "dim": dims[name], "preprocessing": network.preprocessing}
             for name, network in reference.networks.items()
         },
-        "settings": {name: getattr(settings, name) for name in SETTINGS},
+        "settings": {name: getattr(settings, name) for name in RECORDED} | {"metrics": list(settings.metrics)},
         "spectrum": {
             "frequencies": reference.spectrum.frequencies.tolist(),
-            "log_power": {state.name: state.spectrum.log_power.tolist() for state in shown}
+            "log_power": {state.name: state.power.log_power.tolist() for state in shown}
             | {REAL: reference.spectrum.log_power.tolist()},
         },
         "warnings": all_warnings(results, len(reference.images)),
-        "versions": card.installed_versions() | {name: metadata.version(name) for name in LIBRARIES},
+        "versions": installed_versions() | {name: metadata.version(name) for name in LIBRARIES},
         "command": command(settings.words),
     }
 
 
 def command(words: Sequence[str]) -> str:
     """One line for a shell, without tokens and passwords."""
-    return public.without_secrets(shlex.join(words))
+    return without_secrets(shlex.join(words))
 
 
 def write_evaluation(
     evaluation: Mapping[str, Any], shown: Sequence[State], reference: ImageSet, folder: str | Path
 ) -> None:
-    """evaluation.json, evaluation.md and the pictures, into a folder.
+    """Write evaluation.json, evaluation.md and the pictures into a folder.
 
     Args:
-        shown: the states whose images are in the pictures, those whose spectra are in the evaluation.
+        shown: the states whose images are in the pictures; the same as those of :func:`summary`.
     """
     folder = Path(folder)
-    write_text(folder / "evaluation.json", json.dumps(evaluation, indent=2, ensure_ascii=False) + "\n")
-    write_text(folder / "evaluation.md", markdown(evaluation))
+    write_text(folder / EVALUATION_FILE, json.dumps(evaluation, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / EVALUATION_TABLE, markdown(evaluation))
     frequencies, powers = (evaluation["spectrum"][name] for name in ("frequencies", "log_power"))
     spectra = {name: (np.array(frequencies), np.array(power)) for name, power in powers.items()}
     save_figure(spectrum_figure(spectra, REAL), folder / "spectrum.png")

@@ -1,14 +1,14 @@
-"""How much of each spatial frequency images hold, for Fig. 5 and 6 of the paper.
+"""Power spectra of images and the share of high frequencies in them, for Fig. 5 and 6 of the paper.
 
 The *luminance* of an image is 0.299 R + 0.587 G + 0.114 B, in [0, 1]. Its *power* at a frequency is the squared
 modulus of the discrete Fourier transform, divided by the number of pixels: white noise of variance v has power v at
 every frequency. *Frequencies* are in cycles per pixel; 0.5 is *Nyquist*, the highest along a row or a column, and the
-corners of the transform go up to 0.71. The paper's frequencies are cycles per image, so many times the side of it.
+corners of the transform go up to 0.71. The paper's frequencies are cycles per image: these times the image's side.
 
-An image's left edge does not go on at its right edge, and the transform takes that jump for high frequencies, which
-hides how little of them a blurred image has. So the mean is taken off and the image fades out towards its edges under
-a Hann window, whose own mean power is divided out; the lowest frequency loses a fifth of its power with the mean. The
-paper does not say what it did here.
+The transform takes the image for periodic, and the jump from its right to its left edge for high frequencies, which
+would hide how few of them a blurred image has. Therefore the mean is subtracted, and a Hann window fades the image out
+towards its edges; the power is divided by the window's mean power. With the mean, the lowest frequency loses a fifth
+of its power. The paper does not describe what it does here.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from lpl.evaluation.processes import in_parts, threaded
 
 
 LUMINANCE = np.array([0.299, 0.587, 0.114]) / 255  # of 8-bit R, G, B
-ROUNDING = 1 / (12 * 255**2)  # power of rounding to 8 bits: less than this cannot be told from none
+ROUNDING = 1 / (12 * 255**2)  # power of the error of rounding to 8 bits
 NYQUIST = 0.5  # cycles per pixel
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """How much of each frequency a set of images holds."""
+    """The power at each frequency of a set of images."""
 
     frequencies: np.ndarray  # cycles per pixel, above 0 and up to 0.5, (K,)
     log_power: np.ndarray  # log10 of the radially averaged power there, averaged over images, (K,)
@@ -38,28 +38,28 @@ class Spectrum:
 
 
 def spectrum_of(images: Sequence[Image.Image], title: str | None = None) -> Spectrum:
-    """Both in one pass over the images, of which each process reads a part.
+    """Spectrum and high-frequency energy in one pass over the images; each process reads a part.
 
-    Power below that of rounding to 8 bits counts as that, so that a flat image does not pull the mean of the
-    logarithms to minus infinity. The high frequencies' energy is that of all images over all energy of all images,
-    their means left out, so that flat ones do not matter; 0 where all are flat.
+    Power is clamped from below to that of rounding to 8 bits, so that a flat image does not pull the mean of the
+    logarithms to minus infinity. The high-frequency energy is a ratio of sums over all images, without their means, so
+    that flat images do not matter; it is 0 if all are flat.
 
     Args:
         images: of one size.
-        title: of a bar, if any.
+        title: of a progress bar; None: no bar.
 
     Raises:
-        ValueError: where there is no image, or they are not of one size of 4 pixels at least.
+        ValueError: without images, or if they differ in size or are smaller than 4 pixels.
     """
     rows = in_parts(len(images), lambda mine: threaded(lambda index: _measured(images[index]), mine, title))
     sizes = {size for size, _ in rows}
     if len(sizes) != 1:
         raise ValueError(
-            f"images of {len(sizes)} sizes: a spectrum is of one image at least, and of images of one size"
+            f"images of {len(sizes)} sizes: a spectrum needs at least one image, and all of the same size"
         )
     (size,) = sizes
     if min(size) < 4:
-        raise ValueError(f"images of {size} pixels: a spectrum needs 4 at least each way")
+        raise ValueError(f"images of {size} pixels: a spectrum needs at least 4 in each direction")
     table = np.stack([row for _, row in rows])  # (N, K + 2)
     high, total = table[:, :2].sum(0)
     side = min(size)
@@ -71,32 +71,32 @@ def spectrum_of(images: Sequence[Image.Image], title: str | None = None) -> Spec
 
 
 def log_power_spectrum(images: Sequence[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
-    """Frequencies, (K,), and log10 of the power there, (K,): those of :func:`spectrum_of`."""
+    """Frequencies, (K,), and log10 of the power there, (K,); see :func:`spectrum_of`."""
     found = spectrum_of(images)
     return found.frequencies, found.log_power
 
 
 def high_frequency_energy(images: Sequence[Image.Image]) -> float:
-    """Which share of the images' energy is above half of Nyquist (0.25 cycles per pixel): :func:`spectrum_of`'s."""
+    """The share of the images' energy above half of Nyquist (0.25 cycles per pixel); see :func:`spectrum_of`."""
     return spectrum_of(images).high_frequency_energy
 
 
 def _measured(image: Image.Image) -> tuple[tuple[int, int], np.ndarray]:
-    """An image's size, and (K + 2,): its energy above half of Nyquist, all of it, and the power over rings."""
+    """An image's size, and (K + 2,): its energy above half of Nyquist, its total energy, the power of each ring."""
     power = power_spectrum(np.asarray(image.convert("RGB")) @ LUMINANCE)
     high = power[_radii(power.shape) > NYQUIST / 2].sum()
     return image.size, np.concatenate([[high, power.sum()], radial_average(power)[1]])
 
 
 def power_spectrum(luminance: np.ndarray) -> np.ndarray:
-    """Power at each frequency, (H, W) -> (H, W), as ``numpy.fft.fft2`` orders it; see the head of this module."""
+    """Power at each frequency, (H, W) -> (H, W), in the order of ``numpy.fft.fft2``; see the head of this module."""
     window = _window(luminance.shape)
     values = window * (luminance - np.average(luminance, weights=window))
     return np.abs(np.fft.fft2(values)) ** 2 / (window**2).sum()
 
 
 def radial_average(power: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean power over rings one bin wide, from above 0 to Nyquist; the corners beyond belong to no ring.
+    """Mean power over rings one bin wide, from above 0 to Nyquist; the corners beyond are left out.
 
     Returns:
         frequencies in cycles per pixel, (K,), and the mean power there, (K,), with K half of the shorter side.
@@ -109,7 +109,7 @@ def radial_average(power: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=4)
 def _window(shape: tuple[int, int]) -> np.ndarray:
-    """A Hann window, (H, W), that is never 0 inside the image."""
+    """A Hann window, (H, W), positive at every pixel."""
     rows, columns = (np.hanning(side + 2)[1:-1] for side in shape)
     return np.outer(rows, columns)
 

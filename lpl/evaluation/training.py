@@ -1,9 +1,9 @@
-"""Evaluations while a model trains: what ``--eval_steps`` asks for.
+"""Evaluations during training, as ``--eval_steps`` asks for.
 
-``evaluation/`` in the output folder has what ``python -m lpl.evaluate`` writes, a *result* for each step that is
-evaluated; a resumed run goes on with those that are there, and ends with the pictures and the card of one that was
-not interrupted. The weights are the moving average's where one is kept. Prompts and seeds are the same at each step,
-and in each run with the same reference, whatever the run's own seed. Of the drawn images those of the run's first and
+``evaluation/`` in the output folder holds the same files as ``python -m lpl.evaluate`` writes, with a *result* for
+each evaluated step. A resumed run continues the results it finds, and ends with the same pictures and card as an
+uninterrupted one. The weights are the moving average's if the run keeps one. Prompts and seeds are the same at each
+step, and in every run with the same reference, whatever the run's own seed. The drawn images of the run's first and
 last evaluation are kept.
 """
 
@@ -12,8 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,18 @@ import numpy as np
 from accelerate import Accelerator
 from huggingface_hub import EvalResult
 
-from lpl.config import Config
-from lpl.config.command_line import words_of as command_line
+from lpl.config.groups import Data, Evaluation, Model, Output, Validation
 from lpl.data.reading import image_files
 from lpl.evaluation import MOST_BY_DEFAULT, NEAREST_K, check_libraries, report, results
-from lpl.evaluation.generation import draw, image_path, sampling_settings
+from lpl.evaluation.generation import draw, image_path, prompt_text
 from lpl.evaluation.images import ImageSet, Preprocessing, folder_images, has_captions
 from lpl.evaluation.metrics import check_counts
 from lpl.evaluation.networks import check_networks, load_networks, wanted_networks
-from lpl.evaluation.results import Reference, State
+from lpl.evaluation.results import Reference, Settings, State
+from lpl.evaluation.sources import sampling_settings
 from lpl.evaluation.spectrum import Spectrum
 from lpl.families import Family
+from lpl.tools.layout import EVALUATION, EVALUATION_FILE, EVALUATION_IMAGES
 from lpl.tools.machine import DTYPES
 from lpl.tools.pictures import save_picture
 from lpl.training.average import MovingAverage, averaged
@@ -39,25 +39,36 @@ from lpl.training.parts import TrainedParts
 from lpl.training.preemption import Preemption
 
 
-FOLDER = "evaluation"
-
-
-def check_evaluation(args: Config, family: type[Family]) -> None:
-    """Refuse what the flags, the folder of real images and the networks' small files tell to be wrong.
+def check_evaluation(evaluation: Evaluation, data: Data, model: Model, family: type[Family]) -> None:
+    """Refuse what the flags, the folder of real images and the networks' configurations show to be wrong.
 
     Raises:
         ValueError: with what was given, what is accepted, and the flag to change.
     """
     check_libraries("--eval_steps")
-    real = len(image_files(args.eval_data_dir))
-    drawn = args.eval_num_images or min(real, MOST_BY_DEFAULT)
-    check_counts(args.eval_metrics, drawn, real, NEAREST_K, "--eval_")
-    check_networks(wanted_networks(args.eval_metrics, args.eval_features, args.eval_clip, "--eval_"), args.cache_dir)
-    if not family.class_conditional and not has_captions(args.eval_data_dir, args.caption_column):
+    folder = _real_folder(evaluation)
+    real = len(image_files(folder))
+    check_counts(evaluation.eval_metrics, _count(evaluation, real), real, NEAREST_K, "--eval_")
+    check_networks(_networks(evaluation), model.cache_dir)
+    if not family.class_conditional and not has_captions(folder, data.caption_column):
         raise ValueError(
-            f"--eval_data_dir {args.eval_data_dir}: it has no captions to draw from; put a metadata.jsonl beside the "
-            f'images, a line each, such as {{"file_name": "cat.png", "{args.caption_column}": "a photo of a cat"}}'
+            f"--eval_data_dir {folder}: it has no captions to draw from; put a metadata.jsonl beside the images, a "
+            f'line each, such as {{"file_name": "cat.png", "{data.caption_column}": "a photo of a cat"}}'
         )
+
+
+def _real_folder(evaluation: Evaluation) -> str:
+    assert evaluation.eval_data_dir is not None
+    return evaluation.eval_data_dir
+
+
+def _count(evaluation: Evaluation, real: int) -> int:
+    """How many images are drawn."""
+    return evaluation.eval_num_images or min(real, MOST_BY_DEFAULT)
+
+
+def _networks(evaluation: Evaluation) -> dict[str, tuple[str, bool]]:
+    return wanted_networks(evaluation.eval_metrics, evaluation.eval_features, evaluation.eval_clip, "--eval_")
 
 
 class TrainingEvaluation:
@@ -65,42 +76,59 @@ class TrainingEvaluation:
 
     Args:
         family: the pipeline in training.
-        scheduler: one that samples the objective in training.
-        args: the flags; those beginning with ``eval_`` are about this.
+        scheduler: samples the objective in training.
         names: of the classes, by label, of a class-conditional family.
-        preemption: where a signal has asked for an end, an evaluation is given up.
+        preemption: when a signal has asked the run to stop, an evaluation is abandoned.
+        words: the flags of the run's command line, recorded only.
 
     Raises:
-        ValueError: for a reference with too few images or no captions to draw from, and for a network that fails.
+        ValueError: for a reference with too few images or without captions to draw from, and for a network that
+            fails.
     """
 
     def __init__(
-        self, family: Family, scheduler: Any, args: Config, names: Mapping[int, str], preemption: Preemption
+        self,
+        family: Family,
+        scheduler: Any,
+        evaluation: Evaluation,
+        data: Data,
+        validation: Validation,
+        output: Output,
+        model: Model,
+        names: Mapping[int, str],
+        preemption: Preemption,
+        words: Sequence[str],
     ) -> None:
-        self.family, self.scheduler, self.args, self.preemption = family, scheduler, args, preemption
-        self.folder = Path(args.output_dir, FOLDER)
-        preprocessing = Preprocessing(args.resolution, args.image_interpolation_mode)
-        real = folder_images(args.eval_data_dir, preprocessing, args.caption_column)
-        pool = results.prompts_of(real, args.eval_data_dir, type(family), names, "--eval_data_dir")
-        count = args.eval_num_images or min(len(real), MOST_BY_DEFAULT)
+        self.family, self.scheduler, self.preemption = family, scheduler, preemption
+        self.data, self.validation, self.model = data, validation, model
+        self.batch_size, self.output_dir = evaluation.eval_batch_size, output.output_dir
+        self.folder = Path(output.output_dir, EVALUATION)
+        source = _real_folder(evaluation)
+        preprocessing = Preprocessing(min(data.size), data.image_interpolation_mode)
+        real = folder_images(source, preprocessing, data.caption_column)
+        pool = results.prompts_of(real, source, type(family), names, "--eval_data_dir")
+        count = _count(evaluation, len(real))
         self.prompts = [pool[number % len(pool)] for number in range(count)]
-        self.captions = [names.get(prompt, str(prompt)) for prompt in self.prompts]
-        self.settings = Namespace(
-            **{"metrics": args.eval_metrics, "features": args.eval_features, "clip": args.eval_clip},
-            **{"batch_size": args.eval_batch_size, "reference": args.eval_data_dir, "cache_dir": args.cache_dir},
-            **{"bootstrap": 0, "seed": 0, "nearest_k": NEAREST_K, "prompts_file": None},
-            words=["accelerate", "launch", sys.argv[0], *command_line(args)],
+        self.captions = [prompt_text(prompt, names) for prompt in self.prompts]
+        check_counts(evaluation.eval_metrics, count, len(real), NEAREST_K, "--eval_")
+        device = next(family.vae.parameters()).device
+        networks = load_networks(_networks(evaluation), real[0], device, model.cache_dir)
+        settings = Settings(
+            reference=source,
+            metrics=evaluation.eval_metrics,
+            features=evaluation.eval_features,
+            clip=evaluation.eval_clip,
+            batch_size=evaluation.eval_batch_size,
+            cache_dir=model.cache_dir,
+            words=("accelerate", "launch", sys.argv[0], *words),
         )
-        check_counts(args.eval_metrics, count, len(real), NEAREST_K, "--eval_")
-        wanted = wanted_networks(args.eval_metrics, args.eval_features, args.eval_clip, "--eval_")
-        networks = load_networks(wanted, real[0], family.vae.device, args.cache_dir)
-        self.reference = Reference(real, networks, self.settings)
+        self.reference = Reference(real, networks, settings)
         self.states: list[State] = []  # the first and the last
         self.latest: dict[str, Any] = {"results": []}  # the content of evaluation.json
 
     def resume(self, step: int) -> None:
-        """Go on with the results of an earlier part of the run, up to a step."""
-        file = self.folder / "evaluation.json"
+        """Continue the results of an earlier part of the run, up to a step."""
+        file = self.folder / EVALUATION_FILE
         if not step or not file.is_file():
             return
         self.latest = json.loads(file.read_text(encoding="utf-8"))
@@ -108,45 +136,39 @@ class TrainingEvaluation:
         for first in self.latest["results"][:1]:
             state = State(first["label"], first["source"], first["step"], self._images(first["step"]), first["drawn"])
             frequencies, powers = (self.latest["spectrum"][name] for name in ("frequencies", "log_power"))
-            there = all(image_path(self._place(state.step), number).is_file() for number in range(len(self.prompts)))
-            if there and state.name in powers:
+            if state.name in powers and all(file.is_file() for file in self._files(first["step"])):
                 power, energy = np.array(powers[state.name]), first["high_frequency_energy"]
                 state.spectrum = Spectrum(np.array(frequencies), power, energy)
                 self.states = [state]
 
-    def _place(self, step: int) -> Path:
-        return self.folder / "images" / f"step-{step:06d}"
+    def _place(self, step: int | None) -> Path:
+        return self.folder / EVALUATION_IMAGES / f"step-{step:06d}"
+
+    def _files(self, step: int) -> list[Path]:
+        return [image_path(self._place(step), number) for number in range(len(self.prompts))]
 
     def _images(self, step: int) -> ImageSet:
-        files = [image_path(self._place(step), number) for number in range(len(self.prompts))]
-        return ImageSet("drawn images", files, self.reference.images.preprocessing, self.captions)
+        return ImageSet("drawn images", self._files(step), self.reference.images.preprocessing, self.captions)
 
     def run(
-        self, accelerator: Accelerator, trained: TrainedParts, ema: MovingAverage | None, step: int
+        self, accelerator: Accelerator, trained: TrainedParts, average: MovingAverage | None, step: int
     ) -> dict[str, float]:
-        """Draw, measure, write; called by every process. Returns the numbers for the log, on the main process."""
+        """Draw, measure and write; every process has to call this, and the main one returns numbers for the log."""
         if accelerator.is_main_process:
-            shutil.rmtree(self._place(step), ignore_errors=True)  # of an earlier run in the same place
+            shutil.rmtree(self._place(step), ignore_errors=True)  # of an earlier run in the same folder
         accelerator.wait_for_everyone()
         dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(accelerator.mixed_precision, "float32")
-        with averaged(ema, trained):
+        with averaged(average, trained):
             self._draw(accelerator, trained, self._place(step), dtype)
         if self.preemption.asked_now():  # which waits for all processes
             return {}
-        label = Path(self.args.output_dir).resolve().name
-        drawn = sampling_settings(self.args, type(self.family), dtype)
-        state = State(label, self.args.output_dir, step, self._images(step), drawn)
+        label = Path(self.output_dir).resolve().name
+        drawn = sampling_settings(self.data, self.model, self.validation, type(self.family), dtype)
+        state = State(label, self.output_dir, step, self._images(step), drawn)
         (result,) = results.measure([state], self.reference, keep=False)
         if not accelerator.is_main_process:
             return {}
-        found = [*(other for other in self.latest["results"] if other["step"] != step), result]
-        self.states = [*(other for other in self.states[:1] if other.step != step), state]
-        self.latest = report.summary(found, self.states, self.reference, self.settings)
-        report.write_evaluation(self.latest, self.states, self.reference.images, self.folder)
-        kept = [self._place(state.step) for state in self.states]
-        for other in self.folder.glob("images/step-*"):
-            if other not in kept:
-                shutil.rmtree(other)
+        self._write(state, result)
         names = report.short_names(self.latest)
         return {
             f"eval_{metric}" + (f"/{names[network]}" if len(names) > 1 else ""): estimate["value"]
@@ -154,14 +176,25 @@ class TrainingEvaluation:
             for metric, estimate in metrics.items()
         } | {"eval_high_frequency_energy": result["high_frequency_energy"]}
 
+    def _write(self, state: State, result: dict[str, Any]) -> None:
+        """Write the evaluation with this result; images of states that are not shown are removed."""
+        found = [*(other for other in self.latest["results"] if other["step"] != state.step), result]
+        self.states = [*(other for other in self.states[:1] if other.step != state.step), state]
+        self.latest = report.summary(found, self.states, self.reference)
+        report.write_evaluation(self.latest, self.states, self.reference.images, self.folder)
+        kept = [self._place(state.step) for state in self.states]
+        for other in self.folder.glob(f"{EVALUATION_IMAGES}/step-*"):
+            if other not in kept:
+                shutil.rmtree(other)
+
     def on_card(self) -> tuple[list[EvalResult], str]:
-        """What the model card says of it: metadata and text."""
+        """Metadata and text for the model card."""
         if not self.latest["results"]:
             return [], ""
         return report.on_card(self.latest, self.latest["results"][-1]["label"])
 
     def _draw(self, accelerator: Accelerator, trained: TrainedParts, folder: Path, dtype: str) -> None:
-        """This process's part of the images."""
+        """Draw this process's part of the images."""
         pipeline = self.family.pipeline
         pipeline.register_modules(scheduler=type(self.scheduler).from_config(self.scheduler.config))
         mine = range(accelerator.process_index, len(self.prompts), accelerator.num_processes)
@@ -170,10 +203,10 @@ class TrainingEvaluation:
             self.family,
             [self.prompts[number] for number in mine],
             list(mine),
-            self.args.resolution,
-            self.args.validation_inference_steps,
-            self.args.validation_guidance_scale,
-            self.args.eval_batch_size,
+            self.data.size,
+            self.validation.validation_inference_steps,
+            self.validation.validation_guidance_scale,
+            self.batch_size,
             DTYPES[dtype],
         )
         for number, image in zip(mine, images, strict=True):

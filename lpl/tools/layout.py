@@ -18,6 +18,9 @@ SAMPLES = "samples"
 BEFORE_AFTER = "samples/before_after.png"
 SETTINGS = "settings.json"  # beside drawn images: what they were drawn with
 EVALUATION = "evaluation"
+EVALUATION_FILE = "evaluation.json"  # in that folder, or in the one that lpl.evaluate is given
+EVALUATION_TABLE = "evaluation.md"
+EVALUATION_IMAGES = "images"
 EVALUATION_CURVES = "evaluation/curves.png"
 
 # Checkpoints

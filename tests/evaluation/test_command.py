@@ -27,7 +27,7 @@ from lpl.evaluation.networks import load_networks
 
 
 PICTURES = {"samples.png", "crops.png", "spectrum.png", "curves.png"}
-NETWORK = "test_evaluate:block_means"
+NETWORK = "tests.evaluation.test_command:block_means"
 COUNT = 12
 
 
@@ -239,11 +239,11 @@ def test_what_is_broken_by_then_is_drawn_anew(command, evaluation):
 
 
 def test_which_part_of_a_folder_is_taken_is_spread_evenly(photos, tmp_path):
-    states = evaluate.find_states(evaluate.parse(words([photos], photos, tmp_path, resolution=32, num_images=5)))
-    args = evaluate.parse(words([photos], photos, tmp_path, num_images=5))
-    evaluate.read_state(states[0], args, Preprocessing(32))
+    command = evaluate.parse(words([photos], photos, tmp_path, num_images=5))
+    (state,) = evaluate.find_states(command)
+    evaluate.read_state(state, command, Preprocessing(32))
     whole = folder_images(photos, Preprocessing(32), progress=False)
-    assert states[0].images.captions == [whole.captions[number] for number in (0, 2, 4, 7, 9)]
+    assert state.pictures.captions == [whole.captions[number] for number in (0, 2, 4, 7, 9)]
 
 
 def test_another_setting_draws_beside_what_is_there(sd_pipeline, photos, tmp_path):
@@ -320,8 +320,8 @@ def test_classes_are_drawn_by_their_labels(dit_pipeline, class_folder, tmp_path)
         ({"resolution": 0}, "--resolution 0: it must be"),
         ({"resolution": 30}, "--resolution 30: this pipeline takes multiples of 4"),
         ({"features": "no_such_module:function"}, "--features no_such_module:function: .*cannot be imported"),
-        ({"num_images": 6}, r"6 generated .* need 7 .*\(--num_images\) or fewer --metrics"),
-        ({"nearest_k": 11}, "12 generated and 12 reference images: .* need 13 of each"),
+        ({"num_images": 6}, r"6 generated .* need at least 7 .*\(--num_images\) or fewer --metrics"),
+        ({"nearest_k": 11}, "12 generated and 12 reference images: .* need at least 13 of each"),
         ({"update_card": True}, "--update_card: none of the sources is a training run's folder"),
         ({"generated": ["no/such/pipeline"]}, "--generated no/such/pipeline: there is no such folder"),
         ({"generated": ["="]}, "--generated =: it must be a source, or LABEL=SOURCE"),
@@ -388,7 +388,7 @@ def test_missing_libraries_are_told_of_before_all_else(photos, tmp_path, monkeyp
 @pytest.mark.parametrize("given", [["features", "no_such_module:function"], ["metrics", "fid", "clip_score"]])
 def test_networks_are_tried_before_anything_is_looked_for(given, tmp_path, photos, monkeypatch):
     """The one of CLIPScore too, whose weights are not here."""
-    monkeypatch.setattr(evaluate, "find_states", lambda args: pytest.fail("sources were looked for"))
+    monkeypatch.setattr(evaluate, "find_states", lambda command: pytest.fail("sources were looked for"))
     name, *values = given
     line = words(
         [tmp_path / "gone"], photos, tmp_path / "out", f"--{name}", *values, **{name: None, "cache_dir": tmp_path}
@@ -411,11 +411,11 @@ def test_images_that_cannot_be_read_are_told_of_before_anything_is_drawn(sd_pipe
 
 def idle(*parts, **flags):
     """The flags that are said to do nothing."""
-    args = evaluate.parse(words(*parts, **flags))
-    states = evaluate.find_states(args)
+    command = evaluate.parse(words(*parts, **flags))
+    states = evaluate.find_states(command)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        evaluate.warn_of_idle(args, states)
+        evaluate.warn_of_idle(command, states)
     flags = [re.fullmatch("--(.*) has no effect in this run", str(warning.message)) for warning in said]
     return {flag[1] for flag in flags}
 
@@ -455,7 +455,7 @@ def test_two_processes_find_what_one_finds(command, evaluation, photos, tmp_path
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0"]
     environment = os.environ | {
         "ACCELERATE_USE_CPU": "true",
-        "PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT}",
+        "PYTHONPATH": f"{ROOT / 'tests/support'}{os.pathsep}{ROOT}",
         "LPL_CACHE": str(tmp_path / "features"),
     }
     done = subprocess.run(
@@ -464,7 +464,7 @@ def test_two_processes_find_what_one_finds(command, evaluation, photos, tmp_path
     )  # fmt: skip
     (photos / "unlisted.png").unlink()
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert done.stdout.count("numbers and pictures, and what the warnings mean, are in") == 1
+    assert done.stdout.count("numbers, pictures, and explanations of the warnings are in") == 1
     assert done.stderr.count("1 images are left out") == 2  # said once of each folder, not by each process
     found = json.loads((tmp_path / "evaluation.json").read_text())
     for ours, theirs in zip(found["results"], evaluation["results"], strict=True):

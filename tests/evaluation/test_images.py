@@ -219,7 +219,7 @@ def test_what_is_enlarged_is_counted_and_named(folder, caplog):
     columns(0, 200).convert("RGB").save(folder / "b.png")
     with caplog.at_level(logging.WARNING):
         images = folder_images(folder, Preprocessing(64))
-    assert f"{folder}: 1 of 3 images are smaller than 64 pixels, and are enlarged" in caplog.text
+    assert f"{folder}: 1 of 3 images are smaller than 64 pixels and are enlarged" in caplog.text
     assert images.enlarged == 1 and images.select([0, 2]).enlarged == 0 and images.select([1, 1, 0]).enlarged == 2
     assert folder_images(folder, Preprocessing(65)).enlarged == 3
     caplog.clear()
@@ -242,7 +242,7 @@ def test_what_lies_elsewhere_is_left_out(folder, tmp_path_factory, astronaut, ca
     with caplog.at_level(logging.WARNING):
         images = folder_images(folder, Preprocessing(16))
     assert images.captions == ["a.png"]
-    assert "2 images are left out, since they cannot be read" in caplog.text and "copy it there" in caplog.text
+    assert "2 images are left out because they cannot be read" in caplog.text and "copy it there" in caplog.text
 
 
 def test_programs_are_not_run_as_images(folder, monkeypatch):

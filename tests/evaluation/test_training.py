@@ -16,6 +16,7 @@ from lpl.training.preemption import EXIT_CODE
 from tests.evaluation.test_command import NETWORK, evaluated, photos  # noqa: F401
 
 
+BROKEN = "tests.evaluation.test_command:broken"
 FLAGS = {
     "eval_steps": 2,
     "eval_features": [NETWORK],
@@ -174,7 +175,7 @@ def test_an_evaluation_that_is_given_up_is_made_up_for(run, sd_pipeline, image_f
 
 
 def test_several_networks_are_told_apart(sd_pipeline, image_folder, flags, tmp_path):
-    networks = [NETWORK, "test_evaluate:grey"]
+    networks = [NETWORK, "tests.evaluation.test_command:grey"]
     flags = flags | {"eval_features": networks, "eval_metrics": ["kid"], "max_train_steps": 1}
     folder = train(sd_pipeline, image_folder, tmp_path / "run", **flags)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -197,8 +198,8 @@ def test_too_few_readable_images_are_told_of_before_training(sd_pipeline, image_
 
 def test_a_network_that_fails_is_told_of_before_training(sd_pipeline, image_folder, flags, tmp_path):
     with pytest.raises(SystemExit) as left:
-        train(sd_pipeline, image_folder, tmp_path / "run", **flags | {"eval_features": ["test_evaluate:broken"]})
-    assert "--eval_features test_evaluate:broken: it fails on an image of 32 x 32 pixels" in left.value.code
+        train(sd_pipeline, image_folder, tmp_path / "run", **flags | {"eval_features": [BROKEN]})
+    assert f"--eval_features {BROKEN}: it fails on an image of 32 x 32 pixels" in left.value.code
 
 
 def test_the_card_has_the_last_result(run):

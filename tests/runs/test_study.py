@@ -159,12 +159,11 @@ def test_a_row_is_run_after_those_whose_time_it_is_given(tmp_path, monkeypatch, 
     assert not list(tmp_path.rglob("checkpoint-*"))
     evaluations = [evaluate.parse(command[3:]) for command in commands if command[1:3] == ["-m", "lpl.evaluate"]]
     assert len(evaluations) == 6
-    for args in evaluations:
-        assert (args.num_images, args.num_inference_steps, args.guidance_scale, args.seed) == (run.IMAGES, 20, 1, 0)
-        assert tuple(args.metrics) == run.METRICS and args.features == [report.NETWORK] == [
-            "examples.study.features:load"
-        ]
-        assert args.output_dir == f"{args.generated[0]}/evaluation"
+    for request in (command.request for command in evaluations):
+        sampling = (request.num_images, request.num_inference_steps, request.guidance_scale, request.seed)
+        assert sampling == (run.IMAGES, 20, 1, 0) and request.metrics == run.METRICS
+        assert request.features == (report.NETWORK,) == ("examples.study.features:load",)
+        assert request.output_dir == f"{request.generated[0]}/evaluation"
     commands.clear()
     run.main()
     assert not commands
