@@ -6,12 +6,14 @@ import logging
 from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from lpl.config import Config
 from lpl.data.dataset import TrainingImages
 from lpl.diagnosis.needs import check_disk, count_parameters
 from lpl.objectives import FlowMatching, Objective, own_objective, training_scheduler
@@ -45,6 +47,11 @@ class Plan:
     steps_done: int
     global_batch: int
     schedule: LambdaLR
+    run: Any = None  # TODO(house): lpl.training.start.Run
+
+    @property
+    def config(self) -> Config:  # TODO(house): a field
+        return self.args  # type: ignore[return-value]
 
     @property
     def hardware(self) -> str:

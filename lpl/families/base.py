@@ -45,6 +45,7 @@ class Family:
     left_out: ClassVar[Mapping[str, Any]] = {}  # what training does without, as ``from_pretrained`` is told
     no_float16: ClassVar[tuple[str, ...]] = ()  # text encoders that overflow in it, and are taken in bfloat16
     objectives: ClassVar[tuple[str, ...]] = tuple(OBJECTIVES)  # those that its pipeline can sample
+    num_classes: ClassVar[int | None] = None  # TODO(house): replaces class_conditional
     class_conditional: ClassVar[bool] = False  # captions are class labels, numbers from 0
     empty_share: ClassVar[float] = 0.0  # default of --proportion_empty_prompts
     sequence_length: ClassVar[int | None] = None  # default of --max_sequence_length; None: it has no effect

@@ -22,6 +22,7 @@ class DiT(Family):
     pipeline_class = DiTPipeline
     denoiser_name = "transformer"
     text_encoder_names = ()
+    num_classes = 1000
     class_conditional = True
     empty_share = 0.1  # as DiT was trained
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard
 
-from lpl.publishing.card import AGAIN, RESULTS, _hub_recipe, _source_literal
+from lpl.publishing.card import loading_source
 from lpl.tools.files import write_whole
 from lpl.tools.layout import RECIPE
 
