@@ -20,6 +20,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ from lpl.families.resolve import resolve
 from lpl.gate import has_lpl, ramp, random_window, rows_inside, sigma_threshold_at, subset
 from lpl.objectives import Objective, diffusion_weight, dream_shift, own_objective
 from lpl.publishing import hub
-from lpl.publishing.card import RunCard, describe, write_model_card
+from lpl.publishing.card import RunCard, write_model_card
 from lpl.publishing.licence import base_licence
 from lpl.publishing.publication import Publication
 from lpl.tools.files import filled_whole
@@ -107,7 +108,7 @@ def train(args: Namespace, status: Status) -> None:
             if accelerator.is_main_process and not args.dry_run:
                 checkpoints.tidy(args.output_dir)
                 if args.resume_from_checkpoint == "hub":
-                    hub.download_run(args.hub_model_id, args.output_dir, args.hub_token, args.hub_revision)
+                    hub.download_run(args.output)
             resumable = checkpoints.find_resumable(args.output_dir, args.resume_from_checkpoint)
         progress = start_or_resume(args, resumable)
         args = status.args = args.changed(seed=progress.seed)
@@ -131,10 +132,7 @@ def train(args: Namespace, status: Status) -> None:
         images = training_images(dataset, objective, (latent_channels(configs.vae), side, side), args, empty)
         images.check()
         if args.push_to_hub and not args.dry_run and accelerator.is_main_process:
-            full_id = hub.prepare_repository(
-                args.hub_model_id, args.output_dir, args.hub_token, args.hub_private_repo, args.hub_revision
-            )
-            args = status.args = args.changed(hub_model_id=full_id)
+            args = status.args = args.changed(hub_model_id=hub.prepare_repository(args.output))
         licence = {}
         if accelerator.is_main_process and not args.dry_run:
             licence = base_licence(args.pretrained_model_name_or_path, args.revision, args.hub_token, args.cache_dir)
@@ -279,11 +277,30 @@ def train(args: Namespace, status: Status) -> None:
     def card() -> RunCard:
         """What the model card says at this moment."""
         results = evaluation.on_card() if evaluation is not None else ((), "")
-        return describe(plan, lpl_loss, log.records(), progress.step, prompts, data_classes, facts, licence, results)
+        plan.run = SimpleNamespace(  # TODO(house): lpl.training.start.Run
+            accelerator=accelerator,
+            seed=progress.seed,
+            step=progress.step,
+            mixed_precision=accelerator.mixed_precision,
+            repository=args.hub_model_id if args.push_to_hub else None,
+            recipe=recipe(args),
+        )
+        return RunCard.of(
+            plan,
+            blocks=blocks,
+            records=log.records(),
+            prompts=prompts,
+            classes=data_classes,
+            facts=facts,
+            licence=licence,
+            results=results,
+        )
 
     publication = None
     if args.push_to_hub and accelerator.is_main_process:
-        publication = Publication(args, save_to, () if args.lora.lora else tuple(trained.parts), card)
+        publication = Publication(
+            args.output, args.hub_model_id, save_to, () if args.lora.lora else tuple(trained.parts), card
+        )
     plan.announce()
     preemption.listen()
     if not progress.looked:

@@ -208,7 +208,7 @@ def _asked_for(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _lpl_in(records: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def _lpl_in(records: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """The last weight of LPL in a log, and its mean share of the loss."""
     with_lpl = [record for record in records if record.get("lpl_weight", 0) > 0 and "lpl_share" in record]
     if not with_lpl:
@@ -245,7 +245,7 @@ def write_model_card(folder: str | os.PathLike, card: RunCard) -> Path:
     """
     result = Result(Path(folder), card)
     functions = (fence, link, literal, loading_source, public_command, quote, is_hub_id, is_local, shown)
-    values = {function.__name__: function for function in functions}
+    values: dict[str, Any] = {function.__name__: function for function in functions}
     values |= {"size": words.size, "duration": words.duration, "layout": layout, "card": card, "result": result}
     content = ModelCard.from_template(result.metadata(), str(TEMPLATE), **values).content
     content = without_secrets(content).encode(errors="replace").decode()  # a prompt may hold bytes that are no UTF-8
@@ -388,7 +388,7 @@ class Result:
         return next((path.name for path in self.folder.glob(f"*{layout.OTHERS_SUFFIX}")), None)
 
     def call_arguments(self) -> dict[str, object]:
-        """Text pipelines take prompt and size; class-conditional ones take labels and draw at the one size they know."""
+        """Text pipelines take prompt and size; class-conditional ones take labels, and know one size only."""
         card = self.card
         arguments: dict[str, object] = {"prompt": card.prompt, "height": card.size[0], "width": card.size[1]}
         if card.class_conditional:
