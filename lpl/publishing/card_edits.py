@@ -1,4 +1,7 @@
-"""TODO: what is here."""
+"""Edits of a model card that exists: results that are measured later, and the address where it is published.
+
+All other text stays, including what its owner wrote.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +10,25 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from lpl.publishing.card import AGAIN, RESULTS, _hub_recipe, _source_literal
+from lpl.publishing import hub
+from lpl.publishing.card import loading_source
+from lpl.tools import layout
 from lpl.tools.files import write_whole
-from lpl.tools.layout import RECIPE
 
 
-# A card that is there ------------------------------------------------------------------------------------------------
+RESULTS, AGAIN = "\n## Results\n", "\n## Train it again\n"  # headings of card.md.j2
 
 
 def add_results(readme: Path, results: Sequence[EvalResult], text: str) -> None:
-    """Put what was measured into a card that is there; all else in it stays.
+    """Put results into a card.
 
     Args:
-        results: for the metadata, in the place of those of the same metric on the same data set.
-        text: Markdown under a heading of the third rank, in the place of what has the same heading among the results.
+        results: for the metadata; they replace those of the same metric on the same data set.
+        text: Markdown under a heading of level 3; it replaces the part of the results with the same heading.
     """
-    card = ModelCard.load(readme)
+    card, data = _loaded(readme)
     content = f"{card.text.rstrip()}\n"
     if RESULTS not in content:
         content = content.replace(AGAIN, RESULTS + AGAIN, 1)
@@ -34,52 +38,58 @@ def add_results(readme: Path, results: Sequence[EvalResult], text: str) -> None:
     heading = text.splitlines()[0]
     kept = [part for part in parts if part.splitlines()[0] != heading]
     card.text = "\n\n".join([f"{before.rstrip()}\n\n## Results", *kept, text.strip()]) + f"\n{more}{behind}"
-    replaced = {_measured(result) for result in results}
-    others = [result for result in card.data.eval_results or () if _measured(result) not in replaced]
-    card.data.eval_results = [*others, *results]
-    card.data.model_name = card.data.model_name or readme.resolve().parent.name
+    replaced = {_key(result) for result in results}
+    others = [result for result in data.eval_results or () if _key(result) not in replaced]
+    data.eval_results = [*others, *results]
+    data.model_name = data.model_name or readme.resolve().parent.name
     write_whole(readme, card.save)
 
 
-def _measured(result: EvalResult) -> tuple[str | None, ...]:
-    """Which metric on which data."""
+def _loaded(readme: Path) -> tuple[ModelCard, ModelCardData]:
+    """A card, and the metadata in it."""
+    card = ModelCard.load(readme)
+    assert isinstance(card.data, ModelCardData)
+    return card, card.data
+
+
+def _key(result: EvalResult) -> tuple[str | None, ...]:
+    """Metric and data set of a result."""
     return result.dataset_type, result.dataset_name, result.metric_type, result.metric_name
 
 
 def address_card(readme: Path, repo_id: str, revision: str | None = None) -> str:
-    """The card of a finished run as it is to stand in a repository, whatever the run itself had in mind.
+    """The card of a finished run for a repository, whatever address it was written for.
 
-    Title, code and the command that trains it again name the repository; all else stays, results that were added
-    later and what its owner wrote included.
+    Title, code and the command that trains the model again name the repository.
 
     Args:
         repo_id: `user/name`.
         revision: a branch; None: main.
     """
-    card = ModelCard.load(readme)
-    source = _given_source(card.text)
+    card, data = _loaded(readme)
+    source = _recipe_source(card.text)
     if source is None:
         return card.content
-    address, _, branch = source.removesuffix(f"/{RECIPE}").partition("@")
+    address, _, branch = source.removesuffix(f"/{layout.RECIPE}").partition("@")
     old, new = (name.rpartition("/")[2] for name in (address, repo_id))
-    was, now = _source_literal(address, branch), _source_literal(repo_id, revision)
-    # Every line of code that loads something, but a LoRA's pipeline, which comes from somewhere else.
-    loading = re.compile(r"pipeline(?! = )" if "lora" in (card.data.tags or ()) else "pipeline")
+    was, now = loading_source(address, branch), loading_source(repo_id, revision)
+    # Every line of code that loads something, except a LoRA's base pipeline.
+    loading = re.compile(r"pipeline(?! = )" if "lora" in (data.tags or ()) else "pipeline")
     lines = [line.replace(was, now) if loading.match(line) else line for line in card.text.split("\n")]
     text = re.sub(rf"^# {re.escape(old)}$", lambda _: f"# {new}", "\n".join(lines), count=1, flags=re.M)
     before, heading, command = text.partition(AGAIN)
-    command = command.replace(f"--config {shlex.quote(source)}", f"--config {_hub_recipe(repo_id, revision)}", 1)
+    command = command.replace(f"--config {shlex.quote(source)}", f"--config {hub.address(repo_id, revision)}", 1)
     card.text = before + heading + command
-    if card.data.eval_results and card.data.model_name == old:
-        card.data.model_name = new
+    if data.eval_results and data.model_name == old:
+        data.model_name = new
     return card.content
 
 
-def _given_source(text: str) -> str | None:
-    """The recipe of the command under "Train it again"; None where there is no such command."""
+def _recipe_source(text: str) -> str | None:
+    """The recipe of the command under "Train it again"; None if there is no such command."""
     found = re.search(r"^(`{3,})bash\n(.*?)\n\1$", text.partition(AGAIN)[2], re.M | re.S)
     try:
         words = shlex.split(found[2]) if found else []
-    except ValueError:  # an edited one
+    except ValueError:  # somebody edited it
         return None
     return words[words.index("--config") + 1] if "--config" in words[:-1] else None

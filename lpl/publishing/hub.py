@@ -1,7 +1,7 @@
-"""The run's repository on the Hugging Face Hub: made ready before the training, pushed to, and resumed from.
+"""The run's repository on the Hugging Face Hub: created before the training, pushed to, and resumed from.
 
-Each function here asks the Hub once; :mod:`lpl.publication` says what is published and when, and does not give up. All
-use the token given, else that of `hf auth login` or HF_TOKEN.
+Each function asks the Hub once; :mod:`lpl.publishing.uploads` tries again. All use the given token, or else that of
+`hf auth login` or HF_TOKEN.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import httpx2
+from httpx2 import HTTPError
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
@@ -22,40 +24,32 @@ from huggingface_hub import (
     set_client_factory,
     snapshot_download,
 )
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import _http
 
+from lpl.config.groups import Output
+from lpl.tools import layout
 from lpl.tools.privacy import without_secrets
 from lpl.training.checkpoints import Progress, checkpoint_path, find_checkpoints
 
 
 logger = logging.getLogger(__name__)
 MAIN = "main"  # the branch where --hub_revision names none
-LAST_CHECKPOINT = "last-checkpoint"  # where --hub_strategy checkpoint puts it, as transformers' Trainer does
-DOWNLOADS = ".download"  # in the output folder: what is not whole yet
-OF_A_RUN = ("metrics.jsonl", "recipe.yaml", "samples")  # what a resumed run goes on with beside its checkpoint
-SILENCE = 120.0  # seconds without a byte after which a connection counts as gone; the client alone waits for ever
+OF_A_RUN = (layout.LOG, layout.RECIPE, layout.SAMPLES)  # what a resumed run needs beside its checkpoint
+SILENCE = 120.0  # seconds without a byte after which a connection is given up; the client alone waits for ever
 LONGEST_WAIT = 300.0  # seconds between two tries
-REFUSED = (401, 403)  # another try gives no other answer
+REFUSED = (401, 403)  # another try gets the same answer
 
 
 class HubError(RuntimeError):
     """The Hub refuses or cannot be reached; the message is one sentence that names the flag to change."""
 
 
-def prepare_repository(
-    repo_id: str | None,
-    output_dir: str | os.PathLike,
-    token: str | None = None,
-    private: bool = False,
-    revision: str | None = None,
-) -> str:
-    """Create the model repository, or find it there, before any work is done.
+def prepare_repository(output: Output) -> str:
+    """Create the model repository of --hub_model_id, by default named like the output folder, or find it.
 
-    Args:
-        repo_id: `name` or `user/name`; None takes the name of `output_dir`.
-        private: a new repository is private; else it is what the account's settings say.
-        revision: a branch, which is made where there is none.
+    A new repository is private with --hub_private_repo, else as the account's settings say. The branch of
+    --hub_revision is created if it does not exist.
 
     Returns:
         The full id, `user/name`.
@@ -63,22 +57,26 @@ def prepare_repository(
     Raises:
         HubError: no token, a name that the Hub does not accept, no permission to write, or no network.
     """
-    name = repo_id or Path(output_dir).resolve().name
+    name, token, private = _name(output), output.hub_token, output.hub_private_repo
     _check_token(token, "--push_to_hub", ", or leave --push_to_hub out")
     try:
-        full_id = _api(token).create_repo(name, private=private or None, exist_ok=True).repo_id
+        full_id = api(token).create_repo(name, private=private or None, exist_ok=True).repo_id
         _check_write_permission(full_id, token)
-        if revision not in (None, MAIN):
-            _api(token).create_branch(full_id, branch=revision, exist_ok=True)
-    except (HTTPError, OSError, ValueError) as error:  # all that a request raises, a name it does not accept included
+        if output.hub_revision and output.hub_revision != MAIN:
+            api(token).create_branch(full_id, branch=output.hub_revision, exist_ok=True)
+    except (HTTPError, OSError, ValueError) as error:  # all that a request raises; ValueError for a bad name
         raise HubError(f"--push_to_hub: {explain(error, name)}") from error
     if private:
-        _warn_where_public(full_id, token)
+        _warn_if_public(full_id, token)
     return full_id
 
 
+def _name(output: Output) -> str:
+    return output.hub_model_id or Path(output.output_dir).resolve().name
+
+
 def address(repo_id: str, revision: str | None = None) -> str:
-    """What --config takes, ``user/name`` or ``user/name@branch``."""
+    """The repository as --config takes it: ``user/name`` or ``user/name@branch``."""
     return repo_id if revision in (None, MAIN) else f"{repo_id}@{revision}"
 
 
@@ -90,54 +88,37 @@ def push(
     message: str = "End of training",
     replaced: str | None = None,
 ) -> str:
-    """Commit all of a folder: in one commit, so that nobody ever finds half of it.
+    """Upload a folder in one commit, so that nobody ever finds half of it.
 
     Args:
-        replaced: a folder of the repository from which everything goes that the commit does not bring.
+        replaced: a folder of the repository; its files that the commit does not bring are deleted.
 
     Returns:
         The page's address.
 
     Raises:
-        Exception: whatever a request raises; nothing is committed then.
+        Exception: anything that a request raises; nothing is committed then.
     """
-    api, paths = _api(token), [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+    client, paths = api(token), [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
     files = {path.relative_to(folder).as_posix(): path for path in paths}
-    there = api.list_repo_files(repo_id, revision=revision) if replaced else []
+    there = client.list_repo_files(repo_id, revision=revision) if replaced else []
     gone = [file for file in there if file.startswith(f"{replaced}/") and file not in files]
     operations = [*map(CommitOperationDelete, gone), *(CommitOperationAdd(*entry) for entry in files.items())]
-    commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision)
+    commit = client.create_commit(repo_id, operations, commit_message=message, revision=revision)
     return str(commit.repo_url)
 
 
-def download_run(
-    repo_id: str | None, output_dir: str | os.PathLike, token: str | None = None, revision: str | None = None
-) -> None:
-    """Put the last checkpoint that was pushed into the output folder, with log, samples and recipe, unless the folder
-    has one as late; for --resume_from_checkpoint hub.
+def download_run(output: Output) -> None:
+    """Put the last published checkpoint into the output folder, with log, samples and recipe, unless the folder has
+    one of that step or a later one; for --resume_from_checkpoint hub.
 
     Raises:
-        HubError: no token, no permission, or no network; that there is no such repository or checkpoint is a warning.
+        HubError: no token, no permission, or no network. A missing repository or checkpoint is a warning only.
     """
-    flag, output_dir = "--resume_from_checkpoint hub", Path(output_dir)
-    name = repo_id or output_dir.resolve().name
-    _check_token(token, flag, ", or resume from latest")
-    folder = output_dir / DOWNLOADS
+    flag, folder, name = "--resume_from_checkpoint hub", Path(output.output_dir), _name(output)
+    _check_token(output.hub_token, flag, ", or resume from latest")
     try:
-        full_id = name if "/" in name else f"{_api(token).whoami()['name']}/{name}"
-        files = _api(token).list_repo_files(full_id, revision=revision)
-        remote = last_checkpoint(files)
-        if remote is None:
-            logger.warning(f"{flag}: {full_id} has no checkpoint yet")
-            return
-        source = {"revision": revision, "token": token, "local_dir": folder}
-        step = Progress.load(Path(hf_hub_download(full_id, f"{remote}/{Progress.FILE}", **source)).parent).step
-        local = find_checkpoints(output_dir)
-        if here := bool(local) and Progress.load(local[-1]).step >= step:
-            logger.info(f"{flag}: {local[-1].name} in {output_dir} is as late as the Hub's {step}, and is taken")
-        else:
-            wanted = [f"{remote}/*", *(f"{entry}*" for entry in OF_A_RUN)]
-            snapshot_download(full_id, allow_patterns=wanted, **source)
+        remote = _download_checkpoint(output, folder / layout.DOWNLOADS)
     except RepositoryNotFoundError as error:
         if error.response.status_code != 404:
             raise HubError(f"{flag}: {explain(error, name)}") from error
@@ -145,44 +126,76 @@ def download_run(
         return
     except (HTTPError, OSError, ValueError) as error:
         raise HubError(f"{flag}: {explain(error, name)}") from error
-    if not here:
-        for file in (file for file in folder.rglob("*") if file.is_file()):  # what is here is of an earlier step
-            name = file.relative_to(folder)
-            if name.parts[0] in OF_A_RUN:
-                (output_dir / name).parent.mkdir(parents=True, exist_ok=True)
-                file.replace(output_dir / name)
-        shutil.rmtree(checkpoint_path(output_dir, step), ignore_errors=True)  # no whole one, or it would be local
-        (folder / remote).rename(checkpoint_path(output_dir, step))
-    shutil.rmtree(folder)
+    if remote is not None:
+        _move_into(folder, remote)
+    shutil.rmtree(folder / layout.DOWNLOADS, ignore_errors=True)
+
+
+def _download_checkpoint(output: Output, target: Path) -> Path | None:
+    """Download the last checkpoint, and what a resumed run needs beside it.
+
+    Returns:
+        The checkpoint; None if the Hub has none, or if the output folder has one of that step or a later one.
+    """
+    client, revision = api(output.hub_token), output.hub_revision
+    full_id = name if "/" in (name := _name(output)) else f"{client.whoami()['name']}/{name}"
+    remote = last_checkpoint(client.list_repo_files(full_id, revision=revision))
+    if remote is None:
+        logger.warning(f"--resume_from_checkpoint hub: {full_id} has no checkpoint yet")
+        return None
+    source = {"revision": revision, "token": output.hub_token, "local_dir": target}
+    step = Progress.load(Path(hf_hub_download(full_id, f"{remote}/{layout.PROGRESS}", **source)).parent).step
+    local = find_checkpoints(output.output_dir)
+    if local and Progress.load(local[-1]).step >= step:
+        logger.info(
+            f"--resume_from_checkpoint hub: {local[-1].name} in {output.output_dir} is used, which is not older than "
+            f"the Hub's of step {step}"
+        )
+        return None
+    snapshot_download(full_id, allow_patterns=[f"{remote}/*", *(f"{entry}*" for entry in OF_A_RUN)], **source)
+    return target / remote
+
+
+def _move_into(folder: Path, checkpoint: Path) -> None:
+    """Move a downloaded checkpoint and the files beside it into the output folder, over those of an earlier step."""
+    for file in (file for file in checkpoint.parent.rglob("*") if file.is_file()):
+        name = file.relative_to(checkpoint.parent)
+        if name.parts[0] in OF_A_RUN:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            file.replace(folder / name)
+    place = checkpoint_path(folder, Progress.load(checkpoint).step)
+    shutil.rmtree(place, ignore_errors=True)  # it is not whole, or it would have been used
+    checkpoint.rename(place)
 
 
 def last_checkpoint(files: list[str]) -> str | None:
-    """The folder of a repository's latest whole checkpoint.
+    """The folder of the latest whole checkpoint among a repository's files.
 
     >>> last_checkpoint(["checkpoint-5/progress.json", "checkpoint-10/progress.json", "checkpoint-20/config.json"])
     'checkpoint-10'
     """
-    folders = [file.removesuffix(f"/{Progress.FILE}") for file in files if file.endswith(f"/{Progress.FILE}")]
-    if LAST_CHECKPOINT in folders:
-        return LAST_CHECKPOINT
+    folders = [file.removesuffix(f"/{layout.PROGRESS}") for file in files if file.endswith(f"/{layout.PROGRESS}")]
+    if layout.LAST_CHECKPOINT in folders:
+        return layout.LAST_CHECKPOINT
     numbers = [int(match[1]) for folder in folders if (match := re.fullmatch(r"checkpoint-(\d+)", folder))]
     return f"checkpoint-{max(numbers)}" if numbers else None
 
 
-def _api(token: str | None) -> HfApi:
+def api(token: str | None) -> HfApi:
+    """A client that gives up a silent connection."""
     set_client_factory(_client)
     return HfApi(token=(token or "").strip() or None)
 
 
-def _client():
-    """As the library makes its own, but for its patience."""
+def _client() -> httpx2.Client:
+    """The library's own client, with a timeout."""
     client = _http.default_client_factory()
     client.timeout = SILENCE
     return client
 
 
 class _Discreet(logging.Filter):
-    """Keeps secrets, such as signed addresses, out of what the client says."""
+    """Removes secrets, e.g. signed addresses, from the client's messages."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = without_secrets(record.getMessage()), None
@@ -196,24 +209,24 @@ for _handler in logging.getLogger("huggingface_hub").handlers:
 def _check_token(token: str | None, flag: str, otherwise: str) -> None:
     if not (token or get_token()):
         raise HubError(
-            f"{flag} needs a Hugging Face token and there is none: run `hf auth login`, give --hub_token{otherwise}."
+            f"{flag} needs a Hugging Face token, and none is found: run `hf auth login`, give --hub_token{otherwise}."
         )
 
 
 def _check_write_permission(repo_id: str, token: str | None) -> None:
-    """Raise where the Hub says no: `create_repo` lets a read-only token pass when the repository exists."""
+    """Raise if the Hub says no: `create_repo` accepts a read-only token when the repository exists."""
     try:
-        _api(token).auth_check(repo_id, write=True)
+        api(token).auth_check(repo_id, write=True)
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
             raise
-        logger.debug("The Hub does not tell whether %s can be written to: %s", repo_id, reason(error))
+        logger.debug("The Hub does not say whether %s can be written to: %s", repo_id, reason(error))
 
 
-def _warn_where_public(repo_id: str, token: str | None) -> None:
-    """`create_repo` leaves the visibility of a repository that exists as it is, without a word."""
+def _warn_if_public(repo_id: str, token: str | None) -> None:
+    """`create_repo` silently keeps the visibility of a repository that exists."""
     try:
-        public = not _api(token).model_info(repo_id).private
+        public = not api(token).model_info(repo_id).private
     except (HTTPError, OSError):
         return
     if public:
@@ -221,10 +234,10 @@ def _warn_where_public(repo_id: str, token: str | None) -> None:
 
 
 def explain(error: Exception, name: str) -> str:
-    """One sentence for the user: what happened and which flag changes it."""
+    """One sentence for the user: what happened, and which flag changes it."""
     status, said = getattr(getattr(error, "response", None), "status_code", None), reason(error)
     if isinstance(error, HFValidationError):
-        return f"{name!r} is no name for a repository ({said}); give another one as --hub_model_id."
+        return f"{name!r} is not a valid name of a repository ({said}); give another --hub_model_id."
     if status == 401:
         return f"the Hub does not accept the token ({said}); run `hf auth login` or give another --hub_token."
     if status == 403:
@@ -238,27 +251,28 @@ def explain(error: Exception, name: str) -> str:
 
 
 def pause(error: BaseException, wait: float) -> float:
-    """Seconds until the next try: as the Hub wishes, where an error says so, else ``wait``; not too many."""
+    """Seconds until the next try: what the Hub asks for, or else ``wait``; at most :data:`LONGEST_WAIT`."""
     response = answer_of(error)
     asked = "" if response is None else response.headers.get("Retry-After", "")
     return min(float(asked) if asked.isdecimal() else wait, LONGEST_WAIT)
 
 
 def answer_of(error: BaseException) -> Any:
-    """The Hub's answer that an error comes from: of a file, the client raises another one behind it."""
-    while error is not None and getattr(error, "response", None) is None:
-        error = error.__cause__
-    return getattr(error, "response", None)
+    """The Hub's answer behind an error; for a single file, the client wraps the error in another one."""
+    cause: BaseException | None = error
+    while cause is not None and getattr(cause, "response", None) is None:
+        cause = cause.__cause__
+    return getattr(cause, "response", None)
 
 
 def is_refused(error: BaseException) -> bool:
-    """Whether the Hub says that this token may not do so."""
+    """Whether the Hub does not accept the token, or does not permit it this."""
     response = answer_of(error)
     return response is not None and response.status_code in REFUSED
 
 
 def reason(error: BaseException) -> str:
-    """The error and what it came from on one line of at most 200 characters, without request ids and tokens."""
+    """The error and its cause on one line of at most 200 characters, without request ids and tokens."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     said = getattr(error, "server_message", None) or str(error) or type(error).__name__
     said = " ".join(without_secrets(re.sub(r"\(Request ID: [^)]*\)", "", said)).split()).rstrip(".")

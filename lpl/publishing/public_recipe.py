@@ -1,4 +1,4 @@
-"""The public form of a run's recipe: what a stranger would take of it, so nothing of this machine."""
+"""The public form of a run's recipe: the flags that a stranger can use, without paths of this machine."""
 
 from __future__ import annotations
 
@@ -15,28 +15,26 @@ from lpl.tools.files import write_text
 from lpl.tools.privacy import HUB_ID, shown, without_secrets
 
 
-PLACES = [
-    name for name, declared in FLAGS.items() if declared.public
-]  # flags whose values may lead to one's own files
+PLACES = [name for name, declared in FLAGS.items() if declared.public]  # their values may lead to one's own files
 
 
 def public_recipe(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those flags of a run that a stranger can rerun it with; what is local is left out, see :func:`left_to_give`."""
+    """The flags that a stranger can rerun a run with; local values are left out, see :func:`left_to_give`."""
     return {name: value for name, value in values.items() if value is not None and is_public(name, values)}
 
 
 def left_to_give(values: Mapping[str, Any]) -> dict[str, str]:
-    """What somebody who reruns the public recipe has to give: by flag, the data and models that are not on the Hub."""
+    """Flags that a rerun of the public recipe needs besides: data and models that are not on the Hub."""
     local = [name for name in PLACES if values.get(name) is not None and not is_public(name, values)]
     return {name: " ".join(shown(str(values[name])).split()) for name in local}
 
 
 def rerun_command(values: Mapping[str, Any], measured: Mapping[str, Any], repository: str | None = None) -> str:
-    """The command that reruns the public recipe, one line of a shell.
+    """The shell command that reruns the public recipe, on one line.
 
     Args:
         values, measured: of the run's own recipe.
-        repository: that has the public one, as --config takes it; None: a file.
+        repository: with the public recipe, as --config takes it; None: a file.
     """
     processes = measured.get("num_processes")
     alone = not isinstance(processes, int) or processes <= 1
@@ -47,7 +45,7 @@ def rerun_command(values: Mapping[str, Any], measured: Mapping[str, Any], reposi
 
 
 def public_text(values: Mapping[str, Any], measured: Mapping[str, Any], repository: str | None = None) -> str:
-    """The public recipe's file, under a comment that says what it is and how to rerun it; for the arguments see
+    """The public recipe as a file, headed by a comment with the command that reruns it; for the arguments see
     :func:`rerun_command`."""
     lines = [
         f"The recipe of {repository or 'this model'}: the flags that decide its training's numbers. Run it again:",
@@ -55,7 +53,7 @@ def public_text(values: Mapping[str, Any], measured: Mapping[str, Any], reposito
         f"  {rerun_command(values, measured, repository)}",
         "",
         *(f"--{name} has to be given: that run's is not on the Hub." for name in left_to_give(values)),
-        f'What is under "{MEASURED}" is no flag: that run has found it out, and a rerun compares itself with it.',
+        f'"{MEASURED}" holds no flags but measured facts of that run, which a rerun compares with its own.',
     ]
     head = "".join(f"# {line}".rstrip() + "\n" for line in lines)
     return without_secrets(f"{head}\n{recipe_text(public_recipe(values), measured)}")
@@ -65,10 +63,10 @@ def publish_recipe(recipe: Path, target: Path, repository: str | None = None) ->
     """Write the public form of a run's own recipe.
 
     Args:
-        repository: where it will be, as --config takes it; None: the hub_model_id of the run, if it has one.
+        repository: where the recipe is published, as --config takes it; None: the run's hub_model_id, if any.
 
     Raises:
-        OSError, ValueError: where the recipe cannot be read.
+        OSError, ValueError: the recipe cannot be read.
     """
     values = read_entries(recipe)
     measured, own = take_measured(values), str(values.get("hub_model_id"))

@@ -1,4 +1,9 @@
-"""TODO: what is here."""
+"""Commits the snapshots of a run, one after the other, in a thread of its own.
+
+A *snapshot* is a folder with everything that one commit brings. At most one is on its way and one waits: a later
+snapshot takes in the one that waits. A failed upload is tried again, together with later snapshots, after a wait that
+doubles or that the Hub asks for. Once the training is over, the number of tries is limited.
+"""
 
 from __future__ import annotations
 
@@ -16,30 +21,25 @@ from pathlib import Path
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from tqdm.auto import tqdm
 
+from lpl.config.groups import Output
 from lpl.publishing import hub
+from lpl.tools import layout
 from lpl.tools.files import visible_files
-from lpl.training.checkpoints import PREFIX
 
 
 logger = logging.getLogger(__name__)
-
-
-SNAPSHOTS = ".uploads"  # in the output folder
-FIRST_WAIT = 1.0  # seconds after which a failed upload is tried again; they double
-LAST_TRIES, LAST_SECONDS = 6, 900.0  # after the training is over
-LOOK = 0.1  # seconds between two looks at what is uploaded
-GRACE = 20.0  # seconds for uploads where a run is interrupted; Slurm kills after 30
-
-
-# Uploads ------------------------------------------------------------------------------------------------------------
+FIRST_WAIT = 1.0  # seconds before a failed upload is tried again; they double
+LAST_TRIES, LAST_SECONDS = 6, 900.0  # limits once the training is over
+INTERVAL = 0.1  # seconds between two checks of what is uploaded
+GRACE = 20.0  # seconds for uploads when a run is interrupted; Slurm kills after 30
 
 
 @dataclass
 class Snapshot:
-    """One commit to be.
+    """A commit to be made.
 
     Args:
-        finish: what is still to be done to the folder.
+        finish: what remains to be done to the folder.
     """
 
     folder: Path
@@ -47,9 +47,10 @@ class Snapshot:
     finish: Callable[[Path], None] = lambda folder: None
 
     def take_in(self, earlier: Snapshot) -> None:
-        """Bring what an earlier one would have brought, where this one does not."""
+        """Move the files of an earlier snapshot here, except those that this one has."""
+        has_state = (self.folder / layout.LAST_CHECKPOINT).is_dir()
         for name in visible_files(earlier.folder, earlier.folder):
-            outdated = name.parts[0] == hub.LAST_CHECKPOINT and (self.folder / hub.LAST_CHECKPOINT).is_dir()
+            outdated = has_state and name.parts[0] == layout.LAST_CHECKPOINT
             if not outdated and not (self.folder / name).exists():
                 (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (earlier.folder / name).rename(self.folder / name)
@@ -57,36 +58,35 @@ class Snapshot:
 
 
 class Uploads:
-    """Commits snapshots in their order, in a thread of its own.
-
-    One is on its way and one waits at most: what comes meanwhile takes in what waits. One that fails is tried again,
-    with what has come meanwhile, after a while that doubles, or that the Hub asks for; a few times more when the
-    training is over.
+    """The uploads to one repository.
 
     Args:
-        folder: the run's output folder.
+        repository: full id, ``user/name``.
     """
 
-    def __init__(self, folder: Path, repo_id: str, token: str | None, revision: str | None) -> None:
-        self.folder, self.repo_id, self.token, self.revision = folder, repo_id, token, revision
-        shutil.rmtree(folder / SNAPSHOTS, ignore_errors=True)  # of a run that was killed; it is all in this one's
-        self.url, self.problem = "", ""  # of the page, after a commit; why there was none
+    def __init__(self, output: Output, repository: str) -> None:
+        self.folder, self.repository = Path(output.output_dir), repository
+        self.token, self.revision = output.hub_token, output.hub_revision
+        self.url, self.problem = "", ""  # the page, after a commit; why the last try failed
         self.done = 0  # commits
         self._numbers = count()
         self._waiting: Snapshot | None = None
         self._busy, self._over = False, False
         self._changed = threading.Condition()
+        self.remove()  # what a killed run left is all in this run's snapshots
         disable_progress_bars()  # they would be drawn over the training's
-        logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # it tells each of its tries
+        logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # it logs each of its tries
         threading.Thread(target=self._work, name="uploads", daemon=True).start()
 
     def new(self, step: int | None = None) -> Path:
         """An empty folder for a snapshot."""
-        folder = self.folder / SNAPSHOTS / f"{next(self._numbers)}{'' if step is None else f'-step-{step}'}"
+        name = f"{next(self._numbers)}{'' if step is None else f'-step-{step}'}"
+        folder = self.folder / layout.UPLOADS / name
         folder.mkdir(parents=True)
         return folder
 
     def add(self, snapshot: Snapshot) -> None:
+        """Queue a snapshot."""
         with self._changed:
             if self._waiting is not None:
                 self._drop_states(self._waiting.folder)
@@ -94,45 +94,56 @@ class Uploads:
             self._waiting = snapshot
             self._changed.notify_all()
 
+    def remove(self) -> None:
+        """Delete all snapshots."""
+        shutil.rmtree(self.folder / layout.UPLOADS, ignore_errors=True)
+
     def _drop_states(self, waiting: Path) -> None:
-        """Of checkpoints that --checkpoints_total_limit has dropped meanwhile; their links would fill the disk."""
-        for state in waiting.glob(f"{PREFIX}*"):
+        """Drop checkpoints that --checkpoints_total_limit has deleted meanwhile; their links would fill the disk."""
+        for state in waiting.glob(f"{layout.CHECKPOINT_PREFIX}*"):
             if not (self.folder / state.name).exists():
-                logger.warning("%s is gone before it could be uploaded, and is left out", state.name)
+                logger.warning("%s was deleted before it could be uploaded, and is left out", state.name)
                 shutil.rmtree(state, ignore_errors=True)
 
-    def finish(self, stop: Callable[[], bool], seconds: float | None = None) -> bool:
-        """Wait until all is uploaded, or given up.
+    def wait(self, stop: Callable[[], bool] = lambda: False, seconds: float | None = None) -> bool:
+        """Wait until everything is uploaded or given up; the number of tries is limited from here on.
 
         Args:
-            stop: asked all the while, whether to give up.
-            seconds: to wait at most.
+            stop: asked all the time whether to give up.
+            seconds: longest wait.
 
         Returns:
-            Whether all is there; else a warning says what to do.
+            Whether everything is uploaded; otherwise ``problem`` has the reason.
         """
         with self._changed:
             self._over = True
             self._changed.notify_all()
         pending, done = self._pending, self.done
         if pending and self.problem:
-            logger.info("the Hub is waited for, a quarter of an hour at most; Ctrl-C leaves the rest to lpl.publish")
+            logger.info("waiting for the Hub, at most a quarter of an hour; Ctrl-C leaves the rest to lpl.publish")
         enable_progress_bars()  # the client shows bytes
         with tqdm(total=pending, desc="uploads", disable=not pending, mininterval=5) as bar:
-            for _ in count() if seconds is None else range(int(seconds / LOOK)):
+            for _ in count() if seconds is None else range(int(seconds / INTERVAL)):
                 bar.update(min(pending, self.done - done) - bar.n)
                 if not self._pending or stop():
                     break
                 with self._changed:
-                    self._changed.wait(LOOK)
-        if self._pending or self.problem:
+                    self._changed.wait(INTERVAL)
+        if self._pending and not self.problem:
+            self.problem = "there was no time"
+        return not self.problem
+
+    def finish(self, stop: Callable[[], bool], seconds: float | None = None) -> bool:
+        """:meth:`wait`, and report how it ended; the warning of a failure names the command that publishes later."""
+        if not self.wait(stop, seconds):
             logger.warning(
-                "Not all is uploaded to %s (%s). All is in %s; of a run that is done this uploads the result: %s",
-                *(self.repo_id, self.problem or "there was no time", self.folder, self._by_hand()),
+                "Not everything is uploaded to %s (%s). All results are in %s. After a finished run, this command "
+                "uploads the result: %s",
+                *(self.repository, self.problem, self.folder, self._by_hand()),
             )
             return False
-        shutil.rmtree(self.folder / SNAPSHOTS, ignore_errors=True)
-        logger.info(f"published at {self.url}" if self.url else "nothing was to be published yet")
+        self.remove()
+        logger.info(f"published at {self.url}" if self.url else "nothing to publish yet")
         return True
 
     @property
@@ -140,17 +151,21 @@ class Uploads:
         return self._busy + (self._waiting is not None)
 
     def _by_hand(self) -> str:
-        where = ["--hub_revision", self.revision] if self.revision else []
-        return shlex.join(["python", "-m", "lpl.publish", str(self.folder), "--hub_model_id", self.repo_id, *where])
+        branch = ["--hub_revision", self.revision] if self.revision else []
+        words = ["python", "-m", "lpl.publish", str(self.folder), "--hub_model_id", self.repository, *branch]
+        return shlex.join(words)
+
+    # The thread
 
     def _work(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting is not None)
                 snapshot, self._waiting, self._busy = self._waiting, None, True
+            assert snapshot is not None
             try:
                 self._upload(snapshot)
-            except BaseException as error:  # of the client's own machinery; whoever waits must not wait for ever
+            except BaseException as error:  # from the client's own machinery; nobody may wait for ever
                 self.problem = hub.reason(error)
             finally:
                 with self._changed:
@@ -158,7 +173,7 @@ class Uploads:
                     self._changed.notify_all()
 
     def _upload(self, snapshot: Snapshot) -> None:
-        """Until it is there, or the run is over and a few tries more have failed."""
+        """Try until the snapshot is uploaded, or until the tries after the training are used up."""
         wait, tries_left, over, deadline = FIRST_WAIT, LAST_TRIES, False, math.inf
         while tries_left > 0 and time.monotonic() < deadline:
             if self._over and not over:
@@ -167,14 +182,11 @@ class Uploads:
             try:
                 self._push(snapshot)
                 return
-            except Exception as error:  # a request raises dozens; the run must not see one of them
-                said = hub.reason(error)
-                if said != self.problem:
-                    logger.warning("The upload to %s failed and will be tried again: %s", self.repo_id, said)
-                self.problem = said
-                pause = hub.pause(error, wait)
-                if over and hub.is_refused(error):
+            except Exception as error:  # a request raises dozens; the run must not see any
+                if self._over and hub.is_refused(error):
                     tries_left = 0
+                self._report(hub.reason(error), again=tries_left > 0)
+                pause = hub.pause(error, wait)
             with self._changed:
                 if tries_left:
                     self._changed.wait_for(lambda: self._over and not over, pause)  # noqa: B023
@@ -183,9 +195,15 @@ class Uploads:
                     snapshot, self._waiting = self._waiting, None
             wait *= 2
 
+    def _report(self, problem: str, again: bool) -> None:
+        """Warn once of a problem that lasts."""
+        if problem != self.problem and again:
+            logger.warning("The upload to %s failed and will be tried again: %s", self.repository, problem)
+        self.problem = problem
+
     def _push(self, snapshot: Snapshot) -> None:
         snapshot.finish(snapshot.folder)
-        replaced = hub.LAST_CHECKPOINT if (snapshot.folder / hub.LAST_CHECKPOINT).is_dir() else None
-        self.url = hub.push(snapshot.folder, self.repo_id, self.token, self.revision, snapshot.message, replaced)
+        replaced = layout.LAST_CHECKPOINT if (snapshot.folder / layout.LAST_CHECKPOINT).is_dir() else None
+        self.url = hub.push(snapshot.folder, self.repository, self.token, self.revision, snapshot.message, replaced)
         self.problem, self.done = "", self.done + 1
         shutil.rmtree(snapshot.folder, ignore_errors=True)

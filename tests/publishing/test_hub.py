@@ -1,4 +1,4 @@
-"""The Hub's side of a run against tests/hub_server.py, which the real huggingface_hub talks to."""
+"""The Hub's side of a run, against tests/support/hub_server.py, which the real huggingface_hub talks to."""
 
 import json
 import logging
@@ -6,15 +6,31 @@ import os
 
 import pytest
 from httpx2 import Timeout, TimeoutException
-from hub_server import Fault, HubServer, Repository
+from hub_server import Fault, Repository
 from huggingface_hub import close_session, constants, get_session
 from huggingface_hub.errors import HfHubHTTPError
 
-from lpl.publishing.hub import SILENCE, HubError, _api, download_run, prepare_repository, push, reason
+from lpl.config.groups import Output
+from lpl.publishing.hub import SILENCE, HubError, api, download_run, push, reason
+from lpl.publishing.hub import prepare_repository as prepare
 from lpl.training.checkpoints import find_checkpoints
+from tests.publishing.conftest import TOKEN
 
 
-TOKEN = "hf_aBcDeFgHiJkLmNoPqRsTuVwXyZ"
+def prepare_repository(name, folder="out", token=TOKEN, private=False, revision=None) -> str:
+    return prepare(
+        Output(
+            hub_model_id=name,
+            output_dir=str(folder),
+            hub_token=token,
+            hub_private_repo=private,
+            hub_revision=revision,
+        )
+    )
+
+
+def download(name, folder) -> None:
+    download_run(Output(hub_model_id=name, output_dir=str(folder), hub_token=TOKEN))
 
 
 @pytest.fixture
@@ -23,14 +39,6 @@ def no_login(monkeypatch, tmp_path):
     for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with HubServer(token=TOKEN) as server:
-        server.connect(monkeypatch, tmp_path / "home")
-        server.without_waits(monkeypatch)
-        yield server
 
 
 @pytest.fixture
@@ -49,20 +57,20 @@ def result(tmp_path):
 @pytest.mark.parametrize("asked, full", [("fox", "user/fox"), ("team/fox", "team/fox"), (None, "user/out-1")])
 def test_the_repository_is_created_once_and_found_again(hub, tmp_path, asked, full):
     for _ in range(2):
-        assert prepare_repository(asked, tmp_path / "out-1", TOKEN) == full
+        assert prepare_repository(asked, tmp_path / "out-1") == full
     assert list(hub.repos) == [full]
 
 
 def test_the_token_of_the_login_is_used(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    assert prepare_repository("fox", "out", None) == "user/fox"
+    assert prepare_repository("fox", token=None) == "user/fox"
 
 
 def test_private_repositories_and_public_ones_that_stay_so(hub, caplog):
-    prepare_repository("hidden", "out", TOKEN, private=True)
+    prepare_repository("hidden", private=True)
     assert hub.repos["user/hidden"].private and not caplog.records
     hub.repos["user/open"] = Repository()
-    prepare_repository("open", "out", TOKEN, private=True)
+    prepare_repository("open", private=True)
     assert "user/open exists and is public" in caplog.text
 
 
@@ -75,13 +83,13 @@ def sentence(error: pytest.ExceptionInfo) -> str:
 
 def test_no_token(no_login):
     with pytest.raises(HubError) as error:
-        prepare_repository("fox", "out", None)
+        prepare_repository("fox", token=None)
     assert "`hf auth login`" in sentence(error) and "--hub_token" in sentence(error)
 
 
 def test_a_token_that_is_not_accepted(hub):
     with pytest.raises(HubError) as error:
-        prepare_repository("fox", "out", "hf_wrong")
+        prepare_repository("fox", token="hf_wrong")
     assert "401" in sentence(error) and "`hf auth login`" in sentence(error) and "--hub_token" in sentence(error)
 
 
@@ -89,25 +97,25 @@ def test_a_token_that_is_not_accepted(hub):
 def test_no_permission(hub, refused):
     hub.faults.append(Fault(refused, status=403))
     with pytest.raises(HubError) as error:
-        prepare_repository("team/fox", "out", TOKEN)
+        prepare_repository("team/fox")
     assert "403" in sentence(error) and "team/fox" in sentence(error) and "--hub_model_id" in sentence(error)
 
 
 def test_a_hub_that_cannot_check_permission_is_trusted(hub):
     hub.faults.append(Fault("auth-check", status=404))
-    assert prepare_repository("fox", "out", TOKEN) == "user/fox"
+    assert prepare_repository("fox") == "user/fox"
 
 
 def test_a_hub_in_trouble(hub):
     hub.faults.append(Fault("repos/create", status=500))
     with pytest.raises(HubError, match="500.*--hub_model_id"):
-        prepare_repository("fox", "out", TOKEN)
+        prepare_repository("fox")
 
 
 @pytest.mark.parametrize("name", ["a fox", "a/b/c", "-fox"])
 def test_a_name_that_the_hub_does_not_accept(hub, name):
     with pytest.raises(HubError) as error:
-        prepare_repository(name, "out", TOKEN)
+        prepare_repository(name)
     assert "--hub_model_id" in sentence(error) and not hub.requests
 
 
@@ -116,7 +124,7 @@ def test_no_network(monkeypatch, no_login, offline):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     with pytest.raises(HubError) as error:
-        prepare_repository("fox", "out", TOKEN)
+        prepare_repository("fox")
     assert "cannot be reached" in sentence(error) and "lpl.publish" in sentence(error)
 
 
@@ -124,7 +132,7 @@ def test_no_network(monkeypatch, no_login, offline):
 
 
 def test_a_folder_is_one_commit_and_pushing_again_sends_what_has_changed(hub, result):
-    repo_id = prepare_repository(None, result, TOKEN)
+    repo_id = prepare_repository(None, result)
     assert push(result, repo_id, TOKEN, message="1000 steps") == f"{hub.url}/user/fox-lpl"
     repository = hub.repos[repo_id]
     assert set(repository.files) == {"model_index.json", "unet/model.safetensors"}
@@ -142,7 +150,7 @@ def test_many_files_are_one_commit_or_none(xet, hub, result, monkeypatch):
     (result / "unet/model.safetensors").unlink()
     for number in range(300):
         (result / f"{number}.png").write_bytes(os.urandom(8))
-    repo_id = prepare_repository(None, result, TOKEN)
+    repo_id = prepare_repository(None, result)
     hub.faults.append(Fault("commit", status=500, times=1))
     with pytest.raises(HfHubHTTPError):
         push(result, repo_id, TOKEN)
@@ -152,7 +160,7 @@ def test_many_files_are_one_commit_or_none(xet, hub, result, monkeypatch):
 
 
 def test_what_a_folder_of_the_repository_had_and_is_not_brought_goes(hub, result):
-    repo_id = prepare_repository(None, result, TOKEN)
+    repo_id = prepare_repository(None, result)
     hub.repos[repo_id].files = {"last-checkpoint/random-1": b"1", "last-checkpoint/state": b"1", "other": b"1"}
     (result / "last-checkpoint").mkdir()
     (result / "last-checkpoint/state").write_text("2")
@@ -162,15 +170,15 @@ def test_what_a_folder_of_the_repository_had_and_is_not_brought_goes(hub, result
 
 
 def test_a_branch_is_made_and_pushed_to(hub, result):
-    repo_id = prepare_repository(None, result, TOKEN, revision="second")
-    assert prepare_repository(None, result, TOKEN, revision="second") == repo_id  # it is there by now
+    repo_id = prepare_repository(None, result, revision="second")
+    assert prepare_repository(None, result, revision="second") == repo_id  # it is there by now
     push(result, repo_id, TOKEN, "second")
     assert "model_index.json" in hub.repos[repo_id].at("second").files and not hub.repos[repo_id].files
 
 
 @pytest.mark.parametrize("failing", ["preupload", "lfs/upload", "commit"])
 def test_a_failed_upload_changes_nothing_and_says_why(hub, result, failing):
-    repo_id = prepare_repository(None, result, TOKEN)
+    repo_id = prepare_repository(None, result)
     hub.faults.append(Fault(failing, status=403, message=f"no {TOKEN} here"))
     with pytest.raises((HfHubHTTPError, RuntimeError)) as error:  # the latter for a single file
         push(result, repo_id, TOKEN)
@@ -178,7 +186,7 @@ def test_a_failed_upload_changes_nothing_and_says_why(hub, result, failing):
 
 
 def test_a_hub_that_says_nothing_is_not_waited_for(hub, result, monkeypatch):
-    repo_id = prepare_repository(None, result, TOKEN)
+    repo_id = prepare_repository(None, result)
     monkeypatch.setattr("lpl.publishing.hub.SILENCE", 0.1)
     hub.faults.append(Fault("preupload", delay=30))
     with pytest.raises(TimeoutException):
@@ -199,7 +207,7 @@ def test_the_last_checkpoint_comes_with_what_a_run_goes_on_with(hub, tmp_path):
     files = checkpoint(5, "checkpoint-5") | checkpoint(10, "checkpoint-10") | OF_THE_RUN
     hub.repos["user/fox"] = Repository(private=True, files=files)
     for _ in range(2):  # the second time it is there
-        download_run("fox", tmp_path / "run", TOKEN)
+        download("fox", tmp_path / "run")
         found = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*") if path.is_file()}
         assert found == {
             "metrics.jsonl",
@@ -213,10 +221,10 @@ def test_an_interrupted_download_is_no_checkpoint_and_goes_on(hub, tmp_path):
     hub.repos["user/fox"] = Repository(files=checkpoint(7, "last-checkpoint") | OF_THE_RUN)
     hub.faults.append(Fault("GET .*unet/w", status=403))
     with pytest.raises(HubError, match="--resume_from_checkpoint hub"):
-        download_run("user/fox", tmp_path, TOKEN)
+        download("user/fox", tmp_path)
     assert find_checkpoints(tmp_path) == []
     hub.faults.clear()
-    download_run("user/fox", tmp_path, TOKEN)
+    download("user/fox", tmp_path)
     assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-7"]
     assert not (tmp_path / ".download").exists()
 
@@ -229,14 +237,14 @@ def test_the_log_of_a_later_checkpoint_replaces_that_of_an_earlier_one(hub, tmp_
     ).items():
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_bytes(content)
-    download_run("user/fox", run, TOKEN)
+    download("user/fox", run)
     assert [path.name for path in find_checkpoints(run)] == ["checkpoint-7", "checkpoint-9"]
     assert (run / "metrics.jsonl").read_text() == "log" and (run / "samples/mine.png").is_file()
     assert (run / "samples/step-000000/00.png").is_file()
 
 
 def test_every_client_gives_up_a_silent_hub(hub):
-    _api(TOKEN)
+    api(TOKEN)
     close_session()  # as the library does when a connection is refused
     assert get_session().timeout == Timeout(SILENCE)
 
@@ -252,14 +260,14 @@ def test_what_is_here_stays(hub, tmp_path):
     for name, content in checkpoint(9, "checkpoint-9").items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    download_run("user/fox", tmp_path, TOKEN)
+    download("user/fox", tmp_path)
     assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-9"]
     assert (tmp_path / "metrics.jsonl").read_text() == "mine"
 
 
 def test_there_is_nothing_to_resume_from(hub, tmp_path, caplog):
-    download_run("user/fox", tmp_path / "run", TOKEN)
+    download("user/fox", tmp_path / "run")
     hub.repos["user/fox"] = Repository(files={"README.md": b"a"})
-    download_run("user/fox", tmp_path / "run", TOKEN)
+    download("user/fox", tmp_path / "run")
     assert "there is no repository user/fox yet" in caplog.text and "user/fox has no checkpoint yet" in caplog.text
     assert not (tmp_path / "run").exists()
