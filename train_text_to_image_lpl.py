@@ -4,9 +4,9 @@
     accelerate launch train_text_to_image_lpl.py --pretrained_model_name_or_path PIPELINE --train_data_dir IMAGES
 
 Read from top to bottom: configuration -> data -> models -> optimizer -> resume -> loop -> save -> push. The method is
-:class:`Losses` and :func:`optimizer_step` below, over ``lpl/``: objectives in ``lpl/objectives.py`` (Table 1), the loss
-in ``lpl/loss.py`` (Eq. 2), its gate in ``lpl/gate.py``, its weight in ``lpl/weighting.py`` (Eq. 3). ``--lpl_weight 0``
-is the plain diffusion baseline and never runs the decoder.
+:class:`Losses` and :func:`optimizer_step` below :func:`train`, over ``lpl/``: objectives in ``lpl/objectives.py``
+(Table 1), the loss in ``lpl/loss.py`` (Eq. 2), its gate in ``lpl/gate.py``, its weight in ``lpl/weighting.py`` (Eq. 3).
+``--lpl_weight 0`` is the plain diffusion baseline and never runs the decoder.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from __future__ import annotations
 from lpl.config import command_line
 
 
-# A wrong flag is answered here, before the libraries are imported, which takes seconds.
+# Flags come first: a wrong one is refused before the libraries are imported, which takes seconds.
 CONFIG = command_line.parse() if __name__ == "__main__" else None
 
 import logging
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from lpl.autoencoders import encode
 from lpl.config import Config, held_out
 from lpl.config.groups import Diffusion, Lpl
 from lpl.data.bad_samples import BadSamples
-from lpl.data.dataset import Batch, real_images
+from lpl.data.dataset import Batch, TrainingImages, real_images
 from lpl.data.loader import training_batches
 from lpl.diagnosis.dry_run import DryRun
 from lpl.diagnosis.failures import Status, explained
@@ -53,17 +53,26 @@ from lpl.tools.pictures import loss_curves
 from lpl.tools.process import leave_after
 from lpl.training.average import MovingAverage
 from lpl.training.checkpoints import TrainingState, set_aside
-from lpl.training.loading import average_from_revision, load_family
 from lpl.training.log import Log
-from lpl.training.losses import BatchLosses, perceptual_loss
-from lpl.training.parts import TrainedParts, unwrapped
+from lpl.training.losses import BatchLosses, lpl_weight, perceptual_loss
+from lpl.training.parts import unwrapped
 from lpl.training.pauses import Pauses
 from lpl.training.preemption import EXIT_CODE, Preemption
 from lpl.training.preflight import check_captions, preflight
-from lpl.training.provenance import compare_with, measured_facts, write_recipe
+from lpl.training.provenance import start_recipe, update_recipe
 from lpl.training.result import Result
 from lpl.training.skipped_steps import SkippedSteps
-from lpl.training.start import Length, Stage, finish, open_images, refusing, start_accelerator, start_or_resume
+from lpl.training.start import (
+    Length,
+    Stage,
+    finish,
+    load_models,
+    open_images,
+    order_of,
+    refusing,
+    start_accelerator,
+    start_or_resume,
+)
 from lpl.training.updates import Updates, prepare
 from lpl.training.validation import HeldOutLosses, Samples, Validation
 from lpl.weighting import LplWeight
@@ -77,12 +86,12 @@ SCRIPT = Path(__file__).name
 def main() -> None:
     warnings.formatwarning = lambda message, *_, **__: f"{SCRIPT}: warning: {message}\n"
     config = CONFIG or command_line.parse()
-    with explained(SCRIPT, config) as status:  # what ends a run is explained in words
+    with explained(SCRIPT, config) as status:  # an error that ends the run is explained in words
         train(config, status)
 
 
 def train(config: Config, status: Status) -> None:
-    # Before any weights: whatever can be refused is refused here.
+    # Before any weights are loaded: whatever can be refused is refused here.
     with refusing(SCRIPT, hub.HubError):
         preflight(config)
         description = read_pipeline(config.model, config.lpl.lpl_blocks)
@@ -97,8 +106,290 @@ def train(config: Config, status: Status) -> None:
         prompts = description.prompts(config.validation.validation_prompts or (), classes)
         publishes = config.output.push_to_hub and run.is_main and not config.validation.dry_run
         run.repository = hub.prepare_repository(config.output) if publishes else None
-    # Models: a frozen VAE and frozen text encoders around what is trained, which is in float32.
-    with refusing(SCRIPT):
+
+        # Models: a frozen VAE and frozen text encoders around what is trained
         status.now(Stage.LOADING)
-        family = load_family(config.model, config.lora, description, accelerator)
-        trained = status.trained = TrainedParts(family, ...)
+        family, trained, average = load_models(config, description, accelerator)
+    status.trained = trained
+    lpl_loss = None
+    if config.lpl.enabled or held_out_images is not None:
+        lpl_loss = perceptual_loss(family.vae, config.lpl, config.model.cache_dir)
+    losses = Losses(family, images.objective, lpl_loss, config.lpl, config.diffusion)
+    weight = lpl_weight(config.lpl, accelerator.device)  # w of Eq. 3
+
+    # Optimizer, data, and all that a checkpoint holds; the same command resumes where the checkpoint stands
+    length = Length.of(config.optimization, images.length, accelerator.num_processes)
+    model, updates = prepare(accelerator, trained, average, config.optimization, length.global_batch, length.max_steps)
+    state = TrainingState(accelerator, trained, average, updates, weight)
+    if run.resumed is not None:
+        with refusing(SCRIPT):
+            state.load(run.resumed)
+        logger.info(f"resumed from {run.resumed}, {length.max_steps - run.step} of {length.max_steps} steps to go")
+    order = order_of(images, config.optimization, run)
+    batches = training_batches(images, order)
+    plan = Plan(
+        config, run, trained, images, images.objective, length.max_steps, length.global_batch, updates.schedule
+    )
+    step = partial(optimizer_step, model=model, losses=losses, weight=weight, updates=updates)
+    if config.validation.dry_run:
+        status.in_step(run.step + 1, config.lpl.enabled)
+        DryRun(plan, partial(step, number=run.step), batches, updates, weight).report()
+        finish(accelerator)
+        return
+
+    # What watches the run, and what it leaves
+    preemption = Preemption(accelerator)
+    if run.is_main:
+        set_aside(run.folder, run.step)
+    log = Log(
+        run, length, config.validation, config.output, config.lpl.lpl_every, lpl_loss.block_names if lpl_loss else ()
+    )
+    bad_samples = BadSamples(accelerator, images, run.folder, config.data.max_bad_samples, run.resumed is not None)
+    skipped_steps = SkippedSteps(accelerator, config.optimization.max_skipped_steps, run.progress.skipped)
+    scheduler = description.training_scheduler(config.model.prediction_type)
+    with refusing(SCRIPT):
+        validation = make_validation(
+            plan, length, losses, held_out_images, scheduler, prompts, classes, average, log, preemption, status.now
+        )
+    start_recipe(config, run, images.dataset, plan.hardware, weight.facts())
+    result = Result(run.folder, config.model, description, trained, average, scheduler, classes)
+    card = partial(make_card, plan, log, validation, prompts)
+    publication = None
+    if run.repository is not None:
+        whole = () if config.lora.lora else tuple(trained.parts)
+        publication = Publication(config.output, run.repository, result.save, whole, card)
+    pauses = Pauses(
+        state, order, log, skipped_steps, validation, config.output, publication and publication.checkpoint
+    )
+
+    # The loop
+    plan.announce()
+    preemption.listen()
+    if not run.progress.looked:
+        validation.run(run)
+    log.start_bar()
+    while run.step < length.max_steps and not run.ending:
+        with_lpl = weight.applies(run.step)
+        status.in_step(run.step + 1, with_lpl)
+        step(batches, with_lpl, number=run.step, observers=(log, skipped_steps, bad_samples))
+        run.step += 1
+        skipped_steps.end_step(run.step, updates.skipped)
+
+        run.ending = preemption.asked()
+        if run.ending or log.is_due(run.step) or validation.is_due(run.step):
+            run.problem = "; ".join(filter(None, [bad_samples.write(), skipped_steps.write()]))
+            run.ending = run.ending or bool(run.problem)
+        if log.is_due(run.step):
+            log.write(run.step, updates.learning_rate, weight.at(run.step - 1))
+            update_recipe(run, weight.facts())
+        if pauses.are_due(run):
+            pauses.take(run)  # checkpoint, samples, validation losses, metrics; published as --hub_strategy says
+    log.close_bar()
+    if run.ending:
+        logger.info(f"the run ends after step {run.step}; --resume_from_checkpoint latest continues from there")
+        if publication is not None:
+            publication.interrupt()
+        finish(accelerator)
+        preemption.close()
+        sys.exit(f"{SCRIPT}: error: {run.problem}" if run.problem else EXIT_CODE)
+
+    # Save: a pipeline that loads and samples by itself, or the LoRA that one loads; the EMA's weights with --use_ema
+    status.now(Stage.SAVING, run.step)
+    accelerator.wait_for_everyone()
+    if weight.measuring and weight.steps:
+        weight.report()
+    if run.is_main:
+        result.write()
+        validation.samples.before_after(run.step)
+        loss_curves(log.records(), run.folder / layout.CURVES)
+        if config.lpl.enabled and not log.has_lpl():
+            logger.warning(
+                "no step was trained with LPL: no sample was inside the threshold, or the run was too short"
+            )
+        write_model_card(run.folder, card())
+        logger.info(f"the {'LoRA' if trained.lora else 'pipeline'}, its samples and its card are in {run.folder}")
+        if publication is not None:
+            publication.end(lambda: preemption.received is not None)
+    finish(accelerator)
+    preemption.close()
+
+
+# The method ----------------------------------------------------------------------------------------------------------
+
+
+class Observer(Protocol):
+    """Sees each micro-batch before its backward pass; ``total`` is L_total and ``weight`` is w, both ()."""
+
+    def observe(self, step: int, batch: Batch, losses: BatchLosses, total: Tensor, weight: Tensor) -> None: ...
+
+
+def optimizer_step(
+    batches: Iterator[Batch],
+    with_lpl: bool,
+    *,
+    number: int,
+    model: nn.Module,
+    losses: Losses,
+    weight: LplWeight,
+    updates: Updates,
+    observers: Sequence[Observer] = (),
+) -> int:
+    """One step on L_total = L_diffusion + w LPL (Eq. 3); it changes nothing if a gradient is not finite.
+
+    Args:
+        number: of the step, counted from 0.
+
+    Returns:
+        How many samples were inside the threshold.
+    """
+    accelerator, inside = updates.accelerator, 0
+    w = weight.at(number)
+    for _ in range(accelerator.gradient_accumulation_steps):
+        batch = next(batches)
+        with accelerator.accumulate(model):
+            terms = losses(model, batch, with_lpl)
+            if with_lpl:
+                weight.observe(terms.diffusion_loss, terms.lpl)
+            total = terms.diffusion_loss + weight.every * w * terms.lpl  # LPL on every n-th step counts n-fold there
+            for observer in observers:
+                observer.observe(number + 1, batch, terms, total, w)
+            accelerator.backward(total)
+        inside += terms.inside
+    updates.step()  # weights, schedule and moving average
+    if with_lpl and weight.end_step(lambda sums: accelerator.reduce(sums, "mean")):
+        weight.report()
+    return inside
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Both terms of Eq. 3 for a batch: the method, line by line.
+
+    With --lpl_max_samples LPL looks at a random subset of the samples inside the threshold and counts it for all of
+    them, the same in expectation; with --lpl_crop at a random part of their images, which is nearly so (docs/lpl.md).
+    """
+
+    family: Family
+    objective: Objective
+    lpl_loss: LatentPerceptualLoss | None
+    lpl: Lpl
+    diffusion: Diffusion
+
+    def __call__(self, model: nn.Module, batch: Batch, with_lpl: bool) -> BatchLosses:
+        family, objective, diffusion, device = self.family, self.objective, self.diffusion, self.family.vae.device
+        # Timesteps and gate are known on the CPU: the step never waits to learn which rows to decode.
+        inside = rows_inside(objective.sigma(batch["timestep"]), self.threshold(*batch["pixels"].shape[-2:]))
+        chosen = subset(inside, batch["lpl_choice"][:, 0], self.lpl.lpl_max_samples) if with_lpl else inside[:0]
+        pixels, noise, posterior_noise, timesteps, rows = (
+            x.to(device, non_blocking=True)
+            for x in (batch["pixels"], batch["noise"], batch["posterior_noise"], batch["timestep"], chosen)
+        )
+        # z0, z_t and D
+        latents = encode(family.vae, pixels, posterior_noise)  # pixels [-1, 1] -> scaled (B, C, h, w)
+        input_noise = noise
+        if diffusion.input_perturbation:
+            input_noise = noise + diffusion.input_perturbation * batch["input_noise"].to(device, non_blocking=True)
+        noisy_latents = objective.add_noise(latents, input_noise, timesteps)  # (B, C, h, w)
+        conditions = unwrapped(model).conditions(batch, device)
+        if diffusion.dream_training:
+            with torch.no_grad():
+                output = model(noisy_latents, timesteps, conditions)
+                shift = dream_shift(objective, output, noise, timesteps, diffusion.dream_detail_preservation)
+            noise = noise + shift
+            noisy_latents = objective.add_noise(latents, input_noise + shift, timesteps)
+        model_output = model(noisy_latents, timesteps, conditions).float()  # (B, C, h, w)
+
+        # L_diffusion
+        if diffusion.precondition_outputs:  # SD3's alternative: the error of z0_hat instead
+            error = objective.clean_latents(model_output, noisy_latents, timesteps) - latents
+        else:
+            error = model_output - objective.target(latents, noise, timesteps)
+        loss_weight = diffusion_weight(
+            objective, timesteps, weighting_scheme=diffusion.weighting_scheme, snr_gamma=diffusion.snr_gamma
+        )
+        errors = loss_weight * error.square().flatten(1).mean(1)  # (B,)
+
+        # LPL, averaged over the whole batch: rows outside the threshold count as 0 (Eq. 2)
+        terms = BatchLosses(errors, torch.zeros((), device=device), model_output, len(inside), with_lpl)
+        if len(rows):
+            assert self.lpl_loss is not None
+            predicted_latents = objective.clean_latents(model_output[rows], noisy_latents[rows], timesteps[rows])
+            window = self.window(batch, *latents.shape[-2:])
+            lpl = self.lpl_loss(predicted_latents, latents[rows], window)  # (n,)
+            share = 1.0 if self.lpl.lpl_variant == "reference" else len(inside) / len(latents)
+            terms.take(rows, lpl, share, self.lpl_loss)
+        return terms
+
+    def threshold(self, height: int, width: int) -> float:
+        """tau for images of that size in pixels."""
+        return sigma_threshold_at(self.lpl.lpl_sigma_threshold, height, width, self.lpl.lpl_threshold_base_resolution)
+
+    def window(self, batch: Batch, height: int, width: int) -> tuple[int, int, int, int] | None:
+        """The part of the latents, height x width, that LPL looks at; None: all of them."""
+        if self.lpl.lpl_crop is None:
+            return None
+        side = self.lpl.lpl_crop * height // batch["pixels"].shape[-2]
+        return random_window(height, width, side, batch["lpl_choice"][0, 1])
+
+
+# What follows a step -------------------------------------------------------------------------------------------------
+
+
+def make_validation(
+    plan: Plan,
+    length: Length,
+    losses: Losses,
+    held_out_images: TrainingImages | None,
+    scheduler: Any,
+    prompts: Sequence[str | int],
+    classes: Mapping[int, str],
+    average: MovingAverage | None,
+    log: Log,
+    preemption: Preemption,
+    now: Callable[[Stage, int], None],
+) -> Validation:
+    """Samples of the prompts, the losses on what is held out, and the metrics of --eval_steps."""
+    config, run, family, validation = plan.config, plan.run, plan.trained.family, plan.config.validation
+    samples = Samples(
+        *(run.folder / layout.SAMPLES, family, scheduler, validation, config.data.size, run.seed, prompts),
+        names=[classes.get(prompt, str(prompt)) if isinstance(prompt, int) else prompt for prompt in prompts],
+        real=real_images(plan.images, prompts) if prompts and run.is_main else None,
+        stop=lambda: preemption.received is not None,
+    )
+    held_out_losses = metrics = None
+    if held_out_images is not None:
+        plain = replace(losses, lpl=held_out(losses.lpl), diffusion=held_out(losses.diffusion))
+        held_out_losses = HeldOutLosses(held_out_images, plain, config.optimization.train_batch_size)
+    if config.evaluation.eval_steps is not None:
+        metrics = evaluation.TrainingEvaluation(
+            *(family, scheduler, config.evaluation, config.data, validation, config.output, config.model),
+            *(classes, preemption, command_line.words_of(config)),
+        )
+        metrics.resume(run.step)
+    every = validation.validation_steps or validation.validation_epochs * length.epoch
+    metrics_every = config.evaluation.eval_steps or length.max_steps
+    return Validation(
+        *(samples, held_out_losses, metrics, every, metrics_every, length.max_steps),
+        *(plan.trained, average, log, preemption, now),
+    )
+
+
+def make_card(plan: Plan, log: Log, validation: Validation, prompts: Sequence[str | int]) -> RunCard:
+    """What the model card says at this moment."""
+    model = plan.config.model
+    return RunCard.of(
+        plan,
+        blocks=log.blocks if plan.config.lpl.enabled else (),
+        records=log.records(),
+        prompts=prompts,
+        classes=plan.images.class_names,
+        facts=plan.run.facts,
+        licence=base_licence(
+            *(model.pretrained_model_name_or_path, model.revision, plan.config.output.hub_token, model.cache_dir)
+        ),
+        results=validation.metrics.on_card() if validation.metrics is not None else ((), ""),
+    )
+
+
+if __name__ == "__main__":
+    leave_after(main)

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from lpl.gate import has_lpl, ramp
-
 from lpl.options import parse_weight
 
 
@@ -103,6 +102,15 @@ class LplWeight:
         diffusion_loss, lpl = self._sums.tolist()
         weighted = float(self.value) * lpl
         return weighted / max(diffusion_loss + weighted, 1e-12)
+
+    def report(self) -> None:
+        """Log what the first steps measured, and whether LPL's share of the loss makes sense."""
+        logger.info(
+            f"LPL weight {float(self.value):.4g}: with it, LPL would have been {self.measured_share():.1%} of the total "
+            f"loss over its first {self.steps} steps"
+        )
+        if warning := self.share_warning():
+            logger.warning(warning)
 
     def share_warning(self) -> str | None:
         """Why the measured share is too small or too large, and which flag to change; None: it is neither."""

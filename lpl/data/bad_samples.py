@@ -9,9 +9,10 @@ steps. A resumed run continues the list.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -54,6 +55,10 @@ class BadSamples:
         accelerator.wait_for_everyone()
         self._known = {entry["image"] for entry in entries(self.path)}
         self._new: dict[int, str] = {}
+
+    def observe(self, step: int, batch: Mapping[str, Any], *_: Any) -> None:
+        """Record the bad samples of a micro-batch."""
+        self.add(batch["bad"])
 
     def add(self, found: Iterable[tuple[int, str]]) -> None:
         """Adds the bad samples of a batch: places in the data set, and reasons."""

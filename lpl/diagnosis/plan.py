@@ -10,7 +10,6 @@ import logging
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -48,11 +47,6 @@ class Plan:
     max_steps: int
     global_batch: int
     schedule: LambdaLR
-    run: Any = None  # TODO(house): lpl.training.start.Run
-
-    @property
-    def config(self) -> Config:  # TODO(house): a field
-        return self.args  # type: ignore[return-value]
 
     def announce(self) -> None:
         """Log what the run will do.

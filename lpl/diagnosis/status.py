@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 
 import torch
@@ -13,19 +12,7 @@ from accelerate import Accelerator
 from lpl.config import Config
 from lpl.training.checkpoints import find_checkpoints
 from lpl.training.parts import TrainedParts
-
-
-class Stage(Enum):
-    """What a run is doing, in words; {} stands for the step."""
-
-    READING = "while reading flags and data"
-    LOADING = "while loading the models"
-    STEP = "in step {}"
-    LPL_STEP = "in step {}, which has LPL"
-    SAMPLES = "while sampling after step {}"
-    LOSSES = "while computing the validation losses after step {}"
-    EVALUATION = "in the evaluation after step {}"
-    SAVING = "while saving the result"
+from lpl.training.start import Stage
 
 
 @dataclass
@@ -48,6 +35,10 @@ class Status:
     def now(self, stage: Stage, step: int = 0) -> None:
         """Set what the run is doing from here on."""
         self.stage, self.step = stage, step
+
+    def in_step(self, step: int, with_lpl: bool) -> None:
+        """Set that an optimizer step, counted from 1, is being taken."""
+        self.now(Stage.LPL_STEP if with_lpl else Stage.STEP, step)
 
     @property
     def device(self) -> torch.device:

@@ -66,6 +66,16 @@ class Description:
             return {}
         return dict(of_data) | self.family.class_names(self.index) | dict(of_data)
 
+    def prompts(self, prompts: Sequence[str], classes: Mapping[int, str]) -> list[str | int]:
+        """Validation prompts as the family takes them: captions, or the labels of classes.
+
+        Raises:
+            ValueError: for a class that the model does not have.
+        """
+        if not self.family.class_conditional:
+            return list(prompts)
+        return [self.family.class_label(prompt, classes) for prompt in prompts]
+
 
 def read_pipeline(model: Model, blocks: Sequence[str] | None = None) -> Description:
     """Family and configurations of --pretrained_model_name_or_path.

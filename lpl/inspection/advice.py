@@ -1,4 +1,7 @@
-"""TODO: what is here."""
+"""What follows from the measurements: their summary for ``inspect.json``, and the flags that they suggest.
+
+*Terms* are the blocks' terms of Eq. 2, (errors, blocks), without depth weights.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from lpl.inspection.figures import percent
 from lpl.inspection.measure import ERRORS, MARGINS, METHODS, SCALES, STRIDE, Inspector
+from lpl.tools.words import aligned, percent
 
 
-NEGLIGIBLE = 0.01  # relative change of a block's term that is not worth a mask; our choice
-
-
-# What follows from it ------------------------------------------------------------------------------------------------
+NEGLIGIBLE = 0.01  # relative change of a block's term that does not justify masks; our choice
 
 
 def summary(inspector: Inspector) -> dict[str, Any]:
-    """All numbers, over the images, for ``inspect.json``."""
+    """All numbers over the images, for ``inspect.json``."""
     blocks = {name: _block_summary(inspector, name) for name in inspector.names}
     terms, unmasked = (
         np.array([found[kind] for found in inspector.found]).mean(0)  # (errors, blocks)
@@ -36,13 +36,13 @@ def summary(inspector: Inspector) -> dict[str, Any]:
             "blocks": blocks,
             "advice": outlier_advice(blocks, inspector.settings),
         },
-        "balance": balance_summary(inspector.names, terms, inspector.depth_weights, inspector.args.lpl_blocks),
+        "balance": balance_summary(inspector.names, terms, inspector.depth_weights, inspector.lpl.lpl_blocks),
         "interpolation": interpolation_summary([found["interpolation"] for found in inspector.found]),
     }
 
 
 def relative(values: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """values / reference - 1; where nothing differs at all, both are 0 and nothing has changed."""
+    """values / reference - 1; 0 where the reference is 0."""
     return np.divide(values, reference, out=np.ones_like(values), where=reference > 0) - 1
 
 
@@ -69,17 +69,17 @@ def _block_summary(inspector: Inspector, name: str) -> dict[str, Any]:
 
 
 def outlier_advice(blocks: Mapping[str, Mapping[str, Any]], settings: Mapping[str, float]) -> dict[str, str]:
-    """Which settings of the masks these features ask for, by three rules, the first that holds.
+    """Suggest settings of the masks for these features: the first of three rules that applies.
 
-    1. If masks leave every block's term the same but for NEGLIGIBLE (1%), they are not worth their time.
-    2. A block should not lose more than the 2 * ``quantile`` that lie outside the quantiles, or the masks take
-       ordinary features too: take the smallest larger margin of MARGINS that keeps the rest, or leave out the block.
-    3. Else the settings are right.
+    1. If masks change every block's term by less than NEGLIGIBLE (1%), turn them off to save their time.
+    2. If a block loses more than 2 * ``quantile``, the share outside the quantiles, its mask excludes ordinary
+       features too: use the smallest larger margin of MARGINS that keeps them, or leave out the block.
+    3. Otherwise keep the settings.
 
-    Outliers that cover more of a map than ``quantile`` at one end are seen neither by the masks nor by these rules.
+    Outliers that cover more of a map than ``quantile`` at one end escape both the masks and these rules.
 
     Returns:
-        "flags" to give, maybe none, and "why".
+        "flags" to set, possibly empty, and "why".
     """
     quantile, margin = settings["quantile"], settings["margin"]
     change = max((abs(block["masks_change"]), name) for name, block in blocks.items())
@@ -119,7 +119,7 @@ def balance_summary(
     depth_weights: Mapping[str, Sequence[float]],
     chosen: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """The blocks' terms, (errors, blocks), and the depth weights that make them alike."""
+    """The blocks' terms, (errors, blocks), and the depth weights that equalise them."""
     weights = balancing_weights(terms)
     return {
         "relative_errors": list(ERRORS),
@@ -132,23 +132,26 @@ def balance_summary(
 
 
 def balancing_weights(terms: np.ndarray) -> list[float]:
-    """Depth weights, the first block's 1, that give all blocks the same geometric mean over the errors.
+    """Depth weights, relative to the first block's, that give all blocks the same geometric mean over the errors.
 
-    The geometric mean counts every error alike, while the arithmetic one would be that of the largest. A block whose
-    term is 0 gets 0.
+    The geometric mean weighs all errors equally; the largest would dominate the arithmetic mean. A block whose term
+    is 0 gets 0.
 
     >>> balancing_weights(np.array([[1.0, 2.0, 0.0], [4.0, 32.0, 0.0]]))
     [1.0, 0.25, 0.0]
     """
-    alive = (terms > 0).all(0)
+    alive = np.asarray((terms > 0).all(0))  # (blocks,)
     means = np.exp(np.log(np.where(alive, terms, 1.0)).mean(0))
     first = means[alive][0] if alive.any() else 1.0
     return [float(f"{first / mean:.3g}") if good else 0.0 for mean, good in zip(means, alive)]
 
 
 def interpolation_summary(found: Sequence[Mapping[str, Sequence[Mapping[str, float]]]]) -> dict[str, Any]:
-    """Mean errors by method and scale, and which share of all pairs of one image's degraded latents the error in the
-    latent puts in the order of the error in pixels, and of LPL."""
+    """Mean errors by method and scale, and how often two errors agree on the order of two degraded latents.
+
+    ``ordered_as_latent`` is the share of pairs of one image's degraded latents that the error in pixels, or LPL, puts
+    in the same order as the error in the latent does.
+    """
     kinds = ("latent_mse", "pixel_mse", "lpl")
     methods = {
         label: {
@@ -168,7 +171,7 @@ def interpolation_summary(found: Sequence[Mapping[str, Sequence[Mapping[str, flo
 
 
 def ordered_alike(values: Sequence[float], others: Sequence[float]) -> float:
-    """Share of all pairs that both put in the same order.
+    """The share of pairs that both sequences put in the same order.
 
     >>> round(ordered_alike([1.0, 2.0, 3.0], [1.0, 3.0, 2.0]), 3)
     0.667
@@ -181,10 +184,10 @@ COLUMNS = ("block", "maps", "masked", "Gaussian", "any masked", "peak", "kept", 
 
 
 def report(numbers: Mapping[str, Any]) -> str:
-    """What is worth reading at once."""
+    """The summary that the command prints."""
     outliers, balance = numbers["outliers"], numbers["balance"]
     advice, alike = outliers["advice"], numbers["interpolation"]["ordered_as_latent"]
-    rows = [COLUMNS]
+    rows: list[Sequence[str]] = [COLUMNS]
     for name, block in outliers["blocks"].items():
         shares = (block[kind] for kind in ("masked", "masked_of_gaussian_maps", "maps_with_outliers"))
         rows.append(
@@ -197,17 +200,16 @@ def report(numbers: Mapping[str, Any]) -> str:
                 f"{100 * block['masks_change']:+.2f}%",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    table = ["  ".join(word.rjust(width) for word, width in zip(row, widths)) for row in rows]
     by_default = " ".join(f"{weight:g}" for weight in balance["depth_weights"]["inverse"].values())
     return "\n".join(
         [
-            "masked, and of Gaussian maps as smooth; maps with any masked; largest value of all and of the kept, in",
-            f"deviations; decided otherwise at stride {STRIDE}; what masks change of the block's term",
-            *table,
+            "masked: share of positions, and of equally smooth Gaussian maps; share of maps with any masked position;",
+            "peak, kept: largest value of all and of kept positions, in standard deviations; stride: positions that",
+            f"stride {STRIDE} decides differently; change: of the block's term by the masks",
+            *aligned(rows),
             f"masks: {advice['flags'] or 'nothing to change'}; {advice['why']}",
             f"balanced terms: {balance['flags']}; the default is {by_default}",
-            "interpolated latents: of all pairs, the error in the latent has the order of that in pixels for "
-            f"{alike['pixel_mse']:.0%}, of LPL for {alike['lpl']:.0%}",
+            "interpolated latents: the error in the latent orders pairs as the error in pixels does for "
+            f"{alike['pixel_mse']:.0%}, as LPL does for {alike['lpl']:.0%}",
         ]
     )

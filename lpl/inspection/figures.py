@@ -1,4 +1,4 @@
-"""The pictures of :mod:`lpl.inspect`: each function draws one of them and returns a matplotlib figure."""
+"""The pictures of :mod:`lpl.inspect`: each ``*_figure`` function draws one and returns a matplotlib figure."""
 
 from __future__ import annotations
 
@@ -10,66 +10,68 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lpl.inspection.measure import Inspector
 from lpl.outliers import outlier_mask
-from lpl.tools.pictures import INK, label_axes
+from lpl.tools.pictures import COLOURS, INK, label_axes, new_figure
+from lpl.tools.words import percent
 
 
 if TYPE_CHECKING:
-    from lpl.inspect import Inspector
-COLOURS = ("#3465a4", "#c4601d", "#4a8a3c", "#75507b", "#b03060", "#2a8a8a", "#8a6d1d", "#555753")
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
 
 
-def features_figure(inspector: Inspector, images: Sequence[Image.Image], names: Sequence[str]) -> Any:
-    """Feature maps by block, as they are and under their masks, of the image that loses most to them (Fig. 3).
+# Feature maps --------------------------------------------------------------------------------------------------------
 
-    A line per block: the two channels with most masked positions (or, where none is, the largest peaks), and the
-    typical one, whose peak is the median.
+
+def features_figure(inspector: Inspector, images: Sequence[Image.Image], names: Sequence[str]) -> Figure:
+    """Feature maps by block, with and without their masks, of the image that loses most to them (Fig. 3).
+
+    One row per block: the two channels with most masked positions (or, if none is masked, the largest peaks), and the
+    channel whose peak is the median.
     """
-    from matplotlib.figure import Figure  # not pyplot: no global state
-
     lost = [sum(block["masked"].mean().item() for block in found["outliers"].values()) for found in inspector.found]
     index = int(np.argmax(lost))
-    features = inspector.features(inspector.latents[index].to(inspector.args.device))
-    figure = Figure(figsize=(11, 0.55 + 1.95 * len(features)), dpi=100, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.03, wspace=0.01, hspace=0.02)
+    features = inspector.features(inspector.latents[index].to(inspector.vae.device))
+    figure = new_figure(11, 0.55 + 1.95 * len(features), w_pad=0.02, h_pad=0.03, wspace=0.01, hspace=0.02)
     grid = figure.add_gridspec(len(features), 7, width_ratios=[1.25, *[1] * 6])
     for row, (name, maps) in enumerate(features.items()):
-        found = inspector.found[index]["outliers"][name]
         channels, height, width = inspector.shapes[name]
         axes = _picture(figure.add_subplot(grid[row, 0]), images[index])
         axes.set_title(names[index] if row == 0 else "", fontsize=9, color=INK)
         axes.set_xlabel(f"{channels} maps, {height} x {width}", fontsize=9, color=INK)
         axes.set_ylabel(name.replace(".", ".\n"), fontsize=12 if len(name) < 9 else 8, fontweight="bold", color=INK)
+        places = [figure.add_subplot(grid[row, column]) for column in range(1, 7)]
         keep = outlier_mask(maps, **inspector.settings)
-        order = sorted(range(channels), key=lambda c: (-found["masked"][c].item(), -found["peak"][c].item()))
-        rest = order[2:] or order
-        typical = sorted(rest, key=lambda c: found["peak"][c].item())[len(rest) // 2]
-        first = "most masked" if found["masked"].any() else "largest peak"
-        for place, (channel, heading) in enumerate(zip([*order[:2], typical], (first, "next", "typical"))):
-            values, kept = maps[0, channel].float().cpu().numpy(), keep[0, channel].cpu().numpy()
-            _feature_map(
-                figure.add_subplot(grid[row, 1 + 2 * place]), values, np.ones_like(kept), f"{heading}: c = {channel}"
-            )
-            _feature_map(
-                figure.add_subplot(grid[row, 2 + 2 * place]),
-                values,
-                kept,
-                f"{percent(1 - kept.mean())} masked",
-                f"peak {found['peak'][channel]:.1f} std",
-            )
+        _shown_channels(places, maps[0], keep[0], inspector.found[index]["outliers"][name])
     figure.suptitle("Feature maps as they are, and where the masks keep them (red: left out)", fontsize=11)
     return figure
 
 
-def _picture(axes: Any, image: Any) -> Any:
+def _shown_channels(places: Sequence[Axes], maps: torch.Tensor, keep: torch.Tensor, found: Mapping[str, Any]) -> None:
+    """Three channels of one block, two pictures each: as they are, and masked; ``maps`` and ``keep`` are (C, H, W)."""
+    order = sorted(range(len(maps)), key=lambda c: (-found["masked"][c].item(), -found["peak"][c].item()))
+    rest = order[2:] or order
+    typical = sorted(rest, key=lambda c: found["peak"][c].item())[len(rest) // 2]
+    first = "most masked" if found["masked"].any() else "largest peak"
+    for place, (channel, heading) in enumerate(zip([*order[:2], typical], (first, "next", "typical"))):
+        values, kept = maps[channel].float().cpu().numpy(), keep[channel].cpu().numpy()
+        plain, masked = places[2 * place : 2 * place + 2]
+        _feature_map(plain, values, np.ones_like(kept), f"{heading}: c = {channel}")
+        _feature_map(
+            masked, values, kept, f"{percent(1 - kept.mean())} masked", f"peak {found['peak'][channel]:.1f} std"
+        )
+
+
+def _picture(axes: Axes, image: Image.Image | np.ndarray) -> Axes:
     axes.imshow(image, interpolation="nearest")
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
     return axes
 
 
-def _feature_map(axes: Any, values: np.ndarray, kept: np.ndarray, title: str, below: str = "") -> None:
-    """(H, W), its greys spread over what is kept; red over the rest."""
+def _feature_map(axes: Axes, values: np.ndarray, kept: np.ndarray, title: str, below: str = "") -> None:
+    """One map, (H, W): the grey scale spans the kept positions; the others are red."""
     low, high = (values[kept].min(), values[kept].max()) if kept.any() else (0, 1)
     axes.imshow(values, cmap="gray", vmin=low, vmax=high, interpolation="nearest")
     red = np.zeros((*kept.shape, 4))
@@ -80,71 +82,84 @@ def _feature_map(axes: Any, values: np.ndarray, kept: np.ndarray, title: str, be
     axes.set_xlabel(below, fontsize=8, color=INK, labelpad=2)
 
 
-def outliers_figure(inspector: Inspector, numbers: Mapping[str, Any]) -> Any:
-    """How much of each channel is masked, how extreme it is, what other settings would mask, and where."""
-    from matplotlib.figure import Figure
+# Outliers ------------------------------------------------------------------------------------------------------------
 
-    blocks, names = numbers["blocks"], list(numbers["blocks"])
-    figure = Figure(figsize=(11, 10), dpi=100, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[2.2, 1])
-    (share, peak), (margin, cost) = top.subplots(2, 2)
-    _channels(share, [[100 * value for value in block["masked_by_channel"]] for block in blocks.values()], names)
-    mean = [100 * block["masked"] for block in blocks.values()]
-    gaussian = [100 * block["masked_of_gaussian_maps"] for block in blocks.values()]
-    share.plot(range(len(names)), mean, "_", color=INK, markersize=26, markeredgewidth=2, label="mean")
-    share.plot(range(len(names)), gaussian, "x", color="#e02020", markersize=8, label="Gaussian maps as smooth")
-    _small_shares(share)
-    label_axes(share, "Masked, by channel", "", "% of positions")
-    _channels(peak, [block["peak_by_channel"] for block in blocks.values()], names)
-    peak.plot(
-        range(len(names)),
-        [block["peak_kept"] for block in blocks.values()],
-        "_",
-        color=INK,
-        markersize=26,
-        markeredgewidth=2,
-        label="largest that is kept",
-    )
-    peak.set_yscale("log")
-    plain_numbers(peak)
-    label_axes(peak, "Largest value, by channel", "", "std of what is kept")
-    for name, colour in zip(names, COLOURS * 2):
-        by_margin = blocks[name]["masked_by_margin"]
-        margin.plot([100 * share for share in by_margin.values()], "o-", color=colour, label=name)
-    margin.set_xticks(range(len(by_margin)), [f"{float(value):g}" for value in by_margin])
-    _small_shares(margin)
-    label_axes(margin, "Masked, by margin", "margin, in std beyond the quantiles", "% of positions")
-    places = np.arange(len(names))
-    cost.bar(places - 0.2, [100 * abs(b["masks_change"]) for b in blocks.values()], 0.4, color=COLOURS[0],
-             label="masks: a block's term")  # fmt: skip
-    cost.bar(places + 0.2, [100 * b["stride_differs"] for b in blocks.values()], 0.4, color=COLOURS[1],
-             label=f"stride {numbers['stride']}: positions decided otherwise")  # fmt: skip
-    cost.set_xticks(places, names)
-    cost.axhline(100 * numbers["negligible"], color=INK, linewidth=0.8, linestyle=":", label="taken as negligible")
-    highest = max(bar.get_height() for bar in cost.patches)
-    cost.set_ylim(0, 1.4 * max(highest, 100 * numbers["negligible"]))  # room for the legend
-    label_axes(cost, "What other settings change", "", "%")
+
+def outliers_figure(inspector: Inspector, numbers: Mapping[str, Any]) -> Figure:
+    """How much of each channel is masked, how extreme it is, what other settings would mask, and where."""
+    figure = new_figure(11, 10, w_pad=0.1, h_pad=0.1)
+    parts: Any = figure.subfigures(2, 1, height_ratios=[2.2, 1])
+    (share, peak), (margin, cost) = parts[0].subplots(2, 2)
+    _masked_by_channel(share, numbers["blocks"])
+    _peak_by_channel(peak, numbers["blocks"])
+    _masked_by_margin(margin, numbers["blocks"])
+    _changes(cost, numbers)
     for axes in (share, peak, margin, cost):
         axes.legend(fontsize=8, frameon=False, markerscale=0.6)
-    lines = bottom.subplots(1, len(names), squeeze=False)[0]
-    for name, axes in zip(names, lines):
+    _where(parts[1], inspector, list(numbers["blocks"]))
+    return figure
+
+
+def _masked_by_channel(axes: Axes, blocks: Mapping[str, Mapping[str, Any]]) -> None:
+    _channels(axes, {name: [100 * value for value in block["masked_by_channel"]] for name, block in blocks.items()})
+    mean = [100 * block["masked"] for block in blocks.values()]
+    gaussian = [100 * block["masked_of_gaussian_maps"] for block in blocks.values()]
+    axes.plot(range(len(blocks)), mean, "_", color=INK, markersize=26, markeredgewidth=2, label="mean")
+    axes.plot(range(len(blocks)), gaussian, "x", color="#e02020", markersize=8, label="equally smooth Gaussian maps")
+    _small_shares(axes)
+    label_axes(axes, "Masked, by channel", "", "% of positions")
+
+
+def _peak_by_channel(axes: Axes, blocks: Mapping[str, Mapping[str, Any]]) -> None:
+    _channels(axes, {name: block["peak_by_channel"] for name, block in blocks.items()})
+    kept = [block["peak_kept"] for block in blocks.values()]
+    axes.plot(range(len(blocks)), kept, "_", color=INK, markersize=26, markeredgewidth=2, label="largest kept")
+    axes.set_yscale("log")
+    plain_numbers(axes)
+    label_axes(axes, "Largest value, by channel", "", "std of kept positions")
+
+
+def _masked_by_margin(axes: Axes, blocks: Mapping[str, Mapping[str, Any]]) -> None:
+    for (name, block), colour in zip(blocks.items(), COLOURS * 2):
+        shares = [100 * share for share in block["masked_by_margin"].values()]
+        axes.plot(shares, "o-", color=colour, label=name)
+    margins = next(iter(blocks.values()))["masked_by_margin"]
+    axes.set_xticks(range(len(margins)), [f"{float(value):g}" for value in margins])
+    _small_shares(axes)
+    label_axes(axes, "Masked, by margin", "margin, in std beyond the quantiles", "% of positions")
+
+
+def _changes(axes: Axes, numbers: Mapping[str, Any]) -> None:
+    """What masks change in a block's term, and what a stride changes in the masks."""
+    blocks, negligible = numbers["blocks"], 100 * numbers["negligible"]
+    places = np.arange(len(blocks))
+    masks = [100 * abs(block["masks_change"]) for block in blocks.values()]
+    stride = [100 * block["stride_differs"] for block in blocks.values()]
+    axes.bar(places - 0.2, masks, 0.4, color=COLOURS[0], label="masks: change of a block's term")
+    axes.bar(places + 0.2, stride, 0.4, color=COLOURS[1], label=f"stride {numbers['stride']}: positions that differ")
+    axes.set_xticks(places, list(blocks))
+    axes.axhline(negligible, color=INK, linewidth=0.8, linestyle=":", label="negligible")
+    axes.set_ylim(0, 1.4 * max(*masks, *stride, negligible))  # room for the legend
+    label_axes(axes, "Effect of other settings", "", "%")
+
+
+def _where(part: SubFigure, inspector: Inspector, names: Sequence[str]) -> None:
+    """Where each block is masked, as the mean over channels and images."""
+    panels: Any = part.subplots(1, len(names), squeeze=False)
+    for name, axes in zip(names, panels[0]):
         maps = torch.stack([found["outliers"][name]["where"] for found in inspector.found]).mean(0)
         largest = 100 * maps.max().item() or 1.0
         shown = axes.imshow(100 * maps.cpu().numpy(), cmap="magma", vmin=0, vmax=largest, interpolation="nearest")
-        bar = bottom.colorbar(shown, ax=axes, location="bottom", shrink=0.9, aspect=15)
+        bar = part.colorbar(shown, ax=axes, location="bottom", shrink=0.9, aspect=15)
         bar.ax.locator_params(nbins=4)
         bar.ax.tick_params(labelsize=8)
         axes.set(xticks=[], yticks=[])
         axes.set_title(name, fontsize=9, color=INK)
-    bottom.suptitle(
-        "Where: % of channels masked, mean of the images", fontsize=11, fontweight="bold", x=0.01, ha="left"
-    )
-    return figure
+    part.suptitle("Where: % of channels masked, mean of the images", fontsize=11, fontweight="bold", x=0.01, ha="left")
 
 
-def _small_shares(axes: Any) -> None:
-    """Percentages on a scale with room for 0: linear up to 0.01, logarithmic beyond."""
+def _small_shares(axes: Axes) -> None:
+    """A scale for percentages that may be 0: linear up to 0.01, logarithmic beyond."""
     top = 2 * max(0.01, axes.get_ylim()[1])
     axes.set_yscale("symlog", linthresh=0.01)
     ticks = [0, 0.01, 0.1, 1, 10, 100]
@@ -152,20 +167,20 @@ def _small_shares(axes: Any) -> None:
     axes.set_ylim(-0.003, top)
 
 
-def _channels(axes: Any, values: Sequence[Sequence[float]], names: Sequence[str]) -> None:
-    """A dot per channel, side by side, over the block's name."""
-    for place, (row, colour) in enumerate(zip(values, COLOURS * 2)):
+def _channels(axes: Axes, values: Mapping[str, Sequence[float]]) -> None:
+    """One dot per channel, side by side, above the block's name."""
+    for place, (row, colour) in enumerate(zip(values.values(), COLOURS * 2)):
         across = place + 0.7 * (np.arange(len(row)) / max(1, len(row) - 1) - 0.5)
         axes.plot(across, row, ".", color=colour, markersize=5, alpha=0.6)
-    axes.set_xticks(range(len(names)), names)
+    axes.set_xticks(range(len(values)), list(values))
 
 
-def balance_figure(numbers: Mapping[str, Any]) -> Any:
+# Balance -------------------------------------------------------------------------------------------------------------
+
+
+def balance_figure(numbers: Mapping[str, Any]) -> Figure:
     """Each block's term over the error of the estimate, one panel per kind of depth weights."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 6.4), dpi=100, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    figure = new_figure(11, 6.4, w_pad=0.1, h_pad=0.1)
     panels = figure.subplots(2, 2, sharex=True, sharey=True).flat
     errors = numbers["relative_errors"]
     order = ("uniform", "inverse", "exponential", "balanced")
@@ -184,25 +199,25 @@ def balance_figure(numbers: Mapping[str, Any]) -> Any:
     return figure
 
 
-def interpolation_figure(inspector: Inspector, image: Image.Image, name: str, numbers: Mapping[str, Any]) -> Any:
-    """Decoded latents of the first image by method and scale, and the errors of all images (Fig. 12)."""
-    from matplotlib.figure import Figure
+# Interpolated latents ------------------------------------------------------------------------------------------------
 
-    figure = Figure(figsize=(10, 11.6), dpi=100, layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[2.4, 1])
-    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03)
-    grid = top.add_gridspec(
-        len(numbers["methods"]), 1 + len(numbers["scales"]), width_ratios=[1.55, *[1] * len(numbers["scales"])]
-    )
+
+def interpolation_figure(inspector: Inspector, image: Image.Image, name: str, numbers: Mapping[str, Any]) -> Figure:
+    """Decoded latents of the first image by method and scale, and the errors of all images (Fig. 12)."""
+    assert inspector.decoded is not None, "an image has been measured"
+    figure = new_figure(10, 11.6, w_pad=0.03, h_pad=0.03)
+    parts: Any = figure.subfigures(2, 1, height_ratios=[2.4, 1])
+    top, columns = parts[0], len(numbers["scales"])
+    grid = top.add_gridspec(len(numbers["methods"]), 1 + columns, width_ratios=[1.55, *[1] * columns])
     for rows, picture, title in (
         (slice(0, 2), image, name),
-        (slice(2, 4), inspector.decoded[None], "its latent, decoded"),
+        (slice(2, 4), inspector.decoded, "its latent, decoded"),
     ):
         axes = _picture(top.add_subplot(grid[rows, 0]), picture)
         axes.set_title(title, fontsize=10, color=INK)
     for row, (label, points) in enumerate(inspector.found[0]["interpolation"].items()):
         for column, (scale, point) in enumerate(zip(numbers["scales"], points)):
-            axes = _picture(top.add_subplot(grid[row, 1 + column]), inspector.decoded[label, scale])
+            axes = _picture(top.add_subplot(grid[row, 1 + column]), inspector.decoded_by[label, scale])
             axes.set_title(f"s = {scale:g}" if row == 0 else "", fontsize=10, color=INK)
             axes.set_xlabel(
                 f"latent {point['latent_mse']:.2g}   LPL {point['lpl']:.2g}\n"
@@ -212,11 +227,11 @@ def interpolation_figure(inspector: Inspector, image: Image.Image, name: str, nu
             )
             if column == 0:
                 axes.set_ylabel(label, fontsize=10, color=INK)
-    _error_curves(bottom.subplots(1, 2, sharex=True), inspector, numbers)
+    _error_curves(parts[1].subplots(1, 2, sharex=True), inspector, numbers)
     return figure
 
 
-def _error_curves(panels: Sequence[Any], inspector: Inspector, numbers: Mapping[str, Any]) -> None:
+def _error_curves(panels: Sequence[Axes], inspector: Inspector, numbers: Mapping[str, Any]) -> None:
     """Error in the image, and LPL, over the error in the latent: dots for images, lines for their mean."""
     for axes, kind, title, unit in (
         (panels[0], "pixel_mse", "Pixels", "error in pixels, RMS, levels of 255"),
@@ -238,8 +253,8 @@ def _error_curves(panels: Sequence[Any], inspector: Inspector, numbers: Mapping[
     panels[0].legend(fontsize=8, frameon=False)
 
 
-def plain_numbers(axes: Any) -> None:
-    """1, 2, 5 and tenfold of them on logarithmic axes, written out; over many decades tenfold of 1 only."""
+def plain_numbers(axes: Axes) -> None:
+    """Label logarithmic axes at 1, 2, 5, 10, 20, 50, ..., and over many decades at powers of 10 only."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     for axis in (axes.xaxis, axes.yaxis):
@@ -251,14 +266,5 @@ def plain_numbers(axes: Any) -> None:
 
 
 def _levels(mse: float) -> float:
-    """Root mean square of pixels in [-1, 1], in levels of 255."""
+    """The root of a mean squared error of pixels in [-1, 1], in levels of 255."""
     return 127.5 * math.sqrt(mse)
-
-
-def percent(share: float) -> str:
-    """In words, with three digits.
-
-    >>> percent(0.0), percent(0.00012), percent(0.0123), percent(0.5)
-    ('0%', '0.012%', '1.23%', '50%')
-    """
-    return f"{100 * share:.3g}%" if share >= 1e-5 or share == 0 else "<0.001%"

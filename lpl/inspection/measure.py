@@ -1,19 +1,25 @@
-"""TODO: what is here."""
+"""Measures the latent perceptual loss on images' own latents: outlier masks, terms of Eq. 2, interpolated latents.
+
+Vocabulary as in :mod:`lpl.inspection.command`. Functions measure one image, whose features and latents have a batch
+dimension of 1; :class:`Inspector` collects the results of several images. Random numbers come from a generator per
+image, keyed by the seed and the image's index.
+"""
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from lpl.autoencoders import RGB, downscaling_factor, encode, latent_channels
+from lpl.config.groups import Lpl
 from lpl.data.order import keyed_generator
 from lpl.features import DecoderFeatureExtractor
 from lpl.loss import LatentPerceptualLoss, depth_weight
@@ -22,49 +28,53 @@ from lpl.outliers import outlier_mask
 
 
 ERRORS = (0.05, 0.1, 0.2, 0.4, 0.8)  # r of the balance study
-MARGINS = (1.0, 2.0, 4.0, 8.0)  # of the masks that are tried, beside the one that is set
+MARGINS = (1.0, 2.0, 4.0, 8.0)  # of the masks that are tried, besides the given one
 STRIDE = 4  # of the masks that are compared with the exact ones
 SCALES = (1.2, 1.5, 2.0, 3.0)  # s of Fig. 12
-METHODS = {  # how the rows of Fig. 12 resize, and what
+METHODS = {  # of the rows of Fig. 12: the interpolation, and what is resized
     "bilinear, in pixels": ("bilinear", "pixels"),
     "nearest, in the latent": ("nearest", "latent"),
     "bilinear, in the latent": ("bilinear", "latent"),
     "bicubic, in the latent": ("bicubic", "latent"),
 }
-STEPS = 1 + len(ERRORS) + len(METHODS) * len(SCALES)  # of the progress shown, per image
-OUTLIER_SETTINGS = [name for name in MASK_DEFAULTS if name != "stride"]  # of outlier_mask, which are looked into
+STEPS = 1 + len(ERRORS) + len(METHODS) * len(SCALES)  # of the progress bar, per image
+OUTLIER_SETTINGS = [name for name in MASK_DEFAULTS if name != "stride"]  # parameters of outlier_mask
+
+Settings = Mapping[str, Any]  # of outlier_mask, by the parameter's name
 
 
-# What is measured, image by image ------------------------------------------------------------------------------------
+# Masks ---------------------------------------------------------------------------------------------------------------
 
 
-def outliers_of(features: Tensor, settings: Mapping[str, float], generator: torch.Generator) -> dict[str, Any]:
-    """What the masks do to one block's features of one image, (1, C, H, W).
+def outliers_of(features: Tensor, settings: Settings, generator: torch.Generator) -> dict[str, Any]:
+    """The effect of the masks on one block's features of one image, (1, C, H, W).
 
-    ``peak`` is a map's largest distance from the mean of its kept positions, in units of their standard deviation:
-    what the loss would have to deal with; ``peak_kept`` the largest that the mask lets through. ``gaussian`` is the
-    share masked of Gaussian maps that are as smooth as these (:func:`gaussian_like`).
+    ``peak`` is a map's largest distance from the mean of its kept positions, in units of their standard deviation;
+    ``peak_kept`` is the largest distance among the kept positions. ``gaussian`` is the masked share of Gaussian maps
+    with the same power spectra (:func:`gaussian_like`).
     """
     keep = outlier_mask(features, **settings)
     peak, peak_kept = peaks(features, keep)
     masked = ~keep
-    tried = {margin: settings | {"margin": margin} for margin in sorted({*MARGINS, settings["margin"]})}
+    tried = [{**settings, "margin": margin} for margin in sorted({*MARGINS, settings["margin"]})]
+    height, width = features.shape[2:]
     return {
         "masked": masked.float().mean((0, 2, 3)),  # (C,)
         "peak": peak,  # (C,)
         "peak_kept": peak_kept,  # (C,)
         "gaussian": share_masked(gaussian_like(features, generator), settings),
-        "by_margin": torch.tensor([share_masked(features, changed) for changed in tried.values()]),
+        "by_margin": torch.tensor([share_masked(features, changed) for changed in tried]),  # (margins,)
         "stride_differs": (outlier_mask(features, **settings, stride=STRIDE) != keep).float().mean().item(),
-        # drawn only, and small enough to be kept for each image
-        "where": F.adaptive_avg_pool2d(masked.float().mean(1), [min(side, 128) for side in features.shape[2:]])[0],
+        # for the picture only, and small enough to be kept for each image
+        "where": F.adaptive_avg_pool2d(masked.float().mean(1), (min(height, 128), min(width, 128)))[0],
     }
 
 
 def peaks(features: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest distance of each map from its kept positions' mean, of all and of the kept ones, in their deviations.
+    """Largest distance of each map from the mean of its kept positions, over all positions and over the kept ones.
 
-    (1, C, H, W) -> two of (C,); a map without a kept spread has 0.
+    Distances are in standard deviations of the kept positions; a map without a kept spread has 0.
+    (1, C, H, W) -> two of (C,).
     """
     maps, keep = features[0].flatten(1).float(), keep[0].flatten(1)  # (C, N)
     count = keep.sum(1, keepdim=True).clamp(min=1)
@@ -74,14 +84,15 @@ def peaks(features: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     return distance.amax(1), (distance * keep).amax(1)
 
 
-def share_masked(features: Tensor, settings: Mapping[str, float]) -> float:
+def share_masked(features: Tensor, settings: Settings) -> float:
+    """The share of positions that the masks exclude."""
     return 1 - outlier_mask(features, **settings).count_nonzero().item() / features.numel()
 
 
 def gaussian_like(features: Tensor, generator: torch.Generator) -> Tensor:
-    """Gaussian maps with the power spectra of these, (B, C, H, W): as large and as smooth, but without outliers.
+    """Gaussian maps with the power spectra of ``features``, (B, C, H, W): equally large and smooth, without outliers.
 
-    Each frequency keeps its amplitude and gets the phase that it has in white noise.
+    Each frequency keeps its amplitude and takes its phase from white noise.
     """
     features = features.float()
     white = torch.randn(features.shape, generator=generator).to(features.device)
@@ -90,66 +101,75 @@ def gaussian_like(features: Tensor, generator: torch.Generator) -> Tensor:
     )
 
 
+# Latents -------------------------------------------------------------------------------------------------------------
+
+
 def perturbed(latents: Tensor, error: float, generator: torch.Generator) -> Tensor:
-    """An estimate of z0 that is off by ``error`` times the latent's own standard deviation, (1, C, h, w)."""
+    """An estimate of z0 whose error is ``error`` times the latent's own standard deviation, (1, C, h, w)."""
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     return latents + error * latents.std() * noise
 
 
 def terms_of(loss_fn: LatentPerceptualLoss, predicted: Tensor, latents: Tensor) -> list[float]:
-    """Each block's term of Eq. 2, with the loss's depth weights, for one image."""
+    """Each block's term of Eq. 2 for one image, with the loss's depth weights."""
     loss_fn(predicted, latents)
     return [loss_fn.last.terms[name].item() for name in loss_fn.block_names]
 
 
 def resized(images: Tensor, scale: float, mode: str) -> Tensor:
-    """Made smaller by 1 / scale and large again, (1, C, H, W) (Fig. 12)."""
-    size = images.shape[-2:]
-    corners = {} if mode == "nearest" else {"align_corners": False}
-    small = F.interpolate(images, [max(1, round(side / scale)) for side in size], mode=mode, **corners)
-    return F.interpolate(small, size, mode=mode, **corners)
+    """Downscaled by 1 / scale and upscaled again, (1, C, H, W) (Fig. 12)."""
+    height, width = images.shape[-2:]
+    corners = None if mode == "nearest" else False
+    smaller = [max(1, round(height / scale)), max(1, round(width / scale))]
+    small = F.interpolate(images, smaller, mode=mode, align_corners=corners)
+    return F.interpolate(small, [height, width], mode=mode, align_corners=corners)
 
 
 def as_image(pixels: Tensor) -> np.ndarray:
-    """Pixels [-1, 1], (1, 3, H, W) -> (H, W, 3) of 8 bits."""
+    """Pixels [-1, 1], (1, 3, H, W) -> uint8, (H, W, 3)."""
     return ((pixels[0].permute(1, 2, 0) + 1) * 127.5).round().byte().cpu().numpy()
 
 
+# All measurements ----------------------------------------------------------------------------------------------------
+
+
 class Inspector:
-    """Measures images one after the other; every number of theirs is a list with an entry per image.
+    """Measures images one after the other, and collects the results in lists with one entry per image.
 
     Args:
         vae: encodes, in float32.
-        features: the VAE whose decoder is looked through; the same, or its copy in another precision.
+        features: the VAE whose decoder gives the features: ``vae`` itself, or a copy in another precision.
+        lpl: the loss's options.
+        seed: of the noise.
     """
 
-    def __init__(self, vae: nn.Module, features: nn.Module, args: argparse.Namespace) -> None:
-        self.vae, self.args = vae, args
-        self.settings = {name: getattr(args, f"lpl_outlier_{name}") for name in OUTLIER_SETTINGS}
-        self.extractor = DecoderFeatureExtractor(features, args.lpl_blocks)
+    def __init__(self, vae: ModelMixin, features: ModelMixin, lpl: Lpl, seed: int = 0) -> None:
+        self.vae, self.lpl, self.seed = vae, lpl, seed
+        self.settings: dict[str, Any] = {name: getattr(lpl, f"lpl_outlier_{name}") for name in OUTLIER_SETTINGS}
+        self.extractor = DecoderFeatureExtractor(features, lpl.lpl_blocks)
         self.rgb = DecoderFeatureExtractor(features, (RGB,))
         self.names = self.extractor.block_names
-        options = {"normalization": args.lpl_normalization, "distance": args.lpl_distance}
-        self.loss_fn = LatentPerceptualLoss(features, self.names, outliers=self.settings, **options)
-        self.terms_fn = LatentPerceptualLoss(
-            features, self.names, depth_weighting="uniform", outliers=self.settings, **options
-        )
-        self.unmasked_fn = LatentPerceptualLoss(
-            features, self.names, depth_weighting="uniform", mask_outliers=False, **options
-        )
+        options: dict[str, Any] = {"normalization": lpl.lpl_normalization, "distance": lpl.lpl_distance}
+        masks: dict[str, Any] = {"outliers": self.settings}
+        self.loss_fn = LatentPerceptualLoss(features, self.names, **masks, **options)
+        options["depth_weighting"] = "uniform"
+        self.terms_fn = LatentPerceptualLoss(features, self.names, **masks, **options)
+        self.unmasked_fn = LatentPerceptualLoss(features, self.names, mask_outliers=False, **options)
         self.shapes: dict[str, list[int]] = {}
         self.depth_weights: dict[str, list[float]] = {}
         self.found: list[dict[str, Any]] = []
         self.latents: list[Tensor] = []
-        self.decoded: dict[Any, np.ndarray] = {}  # of the first image's latents, by method and scale; None = intact
+        # of the first image: its decoded latents, intact and by method and scale
+        self.decoded: np.ndarray | None = None
+        self.decoded_by: dict[tuple[str, float], np.ndarray] = {}
 
     @torch.no_grad()
     def inspect(self, image: Image.Image, step: Callable[[], Any] = lambda: None) -> None:
-        """Carry out the three studies on one image; ``step`` is called STEPS times."""
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1  # (1, 3, R, R)
-        pixels = pixels.to(self.args.device)
+        """Take all measurements of one image; ``step`` is called STEPS times."""
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1  # (1, 3, H, W)
+        pixels = pixels.to(self.vae.device)
         latents = self.encode(pixels)
-        generator = keyed_generator(self.args.seed, len(self.found))
+        generator = keyed_generator(self.seed, len(self.found))
         result: dict[str, Any] = {"outliers": self._outliers(latents, generator)}
         step()
         result |= self._terms(latents, generator, step)
@@ -158,28 +178,29 @@ class Inspector:
         self.latents.append(latents.cpu())
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Scaled latents at the posterior's mean: pixels [-1, 1] (1, 3, H, W) -> (1, C, h, w)."""
+        """Pixels [-1, 1], (1, 3, H, W) -> scaled latents at the posterior's mean, (1, C, h, w)."""
         factor = downscaling_factor(self.vae.config)
         shape = (1, latent_channels(self.vae.config), *(side // factor for side in pixels.shape[-2:]))
         return encode(self.vae, pixels, torch.zeros(shape, device=pixels.device))
 
     def features(self, latents: Tensor) -> dict[str, Tensor]:
-        """{block: (1, C_l, H_l, W_l)}.
+        """Scaled latents, (1, C, h, w) -> {block: (1, C_l, H_l, W_l)}.
 
         Raises:
-            ValueError: where the decoder overflows.
+            ValueError: if the decoder overflows.
         """
         features = self.extractor(latents)
         for name, maps in features.items():
             if not maps.isfinite().all():
                 raise ValueError(
-                    f"--lpl_vae_dtype {self.args.lpl_vae_dtype}: the features of {name} are not finite; use float32"
+                    f"--lpl_vae_dtype {self.lpl.lpl_vae_dtype}: the features of {name} are not finite; use float32"
                 )
         return features
 
     def _outliers(self, latents: Tensor, generator: torch.Generator) -> dict[str, dict[str, Any]]:
         features = self.features(latents)
         self.shapes = {name: list(maps.shape[1:]) for name, maps in features.items()}
+        assert self.extractor.first_shape is not None, "the decoder has run"
         first = math.sqrt(math.prod(self.extractor.first_shape))
         sides = {name: math.sqrt(math.prod(self.shapes[name][1:])) / first for name in self.names}
         self.depth_weights = {
@@ -188,7 +209,7 @@ class Inspector:
         return {name: outliers_of(features[name], self.settings, generator) for name in self.names}
 
     def _terms(self, latents: Tensor, generator: torch.Generator, step: Callable[[], Any]) -> dict[str, Any]:
-        """The blocks' terms without depth weights, with masks and without, (errors, blocks)."""
+        """The blocks' terms without depth weights, with and without masks, (errors, blocks) each."""
         terms: dict[str, Any] = {"terms": [], "unmasked": []}
         for error in ERRORS:
             estimate = perturbed(latents, error, generator)
@@ -200,30 +221,32 @@ class Inspector:
     def _interpolations(
         self, pixels: Tensor, latents: Tensor, step: Callable[[], Any]
     ) -> dict[str, list[dict[str, float]]]:
-        """The three errors for every method and scale (Fig. 12); of the first image, the decoded pictures are kept."""
+        """The three errors by method and scale (Fig. 12); keeps the decoded pictures of the first image."""
         intact = self.decode(latents)
-        decoded, errors = {None: intact}, {}
-        for label, how in METHODS.items():
+        errors: dict[str, list[dict[str, float]]] = {}
+        for label, (mode, what) in METHODS.items():
             errors[label] = []
             for scale in SCALES:
-                changed = self.interpolate(pixels, latents, scale, *how)
-                decoded[label, scale] = self.decode(changed)
+                changed = self.interpolate(pixels, latents, scale, mode, what)
+                decoded = self.decode(changed)
                 errors[label].append(
                     {
                         "latent_mse": (changed - latents).square().mean().item(),
-                        "pixel_mse": (decoded[label, scale] - intact).square().mean().item(),
+                        "pixel_mse": (decoded - intact).square().mean().item(),
                         "lpl": self.loss_fn(changed, latents).item(),
                     }
                 )
+                if self.decoded is None:
+                    self.decoded_by[label, scale] = as_image(decoded)
                 step()
-        if not self.decoded:
-            self.decoded = {key: as_image(picture) for key, picture in decoded.items()}
+        if self.decoded is None:
+            self.decoded = as_image(intact)
         return errors
 
     def interpolate(self, pixels: Tensor, latents: Tensor, scale: float, mode: str, what: str) -> Tensor:
-        """The latent of the resized image, or the resized latent, (1, C, h, w)."""
+        """The latents of the resized image, or the resized latents, (1, C, h, w)."""
         return self.encode(resized(pixels, scale, mode)) if what == "pixels" else resized(latents, scale, mode)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents -> pixels [-1, 1], (1, 3, H, W), float32."""
+        """Scaled latents, (1, C, h, w) -> pixels [-1, 1], (1, 3, H, W), float32."""
         return self.rgb(latents)[RGB].float().clamp(-1, 1)

@@ -1,4 +1,4 @@
-"""Files of a run: they appear whole or not at all, and what is read from them is data, never code."""
+"""Files of a run: written atomically, durable after a crash, and read as data, never as code."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lpl.tools.layout import INDEX
 
-UNFINISHED, REMOVED = ".unfinished", ".removed"  # endings of what is on its way; such names begin with a dot
+
+UNFINISHED, REMOVED = ".unfinished", ".removed"  # suffixes of temporary names, which begin with a dot
 
 
-def write_whole(path: str | os.PathLike, write: Callable[[Path], None]) -> Path:
-    """Let `write` fill a file beside `path`, then move it there: nobody ever sees half of it, not even where the
-    machine goes down. Makes the folder."""
+def write_whole(path: str | os.PathLike, write: Callable[[Path], object]) -> Path:
+    """Write a file atomically: ``write`` fills a temporary file, which then replaces ``path``.
+
+    Readers never see half a file, not even after a crash of the machine. Creates the folder.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -35,15 +39,15 @@ def write_whole(path: str | os.PathLike, write: Callable[[Path], None]) -> Path:
 
 
 def write_text(path: str | os.PathLike, text: str) -> Path:
-    """Write `text`, as UTF-8, whole or not at all."""
+    """Write text atomically, as UTF-8."""
     return write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
 
 def entries(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log, of JSON; one that a crash cut short ends them."""
+    """The entries of a JSON Lines log, up to the first line that a crash cut short."""
     found = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # it may end within a character
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # a crash may cut a character
             try:
                 found.append(json.loads(line))
             except json.JSONDecodeError:
@@ -52,12 +56,15 @@ def entries(path: Path) -> list[dict[str, Any]]:
 
 
 def lines(entries: list[dict[str, Any]]) -> str:
-    """What :func:`entries` reads."""
+    """The text of a JSON Lines log, the inverse of :func:`entries`."""
     return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
 
 
 def visible_files(folder: Path, place: Path) -> Iterator[Path]:
-    """A file, or those in a folder and below it; without hidden ones, which are on their way."""
+    """The file ``place``, or the files below the folder ``place``, relative to ``folder``.
+
+    Hidden files and folders are temporary and are skipped.
+    """
     paths = sorted(place.rglob("*")) if place.is_dir() else [place]
     for path in paths:
         within = path.relative_to(folder)
@@ -66,14 +73,14 @@ def visible_files(folder: Path, place: Path) -> Iterator[Path]:
 
 
 def sync(folder: Path) -> None:
-    """Have the disk hold what was written into a folder, so that it outlives the machine too."""
+    """Flush a folder and all files in it to the disk (fsync), so that they survive a crash of the machine."""
     for path in (*folder.rglob("*"), folder):
         _sync(path)
 
 
 def _sync(path: Path) -> None:
-    """Have the disk hold a file, or the names in a folder."""
-    with suppress(OSError) if path.is_dir() else nullcontext():  # not every system and network disk does that
+    """Flush a file, or the entries of a folder, to the disk (fsync)."""
+    with suppress(OSError) if path.is_dir() else nullcontext():  # unsupported by some systems and network disks
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -83,8 +90,10 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def removed(path: Path) -> Iterator[None]:
-    """Within, nothing bears that name; behind, the file or folder that did so is deleted, once the disk holds what
-    has been put in its place."""
+    """Context in which ``path`` does not exist; afterwards the old file or folder is deleted.
+
+    It is deleted only once its replacement is on the disk.
+    """
     hidden = path.with_name(f".{path.name}{REMOVED}")
     _delete(hidden)
     if path.exists():
@@ -103,22 +112,24 @@ def _delete(path: Path) -> None:
 
 @contextmanager
 def filled_whole(folder: str | os.PathLike) -> Iterator[Path]:
-    """Within, an empty folder to fill; behind, all that is in it has taken its place in ``folder``, one by one, the
-    index of a pipeline last. What fails or is killed before leaves everything as it was."""
+    """Context with an empty folder, whose entries then replace those of ``folder``, a pipeline's index last.
+
+    A failure or kill inside the context leaves ``folder`` unchanged.
+    """
     folder = Path(folder)
     unfinished = folder / f".result{UNFINISHED}"
     _delete(unfinished)
     unfinished.mkdir(parents=True)
     yield unfinished
     sync(unfinished)
-    for entry in sorted(unfinished.iterdir(), key=lambda path: path.name == "model_index.json"):
+    for entry in sorted(unfinished.iterdir(), key=lambda path: path.name == INDEX):
         with removed(folder / entry.name):
             entry.rename(folder / entry.name)
     unfinished.rmdir()
 
 
 def put_back(folder: str | os.PathLike) -> None:
-    """After a kill within :func:`filled_whole`: what was to be replaced is back where nothing had replaced it yet."""
+    """Repair a folder after a kill in :func:`filled_whole`: restore the entries that were not replaced yet."""
     for hidden in Path(folder).glob(f".*{REMOVED}"):
         place = hidden.with_name(hidden.name.removeprefix(".").removesuffix(REMOVED))
         if place.exists():
@@ -129,19 +140,19 @@ def put_back(folder: str | os.PathLike) -> None:
 
 
 def remove_halves(folder: str | os.PathLike) -> None:
-    """After a kill within :func:`write_whole`, in a folder or one in it: what it had not moved to its place yet."""
+    """Delete the temporary files of :func:`write_whole` after a kill, in a folder and its direct subfolders."""
     for depth in ("", "*/"):
         for half in Path(folder).glob(f"{depth}.*.[0-9]*.tmp"):
             half.unlink(missing_ok=True)
 
 
 def save_state(state: Any, path: str | os.PathLike) -> Path:
-    """Write a state dict, nested as optimizers have it: its tensors as safetensors, all else as JSON in the header.
+    """Write a nested state dict: its tensors as safetensors, everything else as JSON in the header.
 
-    A tensor that is in it several times is written once.
+    A tensor that occurs several times is written once.
 
     Raises:
-        TypeError: for anything but dicts, lists, tuples, tensors, strings, numbers, bools and None.
+        TypeError: if it holds anything but dicts, lists, tuples, tensors, strings, numbers, bools and None.
     """
     tensors: dict[str, Tensor] = {}
     names: dict[int, str] = {}
@@ -157,14 +168,14 @@ def save_state(state: Any, path: str | os.PathLike) -> Path:
             return {type(value).__name__: [described(entry) for entry in value]}
         if value is None or isinstance(value, bool | int | float | str):
             return value
-        raise TypeError(f"a {type(value).__name__} is no part of a state")
+        raise TypeError(f"a {type(value).__name__} cannot be part of a state")
 
     structure = json.dumps(described(state))
     return write_whole(path, lambda unfinished: save_file(tensors, unfinished, {"structure": structure}))
 
 
 def load_state(path: str | os.PathLike) -> Any:
-    """Read what :func:`save_state` wrote, with all tensors on the CPU."""
+    """Read a file of :func:`save_state`, with all tensors on the CPU."""
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         structure = json.loads(file.metadata()["structure"])

@@ -1,10 +1,12 @@
-"""The names in a run's output folder, each once. None of them may change: users, published models and resumed runs
-know them."""
+"""The names in a run's output folder, each once.
+
+None of them may change: users, published models and resumed runs depend on them.
+"""
 
 # The result
 INDEX = "model_index.json"  # of a pipeline
 LORA = "pytorch_lora_weights.safetensors"  # of diffusers' LoRA
-PEFT_SUFFIX = "_lora"  # of the folder of peft's LoRA, after the component's name
+PEFT_SUFFIX = "_lora"  # of the folder with peft's LoRA, after the component's name
 OTHERS_SUFFIX = "_comfyui.safetensors"  # of the LoRA for other programs, after the run's name
 CARD = "README.md"
 
@@ -16,7 +18,7 @@ BAD_SAMPLES = "bad_samples.jsonl"
 CURVES = "loss_curves.png"
 SAMPLES = "samples"
 BEFORE_AFTER = "samples/before_after.png"
-SETTINGS = "settings.json"  # beside drawn images: what they were drawn with
+SETTINGS = "settings.json"  # beside generated images: the settings that generated them
 EVALUATION = "evaluation"
 EVALUATION_FILE = "evaluation.json"  # in that folder, or in the one that lpl.evaluate is given
 EVALUATION_TABLE = "evaluation.md"
@@ -32,6 +34,6 @@ EMA = "ema"
 EMA_COUNT = "ema.json"
 LAST_CHECKPOINT = "last-checkpoint"  # on the Hub, as transformers' Trainer names it
 
-# On their way; all begin with a dot
+# Temporary; all begin with a dot
 UPLOADS = ".uploads"
 DOWNLOADS = ".download"

@@ -1,6 +1,6 @@
-"""What this machine has: packages, a GPU, disk and memory, and which errors say that one of them is short.
+"""What this machine has: packages, devices, disk and memory; and which errors mean that disk or memory ran out.
 
-*Full* is a disk that takes no more of a file. Sizes are in bytes.
+Sizes are in bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from lpl.tools.words import size
+from lpl.tools.words import first_line, size
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -27,26 +27,47 @@ def missing(package: str) -> bool:
 
 
 def has_gpu() -> bool:
-    """Whether accelerate will run on one."""
+    """Whether accelerate will use a GPU."""
     return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+
+
+def usable_device(name: str | None) -> torch.device:
+    """The device that ``--device`` names; None = a GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: if PyTorch cannot compute on it.
+    """
+    gpu = torch.cuda.is_available()
+    name = name or ("cuda" if gpu else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: {first_line(error)}") from error
+    if device.type == "cuda" and not gpu:
+        raise ValueError(f"--device {name}: this machine has no GPU that PyTorch can use; give cpu")
+    try:
+        torch.zeros((), device=device).item()
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        raise ValueError(f"--device {name}: PyTorch cannot compute on it here; give cpu") from error
+    return device
 
 
 # Disk ----------------------------------------------------------------------------------------------------------------
 
 
 def free_space(folder: str | Path) -> int:
-    """Bytes that are free where a folder is or will be."""
+    """Free bytes on the disk of a folder, which need not exist yet."""
     place = Path(folder).resolve()
     while not place.exists():
         place = place.parent
     return shutil.disk_usage(place).free
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, what of it this user may have, or a file's size
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk is full, the quota, or the largest size of a file
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether that is why a file could not be written."""
+    """Whether a file could not be written because the disk, the quota or the file was full."""
     if isinstance(error, SafetensorError):
         return any(f"(os error {number})" in str(error) for number in FULL)
     return isinstance(error, OSError) and error.errno in FULL
@@ -58,7 +79,7 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def reset_peak_memory(device: torch.device) -> bool:
-    """Start to look for the peak anew; False where that cannot be."""
+    """Restart the measurement of the peak; False if this device does not support it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
@@ -70,7 +91,7 @@ def reset_peak_memory(device: torch.device) -> bool:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes: of tensors on a GPU; on a CPU what the process had resident."""
+    """The largest memory in use, in bytes: of tensors on a GPU, resident memory of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if not STATUS.is_file():
@@ -82,7 +103,7 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def memory_in_words(device: torch.device) -> str:
-    """What a device has, and what of it is taken."""
+    """One line on a device's memory and its use."""
     if device.type == "cuda":
         name, (free, total) = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)
         others = total - free - torch.cuda.memory_reserved(device)
@@ -99,14 +120,14 @@ OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator: can't allocate memory", 
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of the device or of the machine, by whichever library it is found."""
+    """Whether the device or the machine ran out of memory, whichever library raises."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def wanted_memory(error: BaseException) -> str:
-    """What could not be had, in words, if the error tells."""
+    """The size of the failed allocation as the end of a sentence; empty if the error does not name it."""
     found = re.search(r"tried to allocate ([\d.]+) (\w+)", str(error), re.IGNORECASE)
     if not found:
         return ""

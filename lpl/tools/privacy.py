@@ -1,6 +1,6 @@
-"""What may be shown of a run: no token, no path of this machine, on cards, in recipes and wherever others read.
+"""What of a run may be public: cards and recipes show no access token and no path of this machine.
 
-A *Hub id* is `user/name` and names no folder of this machine. Local folders appear as `path/to/name`.
+A *Hub id* is ``user/name`` and names no local folder. Local folders appear as ``path/to/name``.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ SIGNED = re.compile(r"([?&]([\w-]*(token|key|secret|signature|password|credentia
 
 
 def public_command(argv: Sequence[str], local: Collection[str] = ()) -> str:
-    """The command as others may see it: no token, no path of this machine, one flag a line.
+    """The command without tokens and local paths, one flag per line.
 
     Args:
         argv: sys.argv.
-        local: arguments that are folders of this machine though they look like plain words.
+        local: arguments that are local folders although they look like plain words.
     """
 
     def show(value: str) -> str:
@@ -42,7 +42,7 @@ def public_command(argv: Sequence[str], local: Collection[str] = ()) -> str:
 
 
 def _without_token(arguments: Sequence[str]) -> Iterator[str]:
-    """Leave out `--hub_token` and its value, also as `--hub_token=...` and in the short forms of argparse."""
+    """Drop ``--hub_token`` and its value, also as ``--hub_token=...`` and in argparse's abbreviations."""
     rest = iter(arguments)
     for argument in rest:
         name, equals, _ = argument.partition("=")
@@ -53,27 +53,29 @@ def _without_token(arguments: Sequence[str]) -> Iterator[str]:
 
 
 def is_hub_id(source: str) -> bool:
+    """Whether it has the form of a Hub id and no local path has that name."""
     return bool(HUB_ID.fullmatch(source)) and not os.path.exists(source)
 
 
 def is_local(source: str) -> bool:
-    """Whether it leads to a folder or file of this machine, and not to the Hub or another address."""
+    """Whether it is a local folder or file, rather than a Hub id or another address."""
     return shown(source) != source
 
 
 def shown(source: str) -> str:
-    """A base model or data set: Hub ids and addresses as they are, folders of this machine by their own name."""
+    """A model or data set as it may be public: Hub ids and addresses unchanged, local folders as ``path/to/name``."""
     return local_name(source) if os.path.exists(os.path.expanduser(source)) else hide_paths(source)
 
 
 def local_name(path: str | os.PathLike) -> str:
+    """A local path as ``path/to/`` and its last part; the home folder as ``path/to/folder``, without the user name."""
     place = os.path.abspath(os.path.expanduser(path))
-    name = os.path.basename(place.replace("\\", "/")) if place != os.path.expanduser("~") else ""  # a user's name
+    name = os.path.basename(place.replace("\\", "/")) if place != os.path.expanduser("~") else ""
     return f"path/to/{name or 'folder'}"
 
 
 def hide_paths(text: str) -> str:
-    """`path/to/` before the last part of every path in `text`; Hub ids, addresses and prose stay."""
+    """Replace every path in the text by ``path/to/`` and its last part; Hub ids, addresses and prose stay."""
     if is_hub_id(text):
         return text
     if WHOLE_PATH.fullmatch(text) or ("/" in text and os.path.exists(text)):
@@ -82,6 +84,6 @@ def hide_paths(text: str) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """`text` without access tokens, and without the passwords and signatures of addresses."""
+    """The text without access tokens, and without passwords and signatures in addresses."""
     text = BEARER.sub("...", TOKEN.sub("hf_...", text))
     return SIGNED.sub(r"\1...", CREDENTIALS.sub("", text))

@@ -1,4 +1,4 @@
-"""How this process ends, and what it says when nothing else can speak."""
+"""How this process ends, and how it writes when the main thread may be blocked."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from typing import NoReturn
 
 
 def leave_after(main: Callable[[], None]) -> NoReturn:
-    """Run it, and end the process with what Python would say and its exit code, but without Python's waiting.
+    """Run ``main`` and exit as Python does, with its messages and exit code, but without waiting.
 
-    That would be for a loader's processes, which heed no signal, and for threads, such as those of an upload that was
-    given up.
+    Python would wait for a loader's processes, which ignore signals, and for threads, e.g. of an abandoned upload.
     """
     end = None
     try:
         main()
     except (Exception, SystemExit) as error:
-        end = error  # and with it all that main() holds: a loader that is let go waits for its processes
+        end = error  # keeps what main() holds alive: a loader waits for its processes when it is freed
     code = exit_code(end)
     logging.shutdown()
     sys.stdout.flush()
@@ -31,7 +30,7 @@ def leave_after(main: Callable[[], None]) -> NoReturn:
 
 
 def exit_code(end: BaseException | None) -> int:
-    """That of a process which ends by an exception, said on standard error where Python does."""
+    """The exit code of a process that ends with this exception; prints to standard error what Python prints."""
     if end is None:
         return 0
     if not isinstance(end, SystemExit):
@@ -47,21 +46,21 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def say(words: str) -> None:
-    """A line on standard error, whatever the main thread is doing with that."""
+    """Write a line to standard error without its lock, which the main thread may hold."""
     os.write(2, f"\n{words}\n".encode())
 
 
 def leave(code: int) -> NoReturn:
-    """End this process at once, and those that it has started, such as a loader's, which heed no other signal."""
+    """Exit at once and kill all child processes, e.g. a loader's, which ignore other signals."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where torch raises an error of its own
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(code)
 
 
 def leave_signals_alone(worker: int) -> None:
-    """For a loader's worker process: a signal is for the whole group, but the worker is needed until the step ends."""
-    signal.set_wakeup_fd(-1)  # that is the main process's
+    """For a loader's worker: ignore signals to the process group, since the worker is needed until the step ends."""
+    signal.set_wakeup_fd(-1)  # it belongs to the main process
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,7 +1,7 @@
-"""What is loaded is data: no weights are unpickled, and no code that a repository brings is run.
+"""Loads data only: no weights are unpickled, and no code of a repository is run.
 
-Diffusers and transformers run such code only where they are told to (``trust_remote_code``), which nothing here does.
-Where weights would have to be unpickled, or code run, that is said before anything is loaded.
+Diffusers and transformers run a repository's code only with ``trust_remote_code``, which is never set here. Weights
+that exist as pickles only, and parts that need foreign code, are refused before anything is loaded.
 """
 
 from __future__ import annotations
@@ -14,41 +14,41 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 
 
-LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # the last has diffusers' safety checker
+LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # stable_diffusion: diffusers' safety checker
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
 def check_components(path: str, index: Mapping[str, Any]) -> None:
-    """Refuse a pipeline with a part whose class is neither of diffusers nor of transformers.
+    """Refuse a pipeline with a component whose class belongs to neither diffusers nor transformers.
 
     Args:
-        index: what is in its ``model_index.json``.
+        index: the content of its ``model_index.json``.
 
     Raises:
-        ValueError: with the part.
+        ValueError: with the component.
     """
     parts = {name: entry for name, entry in index.items() if isinstance(entry, list | tuple)}
     for name, entry in parts.items():
         match entry:
-            case [None, None]:  # a part that this pipeline does without
+            case [None, None]:  # an optional component that this pipeline lacks
                 continue
             case [library, str()] if library in LIBRARIES:
                 continue
         raise ValueError(
-            f"--pretrained_model_name_or_path {path}: its {name} is {'.'.join(map(str, entry))}, no class of "
-            "diffusers or transformers, and code that a repository brings is not run; give a pipeline without it"
+            f"--pretrained_model_name_or_path {path}: its {name} is {'.'.join(map(str, entry))}, which is no "
+            "class of diffusers or transformers, and code of a repository is not run; give a pipeline without it"
         )
 
 
 def check_weights(
     what: str, path: str, folders: Iterable[str], revision: str | None = None, library: str = "diffusers"
 ) -> None:
-    """Refuse weights that there are as pickles only; nothing where the Hub cannot be asked for its files.
+    """Refuse weights that exist as pickles only; passes if the Hub cannot list the repository's files.
 
     Args:
         what: the flag and its value.
-        folders: of the repository, "" for its top.
-        library: that can convert the weights.
+        folders: folders of the repository, "" = its root.
+        library: the library that can convert the weights.
 
     Raises:
         ValueError: with the file, and how to convert it.
@@ -62,7 +62,7 @@ def check_weights(
             target = path if Path(path).is_dir() else "converted"
             raise ValueError(
                 f"{what}: there are no safetensors beside {pickles[0]}, a pickle, which can run any code when it is "
-                f"read; where you trust it, convert it once by {library}.{loader}.from_pretrained({path!r})"
+                f"read; if you trust it, convert it once with {library}.{loader}.from_pretrained({path!r})"
                 f".save_pretrained({target!r}), and give that folder"
             )
 

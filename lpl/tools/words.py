@@ -1,4 +1,4 @@
-"""Numbers, lists and errors in words."""
+"""Numbers, tables and errors as text."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ Rows = Sequence[tuple[str, str]]
 
 
 def warn(message: str) -> None:
-    """A warning that names the flag, not a line of the caller's file."""
+    """Warn on behalf of the caller's caller; the message names the flag."""
     warnings.warn(message, stacklevel=3)
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, in one line."""
+    """The first line of an error's message; its class where there is none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def close_match(name: str, known: Collection[Any], before: str = "") -> str:
-    """The end of a sentence that says what may have been meant."""
+    """The end of a sentence that suggests the closest known name; empty if none is close."""
     words = [str(word) for word in known]
     close = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), words, n=1, cutoff=0.5)
     return f"; did you mean {before}{close[0]}?" if close else ""
 
 
 def size(count: float) -> str:
-    """Bytes in the largest unit that leaves a number of at least 1.
+    """Bytes in the largest unit in which the number is at least 1.
 
     >>> size(512), size(3 * 2**30)
     ('512 bytes', '3.0 GiB')
@@ -41,7 +41,11 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the two largest units that they have."""
+    """Seconds in their two largest units.
+
+    >>> duration(41.4), duration(9000), duration(180000)
+    ('41 s', '2 h 30 min', '2 days 2 h')
+    """
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -52,9 +56,10 @@ def duration(seconds: float) -> str:
 
 
 def short_count(number: int) -> str:
-    """
-    >>> short_count(1234567)
-    '1.23M'
+    """A count with three or more digits in K, M or B.
+
+    >>> short_count(999), short_count(1234567)
+    ('999', '1.23M')
     """
     for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if number >= unit:
@@ -63,7 +68,8 @@ def short_count(number: int) -> str:
 
 
 def counted(count: int, word: str) -> str:
-    """
+    """A count with its noun.
+
     >>> counted(1, "process"), counted(2, "process"), counted(2, "image")
     ('1 process', '2 processes', '2 images')
     """
@@ -79,9 +85,28 @@ def pixels(height: int, width: int) -> str:
 
 
 def table(sections: Mapping[str, Rows]) -> str:
-    """Titles, and under each its rows with aligned values."""
+    """Titled sections of rows (name, value), with aligned values."""
     width = max(len(name) for rows in sections.values() for name, _ in rows)
     blocks = []
     for title, rows in sections.items():
         blocks.append("\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)]))
     return "\n\n".join(blocks)
+
+
+def percent(share: float) -> str:
+    """A share as a percentage with three digits.
+
+    >>> percent(0.0), percent(0.00012), percent(0.0123), percent(0.5)
+    ('0%', '0.012%', '1.23%', '50%')
+    """
+    return f"{100 * share:.3g}%" if share >= 1e-5 or share == 0 else "<0.001%"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """One line per row, with right-aligned columns.
+
+    >>> aligned([("block", "share"), ("up_10", "5%")])
+    ['block  share', 'up_10     5%']
+    """
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(word.rjust(width) for word, width in zip(row, widths)) for row in rows]

@@ -33,12 +33,11 @@ from lpl.config.groups import LENGTH, REFUSED, SILENT
 from lpl.tools import layout
 from lpl.tools.files import UNFINISHED, load_state, put_back, remove_halves, removed, save_state, sync, write_text
 from lpl.tools.machine import is_full
+from lpl.tools.words import counted, first_line
 from lpl.training.average import MovingAverage, load_average, save_average
 from lpl.training.parts import TrainedParts
 from lpl.training.updates import Updates
 from lpl.weighting import LplWeight
-
-from lpl.tools.words import counted, first_line
 
 
 logger = logging.getLogger(__name__)
@@ -155,7 +154,11 @@ def find_checkpoints(output_dir: str | Path) -> list[Path]:
 
 def _numbered(output_dir: str | Path) -> list[Path]:
     """The folders named like a checkpoint, whole or not, oldest first."""
-    found = (path for path in Path(output_dir).glob(f"{layout.CHECKPOINT_PREFIX}*") if path.name.removeprefix(layout.CHECKPOINT_PREFIX).isdigit())
+    found = (
+        path
+        for path in Path(output_dir).glob(f"{layout.CHECKPOINT_PREFIX}*")
+        if path.name.removeprefix(layout.CHECKPOINT_PREFIX).isdigit()
+    )
     return sorted(found, key=_number)
 
 
@@ -322,7 +325,9 @@ def _save_with_room(save: Callable[[], None], folder: Path, spare: list[Path]) -
             raise
         if not spare:
             raise OSError(errno.ENOSPC, getattr(error, "strerror", None) or str(error), str(folder)) from error
-        logger.warning(f"the disk is full: {', '.join(path.name for path in spare)} is deleted to make room for {folder.name}")
+        logger.warning(
+            f"the disk is full: {', '.join(path.name for path in spare)} is deleted to make room for {folder.name}"
+        )
         _drop(spare)
         _save_with_room(save, folder, spare=[])
 

@@ -220,6 +220,10 @@ class Log:
         yield
         self._since += time.perf_counter() - start
 
+    def has_lpl(self) -> bool:
+        """Whether an entry so far has LPL in its loss."""
+        return any(record.get("lpl_share", 0) > 0 for record in self.records())
+
     def records(self) -> list[dict[str, Any]]:
         """Every entry so far; a line that a crash cut short ends them."""
         return entries(self.path)

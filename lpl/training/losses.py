@@ -11,6 +11,7 @@ from lpl.autoencoders import feature_vae
 from lpl.config.groups import Lpl
 from lpl.loss import LatentPerceptualLoss
 from lpl.tools.machine import DTYPES
+from lpl.weighting import LplWeight
 
 
 @dataclass
@@ -70,3 +71,9 @@ def perceptual_loss(vae: nn.Module, lpl: Lpl, cache_dir: str | None) -> LatentPe
         gradient_checkpointing=lpl.lpl_gradient_checkpointing,
         **lpl.loss_options(),
     )
+
+
+def lpl_weight(lpl: Lpl, device: torch.device) -> LplWeight:
+    """w of Eq. 3 as the flags ask for it."""
+    schedule = lpl.lpl_start_step, lpl.lpl_ramp_steps, lpl.lpl_every
+    return LplWeight(lpl.lpl_weight, lpl.lpl_measuring_steps, device, *schedule)

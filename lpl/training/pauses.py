@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from lpl.config.groups import Output
 from lpl.training.checkpoints import TrainingState, checkpoint_path, save_checkpoint
 from lpl.training.log import Log
 from lpl.training.skipped_steps import SkippedSteps
@@ -27,31 +28,27 @@ class Pauses:
     """Saves, validates and publishes where it is due; saves once more if the run ends early.
 
     Args:
-        micro_batches: per optimizer step.
-        every, limit: --checkpointing_steps and --checkpoints_total_limit.
         publish: given a checkpoint, its step and whether the run is ending; None: nothing is published.
     """
 
     state: TrainingState
     order: Order
-    micro_batches: int
     log: Log
     skipped_steps: SkippedSteps
     validation: Validation
-    every: int
-    limit: int | None
+    output: Output
     publish: Callable[[Path, int, bool], None] | None = None
 
     def are_due(self, run: Run) -> bool:
-        return run.ending or run.step % self.every == 0 or self.validation.is_due(run.step)
+        return run.ending or self._saves(run) or self.validation.is_due(run.step)
 
     def take(self, run: Run) -> None:
         """Do what is due; time does not count for the images per second. Called by every process."""
         with self.log.paused():
             run.progress.looked = False
             run.progress.log, run.progress.skipped = self.log.state(), self.skipped_steps.count
-            run.progress.stream = self.order.positions(run.step * self.micro_batches)
-            saved = run.ending or run.step % self.every == 0
+            run.progress.stream = self.order.positions(run.step * run.accelerator.gradient_accumulation_steps)
+            saved = run.ending or self._saves(run)
             if saved:
                 self._save(run)
             if not run.ending:
@@ -64,5 +61,8 @@ class Pauses:
             if self.publish is not None and (saved or run.ending):
                 self.publish(checkpoint, run.step, run.ending)
 
+    def _saves(self, run: Run) -> bool:
+        return run.step % self.output.checkpointing_steps == 0
+
     def _save(self, run: Run) -> None:
-        save_checkpoint(self.state, run.folder, run.progress, self.limit)
+        save_checkpoint(self.state, run.folder, run.progress, self.output.checkpoints_total_limit)

@@ -5,6 +5,7 @@ A recipe records these facts under ``measured``; ``config.rerun_of`` has those o
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import reprlib
@@ -22,11 +23,14 @@ from lpl.config import Config
 from lpl.config.recipes import recipe_text
 from lpl.data.fingerprint import fingerprint, shard_paths
 from lpl.data.source import data_folders
-from lpl.tools.files import write_text
 from lpl.tools import layout
+from lpl.tools.files import write_text
 from lpl.tools.privacy import is_hub_id
 from lpl.tools.words import counted
+from lpl.training.start import Run
 
+
+logger = logging.getLogger(__name__)
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 
@@ -100,6 +104,29 @@ def _data_commit(dataset: Dataset | IterableDataset, name: str) -> str | None:
         return next((path[1] for path in paths if path), None)
     folders = (os.path.basename(os.path.dirname(file["filename"])) for file in dataset.cache_files)
     return next((folder for folder in folders if COMMIT.fullmatch(folder)), None)
+
+
+def start_recipe(
+    config: Config, run: Run, dataset: Dataset | IterableDataset, hardware: str, measured: Mapping[str, Any]
+) -> None:
+    """Write the run's recipe, and warn of what differs from the recipe that the run started from. The main process only.
+
+    Args:
+        measured: facts that a resumed run knows already.
+    """
+    if not run.is_main:
+        return
+    run.facts = measured_facts(config, dataset, run.accelerator.num_processes, hardware) | dict(measured)
+    for difference in compare_with(config.rerun_of, run.facts, config.optimization.train_batch_size):
+        logger.warning(difference)
+    write_recipe(run.folder, run.recipe, run.facts)
+
+
+def update_recipe(run: Run, measured: Mapping[str, Any]) -> None:
+    """Add facts to the run's recipe as soon as they are known. The main process only."""
+    if run.is_main and not measured.items() <= run.facts.items():
+        run.facts |= measured
+        write_recipe(run.folder, run.recipe, run.facts)
 
 
 # Comparison ----------------------------------------------------------------------------------------------------------

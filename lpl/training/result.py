@@ -53,7 +53,9 @@ class Result:
 
     def _save_lora(self, folder: Path) -> None:
         self.trained.save(folder)
-        save_for_other_programs(self.description.family.lora_layout, folder, self.trained.parts, self.folder.resolve().name)
+        save_for_other_programs(
+            self.description.family.lora_layout, folder, self.trained.parts, self.folder.resolve().name
+        )
         for name, component in self._changed.items():
             component.save_pretrained(folder / name)
 

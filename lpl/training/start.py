@@ -27,12 +27,18 @@ from accelerate.utils import (
 
 from lpl.config import Config
 from lpl.config.command_line import recipe
-from lpl.config.groups import Optimization
+from lpl.config.groups import Optimization, Output
 from lpl.data.dataset import LatentSpace, TrainingImages
+from lpl.data.order import KeyedBatches
 from lpl.data.source import load_training_images
-from lpl.data.streaming import load_streamed_images, training_images
+from lpl.data.streaming import StreamedBatches, load_streamed_images, training_images
+from lpl.families import Family
 from lpl.families.description import Description
+from lpl.tools.words import first_line
+from lpl.training.average import MovingAverage
 from lpl.training.checkpoints import Progress, check_recipe, find_checkpoints, find_resumable, tidy
+from lpl.training.loading import average_from_revision, load_family, weight_dtype
+from lpl.training.parts import TrainedParts
 from lpl.training.preemption import OTHERS_WAIT
 
 
@@ -42,14 +48,14 @@ logger = logging.getLogger(__name__)
 class Stage(Enum):
     """What a run is doing, in words; {} stands for the step."""
 
-    READING = "while flags and data were read"
-    LOADING = "while the models were loaded"
+    READING = "while reading flags and data"
+    LOADING = "while loading the models"
     STEP = "in step {}"
     LPL_STEP = "in step {}, which has LPL"
-    SAMPLES = "while samples were drawn after step {}"
-    LOSSES = "while the validation losses were computed after step {}"
+    SAMPLES = "while sampling after step {}"
+    LOSSES = "while computing the validation losses after step {}"
     EVALUATION = "in the evaluation after step {}"
-    SAVING = "while the result was saved"
+    SAVING = "while saving the result"
 
 
 @dataclass
@@ -182,7 +188,7 @@ def start_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def start_or_resume(config: Config, accelerator: Accelerator, download: Callable[..., None]) -> Run:
+def start_or_resume(config: Config, accelerator: Accelerator, download: Callable[[Output], None]) -> Run:
     """A run at its beginning, or at the checkpoint that --resume_from_checkpoint names.
 
     Args:
@@ -197,7 +203,7 @@ def start_or_resume(config: Config, accelerator: Accelerator, download: Callable
         if accelerator.is_main_process and not config.validation.dry_run:
             tidy(output.output_dir)
             if output.resume_from_checkpoint == "hub":
-                download(output.hub_model_id, output.output_dir, output.hub_token, output.hub_revision)
+                download(output)
         resumed = find_resumable(output.output_dir, output.resume_from_checkpoint)
     if resumed is not None:
         progress = Progress.load(resumed)
@@ -240,6 +246,47 @@ def open_images(config: Config, description: Description, run: Run) -> tuple[Tra
     images = training_images(dataset, *common)
     images.check()
     return images, None if held_out is None else TrainingImages(held_out, *common)
+
+
+def order_of(images: TrainingImages, optimization: Optimization, run: Run) -> KeyedBatches | StreamedBatches:
+    """The batches of this process, from where the run stands on."""
+    accelerator = run.accelerator
+    first_batch = run.step * optimization.gradient_accumulation_steps
+    process, processes = accelerator.process_index, accelerator.num_processes
+    return images.batches(optimization.train_batch_size, process, processes, first_batch, run.progress.stream)
+
+
+def load_models(
+    config: Config, description: Description, accelerator: Accelerator
+) -> tuple[Family, TrainedParts, MovingAverage | None]:
+    """The pipeline on the device, with a frozen VAE and frozen text encoders; what is trained of it, in float32; and its
+    moving average.
+
+    Raises:
+        ValueError: where weights cannot be loaded, or are not finite.
+    """
+    path = config.model.pretrained_model_name_or_path
+    try:
+        family = load_family(config.model, config.lora, description, weight_dtype(accelerator))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--pretrained_model_name_or_path {path}: its weights cannot be loaded; look at --variant and --revision "
+            f"({first_line(error)})"
+        ) from error
+    trained = TrainedParts(
+        family,
+        config.lora,
+        text_encoders=config.model.train_text_encoder,
+        gradient_checkpointing=config.optimization.gradient_checkpointing,
+    )
+    for part in (family.vae, family.denoiser, *family.text_encoders):
+        part.to(accelerator.device)
+    if broken := trained.not_finite():
+        raise ValueError(f"--pretrained_model_name_or_path {path}: the weights of {broken} are not finite")
+    average = MovingAverage.of(trained, config.optimization)
+    if average is not None and config.model.non_ema_revision and not config.lora.lora:
+        average_from_revision(average, config.model, description)
+    return family, trained, average
 
 
 def finish(accelerator: Accelerator) -> None:

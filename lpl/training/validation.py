@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
@@ -40,7 +41,11 @@ logger = logging.getLogger(__name__)
 class Metrics(Protocol):
     """What ``--eval_steps`` computes, see :class:`lpl.evaluation.training.TrainingEvaluation`."""
 
-    def run(self, run: Run, trained: TrainedParts, average: MovingAverage | None) -> dict[str, float]: ...
+    def run(
+        self, accelerator: Accelerator, trained: TrainedParts, average: MovingAverage | None, step: int
+    ) -> dict[str, float]: ...
+
+    def on_card(self) -> tuple[Sequence[Any], str]: ...
 
 
 # All of it -----------------------------------------------------------------------------------------------------------
@@ -84,7 +89,7 @@ class Validation:
                 self.log.validation(step, self.held_out.compute(run, self.trained, self.average))
         if self.metrics is not None and self._due(step, self.metrics_every) and not self.preemption.asked_now():
             self.now(Stage.EVALUATION, step)
-            self.log.validation(step, self.metrics.run(run, self.trained, self.average))
+            self.log.validation(step, self.metrics.run(run.accelerator, self.trained, self.average, step))
         run.progress.looked = not self.preemption.asked_now()
         run.ending = not run.progress.looked
 
@@ -118,7 +123,9 @@ class HeldOutLosses:
                 self.images, self.batch_size, accelerator.process_index, accelerator.num_processes
             ):
                 losses = self.losses(trained, batch, True)
-                sums += torch.stack([losses.diffusion_loss, losses.lpl, torch.ones_like(losses.lpl)]) * len(losses.errors)
+                sums += torch.stack([losses.diffusion_loss, losses.lpl, torch.ones_like(losses.lpl)]) * len(
+                    losses.errors
+                )
         trained.train()
         diffusion_loss, lpl, count = accelerator.reduce(sums, "sum").tolist()
         return {"validation_loss": diffusion_loss / count, "validation_lpl": lpl / count}
@@ -205,7 +212,14 @@ class Samples:
     def _sampled(self, run: Run, trained: TrainedParts, name: str) -> list[Image.Image]:
         trained.eval()
         images = sample(
-            self.family, self.scheduler, self.prompts, self.validation, self.size, self.seed, run.accelerator, self.stop
+            self.family,
+            self.scheduler,
+            self.prompts,
+            self.validation,
+            self.size,
+            self.seed,
+            run.accelerator,
+            self.stop,
         )
         trained.train()
         for number, image in enumerate(images):

@@ -109,7 +109,7 @@ def test_long_captions_are_cut():
 def test_lines_keep_to_their_width():
     font = _font(14, wide=False)
     lines = _break("a photograph of an incomprehensibilitiesincomprehensibilities cat", font, 90)
-    assert _extent(lines, font)[0] <= 91 and "".join(lines).replace(" ", "").startswith("aphotographofanincomp")
+    assert _extent(lines, font, 14)[0] <= 91 and "".join(lines).replace(" ", "").startswith("aphotographofanincomp")
 
 
 @pytest.mark.parametrize("rows, captions", [({}, []), ({"row": []}, []), ({"row": [picture(), picture()]}, ["one"])])

@@ -175,8 +175,9 @@ def test_a_lora_that_is_a_pickle_is_none(sd_pipeline, image_folder, tmp_path, ma
 def test_inspect_reads_no_pickle(sd_pipeline, image_folder, tmp_path, mark):
     pipeline = pickled(sd_pipeline, tmp_path / "pipeline", "vae", mark)
     words = ["--pretrained_model_name_or_path", str(pipeline), "--images", str(image_folder)]
+    words += ["--output_dir", str(tmp_path / "inspected")]
     with pytest.raises(ValueError, match="beside vae/diffusion_pytorch_model.bin, a pickle"):
-        inspect.run(inspect.build_parser().parse_args([*words, "--output_dir", str(tmp_path / "inspected")]))
+        inspect.run(*inspect.groups_of(vars(inspect.build_parser().parse_args(words))))
 
 
 # Code of a pipeline --------------------------------------------------------------------------------------------------
