@@ -57,7 +57,7 @@ style: $(READY)  ## format
 quality: $(READY)  ## check the format, the types, and that no import runs upwards
 	$(BIN)/ruff format --check . && $(BIN)/ruff check .
 	$(BIN)/lint-imports
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:  ## drop what quickstart and tests made
 	rm -rf $(QUICKSTART) .pytest_cache .ruff_cache

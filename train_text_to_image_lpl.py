@@ -92,8 +92,9 @@ def main() -> None:
 
 def train(config: Config, status: Status) -> None:
     # Before any weights are loaded: whatever can be refused is refused here.
-    with refusing(SCRIPT, hub.HubError):
+    with command_line.refusing():
         preflight(config)
+    with refusing(SCRIPT, hub.HubError):
         description = read_pipeline(config.model, config.lpl.lpl_blocks)
         config = status.config = resolve(config, description)  # complete from here on
         check_captions(config.data, description.family)
@@ -146,7 +147,7 @@ def train(config: Config, status: Status) -> None:
     )
     bad_samples = BadSamples(accelerator, images, run.folder, config.data.max_bad_samples, run.resumed is not None)
     skipped_steps = SkippedSteps(accelerator, config.optimization.max_skipped_steps, run.progress.skipped)
-    scheduler = description.training_scheduler(config.model.prediction_type)
+    scheduler = description.training_scheduler(config.model.objective)
     with refusing(SCRIPT):
         validation = make_validation(
             plan, length, losses, held_out_images, scheduler, prompts, classes, average, log, preemption, status.now
@@ -220,7 +221,7 @@ def train(config: Config, status: Status) -> None:
 class Observer(Protocol):
     """Sees each micro-batch before its backward pass; ``total`` is L_total and ``weight`` is w, both ()."""
 
-    def observe(self, step: int, batch: Batch, losses: BatchLosses, total: Tensor, weight: Tensor) -> None: ...
+    def observe(self, step: int, batch: Batch, losses: BatchLosses, total: Tensor, weight: Tensor, /) -> None: ...
 
 
 def optimizer_step(
@@ -384,9 +385,7 @@ def make_card(plan: Plan, log: Log, validation: Validation, prompts: Sequence[st
         prompts=prompts,
         classes=plan.images.class_names,
         facts=plan.run.facts,
-        licence=base_licence(
-            *(model.pretrained_model_name_or_path, model.revision, plan.config.output.hub_token, model.cache_dir)
-        ),
+        licence=base_licence(*(model.pipeline, model.revision, plan.config.output.hub_token, model.cache_dir)),
         results=validation.metrics.on_card() if validation.metrics is not None else ((), ""),
     )
 

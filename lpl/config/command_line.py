@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -106,15 +107,21 @@ def given_flags(parser: Parser, words: Sequence[str]) -> set[str]:
 
 def parse(argv: Sequence[str] | None = None) -> Config:
     """The checked command line; ends the process with one sentence where it cannot be run."""
-    parser = build_parser()
-    try:
-        config = _read(parser, sys.argv[1:] if argv is None else argv)
+    with refusing():
+        config = _read(build_parser(), sys.argv[1:] if argv is None else argv)
         check_words(config)
-    except ValueError as error:
-        parser.error(str(error))
     if argv is None and config.output.hub_token:  # trackers upload the command line
         sys.argv = [word.replace(config.output.hub_token, "hf_...") for word in sys.argv]
     return config
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Within, a ValueError is said as a wrong flag is, and ends the process with exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        build_parser().error(str(error))
 
 
 def config_of(values: Mapping[str, Any], given: Collection[str] = (), **rest: Any) -> Config:

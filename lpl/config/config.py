@@ -48,14 +48,6 @@ class Config:
             groups.setdefault(GROUP_OF[name], {})[name] = value
         return replace(self, **{name: replace(getattr(self, name), **part) for name, part in groups.items()})
 
-    def __getattr__(self, name: str) -> Any:  # TODO(house): gone when every function takes its groups
-        if name in GROUP_OF:
-            return getattr(getattr(self, GROUP_OF[name]), name)
-        raise AttributeError(name)
-
-    def held_out(self) -> Config:
-        return replace(self, **{name: held_out(getattr(self, name)) for name in GROUPS}).changed(seed=0)
-
 
 GROUPS: dict[str, type] = {
     item.name: type(item.default) for item in fields(Config) if hasattr(item.default, "__dataclass_fields__")

@@ -88,6 +88,18 @@ class Model:
         on_resume=REFUSED,
     )
 
+    @property
+    def pipeline(self) -> str:
+        """Folder or Hub id of the pipeline, once the flags are checked."""
+        assert self.pretrained_model_name_or_path is not None
+        return self.pretrained_model_name_or_path
+
+    @property
+    def objective(self) -> str:
+        """Name of the objective, once it is resolved."""
+        assert self.prediction_type is not None
+        return self.prediction_type
+
 
 @dataclass(frozen=True)
 class Lora:

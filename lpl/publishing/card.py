@@ -110,7 +110,7 @@ class RunCard:
         *,
         blocks: Sequence[str],
         records: Sequence[Mapping[str, float]],
-        prompts: Sequence[str] | Sequence[int],
+        prompts: Sequence[str | int],
         classes: Mapping[int, str],
         facts: Mapping[str, Any],
         licence: Mapping[str, Any],

@@ -235,7 +235,7 @@ def open_images(config: Config, description: Description, run: Run) -> tuple[Tra
     with run.accelerator.main_process_first():
         dataset, held_out = load(data, run.seed, cache_dir, description.num_classes)
     common = (
-        description.objective(config.model.prediction_type),
+        description.objective(config.model.objective),
         LatentSpace(*description.space),
         data,
         config.diffusion,
@@ -265,7 +265,7 @@ def load_models(
     Raises:
         ValueError: where weights cannot be loaded, or are not finite.
     """
-    path = config.model.pretrained_model_name_or_path
+    path = config.model.pipeline
     try:
         family = load_family(config.model, config.lora, description, weight_dtype(accelerator))
     except (OSError, ValueError) as error:

@@ -73,13 +73,14 @@ def sampled(pipeline, **arguments):
 
 def first_batch(pipeline, images, output_dir, size, **flags):
     """The samples that a run with these flags begins with, and the pipeline's scheduler."""
-    args, configs = parsed(pipeline, images, output_dir, **flags)
-    objective = get_objective(args.prediction_type, configs.scheduler)
-    dataset, _ = load_training_images(args.data, args.seed, args.cache_dir)
-    space = LatentSpace(configs.vae["latent_channels"], args.resolution // 8)
-    data = TrainingImages(dataset, objective, space, args.data, args.diffusion, args.seed)
-    order = KeyedBatches(len(data), size, args.seed, 0, 1, 0)
-    return collate([data[key] for key in next(iter(order))]), configs.scheduler
+    config, description = parsed(pipeline, images, output_dir, **flags)
+    objective = get_objective(config.model.objective, description.scheduler)
+    seed = config.optimization.seed
+    dataset, _ = load_training_images(config.data, seed, config.model.cache_dir)
+    space = LatentSpace(*description.space)
+    data = TrainingImages(dataset, objective, space, config.data, config.diffusion, seed)
+    order = KeyedBatches(len(data), size, seed, 0, 1, 0)
+    return collate([data[key] for key in next(iter(order))]), description.scheduler
 
 
 # Launched ------------------------------------------------------------------------------------------------------------

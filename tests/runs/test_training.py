@@ -19,6 +19,7 @@ from tiny import tiny_vae
 from trainer import arguments, launch, metrics, run, same, script, train, validation_metrics, weights
 from transformers import CLIPConfig, CLIPImageProcessorPil
 
+from lpl.config.groups import Diffusion, Lpl
 from lpl.families.sd3 import StableDiffusion3
 from lpl.objectives import Epsilon
 from lpl.training.loading import fresh_denoiser
@@ -311,14 +312,8 @@ class Answer(torch.nn.Module):
 def test_dream_is_the_diffusion_loss_at_a_noise_moved_by_the_models_own_error(sd_pipeline, monkeypatch):
     scheduler = DiffusionPipeline.from_pretrained(sd_pipeline).scheduler
     objective, vae = Epsilon(scheduler), AutoencoderKL.from_pretrained(sd_pipeline / "vae")
-    args = Namespace(
-        input_perturbation=0,
-        dream_training=True,
-        dream_detail_preservation=2.0,
-        precondition_outputs=0,
-        snr_gamma=None,
-    )
-    losses = script.Losses(Namespace(vae=vae), objective, None, 3.0, args)
+    diffusion = Diffusion(dream_training=True, dream_detail_preservation=2.0)
+    losses = script.Losses(Namespace(vae=vae), objective, None, Lpl(), diffusion)
     torch.manual_seed(0)
     batch = {
         "pixels": torch.rand(3, 3, 32, 32) * 2 - 1,
