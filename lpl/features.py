@@ -61,9 +61,8 @@ class DecoderFeatureExtractor:
         self._modules = decoder_blocks(vae, blocks)
         self.block_names = tuple(self._modules) or (RGB,)
         self._first = [parts[-1] for parts in decoder_levels(vae).values()][:1]  # empty for an unsupported decoder
-        self.first_shape: torch.Size | None = (
-            None  # (H_1, W_1) of the first block, selected or not; else of the first map
-        )
+        # (H_1, W_1) of the first block, selected or not; of the first map for an unsupported decoder
+        self.first_shape: torch.Size | None = None
         self._refuse_tiles()
         if gradient_checkpointing:
             decoder_parts(vae)  # raises for an unsupported decoder

@@ -101,9 +101,8 @@ def block_term(
     )
 
     # Values and gradients
-    counts = (
-        torch.ones_like(kept) if normalization == "none" else (kept >= 2).to(dtype)
-    )  # a single position has no variance
+    # A single position has no variance
+    counts = torch.ones_like(kept) if normalization == "none" else (kept >= 2).to(dtype)
     value = torch.empty_like(kept)
     for part in _parts(maps, count, phi.device):
         keep = masks.get(part.start)
