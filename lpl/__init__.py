@@ -3,8 +3,8 @@
 >>> from lpl import LatentPerceptualLoss
 >>> # loss_fn = LatentPerceptualLoss(vae); loss_fn(predicted_latents, latents) -> (B,)
 
-The files in this folder are the paper and need torch, diffusers and numpy only; the folders are the trainer. Names are
-imported when they are asked for, so that a command line is answered before torch is loaded.
+The files in this folder implement the paper and need only torch, diffusers and numpy; the folders are the trainer.
+Names are imported on first use, so that a command line can be checked before torch is loaded.
 """
 
 from importlib import import_module

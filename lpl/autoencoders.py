@@ -1,13 +1,13 @@
-"""What differs between VAE classes: how latents are scaled, how they are decoded, and where the decoder's blocks are.
+"""The differences between VAE classes: how they scale latents, how they decode, and the decoder's blocks (Eq. 1).
 
-Vocabulary. *Scaled* latents are those the denoiser is trained on, ``(encode(pixels) - shift) * scale``, with
-``latents_mean`` and ``latents_std`` where the VAE's config has them, in the shape in which the denoiser takes them
-(AutoencoderKLFlux2's in patches); ``vae.decode`` takes *raw* ones. An image is one frame where there is a time axis.
+Vocabulary. *Scaled* latents z0 are those the denoiser is trained on, ``(encode(pixels) - shift) * scale``, with
+``latents_mean`` and ``latents_std`` if the VAE's config has them, in the denoiser's shape (AutoencoderKLFlux2's in
+patches); ``vae.decode`` takes *raw* latents. For a VAE with a time axis, an image is one frame.
 
-Blocks are counted in the order in which the decoder runs: ``mid``, ``up_0``, ``up_1``, ... ; ``rgb`` stands for
-decoded pixels. A block ends with its upsampling, as ``up_blocks`` do; only AutoencoderTiny's begin with it, so that
-``mid`` is all that works at the latents' resolution. AutoencoderDC has no mid block. Any other module can be named by
-its path in the VAE, "decoder.up_blocks.1.resnets.0", and so can those of a decoder of another make.
+Blocks are numbered in the order in which the decoder runs: ``mid``, ``up_0``, ``up_1``, ...; ``rgb`` stands for the
+decoded pixels. A block ends with its upsampling, as ``up_blocks`` do; AutoencoderTiny's begin with it, so that ``mid``
+is everything at the latents' resolution. AutoencoderDC has no mid block. Any other module, also of an unsupported
+decoder, can be named by its path in the VAE, e.g. "decoder.up_blocks.1.resnets.0".
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from diffusers import (
 )
 from diffusers.models.autoencoders.autoencoder_kl_hunyuanimage import HunyuanImageUpsample
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -66,7 +67,7 @@ SUPPORTED = tuple(
         AutoencoderKLWan,
     )
 )
-# Where a class's configuration has the widths of its encoder's levels; a key of its own comes before the common one,
+# Keys of a configuration with the widths of the encoder's levels; class-specific keys come before the common one,
 # which AsymmetricAutoencoderKL has only sometimes.
 _ENCODER_WIDTHS = (
     "down_block_out_channels",
@@ -79,6 +80,11 @@ _LATENT_CHANNELS = ("vq_embed_dim", "latent_channels", "z_dim", "z_channels")
 
 
 def _first_of(config: Mapping[str, Any], keys: Sequence[str]) -> Any:
+    """The value of the first key that is set.
+
+    Raises:
+        ValueError: if none is.
+    """
     found = next((config[key] for key in keys if config.get(key) is not None), None)
     if found is None:
         raise ValueError(
@@ -90,19 +96,19 @@ def _first_of(config: Mapping[str, Any], keys: Sequence[str]) -> Any:
 # --- blocks ----------------------------------------------------------------------------------------------------------
 
 
-def decoder_levels(vae: nn.Module) -> dict[str, list[nn.Module]]:
-    """The decoder's blocks, in the order in which they run, each as the modules that run one after the other.
+def decoder_levels(vae: ModelMixin) -> dict[str, list[nn.Module]]:
+    """The decoder's blocks in running order, each as a list of modules in running order.
 
-    A block's features are what the last of them returns. Empty for a decoder of another make.
+    A block's features are the output of its last module. Empty for an unsupported decoder.
     """
-    decoder = getattr(vae, "decoder", None)
+    decoder: Any = getattr(vae, "decoder", None)
     mid: list[nn.Module] = []
-    if isinstance(vae, AutoencoderTiny):  # one list; its last convolution makes the pixels
+    if isinstance(vae, AutoencoderTiny):  # a flat list; its last convolution returns the pixels
         mid, *ups = _cut_at_upsampling(decoder.layers[:-1], behind=False)
-    elif isinstance(vae, AutoencoderKLKVAE):  # containers, kept from the image's side
+    elif isinstance(vae, AutoencoderKLKVAE):  # containers, stored in reverse order
         mid = [decoder.mid.block_1, decoder.mid.block_2]
         ups = [[*up.block, *([up.upsample] if hasattr(up, "upsample") else [])] for up in reversed(decoder.up)]
-    elif isinstance(vae, AutoencoderDC):  # kept from the image's side; some models have nothing at full resolution
+    elif isinstance(vae, AutoencoderDC):  # stored in reverse order; some models have no block at full resolution
         ups = [[block] for block in reversed(decoder.up_blocks) if len(block)]
     elif hasattr(decoder, "mid_block") and hasattr(decoder, "up_blocks"):
         mid = [decoder.mid_block]
@@ -114,20 +120,20 @@ def decoder_levels(vae: nn.Module) -> dict[str, list[nn.Module]]:
 
 
 def _cut_at_upsampling(modules: Sequence[nn.Module], behind: bool) -> list[list[nn.Module]]:
-    """A flat list of modules in parts, each with its upsampling as the last module or, else, as the first."""
+    """Split a flat list of modules behind (or before) each upsampling."""
     places = [i + behind for i, module in enumerate(modules) if isinstance(module, nn.Upsample | HunyuanImageUpsample)]
     return [list(modules)[start:end] for start, end in pairwise([0, *places, len(modules)])]
 
 
-def decoder_blocks(vae: nn.Module, blocks: Sequence[str] | None = None) -> dict[str, nn.Module]:
-    """The decoder's blocks by name, in the order in which they run: modules that return the features.
+def decoder_blocks(vae: ModelMixin, blocks: Sequence[str] | None = None) -> dict[str, nn.Module]:
+    """{name: module that returns the block's features}, in running order.
 
     Args:
-        blocks: those to select, see :func:`select_blocks`; None = every one. "rgb" is no module: ``("rgb",)`` gives
-            an empty dictionary.
+        blocks: the selection, see :func:`select_blocks`; None = all. "rgb" is no module: ``("rgb",)`` returns an empty
+            dictionary.
 
     Raises:
-        ValueError: for names and paths that the VAE has not, and for None with a decoder of another make.
+        ValueError: for names and paths that the VAE lacks, and for None with an unsupported decoder.
     """
     known = {name: parts[-1] for name, parts in decoder_levels(vae).items()}
     paths = {
@@ -135,11 +141,11 @@ def decoder_blocks(vae: nn.Module, blocks: Sequence[str] | None = None) -> dict[
         for path, module in vae.named_modules()
         if path not in ("", "decoder")
         and not path.startswith("encoder")
-        and type(module).forward is not nn.Module.forward  # a mere list of modules
+        and type(module).forward is not nn.Module.forward  # excludes lists of modules
     }
     if blocks is None and not known:
         raise ValueError(
-            f"the decoder of {type(vae).__name__} has no blocks that are known here; supported are "
+            f"the decoder of {type(vae).__name__} has no known blocks; supported are "
             f"{', '.join(SUPPORTED)}; for another, name modules by their path in --lpl_blocks, such as "
             f"{', '.join(_like('decoder', paths))}"
         )
@@ -147,33 +153,32 @@ def decoder_blocks(vae: nn.Module, blocks: Sequence[str] | None = None) -> dict[
     return {name: known[name] if name in known else paths[name] for name in names if name != RGB}
 
 
-def decoder_parts(vae: nn.Module) -> list[nn.Module]:
-    """What the decoder's blocks run one after the other: resnets, attentions, upsamplers.
+def decoder_parts(vae: ModelMixin) -> list[nn.Module]:
+    """The parts of the decoder's blocks in running order: resnets, attentions, upsamplers.
 
     Raises:
-        ValueError: for a decoder of another make.
+        ValueError: for an unsupported decoder.
     """
     parts: list[nn.Module] = []
     for module in chain.from_iterable(decoder_levels(vae).values()):
         lists = [child for child in module.children() if isinstance(child, nn.ModuleList)]
-        if isinstance(module, nn.Sequential) or lists:  # a block of parts
+        if isinstance(module, nn.Sequential) or lists:  # a block with parts
             for child in module.children():
                 parts += child.children() if child in lists else [child]
         else:
             parts.append(module)
     if not parts:
         raise ValueError(
-            f"--lpl_gradient_checkpointing: the decoder of {type(vae).__name__} has no parts that are known here; "
-            "leave it out"
+            f"--lpl_gradient_checkpointing: the decoder of {type(vae).__name__} has no known parts; leave it out"
         )
     return parts
 
 
-def skeleton(config: Mapping[str, Any]) -> nn.Module:
-    """The VAE of a configuration, as it stands in a file, without memory for its weights: to ask for its modules.
+def skeleton(config: Mapping[str, Any]) -> ModelMixin:
+    """The VAE of a configuration on the meta device, without memory for its weights, to inspect its modules.
 
     Raises:
-        ValueError: for a class that the installed diffusers has not.
+        ValueError: for a class that the installed diffusers lacks.
     """
     name = config.get("_class_name")
     kind = getattr(diffusers, str(name), None)
@@ -186,14 +191,14 @@ def skeleton(config: Mapping[str, Any]) -> nn.Module:
 def select_blocks(
     blocks: Sequence[str] | None, available: Sequence[str], paths: Collection[str] = ()
 ) -> tuple[str, ...]:
-    """The blocks asked for, in the order in which the decoder runs them, then modules by path; None = every block.
+    """The selected blocks in the decoder's running order, then modules by path; None = all blocks.
 
     Args:
-        available: names of the decoder's blocks, in the order in which they run.
-        paths: those of the VAE's modules, which are accepted too.
+        available: names of the decoder's blocks, in running order.
+        paths: paths of the VAE's modules, which are accepted too.
 
     Raises:
-        ValueError: for a name or path that the VAE has not, one given twice, none at all, or "rgb" beside others.
+        ValueError: for an unknown or repeated name, an empty selection, or "rgb" with other names.
     """
     if blocks is None:
         return tuple(available)
@@ -218,7 +223,7 @@ def select_blocks(
 
 
 def _like(name: str, paths: Collection[str]) -> list[str]:
-    """A few of the decoder's modules, those that come nearest to what was meant."""
+    """The module paths closest to a name."""
     return get_close_matches(name, paths, n=4, cutoff=0)
 
 
@@ -226,27 +231,28 @@ def _like(name: str, paths: Collection[str]) -> list[str]:
 
 
 def _has_frames(config: Mapping[str, Any]) -> bool:
-    """Whether the VAE takes (B, C, frames, H, W); its configuration tells by how much it compresses time."""
+    """Whether the VAE takes (B, C, frames, H, W), by the keys of its temporal compression."""
     return any(key.startswith(("temporal_", "temperal_")) for key in config)
 
 
-def _decode_options(vae: nn.Module) -> dict[str, Any]:
+def _decode_options(vae: ModelMixin) -> dict[str, Any]:
+    """Arguments of ``vae.decode`` that its class needs."""
     if isinstance(vae, VQModel):
         return {"force_not_quantize": True}
     return {"num_frames": 1} if isinstance(vae, AutoencoderKLTemporalDecoder) else {}
 
 
-def decode(vae: nn.Module, raw: Tensor) -> Tensor:
-    """Raw latents (B, C, h, w) -> pixels in [-1, 1], (B, 3, H, W), the way the pipelines go.
+def decode(vae: ModelMixin, raw: Tensor) -> Tensor:
+    """Raw latents, (B, C, h, w) -> pixels [-1, 1], (B, 3, H, W), as the pipelines decode.
 
-    A VQModel decodes the latents without quantising them, since all estimates nearby would look the same. Opacity,
-    where there is one (AutoencoderKLQwenImage21), is left out.
+    A VQModel decodes without quantising, since quantised estimates would equal their neighbours. An alpha channel
+    (AutoencoderKLQwenImage21) is dropped.
 
     Raises:
-        ValueError: for a VQModel that decodes indices into its codebook, not latents.
+        ValueError: for a VQModel that decodes indices of its codebook instead of latents.
     """
     if vae.config.get("lookup_from_codebook"):
-        raise ValueError("this VQModel looks its latents up in its codebook (lookup_from_codebook); LPL cannot use it")
+        raise ValueError("this VQModel decodes indices of its codebook (lookup_from_codebook); LPL cannot use it")
     if not _has_frames(vae.config):
         return vae.decode(raw, return_dict=False, **_decode_options(vae))[0]
     handle = vae.decoder.register_forward_pre_hook(_without_cache, with_kwargs=True)
@@ -257,15 +263,15 @@ def decode(vae: nn.Module, raw: Tensor) -> Tensor:
 
 
 def _without_cache(decoder: nn.Module, inputs: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A single frame needs none of what causal convolutions keep for the next, which are copies of their inputs."""
+    """Drop the cache of causal convolutions: copies of their inputs for the next frame, which a single frame lacks."""
     return inputs, {name: value for name, value in options.items() if name != "feat_cache"}
 
 
 def feature_map(output: Any) -> Tensor:
-    """What a module has returned as (B, C, H, W): a tuple's first, without the time axis of one frame.
+    """A module's output as (B, C, H, W): the first of a tuple, without the time axis of a single frame.
 
     Raises:
-        ValueError: where that is no map.
+        ValueError: if the output is no such map.
     """
     if isinstance(output, tuple | list):
         output = output[0]
@@ -281,7 +287,7 @@ def feature_map(output: Any) -> Tensor:
 
 
 def downscaling_factor(config: Mapping[str, Any]) -> int:
-    """Pixels per position of the scaled latents along a side."""
+    """Pixels per position of the scaled latents, along a side."""
     if ratio := config.get("spatial_compression_ratio"):
         return ratio
     return 2 ** (len(_first_of(config, _ENCODER_WIDTHS)) - 1) * _side(config.get("patch_size"))
@@ -297,18 +303,18 @@ def _side(patch: int | Sequence[int] | None) -> int:
 
 
 def _latent_patch(config: Mapping[str, Any]) -> int:
-    """Raw latent positions per scaled one along a side; AutoencoderKLFlux2's batch norm is on patches of them."""
+    """Raw positions per scaled position, along a side; AutoencoderKLFlux2's batch norm is on patches."""
     return _side(config["patch_size"]) if "batch_norm_eps" in config else 1
 
 
-def _affine(vae: nn.Module, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
-    """Shift and scale with ``scaled = (raw - shift) * scale``; (1, C, 1, 1) where the VAE has them per channel."""
+def _affine(vae: ModelMixin, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """Shift and scale of ``scaled = (raw - shift) * scale``; (1, C, 1, 1) if the VAE has them per channel."""
     config = vae.config
     if "batch_norm_eps" in config:
         std = (vae.bn.running_var + config["batch_norm_eps"]).sqrt()
         return vae.bn.running_mean.to(like).view(1, -1, 1, 1), 1 / std.to(like).view(1, -1, 1, 1)
     scale = config.get("scaling_factor") or 1.0
-    if config.get("norm_type") == "spatial":  # a MoVQ, whose latents Kandinsky's pipelines take as they are
+    if config.get("norm_type") == "spatial":  # a MoVQ, whose latents Kandinsky's pipelines do not scale
         scale = 1.0
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
         mean, std = (  # AutoencoderKLCosmos has one per channel and frame
@@ -321,34 +327,34 @@ def _affine(vae: nn.Module, like: Tensor) -> tuple[Tensor | float, Tensor | floa
 
 @lru_cache
 def _on_device(values: tuple[Any, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Moved there once, since each time a GPU would be waited for."""
+    """A tensor on the device, copied once, since each copy waits for the GPU."""
     return torch.tensor(values, device=device, dtype=dtype)
 
 
-def unscale(vae: nn.Module, latents: Tensor) -> Tensor:
-    """Scaled latents (B, C, h, w) -> raw ones, of that shape but for AutoencoderKLFlux2: (B, C / 4, 2h, 2w)."""
+def unscale(vae: ModelMixin, latents: Tensor) -> Tensor:
+    """Scaled latents, (B, C, h, w) -> raw latents of the same shape; AutoencoderKLFlux2: (B, C / 4, 2h, 2w)."""
     shift, scale = _affine(vae, latents)
     return F.pixel_shuffle(latents / scale + shift, _latent_patch(vae.config))
 
 
 @torch.no_grad()
-def encode(vae: nn.Module, pixels: Tensor, posterior_noise: Tensor) -> Tensor:
-    """Images to the latents that the denoiser is trained on: pixels [-1, 1] (B, 3, H, W) -> scaled (B, C, h, w).
+def encode(vae: ModelMixin, pixels: Tensor, posterior_noise: Tensor) -> Tensor:
+    """Pixels [-1, 1], (B, 3, H, W) -> scaled latents z0, (B, C, h, w).
 
     Args:
-        posterior_noise: N(0, I), (B, C, h, w); the sample of the posterior is its mean + std * posterior_noise. Where
-            there is no posterior (AutoencoderDC, AutoencoderTiny, VQModel, AutoencoderKLCosmos) none is added.
+        posterior_noise: N(0, I), (B, C, h, w); the sample of the posterior is mean + std * posterior_noise. Without a
+            posterior (AutoencoderDC, AutoencoderTiny, VQModel, AutoencoderKLCosmos) it is not used.
     """
     pixels = pixels.to(vae.dtype)
-    if 4 in (vae.config.get("in_channels"), vae.config.get("input_channels")):  # the fourth is opacity
+    if 4 in (vae.config.get("in_channels"), vae.config.get("input_channels")):  # the fourth is alpha
         pixels = F.pad(pixels, (0, 0, 0, 0, 0, 1), value=1.0)
     if _has_frames(vae.config):
         pixels = pixels.unsqueeze(2)
-    elif pixels.device.type == "cpu":  # its convolutions reorder everything else, there and back
+    elif pixels.device.type == "cpu":  # avoids conversions in every convolution
         pixels = pixels.contiguous(memory_format=torch.channels_last)
     with exact_precision(pixels.device):
         encoded = vae.encode(pixels, return_dict=False)[0]
-    raw = encoded if isinstance(encoded, Tensor) else encoded.mode()  # a posterior's mode is its mean
+    raw = encoded if isinstance(encoded, Tensor) else encoded.mode()  # the mode of the posterior is its mean
     patch = _latent_patch(vae.config)
     raw = F.pixel_unshuffle(at_least_float32(feature_map(raw)), patch)
     if isinstance(encoded, DiagonalGaussianDistribution):
@@ -358,16 +364,18 @@ def encode(vae: nn.Module, pixels: Tensor, posterior_noise: Tensor) -> Tensor:
 
 
 def feature_vae(
-    vae: nn.Module, name_or_path: str | None, dtype: torch.dtype, cache_dir: str | None = None
-) -> nn.Module:
-    """The VAE whose decoder the loss looks through: the pipeline's own, or a frozen copy or another in ``dtype``."""
-    if name_or_path is None:
-        # a copy of the decoder, that is without the encoder
-        return vae if vae.dtype == dtype else deepcopy(vae, {id(getattr(vae, "encoder", None)): None}).to(dtype)
+    vae: ModelMixin, name_or_path: str | None, dtype: torch.dtype, cache_dir: str | None = None
+) -> ModelMixin:
+    """The VAE whose decoder gives the features: the pipeline's own, a frozen copy in ``dtype``, or another VAE."""
+    if name_or_path is None:  # a copy has no encoder
+        if vae.dtype == dtype:
+            return vae
+        decoder: Any = deepcopy(vae, {id(getattr(vae, "encoder", None)): None})
+        return decoder.to(dtype)
     other = AutoModel.from_pretrained(name_or_path, dtype=dtype, cache_dir=cache_dir, use_safetensors=True)
     return other.requires_grad_(False).eval().to(vae.device)
 
 
 def exact_precision(device: torch.device) -> torch.autocast:
-    """The VAE computes in its own dtype, also where the caller's step runs under autocast."""
+    """Context in which the VAE computes in its own dtype, also under the caller's autocast."""
     return torch.autocast(device.type, enabled=False)

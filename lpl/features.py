@@ -1,7 +1,7 @@
-"""The decoder's features, taken by forward hooks on the VAE's real decode path (Eq. 1).
+"""The decoder's features phi_l, taken by forward hooks on the VAE's own decode path (Eq. 1).
 
-Hooking, rather than walking through the decoder's modules, keeps whatever ``vae.decode`` does before its decoder
-(``post_quant_conv`` above all). Decoding stops after the last block asked for.
+Hooks, unlike a loop over the decoder's modules, keep everything that ``vae.decode`` does before its decoder, such as
+``post_quant_conv``. Decoding stops after the last requested block.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -33,46 +34,47 @@ from lpl.objectives import at_least_float32
 
 
 class _LastBlockReached(Exception):
-    """Ends a decode whose remaining blocks nobody asked for."""
+    """Ends a decode whose remaining blocks are not requested."""
 
 
 class DecoderFeatureExtractor:
     """``extractor(latents) -> {block name: features}`` (Eq. 1).
 
-    The VAE is left as it was: no cast, no hook left behind, ``requires_grad`` unchanged; its parameters never receive
+    The VAE is left unchanged: no cast, no hook left behind, the same ``requires_grad``; its parameters never receive
     a gradient.
 
     Args:
         vae: a diffusers autoencoder.
-        blocks: names out of "mid" (AutoencoderDC has none), "up_0", "up_1", ..., and paths of any modules that return
-            a map, "decoder.up_blocks.1.resnets.0"; None = every named one; ``("rgb",)`` = the decoded pixels.
+        blocks: "mid" (AutoencoderDC has none), "up_0", "up_1", ..., and paths of modules that return a map, e.g.
+            "decoder.up_blocks.1.resnets.0"; None = all named blocks; ``("rgb",)`` = the decoded pixels.
         gradient_checkpointing: recompute the blocks, one resnet at a time, in the backward pass, to save memory.
 
     Raises:
-        ValueError: for a block that the decoder has not, an autoencoder of another make, or one that slices or tiles.
+        ValueError: for a block that the decoder lacks, an unsupported autoencoder, or one that slices or tiles.
     """
 
     def __init__(
-        self, vae: nn.Module, blocks: Sequence[str] | None = None, gradient_checkpointing: bool = False
+        self, vae: ModelMixin, blocks: Sequence[str] | None = None, gradient_checkpointing: bool = False
     ) -> None:
         self.vae = vae
         self.gradient_checkpointing = gradient_checkpointing
         self._modules = decoder_blocks(vae, blocks)
         self.block_names = tuple(self._modules) or (RGB,)
-        self._first = [parts[-1] for parts in decoder_levels(vae).values()][:1]  # none in a decoder of another make
-        self.first_shape: torch.Size | None = None  # (H_1, W_1) of the first block, selected or not, or first seen
+        self._first = [parts[-1] for parts in decoder_levels(vae).values()][:1]  # empty for an unsupported decoder
+        # (H_1, W_1) of the first block, selected or not; of the first map for an unsupported decoder
+        self.first_shape: torch.Size | None = None
         self._refuse_tiles()
         if gradient_checkpointing:
-            decoder_parts(vae)  # refuses a decoder whose parts are not known
+            decoder_parts(vae)  # raises for an unsupported decoder
 
     def __call__(self, latents: Tensor) -> dict[str, Tensor]:
-        """Scaled latents, (B, C, h, w) -> {name: (B, C_l, H_l, W_l)}, in the VAE's dtype, in decoding order.
+        """Scaled latents, (B, C, h, w) -> {name: (B, C_l, H_l, W_l)}, in the VAE's dtype, in decoding order (Eq. 1).
 
         Gradients flow to ``latents``, unless under ``torch.no_grad()``.
 
         Raises:
-            ValueError: where the latents are not this VAE's, it has come to slice or tile, or a module that follows
-                a named one works in place.
+            ValueError: if the latents do not fit this VAE, slicing or tiling is enabled, or a later module overwrites
+                the output of a named one in place.
         """
         features, versions = {}, {}
 
@@ -87,15 +89,15 @@ class DecoderFeatureExtractor:
         return features
 
     def visit(self, latents: Tensor, see: Callable[[str, Tensor], None]) -> None:
-        """The same, but each block's features are shown, ``see(name, features)``, as soon as they exist."""
+        """As ``__call__``, but calls ``see(name, features)`` for each block as soon as its features exist."""
         self._refuse_tiles()
         self.check_latents(latents)
         self.first_shape = None
         raw = unscale(self.vae, at_least_float32(latents)).to(self.vae.dtype)  # (B, C, h, w)
-        if raw.device.type == "cpu":  # its convolutions reorder everything else, there and back
+        if raw.device.type == "cpu":  # avoids conversions in every convolution
             raw = raw.contiguous(memory_format=torch.channels_last)
         with (
-            torch.compiler.set_stance("force_eager"),  # compiled parts would not notice hooks that come later
+            torch.compiler.set_stance("force_eager"),  # compiled modules ignore hooks that are added later
             self._hooks(see) as waiting,
             DecoderPass(self.vae, self.gradient_checkpointing),
             exact_precision(latents.device),
@@ -110,10 +112,10 @@ class DecoderFeatureExtractor:
             see(RGB, pixels)
 
     def check_latents(self, latents: Tensor) -> None:
-        """Refuse latents that are not this VAE's.
+        """Refuse latents that do not fit this VAE.
 
         Raises:
-            ValueError: with the shape that is accepted.
+            ValueError: with the accepted shape.
         """
         channels = latent_channels(self.vae.config)
         if latents.ndim != 4 or latents.shape[1] != channels:
@@ -156,19 +158,18 @@ class DecoderFeatureExtractor:
 
 
 class DecoderPass:
-    """While one runs, the VAE's parameters need no gradient, and what the backward pass needs is kept small.
+    """Context of a decode: the VAE's parameters require no gradient, and the backward pass keeps little memory.
 
-    Its convolutions, frozen now, keep nothing of their inputs; with ``gradient_checkpointing`` its blocks are
-    recomputed a resnet at a time. Whatever the caller's settings are, they stand again afterwards. Entered anew for
-    each part that the backward pass recomputes, so that it is recomputed as it was computed. One thread at a time can
-    look through a VAE.
+    Frozen convolutions do not save their inputs; with ``gradient_checkpointing`` the blocks are recomputed one resnet
+    at a time. The caller's settings are restored on exit. The context is entered again for each part that the backward
+    pass recomputes, so that the recomputation is identical. A VAE can be used by one thread at a time.
     """
 
-    def __init__(self, vae: nn.Module, gradient_checkpointing: bool) -> None:
+    def __init__(self, vae: ModelMixin, gradient_checkpointing: bool) -> None:
         self.vae, self.gradient_checkpointing = vae, gradient_checkpointing
         self._parameters = list(vae.parameters())
         self._modules = list(getattr(vae, "decoder", vae).modules())
-        self._left: list[ExitStack] = []  # what to undo, one entry per pass that runs
+        self._left: list[ExitStack] = []  # one stack to undo per active pass
 
     def __enter__(self) -> None:
         self._left.append(stack := ExitStack())
@@ -177,7 +178,7 @@ class DecoderPass:
                 parameter.requires_grad_(False)
                 stack.callback(parameter.requires_grad_, True)
         for module in self._modules:
-            if hasattr(module, "gradient_checkpointing"):  # diffusers' own way, which AutoencoderDC has not
+            if hasattr(module, "gradient_checkpointing"):  # diffusers' own checkpointing, which AutoencoderDC lacks
                 _set(stack, module, "gradient_checkpointing", False)
             if torch.is_grad_enabled() and type(module) is nn.Conv2d and _is_plain(module):
                 _set(stack, module, "forward", partial(_frozen_convolution, module))
@@ -197,7 +198,7 @@ class DecoderPass:
 
 
 def _is_plain(convolution: nn.Conv2d) -> bool:
-    """Whether nobody has given it a forward of its own, and its padding needs none."""
+    """Whether it has no custom forward, and zero padding given in numbers."""
     numbers = convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str)
     return numbers and "forward" not in vars(convolution)
 
@@ -207,10 +208,7 @@ def _frozen_convolution(convolution: nn.Conv2d, features: Tensor) -> Tensor:
 
 
 class _FrozenConvolution(torch.autograd.Function):
-    """A convolution whose weights are constants: the backward pass needs them, and nothing of its input.
-
-    Its adjoint is the transposed convolution.
-    """
+    """A convolution with constant weights: its backward pass, a transposed convolution, does not need the input."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, convolution: nn.Conv2d) -> Tensor:
@@ -219,9 +217,11 @@ class _FrozenConvolution(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, gradient: Tensor
+    ) -> tuple[Tensor, None]:
         of = ctx.convolution
-        reached = (  # how far the transposed convolution reaches of itself; a stride may have skipped the rest
+        reached = (  # size of the transposed convolution's output; a stride may have skipped the rest
             (size - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1
             for size, stride, padding, dilation, kernel in zip(
                 gradient.shape[-2:], of.stride, of.padding, of.dilation, of.kernel_size
@@ -233,7 +233,7 @@ class _FrozenConvolution(torch.autograd.Function):
 
 
 def _set(stack: ExitStack, module: nn.Module, name: str, value: Any) -> None:
-    """Give a module an attribute of its own until the stack is closed."""
+    """Set an instance attribute of a module until the stack is closed."""
     own = module.__dict__
     stack.callback(own.__setitem__, name, own[name]) if name in own else stack.callback(own.pop, name)
     own[name] = value

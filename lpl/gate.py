@@ -1,7 +1,7 @@
-"""Which samples and which steps LPL looks at (Eq. 2, Sec. 3.2, Sec. 4.3).
+"""The gate of LPL: the samples, parts of images, and steps that it applies to (Eq. 2, Sec. 4.1, Sec. 4.3).
 
-A sample is *inside* where its noise-to-signal ratio sigma_t is finite and at most the threshold tau. Everything here is
-decided on the CPU, from numbers that are drawn there: no step waits for the device to learn which rows to decode.
+A sample is *inside* if its noise-to-signal ratio sigma_t is finite and at most the threshold tau. All decisions are
+made on the CPU, from numbers drawn there, so that no step waits for the device to know which rows to decode.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import math
 from torch import Tensor
 
 
-SMALLEST_CROP = 4  # latent positions; fewer have hardly a variance to standardise by
+SMALLEST_CROP = 4  # latent positions; fewer give no usable variance
 
 
 # Samples -------------------------------------------------------------------------------------------------------------
 
 
 def sigma_threshold_at(threshold: float, height: int, width: int, base_resolution: int) -> float:
-    """tau for images of height x width pixels: stated at ``base_resolution``, scaled with the side (Sec. 4.1).
+    """tau for images of height x width pixels: given at ``base_resolution``, scaled with the side (Sec. 4.1).
 
     >>> sigma_threshold_at(3.0, 1024, 1024, 256)
     12.0
@@ -29,7 +29,7 @@ def sigma_threshold_at(threshold: float, height: int, width: int, base_resolutio
 
 
 def is_inside(sigma: Tensor, threshold: float) -> Tensor:
-    """Whether LPL applies: sigma_t finite and at most tau, (B,) -> bool (B,) (Eq. 2)."""
+    """Whether LPL applies to each sample: sigma_t finite and at most tau, (B,) -> bool, (B,) (Eq. 2)."""
     return sigma.isfinite() & (sigma <= threshold)
 
 
@@ -39,10 +39,10 @@ def rows_inside(sigma: Tensor, threshold: float) -> Tensor:
 
 
 def subset(rows: Tensor, choice: Tensor, size: int | None) -> Tensor:
-    """At most ``size`` of the rows, (n,) -> (m,), each subset as likely as any other; None = all.
+    """A uniformly random subset of at most ``size`` rows, (n,) -> (m,); None = all.
 
     Args:
-        choice: a uniformly random number for each sample of the batch, (B,); the smallest win.
+        choice: uniform random numbers, one per sample of the batch, (B,); the rows with the smallest are chosen.
     """
     return rows[choice[rows].argsort()[:size].sort().values]
 
@@ -51,18 +51,21 @@ def subset(rows: Tensor, choice: Tensor, size: int | None) -> Tensor:
 
 
 def accepted_crops(height: int, width: int, factor: int) -> list[int]:
-    """Sides in pixels of the square parts that LPL may look at: whole latent positions, ``factor`` pixels each, at
-    least SMALLEST_CROP of them, and tiles that cover the image."""
+    """The accepted sides, in pixels, of the square crops that LPL compares.
+
+    A side is a whole number of latent positions, ``factor`` pixels each, at least SMALLEST_CROP of them. It divides
+    height and width, so that the tiles cover the image.
+    """
     sides = range(SMALLEST_CROP * factor, min(height, width) + 1, factor)
     return [side for side in sides if height % side == 0 and width % side == 0]
 
 
 def random_window(height: int, width: int, part: int, choice: Tensor) -> tuple[int, int, int, int]:
-    """One of the tiles with sides of ``part`` that latents of height x width fall into, each as likely as any other:
-    (top, left, height, width).
+    """A uniformly random tile of latents of height x width positions: (top, left, height, width).
 
     Args:
-        choice: a uniformly random number, ().
+        part: the tile's side in latent positions.
+        choice: a uniform random number in [0, 1), ().
 
     >>> import torch
     >>> random_window(8, 8, 2, torch.tensor(0.4))  # the 7th of 16
@@ -77,7 +80,7 @@ def random_window(height: int, width: int, part: int, choice: Tensor) -> tuple[i
 
 
 def ramp(step: int, start_step: int, ramp_steps: int) -> float:
-    """The factor on w at an optimizer step, counted from 0: 0 before the start, then linearly up to 1.
+    """The factor on w at an optimizer step, counted from 0: 0 before the start, then linear up to 1 (Sec. 4.3).
 
     >>> [ramp(step, 2, 2) for step in range(5)], ramp(0, 0, 0)
     ([0.0, 0.0, 0.5, 1.0, 1.0], 1.0)
@@ -88,7 +91,7 @@ def ramp(step: int, start_step: int, ramp_steps: int) -> float:
 
 
 def has_lpl(step: int, start_step: int, every: int) -> bool:
-    """Whether an optimizer step, counted from 0, is one of those with LPL: every n-th from the start on.
+    """Whether an optimizer step, counted from 0, has LPL: every n-th step from the start on.
 
     >>> [step for step in range(8) if has_lpl(step, 1, 3)]
     [1, 4, 7]

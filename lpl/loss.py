@@ -1,4 +1,4 @@
-"""The latent perceptual loss (Eq. 2): how far two latents are apart as the VAE's decoder sees them.
+"""The latent perceptual loss (Eq. 2): the distance of two latents in the features of the VAE's decoder.
 
 Vocabulary. ``latents`` is z0 and ``predicted_latents`` its estimate z0_hat, both scaled, (B, C, h, w). ``target`` and
 ``predicted`` are their decoder features phi_l and phi_hat_l at one block, (B, C_l, H_l, W_l); ``mask`` is rho_l, True
@@ -8,12 +8,12 @@ Per sample b::
 
     LPL_b = sum_l omega_l * mean_c [ sum_hw rho * (phi' - phi_hat')^2 / max(1, sum_hw rho) ]
 
-The decoder runs twice, to the last block compared: without gradient on ``latents``, then with it on
-``predicted_latents``. There, each block's term is taken as soon as its features exist, and its gradient formed in
-closed form (``lpl/terms.py``); the decoder's backward pass follows at once.
+The decoder runs twice, up to the last compared block: on ``latents`` without gradient, then on ``predicted_latents``
+with gradient. In the second pass, each block's term and its gradient in closed form (``lpl/terms.py``) are computed as
+soon as its features exist; the decoder's backward pass follows immediately.
 
-Invariants. One number per sample, independent of the batch's other samples; the caller gates and reduces. Differences
-and statistics are float32 (float64 for a float64 VAE). The gradient reaches the prediction only.
+Invariants. One value per sample, independent of the other samples of the batch; the caller gates and reduces.
+Differences and statistics are float32 (float64 for a float64 VAE). Only the prediction receives a gradient.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lpl.autoencoders import decoder_levels, exact_precision
@@ -36,39 +37,39 @@ from lpl.outliers import outlier_mask
 from lpl.terms import GRADIENT_SCALE, block_term, reference_block_term
 
 
-LARGEST_IN_FLOAT16 = 64.0  # of a gradient that the decoder's backward pass begins with; sums of them follow
-MARGIN = 8  # latent positions decoded around a window, so that convolutions see there what is around it
+LARGEST_IN_FLOAT16 = 64.0  # of the gradients at the start of the decoder's backward pass, which sums them
+MARGIN = 8  # latent positions decoded around a window, so that convolutions see its surroundings
 
 
 class LatentPerceptualLoss:
     """``loss_fn(predicted_latents, latents) -> (B,)`` (Eq. 2).
 
     Args:
-        vae: any supported diffusers autoencoder; used as it is, in its own dtype, and left as it was.
-        blocks: decoder blocks to compare, e.g. ``("mid", "up_0")``; None = mid and every up block; ``("rgb",)`` alone
-            = decoded pixels, the ablation of Sec. 4.3.
-        normalization: "shared": both sides standardised by the prediction's statistics; "separate": each by its own;
-            "none" (Sec. 3.2, Sec. 4.3).
-        detach_statistics: no gradient through those statistics. Eq. 2 as written has it flow.
+        vae: any supported diffusers autoencoder; used in its own dtype and left unchanged.
+        blocks: decoder blocks to compare, e.g. ``("mid", "up_0")``; None = mid and every up block; ``("rgb",)`` =
+            decoded pixels, the ablation of Sec. 4.3.
+        normalization: "shared": both features standardised by the prediction's statistics; "separate": each by its
+            own; "none" (Sec. 3.2, Sec. 4.3).
+        detach_statistics: stop the gradient through those statistics; in Eq. 2 as written it flows.
         depth_weighting: omega_l by the side r_l of block l's map: "inverse" r_1 / r_l (Sec. 3.2's text), "exponential"
             2^(-r_l / r_1) (its formula as printed), "uniform", or one number per block.
-        mask_outliers: leave out outliers of the predicted features (Sec. 8).
+        mask_outliers: exclude outliers of the predicted features (Sec. 8).
         distance: "l2", squared differences, or "l1", absolute ones.
-        variant: "reference" gives the numbers of the authors' released code instead; no other option goes with it but
-            ``blocks`` and ``gradient_checkpointing``.
+        variant: "reference" gives the values of the authors' released code; it accepts no other options of the loss
+            but ``blocks`` and ``gradient_checkpointing``.
         gradient_checkpointing: recompute each resnet in the backward pass, to save memory.
         outliers: parameters of the masks, see :func:`outlier_mask`.
-        chunk_size: samples that are decoded at a time; fewer need less memory. None = all.
+        chunk_size: number of samples decoded at a time; fewer need less memory. None = all.
 
-    After a call, ``last`` holds what it has measured by block (:class:`Measured`).
+    After a call, ``last`` holds the measurements of each block (:class:`Measured`).
 
     Raises:
-        ValueError: for options that are unknown or exclude one another, and blocks that the decoder has not.
+        ValueError: for options that are unknown or mutually exclusive, and for blocks that the decoder lacks.
     """
 
     def __init__(
         self,
-        vae: nn.Module,
+        vae: ModelMixin,
         blocks: Sequence[str] | None = None,
         normalization: str = "shared",
         detach_statistics: bool = False,
@@ -88,11 +89,13 @@ class LatentPerceptualLoss:
             normalization, detach_statistics, depth_weighting, mask_outliers, distance, variant, self.block_names
         )
         check_mask_and_chunks(outliers or {}, mask_outliers, variant, chunk_size)
-        if not isinstance(depth_weighting, str):  # given in the order of ``blocks``
-            depth_weighting = dict(zip(blocks or self.block_names, depth_weighting))
         self.normalization = normalization
         self.detach_statistics = detach_statistics
-        self.depth_weighting = depth_weighting
+        self.depth_weighting: str | dict[str, float]
+        if isinstance(depth_weighting, str):
+            self.depth_weighting = depth_weighting
+        else:  # in the order of ``blocks``
+            self.depth_weighting = dict(zip(blocks or self.block_names, depth_weighting))
         self.mask_outliers = mask_outliers
         self.distance = distance
         self.variant = variant
@@ -103,17 +106,17 @@ class LatentPerceptualLoss:
     def __call__(
         self, predicted_latents: Tensor, latents: Tensor, window: tuple[int, int, int, int] | None = None
     ) -> Tensor:
-        """LPL_b, (B,), for scaled latents, both (B, C, h, w) (Eq. 2).
+        """Scaled latents, two of (B, C, h, w) -> LPL_b, (B,) (Eq. 2).
 
-        The gradient with respect to ``predicted_latents`` is formed here, where one is wanted; the backward pass only
-        multiplies it. Nothing of the decoder's is kept until then.
+        The gradient with respect to ``predicted_latents``, if required, is computed here; the backward pass only
+        scales it. No activations of the decoder are kept until then.
 
         Args:
-            window: (top, left, height, width) in latent positions: compare this part of the image only, and decode
-                no more than it and MARGIN positions around it.
+            window: (top, left, height, width) in latent positions: compare only this part of the image, and decode
+                only it and MARGIN positions around it.
 
         Raises:
-            ValueError: where the two shapes differ or are not (B, C, h, w), or the window is not inside them.
+            ValueError: if the shapes differ or are not (B, C, h, w), or the window exceeds them.
         """
         self._check_latents(predicted_latents, latents, window)
         self.last = Measured()
@@ -131,7 +134,7 @@ class LatentPerceptualLoss:
     def _compare(
         self, predicted_latents: Tensor, latents: Tensor, window: tuple[int, int, int, int] | None, wanted: bool
     ) -> tuple[Tensor, Tensor | None, Measured]:
-        """LPL_b and its gradient, (B,) and (B, C, h, w), for samples that are decoded together."""
+        """LPL_b, (B,), and its gradient, (B, C, h, w), for samples that are decoded together (Eq. 2)."""
         decoded, inner = with_margin(window, latents.shape[-2:])
         with torch.no_grad():
             target = unshared(self.extractor(latents[decoded]))
@@ -142,7 +145,7 @@ class LatentPerceptualLoss:
             features = target.pop(name)
             measured.terms[name], measured.kept[name] = self._term(name, predicted.detach(), features, inner, wanted)
             if wanted:
-                gradients.append(features)  # which they are by now
+                gradients.append(features)  # overwritten by the gradient
                 seeds.append(_Given.apply(predicted, [features]))
 
         with torch.set_grad_enabled(wanted):
@@ -151,7 +154,7 @@ class LatentPerceptualLoss:
         if not wanted:
             return value, None, measured
         scale = into_range(gradients) * GRADIENT_SCALE
-        gradients.clear()  # they are freed one by one
+        gradients.clear()  # the backward pass frees them one by one
         with exact_precision(latents.device):
             (gradient,) = torch.autograd.grad(seeds, predicted_latents)
         return value, gradient / scale, measured
@@ -159,13 +162,14 @@ class LatentPerceptualLoss:
     def _term(
         self, name: str, predicted: Tensor, target: Tensor, inner: Window | None, wanted: bool
     ) -> tuple[Tensor, Tensor]:
-        """A block's weighted term and kept share, (B,) each; ``target`` becomes the gradient if it is ``wanted``."""
-        part, outliers = target, self.outliers
+        """A block's weighted term and kept share, (B,) each (Eq. 2); ``target`` becomes the gradient if ``wanted``."""
+        part, outliers, place = target, self.outliers, None
+        assert self.extractor.first_shape is not None, "the decoder has run"
         relative_side = math.sqrt(math.prod(target.shape[-2:]) / math.prod(self.extractor.first_shape))  # r_l / r_1
-        if inner is not None:  # the margin was decoded for its sake, and takes no part itself
+        if inner is not None:  # the margin is decoded, but not compared
             place = inner.on(target.shape[-2:])
             predicted, part = predicted[place], target[place].clone(memory_format=torch.contiguous_format)
-            settings = MASK_DEFAULTS | outliers
+            settings = {**MASK_DEFAULTS, **outliers}
             outliers = settings | {kernel: settings[kernel] * inner.side for kernel in ("dilation", "erosion")}
         if self.variant == "reference":
             index = list(decoder_levels(self.vae)).index(name)
@@ -181,7 +185,7 @@ class LatentPerceptualLoss:
                 depth_weight(self.depth_weighting, relative_side, name),
                 wanted,
             )
-        if inner is not None and wanted:
+        if place is not None and wanted:
             target.zero_()[place] = part
         return result
 
@@ -202,7 +206,7 @@ class LatentPerceptualLoss:
 
 
 class _Given(torch.autograd.Function):
-    """A number whose gradient with respect to the features, in ``memory``, is known already; given away when used."""
+    """A scalar with a known gradient with respect to the features, in ``memory``; released when it is used."""
 
     @staticmethod
     def forward(ctx: Any, predicted: Tensor, memory: list[Tensor]) -> Tensor:
@@ -211,12 +215,12 @@ class _Given(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return ctx.memory.pop(), None
 
 
 class _Formed(torch.autograd.Function):
-    """A value (B,) whose gradient with respect to the latents, (B, C, h, w), is known already."""
+    """A value, (B,), with a known gradient with respect to the latents, (B, C, h, w)."""
 
     @staticmethod
     def forward(ctx: Any, predicted_latents: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
@@ -225,21 +229,23 @@ class _Formed(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, outer: Tensor
+    ) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * outer.view(-1, 1, 1, 1), None, None
 
 
 @dataclass
 class Measured:
-    """What a call has found, by block, on the latents' device: for the log, without gradient."""
+    """The measurements of one call by block, on the latents' device and without gradient, for the log."""
 
-    terms: dict[str, Tensor] = field(default_factory=dict)  # (B,) each, with the depth weight; they add up to LPL_b
-    kept: dict[str, Tensor] = field(default_factory=dict)  # (B,) each, the share of positions that the masks keep
+    terms: dict[str, Tensor] = field(default_factory=dict)  # {name: (B,)}, with the depth weight; they sum to LPL_b
+    kept: dict[str, Tensor] = field(default_factory=dict)  # {name: (B,)}, the share of positions that the masks keep
 
     @classmethod
     def joined(cls, parts: Sequence[Measured]) -> Measured:
-        """That of a batch from those of its chunks."""
+        """The measurements of a batch from those of its chunks."""
         return cls(
             *(
                 {name: torch.cat([found[name] for found in kind]) for name in kind[0]}
@@ -250,9 +256,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Window:
-    """A part of the decoded latents, in their positions.
+    """A part of the decoded latents, in latent positions.
 
-    ``side`` is the whole image's side over the window's: masks have kernels that follow the whole one.
+    ``decoded`` is (height, width) of the decoded latents; ``side`` is the whole image's side divided by the window's,
+    since the masks' kernels scale with the whole image.
     """
 
     top: int
@@ -263,7 +270,7 @@ class Window:
     side: float
 
     def on(self, shape: Sequence[int]) -> tuple[Any, ...]:
-        """The index of that part on a feature map of this shape."""
+        """The index of this part in a feature map of shape (..., H_l, W_l)."""
         rows, columns = (size // whole for size, whole in zip(shape, self.decoded))
         return (
             ...,
@@ -275,7 +282,7 @@ class Window:
 def with_margin(
     window: tuple[int, int, int, int] | None, shape: Sequence[int]
 ) -> tuple[tuple[Any, ...], Window | None]:
-    """The index of the latents to decode for a window, MARGIN positions more on each side, and the window in them."""
+    """The index of the latents to decode for a window, with MARGIN positions on each side, and the window in them."""
     if window is None:
         return (...,), None
     top, left, height, width = window
@@ -288,9 +295,10 @@ def with_margin(
 
 
 def into_range(gradients: Sequence[Tensor]) -> Tensor | float:
-    """Scale down, in place, what would leave float16's range on its way through the decoder.
+    """Scale gradients down, in place, that would leave float16's range in the decoder's backward pass.
 
-    Returns the factor of each sample, (B, 1, 1, 1), a power of two.
+    Returns:
+        The factor of each sample, (B, 1, 1, 1), a power of two.
     """
     if gradients[0].dtype != torch.float16:
         return 1.0
@@ -302,7 +310,7 @@ def into_range(gradients: Sequence[Tensor]) -> Tensor | float:
 
 
 def unshared(features: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each in memory of its own, so that a gradient can take its place; named modules may return the same tensor."""
+    """Contiguous features in memory of their own, which a gradient can overwrite; modules may share a tensor."""
     seen: set[int] = set()
     for name, maps in features.items():
         memory = maps.untyped_storage().data_ptr()
@@ -312,7 +320,7 @@ def unshared(features: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def depth_weight(weighting: str | Mapping[str, float], relative_side: float, name: str) -> float:
-    """omega_l for a block whose map is ``relative_side`` = r_l / r_1 times as wide as the first block's (Sec. 3.2).
+    """omega_l of a block whose map is ``relative_side`` = r_l / r_1 times as wide as the first block's (Sec. 3.2).
 
     >>> [depth_weight(kind, 4.0, "up_1") for kind in ("inverse", "exponential", "uniform", {"up_1": 0.2})]
     [0.25, 0.0625, 1.0, 0.2]

@@ -1,4 +1,4 @@
-"""What the denoiser is asked to predict, and how the clean latent follows from its answer (Table 1, Sec. 3.3).
+"""Training objectives: the target of the denoiser, and the estimate of z0 from its output (Table 1, Sec. 3.3).
 
 Vocabulary. ``latents`` is z0, ``noise`` is eps ~ N(0, I), ``noisy_latents`` is ``z_t = a_t z0 + b_t eps``, all
 (B, C, h, w); ``timesteps`` is (B,); ``sigma = b_t / a_t`` is the noise-to-signal ratio, (B,).
@@ -12,12 +12,12 @@ sample          the same        the same        z0                             D
 flow_matching   1 - t           t               eps - z0 (the velocity)        z_t - t D
 =============== =============== =============== ============================== ===========================
 
-The paper's row for Flow-OT, (x_t - t D) / (1 - t), is for a D that predicts the noise; the flow models trained here
+The paper's row for Flow-OT, (x_t - t D) / (1 - t), holds for a D that predicts the noise; the flow models trained here
 predict the velocity.
 
-Invariants. Everything is computed in float32 (float64 where the latents are float64), whatever the precision of the
-model's output: a division by a small ``a_t`` in half precision destroys the estimate. ``(B,)`` coefficients are spread
-over ``(B, C, h, w)`` in one place, :func:`expand`.
+Invariants. Computations are in float32 (float64 for float64 latents), whatever the precision of the model's output: a
+division by a small ``a_t`` in half precision destroys the estimate. Only :func:`expand` broadcasts ``(B,)``
+coefficients over ``(B, C, h, w)``.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from torch import Tensor
 from lpl.options import BIAS_STRATEGIES, WEIGHTING_SCHEMES
 
 
-# The betas of Stable Diffusion, and of Sec. 4.1, for a model that comes without any.
+# The betas of Stable Diffusion, and of Sec. 4.1, for a model without betas.
 SCALED_LINEAR_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 def expand(values: Tensor, like: Tensor) -> Tensor:
-    """One value per sample, (B,), to the rank of ``like``, (B, C, h, w) -> (B, 1, 1, 1), in ``like``'s dtype.
+    """One value per sample, (B,) -> (B, 1, 1, 1), with the rank and dtype of ``like``, (B, C, h, w).
 
     Raises:
-        ValueError: where ``values`` is not (B,): broadcasting would then silently weigh columns, not samples.
+        ValueError: if ``values`` is not (B,), which would broadcast over columns instead of samples.
     """
     if values.ndim != 1 or values.shape[0] != like.shape[0]:
         raise ValueError(
@@ -51,23 +51,23 @@ def expand(values: Tensor, like: Tensor) -> Tensor:
 
 
 def _precise(device: torch.device) -> torch.dtype:
-    """float64, where the device has it."""
+    """float64 if the device supports it, else float32."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """float16 and bfloat16 to float32; float32 and float64 as they are."""
+    """Cast float16 and bfloat16 to float32; return float32 and float64 unchanged."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Objective:
-    """What all objectives share. ``timesteps`` are those that the denoiser is given.
+    """Base class of the objectives. ``timesteps`` are the inputs of the denoiser.
 
     Args:
-        scheduler: a diffusers scheduler that holds the noise schedule.
+        scheduler: a diffusers scheduler with the noise schedule.
 
     Raises:
-        ValueError: where the scheduler's schedule is not the one that this objective is defined on.
+        ValueError: if the objective is not defined on the scheduler's noise schedule.
     """
 
     name: ClassVar[str]
@@ -80,13 +80,13 @@ class Objective:
         raise NotImplementedError
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """z_t = a_t z0 + b_t eps, (B, C, h, w)."""
+        """z_t = a_t z0 + b_t eps, (B, C, h, w) (Table 1)."""
         latents, noise = at_least_float32(latents), at_least_float32(noise)
         a, b = (expand(c, latents) for c in self.coefficients(timesteps))
         return a * latents + b * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What D should return, (B, C, h, w) (Table 1)."""
+        """The target of D, (B, C, h, w) (Table 1)."""
         raise NotImplementedError
 
     def clean_latents(self, model_output: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
@@ -94,19 +94,23 @@ class Objective:
         raise NotImplementedError
 
     def sigma(self, timesteps: Tensor) -> Tensor:
-        """b_t / a_t, (B,), float64; infinite where a_t is 0."""
+        """The noise-to-signal ratio b_t / a_t, (B,), float64; infinite where a_t is 0."""
         a, b = self.coefficients(timesteps)
         return b / a
 
     def sample_timesteps(self, uniform: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Numbers in [0, 1), (B,), to timesteps of the training schedule, (B,).
+        """Uniform numbers in [0, 1), (B,) -> timesteps of the training schedule, (B,).
 
         Args:
-            weights: how often each timestep is to be drawn, relative to the others (:func:`timestep_weights`).
+            weights: relative frequency of each timestep (:func:`timestep_weights`).
 
         Raises:
-            ValueError: for weights where timesteps are continuous.
+            ValueError: for weights if timesteps are continuous.
         """
+        raise NotImplementedError
+
+    def weight(self, timesteps: Tensor, weighting_scheme: str | None, snr_gamma: float | None) -> Tensor | float:
+        """The weight of each sample's diffusion loss, (B,), or 1.0 for all; see :func:`diffusion_weight`."""
         raise NotImplementedError
 
 
@@ -133,17 +137,20 @@ class DiffusionObjective(Objective):
     def sample_timesteps(self, uniform: Tensor, weights: Tensor | None = None) -> Tensor:
         if weights is None:
             timesteps = (uniform * self.num_train_timesteps).long()
-        else:  # the inverse of the cumulative distribution
+        else:  # inverse transform sampling
             cumulative = weights.double().cumsum(0)  # (num_train_timesteps,)
             timesteps = torch.searchsorted(cumulative, uniform.double() * cumulative[-1], right=True)
         return timesteps.clamp(max=self.num_train_timesteps - 1)
 
     def min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
-        """The weight of the diffusion loss, (B,), that caps the signal-to-noise ratio at gamma (Min-SNR, Sec. 3.4).
+        """The weight of the diffusion loss, (B,), with the signal-to-noise ratio clamped to gamma (Min-SNR, Sec. 3.4).
 
-        It is min(SNR, gamma) for an error in z0, and that divided by SNR for one in eps, by SNR + 1 for one in v.
+        min(SNR, gamma) for an error in z0; divided by SNR for an error in eps, by SNR + 1 for one in v.
         """
         raise NotImplementedError
+
+    def weight(self, timesteps: Tensor, weighting_scheme: str | None, snr_gamma: float | None) -> Tensor | float:
+        return 1.0 if snr_gamma is None else self.min_snr_weight(timesteps, snr_gamma).float()
 
 
 class Epsilon(DiffusionObjective):
@@ -160,7 +167,7 @@ class Epsilon(DiffusionObjective):
         return (noisy_latents - b * model_output) / a
 
     def min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
-        # min(SNR, gamma) / SNR, written so that it is 1, not 0/0, where a zero-terminal schedule has no signal.
+        # min(SNR, gamma) / SNR, in a form that is 1 instead of 0/0 where a zero-terminal schedule has no signal
         return (gamma * self.sigma(timesteps) ** 2).clamp(max=1)
 
 
@@ -185,7 +192,7 @@ class VPrediction(DiffusionObjective):
 
 
 class Sample(DiffusionObjective):
-    """D predicts the clean latent itself."""
+    """D predicts the clean latent z0."""
 
     name = "sample"
 
@@ -213,7 +220,7 @@ class FlowMatching(Objective):
             )
         super().__init__(scheduler)
         config = scheduler.config
-        # A dynamic shift depends on the image's size at sampling time; training leaves it out, as diffusers does.
+        # A dynamic shift depends on the image's size at sampling time; training ignores it, as in diffusers.
         shift = 1.0 if config.get("use_dynamic_shifting") else config.get("shift", config.get("flow_shift", 1.0))
         self.shift = float(shift or 1.0)
 
@@ -230,7 +237,7 @@ class FlowMatching(Objective):
         return noisy_latents - expand(t, noisy_latents) * model_output
 
     def sample_timesteps(self, uniform: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Continuous t. ``uniform`` counts from the noisy end, as diffusers' density does; the shift enters here."""
+        """Continuous timesteps, shifted; ``uniform`` counts from the noisy end, as diffusers' density does."""
         if weights is not None:
             raise ValueError("--timestep_bias_strategy is not for flow_matching; use --weighting_scheme")
         t = 1 - uniform
@@ -242,12 +249,15 @@ class FlowMatching(Objective):
         _, t = self.coefficients(timesteps)
         return compute_loss_weighting_for_sd3(weighting_scheme, t.clamp(min=1 / self.num_train_timesteps))
 
+    def weight(self, timesteps: Tensor, weighting_scheme: str | None, snr_gamma: float | None) -> Tensor | float:
+        return self.scheme_weight(timesteps, weighting_scheme or "none").float()
+
 
 OBJECTIVES: dict[str, type[Objective]] = {c.name: c for c in (Epsilon, VPrediction, Sample, FlowMatching)}
 
 
 def is_flow(scheduler: Any) -> bool:
-    """Whether a scheduler integrates a flow: an Euler-type flow scheduler, or a multistep one with flow sigmas."""
+    """Whether it is a flow scheduler: an Euler-type one, or a multistep solver with flow sigmas."""
     config = scheduler.config
     return (
         hasattr(scheduler, "scale_noise")
@@ -257,7 +267,7 @@ def is_flow(scheduler: Any) -> bool:
 
 
 def own_objective(scheduler: Any) -> str:
-    """The name of the objective that a pipeline's scheduler says its model was trained on."""
+    """The objective that a pipeline's model was trained on, by its scheduler's configuration."""
     return FlowMatching.name if is_flow(scheduler) else scheduler.config.get("prediction_type", Epsilon.name)
 
 
@@ -265,7 +275,7 @@ def get_objective(name: str, scheduler: Any) -> Objective:
     """The objective of that name on the scheduler's noise schedule.
 
     Raises:
-        ValueError: for an unknown name, or a scheduler that has not the schedule that the objective needs.
+        ValueError: for an unknown name, or a scheduler without the noise schedule that the objective needs.
     """
     return _objective_class(name)(scheduler)
 
@@ -277,11 +287,11 @@ def _objective_class(name: str) -> type[Objective]:
 
 
 def training_scheduler(name: str, scheduler: Any) -> Any:
-    """A scheduler on which the objective can be trained and then sampled, made from a pipeline's own.
+    """A scheduler for training and sampling with the objective, made from a pipeline's own scheduler.
 
-    - epsilon, v_prediction, sample: DDIM with the model's own betas; coming from a flow model, Stable Diffusion's.
-      Nothing is clipped, since latents are not confined to [-1, 1], and the last step goes all the way to z0.
-    - flow_matching: the pipeline's own scheduler where it is one for flows, else a multistep solver with flow sigmas,
+    - epsilon, v_prediction, sample: DDIM with the model's betas; for a flow model, those of Stable Diffusion. Samples
+      are not clipped, since latents may exceed [-1, 1], and the last step ends at z0.
+    - flow_matching: the pipeline's scheduler if it is a flow scheduler, else a multistep solver with flow sigmas,
       which the pipelines of diffusion models accept.
 
     Raises:
@@ -293,25 +303,30 @@ def training_scheduler(name: str, scheduler: Any) -> Any:
         return DPMSolverMultistepScheduler(
             num_train_timesteps=scheduler.config.num_train_timesteps,
             prediction_type="flow_prediction",
-            steps_offset=1,  # what Stable Diffusion's pipeline insists on; flow sigmas do not use it
+            steps_offset=1,  # required by Stable Diffusion's pipeline; unused by flow sigmas
             use_flow_sigmas=True,
         )
-    settings = {"prediction_type": name, "clip_sample": False, "thresholding": False, "set_alpha_to_one": True}
+    settings: dict[str, Any] = {
+        "prediction_type": name,
+        "clip_sample": False,
+        "thresholding": False,
+        "set_alpha_to_one": True,
+    }
     if is_flow(scheduler):
         steps = scheduler.config.num_train_timesteps
         return DDIMScheduler(num_train_timesteps=steps, timestep_spacing="trailing", **SCALED_LINEAR_BETAS, **settings)
     if scheduler.config.get("rescale_betas_zero_snr"):
-        settings["timestep_spacing"] = "trailing"  # else sampling never visits the step that has no signal
+        settings["timestep_spacing"] = "trailing"  # otherwise sampling skips the step without signal
     return DDIMScheduler.from_config(scheduler.config, **settings)
 
 
 def timestep_density(
     weighting_scheme: str, generator: torch.Generator, *, logit_mean: float, logit_std: float, mode_scale: float
 ) -> Tensor:
-    """One number in [0, 1] from ``--weighting_scheme``'s density, (1,), for :meth:`Objective.sample_timesteps`.
+    """A random number in [0, 1], (1,), from ``--weighting_scheme``'s density, for :meth:`Objective.sample_timesteps`.
 
     Raises:
-        ValueError: for an unknown scheme, which the library would silently take for the uniform one.
+        ValueError: for an unknown scheme, which diffusers would silently treat as uniform.
     """
     if weighting_scheme not in WEIGHTING_SCHEMES:
         raise ValueError(f"unknown --weighting_scheme {weighting_scheme!r}; accepted: {', '.join(WEIGHTING_SCHEMES)}")
@@ -323,10 +338,10 @@ def timestep_density(
 def timestep_weights(
     strategy: str, num_train_timesteps: int, *, multiplier: float, begin: int, end: int, portion: float
 ) -> Tensor | None:
-    """How often ``--timestep_bias_strategy`` has each timestep drawn, (num_train_timesteps,); None: all equally.
+    """Relative frequency of each timestep under ``--timestep_bias_strategy``, (num_train_timesteps,); None = uniform.
 
-    ``multiplier`` times as often as the others are drawn: the first (low-noise) ``portion`` of the timesteps for
-    "earlier", the last one for "later", and those from ``begin`` up to but without ``end`` for "range".
+    Timesteps with ``multiplier`` times the frequency of the others: the first (low-noise) ``portion`` for "earlier",
+    the last ``portion`` for "later", those in [begin, end) for "range".
 
     Raises:
         ValueError: for an unknown strategy.
@@ -352,15 +367,13 @@ def timestep_weights(
 def diffusion_weight(
     objective: Objective, timesteps: Tensor, *, weighting_scheme: str | None = None, snr_gamma: float | None = None
 ) -> Tensor | float:
-    """The weight of each sample's diffusion loss, (B,); it weighs that term only."""
-    if not isinstance(objective, DiffusionObjective):
-        return objective.scheme_weight(timesteps, weighting_scheme or "none").float()
-    return 1.0 if snr_gamma is None else objective.min_snr_weight(timesteps, snr_gamma).float()
+    """The weight of each sample's diffusion loss, (B,), or 1.0 for all; LPL is not weighted by it."""
+    return objective.weight(timesteps, weighting_scheme, snr_gamma)
 
 
 def dream_shift(
     objective: Objective, model_output: Tensor, noise: Tensor, timesteps: Tensor, detail_preservation: float
 ) -> Tensor:
-    """What DREAM adds to the noise, (B, C, h, w): the model's own error, times b_t^p (Zhou et al., Sec. 3)."""
+    """DREAM's addition to the noise, (B, C, h, w): the model's own error times b_t^p (Zhou et al., Sec. 3)."""
     _, b = objective.coefficients(timesteps)
     return expand(b**detail_preservation, noise) * (noise - model_output.float())

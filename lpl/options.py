@@ -1,6 +1,6 @@
-"""What the loss and the objectives can be asked for: names, defaults, ranges. Imports neither torch nor diffusers.
+"""Options of the loss and the objectives: names, defaults, ranges. Imports neither torch nor diffusers.
 
-The command line is checked against these before any library is loaded.
+The command line is checked against them before any library is loaded.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ WEIGHTING_SCHEMES = ("logit_normal", "mode", "cosmap", "sigma_sqrt", "none")
 BIAS_STRATEGIES = ("earlier", "later", "range", "none")
 DTYPES = ("float32", "bfloat16", "float16")
 
-LARGEST_KERNEL = 63  # a quarter of the side that kernels are stated for
-LARGEST_STRIDE = 8  # a mid block's map of 16 x 16 positions has no 2% left beyond
+LARGEST_KERNEL = 63  # a quarter of the side that kernels are given for
+LARGEST_STRIDE = 8  # beyond it, a mid block's map of 16 x 16 positions has no 2% quantile
 MASK_DEFAULTS: Mapping[str, float] = {"quantile": 0.02, "margin": 2.0, "dilation": 3, "erosion": 5, "stride": 1}
-MASK_RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {  # what is accepted, and in words
+MASK_RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {  # the check, and its description
     "quantile": (lambda value: 0 < value < 0.5, "more than 0 and less than 0.5"),
     "margin": (lambda value: 0 <= value < math.inf, "0 or more"),
     "dilation": (lambda value: 1 <= value <= LARGEST_KERNEL, f"from 1 to {LARGEST_KERNEL}"),
@@ -41,10 +41,10 @@ def check_options(
     variant: str,
     blocks: Sequence[str] | None,
 ) -> None:
-    """Refuse loss options that are unknown or exclude one another, before any model is at hand.
+    """Refuse loss options that are unknown or mutually exclusive; needs no model.
 
     Args:
-        blocks: the selected blocks; None where they are not known yet.
+        blocks: the selected blocks; None = not known yet.
 
     Raises:
         ValueError: with what was given, what is accepted, and the flag to change.
@@ -88,7 +88,7 @@ def check_options(
         }
         if any(given.values()):
             raise ValueError(
-                f"--lpl_variant reference goes without {', '.join(name for name in given if given[name])}: it fixes "
+                f"--lpl_variant reference excludes {', '.join(name for name in given if given[name])}: it fixes "
                 "all options of the loss; leave them out, or use --lpl_variant paper"
             )
 
@@ -96,7 +96,7 @@ def check_options(
 def check_mask_and_chunks(
     outliers: Mapping[str, float], mask_outliers: bool, variant: str, chunk_size: int | None
 ) -> None:
-    """Refuse parameters of the masks that are unknown, out of range or without effect, and a wrong chunk size.
+    """Refuse mask parameters that are unknown, out of range or without effect, and an invalid chunk size.
 
     Raises:
         ValueError: with what was given and what is accepted.
@@ -117,7 +117,7 @@ def parse_weight(text: str) -> tuple[float | None, float | None]:
     """``"auto:0.2"`` -> (None, 0.2), a share of the total loss; ``"3.0"`` -> (3.0, None), a weight.
 
     Raises:
-        ValueError: for anything else, a share outside (0, 1), or a weight that is negative or not finite.
+        ValueError: for any other text, a share outside (0, 1), or a weight that is negative or not finite.
 
     >>> parse_weight("auto:0.2"), parse_weight("0")
     ((None, 0.2), (0.0, None))

@@ -1,7 +1,7 @@
-"""The mask that keeps the decoder's outliers out of the loss (Sec. 3.2, Sec. 8, Alg. 1).
+"""The mask that excludes the decoder's outliers from the loss (Sec. 3.2, Sec. 8, Alg. 1).
 
-Some decoders carry small patches whose activations are orders of magnitude above the rest of the map. They are found
-per sample and channel on a feature map of H x W positions, and left out with a margin around them. ``True`` = keep.
+Some decoders have small patches whose activations are orders of magnitude larger than the rest of the map. They are
+found per sample and channel, on a map of H x W positions, and masked with a margin around them. ``True`` = keep.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 
-# Kernels are stated for the full-resolution feature map of an image of this side, in pixels.
+# Kernels are given for the full-resolution feature map of an image of this side, in pixels.
 BASE_RESOLUTION = 256
-CACHED_POSITIONS = 2**19  # of float32 maps that a CPU core's cache holds
+CACHED_POSITIONS = 2**19  # float32 positions that fit into a CPU core's cache
 
 
 @torch.no_grad()
@@ -27,21 +27,21 @@ def outlier_mask(
     erosion: float = 5,
     stride: int = 1,
 ) -> Tensor:
-    """Where a feature map is free of outliers (Alg. 1).
+    """The positions of a feature map that are no outliers (Alg. 1).
 
     Args:
         features: (B, C, H, W), any floating dtype; compared in float32.
-        quantile: the share of positions at either end that the bounds are read off.
-        margin: how many standard deviations beyond those quantiles a value is still kept.
-        dilation: kernel that grows the kept region, which drops lone false positives.
-        erosion: kernel that shrinks it again, which grows what is left of the outliers. Both kernels are stated for
-            a 256 px image's full-resolution map and scaled with the map (Sec. 4.1).
-        stride: read the quantiles off every n-th position only, which is cheaper and nearly the same.
+        quantile: q_lo is the quantile at this share, q_hi the one at 1 minus this share.
+        margin: standard deviations beyond those quantiles up to which a value is kept.
+        dilation: kernel that grows the kept region, which removes isolated false positives.
+        erosion: kernel that shrinks it again, which grows the remaining outliers. Both kernels are given for a 256 px
+            image's full-resolution map and scale with the map (Sec. 4.1).
+        stride: compute the quantiles from every n-th position; cheaper, and nearly exact.
 
     Returns:
         bool, (B, C, H, W), True = keep.
 
-    One 3 x 3 patch of a 256 px map stands out; it is left out with one position around its centre more on each side:
+    One 3 x 3 patch of a 256 px map is an outlier; it is masked with one position more on each side of its centre:
 
     >>> features = torch.linspace(-1, 1, 65536).view(1, 1, 256, 256).clone()
     >>> features[..., 100:103, 30:33] = 100.0
@@ -50,7 +50,7 @@ def outlier_mask(
     """
     scale = math.sqrt(features.shape[-2] * features.shape[-1]) / BASE_RESOLUTION
     dilation, erosion = (math.ceil(kernel * scale - 1e-9) for kernel in (dilation, erosion))
-    # Even kernels become odd as Alg. 1 has it for 2: down for the dilation, up for the erosion.
+    # Even kernels become odd as in Alg. 1 for 2: the dilation's by rounding down, the erosion's by rounding up.
     kernels = dilation - (dilation + 1) % 2, erosion | 1
     if features.device.type != "cpu":
         return morphology(within_bounds(features, quantile, margin, stride), *kernels)
@@ -60,12 +60,14 @@ def outlier_mask(
 def _mask_by_parts(
     features: Tensor, quantile: float, margin: float, stride: int, dilation: int, erosion: int
 ) -> Tensor:
-    """The same on a CPU: in parts that its cache holds, and the morphology only for maps where it changes anything."""
+    """:func:`outlier_mask` on a CPU: in parts that fit into its cache, with morphology only where it has an effect."""
     mask = torch.ones(features.shape, dtype=torch.bool)
     maps, kept = features.flatten(0, 1), mask.flatten(0, 1)  # (B C, H, W)
     height, width = maps.shape[1:]
     size, reach = max(1, CACHED_POSITIONS // (height * width)), (dilation + 1) // 2
-    fewest = min(reach, height) * min(reach, width)  # no fewer dropped positions, in a corner, outlive the dilation
+    fewest = min(reach, height) * min(
+        reach, width
+    )  # fewer dropped positions do not survive the dilation, not even in a corner
     for start in range(0, len(maps), size):
         within = within_bounds(maps[None, start : start + size], quantile, margin, stride)[0]
         dropped = height * width - np.count_nonzero(within.flatten(1).numpy(), axis=1)
@@ -85,7 +87,7 @@ def within_bounds(features: Tensor, quantile: float = 0.02, margin: float = 2.0,
     low, high = _quantiles(flat[..., ::stride], quantile)  # (B, C, 1) each
     centred = flat - flat.mean(-1, keepdim=True)
     std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / math.sqrt(count - 1)
-    constant = flat.amin(-1, keepdim=True) == flat.amax(-1, keepdim=True)  # rounding leaves such a map some std
+    constant = flat.amin(-1, keepdim=True) == flat.amax(-1, keepdim=True)  # whose std may be above 0 by rounding
     keep = ((flat > low - margin * std) & (flat < high + margin * std)) | constant
     return keep.view(features.shape)
 
@@ -95,7 +97,7 @@ def _quantiles(flat: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
     low, high = (_rank(share, flat.shape[-1]) for share in (quantile, 1 - quantile))
     if flat.device.type != "cpu":
         return flat.kthvalue(low, dim=-1, keepdim=True).values, flat.kthvalue(high, dim=-1, keepdim=True).values
-    # NumPy selects many times as fast, and one rank at a time faster than two at once.
+    # NumPy selects many times faster than torch, and two ranks one by one faster than at once.
     values = np.array(flat.numpy())
     values.partition(high - 1, axis=-1)
     upper = torch.from_numpy(values[..., high - 1 : high].copy())
@@ -105,21 +107,21 @@ def _quantiles(flat: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
 
 
 def _rank(share: float, count: int) -> int:
-    """floor(share * count), at least 1; what rounding took from an integer is given back."""
+    """floor(share * count), at least 1; the tolerance corrects products that rounding puts below an integer."""
     return max(1, math.floor(share * count + 1e-9 * count))
 
 
 def morphology(keep: Tensor, dilation: int, erosion: int) -> Tensor:
-    """Dilate, then erode the kept region, bool (B, C, H, W); odd kernels, 1 = none; nothing lies beyond the border.
+    """Dilate, then erode the kept region, bool, (B, C, H, W) (Alg. 1).
 
-    A square kernel is a row and a column, one after the other; shifted copies of bools are many times as fast to
-    compare as pooling is.
+    Kernels are odd, 1 = none; positions beyond the border do not count. A square kernel is applied as a row and a
+    column; comparing shifted copies of bools is many times faster than pooling.
     """
     return _spread(~_spread(keep, dilation), erosion).logical_not_()
 
 
 def _spread(region: Tensor, kernel: int) -> Tensor:
-    """Grow a region by half a kernel on each side."""
+    """Grow a region, bool, (B, C, H, W), by half a kernel on each side."""
     for axis in (-2, -1):
         grown, size = region.clone(), region.shape[axis]
         for shift in range(1, min(kernel // 2, size - 1) + 1):

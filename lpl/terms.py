@@ -1,7 +1,7 @@
 """One block's term of Eq. 2 and its gradient with respect to the predicted features, both in closed form.
 
 Vocabulary. ``predicted`` is phi_hat_l, ``target`` phi_l, (B, C, H, W); a *map* is one channel of one sample, N = H W
-positions, of which its mask keeps K. mu and V are mean and biased variance of the kept positions of phi_hat, and
+positions, of which its mask keeps K. mu and V are mean and biased variance of phi_hat over the kept positions, and
 v = V + e. With d = phi_hat - phi over the kept positions, a map's value L and its gradient are
 
     shared, l2      L = sum d^2 / (K v)            dL = 2 / (K v) * (d - L (phi_hat - mu))
@@ -9,15 +9,15 @@ v = V + e. With d = phi_hat - phi over the kept positions, a map's value L and i
     none, l2        L = sum d^2 / K                dL = 2 / K * d
     none, l1        L = sum |d| / K                dL = 1 / K * sign d
 
-where the terms in phi_hat - mu are the gradient through the statistics, absent with ``detach_statistics``. For
+The terms in phi_hat - mu are the gradient through the statistics, absent with ``detach_statistics``. For
 ``separate``, d is the difference of two standardised maps, and the gradient passes through the standardisation.
 
-Why not leave it to autograd: it would keep several copies of full-resolution features for the backward pass. Here
-the gradient is formed at once, in the memory of the target, and nothing else is kept. Maps are taken a few at a time,
-as many as a cache holds; those of the reference variant, whose norm is over channels, all at once.
+Autograd would keep several copies of full-resolution features for the backward pass. Here the gradient is computed
+together with the value, in the target's memory, and nothing else is kept. Maps are processed a few at a time, as many
+as fit into a cache; those of the reference variant, whose norm is over channels, all at once.
 
-Invariants. Maps are float32 (float64 where the features are) whatever the decoder's precision. A map in which
-something is not finite makes its sample's term NaN, and no other's. There is no wait for a GPU.
+Invariants. Maps are float32 (float64 for float64 features) whatever the decoder's precision. A non-finite value makes
+the term of its own sample NaN, and no other. Nothing waits for a GPU.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from lpl.objectives import at_least_float32
 from lpl.outliers import CACHED_POSITIONS, morphology, within_bounds
 
 
-# The gradient is multiplied by this, so that a float16 decoder can pass it on; a power of two changes no digit.
+# Factor on the gradient, which keeps it in float16's range in the decoder; a power of two, so that no digit changes.
 GRADIENT_SCALE = 2.0**16
 POSITIONS_AT_ONCE = {"cpu": CACHED_POSITIONS}
-POSITIONS_AT_ONCE_ON_GPU = 2**26  # enough to keep one busy, few enough not to count as memory
+POSITIONS_AT_ONCE_ON_GPU = 2**26  # enough to keep a GPU busy, and few enough to need little memory
 
 Mask = Callable[[Tensor], Tensor]  # (B, C, H, W) -> bool of that shape, True = keep
 
@@ -50,11 +50,11 @@ def block_term(
     weight: float = 1.0,
     form_gradient: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The term and the share of positions that the mask keeps, (B,) each (Eq. 2; Sec. 3.2).
+    """One block's term and the share of positions that the mask keeps, (B,) each (Eq. 2, Sec. 3.2).
 
     Args:
-        predicted, target: features, (B, C, H, W); ``target`` is contiguous, and holds GRADIENT_SCALE times the
-            gradient with respect to ``predicted`` afterwards if ``form_gradient``.
+        predicted, target: features, (B, C, H, W). ``target`` must be contiguous; with ``form_gradient`` it is
+            overwritten by GRADIENT_SCALE times the gradient with respect to ``predicted``.
         weight: omega_l.
 
     By hand: two positions, both off by one. The prediction's variance is 1, so e = 1e-4, and L = 1 / (1 + e).
@@ -69,15 +69,15 @@ def block_term(
     >>> [round(value, 3) + 0.0 for value in (target / GRADIENT_SCALE).flatten().tolist()]
     [0.0, -2.0]
     """
-    assert target.is_contiguous(), "the gradient could not take its place"
+    assert target.is_contiguous(), "the gradient is written into it"
     (batch, channels), side = predicted.shape[:2], predicted.shape[2:]
-    phi_hat, phi = (x.contiguous().view(batch * channels, -1) for x in (predicted, target))  # (B C, N) from here
+    phi_hat, phi = (x.contiguous().view(batch * channels, -1) for x in (predicted, target))  # (B C, N)
     maps, count = phi_hat.shape
     dtype = torch.promote_types(phi_hat.dtype, torch.float32)
     shared, separate, squared = normalization == "shared", normalization == "separate", distance == "l2"
 
     # Masks and statistics
-    masks: dict[int, Tensor] = {}  # by the first map of a part
+    masks: dict[int, Tensor] = {}  # by the index of a part's first map
     kept, mean, variance, target_mean, target_variance = (
         torch.full((maps, 1), value, dtype=dtype, device=phi.device) for value in (count, 0, 0, 0, 0)
     )
@@ -87,7 +87,7 @@ def block_term(
         if mask is not None:
             keep = mask(x.view(1, -1, *side)).view(x.shape)
             kept[part] = keep.sum(-1, keepdim=True).to(dtype)
-            if x.device.type != "cpu" or not keep.all():  # a GPU would have to be waited for
+            if x.device.type != "cpu" or not keep.all():  # keep.all() would wait for a GPU
                 masks[part.start] = keep
         keep = masks.get(part.start)
         if shared or separate:
@@ -95,13 +95,14 @@ def block_term(
         if separate:
             target_mean[part], target_variance[part] = _moments(phi[part].to(dtype), keep, kept[part])
     positions = kept.clamp(min=1)  # K
-    spread, target_spread = (  # sqrt(v); e is relative to the block, and without gradient
+    spread, target_spread = (  # sqrt(v); e is relative to the block's mean variance, and has no gradient
         (v + 1e-4 * v.view(batch, channels).mean(1).repeat_interleave(channels)[:, None] + 1e-12).sqrt()
         for v in (variance, target_variance)
     )
 
     # Values and gradients
-    counts = torch.ones_like(kept) if normalization == "none" else (kept >= 2).to(dtype)  # one position varies not
+    # A single position has no variance
+    counts = torch.ones_like(kept) if normalization == "none" else (kept >= 2).to(dtype)
     value = torch.empty_like(kept)
     for part in _parts(maps, count, phi.device):
         keep = masks.get(part.start)
@@ -134,10 +135,13 @@ def block_term(
 def reference_block_term(
     predicted: Tensor, target: Tensor, index: int, weight: float = 1.0, form_gradient: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """One block's term as in the authors' released code, with its own depth weight; arguments as above.
+    """One block's term as in the authors' released code, with its depth weight; see :func:`block_term`.
 
-    The mask is the *target's*, from the third block on, with kernels that do not follow the resolution; each position
-    is divided by the norm of the target's channels there. ``index`` counts the decoder's blocks, 0 = mid.
+    From the third block on, the mask is the *target's*, with kernels that do not scale with the resolution. Each
+    position is divided by the norm of the target's channels there.
+
+    Args:
+        index: of the decoder's block, 0 = mid.
     """
     phi_hat, phi = at_least_float32(predicted), at_least_float32(target)
     if index < 2:
@@ -158,24 +162,25 @@ def reference_block_term(
 
 
 def _within_range(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """A nearly dead channel's gradient may be more than float16 can hold."""
+    """Clamp to float16's range, which the gradient of a nearly dead channel may exceed."""
     largest = torch.finfo(dtype).max
     return gradient.clamp_(-largest, largest) if dtype == torch.float16 else gradient
 
 
 def _parts(maps: int, count: int, device: torch.device) -> Iterator[slice]:
+    """Slices of maps that are processed together."""
     size = max(1, POSITIONS_AT_ONCE.get(device.type, POSITIONS_AT_ONCE_ON_GPU) // count)
     for start in range(0, maps, size):
         yield slice(start, min(start + size, maps))
 
 
 def _only(keep: Tensor | None, x: Tensor) -> Tensor:
-    """Zero where a position is left out, but NaN where it was not finite."""
+    """Set masked positions to 0; non-finite ones become NaN."""
     return x if keep is None else x * keep
 
 
 def _moments(x: Tensor, keep: Tensor | None, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each map's kept positions, (maps, N) -> (maps, 1) each; 0 where none is kept."""
+    """Mean and biased variance of each map's kept positions, (maps, N) -> two of (maps, 1); 0 if none is kept."""
     positions = kept.clamp(min=1)
     mean = _only(keep, x).sum(-1, keepdim=True) / positions
     return mean, _sum_of_squares(_only(keep, x - mean)) / positions

@@ -1,15 +1,15 @@
-"""The weight of the latent perceptual loss in the total (Eq. 3), fixed or found from a share.
+"""The weight w of the latent perceptual loss in the total loss (Eq. 3): fixed, or measured from a share.
 
-The paper's best weight is "roughly a fifth of the total loss" (Sec. 4.3); its number belongs to an unpublished
-reduction, the share carries over. ``auto:0.2`` measures both terms' means over the first steps and sets w so that
-``w LPL / (L_diffusion + w LPL) = 0.2``. No step is lost: each uses what the steps before it measured (the first one
-trains on the diffusion loss alone); after ``measuring_steps`` w is fixed.
+The paper's best weight is "roughly a fifth of the total loss" (Sec. 4.3). Its number, 3.0, depends on an unpublished
+reduction; the share does not. ``auto:0.2`` measures the means of both terms over the first steps and sets w so that
+``w LPL / (L_diffusion + w LPL) = 0.2``. No step is lost: each step uses the measurement of the steps before it (the
+first one trains on the diffusion loss alone). After ``measuring_steps`` w is fixed.
 
-With ``--lpl_every`` n only every n-th step has LPL, at n w: both terms are measured on those steps, and w remains
-LPL's factor, and the share its share, in the mean over n steps.
+With ``--lpl_every`` n, every n-th step has LPL, at weight n w. Both terms are measured on those steps; w and the share
+are those of the mean over n steps.
 
-Invariants. Everything stays on the device, so that no step waits for a number; the mean is over all processes and
-micro-batches of a step, so that w does not depend on how a batch is divided.
+Invariants. All values stay on the device, so that no step waits for it. Means are over all processes and micro-batches
+of a step, so that w does not depend on how a batch is divided.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lpl.options import parse_weight
 
 
 logger = logging.getLogger(__name__)
-SHARE_RANGE = (0.05, 0.5)  # outside, the run warns: the term does nothing, or drowns the diffusion loss
+SHARE_RANGE = (0.05, 0.5)  # outside, the run warns: LPL has no effect, or dominates the diffusion loss
 
 
 class LplWeight:
@@ -34,7 +34,7 @@ class LplWeight:
 
     Args:
         text: ``--lpl_weight``.
-        measuring_steps: optimizer steps with LPL over which both terms are measured; those without do not count.
+        measuring_steps: number of optimizer steps with LPL over which both terms are measured.
         start_step, ramp_steps, every: which steps have LPL, and with how much of w, see :mod:`lpl.gate`.
     """
 
@@ -53,9 +53,9 @@ class LplWeight:
         self.measuring_steps = measuring_steps
         self.start_step, self.ramp_steps, self.every = start_step, ramp_steps, every
         self.steps = 0
-        self._step_sums = torch.zeros(2, device=device)  # diffusion loss and LPL within the current step
-        self._micro_batches = 0  # in it
-        self._sums = torch.zeros(2, device=device)  # the same over all measured steps
+        self._step_sums = torch.zeros(2, device=device)  # diffusion loss and LPL of the current step, (2,)
+        self._micro_batches = 0  # of the current step
+        self._sums = torch.zeros(2, device=device)  # diffusion loss and LPL of all measured steps, (2,)
         self.value: Tensor = torch.full((), 0.0 if fixed is None else fixed, device=device)
 
     def applies(self, step: int) -> bool:
@@ -68,19 +68,23 @@ class LplWeight:
 
     @property
     def measuring(self) -> bool:
+        """Whether w is still being measured."""
         return self.steps < self.measuring_steps
 
     def observe(self, diffusion_loss: Tensor, lpl: Tensor) -> None:
-        """The unweighted means of one micro-batch, two of ()."""
+        """Add the unweighted mean losses of one micro-batch, two of (); non-finite ones count as 0."""
         if self.measuring:
             self._micro_batches += 1
             terms = torch.stack([diffusion_loss, lpl]).detach()
             self._step_sums += torch.where(terms.isfinite().all(), terms, torch.zeros_like(terms))
 
     def end_step(self, reduce: Callable[[Tensor], Tensor]) -> bool:
-        """After an optimizer step; ``reduce`` is the mean over processes. True where the measuring ends with it.
+        """Update w after an optimizer step (Eq. 3); returns whether the measurement ends with this step.
 
-        Where no sample was inside the threshold in all that time there is no weight yet, and the measuring goes on.
+        If no sample was inside the threshold so far, w is still undefined and the measurement continues.
+
+        Args:
+            reduce: the mean over processes.
         """
         if not self.measuring:
             return False
@@ -93,12 +97,12 @@ class LplWeight:
             ratio = self.share / (1 - self.share) * diffusion_loss / lpl
             self.value = torch.where(lpl > 0, ratio, torch.zeros_like(ratio))
         if not self.measuring and not bool(self._sums[1] > 0):
-            logger.warning("no sample was inside the sigma threshold yet, so the weight of LPL is measured on")
+            logger.warning("no sample was inside the sigma threshold yet: the measurement of LPL's weight continues")
             self.measuring_steps *= 2
         return not self.measuring
 
     def measured_share(self) -> float:
-        """LPL's share of the total loss over the measured steps under the present weight; waits for the device."""
+        """LPL's share of the total loss over the measured steps at the current weight; waits for the device."""
         diffusion_loss, lpl = self._sums.tolist()
         weighted = float(self.value) * lpl
         return weighted / max(diffusion_loss + weighted, 1e-12)
@@ -123,12 +127,13 @@ class LplWeight:
         )
 
     def facts(self) -> dict[str, float]:
-        """What the first steps measured, for the recipe; nothing before they are over."""
+        """The measured weight and share, for the recipe; empty until the measurement has ended."""
         if self.measuring or not self.steps:
             return {}
         return {"lpl_weight": float(self.value), "lpl_share": self.measured_share()}
 
     def state_dict(self) -> dict[str, Any]:
+        """The state for a checkpoint."""
         return {
             "text": self.text,
             "steps": self.steps,
@@ -138,7 +143,7 @@ class LplWeight:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What was measured counts for the setting that it was measured for; another one starts anew."""
+        """Restore the measurement; it starts again if ``--lpl_weight`` has changed."""
         if state["text"] != self.text:
             logger.warning("--lpl_weight was %s in the checkpoint and is %s from here on", state["text"], self.text)
             return

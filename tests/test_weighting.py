@@ -1,13 +1,8 @@
 """The weight of LPL: a share of the total loss is hit exactly, a number is taken literally, a resume loses nothing."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-from lpl.gate import has_lpl, ramp
-from lpl.options import parse_weight
-from lpl.training.losses import BatchLosses
 from lpl.weighting import LplWeight
 
 
@@ -140,98 +135,8 @@ def test_a_share_given_on_resume_is_measured_anew(before):
     assert not weight.measuring and share(weight, LOSSES[1:3]) == pytest.approx(0.2)
 
 
-@pytest.mark.parametrize(
-    "text, parsed",
-    [("auto:0.2", (None, 0.2)), ("3", (3.0, None)), ("0", (0.0, None)), ("1e-2", (0.01, None)), (".5", (0.5, None))],
-)
-def test_accepted_weights(text, parsed):
-    assert parse_weight(text) == parsed
-
-
-@pytest.mark.parametrize(
-    "text", ["auto", "auto:", "auto:0", "auto:1", "auto:-0.2", "auto:nan", "share:0.2", "-1", "inf", "nan", "", "3 4"]
-)
-def test_refused_weights(text):
-    with pytest.raises(ValueError) as error:
-        parse_weight(text)
-    assert f"--lpl_weight {text}:" in str(error.value) and "auto:0.2" in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "start, steps, factors",
-    [
-        (0, 0, [1, 1, 1, 1, 1]),
-        (3, 0, [0, 0, 0, 1, 1]),
-        (0, 4, [0.25, 0.5, 0.75, 1, 1]),
-        (1, 2, [0, 0.5, 1, 1, 1]),
-    ],
-)
-def test_ramp(start, steps, factors):
-    assert [ramp(step, start, steps) for step in range(5)] == factors
-
-
 def test_what_is_not_finite_is_not_measured():
     weight = LplWeight("auto:0.2", 2, CPU)
     step(weight, (float("nan"), 1.0))
     step(weight, (1.0, 1.0))
     assert float(weight.value) == pytest.approx(0.25)  # 0.2 / 0.8
-
-
-@pytest.mark.parametrize(
-    "start, every, steps", [(0, 1, [0, 1, 2, 3, 4, 5, 6]), (2, 1, [2, 3, 4, 5, 6]), (1, 3, [1, 4])]
-)
-def test_steps_with_lpl(start, every, steps):
-    assert [step for step in range(7) if has_lpl(step, start, every)] == steps
-
-
-@pytest.mark.parametrize("every", [1, 2, 3])
-def test_every_nth_step_at_n_times_the_weight_sums_up_to_the_same(every):
-    """Over n steps, wherever they begin after the start."""
-    for first in range(5, 12):
-        total = sum(every * has_lpl(step, 5, every) for step in range(first, first + every))
-        assert total == every
-
-
-# BatchLosses
-
-
-def squares(*vectors):
-    return [sum(value**2 for value in vector) for vector in vectors]
-
-
-def test_gradients_at_the_models_output():
-    output = torch.tensor([1.0, -2.0], requires_grad=True) * 1
-    terms = BatchLosses(output.square(), 3 * output.sum(), output, 2, True)
-    found = terms.gradients(torch.tensor(0.5))
-    assert found.tolist() == pytest.approx(squares((1.5, 1.5), (1.0, -2.0))) and not found.requires_grad
-    (terms.diffusion_loss + terms.lpl).backward()  # the graph is still there
-
-
-def test_without_a_sample_inside_lpl_has_no_gradient():
-    output = torch.tensor([1.0, -2.0], requires_grad=True) * 1
-    assert BatchLosses(output.square(), torch.zeros(()), output, 0, True).gradients(torch.tensor(0.5)).tolist() == [
-        0.0,
-        5.0,
-    ]
-
-
-def test_the_parts_of_blocks_add_up_to_what_is_taken():
-    found = SimpleNamespace(
-        block_names=("mid", "up_0"),
-        last=SimpleNamespace(
-            terms={"up_0": torch.tensor([1.0, 2.0]), "mid": torch.tensor([3.0, 4.0])},
-            kept={"up_0": torch.tensor([0.5, 1.0]), "mid": torch.tensor([1.0, 1.0])},
-        ),
-    )
-    terms = BatchLosses(torch.zeros(8), torch.zeros(()), torch.zeros(8), 4, True)
-    terms.take(torch.tensor([2, 5]), torch.tensor([4.0, 6.0]), 4 / 8, found)  # two of four inside, of eight
-    assert terms.lpl.item() == 2.5 and terms.rows == 2
-    assert terms.by_block.tolist() == [[1.75, 0.75], [2.0, 1.5]]
-    assert not terms.not_finite().any()
-
-
-def test_samples_that_are_not_finite_are_found_by_term():
-    nan, inf = float("nan"), float("inf")
-    terms = BatchLosses(torch.tensor([0.0, nan, 1.0, inf]), torch.zeros(()), torch.zeros(4), 2, True)
-    terms.by_row = torch.tensor([3, 0]), torch.tensor([1.0, nan])
-    assert terms.not_finite().nonzero().tolist() == [[0, 1], [1, 0], [3, 0]]

@@ -112,7 +112,7 @@ def _delete(path: Path) -> None:
 
 @contextmanager
 def filled_whole(folder: str | os.PathLike) -> Iterator[Path]:
-    """Context with an empty folder, whose entries then replace those of ``folder``, a pipeline's index last.
+    """Context with an empty folder; its entries then replace those of ``folder`` one by one, a pipeline's index last.
 
     A failure or kill inside the context leaves ``folder`` unchanged.
     """

@@ -296,11 +296,6 @@ def test_samples_above_the_threshold_are_not_decoded(sd_pipeline, image_folder, 
     assert metrics(tmp_path, "lpl", "inside", "lpl_weight") == [[0, 0, 0]] * 2
 
 
-def test_rows_inside_the_threshold():
-    sigma = torch.tensor([0.1, math.inf, math.nan, 3.0, 3.1], dtype=torch.float64)
-    assert script.rows_inside(sigma, 3.0).tolist() == [0, 3]
-
-
 # Objectives ----------------------------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,6 @@
 import gc
 import json
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -17,11 +16,10 @@ import pytest
 import torch
 from accelerate import debug_launcher
 from torch.distributed import TCPStore
-from torch.utils.data import DataLoader
 from trainer import ROOT, arguments, metrics, same, script, train, weights
 
 from lpl.families.sd import StableDiffusion
-from lpl.tools.process import SIGNALS, exit_code, leave_after, leave_signals_alone
+from lpl.tools.process import SIGNALS
 from lpl.training import preemption
 from lpl.training.checkpoints import find_checkpoints
 from lpl.training.log import Log
@@ -124,16 +122,6 @@ def test_a_signal_in_the_last_step_still_leaves_a_checkpoint(sd_pipeline, image_
     assert same(weights(tmp_path / "run/unet"), weights(whole / "unet"))
 
 
-def test_a_loaders_workers_leave_signals_alone():
-    before = [signal.getsignal(number) for number in SIGNALS]
-    try:
-        leave_signals_alone(0)
-        assert all(signal.getsignal(number) == signal.SIG_IGN for number in SIGNALS)
-    finally:
-        for number, handler in zip(SIGNALS, before):
-            signal.signal(number, handler)
-
-
 class Alone:
     num_processes = 1
 
@@ -220,57 +208,6 @@ def test_a_run_that_hangs_ends_all_the_same(stuck, capfd):
     os.kill(child, signal.SIGUSR1)
     assert code_of(child) == EXIT_CODE
     assert "the last checkpoint is whole: --resume_from_checkpoint latest goes on" in capfd.readouterr().err
-
-
-class Slow:
-    """All but its first sample take very long."""
-
-    def __len__(self):
-        return 9
-
-    def __getitem__(self, index):
-        return time.sleep(300 * index) or index
-
-
-def held_up():
-    """A run that is done, while one of its loader's processes reads, and a thread of an upload that was given up."""
-    loader = DataLoader(Slow(), num_workers=1, persistent_workers=True, worker_init_fn=leave_signals_alone)
-    batches.append(iter(loader))
-    threading.Thread(target=time.sleep, args=(300,)).start()
-    print(f"read {int(next(batches[0]))}")
-    sys.exit(EXIT_CODE)
-
-
-batches = []
-
-
-def test_nothing_holds_the_exit_up():
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            sys.stdout = os.fdopen(writing, "w")
-            leave_after(held_up)
-        finally:
-            os._exit(99)
-    os.close(writing)
-    assert code_of(child) == EXIT_CODE
-    # The pipe ends with the last process that has it: the loader's is gone too, and what was said has arrived.
-    assert select.select([reading], [], [], 20)[0] and os.read(reading, 100) == b"read 0\n"
-    assert select.select([reading], [], [], 20)[0] and os.read(reading, 100) == b""
-    os.close(reading)
-
-
-@pytest.mark.parametrize(
-    "end, code, said",
-    [(None, 0, ""), (SystemExit(), 0, ""), (SystemExit(75), 75, ""), (SystemExit("why"), 1, "why\n")],
-)
-def test_the_exit_code_is_pythons(end, code, said, capsys):
-    assert exit_code(end) == code and capsys.readouterr().err == said
-
-
-def test_an_error_nobody_knows_is_told_as_python_does(capsys):
-    assert exit_code(ZeroDivisionError("a bug")) == 1 and "ZeroDivisionError: a bug" in capsys.readouterr().err
 
 
 def agree(rank, port, queue):

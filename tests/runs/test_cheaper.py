@@ -4,8 +4,7 @@ import json
 import math
 import shutil
 from argparse import Namespace
-from collections import Counter
-from itertools import combinations, pairwise, permutations
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from tiny import tiny_vae
 from trainer import launch, metrics, same, script, train, validation_metrics, weights
 
 from lpl import LatentPerceptualLoss
+from lpl.gate import random_window
 from lpl.loss import Measured
 from lpl.objectives import Epsilon
 from lpl.training.log import Log
@@ -56,36 +56,6 @@ def cheap(sd_pipeline, image_folder, tmp_path_factory):
 # Expectation ---------------------------------------------------------------------------------------------------------
 
 
-def test_every_subset_is_as_likely_as_any_other():
-    """Every order of a batch's random numbers once: each pair of the four rows inside wins equally often."""
-    rows = torch.tensor([0, 2, 3, 5])
-    drawn = Counter(
-        tuple(script.subset(rows, torch.tensor(numbers), 2).tolist())
-        for numbers in permutations((0.1, 0.3, 0.4, 0.6, 0.8, 0.9))
-    )
-    assert set(drawn) == set(combinations(rows.tolist(), 2)) and set(drawn.values()) == {math.factorial(6) // 6}
-
-
-@pytest.mark.parametrize("size", [4, 9, None])
-def test_a_subset_of_all_is_all(size):
-    rows = torch.tensor([0, 2, 3, 5])
-    assert script.subset(rows, torch.tensor([0.9, 0.1, 0.3, 0.8, 0.0, 0.2]), size).tolist() == [0, 2, 3, 5]
-
-
-def test_tiles_cover_the_latents_and_are_equally_likely():
-    drawn = Counter(script.random_window(12, 4, torch.tensor((number + 0.5) / 900)) for number in range(900))
-    assert set(drawn.values()) == {100}
-    covered = torch.zeros(12, 12)
-    for top, left, height, width in drawn:
-        covered[top : top + height, left : left + width] += 1
-    assert (covered == 1).all()
-
-
-@pytest.mark.parametrize("count", range(1, 33))
-def test_the_largest_random_number_is_the_last_tile(count):
-    assert script.random_window(count, 1, torch.tensor(1 - 2**-24)) == (count - 1, count - 1, 1, 1)
-
-
 class Answer(torch.nn.Module):
     """A model that answers its input."""
 
@@ -118,7 +88,13 @@ def terms_of(sd_pipeline):
     batch |= {"noise": noise[0], "posterior_noise": noise[1], "timestep": torch.tensor([10, 990, 20, 300, 980, 5])}
 
     def terms(loss, choice, **flags):
-        args = {"input_perturbation": 0, "dream_training": False, "precondition_outputs": 0, "snr_gamma": None}
+        args = {
+            "input_perturbation": 0,
+            "dream_training": False,
+            "precondition_outputs": 0,
+            "snr_gamma": None,
+            "weighting_scheme": None,
+        }
         args |= {"resolution": 32, "lpl_variant": "paper", "lpl_max_samples": None, "lpl_crop": None}
         losses = script.Losses(Namespace(vae=vae), objective, loss, 3.0, Namespace(**args | flags))
         return losses(Answer(), batch | {"lpl_choice": torch.tensor(choice).view(6, 2)}, with_lpl=True)
@@ -160,7 +136,7 @@ def test_the_gradients_mean_over_all_subsets_is_that_of_all(terms_of):
 
 def tiles(loss, predicted, latents, part):
     side, count = latents.shape[-1], (latents.shape[-1] // part) ** 2
-    windows = [script.random_window(side, part, torch.tensor((number + 0.5) / count)) for number in range(count)]
+    windows = [random_window(side, side, part, torch.tensor((number + 0.5) / count)) for number in range(count)]
     return torch.stack([loss(predicted, latents, window) for window in windows])
 
 
