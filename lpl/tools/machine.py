@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from lpl.tools.words import size
+from lpl.tools.words import first_line, size
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -29,6 +29,27 @@ def missing(package: str) -> bool:
 def has_gpu() -> bool:
     """Whether accelerate will run on one."""
     return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+
+
+def usable_device(name: str | None) -> torch.device:
+    """The device that ``--device`` names; None = a GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: if PyTorch cannot compute on it.
+    """
+    gpu = torch.cuda.is_available()
+    name = name or ("cuda" if gpu else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: {first_line(error)}") from error
+    if device.type == "cuda" and not gpu:
+        raise ValueError(f"--device {name}: this machine has no GPU that PyTorch can use; give cpu")
+    try:
+        torch.zeros((), device=device).item()
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        raise ValueError(f"--device {name}: PyTorch cannot compute on it here; give cpu") from error
+    return device
 
 
 # Disk ----------------------------------------------------------------------------------------------------------------
