@@ -52,8 +52,7 @@ from lpl.evaluation.results import REAL, Reference, Settings, State, class_label
 from lpl.evaluation.sources import Model, find_models, is_model, is_run
 from lpl.publishing.card_edits import add_results
 from lpl.tools.layout import CARD, EVALUATION_IMAGES
-from lpl.tools.machine import DTYPES
-from lpl.tools.words import first_line
+from lpl.tools.machine import DTYPES, usable_device
 
 
 logger = logging.getLogger(__name__)
@@ -214,19 +213,9 @@ def check_command(command: Command) -> None:
         raise ValueError(f"--generated: two sources are called {repeated}; name them, LABEL=SOURCE")
     if REAL in labels:
         raise ValueError(f"--generated {REAL}=...: that is the reference's name; give another label")
-    _check_device(request.device, request.dtype)
-    check_networks(command.networks, command.model.cache_dir)
-
-
-def _check_device(device: str | None, dtype: str) -> None:
-    if device is not None:
-        try:
-            torch.zeros((), device=device).item()
-        except (RuntimeError, NotImplementedError, AssertionError) as error:
-            raise ValueError(f"--device {device}: {first_line(error)}; give cpu, or leave it out") from error
-    on_cpu = torch.device(device).type == "cpu" if device else not torch.cuda.is_available()
-    if on_cpu and dtype == "float16":
+    if usable_device(request.device).type == "cpu" and request.dtype == "float16":
         raise ValueError("--dtype float16 needs a GPU; use bfloat16 or float32")
+    check_networks(command.networks, command.model.cache_dir)
 
 
 def labelled_sources(words: Sequence[str]) -> list[tuple[str, str]]:

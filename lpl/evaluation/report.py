@@ -29,19 +29,11 @@ from lpl.training.provenance import installed_versions
 
 COLUMNS, CROP_COLUMNS = 6, 4  # of samples.png and crops.png
 ENERGY = "high-frequency energy"
-TITLES = {
-    "fid": "Fréchet distance",
-    "kid": "kernel distance",
-    CLIP_SCORE: "CLIPScore",
-}  # of metrics; others go by their names
+# Of metrics; others go by their names.
+TITLES = {"fid": "Fréchet distance", "kid": "kernel distance", CLIP_SCORE: "CLIPScore"}
 INCEPTION_TITLES = {"fid": "FID", "kid": "KID"}
 RECORDED = ("metrics", "seed", "bootstrap", "nearest_k", "prompts_file")  # settings in evaluation.json
-SAMPLING = (
-    "num_inference_steps",
-    "guidance_scale",
-    "max_sequence_length",
-    "dtype",
-)  # settings of a drawn state, in tables
+SAMPLING = ("num_inference_steps", "guidance_scale", "max_sequence_length", "dtype")  # of a drawn state, in tables
 LIBRARIES = ("torchmetrics", "scikit-learn", "scipy", "numpy", "pillow")  # besides those of installed_versions
 
 

@@ -93,7 +93,7 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(images, cache, ca
     cache.write_text("a file where the folder should be")
     with caplog.at_level(logging.WARNING):
         found = set_features(images, load_network(Means()))
-    assert len(found) == 7 and "not kept" in caplog.text
+    assert len(found) == 7 and "not cached" in caplog.text
 
 
 def test_features_that_are_not_finite_are_refused_and_not_kept(images, cache):

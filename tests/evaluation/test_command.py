@@ -311,7 +311,7 @@ def test_classes_are_drawn_by_their_labels(dit_pipeline, class_folder, tmp_path)
         ({"nearest_k": 0}, "--nearest_k 0: it must be 1 or more"),
         ({"guidance_scale": -1}, "--guidance_scale -1.0: it must be 0 or more"),
         ({"clip": "some/clip"}, "--clip some/clip is for clip_score"),
-        ({"device": "teapot"}, "--device teapot: .*give cpu"),
+        ({"device": "teapot"}, "--device teapot: .*cpu"),
         ({"dtype": "float16"}, "--dtype float16 needs a GPU"),
         ({"prompts_file": "no_such_file"}, "--prompts_file no_such_file: there is no such file"),
         ({"prompts_file": os.devnull}, "--prompts_file /dev/null: there is no such file"),

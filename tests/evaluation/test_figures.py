@@ -131,7 +131,7 @@ def test_a_row_apart_shows_its_own_place():
 
 
 def test_crops_of_unequal_images_are_refused():
-    with pytest.raises(ValueError, match=r"b: image 0 is \(48, 48\) pixels, the one above it \(64, 64\)"):
+    with pytest.raises(ValueError, match=r"b: image 0 has \(48, 48\) pixels, the one above it \(64, 64\)"):
         zoomed_crops({"a": [photo(64)], "b": [photo(48)]}, [""])
     with pytest.raises(ValueError, match="2 captions"):
         zoomed_crops({"a": [photo(64)]}, ["", ""])

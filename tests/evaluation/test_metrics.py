@@ -441,9 +441,9 @@ def test_clip_scores_of_the_same_captions_are_resampled_in_pairs():
         (((9, 3), (9, 4)), {}, "same D"),
         (((9,), (9, 3)), {}, "same D"),
         (((6, 3), (9, 3)), {}, "need at least 7 of each.*--num_images"),
-        (((9, 3), (1, 3)), {"metrics": ["fid"]}, "need 2 of each"),
+        (((9, 3), (1, 3)), {"metrics": ["fid"]}, "need at least 2 of each"),
         (((9, 3), (9, 3)), {"nearest_k": 0}, "--nearest_k 0: it must be 1 or more"),
-        (((9, 3), (9, 3)), {"nearest_k": 8}, "need 10 of each"),
+        (((9, 3), (9, 3)), {"nearest_k": 8}, "need at least 10 of each"),
         (((9, 3), (9, 3)), {"bootstrap": 1}, "--bootstrap 1"),
         (((9, 3), (9, 3)), {"bootstrap": -5}, "--bootstrap -5"),
     ],
@@ -463,7 +463,7 @@ def test_features_that_are_not_finite_are_refused():
 
 def test_counts_are_refused_by_the_flags_of_the_program():
     with pytest.raises(
-        ValueError, match=r"^6 generated and 9 .* fid, recall need at least 7 .*\(--num_images\) .* --metrics$"
+        ValueError, match=r"^6 generated and 9 .* recall need at least 7 .*\(--num_images\) .* --metrics$"
     ):
         check_counts(["fid", "recall", "clip_score"], 6, 9, 5)
     with pytest.raises(ValueError, match=r"\(--eval_num_images\) or fewer --eval_metrics$"):

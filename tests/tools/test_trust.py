@@ -29,8 +29,9 @@ from trainer import ROOT, arguments, parsed, settings
 from lpl.data.reading import lies_in
 from lpl.data.source import data_folders
 from lpl.evaluation import Preprocessing, folder_images, load_network
-from lpl.evaluation.generation import Model, find_models, trained_parts
+from lpl.evaluation.generation import trained_parts
 from lpl.evaluation.networks import check_network
+from lpl.evaluation.sources import Model, find_models
 from lpl.inspection import command as inspect
 from lpl.tools import trust
 from lpl.training.loading import load_family

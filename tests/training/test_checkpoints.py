@@ -14,7 +14,7 @@ from accelerate import Accelerator, debug_launcher
 from diffusers import UNet2DConditionModel
 from trainer import arguments, metrics, reset_accelerate, run, same, script, train, weights
 
-from lpl.evaluation.generation import find_models
+from lpl.evaluation.sources import find_models
 from lpl.tools import files
 from lpl.tools.files import load_state
 from lpl.training import checkpoints
