@@ -180,7 +180,7 @@ class Publication:
             snapshot_of_result(self.folder, snapshot, self.address)
             self.uploads.add(Snapshot(snapshot, "End of training"))
         except Exception as error:  # most likely a full disk
-            self.uploads.problem = str(error)
+            self.uploads.problem = hub.reason(error)
         self.uploads.finish(stop)
 
     def interrupt(self) -> None:

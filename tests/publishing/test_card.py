@@ -53,6 +53,13 @@ def code(text: str, language: str) -> str:
     return text.split(f"```{language}\n")[1].split("\n```")[0]
 
 
+def python_of(folder: Path, **changes) -> str:
+    """The card's code, which compiles."""
+    python = code(written(folder, **changes).text, "python")
+    compile(python, "card", "exec")
+    return python
+
+
 def put(folder: Path, *names: str) -> Path:
     """Files that are there; pictures and the like, whose content nobody looks at."""
     for name in names:
@@ -96,12 +103,9 @@ def test_the_hubs_own_tools_read_it_and_change_it(tmp_path):
     assert ModelCard.load(readme).text == text
 
 
-def test_only_hub_ids_are_metadata(tmp_path):
+def test_only_hub_ids_are_metadata_and_a_lora_is_an_adapter(tmp_path):
     data = written(tmp_path, base_model=str(tmp_path), dataset="../pictures/foxes").data.to_dict()
     assert not {"base_model", "base_model_relation", "datasets", "license"} & set(data)
-
-
-def test_a_lora_is_an_adapter(tmp_path):
     data = written(tmp_path, lora_rank=8).data
     assert data.base_model_relation == "adapter" and "lora" in data.tags
 
@@ -115,9 +119,8 @@ def test_what_is_trained_from_scratch_has_no_base_model(tmp_path):
 
 def test_class_conditional_models(tmp_path):
     put_samples(tmp_path, "step-001000", [1])
-    card = written(tmp_path, prompt=1, pipeline_class="DiTPipeline", classes={0: "cats", 1: "do\ngs"})
-    python = code(card.text, "python")
-    compile(python, "card", "exec")
+    facts = {"prompt": 1, "pipeline_class": "DiTPipeline", "classes": {0: "cats", 1: "do\ngs"}}
+    card, python = written(tmp_path, **facts), python_of(tmp_path, **facts)
     assert 'class_labels=[1],  # "do\\ngs"' in python and "height" not in python and "prompt" not in python
     assert "class-conditional" in card.data.tags and card.data.pipeline_tag == "unconditional-image-generation"
     assert "widget" not in card.data.to_dict() and "| Classes | 0 cats, 1 do gs |" in card.text
@@ -174,22 +177,22 @@ def test_a_few_grids_of_the_way_are_behind_a_fold(tmp_path):
 
 
 def test_the_code_that_draws_an_image(tmp_path):
-    text = code(written(tmp_path, prompt='a "red" fox 狐', guidance_scale=5.0, dtype="bfloat16").text, "python")
-    compile(text, "card", "exec")
+    text = python_of(tmp_path, prompt='a "red" fox 狐', guidance_scale=5.0, dtype="bfloat16", size=(512, 768))
     assert 'StableDiffusionPipeline.from_pretrained("user/fox-lpl", dtype=torch.bfloat16)' in text
-    assert 'prompt="a \\"red\\" fox 狐"' in text and "height=512" in text and "guidance_scale=5.0" in text
+    assert (
+        'prompt="a \\"red\\" fox 狐"' in text and "height=512,\n    width=768" in text and "guidance_scale=5.0" in text
+    )
     assert "num_inference_steps" not in text and "generator" not in text
 
 
 def test_further_arguments_of_the_call(tmp_path):
-    text = code(written(tmp_path, sampling_arguments={"binned": False, "height": 256, "extra": None}).text, "python")
-    compile(text, "card", "exec")
+    text = python_of(tmp_path, sampling_arguments={"binned": False, "height": 256, "extra": None})
     assert "binned=False" in text and "height=256" in text and "extra" not in text
 
 
 def test_the_code_draws_the_first_sample_where_there_is_one(tmp_path):
     put_samples(tmp_path, "step-001000", ["a fox"], seed=7)
-    assert "manual_seed(7)" in code(written(tmp_path, prompt="a fox").text, "python")
+    assert "manual_seed(7)" in python_of(tmp_path, prompt="a fox")
     assert "](samples/step-001000/00.png) again" in written(tmp_path, prompt="a fox").text
     assert "manual_seed" not in written(tmp_path, prompt="a hen").text
     assert "manual_seed" not in written(tmp_path, prompt="a fox", steps=1100, max_steps=2000).text  # other weights
@@ -198,8 +201,7 @@ def test_the_code_draws_the_first_sample_where_there_is_one(tmp_path):
 def test_the_code_of_an_adapter_saved_by_peft(tmp_path):
     for place in ("transformer_lora", "checkpoint-500/transformer_lora"):
         put(tmp_path, f"{place}/adapter_config.json")
-    text = code(written(tmp_path, lora_rank=8).text, "python")
-    compile(text, "card", "exec")
+    text = python_of(tmp_path, lora_rank=8)
     loaded = 'PeftModel.from_pretrained(pipeline.transformer, "user/fox-lpl", subfolder="transformer_lora")'
     assert f"pipeline.transformer = {loaded}" in text
 
@@ -207,17 +209,15 @@ def test_the_code_of_an_adapter_saved_by_peft(tmp_path):
 def test_the_code_of_a_lora_with_another_objective(tmp_path):
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "DDIMScheduler"}')
-    text = code(written(tmp_path, lora_rank=8).text, "python")
-    compile(text, "card", "exec")
+    text = python_of(tmp_path, lora_rank=8)
     assert "from diffusers import DDIMScheduler, Stable" in text
     assert 'pipeline.scheduler = DDIMScheduler.from_pretrained("user/fox-lpl", subfolder="scheduler")' in text
-    assert "scheduler" not in code(written(tmp_path).text, "python")  # a whole pipeline has it inside
+    assert "scheduler" not in python_of(tmp_path)  # a whole pipeline has it inside
 
 
 def test_the_code_of_a_lora(tmp_path):
     card = written(tmp_path, lora_rank=8, base_model=str(tmp_path / "sd"), repo_id=None)
     text = code(card.text, "python")
-    compile(text, "card", "exec")
     assert 'from_pretrained("path/to/sd"' in text and f'load_lora_weights("path/to/{tmp_path.name}"' in text
     assert "ComfyUI" not in card.text
     put(tmp_path, "fox 1_comfyui.safetensors")
@@ -263,11 +263,8 @@ def test_the_time_is_that_of_the_steps():
     assert training_seconds([], 6) is None
 
 
-def test_a_weight_set_by_hand(tmp_path):
+def test_a_weight_set_by_hand_and_no_lpl(tmp_path):
     assert "| Weight | 3, set by hand |" in written(tmp_path, lpl_weight=3.0, lpl_target=None).text
-
-
-def test_without_lpl(tmp_path):
     card = written(tmp_path, lpl_weight=0.0)
     assert "No step had the latent perceptual loss" in card.text and "arxiv" not in card.text
     assert "latent-perceptual-loss" not in card.data.tags

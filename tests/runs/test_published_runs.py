@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from safetensors.torch import load
 from trainer import ROOT, arguments, metrics, run, same, train, weights
 
 from lpl.publishing import command as publish
-from lpl.publishing import publication
+from lpl.publishing import publication, uploads
+from lpl.tools import layout
 from lpl.tools.files import load_state
 
 
@@ -43,7 +45,7 @@ def hub(monkeypatch, tmp_path):
     with HubServer(TOKEN) as server:
         server.connect(monkeypatch, tmp_path / "home")
         server.without_waits(monkeypatch)
-        monkeypatch.setattr(publication, "FIRST_WAIT", 0.01)
+        monkeypatch.setattr(uploads, "FIRST_WAIT", 0.01)
         yield server
 
 
@@ -77,14 +79,14 @@ STATES = {
 @pytest.mark.parametrize("strategy", STATES)
 def test_what_each_strategy_publishes(strategy, hub, sd_pipeline, image_folder, tmp_path, monkeypatch):
     # Each upload is waited for, or the end's would take in the one before.
-    add = publication.Uploads.add
+    add = uploads.Uploads.add
 
     def added(self, snapshot):
         add(self, snapshot)
         while self._pending:
-            publication.threading.Event().wait(0.02)
+            threading.Event().wait(0.02)
 
-    monkeypatch.setattr(publication.Uploads, "add", added)
+    monkeypatch.setattr(uploads.Uploads, "add", added)
     flags = RUN | {"hub_strategy": strategy, "checkpoints_total_limit": 1}
     folder = train(sd_pipeline, image_folder, tmp_path / "run", **flags)
     commits = states(hub)
@@ -106,7 +108,7 @@ def test_what_each_strategy_publishes(strategy, hub, sd_pipeline, image_folder, 
         assert not same(unet(commits[0][1]), unet(commits[1][1]))
         # The last checkpoint's average, which is what is there locally too; the first one is gone by now.
         assert same(unet(commits[1][1]), weights_of(folder / "checkpoint-4/ema/unet"))
-    assert not (folder / publication.SNAPSHOTS).exists()
+    assert not (folder / layout.UPLOADS).exists()
 
 
 def weights_of(folder):
@@ -315,17 +317,6 @@ def test_a_finished_folder_is_published_later(hub, sd_pipeline, image_folder, tm
     assert str(tmp_path).encode() not in files["recipe.yaml"]
     assert "published at" in capsys.readouterr().out
     DiffusionPipeline.from_pretrained(snapshot_download("team/later", token=TOKEN, local_dir=tmp_path / "copy"))
-
-
-def test_what_is_not_finished_is_refused(hub, tmp_path):
-    (tmp_path / "run").mkdir()
-    for folder, words in (
-        (tmp_path / "run", "no output folder of a finished run"),
-        (tmp_path / "no", "no such folder"),
-    ):
-        with pytest.raises(SystemExit, match=words):
-            publish.main([str(folder), "--hub_token", TOKEN])
-    assert not hub.requests
 
 
 def test_what_is_published_reads_as_a_model_of_the_hub(hub, sd_pipeline, image_folder, tmp_path):
