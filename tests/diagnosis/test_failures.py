@@ -177,15 +177,16 @@ def test_nothing_is_left_to_save(status):
 
 
 def test_checkpoints_of_another_run_are_none_of_this_one(status, tmp_path):
+    run, resumed = status(), status(resume_from_checkpoint="latest")
     for step in (2, 9):
         checkpoints.checkpoint_path(tmp_path / "out", step).mkdir(parents=True)
         checkpoints.Progress(step, seed=0).save(checkpoints.checkpoint_path(tmp_path / "out", step))
     os.utime(checkpoints.checkpoint_path(tmp_path / "out", 9), (0, 0))
-    last = explanation(status(), OUT).splitlines()[-1]
+    last = explanation(run, OUT).splitlines()[-1]
     assert last.startswith("checkpoint-2 is complete; ") and last.endswith("--resume_from_checkpoint checkpoint-2")
     os.utime(checkpoints.checkpoint_path(tmp_path / "out", 2), (0, 0))
-    assert "this run has no checkpoint" in explanation(status(), OUT)
-    assert "--resume_from_checkpoint latest" in explanation(status(resume_from_checkpoint="latest"), OUT)
+    assert "this run has no checkpoint" in explanation(run, OUT)
+    assert "--resume_from_checkpoint latest" in explanation(resumed, OUT)
 
 
 def test_other_errors_are_as_they_were(sd_pipeline, image_folder, tmp_path, monkeypatch):
