@@ -17,14 +17,15 @@ from diffusers import AsymmetricAutoencoderKL, DiffusionPipeline
 from hub_server import HubServer, Repository
 from huggingface_hub import constants
 from huggingface_hub.errors import RevisionNotFoundError
-from lpl.arguments import FROM_OTHER_SCRIPTS
 from tiny import tiny_vae
 from trainer import ROOT, metrics, parsed, run, weights
 
-from lpl.config import recipes
+from lpl.config import hub_recipes, recipes
 from lpl.config.command_line import build_parser, parse, recipe
+from lpl.config.foreign import FOREIGN
 from lpl.families.description import read_pipeline
 from lpl.families.resolve import resolve
+from lpl.publishing import public_recipe
 
 
 FOLDER = ROOT / "examples" / "recipes"
@@ -563,12 +564,11 @@ NUMBERS = {
 
 
 def test_somebody_has_thought_about_every_flag():
-    """Whoever adds one decides whether a stranger may set it: here, or in OWN or PLACES of lpl/recipes.py."""
+    """Whoever adds one decides whether a stranger may set it: here, or by `own` or `public` in its declaration."""
     names = {action.dest for action in build_parser()._actions} - {"help", "config", "without", "hub_token"}
-    free = {name for name in names if not recipes.is_own(name) and name not in recipes.PLACES}
-    free -= {name for name in free if name.startswith("lpl_")} | set(FROM_OTHER_SCRIPTS)
+    free = {name for name in names if not recipes.is_own(name) and name not in public_recipe.PLACES}
+    free -= {name for name in free if name.startswith("lpl_")} | FOREIGN
     assert free == NUMBERS
-    assert set(recipes.OWN) | set(recipes.PLACES) <= names
     assert {name for name in names if recipes.is_own(name)} == set(HARMFUL)
 
 
@@ -618,7 +618,7 @@ def test_a_stranger_runs_the_same_training(model_on_hub, data_on_hub, hub, sd_pi
     data = {"dataset_name": "user/pictures", "train_data_dir": None} if data_on_hub else {}
     flags = SET | ON_THIS_MACHINE | {"hub_model_id": "user/run"} | data
     args, _ = parsed(model, image_folder, tmp_path / "run", **flags, cache_dir=tmp_path / "cache")
-    text = recipes.public_text(recipe(args), {"num_processes": 1}, "user/run")
+    text = public_recipe.public_text(recipe(args), {"num_processes": 1}, "user/run")
     published(hub, text)
 
     words = shlex.split(re.search(r"^#   (accelerate .*)$", text, re.M)[1])
@@ -634,7 +634,7 @@ def test_a_stranger_runs_the_same_training(model_on_hub, data_on_hub, hub, sd_pi
         again = parse([own.get(words[max(n - 1, 0)], word) for n, word in enumerate(words)][3:])
     resolve(again, read_pipeline(again))
     assert all_but_own(again) == all_but_own(args)
-    assert recipes.public_text(recipe(again), again.rerun_of, "user/run") == text
+    assert public_recipe.public_text(recipe(again), again.rerun_of, "user/run") == text
     assert (again.output_dir, again.push_to_hub, again.cache_dir) == ("sd-model-finetuned", False, None)
 
 
@@ -649,14 +649,14 @@ def test_a_public_recipe_names_nothing_of_the_machine(sd_pipeline, image_folder,
     values = recipe(args)
     path = tmp_path / "recipe.yaml"
     path.write_text(recipes.recipe_text(values, {"num_processes": 4, "hardware": "4 x CPU"}))
-    recipes.publish_recipe(path, tmp_path / "out/recipe.yaml", "team/run")
+    public_recipe.publish_recipe(path, tmp_path / "out/recipe.yaml", "team/run")
     text = (tmp_path / "out/recipe.yaml").read_text()
     assert "alice" not in text and str(tmp_path) not in text and TOKEN not in text and "mine" not in text
-    assert recipes.left_to_give(values) == {
+    assert public_recipe.left_to_give(values) == {
         "pretrained_model_name_or_path": "path/to/model",
         "train_data_dir": "path/to/my foxes",
     }
-    assert recipes.rerun_command(values, {"num_processes": 4}, "team/run@v1") == (
+    assert public_recipe.rerun_command(values, {"num_processes": 4}, "team/run@v1") == (
         "accelerate launch --multi_gpu --num_processes 4 train_text_to_image_lpl.py --config team/run@v1 "
         "--pretrained_model_name_or_path path/to/model --train_data_dir 'path/to/my foxes'"
     )
@@ -673,7 +673,7 @@ def test_a_public_recipe_names_nothing_of_the_machine(sd_pipeline, image_folder,
 def test_the_repository_of_a_public_recipe_is_the_runs_own(tmp_path):
     for repository, command in (("user/run", "user/run"), (None, "recipe.yaml"), ("a\nb: 1", "recipe.yaml")):
         (tmp_path / "recipe.yaml").write_text(recipes.recipe_text(BASE | {"hub_model_id": repository}))
-        recipes.publish_recipe(tmp_path / "recipe.yaml", tmp_path / "public.yaml")
+        public_recipe.publish_recipe(tmp_path / "recipe.yaml", tmp_path / "public.yaml")
         text = (tmp_path / "public.yaml").read_text()
         assert f"--config {command}\n" in text and yaml.safe_load(text) == BASE
         assert recipes.read_recipe(build_parser(), str(tmp_path / "public.yaml")).values == BASE
@@ -681,10 +681,10 @@ def test_the_repository_of_a_public_recipe_is_the_runs_own(tmp_path):
 
 def test_no_line_of_the_head_becomes_a_flag(tmp_path):
     values = BASE | {"dataset_name": "/data/x\nseed: 3", "pretrained_model_name_or_path": "/a\r\noutput_dir: /root"}
-    text = recipes.public_text(values, {}, None)
+    text = public_recipe.public_text(values, {}, None)
     assert yaml.safe_load(text) == {"max_train_steps": 3}
 
 
 def test_a_missing_revision_is_named():
     error = RevisionNotFoundError.__new__(RevisionNotFoundError)
-    assert recipes._why_not_on_the_hub(error, "user/run", "v9") == "the repository has no revision v9"
+    assert hub_recipes._why_not(error, "user/run", "v9") == "the repository has no revision v9"
