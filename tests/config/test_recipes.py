@@ -20,7 +20,7 @@ from huggingface_hub.errors import RevisionNotFoundError
 from tiny import tiny_vae
 from trainer import ROOT, metrics, parsed, run, weights
 
-from lpl.config import hub_recipes, recipes
+from lpl.config import Config, hub_recipes, recipes
 from lpl.config.command_line import build_parser, parse, recipe
 from lpl.config.foreign import FOREIGN
 from lpl.families.description import read_pipeline
@@ -126,8 +126,8 @@ def test_the_command_of_the_head_runs_this_recipe(name):
     assert (ROOT / SCRIPT).is_file()
     launcher, flags = words[2:position], words[position + 1 :]
     args = build_parser().parse_args(flags)  # SystemExit for an unknown flag
-    assert ROOT / args.config == FOLDER / f"{name}.yaml"
-    assert args.train_data_dir or args.dataset_name
+    assert ROOT / args.output.config == FOLDER / f"{name}.yaml"
+    assert args.data.train_data_dir or args.data.dataset_name
     processes = int(launcher[launcher.index("--num_processes") + 1]) if launcher else 1
     assert ("--multi_gpu" in launcher) == (processes > 1)
     assert head(name)["Hardware"].startswith({1: "one GPU ", 8: "eight GPUs "}[processes])
@@ -177,11 +177,11 @@ def test_the_commands_of_the_readme_parse(image_folder):
 @pytest.mark.parametrize("name", [name for name in RECIPES if values(name)["lpl_weight"] != 0])
 def test_any_recipe_can_be_run_without_lpl_for_comparison(name, image_folder):
     words = ["--config", str(FOLDER / f"{name}.yaml"), "--train_data_dir", str(image_folder)]
-    assert parse(words).lpl
+    assert parse(words).lpl.enabled
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of LPL's own flags, which are left out
         args = parse([*words, "--lpl_weight", "0"])
-    assert not args.lpl and args.learning_rate == values(name)["learning_rate"]
+    assert not args.lpl.enabled and args.optimization.learning_rate == values(name)["learning_rate"]
 
 
 # Runs ----------------------------------------------------------------------------------------------------------------
@@ -343,18 +343,22 @@ BASE = {"pretrained_model_name_or_path": "user/model", "dataset_name": "user/pic
 def test_a_recipe_of_the_hub_is_all_that_is_needed(hub):
     published(hub, BASE | {"seed": 7, "lpl_blocks": ["mid", "up_0"], "measured": {"num_processes": 4}})
     args = rerun()
-    assert (args.pretrained_model_name_or_path, args.dataset_name) == ("user/model", "user/pictures")
-    assert (args.seed, args.lpl_blocks, args.max_train_steps) == (7, ["mid", "up_0"], 3)
+    assert (args.model.pretrained_model_name_or_path, args.data.dataset_name) == ("user/model", "user/pictures")
+    assert (args.optimization.seed, args.lpl.lpl_blocks, args.optimization.max_train_steps) == (7, ("mid", "up_0"), 3)
     assert args.rerun_of == {"num_processes": 4} and "rerun_of" not in recipe(args)
     assert args.given == {"config", *BASE, "seed", "lpl_blocks"}
-    assert rerun("--seed", "8").seed == 8 and rerun("--without", "seed").seed is None
+    assert rerun("--seed", "8").optimization.seed == 8 and rerun("--without", "seed").optimization.seed is None
 
 
 def test_it_may_be_of_an_earlier_commit(hub):
     published(hub, BASE | {"seed": 1})
     commit = hub.repos["user/run"].at().sha
     hub.repos["user/run"].files["recipe.yaml"] = yaml.safe_dump(BASE | {"seed": 2}).encode()
-    assert (rerun().seed, rerun(config=f"user/run@{commit}").seed, rerun(config="user/run@main").seed) == (2, 1, 2)
+    assert (
+        rerun().optimization.seed,
+        rerun(config=f"user/run@{commit}").optimization.seed,
+        rerun(config="user/run@main").optimization.seed,
+    ) == (2, 1, 2)
 
 
 def test_it_is_kept_where_downloads_are(hub, tmp_path, monkeypatch):
@@ -364,7 +368,7 @@ def test_it_is_kept_where_downloads_are(hub, tmp_path, monkeypatch):
     rerun()
     assert list((tmp_path / "hub").rglob("recipe.yaml"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert rerun().max_train_steps == 3
+    assert rerun().optimization.max_train_steps == 3
 
 
 @pytest.mark.filterwarnings("ignore:--hub_token")
@@ -372,9 +376,9 @@ def test_private_ones_take_a_token(hub, capsys, monkeypatch):
     published(hub, BASE, private=True)
     message = refused(capsys)
     assert "--config user/run: there is no such file here, and no such repository" in message and "hf auth" in message
-    assert rerun("--hub_token", TOKEN).max_train_steps == 3
+    assert rerun("--hub_token", TOKEN).optimization.max_train_steps == 3
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    assert rerun().max_train_steps == 3
+    assert rerun().optimization.max_train_steps == 3
 
 
 def test_a_file_of_that_name_goes_first(hub, tmp_path, monkeypatch, capsys):
@@ -383,7 +387,7 @@ def test_a_file_of_that_name_goes_first(hub, tmp_path, monkeypatch, capsys):
     (tmp_path / "user").mkdir()
     (tmp_path / "user/run").write_text(yaml.safe_dump(BASE | {"max_train_steps": 4, "output_dir": "mine"}))
     args = rerun()
-    assert (args.max_train_steps, args.output_dir) == (4, "mine")
+    assert (args.optimization.max_train_steps, args.output.output_dir) == (4, "mine")
     for config in ("user/other.yaml", "user/run@../x", "user/run@", "a/b/c", "run", "./user/no", "../user"):
         assert "No such file" in refused(capsys, config=config) or "directory" in config
     assert not hub.requests
@@ -462,19 +466,18 @@ def test_a_stranger_does_not_say_what_is_done_on_this_machine(hub):
     with pytest.warns(UserWarning, match="--config user/run: cache_dir, dry_run, .* are this machine's bus") as warned:
         args = rerun()
     assert all(name in str(warned[0].message) for name in HARMFUL)
-    parser = build_parser()
-    assert all(getattr(args, name) == parser.get_default(name) for name in HARMFUL)
+    assert all(args.values()[name] == Config().values()[name] for name in HARMFUL)
     assert not args.given & set(HARMFUL)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        assert rerun("--without", *HARMFUL).max_train_steps == 3
+        assert rerun("--without", *HARMFUL).optimization.max_train_steps == 3
 
 
 def test_the_command_line_says_it_still(hub, tmp_path):
     published(hub, BASE | HARMFUL)
     with pytest.warns(UserWarning) as warned:
         args = rerun("--output_dir", tmp_path / "run", "--report_to", "none")
-    assert (args.output_dir, args.report_to) == (str(tmp_path / "run"), "none")
+    assert (args.output.output_dir, args.validation.report_to) == (str(tmp_path / "run"), "none")
     assert "output_dir" not in str(warned[0].message) and "report_to" not in str(warned[0].message)
 
 
@@ -513,11 +516,11 @@ def test_nothing_leads_to_files_of_this_machine(name, value, hub, capsys, monkey
 
 def test_a_folder_of_a_data_set_of_the_hub_is_one_of_its_own(hub, capsys, tmp_path):
     published(hub, BASE | {"train_data_dir": "pictures/2024"})
-    assert rerun().train_data_dir == "pictures/2024"
+    assert rerun().data.train_data_dir == "pictures/2024"
     published(hub, {name: value for name, value in BASE.items() if name != "dataset_name"} | {"train_data_dir": "x/y"})
     assert "train_data_dir is 'x/y'" in refused(capsys)
     tmp_path.joinpath("a.png").write_bytes(b"")
-    assert rerun(images=tmp_path).train_data_dir == str(tmp_path)
+    assert rerun(images=tmp_path).data.train_data_dir == str(tmp_path)
 
 
 def test_code_is_refused_and_not_passed_over(hub, capsys, tmp_path, monkeypatch):
@@ -527,7 +530,7 @@ def test_code_is_refused_and_not_passed_over(hub, capsys, tmp_path, monkeypatch)
     message = refused(capsys)
     assert "eval_features has 'stranger:network'" in message and "--without eval_features" in message
     with pytest.warns(UserWarning, match="eval_steps"):
-        assert rerun("--eval_features", "a/c").eval_features == ["a/c"]
+        assert rerun("--eval_features", "a/c").evaluation.eval_features == ("a/c",)
     assert not (tmp_path / "mark").exists()
 
 
@@ -535,7 +538,7 @@ def test_a_stranger_does_not_fill_this_machine_with_processes(hub, monkeypatch):
     published(hub, BASE | {"dataloader_num_workers": 100_000})
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     with pytest.warns(UserWarning, match="dataloader_num_workers 100000 is taken for 3"):
-        assert rerun().dataloader_num_workers == 3
+        assert rerun().data.dataloader_num_workers == 3
 
 
 # Flags that a stranger's recipe may set to anything, since all that they can do is another training.
@@ -575,7 +578,11 @@ def test_somebody_has_thought_about_every_flag():
 def test_nothing_that_a_recipe_has_measured_is_a_flag(hub):
     published(hub, BASE | {"measured": {"output_dir": "/root", "seed": 3, "lpl_weight": 0.3}})
     args = rerun()
-    assert (args.output_dir, args.seed, args.lpl_weight) == ("sd-model-finetuned", None, "auto:0.2")
+    assert (args.output.output_dir, args.optimization.seed, args.lpl.lpl_weight) == (
+        "sd-model-finetuned",
+        None,
+        "auto:0.2",
+    )
     for anything in ("a", [1], None, 3):
         published(hub, BASE | {"measured": anything})
         assert rerun().rerun_of == {}
@@ -635,7 +642,11 @@ def test_a_stranger_runs_the_same_training(model_on_hub, data_on_hub, hub, sd_pi
     resolve(again, read_pipeline(again))
     assert all_but_own(again) == all_but_own(args)
     assert public_recipe.public_text(recipe(again), again.rerun_of, "user/run") == text
-    assert (again.output_dir, again.push_to_hub, again.cache_dir) == ("sd-model-finetuned", False, None)
+    assert (again.output.output_dir, again.output.push_to_hub, again.model.cache_dir) == (
+        "sd-model-finetuned",
+        False,
+        None,
+    )
 
 
 def test_a_public_recipe_names_nothing_of_the_machine(sd_pipeline, image_folder, tmp_path, monkeypatch):
