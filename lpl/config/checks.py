@@ -166,7 +166,8 @@ def _check_lora(config: Config) -> None:
 
 def _check_lpl(config: Config) -> None:
     parse_weight(config.lpl.lpl_weight)
-    if not config.lpl.enabled and (idle := idle_without_lpl(config.given, config.data.holds_out)):
+    given = config.given | ({"lpl_t_threshold"} if config.timestep_threshold is not None else set())
+    if not config.lpl.enabled and (idle := idle_without_lpl(given, config.data.holds_out)):
         raise ValueError(f"--lpl_weight 0 turns the loss off, so --{idle[0]} has no effect; leave one of them out")
     check_loss_options(config.lpl, config.lpl.lpl_blocks)
 

@@ -17,14 +17,15 @@ from diffusers import AsymmetricAutoencoderKL, DiffusionPipeline
 from hub_server import HubServer, Repository
 from huggingface_hub import constants
 from huggingface_hub.errors import RevisionNotFoundError
-from lpl.arguments import FROM_OTHER_SCRIPTS
 from tiny import tiny_vae
 from trainer import ROOT, metrics, parsed, run, weights
 
-from lpl.config import recipes
+from lpl.config import Config, hub_recipes, recipes
 from lpl.config.command_line import build_parser, parse, recipe
+from lpl.config.foreign import FOREIGN
 from lpl.families.description import read_pipeline
 from lpl.families.resolve import resolve
+from lpl.publishing import public_recipe
 
 
 FOLDER = ROOT / "examples" / "recipes"
@@ -125,8 +126,8 @@ def test_the_command_of_the_head_runs_this_recipe(name):
     assert (ROOT / SCRIPT).is_file()
     launcher, flags = words[2:position], words[position + 1 :]
     args = build_parser().parse_args(flags)  # SystemExit for an unknown flag
-    assert ROOT / args.config == FOLDER / f"{name}.yaml"
-    assert args.train_data_dir or args.dataset_name
+    assert ROOT / args.output.config == FOLDER / f"{name}.yaml"
+    assert args.data.train_data_dir or args.data.dataset_name
     processes = int(launcher[launcher.index("--num_processes") + 1]) if launcher else 1
     assert ("--multi_gpu" in launcher) == (processes > 1)
     assert head(name)["Hardware"].startswith({1: "one GPU ", 8: "eight GPUs "}[processes])
@@ -176,11 +177,11 @@ def test_the_commands_of_the_readme_parse(image_folder):
 @pytest.mark.parametrize("name", [name for name in RECIPES if values(name)["lpl_weight"] != 0])
 def test_any_recipe_can_be_run_without_lpl_for_comparison(name, image_folder):
     words = ["--config", str(FOLDER / f"{name}.yaml"), "--train_data_dir", str(image_folder)]
-    assert parse(words).lpl
+    assert parse(words).lpl.enabled
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of LPL's own flags, which are left out
         args = parse([*words, "--lpl_weight", "0"])
-    assert not args.lpl and args.learning_rate == values(name)["learning_rate"]
+    assert not args.lpl.enabled and args.optimization.learning_rate == values(name)["learning_rate"]
 
 
 # Runs ----------------------------------------------------------------------------------------------------------------
@@ -342,18 +343,22 @@ BASE = {"pretrained_model_name_or_path": "user/model", "dataset_name": "user/pic
 def test_a_recipe_of_the_hub_is_all_that_is_needed(hub):
     published(hub, BASE | {"seed": 7, "lpl_blocks": ["mid", "up_0"], "measured": {"num_processes": 4}})
     args = rerun()
-    assert (args.pretrained_model_name_or_path, args.dataset_name) == ("user/model", "user/pictures")
-    assert (args.seed, args.lpl_blocks, args.max_train_steps) == (7, ["mid", "up_0"], 3)
+    assert (args.model.pretrained_model_name_or_path, args.data.dataset_name) == ("user/model", "user/pictures")
+    assert (args.optimization.seed, args.lpl.lpl_blocks, args.optimization.max_train_steps) == (7, ("mid", "up_0"), 3)
     assert args.rerun_of == {"num_processes": 4} and "rerun_of" not in recipe(args)
     assert args.given == {"config", *BASE, "seed", "lpl_blocks"}
-    assert rerun("--seed", "8").seed == 8 and rerun("--without", "seed").seed is None
+    assert rerun("--seed", "8").optimization.seed == 8 and rerun("--without", "seed").optimization.seed is None
 
 
 def test_it_may_be_of_an_earlier_commit(hub):
     published(hub, BASE | {"seed": 1})
     commit = hub.repos["user/run"].at().sha
     hub.repos["user/run"].files["recipe.yaml"] = yaml.safe_dump(BASE | {"seed": 2}).encode()
-    assert (rerun().seed, rerun(config=f"user/run@{commit}").seed, rerun(config="user/run@main").seed) == (2, 1, 2)
+    assert (
+        rerun().optimization.seed,
+        rerun(config=f"user/run@{commit}").optimization.seed,
+        rerun(config="user/run@main").optimization.seed,
+    ) == (2, 1, 2)
 
 
 def test_it_is_kept_where_downloads_are(hub, tmp_path, monkeypatch):
@@ -363,7 +368,7 @@ def test_it_is_kept_where_downloads_are(hub, tmp_path, monkeypatch):
     rerun()
     assert list((tmp_path / "hub").rglob("recipe.yaml"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert rerun().max_train_steps == 3
+    assert rerun().optimization.max_train_steps == 3
 
 
 @pytest.mark.filterwarnings("ignore:--hub_token")
@@ -371,9 +376,9 @@ def test_private_ones_take_a_token(hub, capsys, monkeypatch):
     published(hub, BASE, private=True)
     message = refused(capsys)
     assert "--config user/run: there is no such file here, and no such repository" in message and "hf auth" in message
-    assert rerun("--hub_token", TOKEN).max_train_steps == 3
+    assert rerun("--hub_token", TOKEN).optimization.max_train_steps == 3
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    assert rerun().max_train_steps == 3
+    assert rerun().optimization.max_train_steps == 3
 
 
 def test_a_file_of_that_name_goes_first(hub, tmp_path, monkeypatch, capsys):
@@ -382,7 +387,7 @@ def test_a_file_of_that_name_goes_first(hub, tmp_path, monkeypatch, capsys):
     (tmp_path / "user").mkdir()
     (tmp_path / "user/run").write_text(yaml.safe_dump(BASE | {"max_train_steps": 4, "output_dir": "mine"}))
     args = rerun()
-    assert (args.max_train_steps, args.output_dir) == (4, "mine")
+    assert (args.optimization.max_train_steps, args.output.output_dir) == (4, "mine")
     for config in ("user/other.yaml", "user/run@../x", "user/run@", "a/b/c", "run", "./user/no", "../user"):
         assert "No such file" in refused(capsys, config=config) or "directory" in config
     assert not hub.requests
@@ -461,19 +466,18 @@ def test_a_stranger_does_not_say_what_is_done_on_this_machine(hub):
     with pytest.warns(UserWarning, match="--config user/run: cache_dir, dry_run, .* are this machine's bus") as warned:
         args = rerun()
     assert all(name in str(warned[0].message) for name in HARMFUL)
-    parser = build_parser()
-    assert all(getattr(args, name) == parser.get_default(name) for name in HARMFUL)
+    assert all(args.values()[name] == Config().values()[name] for name in HARMFUL)
     assert not args.given & set(HARMFUL)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        assert rerun("--without", *HARMFUL).max_train_steps == 3
+        assert rerun("--without", *HARMFUL).optimization.max_train_steps == 3
 
 
 def test_the_command_line_says_it_still(hub, tmp_path):
     published(hub, BASE | HARMFUL)
     with pytest.warns(UserWarning) as warned:
         args = rerun("--output_dir", tmp_path / "run", "--report_to", "none")
-    assert (args.output_dir, args.report_to) == (str(tmp_path / "run"), "none")
+    assert (args.output.output_dir, args.validation.report_to) == (str(tmp_path / "run"), "none")
     assert "output_dir" not in str(warned[0].message) and "report_to" not in str(warned[0].message)
 
 
@@ -512,11 +516,11 @@ def test_nothing_leads_to_files_of_this_machine(name, value, hub, capsys, monkey
 
 def test_a_folder_of_a_data_set_of_the_hub_is_one_of_its_own(hub, capsys, tmp_path):
     published(hub, BASE | {"train_data_dir": "pictures/2024"})
-    assert rerun().train_data_dir == "pictures/2024"
+    assert rerun().data.train_data_dir == "pictures/2024"
     published(hub, {name: value for name, value in BASE.items() if name != "dataset_name"} | {"train_data_dir": "x/y"})
     assert "train_data_dir is 'x/y'" in refused(capsys)
     tmp_path.joinpath("a.png").write_bytes(b"")
-    assert rerun(images=tmp_path).train_data_dir == str(tmp_path)
+    assert rerun(images=tmp_path).data.train_data_dir == str(tmp_path)
 
 
 def test_code_is_refused_and_not_passed_over(hub, capsys, tmp_path, monkeypatch):
@@ -526,7 +530,7 @@ def test_code_is_refused_and_not_passed_over(hub, capsys, tmp_path, monkeypatch)
     message = refused(capsys)
     assert "eval_features has 'stranger:network'" in message and "--without eval_features" in message
     with pytest.warns(UserWarning, match="eval_steps"):
-        assert rerun("--eval_features", "a/c").eval_features == ["a/c"]
+        assert rerun("--eval_features", "a/c").evaluation.eval_features == ("a/c",)
     assert not (tmp_path / "mark").exists()
 
 
@@ -534,7 +538,7 @@ def test_a_stranger_does_not_fill_this_machine_with_processes(hub, monkeypatch):
     published(hub, BASE | {"dataloader_num_workers": 100_000})
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     with pytest.warns(UserWarning, match="dataloader_num_workers 100000 is taken for 3"):
-        assert rerun().dataloader_num_workers == 3
+        assert rerun().data.dataloader_num_workers == 3
 
 
 # Flags that a stranger's recipe may set to anything, since all that they can do is another training.
@@ -563,19 +567,22 @@ NUMBERS = {
 
 
 def test_somebody_has_thought_about_every_flag():
-    """Whoever adds one decides whether a stranger may set it: here, or in OWN or PLACES of lpl/recipes.py."""
+    """Whoever adds one decides whether a stranger may set it: here, or by `own` or `public` in its declaration."""
     names = {action.dest for action in build_parser()._actions} - {"help", "config", "without", "hub_token"}
-    free = {name for name in names if not recipes.is_own(name) and name not in recipes.PLACES}
-    free -= {name for name in free if name.startswith("lpl_")} | set(FROM_OTHER_SCRIPTS)
+    free = {name for name in names if not recipes.is_own(name) and name not in public_recipe.PLACES}
+    free -= {name for name in free if name.startswith("lpl_")} | FOREIGN
     assert free == NUMBERS
-    assert set(recipes.OWN) | set(recipes.PLACES) <= names
     assert {name for name in names if recipes.is_own(name)} == set(HARMFUL)
 
 
 def test_nothing_that_a_recipe_has_measured_is_a_flag(hub):
     published(hub, BASE | {"measured": {"output_dir": "/root", "seed": 3, "lpl_weight": 0.3}})
     args = rerun()
-    assert (args.output_dir, args.seed, args.lpl_weight) == ("sd-model-finetuned", None, "auto:0.2")
+    assert (args.output.output_dir, args.optimization.seed, args.lpl.lpl_weight) == (
+        "sd-model-finetuned",
+        None,
+        "auto:0.2",
+    )
     for anything in ("a", [1], None, 3):
         published(hub, BASE | {"measured": anything})
         assert rerun().rerun_of == {}
@@ -618,7 +625,7 @@ def test_a_stranger_runs_the_same_training(model_on_hub, data_on_hub, hub, sd_pi
     data = {"dataset_name": "user/pictures", "train_data_dir": None} if data_on_hub else {}
     flags = SET | ON_THIS_MACHINE | {"hub_model_id": "user/run"} | data
     args, _ = parsed(model, image_folder, tmp_path / "run", **flags, cache_dir=tmp_path / "cache")
-    text = recipes.public_text(recipe(args), {"num_processes": 1}, "user/run")
+    text = public_recipe.public_text(recipe(args), {"num_processes": 1}, "user/run")
     published(hub, text)
 
     words = shlex.split(re.search(r"^#   (accelerate .*)$", text, re.M)[1])
@@ -634,8 +641,12 @@ def test_a_stranger_runs_the_same_training(model_on_hub, data_on_hub, hub, sd_pi
         again = parse([own.get(words[max(n - 1, 0)], word) for n, word in enumerate(words)][3:])
     resolve(again, read_pipeline(again))
     assert all_but_own(again) == all_but_own(args)
-    assert recipes.public_text(recipe(again), again.rerun_of, "user/run") == text
-    assert (again.output_dir, again.push_to_hub, again.cache_dir) == ("sd-model-finetuned", False, None)
+    assert public_recipe.public_text(recipe(again), again.rerun_of, "user/run") == text
+    assert (again.output.output_dir, again.output.push_to_hub, again.model.cache_dir) == (
+        "sd-model-finetuned",
+        False,
+        None,
+    )
 
 
 def test_a_public_recipe_names_nothing_of_the_machine(sd_pipeline, image_folder, tmp_path, monkeypatch):
@@ -649,14 +660,14 @@ def test_a_public_recipe_names_nothing_of_the_machine(sd_pipeline, image_folder,
     values = recipe(args)
     path = tmp_path / "recipe.yaml"
     path.write_text(recipes.recipe_text(values, {"num_processes": 4, "hardware": "4 x CPU"}))
-    recipes.publish_recipe(path, tmp_path / "out/recipe.yaml", "team/run")
+    public_recipe.publish_recipe(path, tmp_path / "out/recipe.yaml", "team/run")
     text = (tmp_path / "out/recipe.yaml").read_text()
     assert "alice" not in text and str(tmp_path) not in text and TOKEN not in text and "mine" not in text
-    assert recipes.left_to_give(values) == {
+    assert public_recipe.left_to_give(values) == {
         "pretrained_model_name_or_path": "path/to/model",
         "train_data_dir": "path/to/my foxes",
     }
-    assert recipes.rerun_command(values, {"num_processes": 4}, "team/run@v1") == (
+    assert public_recipe.rerun_command(values, {"num_processes": 4}, "team/run@v1") == (
         "accelerate launch --multi_gpu --num_processes 4 train_text_to_image_lpl.py --config team/run@v1 "
         "--pretrained_model_name_or_path path/to/model --train_data_dir 'path/to/my foxes'"
     )
@@ -673,7 +684,7 @@ def test_a_public_recipe_names_nothing_of_the_machine(sd_pipeline, image_folder,
 def test_the_repository_of_a_public_recipe_is_the_runs_own(tmp_path):
     for repository, command in (("user/run", "user/run"), (None, "recipe.yaml"), ("a\nb: 1", "recipe.yaml")):
         (tmp_path / "recipe.yaml").write_text(recipes.recipe_text(BASE | {"hub_model_id": repository}))
-        recipes.publish_recipe(tmp_path / "recipe.yaml", tmp_path / "public.yaml")
+        public_recipe.publish_recipe(tmp_path / "recipe.yaml", tmp_path / "public.yaml")
         text = (tmp_path / "public.yaml").read_text()
         assert f"--config {command}\n" in text and yaml.safe_load(text) == BASE
         assert recipes.read_recipe(build_parser(), str(tmp_path / "public.yaml")).values == BASE
@@ -681,10 +692,10 @@ def test_the_repository_of_a_public_recipe_is_the_runs_own(tmp_path):
 
 def test_no_line_of_the_head_becomes_a_flag(tmp_path):
     values = BASE | {"dataset_name": "/data/x\nseed: 3", "pretrained_model_name_or_path": "/a\r\noutput_dir: /root"}
-    text = recipes.public_text(values, {}, None)
+    text = public_recipe.public_text(values, {}, None)
     assert yaml.safe_load(text) == {"max_train_steps": 3}
 
 
 def test_a_missing_revision_is_named():
     error = RevisionNotFoundError.__new__(RevisionNotFoundError)
-    assert recipes._why_not_on_the_hub(error, "user/run", "v9") == "the repository has no revision v9"
+    assert hub_recipes._why_not(error, "user/run", "v9") == "the repository has no revision v9"

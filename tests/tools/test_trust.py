@@ -103,7 +103,7 @@ def test_weights_that_are_pickles_are_refused(part, sd_pipeline, image_folder, t
     assert f"beside {part}/" in message and ".bin, a pickle" in message
     assert f"DiffusionPipeline.from_pretrained({str(pipeline)!r}).save_pretrained" in message
     # Nor are they read where that check does not see them.
-    monkeypatch.setattr("lpl.config.checks.check_weights", lambda *_: None)
+    monkeypatch.setattr("lpl.families.description.check_weights", lambda *_: None)
     args, configs = parsed(pipeline, image_folder, tmp_path / "run")
     with pytest.raises(OSError, match="safetensors"):
         load_family(args.model, args.lora, configs, torch.float32)
