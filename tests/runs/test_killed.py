@@ -10,7 +10,7 @@ import pytest
 from trainer import metrics, same, train, weights
 
 from lpl.tools import files
-from lpl.training.checkpoints import Progress, find_checkpoints, find_resumable, place, tidy
+from lpl.training.checkpoints import Progress, checkpoint_path, find_checkpoints, find_resumable, tidy
 
 
 RUN = {
@@ -86,8 +86,8 @@ def test_killed_a_hundred_times(sd_pipeline, image_folder, tmp_path):
 @pytest.fixture
 def folder(tmp_path):
     for step in (1, 2):
-        place(tmp_path, step).mkdir()
-        Progress(step, seed=0).save(place(tmp_path, step))
+        checkpoint_path(tmp_path, step).mkdir()
+        Progress(step, seed=0).save(checkpoint_path(tmp_path, step))
     return tmp_path
 
 
@@ -110,7 +110,7 @@ def test_what_is_half_written_or_half_deleted_goes(folder):
 
 def test_what_a_killed_write_leaves_goes(folder):
     """A kill cannot be caught: the file beside the one that was to be written stays."""
-    for place_of in (folder, place(folder, 2), folder / "samples"):
+    for place_of in (folder, checkpoint_path(folder, 2), folder / "samples"):
         place_of.mkdir(exist_ok=True)
         (place_of / ".progress.json.4711.tmp").write_text("half")
     (folder / ".mine.tmp").write_text("not ours")
@@ -133,7 +133,7 @@ def test_one_whose_last_file_is_empty_is_not_put_in_place(folder):
 
 
 def test_a_checkpoint_without_its_last_file_is_passed_over(folder, caplog):
-    (place(folder, 2) / Progress.FILE).unlink()
+    (checkpoint_path(folder, 2) / Progress.FILE).unlink()
     assert find_resumable(str(folder), "latest").name == "checkpoint-1"
     assert "checkpoint-2 is no whole checkpoint" in caplog.text
 

@@ -22,7 +22,7 @@ def main() -> None:
         from PIL import Image
 
         import lpl.data.dataset  # noqa: F401
-    from tests.test_properties import FILES, is_read
+    from tests.runs.test_properties import FILES, is_read
 
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)

@@ -12,7 +12,6 @@ import random
 import re
 import time
 import warnings
-from argparse import Namespace
 from contextlib import redirect_stderr
 
 import numpy as np
@@ -21,12 +20,12 @@ import yaml
 from huggingface_hub import ModelCard
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from lpl.arguments import check_pipeline, read_pipeline
 from PIL import Image
-from trainer import arguments
+from trainer import arguments, resolved
 from trainer import settings as flags_of
 
-from lpl.config.command_line import build_parser, parse, recipe
+from lpl.config import Config
+from lpl.config.command_line import build_parser, recipe
 from lpl.config.flag import boolean
 from lpl.data.reading import RESAMPLING, choose_caption, lies_in, to_rgb
 from lpl.evaluation import Preprocessing, folder_images
@@ -109,9 +108,7 @@ def checked(words):
     try:
         with redirect_stderr(said), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            args = parse(words)
-            check_pipeline(args, read_pipeline(args))
-            return args
+            return resolved(words)[0]
     except ValueError as error:
         return str(error)
     except SystemExit as error:
@@ -124,7 +121,7 @@ def checked(words):
 def base(sd_pipeline, image_folder, tmp_path_factory):
     """A command that is accepted."""
     words = arguments(sd_pipeline, image_folder, tmp_path_factory.mktemp("runs") / "run", train_batch_size=None)
-    assert isinstance(checked(words), Namespace)
+    assert isinstance(checked(words), Config)
     return words
 
 
@@ -149,11 +146,11 @@ def test_a_recipe_stands_for_the_same_flags(for_all, base, tmp_path):
     @for_all(50, flags=FLAGS)
     def _(flags):
         args = checked([*base, *(word for words in flags for word in words)])
-        assume(isinstance(args, Namespace))
+        assume(isinstance(args, Config))
         values = recipe(args)
         path.write_text(yaml.safe_dump(values), encoding="utf-8")
         again = checked(["--config", str(path)])
-        assert isinstance(again, Namespace), again
+        assert isinstance(again, Config), again
         assert json.dumps(recipe(again)) == json.dumps(values)  # not ==, since NaN is not NaN
 
 
