@@ -126,8 +126,8 @@ def test_the_command_of_the_head_runs_this_recipe(name):
     assert (ROOT / SCRIPT).is_file()
     launcher, flags = words[2:position], words[position + 1 :]
     args = build_parser().parse_args(flags)  # SystemExit for an unknown flag
-    assert ROOT / args.output.config == FOLDER / f"{name}.yaml"
-    assert args.data.train_data_dir or args.data.dataset_name
+    assert ROOT / args.config == FOLDER / f"{name}.yaml"
+    assert args.train_data_dir or args.dataset_name
     processes = int(launcher[launcher.index("--num_processes") + 1]) if launcher else 1
     assert ("--multi_gpu" in launcher) == (processes > 1)
     assert head(name)["Hardware"].startswith({1: "one GPU ", 8: "eight GPUs "}[processes])
@@ -177,6 +177,7 @@ def test_the_commands_of_the_readme_parse(image_folder):
 @pytest.mark.parametrize("name", [name for name in RECIPES if values(name)["lpl_weight"] != 0])
 def test_any_recipe_can_be_run_without_lpl_for_comparison(name, image_folder):
     words = ["--config", str(FOLDER / f"{name}.yaml"), "--train_data_dir", str(image_folder)]
+    words += ["--pretrained_model_name_or_path", "user/model"]  # some continue from what another recipe trains
     assert parse(words).lpl.enabled
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of LPL's own flags, which are left out
