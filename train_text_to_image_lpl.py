@@ -5,8 +5,8 @@
 
 Read from top to bottom: configuration -> data -> models -> optimizer -> resume -> loop -> save -> push. The method is
 :class:`Losses` and :func:`optimizer_step` below :func:`train`, over ``lpl/``: objectives in ``lpl/objectives.py``
-(Table 1), the loss in ``lpl/loss.py`` (Eq. 2), its gate in ``lpl/gate.py``, its weight in ``lpl/weighting.py`` (Eq. 3).
-``--lpl_weight 0`` is the plain diffusion baseline and never runs the decoder.
+(Table 1), the loss in ``lpl/loss.py`` (Eq. 2), its gate in ``lpl/gate.py``, its weight in ``lpl/weighting.py``
+(Eq. 3). ``--lpl_weight 0`` is the plain diffusion baseline and never runs the decoder.
 """
 
 from __future__ import annotations

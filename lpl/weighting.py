@@ -110,8 +110,8 @@ class LplWeight:
     def report(self) -> None:
         """Log what the first steps measured, and whether LPL's share of the loss makes sense."""
         logger.info(
-            f"LPL weight {float(self.value):.4g}: with it, LPL would have been {self.measured_share():.1%} of the total "
-            f"loss over its first {self.steps} steps"
+            f"LPL weight {float(self.value):.4g}: with it, LPL would have been {self.measured_share():.1%} of the "
+            f"total loss over its first {self.steps} steps"
         )
         if warning := self.share_warning():
             logger.warning(warning)

@@ -67,7 +67,7 @@ def warn_idle(name: str) -> None:
 
 
 def _check_place(name: str, place: str | None) -> None:
-    """Refuse a path at which nothing can be, not even be looked for: one that is too long, or in a forbidden folder."""
+    """Refuse a path that cannot even be looked up: one that is too long, or in a folder without permission."""
     try:
         os.stat(place or ".")
     except (FileNotFoundError, NotADirectoryError, ValueError):

@@ -1,7 +1,7 @@
-"""One declaration per flag: ``name: type = flag(default, help, ...)`` in a frozen dataclass, which is a group of flags.
+"""One declaration per flag: ``name: type = flag(default, help, ...)`` in a frozen dataclass, a group of flags.
 
-Everything else that is known of a flag follows from this statement: its place on the command line, its range, whether
-a recipe records it, whether a resumed run may change it, what a stranger may set it to.
+Everything else that is known of a flag follows from its declaration: its place on the command line, its range, whether
+a recipe records it, whether a resumed run may change it, what a recipe from the Hub may set it to.
 
 The annotation gives the type. ``bool`` that defaults to False is a flag without a value; ``bool`` that defaults to
 True takes true or false; ``tuple[T, ...]`` takes several values; None means "not given".

@@ -1,4 +1,4 @@
-"""Flags of other scripts: those that do nothing here, and those of diffusers' research script for LPL, in our words."""
+"""Flags of other scripts: some have no effect here; those of diffusers' research script for LPL are translated."""
 
 from __future__ import annotations
 

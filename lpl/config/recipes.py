@@ -1,15 +1,14 @@
-"""Recipes: YAML files that map flags to values, and under ``measured`` have what a run found out, which is no flag.
+"""Recipes: YAML files that map flags to values; under ``measured`` they record what a run has measured.
 
-:func:`read_recipe` reads a file, or of a repository on the Hub the ``recipe.yaml`` in it. A file is its user's own, as
-the command line is. What comes from the Hub is a stranger's, and is given no more than the numbers of the training:
+:func:`read_recipe` reads a file, or the ``recipe.yaml`` of a repository on the Hub. A file is trusted as the command
+line is. A recipe from the Hub is a stranger's and decides the numbers of the training only:
 
-- What is this machine's and its user's business (``own`` in a flag's declaration) is passed over: where files lie, to whom something is
-  sent, how the run is started, what it is compared with. A recipe can neither write nor publish anything anywhere.
-- A model or data set has to be one on the Hub (:func:`is_public`), for a path leads to other people's files.
-- Code of one's own (PACKAGE.MODULE:FUNCTION) is refused; there are no YAML tags, and no references.
+- Flags that are the machine's and its user's business (``own`` in the declaration) are ignored: where files lie, what
+  is published, how the run is started, what it is compared with.
+- Models and data sets must be on the Hub (:func:`is_public`), since a path leads to other people's files.
+- Code (PACKAGE.MODULE:FUNCTION) is refused; there are no YAML tags and no references.
 
-What it can still do is make the run long, large or bad. Flags on the command line win, and none is looked at that is
-given there too.
+It can still make the run long, large or bad. Flags on the command line win; those given there are not even looked at.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Checkpoints that a run resumes from.
 
-``checkpoint-N`` holds the trained parts in diffusers' layout, their moving average in ``ema/`` likewise, the optimizer,
-the position in the learning-rate schedule, LPL's weight, and where the run stands (:class:`Progress`).
+``checkpoint-N`` holds the trained parts in diffusers' layout, their moving average in ``ema/`` likewise, the
+optimizer, the position in the learning-rate schedule, LPL's weight, and where the run stands (:class:`Progress`).
 
 A checkpoint is written under another name and then renamed, so ``checkpoint-N`` is always whole; before one is deleted
 it is renamed. Whenever a run is killed, the next one finds the last whole checkpoint. Checkpoints that an earlier run
-left beyond the step where a run starts are renamed to ``earlier-checkpoint-N``, so that all ``checkpoint-N`` are of one
-run and the highest number is the latest.
+left beyond the step where a run starts are renamed to ``earlier-checkpoint-N``, so that all ``checkpoint-N`` are of
+one run and the highest number is the latest.
 """
 
 from __future__ import annotations
@@ -267,8 +267,8 @@ def _other_processes(measured: Mapping[str, Any], values: Mapping[str, Any], pro
     """What another number of processes, or of images per step, leads to."""
     if (before := measured.get("num_processes", processes)) != processes:
         yield (
-            f"this run has {counted(processes, 'process')} and the run to resume had {before}; the log's sums since its last "
-            "entry and dropout's random state start anew"
+            f"this run has {counted(processes, 'process')} and the run to resume had {before}; the log's sums since "
+            "its last entry and dropout's random state start anew"
         )
     images = processes * values["train_batch_size"] * values["gradient_accumulation_steps"]
     if (before := measured.get("global_batch", images)) != images:
@@ -291,8 +291,8 @@ def save_checkpoint(state: TrainingState, output_dir: str, progress: Progress, t
     """Write ``checkpoint-STEP`` whole, then delete the oldest ones above the limit. Called by every process; the main
     one writes.
 
-    If the disk is full, the oldest ones above the limit are deleted first, as long as one is left, and the checkpoint is
-    written again.
+    If the disk is full, the oldest ones above the limit are deleted first, as long as one is left, and the checkpoint
+    is written again.
 
     Raises:
         OSError: where there is no room for it.

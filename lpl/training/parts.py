@@ -66,7 +66,7 @@ class TrainedParts(nn.Module):
 
     @torch.no_grad()
     def not_finite(self) -> str:
-        """Names of the parts in which a trained weight is NaN or infinite; empty if there are none. Waits for the device."""
+        """Names of the parts in which a trained weight is NaN or infinite, if any; waits for the device."""
         finite = {
             name: torch.stack([parameter.isfinite().all() for parameter in self.parameters_of(part)]).all()
             for name, part in self.parts.items()

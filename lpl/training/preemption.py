@@ -1,14 +1,14 @@
 """Ends a run at a signal: after the step, with a checkpoint and an exit code that a scheduler understands.
 
-SIGTERM (the machine is preempted), SIGINT (Ctrl-C) and SIGUSR1 (a Slurm job's time runs out) ask a run to end. The first
-signal is recorded, and all processes end after the same step. A second one ends the process at once; so does LONGEST,
-in seconds after the first. EXIT_CODE asks a scheduler to run the same command again; it is EX_TEMPFAIL of sysexits.h.
+SIGTERM (the machine is preempted), SIGINT (Ctrl-C) and SIGUSR1 (a Slurm job's time runs out) ask a run to end. The
+first signal is recorded, and all processes end after the same step. A second signal ends the process at once, and so
+does the time LONGEST after the first. EXIT_CODE, EX_TEMPFAIL of sysexits.h, asks a scheduler to run the command again.
 
-The main thread may be waiting in a library, for a device or another process, where no Python handler runs. A thread, to
-which the interpreter writes each signal at once, does what must happen even then.
+The main thread may be waiting in a library, for a device or another process, where no Python handler runs. A thread,
+to which the interpreter writes each signal at once, does what must happen even then.
 
-Processes agree over Gloo while the next step is computed already, so that no step waits: with several processes the run
-ends one step later.
+Processes agree over Gloo while the next step is computed already, so that no step waits: with several processes the
+run ends one step later.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def _data_commit(dataset: Dataset | IterableDataset, name: str) -> str | None:
 def start_recipe(
     config: Config, run: Run, dataset: Dataset | IterableDataset, hardware: str, measured: Mapping[str, Any]
 ) -> None:
-    """Write the run's recipe, and warn of what differs from the recipe that the run started from. The main process only.
+    """Write the run's recipe, and warn of what differs from the recipe that it started from; on the main process.
 
     Args:
         measured: facts that a resumed run knows already.

@@ -53,7 +53,7 @@ def sample(
 
 @contextmanager
 def decoding_exactly(vae: nn.Module) -> Iterator[None]:
-    """Within, the VAE decodes in its own precision, also under autocast: some VAEs give black images in half precision."""
+    """Within, the VAE decodes in its own precision, also under autocast: in half precision some give black images."""
     decode = vae.decode
 
     def exactly(latents: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,7 @@
 """Steps that changed nothing because a loss or a gradient was NaN or infinite: counted, reported, and limited.
 
-:class:`lpl.training.updates.Updates` updates nothing in such a step. Its samples are kept on the device and reported at
-the next logging step, so that no other step waits.
+:class:`lpl.training.updates.Updates` updates nothing in such a step. Its samples are kept on the device and reported
+at the next logging step, so that no other step waits.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class SkippedSteps:
         self._steps.append((step, skipped.clone()))
 
     def write(self) -> str | None:
-        """Report the steps skipped since the last call. Every process calls it at the same steps; waits for the device.
+        """Report the steps skipped since the last call; waits for the device. All processes call it at the same steps.
 
         Returns:
             Why the run has to end, if there are more than the limit; the same in every process.

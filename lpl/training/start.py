@@ -259,8 +259,7 @@ def order_of(images: TrainingImages, optimization: Optimization, run: Run) -> Ke
 def load_models(
     config: Config, description: Description, accelerator: Accelerator
 ) -> tuple[Family, TrainedParts, MovingAverage | None]:
-    """The pipeline on the device, with a frozen VAE and frozen text encoders; what is trained of it, in float32; and its
-    moving average.
+    """The pipeline on the device, with a frozen VAE and frozen text encoders, what is trained of it, and its EMA.
 
     Raises:
         ValueError: where weights cannot be loaded, or are not finite.

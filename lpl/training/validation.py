@@ -1,8 +1,8 @@
 """What a run measures of the model in training: samples, the losses on held-out images, metrics.
 
 ``samples/step-000500/00.png`` ... are the samples after step 500, ``samples/step-000500.png`` their grid: the model
-before training, the model now, its EMA if one is kept, and real images with the same captions if the data set has them.
-Prompts and seeds are the same every time, so that grids compare.
+before training, the model now, its EMA with --use_ema, and real images with the same captions if the data set has
+some. Prompts and seeds are the same every time, so that grids compare.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A checkpoint and a recipe that an earlier version wrote (commit e6be010, before the rooms) are read by this one.
 
-`earlier/` is that run's folder without its result: LoRA of rank 2 with EMA on the tiny Stable Diffusion, 4 steps with a
-checkpoint after 2. In `recipe.yaml` PIPELINE, IMAGES, OUTPUT and CACHE stand for its folders.
+`earlier/` is that run's folder without its result: LoRA of rank 2 with EMA on the tiny Stable Diffusion, 4 steps with
+a checkpoint after 2. In `recipe.yaml` PIPELINE, IMAGES, OUTPUT and CACHE stand for its folders.
 """
 
 import json
