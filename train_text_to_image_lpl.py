@@ -257,7 +257,7 @@ def optimizer_step(
             accelerator.backward(total)
         inside += terms.inside
     updates.step()  # weights, schedule and moving average
-    if with_lpl and weight.end_step(lambda sums: accelerator.reduce(sums, "mean")):
+    if with_lpl and weight.end_step(updates.mean):
         weight.report()
     return inside
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lpl.config import rules
 from lpl.config.choices import METRICS, TRACKERS
 from lpl.config.config import FLAGS, Config
 from lpl.config.flag import flags_of
@@ -87,7 +88,7 @@ def _check_sources(config: Config) -> None:
         raise ValueError("--dataset_name or --train_data_dir is needed, but neither is given")
     if data.dataset_config_name and not data.dataset_name:
         raise ValueError("--dataset_config_name has no effect without --dataset_name; leave it out")
-    if not data.dataset_name and not Path(data.train_data_dir).is_dir():
+    if not data.dataset_name and not Path(data.folder).is_dir():
         raise ValueError(f"--train_data_dir {data.train_data_dir}: there is no such folder")
     if model.from_scratch and model.non_ema_revision:
         raise ValueError("--from_scratch loads no weights, so --non_ema_revision has no effect; leave one of them out")
@@ -252,11 +253,11 @@ def _check_evaluation(config: Config) -> None:
 
 
 def _check_output(config: Config) -> None:
-    output, pipeline = config.output, config.model.pretrained_model_name_or_path
+    output, pipeline = config.output, config.model.pipeline
     resumed = output.resume_from_checkpoint == "hub"
     if resumed and not output.push_to_hub and output.hub_model_id is None:
         raise ValueError("--resume_from_checkpoint hub: say by --hub_model_id in which repository the checkpoint is")
-    if output.hub_token is not None and FLAGS["hub_token"].used(config):
+    if output.hub_token is not None and rules.uses_a_token(config):
         warn(
             "--hub_token: the list of processes and the shell's history show it; `hf auth login` or HF_TOKEN are safer"
         )

@@ -10,7 +10,7 @@ from lpl.config.flag import AS_TRAINED, Flag, flags_of
 from lpl.config.groups import Data, Diffusion, Evaluation, Lora, Lpl, Model, Optimization, Output, Validation
 
 
-Group = TypeVar("Group")
+Group = TypeVar("Group", Data, Diffusion, Lpl)
 
 
 @dataclass(frozen=True)

@@ -93,8 +93,8 @@ class Flag:
         Raises:
             ValueError: with the flag, its value, and what is accepted.
         """
-        for accepts, words in self.ranges if value is not None else ():
-            if not accepts(value):
+        for accepts, words in self.ranges:
+            if value is not None and not accepts(value):
                 finite = "" if math.isfinite(value) else "a finite number, "
                 raise ValueError(f"--{name} {value}: it must be {finite}{words}")
 

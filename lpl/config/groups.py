@@ -175,6 +175,12 @@ class Data:
     )
 
     @property
+    def folder(self) -> str:
+        """--train_data_dir where no --dataset_name is given, once the flags are checked."""
+        assert self.train_data_dir is not None
+        return self.train_data_dir
+
+    @property
     def holds_out(self) -> bool:
         """Whether a part of the data is for the held-out losses only."""
         return self.validation_split is not None or self.validation_every_nth is not None

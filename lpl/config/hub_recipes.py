@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
@@ -26,7 +27,7 @@ def downloaded(repository: str, revision: str | None, token: str | None, cache_d
     Raises:
         HTTPError, OSError, ValueError: where there is none, or none that can be seen, or it is too large.
     """
-    options = {"revision": revision, "token": (token or "").strip() or None, "cache_dir": cache_dir}
+    options: dict[str, Any] = {"revision": revision, "token": (token or "").strip() or None, "cache_dir": cache_dir}
     if (hf_hub_download(repository, layout.RECIPE, dry_run=True, **options).file_size or 0) > largest:
         raise ValueError(f"it has more than {largest:,} bytes")
     return hf_hub_download(repository, layout.RECIPE, **options)

@@ -60,7 +60,7 @@ def within_the_data_set(value: Any, values: Values) -> bool:
 
 
 def from_the_hub(config: Config) -> bool:
-    return not Path(config.model.pretrained_model_name_or_path).is_dir()
+    return not Path(config.model.pipeline).is_dir()
 
 
 def with_ema(config: Config) -> bool:

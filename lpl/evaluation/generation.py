@@ -62,7 +62,8 @@ def load_model(model: Model, device: torch.device | str = "cpu", dtype: str = "f
     if prediction_type is not None and prediction_type != own_objective(description.scheduler):
         scheduler = description.training_scheduler(prediction_type)
         loaded.pipeline.register_modules(scheduler=type(scheduler).from_config(scheduler.config))
-    for part in (loaded.vae, loaded.denoiser, *loaded.text_encoders):
+    parts: list[nn.Module] = [loaded.vae, loaded.denoiser, *loaded.text_encoders]
+    for part in parts:
         part.to(device).eval()
     return loaded
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from lpl.autoencoders import downscaling_factor
@@ -91,11 +91,11 @@ class Family:
         return cls(pipeline, max_sequence_length, guidance_scale)
 
     @property
-    def denoiser(self) -> nn.Module:
+    def denoiser(self) -> ModelMixin:
         return getattr(self.pipeline, self.denoiser_name)
 
     @property
-    def vae(self) -> nn.Module:
+    def vae(self) -> ModelMixin:
         return self.pipeline.vae
 
     @property

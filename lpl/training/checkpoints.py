@@ -287,7 +287,7 @@ def checkpoint_path(output_dir: str | Path, step: int) -> Path:
     return Path(output_dir, f"{layout.CHECKPOINT_PREFIX}{step}")
 
 
-def save_checkpoint(state: TrainingState, output_dir: str, progress: Progress, total_limit: int | None) -> Path:
+def save_checkpoint(state: TrainingState, output_dir: str | Path, progress: Progress, total_limit: int | None) -> Path:
     """Write ``checkpoint-STEP`` whole, then delete the oldest ones above the limit. Called by every process; the main
     one writes.
 
@@ -332,7 +332,7 @@ def _save_with_room(save: Callable[[], None], folder: Path, spare: list[Path]) -
         _save_with_room(save, folder, spare=[])
 
 
-def _above_limit(output_dir: str, new: Path, total_limit: int | None, keep: int = 0) -> list[Path]:
+def _above_limit(output_dir: str | Path, new: Path, total_limit: int | None, keep: int = 0) -> list[Path]:
     """The oldest checkpoints that are too many beside a new one, so that at least ``keep`` of them stay."""
     others = [path for path in find_checkpoints(output_dir) if path != new]
     many = 0 if total_limit is None else min(len(others) + 1 - total_limit, len(others) - keep)

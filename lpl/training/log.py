@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -128,7 +128,9 @@ class Log:
 
     def write(self, step: int, lr: float, lpl_weight: Tensor) -> None:
         """Log the means since the last call, and show them in the progress bar."""
-        sums = self.accelerator.reduce(self._summed(), "mean").tolist()  # waits for the device: the time is true
+        sums = cast(
+            Tensor, self.accelerator.reduce(self._summed(), "mean")
+        ).tolist()  # waits for the device: the time is true
         now = time.perf_counter()
         record = {"lpl_weight": float(lpl_weight)} | self._means(sums)
         speed = (step - self._last_step) * self.length.global_batch / (now - self._since)
@@ -168,7 +170,7 @@ class Log:
         exact = torch.float32 if sums.device.type == "mps" else torch.float64
         mine = torch.cat([sums.to(exact), torch.tensor(host, dtype=exact, device=sums.device)])
         self._write_samples()
-        rows = self.accelerator.gather(mine[None]).tolist()
+        rows = cast(Tensor, self.accelerator.gather(mine[None])).tolist()
         return [[self._last_step, time.perf_counter() - self._since, *row] for row in rows]
 
     def _resume(self, state: list[list[float]]) -> None:
@@ -237,7 +239,7 @@ class Log:
     def _write_samples(self) -> None:
         if not self._samples:
             return
-        rows = self.accelerator.gather(torch.cat(self._samples)).tolist()
+        rows = cast(Tensor, self.accelerator.gather(torch.cat(self._samples))).tolist()
         self._samples.clear()
         if self.accelerator.is_main_process:
             losses = [{"step": int(step), "image": int(index), "loss": loss} for step, index, loss in rows]
@@ -268,11 +270,11 @@ def log_image(accelerator: Accelerator, path: Path, step: int) -> None:
                 image = np.asarray(Image.open(path).convert("RGB"))
                 tracker.writer.add_image("validation", image, step, dataformats="HWC")
             case "wandb":
-                import wandb
+                import wandb  # pyright: ignore[reportMissingImports]
 
                 tracker.log({"validation": wandb.Image(str(path))}, step=step)
             case "trackio":
-                import trackio
+                import trackio  # pyright: ignore[reportMissingImports]
 
                 tracker.log({"validation": trackio.Image(str(path))}, step=step)
             case "comet_ml":

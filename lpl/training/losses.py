@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from diffusers import ModelMixin
+from torch import Tensor
 
 from lpl.autoencoders import feature_vae
 from lpl.config.groups import Lpl
@@ -62,7 +63,7 @@ class BatchLosses:
         return torch.stack(squares)
 
 
-def perceptual_loss(vae: nn.Module, lpl: Lpl, cache_dir: str | None) -> LatentPerceptualLoss:
+def perceptual_loss(vae: ModelMixin, lpl: Lpl, cache_dir: str | None) -> LatentPerceptualLoss:
     """The latent perceptual loss that the flags ask for, through the pipeline's VAE or --lpl_vae_name_or_path."""
     decoder = feature_vae(vae, lpl.lpl_vae_name_or_path, DTYPES[lpl.lpl_vae_dtype], cache_dir)
     return LatentPerceptualLoss(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,11 @@ class TrainedParts(nn.Module):
         return self._family[0]
 
     @property
+    def models(self) -> dict[str, Any]:
+        """The trained parts by name, models of diffusers or transformers."""
+        return dict(self.parts.items())
+
+    @property
     def denoiser(self) -> nn.Module:
         return self.parts[self.family.denoiser_name]
 
@@ -85,14 +90,14 @@ class TrainedParts(nn.Module):
         """D, (B, C, h, w), in the denoiser's precision."""
         if self.text_encoders:
             conditions = self.family.conditions(conditions, noisy_latents.device)
-        return self.family.predict(self.denoiser, noisy_latents, timesteps, conditions)
+        return self.family.predict(self.denoiser, noisy_latents, timesteps, cast(Conditions, conditions))
 
     def save(self, folder: str | Path) -> None:
         """Write the trained parts: whole models as ``unet/`` and the like, or the adapters."""
         if self.lora:
-            save_lora(self.family.pipeline_class, folder, self.parts)
+            save_lora(self.family.pipeline_class, folder, self.models)
         else:
-            for name, part in self.parts.items():
+            for name, part in self.models.items():
                 part.save_pretrained(Path(folder, name))
 
     def load(self, folder: str | Path) -> None:
@@ -103,14 +108,14 @@ class TrainedParts(nn.Module):
             OSError: where a part is missing.
         """
         if self.lora:
-            load_lora(self.family.pipeline_class, folder, self.parts)
+            load_lora(self.family.pipeline_class, folder, self.models)
         else:
-            for name, part in self.parts.items():
+            for name, part in self.models.items():
                 saved = type(part).from_pretrained(Path(folder, name), dtype=part.dtype, use_safetensors=True)
                 part.load_state_dict(saved.state_dict())
 
 
-def _checkpoint_gradients(part: nn.Module) -> None:
+def _checkpoint_gradients(part: Any) -> None:
     if hasattr(part, "enable_gradient_checkpointing"):  # diffusers
         part.enable_gradient_checkpointing()
     else:  # transformers
@@ -119,4 +124,4 @@ def _checkpoint_gradients(part: nn.Module) -> None:
 
 def unwrapped(model: nn.Module) -> TrainedParts:
     """The module without what accelerate has wrapped around it."""
-    return getattr(model, "module", model)
+    return cast(TrainedParts, getattr(model, "module", model))

@@ -24,10 +24,10 @@ def preflight(config: Config) -> None:
     _check_data(config.data)
     _check_packages(config)
     _check_gpu(config)
-    if config.evaluation.eval_steps is not None and not image_files(config.evaluation.eval_data_dir):
-        raise ValueError(
-            f"--eval_data_dir {config.evaluation.eval_data_dir}: there is no such folder, or it has no images"
-        )
+    if config.evaluation.eval_steps is not None:
+        folder = config.evaluation.eval_data_dir
+        if folder is None or not image_files(folder):
+            raise ValueError(f"--eval_data_dir {folder}: there is no such folder, or it has no images")
     if config.output.resume_from_checkpoint not in (None, "latest", "hub"):
         find_resumable(config.output.output_dir, config.output.resume_from_checkpoint)
 
@@ -38,9 +38,9 @@ def check_captions(data: Data, family: type[Family]) -> None:
     Raises:
         ValueError: with an example of what is missing.
     """
-    folder, column = data.train_data_dir, data.caption_column
     if data.dataset_name or data.streaming:
         return
+    folder, column = data.folder, data.caption_column
     if any(file.suffix in (".jsonl", ".csv", ".parquet") for file in Path(folder).rglob("metadata.*")):
         return
     if not family.class_conditional:
@@ -59,8 +59,8 @@ def _check_data(data: Data) -> None:
     if data.dataset_name:
         return
     if data.streaming:
-        shard_files(data.train_data_dir)
-    elif not image_files(data.train_data_dir):
+        shard_files(data.folder)
+    elif not image_files(data.folder):
         raise ValueError(f"--train_data_dir {data.train_data_dir}: the folder has no images")
 
 

@@ -54,17 +54,17 @@ class Result:
     def _save_lora(self, folder: Path) -> None:
         self.trained.save(folder)
         save_for_other_programs(
-            self.description.family.lora_layout, folder, self.trained.parts, self.folder.resolve().name
+            self.description.family.lora_layout, folder, self.trained.models, self.folder.resolve().name
         )
         for name, component in self._changed.items():
             component.save_pretrained(folder / name)
 
     def _save_pipeline(self, folder: Path) -> None:
         # The frozen parts as they were shipped, not as this run cast them.
-        components = self._changed | replaced_components(self.model) | dict(self.trained.parts)
+        components = self._changed | replaced_components(self.model) | self.trained.models
         source = pipeline_source(self.model, self.description) | components
         pipeline_class = self.description.family.pipeline_class
-        pipeline = pipeline_class.from_pretrained(self.model.pretrained_model_name_or_path, **source)
+        pipeline = pipeline_class.from_pretrained(self.model.pipeline, **source)
         if self.classes:  # which the pipeline reads from its index, but would not write there
             names = {str(label): name for label, name in sorted(self.classes.items())}
             pipeline.register_to_config(id2label=names)

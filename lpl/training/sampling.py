@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from lpl.autoencoders import exact_precision
 from lpl.config.groups import Validation
@@ -52,7 +52,7 @@ def sample(
 
 
 @contextmanager
-def decoding_exactly(vae: nn.Module) -> Iterator[None]:
+def decoding_exactly(vae: Any) -> Iterator[None]:
     """Within, the VAE decodes in its own precision, also under autocast: in half precision some give black images."""
     decode = vae.decode
 

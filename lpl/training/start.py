@@ -184,7 +184,8 @@ def start_accelerator(config: Config) -> Accelerator:
         raise ValueError(
             f"{accelerator.mixed_precision} (in accelerate's configuration) is not supported; give --mixed_precision"
         )
-    torch.backends.cuda.matmul.allow_tf32 |= config.optimization.allow_tf32
+    if config.optimization.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from diffusers.optimization import get_scheduler
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -112,7 +112,7 @@ class Updates:
         self.count = torch.zeros(1, dtype=torch.long, device=device)  # steps that changed something
         # One more than there are steps: what holds after the last one.
         self.factors = torch.tensor([schedule.lr_lambdas[0](step) for step in range(max_steps + 1)], device=device)
-        self.base_rates = list(schedule.base_lrs)
+        self.base_rates = [float(rate) for rate in schedule.base_lrs]
         self.waits = not isinstance(optimizer.optimizer, torch.optim.AdamW)
         self._take_hold()
 
@@ -152,6 +152,10 @@ class Updates:
     def learning_rate(self) -> float:
         """The denoiser's learning rate in the last step; waits for the device."""
         return float(self.optimizer.param_groups[0]["lr"])
+
+    def mean(self, numbers: Tensor) -> Tensor:
+        """The mean of each number over all processes."""
+        return cast(Tensor, self.accelerator.reduce(numbers, "mean"))
 
     def state_dict(self) -> dict[str, Any]:
         scaler = self.accelerator.scaler

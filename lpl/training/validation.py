@@ -13,12 +13,12 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from lpl.config import groups
 from lpl.data.dataset import Batch, TrainingImages, held_out_batches
@@ -127,7 +127,7 @@ class HeldOutLosses:
                     losses.errors
                 )
         trained.train()
-        diffusion_loss, lpl, count = accelerator.reduce(sums, "sum").tolist()
+        diffusion_loss, lpl, count = cast(Tensor, accelerator.reduce(sums, "sum")).tolist()
         return {"validation_loss": diffusion_loss / count, "validation_lpl": lpl / count}
 
 
