@@ -121,13 +121,13 @@ def train(config: Config, status: Status) -> None:
     # Optimizer, data, and all that a checkpoint holds; the same command resumes where the checkpoint stands
     length = Length.of(config.optimization, images.length, accelerator.num_processes)
     model, updates = prepare(accelerator, trained, average, config.optimization, length.global_batch, length.max_steps)
+    order = order_of(images, config.optimization, run)
+    batches = training_batches(images, order)
     state = TrainingState(accelerator, trained, average, updates, weight)
     if run.resumed is not None:
         with refusing(SCRIPT):
             state.load(run.resumed)
         logger.info(f"resumed from {run.resumed}, {length.max_steps - run.step} of {length.max_steps} steps to go")
-    order = order_of(images, config.optimization, run)
-    batches = training_batches(images, order)
     plan = Plan(
         config, run, trained, images, images.objective, length.max_steps, length.global_batch, updates.schedule
     )
@@ -181,7 +181,7 @@ def train(config: Config, status: Status) -> None:
             run.problem = "; ".join(filter(None, [bad_samples.write(), skipped_steps.write()]))
             run.ending = run.ending or bool(run.problem)
         if log.is_due(run.step):
-            log.write(run.step, updates.learning_rate, weight.at(run.step - 1))
+            log.write(run.step, updates.learning_rate)
             update_recipe(run, weight.facts())
         if pauses.are_due(run):
             pauses.take(run)  # checkpoint, samples, validation losses, metrics; published as --hub_strategy says

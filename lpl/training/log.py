@@ -76,6 +76,7 @@ class Log:
         self.accelerator.init_trackers(validation.tracker_project_name, flags)
         self.first_step = self._last_step = run.step
         self._since = time.perf_counter()
+        self._weight = torch.zeros(())  # w of the last step
         self._bar: tqdm | None = None
         self._resume(run.progress.log)
 
@@ -115,6 +116,7 @@ class Log:
         finite = terms.isfinite().all()
         self._sums += _where(finite, torch.cat([terms, counts]))
         self._count += 1
+        self._weight = weight
         self._inside += losses.inside / len(losses.errors)
         self._rows += losses.rows
         if losses.by_block is not None:
@@ -126,13 +128,13 @@ class Log:
         if self.debug_loss:
             self._keep_samples(step, batch["index"], losses.errors)
 
-    def write(self, step: int, lr: float, lpl_weight: Tensor) -> None:
+    def write(self, step: int, lr: float) -> None:
         """Log the means since the last call, and show them in the progress bar."""
         sums = cast(
             Tensor, self.accelerator.reduce(self._summed(), "mean")
         ).tolist()  # waits for the device: the time is true
         now = time.perf_counter()
-        record = {"lpl_weight": float(lpl_weight)} | self._means(sums)
+        record = {"lpl_weight": float(self._weight)} | self._means(sums)
         speed = (step - self._last_step) * self.length.global_batch / (now - self._since)
         record |= {"inside": sums[8] / self._count, "lr": lr, "images_per_second": speed}
         self._reset()
