@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 from PIL import Image
 from tiny import WITHOUT_T5
-from trainer import launch, metrics, parsed, same, script, train, weights
+from trainer import launch, metrics, parsed, same, train, weights
 
 from lpl import LatentPerceptualLoss, get_objective
 from lpl.data.dataset import LatentSpace, TrainingImages, collate
@@ -23,7 +23,7 @@ from lpl.data.source import load_training_images
 
 
 # (loss, diffusion loss, LPL) of each step. To pin them again after a change that was meant to change them, copy the
-# numbers that `pytest tests/test_script.py -k pinned` shows.
+# numbers that `pytest tests/runs/test_script.py -k pinned` shows.
 PINNED_SD = [
     [1.16366, 1.16366, 1.55681],
     [1.33912, 1.04345, 1.58226],
@@ -278,7 +278,7 @@ def kept_losses(monkeypatch):
         made.append(LatentPerceptualLoss(*args, **options))
         return made[-1]
 
-    monkeypatch.setattr(script, "LatentPerceptualLoss", make)
+    monkeypatch.setattr("lpl.training.losses.LatentPerceptualLoss", make)
     return made
 
 
@@ -355,7 +355,7 @@ def test_sd3_without_t5(sd3_without_t5_run, sd3_without_t5):
 
 def test_every_option_at_once(sd_pipeline, image_folder, tmp_path, monkeypatch):
     used, loss = set(), mock.Mock(wraps=LatentPerceptualLoss)
-    monkeypatch.setattr(script, "LatentPerceptualLoss", loss)
+    monkeypatch.setattr("lpl.training.losses.LatentPerceptualLoss", loss)
 
     def spied(cls, name):
         original = getattr(cls, name)

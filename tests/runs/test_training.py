@@ -22,6 +22,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil
 from lpl.config.groups import Diffusion, Lpl
 from lpl.families.sd3 import StableDiffusion3
 from lpl.objectives import Epsilon
+from lpl.training import start, updates
 from lpl.training.loading import fresh_denoiser
 from lpl.training.updates import make_optimizer
 
@@ -121,12 +122,12 @@ def script_image(folder):
 def test_dropout_and_targets_reach_the_model(sd_pipeline, image_folder, tmp_path, monkeypatch):
     made = []
 
-    def kept(*args):
-        made.append(original(*args))
+    def kept(*args, **options):
+        made.append(original(*args, **options))
         return made[-1]
 
-    original = script.TrainedParts
-    monkeypatch.setattr(script, "TrainedParts", kept)
+    original = start.TrainedParts
+    monkeypatch.setattr(start, "TrainedParts", kept)
     train(sd_pipeline, image_folder, tmp_path, **LORA, lora_dropout=0.25, lora_target_modules=["to_q"])
     config = made[0].denoiser.peft_config["default"]
     assert config.lora_dropout == 0.25 and config.target_modules == {"to_q"}
@@ -163,7 +164,7 @@ def test_text_encoders_have_a_learning_rate_and_weight_decay_of_their_own(sd3_pi
 
 def test_text_encoders_have_a_weight_decay_of_their_own(sd3_pipeline, image_folder, tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(script, "make_optimizer", lambda *args: made.append(make_optimizer(*args)) or made[-1])
+    monkeypatch.setattr(updates, "make_optimizer", lambda *args: made.append(make_optimizer(*args)) or made[-1])
     flags = {"train_text_encoder": True, "adam_weight_decay": 0.3, "adam_weight_decay_text_encoder": 0.7}
     train(sd3_pipeline, image_folder, tmp_path, **flags, max_train_steps=1)
     assert [group["weight_decay"] for group in made[0].param_groups] == [0.3, 0.7]
