@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,7 @@ from lpl.training.result import Result
 from lpl.training.skipped_steps import SkippedSteps
 from lpl.training.start import (
     Length,
+    Run,
     Stage,
     finish,
     load_models,
@@ -112,9 +113,8 @@ def train(config: Config, status: Status) -> None:
         status.now(Stage.LOADING)
         family, trained, average = load_models(config, description, accelerator)
     status.trained = trained
-    lpl_loss = None
-    if config.lpl.enabled or held_out_images is not None:
-        lpl_loss = perceptual_loss(family.vae, config.lpl, config.model.cache_dir)
+    looks = config.lpl.enabled or held_out_images is not None
+    lpl_loss = perceptual_loss(family.vae, config.lpl, config.model.cache_dir) if looks else None
     losses = Losses(family, images.objective, lpl_loss, config.lpl, config.diffusion)
     weight = lpl_weight(config.lpl, accelerator.device)  # w of Eq. 3
 
@@ -126,8 +126,9 @@ def train(config: Config, status: Status) -> None:
     state = TrainingState(accelerator, trained, average, updates, weight)
     if run.resumed is not None:
         with refusing(SCRIPT):
-            state.load(run.resumed)
-        logger.info(f"resumed from {run.resumed}, {length.max_steps - run.step} of {length.max_steps} steps to go")
+            state.load(run.resumed)  # behind the loader, which draws from the global random state that this restores
+        to_go = max(0, length.max_steps - run.step)
+        logger.info(f"resumed from {run.resumed}, {to_go} of {length.max_steps} steps to go")
     plan = Plan(
         config, run, trained, images, images.objective, length.max_steps, length.global_batch, updates.schedule
     )
@@ -142,9 +143,7 @@ def train(config: Config, status: Status) -> None:
     preemption = Preemption(accelerator)
     if run.is_main:
         set_aside(run.folder, run.step)
-    log = Log(
-        run, length, config.validation, config.output, config.lpl.lpl_every, lpl_loss.block_names if lpl_loss else ()
-    )
+    log = Log(run, length, config.validation, config.output, config.lpl.lpl_every, losses.blocks)
     bad_samples = BadSamples(accelerator, images, run.folder, config.data.max_bad_samples, run.resumed is not None)
     skipped_steps = SkippedSteps(accelerator, config.optimization.max_skipped_steps, run.progress.skipped)
     scheduler = description.training_scheduler(config.model.objective)
@@ -187,28 +186,13 @@ def train(config: Config, status: Status) -> None:
             pauses.take(run)  # checkpoint, samples, validation losses, metrics; published as --hub_strategy says
     log.close_bar()
     if run.ending:
-        logger.info(f"the run ends after step {run.step}; --resume_from_checkpoint latest continues from there")
-        if publication is not None:
-            publication.interrupt()
-        finish(accelerator)
-        preemption.close()
-        sys.exit(f"{SCRIPT}: error: {run.problem}" if run.problem else EXIT_CODE)
+        end_early(run, preemption, publication)
 
     # Save: a pipeline that loads and samples by itself, or the LoRA that one loads; the EMA's weights with --use_ema
     status.now(Stage.SAVING, run.step)
     accelerator.wait_for_everyone()
-    if weight.measuring and weight.steps:
-        weight.report()
     if run.is_main:
-        result.write()
-        validation.samples.before_after(run.step)
-        loss_curves(log.records(), run.folder / layout.CURVES)
-        if config.lpl.enabled and not log.has_lpl():
-            logger.warning(
-                "no step was trained with LPL: no sample was inside the threshold, or the run was too short"
-            )
-        write_model_card(run.folder, card())
-        logger.info(f"the {'LoRA' if trained.lora else 'pipeline'}, its samples and its card are in {run.folder}")
+        save(run, result, validation, log, weight, card)
         if publication is not None:
             publication.end(lambda: preemption.received is not None)
     finish(accelerator)
@@ -321,6 +305,11 @@ class Losses:
             terms.take(rows, lpl, share, self.lpl_loss)
         return terms
 
+    @property
+    def blocks(self) -> Sequence[str]:
+        """Names of the decoder blocks that LPL compares."""
+        return self.lpl_loss.block_names if self.lpl_loss is not None else ()
+
     def threshold(self, height: int, width: int) -> float:
         """tau for images of that size in pixels."""
         return sigma_threshold_at(self.lpl.lpl_sigma_threshold, height, width, self.lpl.lpl_threshold_base_resolution)
@@ -388,6 +377,31 @@ def make_card(plan: Plan, log: Log, validation: Validation, prompts: Sequence[st
         licence=base_licence(*(model.pipeline, model.revision, plan.config.output.hub_token, model.cache_dir)),
         results=validation.metrics.on_card() if validation.metrics is not None else ((), ""),
     )
+
+
+def end_early(run: Run, preemption: Preemption, publication: Publication | None) -> NoReturn:
+    """Exit behind the last checkpoint: with the problem, or with the exit code that asks for a resume."""
+    logger.info(f"the run ends after step {run.step}; --resume_from_checkpoint latest continues from there")
+    if publication is not None:
+        publication.interrupt()
+    finish(run.accelerator)
+    preemption.close()
+    sys.exit(f"{SCRIPT}: error: {run.problem}" if run.problem else EXIT_CODE)
+
+
+def save(
+    run: Run, result: Result, validation: Validation, log: Log, weight: LplWeight, card: Callable[[], RunCard]
+) -> None:
+    """Write the result, its last pictures and its model card, and report on LPL if the run was short."""
+    result.write()
+    validation.samples.before_after(run.step)
+    loss_curves(log.records(), run.folder / layout.CURVES)
+    if weight.measuring and weight.steps:
+        weight.report()
+    if weight.enabled and not log.has_lpl():
+        logger.warning("no step was trained with LPL: no sample was inside the threshold, or the run was too short")
+    write_model_card(run.folder, card())
+    logger.info(f"the {'LoRA' if result.trained.lora else 'pipeline'}, its samples and its card are in {run.folder}")
 
 
 if __name__ == "__main__":
