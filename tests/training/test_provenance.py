@@ -7,6 +7,7 @@ from hub_server import HubServer, Repository
 from trainer import metrics, parsed, run, same, settings, train, weights
 
 from lpl import __version__
+from lpl.config import Config
 from lpl.config.command_line import build_parser, config_of
 from lpl.config.recipes import read_recipe, recipe_text
 from lpl.data.fingerprint import fingerprint
@@ -40,9 +41,9 @@ def now(**changes):
 
 
 def test_the_facts_of_a_run(sd_pipeline, image_folder, tmp_path):
-    args, _ = parsed(sd_pipeline, image_folder, tmp_path / "run", gradient_accumulation_steps=3)
-    dataset, _ = load_training_images(args.data, args.seed, args.cache_dir)
-    facts = measured_facts(args, dataset, 4, "4 x CPU")
+    config, _ = parsed(sd_pipeline, image_folder, tmp_path / "run", gradient_accumulation_steps=3)
+    dataset, _ = load_training_images(config.data, config.optimization.seed, config.model.cache_dir)
+    facts = measured_facts(config, dataset, 4, "4 x CPU")
     libraries = facts.pop("libraries")
     assert libraries["lpl"] == __version__ and {"torch", "diffusers", "transformers", "pillow"} < set(libraries)
     assert facts == {
@@ -66,17 +67,16 @@ def test_the_commit_of_a_model_of_the_hub(sd_pipeline, tmp_path, monkeypatch):
         hub.connect(monkeypatch, tmp_path)
         on_the_hub(hub, "user/model", sd_pipeline)
         first = hub.repos["user/model"].at().sha
-        cache = str(tmp_path / "cache")
-        args = build_parser().parse_args(["--pretrained_model_name_or_path", "user/model", "--cache_dir", cache])
-        assert commits(args, None) == {}  # nothing is loaded yet
-        read_pipeline(args)
-        assert commits(args, None) == {"pretrained_model_name_or_path": f"user/model@{first}"}
+        names = {"pretrained_model_name_or_path": "user/model", "cache_dir": str(tmp_path / "cache")}
+        config = Config().changed(**names)
+        assert commits(config, None) == {}  # nothing is loaded yet
+        read_pipeline(config.model)
+        assert commits(config, None) == {"pretrained_model_name_or_path": f"user/model@{first}"}
         hub.repos["user/model"].files["new"] = b"new"
-        read_pipeline(args)
+        read_pipeline(config.model)
         second = hub.repos["user/model"].at().sha
-        assert commits(args, None) == {"pretrained_model_name_or_path": f"user/model@{second}"} and first != second
-        args.revision = first
-        assert commits(args, None) == {"pretrained_model_name_or_path": f"user/model@{first}"}
+        assert commits(config, None) == {"pretrained_model_name_or_path": f"user/model@{second}"} and first != second
+        assert commits(config.changed(revision=first), None) == {"pretrained_model_name_or_path": f"user/model@{first}"}
 
 
 def test_the_commit_of_a_data_set_of_the_hub_loaded_or_streamed(tmp_path, monkeypatch):
@@ -164,8 +164,8 @@ def test_other_data(data, said):
         (2, 32, 16, "--gradient_accumulation_steps 2 gives the same"),
         (8, 128, 16, "--gradient_accumulation_steps 1 --train_batch_size 8 gives the same"),
         (1, 24, 24, "--gradient_accumulation_steps 4 --train_batch_size 16 gives the same"),
-        (3, 48, 16, "3 processes cannot share 64"),
-        (128, 128, 1, "128 processes cannot share 64"),
+        (3, 48, 16, "3 processes cannot share 64 images"),
+        (128, 128, 1, "128 processes cannot share 64 images"),
         (4, 16, 4, "--gradient_accumulation_steps 4 gives the same"),
     ],
 )
@@ -181,7 +181,7 @@ def test_another_global_batch(processes, batch, size, advice):
 
 
 def test_the_advice_makes_the_same_run():
-    """Several processes or several micro-batches: the same samples in each step, see tests/test_training.py."""
+    """Several processes or several micro-batches: the same samples in each step, see tests/runs/test_training.py."""
     assert compare_with(BEFORE, now(num_processes=2, global_batch=64), 16) == []
     streamed = {"fingerprint": "sha256:1"}
     sentence = one(BEFORE | {"data": streamed}, now(data=streamed, num_processes=2), 16)
@@ -205,8 +205,8 @@ def test_another_commit():
 def test_other_libraries_and_hardware_are_one_short_line():
     sentence = one(BEFORE, now(libraries={"lpl": "0.1.0", "torch": "2.14.0", "new": "1"}, hardware="1 x H200"), 16)
     assert sentence == (
-        "not as in the recipe's run, in brackets: torch 2.14.0 (2.13.0), hardware 1 x H200 (4 x CPU); last digits may "
-        "differ"
+        "different from the recipe's run (in brackets): torch 2.14.0 (2.13.0), hardware 1 x H200 (4 x CPU); last digits "
+        "may differ"
     )
 
 
