@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator, debug_launcher
 from torch.distributed import TCPStore
 from trainer import ROOT, arguments, metrics, same, script, train, weights
@@ -91,6 +92,8 @@ def test_a_run_that_was_asked_to_stop_goes_on_bit_for_bit(
     assert left.value.code == EXIT_CODE
     assert [path.name for path in find_checkpoints(tmp_path / "run")] == ["checkpoint-3"]
     assert not (tmp_path / "run/model_index.json").exists()
+    measured = yaml.safe_load((tmp_path / "run/recipe.yaml").read_text())["measured"]
+    assert measured["lpl_weight"] > 0  # known after the third step
     assert [signal.getsignal(each) for each in SIGNALS] == handlers
     monkeypatch.undo()
     assert equal(resumed(sd_pipeline, image_folder, tmp_path / "run"), uninterrupted)
