@@ -179,9 +179,9 @@ def train(config: Config, status: Status) -> None:
         if run.ending or log.is_due(run.step) or validation.is_due(run.step):
             run.problem = "; ".join(filter(None, [bad_samples.write(), skipped_steps.write()]))
             run.ending = run.ending or bool(run.problem)
+            update_recipe(run, weight.facts())
         if log.is_due(run.step):
             log.write(run.step, updates.learning_rate)
-            update_recipe(run, weight.facts())
         if pauses.are_due(run):
             pauses.take(run)  # checkpoint, samples, validation losses, metrics; published as --hub_strategy says
     log.close_bar()
