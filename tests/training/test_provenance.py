@@ -19,8 +19,8 @@ from lpl.data.streaming import load_streamed_images
 from lpl.families.description import read_pipeline
 from lpl.publishing.public_recipe import publish_recipe
 from lpl.training.provenance import commits, compare_with, measured_facts, start_recipe, update_recipe
-from tests.config.test_recipes import on_the_hub
 from tests.data.test_streaming import write
+from tests.publishing.test_public_recipe import on_the_hub
 
 
 FIRST, SECOND = "a" * 40, "b" * 40
