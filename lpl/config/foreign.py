@@ -1,4 +1,4 @@
-"""Flags of other scripts: some have no effect here; those of diffusers' research script for LPL are translated."""
+"""Flags of other scripts: some are ignored; those of diffusers' research script for LPL are translated."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Foreign:
 
 
 FOREIGN = frozenset(flags_of(Foreign))
-# Those that do nothing here, and what serves instead.
+# Ignored flags, and what replaces them.
 IGNORED = {
     "enable_xformers_memory_efficient_attention": "PyTorch's own memory-efficient attention is always used",
     "enable_npu_flash_attention": "PyTorch's own attention is always used",
@@ -53,13 +53,13 @@ IGNORED = {
 
 
 def translated(config: Config, foreign: Mapping[str, Any]) -> Config:
-    """Warn of flags that do nothing here, and say those of the research script in ours.
+    """Warn of ignored flags, and translate those of the research script to the flags of this script.
 
     Args:
-        foreign: the flags of :class:`Foreign` that were given.
+        foreign: the given flags of :class:`Foreign`.
 
     Raises:
-        ValueError: where one contradicts a flag of ours.
+        ValueError: if one contradicts a flag of this script.
     """
     for name in IGNORED:
         if name in foreign:
@@ -84,7 +84,7 @@ def translated(config: Config, foreign: Mapping[str, Any]) -> Config:
 
 
 def _taken_for(config: Config, words: str, name: str, value: Any) -> Config:
-    """With a flag of ours set to what a foreign one means."""
+    """Set a flag of this script to the value that a foreign flag stands for."""
     ours = f"--{name} {' '.join(value) if isinstance(value, tuple) else value}"
     if name in config.given and config.values()[name] != value:
         raise ValueError(
@@ -95,7 +95,7 @@ def _taken_for(config: Config, words: str, name: str, value: Any) -> Config:
 
 
 def _variant_translated(config: Config, foreign: Mapping[str, Any]) -> Config:
-    """Normalisation, depth weights and masks of the research script, which its README gives as one set."""
+    """Translate normalisation, depth weights and masks of the research script, which its README sets together."""
     names = ("lpl_norm_type", "lpl_pow_law", "lpl_remove_outliers")
     words = " ".join(
         f"--{name}" + (f" {foreign[name]}" if name == names[0] else "") for name in names if name in foreign

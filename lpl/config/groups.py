@@ -1,7 +1,7 @@
 """Every flag of the training script, declared once; names, meanings and defaults are those of diffusers' scripts.
 
-Where the scripts of diffusers differ, ``train_text_to_image.py`` decides. A default of None is often filled in later,
-from the pipeline (:func:`lpl.families.resolve.resolve`). A function takes the groups that it reads, not all of them.
+Where diffusers' scripts differ, ``train_text_to_image.py`` decides. Many defaults of None are filled in later from the
+pipeline (:func:`lpl.families.resolve.resolve`). Functions take the groups that they read, not the whole configuration.
 """
 
 from __future__ import annotations
@@ -97,13 +97,13 @@ class Model:
 
     @property
     def pipeline(self) -> str:
-        """Folder or Hub id of the pipeline, once the flags are checked."""
+        """Folder or Hub id of the pipeline; available after the checks."""
         assert self.pretrained_model_name_or_path is not None
         return self.pretrained_model_name_or_path
 
     @property
     def objective(self) -> str:
-        """Name of the objective, once it is resolved."""
+        """Name of the objective; available after ``resolve``."""
         assert self.prediction_type is not None
         return self.prediction_type
 
@@ -156,7 +156,7 @@ class Data:
     )
     image_column: str = flag("image", "column of the images")
     caption_column: str = flag(
-        "text", "column of the captions, one or several per image; DiT reads class labels from label by default"
+        "text", "column of the captions, one or several per image; for DiT, of the class labels, label by default"
     )
     max_train_samples: int | None = flag(
         None, "train on at most N images: a random subset, or with --streaming the first N", range=POSITIVE
@@ -192,18 +192,18 @@ class Data:
 
     @property
     def folder(self) -> str:
-        """--train_data_dir where no --dataset_name is given, once the flags are checked."""
+        """--train_data_dir, if no --dataset_name is given; available after the checks."""
         assert self.train_data_dir is not None
         return self.train_data_dir
 
     @property
     def holds_out(self) -> bool:
-        """Whether a part of the data is for the held-out losses only."""
+        """Whether a part of the data is held out for the validation loss."""
         return self.validation_split is not None or self.validation_every_nth is not None
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of the training images in pixels, once the resolution is resolved."""
+        """Height and width of the training images in pixels; available after ``resolve``."""
         assert self.resolution is not None
         return self.resolution, self.resolution
 
@@ -303,7 +303,7 @@ class Lpl:
     )
     lpl_max_samples: int | None = flag(
         None,
-        "apply LPL to at most N of the samples in a micro-batch that are below the threshold, rescaled to stand for all",
+        "apply LPL to at most N of a micro-batch's samples below the threshold, rescaled to stand for all of them",
         range=POSITIVE,
         held_out=None,
         training_only=True,
@@ -340,11 +340,11 @@ class Lpl:
 
     @property
     def enabled(self) -> bool:
-        """Whether LPL is trained on."""
+        """Whether LPL is part of the training loss."""
         return parse_weight(self.lpl_weight) != (0.0, None)
 
     def loss_options(self) -> dict[str, Any]:
-        """The options of :class:`lpl.LatentPerceptualLoss`; of masks and memory only what is not the default."""
+        """The options of :class:`lpl.LatentPerceptualLoss`; those of masks and memory only if not the default."""
         outliers = {name: getattr(self, f"lpl_outlier_{name}") for name in MASK_DEFAULTS}
         if self.lpl_no_outlier_mask:
             outliers.clear()
