@@ -306,10 +306,12 @@ def test_the_help_that_is_committed(monkeypatch):
 
 def test_help_shows_defaults_that_are_in_force():
     text = " ".join(build_parser().format_help().split())
-    assert "--lpl_ramp_steps int steps over which its weight then grows to its full value (default: 0)" in text
-    assert "--lpl_depth_weighting str [str ...] one of inverse, exponential, uniform, or one number" in text
+    assert "--logging_steps int write a log entry every N optimizer steps (default: 10)" in text
+    assert (
+        "--lpl_depth_weighting str [str ...] weights of the decoder blocks: inverse, exponential, uniform, or" in text
+    )
     assert "(default: inverse)" in text and "(default: None)" not in text and "(default: False)" not in text
-    assert "--lpl_t_threshold int taken for the --lpl_sigma_threshold of that timestep --lpl_norm_type" in text
+    assert "--lpl_start int sets --lpl_start_step --lpl_num_blocks" in text
 
 
 # Values that follow other flags --------------------------------------------------------------------------------------
