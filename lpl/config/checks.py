@@ -57,9 +57,10 @@ def check_ranges(values: Mapping[str, Any]) -> None:
 
 def warn_of_idle_flags(config: Config) -> None:
     """Warn of given flags that have no effect in this run; needs a complete configuration."""
+    values = config.values()
     for name in sorted(config.given):
         used = FLAGS[name].used
-        if used is not None and not used(config):
+        if used is not None and not used(values):
             warn_idle(name)
 
 
@@ -257,7 +258,7 @@ def _check_output(config: Config) -> None:
     resumed = output.resume_from_checkpoint == "hub"
     if resumed and not output.push_to_hub and output.hub_model_id is None:
         raise ValueError("--resume_from_checkpoint hub: say by --hub_model_id in which repository the checkpoint is")
-    if output.hub_token is not None and rules.uses_a_token(config):
+    if output.hub_token is not None and rules.uses_a_token(config.values()):
         warn(
             "--hub_token: the list of processes and the shell's history show it; `hf auth login` or HF_TOKEN are safer"
         )

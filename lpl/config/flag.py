@@ -86,7 +86,7 @@ class Flag:
     held_out: Any = AS_TRAINED
     training_only: bool = False
     same_loss: bool = False
-    used: Callable[[Any], bool] | None = None
+    used: Callable[[Values], bool] | None = None
     words: Callable[[str | Sequence[str]], Any] | None = None
 
     def check(self, name: str, value: Any) -> None:

@@ -255,31 +255,31 @@ class Lpl:
         MASK_DEFAULTS["quantile"],
         "outlier masks: share q; the q and 1 - q quantiles of each feature map bound the values that are kept",
         range=rules.mask_range("quantile"),
-        used=rules.with_masks,
+        used=rules.unless("lpl_no_outlier_mask"),
     )
     lpl_outlier_margin: float = flag(
         MASK_DEFAULTS["margin"],
         "outlier masks: keep values up to this many standard deviations beyond the quantiles",
         range=rules.mask_range("margin"),
-        used=rules.with_masks,
+        used=rules.unless("lpl_no_outlier_mask"),
     )
     lpl_outlier_dilation: int = flag(
         MASK_DEFAULTS["dilation"],
         "outlier masks: kernel size that removes isolated false positives, at 256 px; scales with the image side",
         range=rules.mask_range("dilation"),
-        used=rules.with_masks,
+        used=rules.unless("lpl_no_outlier_mask"),
     )
     lpl_outlier_erosion: int = flag(
         MASK_DEFAULTS["erosion"],
         "outlier masks: kernel size that grows the masked regions, at 256 px; scales with the image side",
         range=rules.mask_range("erosion"),
-        used=rules.with_masks,
+        used=rules.unless("lpl_no_outlier_mask"),
     )
     lpl_outlier_stride: int = flag(
         MASK_DEFAULTS["stride"],
         "outlier masks: compute the quantiles from every N-th position; larger is faster and less exact",
         range=rules.mask_range("stride"),
-        used=rules.with_masks,
+        used=rules.unless("lpl_no_outlier_mask"),
     )
     lpl_distance: str = flag("l2", "squared (l2) or absolute (l1) difference of features", choices=DISTANCES)
     lpl_variant: str = flag(
@@ -307,7 +307,7 @@ class Lpl:
         range=POSITIVE,
         held_out=None,
         training_only=True,
-        used=rules.takes_some_samples,
+        used=rules.less_than("lpl_max_samples", "train_batch_size"),
     )
     lpl_crop: int | None = flag(
         None,
@@ -315,14 +315,14 @@ class Lpl:
         range=POSITIVE,
         held_out=None,
         training_only=True,
-        used=rules.takes_a_part,
+        used=rules.less_than("lpl_crop", "resolution"),
     )
     lpl_chunk_size: int | None = flag(
         None,
         "number of samples that LPL decodes at a time; smaller saves memory; default: all",
         range=POSITIVE,
         same_loss=True,
-        used=rules.decodes_in_chunks,
+        used=rules.less_than("lpl_chunk_size", "train_batch_size"),
     )
     lpl_gradient_checkpointing: bool = flag(
         False,
@@ -381,7 +381,7 @@ class Diffusion:
         False, "DREAM: correct inputs and targets by the model's own prediction error", held_out=False
     )
     dream_detail_preservation: float = flag(
-        1.0, "DREAM: exponent p; larger preserves more detail", range=NOT_NEGATIVE, used=rules.dreams
+        1.0, "DREAM: exponent p; larger preserves more detail", range=NOT_NEGATIVE, used=rules.when("dream_training")
     )
     timestep_bias_strategy: str = flag(
         "none",
@@ -392,19 +392,25 @@ class Diffusion:
         1.0,
         "how many times more often --timestep_bias_strategy samples its timesteps",
         range=POSITIVE,
-        used=rules.biased("earlier", "later", "range"),
+        used=rules.when("timestep_bias_strategy", "earlier", "later", "range"),
     )
     timestep_bias_begin: int = flag(
-        0, "--timestep_bias_strategy range: first timestep", range=NOT_NEGATIVE, used=rules.biased("range")
+        0,
+        "--timestep_bias_strategy range: first timestep",
+        range=NOT_NEGATIVE,
+        used=rules.when("timestep_bias_strategy", "range"),
     )
     timestep_bias_end: int = flag(
-        1000, "--timestep_bias_strategy range: last timestep, exclusive", range=POSITIVE, used=rules.biased("range")
+        1000,
+        "--timestep_bias_strategy range: last timestep, exclusive",
+        range=POSITIVE,
+        used=rules.when("timestep_bias_strategy", "range"),
     )
     timestep_bias_portion: float = flag(
         0.25,
         "--timestep_bias_strategy earlier or later: share of all timesteps to sample more often",
         range=POSITIVE_SHARE,
-        used=rules.biased("earlier", "later"),
+        used=rules.when("timestep_bias_strategy", "earlier", "later"),
     )
     weighting_scheme: str | None = flag(
         None,
@@ -418,11 +424,16 @@ class Diffusion:
         choices=(0, 1),
         held_out=0,
     )
-    logit_mean: float = flag(0.0, "--weighting_scheme logit_normal: mean", used=rules.density("logit_normal"))
-    logit_std: float = flag(
-        1.0, "--weighting_scheme logit_normal: standard deviation", range=POSITIVE, used=rules.density("logit_normal")
+    logit_mean: float = flag(
+        0.0, "--weighting_scheme logit_normal: mean", used=rules.when("weighting_scheme", "logit_normal")
     )
-    mode_scale: float = flag(1.29, "--weighting_scheme mode: scale", used=rules.density("mode"))
+    logit_std: float = flag(
+        1.0,
+        "--weighting_scheme logit_normal: standard deviation",
+        range=POSITIVE,
+        used=rules.when("weighting_scheme", "logit_normal"),
+    )
+    mode_scale: float = flag(1.29, "--weighting_scheme mode: scale", used=rules.when("weighting_scheme", "mode"))
 
 
 @dataclass(frozen=True)
@@ -445,7 +456,7 @@ class Optimization:
         None,
         "learning rate of the text encoders; default: the family's, or --learning_rate",
         range=POSITIVE,
-        used=rules.trains_text_encoders,
+        used=rules.when("train_text_encoder"),
     )
     scale_lr: bool = flag(
         False, "multiply the learning rates by the number of processes, the accumulation steps and the batch size"
@@ -461,9 +472,9 @@ class Optimization:
         1,
         "number of cycles of the cosine_with_restarts schedule",
         range=POSITIVE,
-        used=rules.scheduled("cosine_with_restarts"),
+        used=rules.when("lr_scheduler", "cosine_with_restarts"),
     )
-    lr_power: float = flag(1.0, "power of the polynomial schedule", used=rules.scheduled("polynomial"))
+    lr_power: float = flag(1.0, "power of the polynomial schedule", used=rules.when("lr_scheduler", "polynomial"))
     optimizer: str = flag(OPTIMIZERS[0], " or ".join(OPTIMIZERS), on_resume=REFUSED)
     use_8bit_adam: bool = flag(False, "use the 8-bit AdamW of bitsandbytes", on_resume=REFUSED)
     adam_beta1: float = flag(0.9, "beta1 of AdamW and Prodigy", range=BELOW_ONE)
@@ -473,19 +484,23 @@ class Optimization:
         None,
         "weight decay of the text encoders; default: the family's, or --adam_weight_decay",
         range=NOT_NEGATIVE,
-        used=rules.trains_text_encoders,
+        used=rules.when("train_text_encoder"),
     )
     adam_epsilon: float = flag(1e-08, "epsilon of AdamW and Prodigy", range=POSITIVE)
     prodigy_beta3: float | None = flag(
         None,
         "Prodigy: beta3 of the step size estimate; default: the square root of --adam_beta2",
         range=BELOW_ONE,
-        used=rules.with_prodigy,
+        used=rules.when("optimizer", "prodigy"),
     )
-    prodigy_decouple: bool = flag(True, "Prodigy: decoupled weight decay, as in AdamW", used=rules.with_prodigy)
-    prodigy_use_bias_correction: bool = flag(True, "Prodigy: Adam's bias correction", used=rules.with_prodigy)
+    prodigy_decouple: bool = flag(
+        True, "Prodigy: decoupled weight decay, as in AdamW", used=rules.when("optimizer", "prodigy")
+    )
+    prodigy_use_bias_correction: bool = flag(
+        True, "Prodigy: Adam's bias correction", used=rules.when("optimizer", "prodigy")
+    )
     prodigy_safeguard_warmup: bool = flag(
-        True, "Prodigy: exclude the warm-up from the step size estimate", used=rules.with_prodigy
+        True, "Prodigy: exclude the warm-up from the step size estimate", used=rules.when("optimizer", "prodigy")
     )
     max_grad_norm: float = flag(1.0, "maximum gradient norm, for clipping; 0 = no clipping", range=NOT_NEGATIVE)
     max_skipped_steps: int = flag(
@@ -498,12 +513,12 @@ class Optimization:
         None,
         f"decay of the EMA; default: {EMA_DECAY_WITH_LPL} with LPL, {EMA_DECAY} without",
         range=SHARE,
-        used=rules.with_ema,
+        used=rules.when("use_ema"),
     )
     foreach_ema: bool = flag(
-        False, "update the EMA with fused (foreach) operations, which is faster", used=rules.with_ema
+        False, "update the EMA with fused (foreach) operations, which is faster", used=rules.when("use_ema")
     )
-    offload_ema: bool = flag(False, "keep the EMA in CPU memory between updates", used=rules.with_ema)
+    offload_ema: bool = flag(False, "keep the EMA in CPU memory between updates", used=rules.when("use_ema"))
     mixed_precision: str | None = flag(
         None, "mixed precision of the computation; default: accelerate's configuration", choices=("no", "fp16", "bf16")
     )
@@ -536,16 +551,16 @@ class Validation:
         4,
         "number of images to sample from --validation_prompt",
         range=(POSITIVE, at_most(10_000)),
-        used=rules.one_prompt,
+        used=rules.when("validation_prompt"),
     )
     validation_epochs: int = silent_flag(
-        5, "run validation (samples and validation loss) every N epochs", range=POSITIVE, used=rules.validated
+        5, "run validation (samples and validation loss) every N epochs", range=POSITIVE, used=rules.validates
     )
     validation_steps: int | None = silent_flag(
         None,
         "run validation every N optimizer steps; overrides --validation_epochs",
         range=POSITIVE,
-        used=rules.validated,
+        used=rules.validates,
     )
     validation_inference_steps: int = silent_flag(25, "number of sampling steps for validation images", range=POSITIVE)
     validation_guidance_scale: float | None = silent_flag(
@@ -569,10 +584,10 @@ class Evaluation:
         None,
         "folder of real images with captions to compare with; use images outside the training set",
         path=True,
-        used=rules.evaluated,
+        used=rules.when("eval_steps"),
     )
     eval_metrics: tuple[str, ...] = own_flag(
-        SET_METRICS, f"metrics to compute: {', '.join(METRICS)}", used=rules.evaluated
+        SET_METRICS, f"metrics to compute: {', '.join(METRICS)}", used=rules.when("eval_steps")
     )
     eval_features: tuple[str, ...] = own_flag(
         ("facebook/dinov2-base",),
@@ -584,10 +599,10 @@ class Evaluation:
         None,
         "number of images to generate for the evaluation; default: the number of real images",
         range=POSITIVE,
-        used=rules.evaluated,
+        used=rules.when("eval_steps"),
     )
     eval_batch_size: int = own_flag(
-        8, "batch size for generating evaluation images", range=POSITIVE, used=rules.evaluated
+        8, "batch size for generating evaluation images", range=POSITIVE, used=rules.when("eval_steps")
     )
 
 
@@ -621,7 +636,7 @@ class Output:
     hub_token: str | None = own_flag(
         None, "token for the Hub; prefer hf auth login or HF_TOKEN", in_recipe=False, used=rules.uses_a_token
     )
-    hub_private_repo: bool = own_flag(False, "create the Hub repository as private", used=rules.pushed)
+    hub_private_repo: bool = own_flag(False, "create the Hub repository as private", used=rules.when("push_to_hub"))
     hub_revision: str | None = own_flag(
         None, "branch to publish to, created if missing; default: main", used=rules.asks_the_hub
     )
@@ -630,5 +645,5 @@ class Output:
         "when to publish: at the end (end), or with each checkpoint: weights and samples (every_save), also the last "
         "training state (checkpoint), or all training states (all_checkpoints)",
         choices=HUB_STRATEGIES,
-        used=rules.pushed,
+        used=rules.when("push_to_hub"),
     )

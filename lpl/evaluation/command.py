@@ -38,8 +38,9 @@ from PIL import Image
 from lpl.config import groups
 from lpl.config.checks import warn_idle
 from lpl.config.choices import CLIP, CLIP_SCORE, METRICS, NEIGHBOUR_METRICS, SET_METRICS
-from lpl.config.command_line import Parser, add_flags, given_flags
+from lpl.config.command_line import add_flags, given_flags
 from lpl.config.flag import NOT_NEGATIVE, POSITIVE, Range, add_group, built, flag, flags_of
+from lpl.config.parser import Parser
 from lpl.data.reading import FORMATS, image_files
 from lpl.evaluation import MOST_BY_DEFAULT, NEAREST_K, check_libraries
 from lpl.evaluation.generation import generate, image_path, prompt_text

@@ -32,9 +32,10 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from lpl.autoencoders import RGB, SUPPORTED, decoder_blocks, downscaling_factor, feature_vae, skeleton
-from lpl.config.command_line import Parser, add_flags
+from lpl.config.command_line import add_flags
 from lpl.config.flag import NOT_NEGATIVE, POSITIVE, Range, Values, add_group, built, flag, flags_of
 from lpl.config.groups import Lpl, Model
+from lpl.config.parser import Parser
 from lpl.data.reading import FORMATS, image_files, to_rgb
 from lpl.families.description import check_autoencoder, check_vae_dtype
 from lpl.inspection.advice import report, summary

@@ -13,9 +13,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lpl.config.command_line import Parser, add_flags
+from lpl.config.command_line import add_flags
 from lpl.config.flag import built
 from lpl.config.groups import Output
+from lpl.config.parser import Parser
 from lpl.publishing import hub
 from lpl.publishing.card_edits import address_card
 from lpl.publishing.publication import LORAS, snapshot_of_result
