@@ -129,9 +129,7 @@ def train(config: Config, status: Status) -> None:
             state.load(run.resumed)  # behind the loader, which draws from the global random state that this restores
         to_go = max(0, length.max_steps - run.step)
         logger.info(f"resumed from {run.resumed}, {to_go} of {length.max_steps} steps to go")
-    plan = Plan(
-        config, run, trained, images, images.objective, length.max_steps, length.global_batch, updates.schedule
-    )
+    plan = Plan(config, run, length, trained, images, updates.schedule)
     step = partial(optimizer_step, model=model, losses=losses, weight=weight, updates=updates)
     if config.validation.dry_run:
         status.in_step(run.step + 1, config.lpl.enabled)
@@ -148,13 +146,11 @@ def train(config: Config, status: Status) -> None:
     skipped_steps = SkippedSteps(accelerator, config.optimization.max_skipped_steps, run.progress.skipped)
     scheduler = description.training_scheduler(config.model.objective)
     with refusing(SCRIPT):
-        validation = make_validation(
-            plan, length, losses, held_out_images, scheduler, prompts, classes, average, log, preemption, status.now
-        )
+        measured = held_out_images, prompts, classes, scheduler
+        validation = make_validation(plan, losses, *measured, average, log, preemption, status.now)
     start_recipe(config, run, images.dataset, plan.hardware, weight.facts())
     result = Result(run.folder, config.model, description, trained, average, scheduler, classes)
-    base = config.model.pipeline, config.model.revision, config.output.hub_token, config.model.cache_dir
-    licence = base_licence(*base) if run.is_main else {}  # read once
+    licence = base_licence(config.model, config.output.hub_token) if run.is_main else {}
     card = partial(make_card, plan, log, validation, prompts, licence)
     publication = None
     if run.repository is not None:
@@ -329,12 +325,11 @@ class Losses:
 
 def make_validation(
     plan: Plan,
-    length: Length,
     losses: Losses,
     held_out_images: TrainingImages | None,
-    scheduler: Any,
     prompts: Sequence[str | int],
     classes: Mapping[int, str],
+    scheduler: Any,
     average: MovingAverage | None,
     log: Log,
     preemption: Preemption,
@@ -358,10 +353,9 @@ def make_validation(
             *(classes, preemption, command_line.words_of(config)),
         )
         metrics.resume(run.step)
-    every = validation.validation_steps or validation.validation_epochs * length.epoch
-    metrics_every = config.evaluation.eval_steps or length.max_steps
+    metrics_every = config.evaluation.eval_steps or plan.max_steps
     return Validation(
-        *(samples, held_out_losses, metrics, every, metrics_every, length.max_steps),
+        *(samples, held_out_losses, metrics, plan.validation_steps, metrics_every, plan.max_steps),
         *(plan.trained, average, log, preemption, now),
     )
 
