@@ -86,7 +86,7 @@ def _loaded(model: Model, dtype: str) -> Family:
         {"default": torch.float32, **reduced},
         max_sequence_length=config.model.max_sequence_length,
         guidance_scale=config.model.guidance_scale,
-        **(pipeline_source(config.model, description) | dict(family.left_out) | components),
+        **(pipeline_source(config.model, description) | family.left_out() | components),
     )
     if model.weights is not None and has_adapter(model.weights):
         _add_adapters(loaded, model.weights)

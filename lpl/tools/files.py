@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -30,6 +32,7 @@ def write_whole(path: str | os.PathLike, write: Callable[[Path], object]) -> Pat
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(unfinished)
+        _open(unfinished, _usual_mode(path.parent))
         _sync(unfinished)
         os.replace(unfinished, path)
         _sync(path.parent)
@@ -72,10 +75,30 @@ def visible_files(folder: Path, place: Path) -> Iterator[Path]:
             yield within
 
 
-def sync(folder: Path) -> None:
-    """Flush a folder and all files in it to the disk (fsync), so that they survive a crash of the machine."""
+def settle(folder: Path) -> None:
+    """Give the files of a folder that was just filled the umask's permissions, and flush all to the disk (fsync), so
+    that they survive a crash of the machine."""
+    mode = _usual_mode(folder)
     for path in (*folder.rglob("*"), folder):
+        _open(path, mode)
         _sync(path)
+
+
+def _usual_mode(folder: Path) -> int:
+    """The permissions of a new file there, as the umask says."""
+    probe = folder / f".mode.{os.getpid()}.{threading.get_ident()}.tmp"
+    try:
+        probe.touch()
+        return stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _open(path: Path, mode: int) -> None:
+    """Give a file the usual permissions: safetensors writes files that only their owner can read."""
+    if path.is_file() and stat.S_IMODE(path.stat().st_mode) != mode:
+        with suppress(OSError):  # some disks have no permissions
+            path.chmod(mode)
 
 
 def _sync(path: Path) -> None:
@@ -121,7 +144,7 @@ def filled_whole(folder: str | os.PathLike) -> Iterator[Path]:
     _delete(unfinished)
     unfinished.mkdir(parents=True)
     yield unfinished
-    sync(unfinished)
+    settle(unfinished)
     for entry in sorted(unfinished.iterdir(), key=lambda path: path.name == INDEX):
         with removed(folder / entry.name):
             entry.rename(folder / entry.name)

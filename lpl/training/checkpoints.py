@@ -31,7 +31,7 @@ from lpl.config.choices import ENDLESS_SCHEDULERS
 from lpl.config.config import FLAGS
 from lpl.config.groups import LENGTH, REFUSED, SILENT
 from lpl.tools import layout
-from lpl.tools.files import UNFINISHED, load_state, put_back, remove_halves, removed, save_state, sync, write_text
+from lpl.tools.files import UNFINISHED, load_state, put_back, remove_halves, removed, save_state, settle, write_text
 from lpl.tools.machine import is_full
 from lpl.tools.words import counted, first_line
 from lpl.training.average import MovingAverage, load_average, save_average
@@ -307,7 +307,7 @@ def save_checkpoint(state: TrainingState, output_dir: str | Path, progress: Prog
         unfinished.mkdir(parents=True)
         spare = _above_limit(output_dir, folder, total_limit, keep=1)
         _save_with_room(lambda: state.save(unfinished, random), folder, spare)
-        sync(unfinished)
+        settle(unfinished)
         progress.save(unfinished)  # last: with it the checkpoint is whole
         with removed(folder):
             unfinished.rename(folder)
