@@ -52,7 +52,8 @@ from lpl.tools import layout
 from lpl.tools.pictures import loss_curves
 from lpl.tools.process import leave_after
 from lpl.training.average import MovingAverage
-from lpl.training.checkpoints import TrainingState, set_aside
+from lpl.training.checkpoints import TrainingState
+from lpl.training.earlier import set_earlier_aside
 from lpl.training.log import Log
 from lpl.training.losses import BatchLosses, lpl_weight, perceptual_loss
 from lpl.training.parts import unwrapped
@@ -102,12 +103,12 @@ def train(config: Config, status: Status) -> None:
         if config.evaluation.eval_steps is not None:
             evaluation.check_evaluation(config.evaluation, config.data, config.model, description.family)
         accelerator = status.accelerator = start_accelerator(config)
-        run = start_or_resume(config, accelerator, hub.download_run)
+        run = start_or_resume(config, description, accelerator, hub.download_run)
         images, held_out_images = open_images(config, description, run)
         classes = description.class_names(images.class_names)
         prompts = description.prompts(config.validation.validation_prompts or (), classes)
         publishes = config.output.push_to_hub and run.is_main and not config.validation.dry_run
-        run.repository = hub.prepare_repository(config.output) if publishes else None
+        run.repository = hub.prepare_repository(config.output, config.lora.lora) if publishes else None
 
         # Models: a frozen VAE and frozen text encoders around what is trained
         status.now(Stage.LOADING)
@@ -140,7 +141,7 @@ def train(config: Config, status: Status) -> None:
     # What watches the run, and what it leaves
     preemption = Preemption(accelerator)
     if run.is_main:
-        set_aside(run.folder, run.step)
+        set_earlier_aside(run, config.lora.lora)
     log = Log(run, length, config.validation, config.output, config.lpl.lpl_every, losses.blocks)
     bad_samples = BadSamples(accelerator, images, run.folder, config.data.max_bad_samples, run.resumed is not None)
     skipped_steps = SkippedSteps(accelerator, config.optimization.max_skipped_steps, run.progress.skipped)
@@ -148,7 +149,7 @@ def train(config: Config, status: Status) -> None:
     with refusing(SCRIPT):
         measured = held_out_images, prompts, classes, scheduler
         validation = make_validation(plan, losses, *measured, average, log, preemption, status.now)
-    start_recipe(config, run, images.dataset, plan.hardware, weight.facts())
+    start_recipe(config, run, images.dataset, plan.hardware, weight.facts(), description.listed)
     result = Result(run.folder, config.model, description, trained, average, scheduler, classes)
     licence = base_licence(config.model, config.output.hub_token) if run.is_main else {}
     card = partial(make_card, plan, log, validation, prompts, licence)

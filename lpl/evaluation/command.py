@@ -52,6 +52,7 @@ from lpl.evaluation.report import aligned, on_card, summary, table, write_evalua
 from lpl.evaluation.results import REAL, Reference, Settings, State, class_labels, measure, prompts_of, shown_states
 from lpl.evaluation.sources import Model, find_models, is_model, is_run
 from lpl.publishing.card_edits import add_results
+from lpl.tools.files import check_writable
 from lpl.tools.layout import CARD, EVALUATION_IMAGES
 from lpl.tools.machine import DTYPES, usable_device
 
@@ -203,6 +204,7 @@ def check_command(command: Command) -> None:
     check_bootstrap(request.bootstrap)
     if Path(request.output_dir).is_file():
         raise ValueError(f"--output_dir {request.output_dir}: this is a file; give a folder")
+    check_writable(f"--output_dir {request.output_dir}", request.output_dir, [EVALUATION_IMAGES])
     if not image_files(request.reference):
         raise ValueError(f"--reference {request.reference}: there is no such folder, or it has no images")
     if request.prompts_file is not None and not Path(request.prompts_file).is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,6 +15,7 @@ from lpl.autoencoders import downscaling_factor, latent_channels
 from lpl.config.checks import why_no_pipeline
 from lpl.config.groups import Model
 from lpl.families import Family, find_family
+from lpl.families.components import lacking
 from lpl.objectives import Objective, get_objective, own_objective, training_scheduler
 from lpl.tools.trust import check_components, check_weights
 from lpl.tools.words import first_line
@@ -28,7 +30,8 @@ class Description:
     vae: Mapping[str, Any]  # of the VAE that is used
     denoiser: Mapping[str, Any]
     scheduler: Any  # a scheduler is its configuration
-    absent: Mapping[str, None]  # components that this pipeline lacks, such as SD3's T5
+    listed: Sequence[str]  # components that it has
+    absent: Mapping[str, None]  # components that this pipeline lacks, such as SD3's T5 or a safety checker
 
     @property
     def parts(self) -> dict[str, Mapping[str, Any]]:
@@ -112,10 +115,12 @@ def read_pipeline(model: Model, blocks: Sequence[str] | None = None) -> Descript
             f"--pretrained_model_name_or_path {path}: this version of diffusers has no model "
             f"{denoiser.get('_class_name')}, the class of its {family.denoiser_name}"
         )
-    unread = set(absent)
-    unread |= {"vae"} if model.pretrained_vae_model_name_or_path else set()
+    unread = {"vae"} if model.pretrained_vae_model_name_or_path else set()
     unread |= {family.denoiser_name} if model.from_scratch else set()
-    folders = (name for name in components if name not in unread)
+    taken = inspect.signature(family.pipeline_class.__init__).parameters  # diffusers ignores all others
+    listed = [name for name in components if name in taken and name not in absent]
+    absent |= dict.fromkeys(lacking(model, family, listed, unread))
+    folders = (name for name in listed if name not in unread | absent.keys())
     check_weights(f"--pretrained_model_name_or_path {path}", path, folders, model.revision)
     return Description(
         family=family,
@@ -123,6 +128,7 @@ def read_pipeline(model: Model, blocks: Sequence[str] | None = None) -> Descript
         vae=_used_vae_config(model, vae, family, blocks),
         denoiser=denoiser,
         scheduler=getattr(diffusers, scheduler_class).from_config(scheduler),
+        listed=[name for name in listed if name not in absent],
         absent=absent,
     )
 

@@ -41,7 +41,7 @@ from lpl.families.description import check_autoencoder, check_vae_dtype
 from lpl.inspection.advice import report, summary
 from lpl.inspection.figures import balance_figure, features_figure, interpolation_figure, outliers_figure
 from lpl.inspection.measure import OUTLIER_SETTINGS, STEPS, Inspector
-from lpl.tools.files import write_text
+from lpl.tools.files import check_writable, write_text
 from lpl.tools.machine import DTYPES, usable_device
 from lpl.tools.pictures import save_figure
 from lpl.tools.trust import check_components, check_weights
@@ -110,6 +110,7 @@ def check_flags(inspection: Inspection, lpl: Lpl) -> torch.device:
         raise ValueError(f"--lpl_blocks {RGB}: pixels are no features; name decoder blocks")
     if Path(inspection.output_dir).is_file():
         raise ValueError(f"--output_dir {inspection.output_dir}: this is a file; give a folder")
+    check_writable(f"--output_dir {inspection.output_dir}", inspection.output_dir)
     device = usable_device(inspection.device)
     if device.type == "cpu" and lpl.lpl_vae_dtype == "float16":
         raise ValueError("--lpl_vae_dtype float16 needs a GPU; use bfloat16 or float32")

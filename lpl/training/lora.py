@@ -85,7 +85,7 @@ def save_lora(pipeline_class: type[DiffusionPipeline], folder: str | Path, model
         loader.save_lora_weights(folder, weight_name=FILE, **layers, **metadata)
         return
     for name, model in models.items():
-        place = _peft_folder(folder, name)
+        place = peft_folder(folder, name)
         place.mkdir(parents=True, exist_ok=True)
         _config(model).save_pretrained(str(place))
         save_file({PEFT_PREFIX + key: value for key, value in states[name].items()}, place / PEFT_FILE)
@@ -101,14 +101,14 @@ def load_lora(pipeline_class: type[DiffusionPipeline], folder: str | Path, model
         if in_one_file(pipeline_class):
             saved, prefix = load_file(Path(folder, FILE)), f"{name}."
         else:
-            saved, prefix = load_file(_peft_folder(folder, name) / PEFT_FILE), PEFT_PREFIX
+            saved, prefix = load_file(peft_folder(folder, name) / PEFT_FILE), PEFT_PREFIX
         saved = {key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)}
         saved = {key.removeprefix(_lost_prefix(model)): value for key, value in saved.items()}
         own = _adapter(model)
         if {key: value.shape for key, value in own.items()} != {key: value.shape for key, value in saved.items()}:
             raise ValueError(
                 f"the LoRA in {folder} has another rank, or is on other modules, than this run trains; give the "
-                "--rank and --lora_target_modules that it was trained with"
+                "base model, --rank and --lora_target_modules that it was trained with"
             )
         set_peft_model_state_dict(model, saved)
 
@@ -121,7 +121,7 @@ def _config(model: nn.Module) -> LoraConfig:
     return cast(dict[str, LoraConfig], model.peft_config)[ADAPTER]
 
 
-def _peft_folder(folder: str | Path, name: str) -> Path:
+def peft_folder(folder: str | Path, name: str) -> Path:
     return Path(folder, f"{name}_lora")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from lpl.config import Config
@@ -10,6 +11,8 @@ from lpl.config.groups import Data
 from lpl.data.reading import image_files
 from lpl.data.source import shard_files
 from lpl.families import Family
+from lpl.tools import layout
+from lpl.tools.files import check_writable
 from lpl.tools.machine import has_gpu, missing
 from lpl.tools.words import warn
 from lpl.training.checkpoints import find_resumable
@@ -21,6 +24,7 @@ def preflight(config: Config) -> None:
     Raises:
         ValueError: with what was given, what is accepted, and the flag to change.
     """
+    _check_output(config)
     _check_data(config.data)
     _check_packages(config)
     _check_gpu(config)
@@ -62,6 +66,18 @@ def _check_data(data: Data) -> None:
         shard_files(data.folder)
     elif not image_files(data.folder):
         raise ValueError(f"--train_data_dir {data.train_data_dir}: the folder has no images")
+
+
+def _check_output(config: Config) -> None:
+    """Only the first process writes; the others may be on machines that do not see the folder."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    folder, validation = config.output.output_dir, config.validation
+    folders = [layout.SAMPLES, *([layout.EVALUATION] if config.evaluation.eval_steps is not None else [])]
+    files = (layout.LOG, layout.RECIPE, layout.CURVES, layout.CARD)
+    check_writable(f"--output_dir {folder}", folder, folders, files)
+    if validation.report_to != "none":
+        check_writable(f"--logging_dir {validation.logging_dir}", Path(folder, validation.logging_dir))
 
 
 def _check_packages(config: Config) -> None:

@@ -34,8 +34,11 @@ from lpl.data.source import load_training_images
 from lpl.data.streaming import StreamedBatches, load_streamed_images, training_images
 from lpl.families import Family
 from lpl.families.description import Description
+from lpl.tools import layout
+from lpl.tools.results import lora_entries, pipeline_entries
 from lpl.tools.words import first_line
 from lpl.training.average import MovingAverage
+from lpl.training.base_model import check_base, identity
 from lpl.training.checkpoints import Progress, check_recipe, find_checkpoints, find_resumable, tidy
 from lpl.training.loading import average_from_revision, load_family, weight_dtype
 from lpl.training.parts import TrainedParts
@@ -95,6 +98,14 @@ class Run:
     @property
     def seed(self) -> int:
         return self.progress.seed
+
+    @property
+    def owns_folder(self) -> bool:
+        """Whether what is in the output folder is this run's: it resumes from one of the folder's checkpoints."""
+        if self.resumed is None:
+            return False
+        place = self.resumed.resolve()
+        return place.parent == self.folder.resolve() and place.name.startswith(layout.CHECKPOINT_PREFIX)
 
     @property
     def is_main(self) -> bool:
@@ -189,7 +200,9 @@ def start_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def start_or_resume(config: Config, accelerator: Accelerator, download: Callable[[Output], None]) -> Run:
+def start_or_resume(
+    config: Config, description: Description, accelerator: Accelerator, download: Callable[[Output], None]
+) -> Run:
     """A run at its beginning, or at the checkpoint that --resume_from_checkpoint names.
 
     Args:
@@ -216,12 +229,15 @@ def start_or_resume(config: Config, accelerator: Accelerator, download: Callable
                 f"--output_dir {output.output_dir} has checkpoints of an earlier run, {earlier[-1].name} among them; "
                 "this run starts afresh and moves them aside; to resume it, add --resume_from_checkpoint latest"
             )
+        elif pipeline_entries(folder := Path(output.output_dir)) or lora_entries(folder):
+            logger.warning(f"--output_dir {output.output_dir} has the result of an earlier run, which is moved aside")
         drawn = broadcast_object_list([secrets.randbelow(2**31)])[0]
         progress = Progress(step=0, seed=drawn if seed is None else seed)
     set_seed(progress.seed)
     flags = recipe(config) | {"seed": progress.seed, "mixed_precision": accelerator.mixed_precision}
     if resumed is not None:
-        check_recipe(resumed, flags, accelerator.num_processes)
+        check_recipe(resumed, flags, accelerator.num_processes, identity(config.model, description.listed))
+        check_base(resumed, config, description)
     return Run(accelerator, Path(output.output_dir), progress, flags, resumed)
 
 
