@@ -129,7 +129,7 @@ class Data:
     dataset_config_name: str | None = flag(None, "configuration of that data set")
     train_data_dir: str | None = flag(
         None,
-        "folder of images with a metadata.jsonl (file_name, text), or with a folder per class",
+        "folder of images with a metadata.jsonl (file_name, text), a .txt file beside each, or a folder per class",
         public=rules.within_the_data_set,
         path=True,
     )
@@ -147,6 +147,7 @@ class Data:
     max_bad_samples: str | None = flag(
         None, "unreadable samples to bear: a number, or a share below 1; default: any number"
     )
+    train_split: str = flag("train", "split of --dataset_name that is trained on")
     validation_split: str | None = flag(
         None, "split of --dataset_name for the validation loss, which is not trained on"
     )
