@@ -45,6 +45,7 @@ NOT_READ = {  # pictures that PIL does not decode, and films
     *(".mp4", ".mov", ".webm", ".mkv", ".avi"),
 }
 SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+BUILDER = "imagefolder"  # the library's name for such data sets
 READERS = 8  # threads, since files may lie on a network disk
 NAMED = 3  # a sentence names at most this many files
 Row = Mapping[str, Any]  # of a metadata file, by column
@@ -196,7 +197,7 @@ def folder_dataset(folder: str, caption_column: str, class_conditional: bool) ->
     contents = Contents.of(folder)
     for problem in contents.left_out():
         logger.warning("--train_data_dir %s: %s", folder, problem)
-    info = DatasetInfo(builder_name="imagefolder")
+    info = DatasetInfo(builder_name=BUILDER)
     if contents.metadata:
         columns = _from_metadata(contents, caption_column, class_conditional)
         images = [name for name, values in columns.items() if isinstance(values, _Files)]
@@ -210,7 +211,7 @@ def folder_dataset(folder: str, caption_column: str, class_conditional: bool) ->
         if len(set(labels)) > 1 and len({file.count(os.sep) for file in contents.images}) == 1:
             features["label"] = ClassLabel(names=sorted(set(labels)))
             columns["label"] = labels
-        return Dataset.from_dict(columns, features, info)
+        return Dataset.from_dict(columns, features, DatasetInfo(features=features, builder_name=BUILDER))
     if contents.captioned:
         captions = text_captions(contents)
         _warn_of_missing_texts(contents, captions)

@@ -238,13 +238,13 @@ def _read_captions(folder: Path, caption_column: str) -> dict[Path, str | None] 
         if not (name := row.get(FILE_NAME)):
             raise ValueError(f'{place}, line {line}: it should be {{"file_name": ..., ...}}')
         try:
-            file = contents.named(name, place)
+            file = os.path.relpath(contents.named(name, place), contents.folder)
         except ValueError:  # it leads out of the folder; who reads the file says so
-            file = os.path.join(os.path.dirname(place), name)
+            file = os.path.join(os.path.dirname(os.path.relpath(place, contents.folder)), name)
         caption = row.get(caption_column)
         label = isinstance(caption, int)  # of a class-conditional data set
         caption = str(caption) if label else caption if caption is None else choose_caption(caption, 0.0)
-        captions[Path(folder, os.path.relpath(file, contents.folder))] = caption
+        captions[Path(folder, file)] = caption
     if lacking := sum(caption is None for caption in captions.values()):
         logger.warning(
             "%s: %d of %d lines have no %r, so the captions are not used",

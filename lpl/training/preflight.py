@@ -46,8 +46,8 @@ def check_captions(data: Data, family: type[Family]) -> None:
     if not family.class_conditional:
         raise ValueError(
             f"--train_data_dir {folder}: there are no captions{_other_metadata(contents)}; put a metadata.jsonl "
-            f'beside the images, a line each, such as {{"file_name": "cat.png", "{column}": "a photo of a cat"}}, or beside '
-            "each image a text file of its name, cat.txt; only DiT takes class folders"
+            f'beside the images, a line each, such as {{"file_name": "cat.png", "{column}": "a photo of a cat"}}, or '
+            "beside each image a text file of its name, cat.txt; only DiT takes class folders"
         )
     if len({os.path.dirname(file) for file in contents.images}) < 2:
         raise ValueError(
