@@ -153,7 +153,9 @@ def train(config: Config, status: Status) -> None:
         )
     start_recipe(config, run, images.dataset, plan.hardware, weight.facts())
     result = Result(run.folder, config.model, description, trained, average, scheduler, classes)
-    card = partial(make_card, plan, log, validation, prompts)
+    base = config.model.pipeline, config.model.revision, config.output.hub_token, config.model.cache_dir
+    licence = base_licence(*base) if run.is_main else {}  # read once
+    card = partial(make_card, plan, log, validation, prompts, licence)
     publication = None
     if run.repository is not None:
         whole = () if config.lora.lora else tuple(trained.parts)
@@ -179,9 +181,9 @@ def train(config: Config, status: Status) -> None:
         if run.ending or log.is_due(run.step) or validation.is_due(run.step):
             run.problem = "; ".join(filter(None, [bad_samples.write(), skipped_steps.write()]))
             run.ending = run.ending or bool(run.problem)
+            update_recipe(run, weight.facts())
         if log.is_due(run.step):
             log.write(run.step, updates.learning_rate)
-            update_recipe(run, weight.facts())
         if pauses.are_due(run):
             pauses.take(run)  # checkpoint, samples, validation losses, metrics; published as --hub_strategy says
     log.close_bar()
@@ -364,9 +366,10 @@ def make_validation(
     )
 
 
-def make_card(plan: Plan, log: Log, validation: Validation, prompts: Sequence[str | int]) -> RunCard:
+def make_card(
+    plan: Plan, log: Log, validation: Validation, prompts: Sequence[str | int], licence: Mapping[str, Any]
+) -> RunCard:
     """What the model card says at this moment."""
-    model = plan.config.model
     return RunCard.of(
         plan,
         blocks=log.blocks if plan.config.lpl.enabled else (),
@@ -374,7 +377,7 @@ def make_card(plan: Plan, log: Log, validation: Validation, prompts: Sequence[st
         prompts=prompts,
         classes=plan.images.class_names,
         facts=plan.run.facts,
-        licence=base_licence(*(model.pipeline, model.revision, plan.config.output.hub_token, model.cache_dir)),
+        licence=licence,
         results=validation.metrics.on_card() if validation.metrics is not None else ((), ""),
     )
 

@@ -248,7 +248,7 @@ def settings_line(settings: Mapping[str, Any]) -> str:
     libraries = ", ".join(f"{name} {version}" for name, version in versions.items())
     return (
         f"{settings['hardware']}; {libraries}; {sampling['num_inference_steps']} sampling steps, guidance "
-        f"{sampling['guidance_scale']:g}. All of the flags are in [results.json](../examples/study/results.json)."
+        f"{sampling['guidance_scale']:g}. All flags are in [results.json](../examples/study/results.json)."
     )
 
 

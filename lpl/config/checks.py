@@ -1,8 +1,8 @@
-"""What the words alone tell to be wrong: one flag that cannot be meant, or two that say different things.
+"""Checks that need the command line only: invalid values, and flags that contradict each other.
 
-Each refusal is one sentence: what was given, what is accepted, which flag to change. What was given and has no effect
-is warned of. What a folder, this machine or the pipeline tells is checked later (:mod:`lpl.training.preflight`,
-:mod:`lpl.families.resolve`).
+Each refusal is one sentence: what was given, what is accepted, which flag to change. A flag that is given and has no
+effect is warned of. Checks that need a folder, the machine or the pipeline come later
+(:mod:`lpl.training.preflight`, :mod:`lpl.families.resolve`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lpl.tools.words import warn
 
 
 def check_words(config: Config) -> None:
-    """Whatever the command line alone tells to be wrong.
+    """Run all checks that need the command line only.
 
     Raises:
         ValueError: with what was given, what is accepted, and the flag to change.
@@ -45,7 +45,7 @@ def check_words(config: Config) -> None:
 
 
 def check_ranges(values: Mapping[str, Any]) -> None:
-    """Refuse numbers that are out of the range that their flag declares.
+    """Refuse numbers outside the declared range of their flag.
 
     Raises:
         ValueError: with the flag, its value, and what is accepted.
@@ -56,7 +56,7 @@ def check_ranges(values: Mapping[str, Any]) -> None:
 
 
 def warn_of_idle_flags(config: Config) -> None:
-    """Warn of flags that are given and have no effect in this run; once the configuration is complete."""
+    """Warn of given flags that have no effect in this run; needs a complete configuration."""
     for name in sorted(config.given):
         used = FLAGS[name].used
         if used is not None and not used(config):
@@ -68,11 +68,11 @@ def warn_idle(name: str) -> None:
 
 
 def _check_place(name: str, place: str | None) -> None:
-    """Refuse a path that cannot even be looked up: one that is too long, or in a folder without permission."""
+    """Refuse a path that cannot be looked up: it is too long, or its folder may not be read."""
     try:
         os.stat(place or ".")
     except (FileNotFoundError, NotADirectoryError, ValueError):
-        pass  # it is no file
+        pass  # not a local path
     except OSError as error:
         raise ValueError(f"--{name} {reprlib.repr(place)}: {error.strerror}") from error
 
@@ -112,7 +112,7 @@ def _why_no_folder(path: str) -> str | None:
 
 
 def why_no_pipeline(path: str) -> str | None:
-    """Why what is found at a path on this machine is no pipeline, and what to give instead; None: it may be one."""
+    """Why a path is not a pipeline, and what to give instead; None if it may be one."""
     place = Path(path)
     if place.is_file():
         return (
@@ -130,7 +130,7 @@ def why_no_pipeline(path: str) -> str | None:
 
 
 def _check_streaming(config: Config) -> None:
-    """What needs the number of images, which only --max_train_samples tells."""
+    """Refuse what needs the number of images, which --streaming knows only with --max_train_samples."""
     data = config.data
     if not data.streaming or data.max_train_samples is not None:
         return
@@ -149,7 +149,7 @@ def _check_streaming(config: Config) -> None:
 
 
 def parse_limit(text: str | None) -> float | None:
-    """``"20"`` -> 20 samples, ``"0.01"`` -> 0.01, a share of the data set; None -> no limit.
+    """``"20"`` -> 20 samples, ``"0.01"`` -> 0.01, a share of the data set; None means no limit.
 
     Raises:
         ValueError: for anything else.
@@ -191,10 +191,10 @@ def _check_lpl(config: Config) -> None:
 
 
 def check_loss_options(lpl: Lpl, blocks: Sequence[str] | None) -> None:
-    """Refuse options of the loss that exclude one another.
+    """Refuse options of the loss that exclude each other.
 
     Args:
-        blocks: the decoder's; None where they are not known yet.
+        blocks: the decoder's blocks; None if not known yet.
 
     Raises:
         ValueError: with what was given, what is accepted, and the flag to change.
@@ -211,10 +211,10 @@ def check_loss_options(lpl: Lpl, blocks: Sequence[str] | None) -> None:
 
 
 def idle_without_lpl(names: Iterable[str], measured: bool) -> list[str]:
-    """Those flags that have no effect where LPL is not trained on.
+    """The flags that have no effect without LPL in the training loss.
 
     Args:
-        measured: whether a validation loss takes LPL all the same.
+        measured: whether the validation loss still computes LPL.
     """
     options = {name for name in flags_of(Lpl) if name != "lpl_weight"} | {n for n in FOREIGN if n.startswith("lpl_")}
     training = {name for name, declared in flags_of(Lpl).items() if declared.training_only} | {"lpl_start"}

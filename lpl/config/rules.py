@@ -1,4 +1,4 @@
-"""Rules that the declarations of flags name: whom a value means something to, and when a flag has an effect."""
+"""Rules for the declarations of flags: which values are public, and when a flag has an effect."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WORD = re.compile(r"\w[\w.-]*", re.ASCII)
 
 
 def hub_source(source: str) -> tuple[str, str | None] | None:
-    """Repository and revision of ``user/repo`` or ``user/repo@revision``; None for a file, or what was meant for one.
+    """Repository and revision of ``user/repo`` or ``user/repo@revision``; None for a file name.
 
     >>> hub_source("user/repo"), hub_source("user/repo@v1.0"), hub_source("recipes/sdxl.yaml")
     (('user/repo', None), ('user/repo', 'v1.0'), None)
@@ -35,7 +35,7 @@ def hub_source(source: str) -> tuple[str, str | None] | None:
     return (repository, revision or None) if WITHIN.fullmatch(revision) or not at else None
 
 
-# What values mean the same to everybody ------------------------------------------------------------------------------
+# Values that mean the same on every machine --------------------------------------------------------------------------
 
 
 def on_the_hub(value: Any, values: Values) -> bool:
@@ -51,12 +51,12 @@ def is_word(value: Any, values: Values) -> bool:
 
 
 def within_the_data_set(value: Any, values: Values) -> bool:
-    """Beside a data set of the Hub, --train_data_dir is a folder in there."""
+    """With a data set on the Hub, --train_data_dir is a folder inside it."""
     inside = is_revision(value, values) and not os.path.exists(value)
     return inside and is_hub_id(str(values.get("dataset_name") or ""))
 
 
-# When flags have an effect -------------------------------------------------------------------------------------------
+# Conditions under which flags have an effect -------------------------------------------------------------------------
 
 
 def from_the_hub(config: Config) -> bool:

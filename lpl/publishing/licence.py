@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -32,7 +31,6 @@ LICENCES = (  # known to the Hub; those that image models have
 LARGEST_README = 2**20  # bytes; a larger file is no model card
 
 
-@cache
 def base_licence(
     path: str, revision: str | None = None, token: str | None = None, cache_dir: str | None = None
 ) -> dict[str, Any]:

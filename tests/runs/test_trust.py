@@ -405,14 +405,18 @@ def test_a_card_cannot_point_elsewhere(secret, tmp_path):
         (secret.parent / "metadata.jsonl").write_text('{"file_name": "secret.png", "text": "a secret"}\n')
         card = {"configs": [{"config_name": "default", "data_files": pattern}]}
         (folder / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n")
-        with pytest.raises(ValueError, match="no image .*the first: .*secret.png is not in the data set's folder"):
+        with pytest.raises(
+            ValueError, match="no image .* can be read.*the first: .*secret.png is not in the data set's folder"
+        ):
             rows(folder, tmp_path)
         card = {"dataset_info": {"features": IMAGE_AND_TEXT._to_yaml_list()}}
         other = tmp_path / f"{name} json"
         other.mkdir()
         (other / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n")
         (other / "train.jsonl").write_text(json.dumps({"image": str(secret), "text": "x"}) + "\n")
-        with pytest.raises(ValueError, match="no image .*the first: .*secret.png is not in the data set's folder"):
+        with pytest.raises(
+            ValueError, match="no image .* can be read.*the first: .*secret.png is not in the data set's folder"
+        ):
             rows(other, tmp_path)
 
 
