@@ -128,9 +128,7 @@ class Contents:
         if left := self.left_out():
             return f"the folder has no images, but {'; '.join(left)}"
         if ".parquet" in kinds or ".arrow" in kinds:
-            return (
-                "the folder has no images, but .parquet or .arrow files; give it as --dataset_name, or add --streaming"
-            )
+            return "the folder has no images, but .parquet or .arrow files; give it as --dataset_name"
         found = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(NAMED))
         return f"the folder has no images (it has {found or 'no files'})"
 
@@ -225,7 +223,14 @@ class _Files(list):
 
 def _from_metadata(contents: Contents, caption_column: str, class_conditional: bool) -> dict[str, Any]:
     rows = list(described(contents))
+    if not rows:
+        raise ValueError(f"{contents.metadata[0]} has no rows")
     named = list(dict.fromkeys(column for _, _, row in rows for column in row))
+    if not any(column.endswith(FILE_NAME) for column in named):
+        raise ValueError(
+            f"{contents.metadata[0]}: its columns are {', '.join(named)}, but the one with the images' names must be "
+            f"{FILE_NAME}"
+        )
     columns: dict[str, Any] = {}
     for column in named:
         values = [row.get(column) for _, _, row in rows]
@@ -236,6 +241,10 @@ def _from_metadata(contents: Contents, caption_column: str, class_conditional: b
         elif column not in columns:
             columns[column] = values if column == caption_column else [None] * len(rows)
     labels = columns.get(caption_column, [])
+    kinds = {type(label): label for label in labels if label is not None}
+    if len(kinds) > 1:
+        values = " and ".join(map(repr, kinds.values()))
+        raise ValueError(f"column {caption_column!r} (--caption_column) has values of several kinds, such as {values}")
     if class_conditional and labels and all(map(_is_label, labels)):
         columns[caption_column] = list(map(int, labels))
     _warn_of_files(contents, [file for values in columns.values() if isinstance(values, _Files) for file in values])
@@ -262,7 +271,8 @@ def _warn_of_files(contents: Contents, files: Sequence[str | None]) -> None:
         )
     if left := len(set(contents.images) - set(files)):
         logger.warning(
-            "--train_data_dir %s: %d images are left out, since no metadata file names them", contents.folder, left
+            "--train_data_dir %s: %s left out, since no metadata file names them",
+            *(contents.folder, f"{counted(left, 'image')} {'is' if left == 1 else 'are'}"),
         )
 
 
@@ -281,7 +291,10 @@ def text_captions(contents: Contents) -> list[str | None]:
 
 
 def _warn_of_missing_texts(contents: Contents, captions: Sequence[str | None]) -> None:
-    if lacking := [image for image, caption in zip(contents.images, captions) if caption is None]:
+    lacking = [image for image, caption in zip(contents.images, captions) if caption is None]
+    if len(lacking) == len(captions):
+        raise ValueError("the text files beside the images are empty or not in UTF-8")
+    if lacking:
         logger.warning(
             "--train_data_dir %s: %d of %d images have no text file of the same name in UTF-8, or an empty one, %s "
             "for example; other images replace them",
@@ -299,7 +312,7 @@ def read_text(file: str | os.PathLike[str]) -> str:
     try:
         return content.decode("utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not in UTF-8; save it in that encoding ({error})") from error
+        raise ValueError(f"{file} is not in UTF-8; save it in that encoding ({error})") from None
 
 
 # Metadata files ------------------------------------------------------------------------------------------------------
@@ -349,7 +362,7 @@ def _csv(file: str) -> Iterator[tuple[int, Row]]:
                 )
             yield rows.line_num, dict.fromkeys(names) | {name: cell or None for name, cell in zip(names, row)}
     except csv.Error as error:
-        raise ValueError(f"{file}, line {rows.line_num}: {error}") from error
+        raise ValueError(f"{file}, line {rows.line_num}: {error}") from None
 
 
 def _parquet(file: str) -> Iterator[tuple[int, Row]]:

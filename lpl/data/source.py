@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 IMAGE_COLUMNS = ("image", "images", "img", "jpg", "jpeg", "png", "webp", "picture")  # usual names
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "prompts", "txt", "description", "sentence")
+LABEL_COLUMNS = ("label", "labels", "class", "class_label")
 SHARDS = {".parquet": "parquet", ".tar": "webdataset"}  # suffixes that --streaming reads -> load_dataset's builders
 # "NA" or "None" in a metadata.csv is a word; by default, pandas takes it for an empty cell.
 folder_based_builder.pd = SimpleNamespace(  # type: ignore[attr-defined]
@@ -98,6 +99,8 @@ def load_split(
         _check_split(data, split, where)
         why = first_line(error.__cause__ or error)
         raise ValueError(f"{where}: the data set cannot be loaded: {why}") from error
+    if _holds_bytes(dataset, data.image_column):
+        dataset = dataset.cast_column(data.image_column, ImageFeature(decode=False))
     check_columns(dataset, data.image_column, data.caption_column, where, num_classes)
     dataset = dataset.select_columns([data.image_column, data.caption_column])
     if isinstance(dataset, IterableDataset):
@@ -110,6 +113,9 @@ def _loaded(data: Data, split: str, cache_dir: str | None, class_conditional: bo
     if data.dataset_name and saved_splits(data.dataset_name):
         dataset = _saved(data, split)
     elif data.dataset_name:
+        unread = Contents.of(data.dataset_name).unread if os.path.isdir(data.dataset_name) else {}
+        for place, why in unread.items():
+            logger.warning("--dataset_name %s: %s is %s and is not read", data.dataset_name, place, why)
         dataset = load_dataset(data.dataset_name, data.dataset_config_name, data_dir=data.train_data_dir, **options)
     elif data.streaming:
         kind, shards = shard_files(data.folder)
@@ -151,6 +157,13 @@ def _check_split(data: Data, split: str, where: str) -> None:
         raise ValueError(f"{where}: there is no split {split!r} ({flag}); its splits are {', '.join(splits)}")
 
 
+def _holds_bytes(dataset: Dataset | IterableDataset, column: str) -> bool:
+    """Whether a column holds image files as other programs than the library write them to parquet."""
+    feature = (dataset.features or {}).get(column)
+    as_bytes = Value("binary")
+    return feature == as_bytes or (isinstance(feature, dict) and feature.get("bytes") == as_bytes)
+
+
 def check_columns(
     dataset: Dataset | IterableDataset,
     image_column: str,
@@ -171,9 +184,10 @@ def check_columns(
     columns = dataset.column_names or []
     for flag, column in (("--image_column", image_column), ("--caption_column", caption_column)):
         if column not in columns:
+            hint = _other_column(flag, column, columns, num_classes)
+            hint = hint or _folder_hint(dataset, flag, caption_column, num_classes)
             raise ValueError(
-                f"{where}: there is no column {column!r} ({flag}); its columns are {', '.join(columns)}"
-                f"{_other_column(flag, column, columns) or _folder_hint(dataset, flag, caption_column, num_classes)}"
+                f"{where}: there is no column {column!r} ({flag}); its columns are {', '.join(columns)}{hint}"
             )
     if not isinstance(_feature(dataset, image_column), ImageFeature):
         raise ValueError(f"{where}: column {image_column!r} (--image_column) holds no images")
@@ -189,9 +203,9 @@ def _feature(dataset: Dataset | IterableDataset, column: str) -> Any:
     return dataset.features[column]
 
 
-def _other_column(flag: str, column: str, columns: Sequence[str]) -> str:
+def _other_column(flag: str, column: str, columns: Sequence[str], num_classes: int | None) -> str:
     """Suggests the column that was meant, a close name or a usual one."""
-    usual = {"--image_column": IMAGE_COLUMNS, "--caption_column": CAPTION_COLUMNS}[flag]
+    usual = IMAGE_COLUMNS if flag == "--image_column" else CAPTION_COLUMNS if num_classes is None else LABEL_COLUMNS
     likely = [name for name in columns if name.lower() in usual]
     close = close_match(column, [name for name in columns if name not in likely], f"{flag} ")
     return f"; did you mean {flag} {likely[0]}?" if likely else close
@@ -203,7 +217,10 @@ def _folder_hint(dataset: Dataset | IterableDataset, flag: str, caption_column: 
     if flag == "--image_column":
         return "; a metadata file names its images in the column file_name"
     if num_classes is not None:
-        return "; a folder of images takes its class labels from its sub-folders' names, or from a metadata.jsonl"
+        return (
+            "; a folder of images takes its class labels from its sub-folders' names if all images lie at one "
+            "depth, or from a metadata.jsonl"
+        )
     return (
         f"; a folder of images takes its captions from a metadata.jsonl with the keys file_name and {caption_column}, "
         "or, as --train_data_dir, from .txt files with the images' names"

@@ -164,6 +164,8 @@ def folder_images(
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder of images")
+    for problem in Contents.of(folder).left_out():
+        logger.warning("%s: %s", folder, problem)
     captions = _read_captions(folder, caption_column)
     files = sorted(image_files(str(folder)))
     if captions is not None:
