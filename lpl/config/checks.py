@@ -89,10 +89,27 @@ def _check_sources(config: Config) -> None:
         raise ValueError("--dataset_name or --train_data_dir is needed, but neither is given")
     if data.dataset_config_name and not data.dataset_name:
         raise ValueError("--dataset_config_name has no effect without --dataset_name; leave it out")
-    if not data.dataset_name and not Path(data.folder).is_dir():
-        raise ValueError(f"--train_data_dir {data.train_data_dir}: there is no such folder")
+    if not data.dataset_name and (why := _why_no_folder(data.folder)):
+        raise ValueError(f"--train_data_dir {data.train_data_dir}: {why}")
+    if data.dataset_name and Path(data.dataset_name).is_file():
+        raise ValueError(f"--dataset_name {data.dataset_name}: {_why_no_folder(data.dataset_name)}")
     if model.from_scratch and model.non_ema_revision:
         raise ValueError("--from_scratch loads no weights, so --non_ema_revision has no effect; leave one of them out")
+
+
+def _why_no_folder(path: str) -> str | None:
+    """Why what is found at a path is no folder of data, and what to give instead; None: it is one."""
+    place = Path(path)
+    if place.is_dir():
+        return None
+    if place.is_file() and place.suffix.lower() in (".parquet", ".tar"):
+        return "this is a file; put it into a folder, and give that with --streaming"
+    if place.is_file():
+        archive = place.suffix.lower() in (".zip", ".gz", ".tgz", ".7z", ".rar")
+        return "this is an archive; unpack it, and give the folder" if archive else "this is a file; give its folder"
+    if place.is_symlink():
+        return f"this is a link to {os.path.realpath(path)}, where nothing is"
+    return "there is no such folder"
 
 
 def why_no_pipeline(path: str) -> str | None:
@@ -237,8 +254,13 @@ def _check_validation(config: Config) -> None:
         raise ValueError(
             "--validation_split names a split of --dataset_name; with --train_data_dir use --validation_every_nth"
         )
-    if data.validation_split == "train":
-        raise ValueError("--validation_split train: that is what is trained on; name another split")
+    if data.train_split != "train" and not data.dataset_name:
+        raise ValueError(
+            f"--train_split {data.train_split} names a split of --dataset_name; --train_data_dir has none; give the "
+            "sub-folder itself"
+        )
+    if data.validation_split == data.train_split:
+        raise ValueError(f"--validation_split {data.validation_split}: that is what is trained on; name another split")
     if reported not in (*TRACKERS, "all", "none"):
         raise ValueError(f"--report_to {reported}: accepted are {', '.join(TRACKERS)}, all and none")
 

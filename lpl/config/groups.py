@@ -143,7 +143,7 @@ class Data:
     dataset_config_name: str | None = flag(None, "configuration of --dataset_name")
     train_data_dir: str | None = flag(
         None,
-        "folder of images with a metadata.jsonl (file_name, text), or with one sub-folder per class",
+        "folder of images with a metadata.jsonl (file_name, text), a .txt per image, or a sub-folder per class",
         public=rules.within_the_data_set,
         path=True,
     )
@@ -165,6 +165,7 @@ class Data:
         None,
         "stop after more unreadable samples than this: a number, or a share of the data below 1; default: no limit",
     )
+    train_split: str = flag("train", "split of --dataset_name to train on")
     validation_split: str | None = flag(None, "split of --dataset_name for the validation loss")
     validation_every_nth: int | None = flag(
         None, "hold out every N-th image for the validation loss", range=TWO_OR_MORE

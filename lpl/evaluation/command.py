@@ -41,7 +41,8 @@ from lpl.config.choices import CLIP, CLIP_SCORE, METRICS, NEIGHBOUR_METRICS, SET
 from lpl.config.command_line import add_flags, given_flags
 from lpl.config.flag import NOT_NEGATIVE, POSITIVE, Range, add_group, built, flag, flags_of
 from lpl.config.parser import Parser
-from lpl.data.reading import FORMATS, image_files
+from lpl.data.folder import image_files, why_no_images
+from lpl.data.reading import FORMATS
 from lpl.evaluation import MOST_BY_DEFAULT, NEAREST_K, check_libraries
 from lpl.evaluation.generation import generate, image_path, prompt_text
 from lpl.evaluation.images import ImageSet, Preprocessing, folder_images
@@ -205,8 +206,8 @@ def check_command(command: Command) -> None:
     if Path(request.output_dir).is_file():
         raise ValueError(f"--output_dir {request.output_dir}: this is a file; give a folder")
     check_writable(f"--output_dir {request.output_dir}", request.output_dir, [EVALUATION_IMAGES])
-    if not image_files(request.reference):
-        raise ValueError(f"--reference {request.reference}: there is no such folder, or it has no images")
+    if why := why_no_images(request.reference):
+        raise ValueError(f"--reference {request.reference}: {why}")
     if request.prompts_file is not None and not Path(request.prompts_file).is_file():
         raise ValueError(f"--prompts_file {request.prompts_file}: there is no such file")
     if request.clip is not None and CLIP_SCORE not in request.metrics:

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from huggingface_hub import EvalResult
 
 from lpl.config.groups import Data, Evaluation, Model, Output, Validation
-from lpl.data.reading import image_files
+from lpl.data.folder import image_files
 from lpl.evaluation import MOST_BY_DEFAULT, NEAREST_K, check_libraries, report, results
 from lpl.evaluation.generation import draw, image_path, prompt_text
 from lpl.evaluation.images import ImageSet, Preprocessing, folder_images, has_captions

@@ -36,7 +36,8 @@ from lpl.config.command_line import add_flags
 from lpl.config.flag import NOT_NEGATIVE, POSITIVE, Range, Values, add_group, built, flag, flags_of
 from lpl.config.groups import Lpl, Model
 from lpl.config.parser import Parser
-from lpl.data.reading import FORMATS, image_files, to_rgb
+from lpl.data.folder import Contents, image_files
+from lpl.data.reading import FORMATS, to_rgb
 from lpl.families.description import check_autoencoder, check_vae_dtype
 from lpl.inspection.advice import report, summary
 from lpl.inspection.figures import balance_figure, features_figure, interpolation_figure, outliers_figure
@@ -130,7 +131,7 @@ def find_images(given: Sequence[str], most: int) -> list[Path]:
     for name in given:
         found = sorted(image_files(name)) if Path(name).is_dir() else [Path(name)] if Path(name).is_file() else []
         if not found:
-            what = "the folder has no images" if Path(name).is_dir() else "there is no such file or folder"
+            what = Contents.of(name).without_images() if Path(name).is_dir() else "there is no such file or folder"
             raise ValueError(f"--images {name}: {what}")
         files += found
     count = min(most, len(files))

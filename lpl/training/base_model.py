@@ -1,7 +1,7 @@
 """Whether a resumed run still has the base model that it started with, before any weights are loaded.
 
-A checkpoint whose layers do not fit the base's denoiser is refused: it is of another model. A recipe records the base's
-*identity*, a commit of the Hub or a fingerprint of a folder's files; another one on resume is warned of.
+A checkpoint whose layers do not fit the base's denoiser is refused: it is of another model. A recipe records the
+base's *identity*, a commit of the Hub or a fingerprint of a folder's files; another one on resume is warned of.
 """
 
 from __future__ import annotations

@@ -169,6 +169,7 @@ OWN = {  # SPEC.md, and what this project adds
     "quantize_base": None,
     "from_scratch": False,
     "guidance_scale": 3.5,
+    "train_split": "train",
     "validation_split": None,
     "validation_every_nth": None,
     "num_validation_samples": 64,
