@@ -1,17 +1,16 @@
-"""Checks that need the command line only: invalid values, and flags that contradict each other.
+"""Checks of the command line, and of whether the places that it names exist: invalid values, contradicting flags.
 
 Each refusal is one sentence: what was given, what is accepted, which flag to change. A flag that is given and has no
-effect is warned of. Checks that need a folder, the machine or the pipeline come later
-(:mod:`lpl.training.preflight`, :mod:`lpl.families.resolve`).
+effect is warned of. Checks that need a folder's content, the machine or the pipeline come later
+(:mod:`lpl.training.preflight`, :mod:`lpl.families.resolve`, :mod:`lpl.evaluation.training`).
 """
 
 from __future__ import annotations
 
 import os
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from lpl.config import rules
 from lpl.config.choices import METRICS, TRACKERS
@@ -42,17 +41,6 @@ def check_words(config: Config) -> None:
     _check_validation(config)
     _check_evaluation(config)
     _check_output(config)
-
-
-def check_ranges(values: Mapping[str, Any]) -> None:
-    """Refuse numbers outside the declared range of their flag.
-
-    Raises:
-        ValueError: with the flag, its value, and what is accepted.
-    """
-    for name, value in values.items():
-        if name in FLAGS:
-            FLAGS[name].check(name, value)
 
 
 def warn_of_idle_flags(config: Config) -> None:

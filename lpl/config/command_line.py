@@ -23,7 +23,7 @@ from lpl.config.parser import Parser
 from lpl.config.recipes import read_recipe
 from lpl.config.rules import holds_out
 from lpl.options import parse_weight
-from lpl.tools.words import warn
+from lpl.tools.words import plain_warnings, warn
 
 
 # The parser ----------------------------------------------------------------------------------------------------------
@@ -59,7 +59,8 @@ def given_flags(parser: Parser, words: Sequence[str]) -> set[str]:
 
 def parse(argv: Sequence[str] | None = None) -> Config:
     """Parse and check the command line; exits with a one-line error if it is invalid."""
-    with refusing():
+    plain_warnings(build_parser().prog)
+    with usage_errors():
         config = _read(build_parser(), sys.argv[1:] if argv is None else argv)
         check_words(config)
     if argv is None and config.output.hub_token:  # trackers upload the command line
@@ -68,7 +69,7 @@ def parse(argv: Sequence[str] | None = None) -> Config:
 
 
 @contextmanager
-def refusing() -> Iterator[None]:
+def usage_errors() -> Iterator[None]:
     """Report a ValueError as argparse reports a wrong flag, and exit with code 2."""
     try:
         yield

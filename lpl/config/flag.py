@@ -68,7 +68,8 @@ class Flag:
         path: the value may be a local path.
         in_recipe: whether ``recipe.yaml`` records the flag.
         held_out: value for the held-out losses.
-        training_only: an LPL flag without effect on the held-out losses.
+        training_only: a promise that the held-out losses do not read this LPL flag; a run warns of it accordingly. A
+            flag that they read has ``held_out`` instead.
         same_loss: an LPL flag that does not change the loss function.
         used: called with the configuration; returns whether the flag has an effect. A run warns of a given flag that
             has none.

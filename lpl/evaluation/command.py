@@ -26,7 +26,6 @@ import logging
 import re
 import sys
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -56,6 +55,7 @@ from lpl.publishing.card_edits import add_results
 from lpl.tools.files import check_writable
 from lpl.tools.layout import CARD, EVALUATION_IMAGES
 from lpl.tools.machine import DTYPES, usable_device
+from lpl.tools.words import plain_warnings
 
 
 logger = logging.getLogger(__name__)
@@ -438,7 +438,7 @@ def write(
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     command = parse(sys.argv[1:] if argv is None else argv)
-    warnings.formatwarning = lambda message, *_, **__: f"{PROGRAM}: warning: {message}\n"
+    plain_warnings(PROGRAM)
     for library in ("httpx", "httpx2", "diffusers", "transformers"):  # they report each file and truncated caption
         logging.getLogger(library).setLevel(logging.ERROR)
     try:

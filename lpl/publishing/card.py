@@ -403,7 +403,7 @@ class Result:
     @property
     def peft_folder(self) -> str | None:
         """Folder of an adapter that peft saved; None if diffusers saved the LoRA."""
-        return next((path.parent.name for path in sorted(self.folder.glob("*/adapter_config.json"))), None)
+        return next((path.parent.name for path in sorted(self.folder.glob(f"*/{layout.PEFT_CONFIG}"))), None)
 
     @property
     def scheduler_class(self) -> str | None:

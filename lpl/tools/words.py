@@ -16,6 +16,11 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=3)
 
 
+def plain_warnings(program: str) -> None:
+    """From here on warnings are one line, which begins with the program's name."""
+    warnings.formatwarning = lambda message, *_, **__: f"{program}: warning: {message}\n"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; its class where there is none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

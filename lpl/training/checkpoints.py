@@ -1,7 +1,9 @@
 """Checkpoints that a run resumes from.
 
 ``checkpoint-N`` holds the trained parts in diffusers' layout, their moving average in ``ema/`` likewise, the
-optimizer, the position in the learning-rate schedule, LPL's weight, and where the run stands (:class:`Progress`).
+optimizer, the position in the learning-rate schedule, the scaler of fp16, LPL's weight, each process's random state
+(dropout), and where the run stands (:class:`Progress`). Of the data the step is enough: samples and their random
+numbers follow from seed, epoch and place (:mod:`lpl.data.dataset`). So a resumed run equals an uninterrupted one.
 
 A checkpoint is written under another name and then renamed, so ``checkpoint-N`` is always whole; before one is deleted
 it is renamed. Whenever a run is killed, the next one finds the last whole checkpoint. Checkpoints that an earlier run

@@ -33,12 +33,13 @@ from transformers import CLIPTextModel
 
 from lpl.config.groups import Lora
 from lpl.families.lora_layout import LoraLayout
+from lpl.tools import layout
 
 
-FILE = "pytorch_lora_weights.safetensors"
+FILE = layout.LORA
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."  # of the names in peft's own files
-OTHERS_SUFFIX = "_comfyui.safetensors"  # of the file for other programs, after the run's name
+OTHERS_SUFFIX = layout.OTHERS_SUFFIX
 ADAPTER = "default"  # peft's name of the trained adapter
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -122,7 +123,7 @@ def _config(model: nn.Module) -> LoraConfig:
 
 
 def peft_folder(folder: str | Path, name: str) -> Path:
-    return Path(folder, f"{name}_lora")
+    return Path(folder, f"{name}{layout.PEFT_SUFFIX}")
 
 
 def _lost_prefix(model: nn.Module) -> str:

@@ -138,7 +138,7 @@ class Length:
 
     @classmethod
     def of(cls, optimization: Optimization, images: int | None, processes: int) -> Length:
-        """Args: images: in an epoch; None: unknown."""
+        """The length of a run on so many images in an epoch (None: nobody knows) and processes."""
         batch = optimization.train_batch_size * processes * optimization.gradient_accumulation_steps
         if images is None:
             assert optimization.max_train_steps is not None  # refused by config.checks
@@ -148,7 +148,7 @@ class Length:
 
 
 @contextmanager
-def refusing(script: str, *errors: type[Exception]) -> Iterator[None]:
+def run_errors(script: str, *errors: type[Exception]) -> Iterator[None]:
     """Within, a ValueError, or one of the other errors, ends the process with its sentence and exit code 1."""
     try:
         yield
@@ -194,6 +194,12 @@ def start_accelerator(config: Config) -> Accelerator:
     if accelerator.mixed_precision not in ("no", "fp16", "bf16"):
         raise ValueError(
             f"{accelerator.mixed_precision} (in accelerate's configuration) is not supported; give --mixed_precision"
+        )
+    micro_batches = config.optimization.gradient_accumulation_steps
+    if accelerator.gradient_accumulation_steps != micro_batches:
+        raise ValueError(
+            f"accelerate's configuration accumulates {accelerator.gradient_accumulation_steps} micro-batches, and "
+            f"--gradient_accumulation_steps is {micro_batches}; give the flag, and leave it out there"
         )
     if config.optimization.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -273,36 +279,49 @@ def order_of(images: TrainingImages, optimization: Optimization, run: Run) -> Ke
     return images.batches(optimization.train_batch_size, process, processes, first_batch, run.progress.stream)
 
 
-def load_models(
-    config: Config, description: Description, accelerator: Accelerator
-) -> tuple[Family, TrainedParts, MovingAverage | None]:
-    """The pipeline on the device, with a frozen VAE and frozen text encoders, what is trained of it, and its EMA.
+def load_weights(config: Config, description: Description, accelerator: Accelerator) -> Family:
+    """The pipeline, all of it frozen, on the CPU.
 
     Raises:
-        ValueError: where weights cannot be loaded, or are not finite.
+        ValueError: where weights cannot be loaded.
     """
-    path = config.model.pipeline
     try:
-        family = load_family(config.model, config.lora, description, weight_dtype(accelerator))
+        return load_family(config.model, config.lora, description, weight_dtype(accelerator))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--pretrained_model_name_or_path {path}: its weights cannot be loaded; look at --variant and --revision "
-            f"({first_line(error)})"
+            f"--pretrained_model_name_or_path {config.model.pipeline}: its weights cannot be loaded; look at "
+            f"--variant and --revision ({first_line(error)})"
         ) from error
-    trained = TrainedParts(
+
+
+def trained_parts(family: Family, config: Config) -> TrainedParts:
+    """What is trained of a pipeline, as the flags say."""
+    return TrainedParts(
         family,
         config.lora,
         text_encoders=config.model.train_text_encoder,
         gradient_checkpointing=config.optimization.gradient_checkpointing,
     )
+
+
+def place_models(
+    trained: TrainedParts, config: Config, description: Description, accelerator: Accelerator
+) -> MovingAverage | None:
+    """Move the models to the device; returns the EMA, if there is one.
+
+    Raises:
+        ValueError: where weights are not finite.
+    """
+    family = trained.family
     for part in (family.vae, family.denoiser, *family.text_encoders):
         part.to(accelerator.device)
     if broken := trained.not_finite():
+        path = config.model.pipeline
         raise ValueError(f"--pretrained_model_name_or_path {path}: the weights of {broken} are not finite")
     average = MovingAverage.of(trained, config.optimization)
     if average is not None and config.model.non_ema_revision and not config.lora.lora:
         average_from_revision(average, config.model, description)
-    return family, trained, average
+    return average
 
 
 def finish(accelerator: Accelerator) -> None:

@@ -22,7 +22,7 @@ def wider(sd_pipeline, tmp_path):
 def test_a_base_of_other_layers_is_refused(flags, sd_pipeline, wider, image_folder, tmp_path, monkeypatch):
     flags = FLAGS | flags
     out = train(sd_pipeline, image_folder, tmp_path / "out", max_train_steps=1, **flags)
-    monkeypatch.setattr("train_text_to_image_lpl.load_models", None)
+    monkeypatch.setattr("train_text_to_image_lpl.load_weights", None)
     with pytest.raises(SystemExit, match="another base model than --pretrained_model_name_or_path"):
         train(wider, image_folder, out, resume_from_checkpoint="latest", **flags)
 
