@@ -95,7 +95,7 @@ class TrainingImages(TorchDataset[Sample]):
     @property
     def class_names(self) -> dict[int, str]:
         """Class names by label; empty if the data set has none."""
-        feature = (self.dataset.features or {})[self.data.caption_column]
+        feature = self.dataset.features[self.data.caption_column]
         return dict(enumerate(getattr(feature, "names", None) or []))
 
     def size_of(self, index: int) -> tuple[int, int]:

@@ -51,7 +51,7 @@ class Log:
     step, unless the checkpoint says that it was done.
 
     Args:
-        lpl_every: LPL is on every so many optimizer steps.
+        lpl_every: every how many optimizer steps LPL is on.
         blocks: names of the decoder blocks that LPL compares.
     """
 
@@ -124,7 +124,7 @@ class Log:
         if losses.with_lpl and any(map(self.is_due, range(step, step + self.lpl_every))):
             gradients = losses.gradients(weight)  # an entry comes before the next step with LPL
             self._squares += _where(gradients.isfinite().all(), gradients)
-            self._looked = True
+            self._seen = True
         if self.debug_loss:
             self._keep_samples(step, batch["index"], losses.errors)
 
@@ -156,7 +156,7 @@ class Log:
             lpl, weighted = (value / max(with_lpl, 1) for value in (lpl, weighted))
             total = diffusion_loss + weighted
             record |= {"lpl": lpl, "lpl_share": weighted / total if total else 0.0}
-        if self._looked:
+        if self._seen:
             norms = math.sqrt(of_lpl), math.sqrt(of_diffusion)
             record["lpl_gradient_share"] = norms[0] / sum(norms) if any(norms) else 0.0
         if rows:
@@ -168,7 +168,7 @@ class Log:
     def state(self) -> list[list[float]]:
         """The sums since the last entry, a list for each process. Every process calls it; waits for the device."""
         sums = torch.cat([self._sums, self._squares, self._by_block.flatten()])
-        host = [self._count, self._rows, self._inside, self._looked]
+        host = [self._count, self._rows, self._inside, self._seen]
         exact = torch.float32 if sums.device.type == "mps" else torch.float64
         mine = torch.cat([sums.to(exact), torch.tensor(host, dtype=exact, device=sums.device)])
         self._write_samples()
@@ -180,12 +180,12 @@ class Log:
         device, blocks = self.accelerator.device, len(self.blocks)
         if len(state) != self.accelerator.num_processes or len(state[0]) != 14 + 2 * blocks:
             return
-        step, seconds, *sums, count, rows, inside, looked = state[self.accelerator.process_index]
+        step, seconds, *sums, count, rows, inside, seen = state[self.accelerator.process_index]
         self._last_step = int(step)
         self._sums, self._squares, by_block = torch.tensor(sums, device=device).split([6, 2, 2 * blocks])
         self._by_block = by_block.view(2, blocks)
         self._count, self._rows = int(count), int(rows)
-        self._inside, self._looked = inside, bool(looked)
+        self._inside, self._seen = inside, bool(seen)
         self._since -= seconds
 
     def _reset(self) -> None:
@@ -194,8 +194,8 @@ class Log:
         # Of the micro-batches with finite losses: the losses, their number, the number with LPL.
         self._sums, self._squares = torch.zeros(6, device=device), torch.zeros(2, device=device)
         self._by_block = torch.zeros(2, len(self.blocks), device=device)  # as in BatchLosses
-        self._count = self._rows = 0  # micro-batches, and samples that LPL looked at
-        self._inside, self._looked = 0.0, False
+        self._count = self._rows = 0  # micro-batches, and samples that LPL has seen
+        self._inside, self._seen = 0.0, False
 
     def _summed(self) -> Tensor:
         """The sums of this process as one vector."""

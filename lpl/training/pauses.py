@@ -19,7 +19,7 @@ class Order(Protocol):
     """The order in which batches are read."""
 
     def positions(self, batch: int) -> list[list[int]]:
-        """What a resumed run needs to continue after so many batches of each process."""
+        """What a resumed run needs to continue after that number of batches of each process."""
         ...
 
 

@@ -127,6 +127,6 @@ def too_long() -> NoReturn:
     """Leave a run that was asked to end and hangs."""
     say(
         f"the run has not ended {LONGEST / 60:g} minutes after it was asked to, and is left as it is; the last "
-        "checkpoint is whole: --resume_from_checkpoint latest goes on from there"
+        "checkpoint is whole: --resume_from_checkpoint latest continues from there"
     )
     leave(EXIT_CODE)

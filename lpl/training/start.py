@@ -138,7 +138,7 @@ class Length:
 
     @classmethod
     def of(cls, optimization: Optimization, images: int | None, processes: int) -> Length:
-        """The length of a run on so many images in an epoch (None: nobody knows) and processes."""
+        """The length of a run by its images in an epoch (None: unknown) and its number of processes."""
         batch = optimization.train_batch_size * processes * optimization.gradient_accumulation_steps
         if images is None:
             assert optimization.max_train_steps is not None  # refused by config.checks

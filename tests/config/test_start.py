@@ -44,3 +44,14 @@ def test_an_answer_needs_no_libraries(words, code, said):
     done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert json.loads(done.stdout.splitlines()[-1]) == [code, []], done.stderr
     assert said in (done.stdout if code == 0 else done.stderr)
+
+
+def test_a_warning_of_the_command_line_is_one_line():
+    """Not Python's, which names a file and repeats its line of code."""
+    words = ["--pretrained_model_name_or_path", "docs", "--train_data_dir", "docs"]  # refused behind the warning
+    words += ["--enable_xformers_memory_efficient_attention"]
+    call = [sys.executable, SCRIPT, *words]
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    warnings = [line for line in done.stderr.splitlines() if "xformers" in line]
+    assert len(warnings) == 1 and warnings[0].startswith(f"{SCRIPT}: warning: ")
+    assert "warnings.warn" not in done.stderr and "UserWarning" not in done.stderr

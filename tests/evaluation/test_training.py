@@ -202,6 +202,16 @@ def test_a_network_that_fails_is_told_of_before_training(sd_pipeline, image_fold
     assert f"--eval_features {BROKEN}: it fails on an image of 32 x 32 pixels" in left.value.code
 
 
+@pytest.mark.parametrize("wrong", [{"eval_steps": -1}, {"eval_num_images": 2}, {"eval_features": ["no.such:network"]}])
+def test_a_wrong_flag_is_told_of_as_other_flags_are(wrong, sd_pipeline, image_folder, flags, tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        train(sd_pipeline, image_folder, tmp_path / "run", **flags | wrong)
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert "error: " in said and f"--{next(iter(wrong))}" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_card_has_the_last_result(run):
     card = ModelCard.load(run / "README.md")
     values = {result.metric_type: result.metric_value for result in card.data.eval_results}

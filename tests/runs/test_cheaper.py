@@ -14,11 +14,14 @@ from tiny import tiny_vae
 from trainer import launch, metrics, same, script, train, validation_metrics, weights
 
 from lpl import LatentPerceptualLoss
+from lpl.config import held_out
+from lpl.config.flag import flags_of
 from lpl.config.groups import Diffusion, Lpl
 from lpl.gate import random_window
 from lpl.loss import Measured
 from lpl.objectives import Epsilon
 from lpl.training.log import Log
+from lpl.training.losses import perceptual_loss
 
 
 # All of it at once, as in the middle of a fine-tuning: with LPL are the steps 2, 4 and 6, and the weight of the first
@@ -83,15 +86,24 @@ class ByRow:
         return values
 
 
+def _batch():
+    """Six samples, four of them inside."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 6, 4, 8, 8, generator=generator)
+    batch = {"pixels": torch.rand(6, 3, 32, 32, generator=generator) * 2 - 1}
+    return batch | {
+        "noise": noise[0],
+        "posterior_noise": noise[1],
+        "timestep": torch.tensor([10, 990, 20, 300, 980, 5]),
+    }
+
+
 @pytest.fixture(scope="module")
 def terms_of(sd_pipeline):
     """`terms_of(loss, choice, **flags)`: of a batch of six, four of them inside."""
     vae = AutoencoderKL.from_pretrained(sd_pipeline / "vae")
     objective = Epsilon(DiffusionPipeline.from_pretrained(sd_pipeline).scheduler)
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(2, 6, 4, 8, 8, generator=generator)
-    batch = {"pixels": torch.rand(6, 3, 32, 32, generator=generator) * 2 - 1}
-    batch |= {"noise": noise[0], "posterior_noise": noise[1], "timestep": torch.tensor([10, 990, 20, 300, 980, 5])}
+    batch = _batch()
 
     def terms(loss, choice, **flags):
         lpl = Lpl(lpl_threshold_base_resolution=0, **flags)
@@ -101,7 +113,47 @@ def terms_of(sd_pipeline):
     return terms
 
 
+@pytest.fixture(scope="module")
+def held_out_lpl(sd_pipeline):
+    """`held_out_lpl(**flags)`: LPL of the held-out losses, on a batch of six."""
+    vae = AutoencoderKL.from_pretrained(sd_pipeline / "vae")
+    objective = Epsilon(DiffusionPipeline.from_pretrained(sd_pipeline).scheduler)
+    batch = _batch() | {"lpl_choice": torch.rand(6, 2, generator=torch.Generator().manual_seed(1))}
+
+    def lpl(**flags):
+        group = held_out(Lpl(lpl_threshold_base_resolution=0, **flags))
+        losses = script.Losses(Namespace(vae=vae), objective, perceptual_loss(vae, group, None), group, Diffusion())
+        with torch.no_grad():
+            return losses(Answer(), batch, with_lpl=True).lpl.item()
+
+    return lpl
+
+
 INSIDE = (0, 2, 3, 5)
+
+# Another value of each flag whose declaration promises that the held-out losses do not read it
+TRAINING_ONLY = {
+    "lpl_measuring_steps": 3,
+    "lpl_start_step": 7,
+    "lpl_ramp_steps": 9,
+    "lpl_every": 4,
+    "lpl_max_samples": 2,
+    "lpl_crop": 16,
+    "lpl_gradient_checkpointing": True,
+}
+
+
+def test_each_flag_of_training_only_is_tried():
+    assert TRAINING_ONLY.keys() == {name for name, declared in flags_of(Lpl).items() if declared.training_only}
+
+
+@pytest.mark.parametrize("name, value", TRAINING_ONLY.items())
+def test_a_flag_of_training_only_leaves_the_held_out_losses_alone(name, value, held_out_lpl):
+    assert held_out_lpl(**{name: value}) == held_out_lpl()
+
+
+def test_other_flags_do_change_the_held_out_losses(held_out_lpl):
+    assert held_out_lpl(lpl_distance="l1") != held_out_lpl()
 
 
 @pytest.mark.parametrize("variant", ["paper", "reference"])

@@ -481,6 +481,12 @@ def test_half_precision_by_accelerates_configuration_is_refused_on_the_cpu(sd_pi
         train(sd_pipeline, image_folder, tmp_path, lpl_weight=0, max_train_steps=1)
 
 
+def test_accelerates_own_gradient_accumulation_is_refused_where_it_differs(sd_pipeline, image_folder, tmp_path):
+    own = mock.patch.dict(os.environ, ACCELERATE_GRADIENT_ACCUMULATION_STEPS="3")
+    with own, pytest.raises(SystemExit, match="accumulates 3 micro-batches"):
+        train(sd_pipeline, image_folder, tmp_path, lpl_weight=0, max_train_steps=1, gradient_accumulation_steps=2)
+
+
 def test_a_data_set_without_a_readable_image_ends_in_a_sentence(sd_pipeline, image_folder, tmp_path):
     folder = tmp_path / "data" / "images"
     folder.mkdir(parents=True)
