@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 import unicodedata
 
 import pyarrow
@@ -66,7 +67,14 @@ def test_an_image_without_a_text_file_is_a_bad_sample(tmp_path, caplog):
     assert sample["caption"] == "a" and [place for place, _ in sample["bad"]] == [1, 2]
     assert "text file" in sample["bad"][0][1] and "2 of 3 images have no text file" in caplog.text
     (folder / "a.txt").write_bytes("K\xe4fer".encode("latin-1"))
-    assert "empty or not in UTF-8" in why(folder)
+    assert "empty, not in UTF-8" in why(folder)
+
+
+def test_text_files_cannot_lead_out_of_the_folder(tmp_path):
+    folder = also(images(tmp_path / "data", "a.png", "b.png", "c.png"), {"a.txt": "a"})
+    (folder / "b.txt").symlink_to(also(tmp_path, {"secret": "my own"}) / "secret")
+    os.mkfifo(folder / "c.txt")  # whoever opens it waits for ever
+    assert captions(folder) == ["a", None, None]
 
 
 def test_text_files_and_metadata_have_the_same_fingerprint(tmp_path):
@@ -217,11 +225,13 @@ def test_a_file_is_no_folder(name, words, sd_pipeline, tmp_path, capsys):
 
 def test_what_is_not_read_is_named(tmp_path, caplog):
     folder = also(images(tmp_path / "data", "a.png", "__MACOSX/b.png", ".hidden/c.png", "._a.png"), {"a.txt": "a"})
-    also(folder, {"b.heic": b"", "more.zip": b""})
+    also(folder, {"b.heic": b"", "more.zip": b"", os.fsdecode(b"\xff.png"): b""})
     (folder / "more").symlink_to(images(tmp_path / "elsewhere", "b.png"))
     with caplog.at_level(logging.WARNING):
         assert captions(folder) == ["a"]
-    assert all(words in caplog.text for words in ("more is a link to", "1 .heic", "(more.zip)"))
+    assert all(
+        words in caplog.text for words in ("more is a link to", "1 .heic", "(more.zip)", "name is not in UTF-8")
+    )
     assert [file.name for file in image_files(folder)] == ["a.png"]
 
 
