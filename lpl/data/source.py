@@ -115,7 +115,7 @@ def _loaded(data: Data, split: str, cache_dir: str | None, class_conditional: bo
     elif data.dataset_name:
         unread = Contents.of(data.dataset_name).unread if os.path.isdir(data.dataset_name) else {}
         for place, why in unread.items():
-            logger.warning("--dataset_name %s: %s is %s and is not read", data.dataset_name, place, why)
+            logger.warning("--dataset_name %s: %s is not read (%s)", data.dataset_name, place, why)
         dataset = load_dataset(data.dataset_name, data.dataset_config_name, data_dir=data.train_data_dir, **options)
     elif data.streaming:
         kind, shards = shard_files(data.folder)
