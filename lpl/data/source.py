@@ -273,7 +273,8 @@ def shard_files(folder: str) -> tuple[str, list[Path]]:
         ValueError: if there are none, or both kinds.
     """
     contents = Contents.of(folder)
-    files = sorted(Path(file) for file in contents.files if suffix(file) in SHARDS and file not in contents.metadata)
+    names = (file for file in contents.files if suffix(file) in SHARDS and file not in contents.metadata)
+    files = sorted(Path(folder, os.path.relpath(name, contents.folder)) for name in names)
     kinds = {SHARDS[suffix(file)] for file in files}
     if len(kinds) != 1:
         links = [os.path.relpath(place, folder) for place, why in contents.unread.items()]
