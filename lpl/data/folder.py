@@ -29,7 +29,7 @@ from datasets import ClassLabel, Dataset, DatasetInfo, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from lpl.data.reading import FORMATS
+from lpl.data.reading import FORMATS, lies_in
 from lpl.tools.words import counted
 
 
@@ -58,7 +58,7 @@ class Contents:
     Args:
         folder: its absolute path.
         files: absolute paths, sorted.
-        unread: sub-folders that are not read, and why.
+        unread: what is not read, and why.
     """
 
     folder: str
@@ -72,7 +72,11 @@ class Contents:
         walk = os.walk(place, onerror=lambda error: unread.update({str(error.filename): str(error.strerror)}))
         for parent, folders, names in walk:
             folders[:] = [name for name in folders if _visible(name)]
-            files += [os.path.join(parent, name) for name in names if not name.startswith(".")]
+            for path in (os.path.join(parent, name) for name in names if not name.startswith(".")):
+                if path.encode(errors="replace").decode() == path:
+                    files.append(path)
+                else:
+                    unread[path] = "its name is not in UTF-8"
             for path in (os.path.join(parent, name) for name in folders):
                 if os.path.islink(path):
                     unread[path] = f"a link to {os.path.realpath(path)}"
@@ -277,12 +281,16 @@ def _warn_of_files(contents: Contents, files: Sequence[str | None]) -> None:
 
 
 def text_captions(contents: Contents) -> list[str | None]:
-    """The caption beside each image; None where there is no text file, or where it is empty or not in UTF-8."""
+    """The caption beside each image; None where the text file is missing, empty, not in UTF-8, or a link out."""
 
     def read(image: str) -> str | None:
         file = contents.texts.get(os.path.splitext(image)[0])
+        if (
+            file is None or not os.path.isfile(file) or not lies_in(file, contents.folder)
+        ):  # reading a pipe would block
+            return None
         try:
-            return file and " ".join(read_text(file).split()) or None
+            return " ".join(read_text(file).split()) or None
         except (OSError, ValueError):
             return None
 
@@ -293,11 +301,13 @@ def text_captions(contents: Contents) -> list[str | None]:
 def _warn_of_missing_texts(contents: Contents, captions: Sequence[str | None]) -> None:
     lacking = [image for image, caption in zip(contents.images, captions) if caption is None]
     if len(lacking) == len(captions):
-        raise ValueError("the text files beside the images are empty or not in UTF-8")
+        raise ValueError(
+            "the text files beside the images are empty, not in UTF-8, or links that lead out of the folder"
+        )
     if lacking:
         logger.warning(
-            "--train_data_dir %s: %d of %d images have no text file of the same name in UTF-8, or an empty one, %s "
-            "for example; other images replace them",
+            "--train_data_dir %s: %d of %d images have no text file of the same name, or one that is empty, not in "
+            "UTF-8, or a link out of the folder, %s for example; other images replace them",
             *(contents.folder, len(lacking), len(captions), os.path.relpath(lacking[0], contents.folder)),
         )
 

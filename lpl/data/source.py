@@ -115,7 +115,7 @@ def _loaded(data: Data, split: str, cache_dir: str | None, class_conditional: bo
     elif data.dataset_name:
         unread = Contents.of(data.dataset_name).unread if os.path.isdir(data.dataset_name) else {}
         for place, why in unread.items():
-            logger.warning("--dataset_name %s: %s is %s and is not read", data.dataset_name, place, why)
+            logger.warning("--dataset_name %s: %s is not read (%s)", data.dataset_name, place, why)
         dataset = load_dataset(data.dataset_name, data.dataset_config_name, data_dir=data.train_data_dir, **options)
     elif data.streaming:
         kind, shards = shard_files(data.folder)
@@ -273,7 +273,8 @@ def shard_files(folder: str) -> tuple[str, list[Path]]:
         ValueError: if there are none, or both kinds.
     """
     contents = Contents.of(folder)
-    files = sorted(Path(file) for file in contents.files if suffix(file) in SHARDS and file not in contents.metadata)
+    names = (file for file in contents.files if suffix(file) in SHARDS and file not in contents.metadata)
+    files = sorted(Path(folder, os.path.relpath(name, contents.folder)) for name in names)
     kinds = {SHARDS[suffix(file)] for file in files}
     if len(kinds) != 1:
         links = [os.path.relpath(place, folder) for place, why in contents.unread.items()]

@@ -86,6 +86,12 @@ ALONE = cases(  # wrong whatever the pipeline: what is given, what the sentence 
         {"train_data_dir": None, "dataset_name": "a/b", "validation_split": "train"},
         ["--validation_split train", "another split"],
     ),
+    ({"train_split": "test"}, ["--train_split test", "--dataset_name"]),
+    (
+        {"train_data_dir": None, "dataset_name": "a/b", "train_split": "test", "validation_split": "test"},
+        ["--validation_split test", "another split"],
+    ),
+    ({"train_data_dir": None, "dataset_name": __file__}, ["--dataset_name", "this is a file; give its folder"]),
     ({"validation_every_nth": 1}, ["--validation_every_nth 1", "2 or more"]),
     ({"num_validation_samples": 0}, ["--num_validation_samples 0", "more than 0"]),
     ({"train_batch_size": 0}, ["--train_batch_size 0", "more than 0"]),

@@ -1,12 +1,17 @@
 """Loading: columns and class labels are checked, samples are limited, every nth is held out."""
 
+from functools import partial
+
+import pyarrow
+import pyarrow.parquet
 import pytest
-from datasets import Dataset, Features, Value
+from datasets import Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
 from trainer import settings
 
-from lpl.data.source import check_columns
-from tests.data.test_dataset import folder_of, load_data, loaded, static
+from lpl.data.source import check_columns, load_split
+from tests.data.test_dataset import folder_of, load_data, loaded, over, static
+from tests.data.test_streaming import encoded, streamed
 
 
 def labelled(labels, feature):
@@ -90,3 +95,55 @@ def test_every_nth_sample_is_held_out(tmp_path):
     dataset, held_out = load_data(config)
     assert held_out["text"] == ["0.png", "3.png", "6.png"] and dataset["text"] == ["1.png", "2.png", "4.png", "5.png"]
     assert load_data(config.changed(num_validation_samples=2))[1]["text"] == ["0.png", "3.png"]
+
+
+# Data sets that load_dataset reads -----------------------------------------------------------------------------------
+
+
+def of_name(folder, tmp_path, **flags):
+    return load_data(settings(dataset_name=str(folder), cache_dir=str(tmp_path / "cache"), **flags))
+
+
+def test_splits(tmp_path):
+    """A folder of two splits, and the same written by save_to_disk."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split in ("test", "validation"):
+        folder_of(folder / split, {f"{split}.png": static()})
+    saved = DatasetDict({split: of_name(folder, tmp_path, train_split=split)[0] for split in ("test", "validation")})
+    saved.save_to_disk(tmp_path / "saved")
+    for place in (folder, tmp_path / "saved"):
+        dataset, held_out = of_name(place, tmp_path, train_split="test", validation_split="validation")
+        assert (dataset["text"], held_out["text"]) == (["test.png"], ["validation.png"])
+        for flags, flag in (
+            ({}, "--train_split"),
+            ({"train_split": "test", "validation_split": "dev"}, "--validation"),
+        ):
+            refused(partial(of_name, place, tmp_path, **flags), f"--dataset_name {place}", flag, "validation", "test")
+
+
+def test_a_data_set_of_save_to_disk(tmp_path):
+    rows = Dataset.from_dict({"image": [static()], "text": ["a"]}).cast_column("image", ImageFeature())
+    rows.save_to_disk(tmp_path / "saved")
+    config = settings(dataset_name=str(tmp_path / "saved"))
+    assert over(load_data(config)[0], config)[0, 0]["caption"] == "a"
+    data = settings(dataset_name=str(tmp_path / "saved"), streaming=True).data
+    refused(lambda: load_split(data, "train", None), "save_to_disk", "without --streaming")
+
+
+@pytest.mark.parametrize("as_struct", [False, True])
+def test_images_that_pandas_wrote_to_parquet(as_struct, tmp_path):
+    (tmp_path / "data").mkdir()
+    image = {"bytes": encoded(0), "path": None} if as_struct else encoded(0)
+    pyarrow.parquet.write_table(pyarrow.table({"image": [image], "text": ["a"]}), tmp_path / "data/a.parquet")
+    config = settings(dataset_name=str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"))
+    assert over(load_data(config)[0], config)[0, 0]["bad"] == []
+    images, _ = streamed(tmp_path / "data")
+    images.check()
+    assert images.last_resort
+
+
+def test_links_in_a_data_set_are_named(tmp_path, caplog):
+    folder = folder_of(tmp_path / "data", {"a.png": static()})
+    (folder / "more").symlink_to(folder_of(tmp_path / "more", {"b.png": static()}))
+    assert len(of_name(folder, tmp_path)[0]) == 1 and "more is not read (a link to" in caplog.text

@@ -262,6 +262,16 @@ def test_whether_all_have_captions_is_known_from_metadata_alone(folder, tmp_path
     assert not has_captions(folder)
 
 
+def test_captions_may_be_text_files(tmp_path, astronaut):
+    for name in ("a", "b"):
+        astronaut.save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(f"caption of {name}")
+    assert folder_images(tmp_path, Preprocessing(16)).captions == ["caption of a", "caption of b"]
+    assert has_captions(tmp_path)
+    (tmp_path / "b.txt").unlink()
+    assert folder_images(tmp_path, Preprocessing(16)).captions is None
+
+
 def test_labels_are_captions_too(folder):
     write_metadata(folder, [{"file_name": "a.png", "label": 0}, {"file_name": "b.png", "label": 12}])
     assert folder_images(folder, Preprocessing(16), caption_column="label").captions == ["0", "12"]
