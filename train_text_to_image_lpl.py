@@ -12,14 +12,16 @@ Read from top to bottom: configuration -> data -> models -> optimizer -> resume 
 from __future__ import annotations
 
 from lpl.config import command_line
+from lpl.tools.console import hush_libraries
 
 
 # Flags come first: a wrong one is refused before the libraries are imported, which takes seconds.
 CONFIG = command_line.parse() if __name__ == "__main__" else None
+if CONFIG is not None and not CONFIG.validation.verbose:
+    hush_libraries()
 
 import logging
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -85,7 +87,6 @@ SCRIPT = Path(__file__).name
 
 
 def main() -> None:
-    warnings.formatwarning = lambda message, *_, **__: f"{SCRIPT}: warning: {message}\n"
     config = CONFIG or command_line.parse()
     with explained(SCRIPT, config) as status:  # an error that ends the run is explained in words
         train(config, status)
@@ -356,10 +357,9 @@ def make_validation(
             *(classes, preemption, command_line.words_of(config)),
         )
         metrics.resume(run.step)
-    every = validation.validation_steps or validation.validation_epochs * length.epoch
     metrics_every = config.evaluation.eval_steps or length.max_steps
     return Validation(
-        *(samples, held_out_losses, metrics, every, metrics_every, length.max_steps),
+        *(samples, held_out_losses, metrics, plan.validation_steps, metrics_every, length.max_steps),
         *(plan.trained, average, log, preemption, now),
     )
 

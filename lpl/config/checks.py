@@ -42,6 +42,7 @@ def check_words(config: Config) -> None:
     _check_validation(config)
     _check_evaluation(config)
     _check_output(config)
+    _warn_of_zeros(config)
 
 
 def check_ranges(values: Mapping[str, Any]) -> None:
@@ -119,8 +120,8 @@ def _check_streaming(config: Config) -> None:
         return
     if config.optimization.max_train_steps is None:
         raise ValueError("--streaming: how many images an epoch has is not known; give --max_train_steps")
-    validated = bool(config.validation.validation_prompts) or data.holds_out
-    if validated and config.validation.validation_steps is None:
+    every_epochs = config.validation.validation_steps is None and config.validation.validation_epochs > 0
+    if rules.validated(config) and every_epochs:
         raise ValueError(
             "--streaming: how many steps an epoch of --validation_epochs has is not known; give --validation_steps"
         )
@@ -206,7 +207,7 @@ def idle_without_lpl(names: Iterable[str], measured: bool) -> list[str]:
 
 def _check_timesteps(config: Config) -> None:
     begin, end = config.diffusion.timestep_bias_begin, config.diffusion.timestep_bias_end
-    if begin >= end:
+    if config.diffusion.timestep_bias_strategy == "range" and begin >= end:
         raise ValueError(f"--timestep_bias_begin {begin}: it must be less than --timestep_bias_end, which is {end}")
 
 
@@ -221,11 +222,24 @@ def _check_optimizer(config: Config) -> None:
             f"--text_encoder_lr {optimization.text_encoder_lr}: --optimizer prodigy has one learning rate for all; "
             "leave it out"
         )
+    if optimization.learning_rate == 0:
+        raise ValueError("--learning_rate 0: --optimizer prodigy takes a factor above 0 on its step size; 1.0 is usual")
     if optimization.learning_rate <= 0.1:
         warn(
             f"--learning_rate {optimization.learning_rate} is small for --optimizer prodigy, which finds the step "
             "size by itself and takes this as a factor on it; 1.0 is usual"
         )
+
+
+def _warn_of_zeros(config: Config) -> None:
+    """Zeros that are accepted and that leave something out which a user may miss."""
+    diffusion, optimization = config.diffusion, config.optimization
+    if diffusion.snr_gamma == 0:
+        warn("--snr_gamma 0 weighs the diffusion loss by 0; for the plain loss leave it out")
+    if optimization.learning_rate == 0:
+        warn("--learning_rate 0: the denoiser is not trained")
+    if 0 in (optimization.max_train_steps, optimization.num_train_epochs) and not optimization.max_train_steps:
+        warn("--max_train_steps 0: nothing is trained; the result is what the run starts from")
 
 
 def _check_validation(config: Config) -> None:

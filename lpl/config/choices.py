@@ -3,7 +3,7 @@
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 ENDLESS_SCHEDULERS = ("constant", "constant_with_warmup")
 OPTIMIZERS = ("AdamW", "prodigy")
-TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio")
+TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio", "mlflow", "clearml", "dvclive", "swanlab")  # accelerate's
 INTERPOLATION_MODES = ("nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos")  # torchvision's
 HUB_STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")  # as transformers' Trainer names them
 NEIGHBOUR_METRICS = ("precision", "recall", "density", "coverage")

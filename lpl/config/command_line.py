@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 from lpl.config.checks import check_words, idle_without_lpl
@@ -21,6 +22,7 @@ from lpl.config.flag import add_group, boolean, built, flags_of
 from lpl.config.foreign import FOREIGN, Foreign, translated
 from lpl.config.recipes import read_recipe
 from lpl.options import parse_weight
+from lpl.tools.console import warnings_in_one_line
 from lpl.tools.words import close_match, warn
 
 
@@ -107,6 +109,8 @@ def given_flags(parser: Parser, words: Sequence[str]) -> set[str]:
 
 def parse(argv: Sequence[str] | None = None) -> Config:
     """The checked command line; ends the process with one sentence where it cannot be run."""
+    if argv is None:
+        warnings_in_one_line(Path(sys.argv[0]).name)
     with refusing():
         config = _read(build_parser(), sys.argv[1:] if argv is None else argv)
         check_words(config)
@@ -184,6 +188,8 @@ def _completed(config: Config) -> Config:
     if lora.lora or lora.rank is not None:
         rank = lora.rank or RANK
         values |= {"lora": True, "rank": rank, "lora_alpha": lora.lora_alpha or float(rank)}
+    if config.output.checkpoints_total_limit == 0:
+        values["checkpoints_total_limit"] = 1  # what diffusers' scripts do with it
     if validation.validation_prompt is not None:
         if validation.validation_prompts is not None:
             raise ValueError("--validation_prompt and --validation_prompts exclude one another; give one of them")

@@ -26,6 +26,7 @@ from lpl.config.choices import (
 )
 from lpl.config.flag import (
     BELOW_ONE,
+    FINITE,
     NOT_NEGATIVE,
     POSITIVE,
     POSITIVE_SHARE,
@@ -336,11 +337,16 @@ class Diffusion:
     """diffusion loss"""
 
     snr_gamma: float | None = flag(
-        None, "gamma of min-SNR weighting; 5.0 is its paper's; not for flow matching", range=POSITIVE, held_out=None
+        None,
+        "gamma of min-SNR weighting; 5.0 is its paper's; not for flow matching",
+        range=NOT_NEGATIVE,
+        held_out=None,
     )
-    noise_offset: float = flag(0.0, "scale of a noise that is equal over a whole channel", held_out=0.0)
+    noise_offset: float = flag(
+        0.0, "scale of a noise that is equal over a whole channel", range=FINITE, held_out=0.0
+    )
     input_perturbation: float = flag(
-        0.0, "scale of noise added to the denoiser's input only", range=NOT_NEGATIVE, held_out=0.0
+        0.0, "scale of noise added to the denoiser's input only", range=FINITE, held_out=0.0
     )
     dream_training: bool = flag(False, "DREAM: correct the training pair by the model's own error", held_out=False)
     dream_detail_preservation: float = flag(
@@ -376,11 +382,13 @@ class Diffusion:
         choices=(0, 1),
         held_out=0,
     )
-    logit_mean: float = flag(0.0, "mean of the logit_normal density", used=rules.density("logit_normal"))
-    logit_std: float = flag(
-        1.0, "standard deviation of the logit_normal density", range=POSITIVE, used=rules.density("logit_normal")
+    logit_mean: float = flag(
+        0.0, "mean of the logit_normal density", range=FINITE, used=rules.density("logit_normal")
     )
-    mode_scale: float = flag(1.29, "scale of the mode density", used=rules.density("mode"))
+    logit_std: float = flag(
+        1.0, "standard deviation of the logit_normal density", range=NOT_NEGATIVE, used=rules.density("logit_normal")
+    )
+    mode_scale: float = flag(1.29, "scale of the mode density", range=FINITE, used=rules.density("mode"))
 
 
 @dataclass(frozen=True)
@@ -390,16 +398,16 @@ class Optimization:
     train_batch_size: int = flag(16, "images per process and micro-batch", range=POSITIVE)
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step", range=POSITIVE)
     num_train_epochs: int = flag(
-        100, "passes over the data, unless --max_train_steps is given", range=POSITIVE, on_resume=LENGTH
+        100, "passes over the data, unless --max_train_steps is given", range=NOT_NEGATIVE, on_resume=LENGTH
     )
     max_train_steps: int | None = flag(
-        None, "optimizer steps in all", range=(POSITIVE, at_most(10_000_000)), on_resume=LENGTH
+        None, "optimizer steps in all", range=(NOT_NEGATIVE, at_most(10_000_000)), on_resume=LENGTH
     )
-    learning_rate: float = flag(0.0001, "learning rate after warm-up", range=POSITIVE)
+    learning_rate: float = flag(0.0001, "learning rate after warm-up", range=NOT_NEGATIVE)
     text_encoder_lr: float | None = flag(
         None,
         "that of the text encoders; default: the family's, or the same",
-        range=POSITIVE,
+        range=NOT_NEGATIVE,
         used=rules.trains_text_encoders,
     )
     scale_lr: bool = flag(False, "multiply both by processes, micro-batches and batch size")
@@ -410,7 +418,9 @@ class Optimization:
     lr_num_cycles: int = flag(
         1, "restarts of cosine_with_restarts", range=POSITIVE, used=rules.scheduled("cosine_with_restarts")
     )
-    lr_power: float = flag(1.0, "power of the polynomial schedule", used=rules.scheduled("polynomial"))
+    lr_power: float = flag(
+        1.0, "power of the polynomial schedule", range=FINITE, used=rules.scheduled("polynomial")
+    )
     optimizer: str = flag(OPTIMIZERS[0], " or ".join(OPTIMIZERS), on_resume=REFUSED)
     use_8bit_adam: bool = flag(False, "8-bit AdamW of bitsandbytes", on_resume=REFUSED)
     adam_beta1: float = flag(0.9, "decay of the first moment, also Prodigy's", range=BELOW_ONE)
@@ -453,7 +463,7 @@ class Optimization:
     allow_tf32: bool = flag(False, "TF32 matrix products on Ampere GPUs and later")
     gradient_checkpointing: bool = flag(False, "recompute activations in backward to save memory")
     seed: int | None = silent_flag(
-        None, "seed of everything random; default: drawn and written down", range=NOT_NEGATIVE
+        None, "seed of everything random; default: drawn and written down", range=(NOT_NEGATIVE, at_most(2**32 - 1))
     )
 
 
@@ -467,21 +477,29 @@ class Validation:
     )
     validation_prompts: tuple[str, ...] | None = silent_flag(None, "prompts to sample an image of each")
     num_validation_images: int = silent_flag(
-        4, "images of the --validation_prompt", range=(POSITIVE, at_most(10_000)), used=rules.one_prompt
+        4, "images of the --validation_prompt; 0 = none", range=(NOT_NEGATIVE, at_most(10_000)), used=rules.one_prompt
     )
     validation_epochs: int = silent_flag(
-        5, "sample and take the validation loss every so many epochs", range=POSITIVE, used=rules.validated
+        5,
+        "sample and take the validation loss every so many epochs; 0 = before and after the training only",
+        range=NOT_NEGATIVE,
+        used=rules.validated,
     )
     validation_steps: int | None = silent_flag(
         None, "do so every so many optimizer steps instead", range=POSITIVE, used=rules.validated
     )
     validation_inference_steps: int = silent_flag(25, "sampling steps of validation images", range=POSITIVE)
-    validation_guidance_scale: float | None = silent_flag(None, "their guidance scale; default: the pipeline's")
+    validation_guidance_scale: float | None = silent_flag(
+        None, "their guidance scale; default: the pipeline's", range=FINITE
+    )
     report_to: str = own_flag("tensorboard", f"{', '.join(TRACKERS)}, all or none")
     tracker_project_name: str = own_flag("text2image-fine-tune", "project name in the tracker")
     logging_dir: str = own_flag("logs", "the trackers' folder within --output_dir", path=True)
     logging_steps: int = silent_flag(10, "optimizer steps between two log entries", range=POSITIVE)
     debug_loss: bool = silent_flag(False, "log every image's own diffusion loss")
+    verbose: bool = own_flag(
+        False, "show what the libraries say of themselves at the start, and all their progress bars", in_recipe=False
+    )
 
 
 @dataclass(frozen=True)
@@ -525,7 +543,9 @@ class Output:
     )
     output_dir: str = own_flag("sd-model-finetuned", "where checkpoints, samples and the pipeline go", path=True)
     checkpointing_steps: int = silent_flag(500, "optimizer steps between two checkpoints", range=POSITIVE)
-    checkpoints_total_limit: int | None = silent_flag(None, "keep so many checkpoints", range=POSITIVE)
+    checkpoints_total_limit: int | None = silent_flag(
+        None, "keep so many checkpoints; the last one in any case", range=NOT_NEGATIVE
+    )
     resume_from_checkpoint: str | None = flag(
         None,
         'a checkpoint\'s folder, "latest", or "hub": the last one that --hub_strategy checkpoint has pushed',

@@ -92,7 +92,7 @@ class Plan:
         """Optimizer steps between two validations."""
         validation, length = self.config.validation, self.images.length
         epoch = math.ceil(length / self.global_batch) if length else self.max_steps
-        return validation.validation_steps or validation.validation_epochs * epoch
+        return validation.validation_steps or validation.validation_epochs * epoch or self.max_steps
 
     def count(self) -> str:
         """The number of images in words."""

@@ -59,6 +59,7 @@ logger = logging.getLogger(__name__)
 PROGRAM = "python -m lpl.evaluate"
 SHARED_FLAGS = (  # those of the training script
     *("revision", "variant", "cache_dir", "max_sequence_length", "caption_column", "image_interpolation_mode"),
+    "verbose",
 )
 ONE_OR_MORE = Range(lambda value: value >= 1, "1 or more")
 

@@ -24,7 +24,7 @@ from lpl.tools import layout
 
 
 PROGRAM = "python -m lpl.publish"
-FLAGS = ("hub_model_id", "hub_token", "hub_private_repo", "hub_revision")
+FLAGS = ("hub_model_id", "hub_token", "hub_private_repo", "hub_revision", "verbose")
 
 
 def build_parser() -> Parser:
