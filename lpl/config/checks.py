@@ -223,7 +223,9 @@ def _check_optimizer(config: Config) -> None:
             "leave it out"
         )
     if optimization.learning_rate == 0:
-        raise ValueError("--learning_rate 0: --optimizer prodigy takes a factor above 0 on its step size; 1.0 is usual")
+        raise ValueError(
+            "--learning_rate 0: --optimizer prodigy takes a factor above 0 on its step size; 1.0 is usual"
+        )
     if optimization.learning_rate <= 0.1:
         warn(
             f"--learning_rate {optimization.learning_rate} is small for --optimizer prodigy, which finds the step "

@@ -342,9 +342,7 @@ class Diffusion:
         range=NOT_NEGATIVE,
         held_out=None,
     )
-    noise_offset: float = flag(
-        0.0, "scale of a noise that is equal over a whole channel", range=FINITE, held_out=0.0
-    )
+    noise_offset: float = flag(0.0, "scale of a noise that is equal over a whole channel", range=FINITE, held_out=0.0)
     input_perturbation: float = flag(
         0.0, "scale of noise added to the denoiser's input only", range=FINITE, held_out=0.0
     )
@@ -382,9 +380,7 @@ class Diffusion:
         choices=(0, 1),
         held_out=0,
     )
-    logit_mean: float = flag(
-        0.0, "mean of the logit_normal density", range=FINITE, used=rules.density("logit_normal")
-    )
+    logit_mean: float = flag(0.0, "mean of the logit_normal density", range=FINITE, used=rules.density("logit_normal"))
     logit_std: float = flag(
         1.0, "standard deviation of the logit_normal density", range=NOT_NEGATIVE, used=rules.density("logit_normal")
     )
@@ -418,9 +414,7 @@ class Optimization:
     lr_num_cycles: int = flag(
         1, "restarts of cosine_with_restarts", range=POSITIVE, used=rules.scheduled("cosine_with_restarts")
     )
-    lr_power: float = flag(
-        1.0, "power of the polynomial schedule", range=FINITE, used=rules.scheduled("polynomial")
-    )
+    lr_power: float = flag(1.0, "power of the polynomial schedule", range=FINITE, used=rules.scheduled("polynomial"))
     optimizer: str = flag(OPTIMIZERS[0], " or ".join(OPTIMIZERS), on_resume=REFUSED)
     use_8bit_adam: bool = flag(False, "8-bit AdamW of bitsandbytes", on_resume=REFUSED)
     adam_beta1: float = flag(0.9, "decay of the first moment, also Prodigy's", range=BELOW_ONE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,6 +15,7 @@ from lpl.autoencoders import downscaling_factor, latent_channels
 from lpl.config.checks import why_no_pipeline
 from lpl.config.groups import Model
 from lpl.families import Family, find_family
+from lpl.families.fit import check_relations, encoder_widths
 from lpl.objectives import Objective, get_objective, own_objective, training_scheduler
 from lpl.tools.trust import check_components, check_weights
 from lpl.tools.words import first_line
@@ -95,6 +97,7 @@ def read_pipeline(model: Model, blocks: Sequence[str] | None = None) -> Descript
         why = why_no_pipeline(path) or _why_not_on_the_hub(path, first_line(error))
         raise ValueError(f"--pretrained_model_name_or_path {path}: {why}") from error
     family = find_family(index.get("_class_name"))
+    what = f"--pretrained_model_name_or_path {path}"
     check_components(path, index)
     components = {name: entry for name, entry in index.items() if isinstance(entry, list | tuple)}
     absent = dict.fromkeys(name for name, entry in components.items() if tuple(entry) == (None, None))
@@ -112,6 +115,13 @@ def read_pipeline(model: Model, blocks: Sequence[str] | None = None) -> Descript
             f"--pretrained_model_name_or_path {path}: this version of diffusers has no model "
             f"{denoiser.get('_class_name')}, the class of its {family.denoiser_name}"
         )
+    encoders = {
+        name: encoder_widths(what, path, name, index, name in family.optional_components, **where)
+        for name in family.text_encoder_names
+        if name not in absent or name not in family.optional_components
+    }
+    used_vae = _used_vae_config(model, vae, family, blocks)
+    _check_fit(what, family, {"vae": used_vae, family.denoiser_name: _with_defaults(denoiser), **encoders})
     unread = set(absent)
     unread |= {"vae"} if model.pretrained_vae_model_name_or_path else set()
     unread |= {family.denoiser_name} if model.from_scratch else set()
@@ -120,11 +130,29 @@ def read_pipeline(model: Model, blocks: Sequence[str] | None = None) -> Descript
     return Description(
         family=family,
         index=index,
-        vae=_used_vae_config(model, vae, family, blocks),
+        vae=used_vae,
         denoiser=denoiser,
         scheduler=getattr(diffusers, scheduler_class).from_config(scheduler),
         absent=absent,
     )
+
+
+def _check_fit(what: str, family: type[Family], parts: Mapping[str, Mapping[str, Any]]) -> None:
+    name = family.denoiser_name
+    try:
+        relations = family.relations(parts)
+    except (KeyError, TypeError) as error:  # another class has other numbers, or none
+        raise ValueError(
+            f"{what}: its {name}, {parts[name]['_class_name']}, is none that {family.pipeline_class.__name__} can use "
+            f"({first_line(error)})"
+        ) from error
+    check_relations(what, name, relations)
+
+
+def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's configuration with the defaults of what an older version has not written."""
+    parameters = inspect.signature(getattr(diffusers, config["_class_name"])).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty} | dict(config)
 
 
 def _is_class(name: Any, base: type) -> bool:

@@ -33,7 +33,10 @@ ALONE = cases(  # wrong whatever the pipeline: what is given, what the sentence 
     ({"lr_scheduler": "piecewise_constant"}, ["--lr_scheduler", "piecewise_constant", "cosine"]),
     ({"image_interpolation_mode": "cubic"}, ["--image_interpolation_mode", "cubic", "bicubic"]),
     ({"weighting_scheme": "uniform"}, ["--weighting_scheme", "uniform", "logit_normal"]),
-    ({"report_to": "neptune"}, ["--report_to", "neptune", "tensorboard", "wandb", "comet_ml", "trackio", "all", "none"]),
+    (
+        {"report_to": "neptune"},
+        ["--report_to", "neptune", "tensorboard", "wandb", "comet_ml", "trackio", "all", "none"],
+    ),
     ({"mixed_precision": "fp8"}, ["--mixed_precision", "fp8", "bf16"]),
     ({"lpl_weight": "auto:2"}, ["--lpl_weight", "auto:2", "auto:0.2"]),
     ({"lpl_weight": "-1"}, ["--lpl_weight", "-1"]),
@@ -141,7 +144,15 @@ def test_refused_by_words(flags, words, sd_pipeline, image_folder, tmp_path, cap
 
 
 def test_every_number_that_cannot_be_negative_is_checked(sd_pipeline, image_folder, tmp_path, capsys, no_weights):
-    may_be = {"noise_offset", "input_perturbation", "logit_mean", "mode_scale", "lr_power", "validation_guidance_scale", "local_rank"}
+    may_be = {
+        "noise_offset",
+        "input_perturbation",
+        "logit_mean",
+        "mode_scale",
+        "lr_power",
+        "validation_guidance_scale",
+        "local_rank",
+    }
     actions = build_parser()._actions
     numbers = {action.dest for action in actions if action.type in (int, float) and not action.choices}
     assert len(numbers) > 50

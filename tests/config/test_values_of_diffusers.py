@@ -104,7 +104,6 @@ REFUSED = [  # flag, values, the flags that it needs, the pipeline
     ("resume_from_checkpoint", ["checkpoint-7"], {}, DDPM),
     ("seed", [-1, 2**32], {}, DDPM),
     ("snr_gamma", [-1, "nan"], {}, DDPM),
-    ("snr_gamma", [5], {}, FLOW),
     ("timestep_bias_begin", [1000], RANGE, DDPM),
     ("timestep_bias_end", [1001], RANGE, DDPM),
     ("timestep_bias_multiplier", [0], RANGE, DDPM),
