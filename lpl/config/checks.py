@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import reprlib
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from lpl.config.foreign import FOREIGN
 from lpl.config.groups import Lora, Lpl
 from lpl.options import check_options, parse_weight
 from lpl.tools.privacy import HUB_ID
-from lpl.tools.words import warn
+from lpl.tools.words import warn, why_no_folder
 
 
 def check_words(config: Config) -> None:
@@ -69,13 +70,17 @@ def warn_idle(name: str) -> None:
 
 
 def _check_place(name: str, place: str | None) -> None:
-    """Refuse a path that cannot even be looked up: one that is too long, or in a folder without permission."""
+    """Refuse a path that cannot even be looked up, as it is too long or in a folder without permission, and a file:
+    every place is a folder."""
     try:
-        os.stat(place or ".")
+        file = not stat.S_ISDIR(os.stat(place or ".").st_mode)
     except (FileNotFoundError, NotADirectoryError, ValueError):
         pass  # it is no file
     except OSError as error:
         raise ValueError(f"--{name} {reprlib.repr(place)}: {error.strerror}") from error
+    else:
+        if file and name != "pretrained_model_name_or_path":  # which says more of a file
+            raise ValueError(f"--{name} {place}: {why_no_folder(str(place))}")
 
 
 def _check_sources(config: Config) -> None:
@@ -89,8 +94,8 @@ def _check_sources(config: Config) -> None:
         raise ValueError("--dataset_name or --train_data_dir is needed, but neither is given")
     if data.dataset_config_name and not data.dataset_name:
         raise ValueError("--dataset_config_name has no effect without --dataset_name; leave it out")
-    if not data.dataset_name and not Path(data.folder).is_dir():
-        raise ValueError(f"--train_data_dir {data.train_data_dir}: there is no such folder")
+    if not data.dataset_name and (why := why_no_folder(data.folder)):
+        raise ValueError(f"--train_data_dir {data.train_data_dir}: {why}")
     if model.from_scratch and model.non_ema_revision:
         raise ValueError("--from_scratch loads no weights, so --non_ema_revision has no effect; leave one of them out")
 
@@ -100,7 +105,8 @@ def why_no_pipeline(path: str) -> str | None:
     place = Path(path)
     if place.is_file():
         return (
-            "this is a file; load it with the pipeline's from_single_file, save_pretrained that, and give its folder"
+            'this is a file; make a folder of it by python -c "from diffusers import StableDiffusionXLPipeline as P; '
+            f"P.from_single_file('{path}').save_pretrained('FOLDER')\", with the class of its pipeline, and give FOLDER"
         )
     if (place / "model_index.json").is_file():
         return None
@@ -277,7 +283,5 @@ def _check_output(config: Config) -> None:
         warn(
             "--hub_token: the list of processes and the shell's history show it; `hf auth login` or HF_TOKEN are safer"
         )
-    if Path(output.output_dir).is_file():
-        raise ValueError(f"--output_dir {output.output_dir}: this is a file; give a folder")
     if Path(output.output_dir).resolve() == Path(pipeline).resolve():
         raise ValueError(f"--output_dir {output.output_dir}: this is the pipeline to start from; give another folder")

@@ -12,4 +12,5 @@ CLIP_SCORE = "clip_score"  # of images and their captions
 METRICS = (*SET_METRICS, CLIP_SCORE)
 CLIP = "openai/clip-vit-base-patch32"  # that of the paper on CLIPScore (Hessel et al., 2021)
 EMA_DECAY, EMA_DECAY_WITH_LPL = 0.9999, 0.99975  # Sec. 4.3, "Impact on EMA"
+ALL_LINEAR = "all-linear"  # target of LoRA, as in peft
 RANK = 4  # of LoRA, as in diffusers' scripts

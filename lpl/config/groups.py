@@ -12,6 +12,7 @@ from typing import Any
 
 from lpl.config import rules
 from lpl.config.choices import (
+    ALL_LINEAR,
     CLIP,
     EMA_DECAY,
     EMA_DECAY_WITH_LPL,
@@ -111,7 +112,7 @@ class Lora:
     lora_alpha: float | None = flag(None, "their scale, divided by the rank; default: the rank", range=POSITIVE)
     lora_dropout: float = flag(0.0, "share of their inputs that is dropped", range=BELOW_ONE)
     lora_target_modules: tuple[str, ...] | None = flag(
-        None, "names of the denoiser's modules that get one; default: the family's"
+        None, f"names of the denoiser's modules that get one, or {ALL_LINEAR}; default: the family's"
     )
     use_dora: bool = flag(False, "DoRA: adapt direction and magnitude of the weights apart", on_resume=REFUSED)
     use_rslora: bool = flag(False, "rank-stabilised LoRA: divide alpha by the rank's square root", on_resume=REFUSED)

@@ -105,6 +105,23 @@ def _loaded(data: Data, split: str, cache_dir: str | None) -> Dataset | Iterable
     return dataset
 
 
+def check_not_saved_to_disk(data: Data) -> None:
+    """Refuse a folder that ``save_to_disk`` of the library wrote: ``load_dataset`` reads no such folder.
+
+    Raises:
+        ValueError: with the command that makes one of parquet files.
+    """
+    flag, folder = "dataset_name" if data.dataset_name else "train_data_dir", data.dataset_name or data.folder
+    splits, alone = Path(folder, "dataset_dict.json").is_file(), Path(folder, "state.json").is_file()
+    if splits or alone:
+        split = "['train']" if splits else ""
+        raise ValueError(
+            f'--{flag} {folder}: this is what save_to_disk writes; make parquet of it by python -c "from datasets import '
+            f"load_from_disk; load_from_disk('{folder}'){split}.to_parquet('FOLDER/train.parquet')\", and give "
+            "--dataset_name FOLDER"
+        )
+
+
 def check_columns(
     dataset: Dataset | IterableDataset,
     image_column: str,

@@ -53,6 +53,7 @@ from lpl.evaluation.sources import Model, find_models, is_model, is_run
 from lpl.publishing.card_edits import add_results
 from lpl.tools.layout import CARD, EVALUATION_IMAGES
 from lpl.tools.machine import DTYPES, usable_device
+from lpl.tools.words import why_no_folder
 
 
 logger = logging.getLogger(__name__)
@@ -204,9 +205,11 @@ def check_command(command: Command) -> None:
     if Path(request.output_dir).is_file():
         raise ValueError(f"--output_dir {request.output_dir}: this is a file; give a folder")
     if not image_files(request.reference):
-        raise ValueError(f"--reference {request.reference}: there is no such folder, or it has no images")
+        why = why_no_folder(request.reference) or "the folder has no images"
+        raise ValueError(f"--reference {request.reference}: {why}")
     if request.prompts_file is not None and not Path(request.prompts_file).is_file():
-        raise ValueError(f"--prompts_file {request.prompts_file}: there is no such file")
+        what = "this is a folder; give a file" if Path(request.prompts_file).is_dir() else "there is no such file"
+        raise ValueError(f"--prompts_file {request.prompts_file}: {what}")
     if request.clip is not None and CLIP_SCORE not in request.metrics:
         raise ValueError(f"--clip {request.clip} is for clip_score, which --metrics does not name; leave one out")
     labels = [label for label, _ in labelled_sources(request.generated)]
@@ -255,7 +258,8 @@ def find_states(command: Command) -> list[State]:
             found = (model.sampled(*sampling) for model in find_models(source, label, **flags))
             states += [State(label, source, model.step, model=model) for model in found]
         elif not image_files(source):
-            raise ValueError(f"--generated {source}: this folder is no pipeline, no training run, and has no images")
+            why = why_no_folder(source) or "this folder is no pipeline, no training run, and has no images"
+            raise ValueError(f"--generated {source}: {why}")
         else:
             states.append(State(label, source))
     return states

@@ -21,6 +21,7 @@ from lpl.publishing.card_edits import address_card
 from lpl.publishing.publication import LORAS, snapshot_of_result
 from lpl.publishing.uploads import Snapshot, Uploads
 from lpl.tools import layout
+from lpl.tools.words import why_no_folder
 
 
 PROGRAM = "python -m lpl.publish"
@@ -44,8 +45,8 @@ def check_finished(folder: Path) -> None:
     Raises:
         ValueError: with what is missing.
     """
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: there is no such folder")
+    if why := why_no_folder(str(folder)):
+        raise ValueError(f"{folder}: {why}")
     results = [name for pattern in (layout.INDEX, *LORAS) for name in folder.glob(pattern)]
     if not results or not (folder / layout.CARD).is_file():
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -48,6 +49,19 @@ def _shortens(name: str, word: str) -> bool:
     """
     parts = iter(word.split("_"))
     return bool(name) and all(any(part.startswith(short) for part in parts) for short in name.split("_"))
+
+
+ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar")
+
+
+def why_no_folder(path: str) -> str | None:
+    """Why what a path leads to is no folder, and what to give instead; None: it is one."""
+    if os.path.isdir(path):
+        return None
+    if not os.path.exists(path):
+        return "there is no such folder"
+    unpack = "unpack it and " if path.lower().endswith(ARCHIVES) else ""
+    return f"this is a file; {unpack}give a folder"
 
 
 def size(count: float) -> str:

@@ -8,10 +8,10 @@ from lpl.config import Config
 from lpl.config.choices import TRACKERS
 from lpl.config.groups import Data
 from lpl.data.reading import image_files
-from lpl.data.source import shard_files
+from lpl.data.source import check_not_saved_to_disk, shard_files
 from lpl.families import Family
 from lpl.tools.machine import has_gpu, missing
-from lpl.tools.words import warn
+from lpl.tools.words import warn, why_no_folder
 from lpl.training.checkpoints import find_resumable
 
 
@@ -26,8 +26,9 @@ def preflight(config: Config) -> None:
     _check_gpu(config)
     if config.evaluation.eval_steps is not None:
         folder = config.evaluation.eval_data_dir
-        if folder is None or not image_files(folder):
-            raise ValueError(f"--eval_data_dir {folder}: there is no such folder, or it has no images")
+        assert folder is not None  # refused by config.checks
+        if not image_files(folder):
+            raise ValueError(f"--eval_data_dir {folder}: {why_no_folder(folder) or 'the folder has no images'}")
     if config.output.resume_from_checkpoint not in (None, "latest", "hub"):
         find_resumable(config.output.output_dir, config.output.resume_from_checkpoint)
 
@@ -56,6 +57,7 @@ def check_captions(data: Data, family: type[Family]) -> None:
 
 
 def _check_data(data: Data) -> None:
+    check_not_saved_to_disk(data)
     if data.dataset_name:
         return
     if data.streaming:
