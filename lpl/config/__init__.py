@@ -1,9 +1,9 @@
-"""What was asked for: every flag declared once, typed and frozen; recipes; what two flags say against each other.
+"""The configuration of a run: every flag declared once, typed and frozen; recipes; checks between flags.
 
-``groups.py`` declares the flags, ``command_line.py`` reads words and recipes into a :class:`Config`, ``checks.py``
-refuses what cannot be meant. Nothing here knows images, models or metrics, and nothing imports torch: a wrong flag is
-answered at once. May import: ``lpl.options``, ``lpl.tools``. A new flag is one statement in ``groups.py``.
-Tests: ``tests/config``.
+``groups.py`` declares the flags, ``command_line.py`` parses the command line and a recipe into a :class:`Config`,
+``checks.py`` refuses invalid combinations. Nothing here knows images, models or metrics, and nothing imports torch, so
+a wrong flag is refused at once. May import: ``lpl.options``, ``lpl.tools``. A new flag is one statement in
+``groups.py``. Tests: ``tests/config``.
 """
 
 from lpl.config.config import Config, held_out

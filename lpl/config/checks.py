@@ -1,8 +1,8 @@
-"""What the words alone tell to be wrong: one flag that cannot be meant, or two that say different things.
+"""Checks of the command line, and of whether the places that it names exist: invalid values, contradicting flags.
 
-Each refusal is one sentence: what was given, what is accepted, which flag to change. What was given and has no effect
-is warned of. What a folder, this machine or the pipeline tells is checked later (:mod:`lpl.training.preflight`,
-:mod:`lpl.families.resolve`).
+Each refusal is one sentence: what was given, what is accepted, which flag to change. A flag that is given and has no
+effect is warned of. Checks that need a folder's content, the machine or the pipeline come later
+(:mod:`lpl.training.preflight`, :mod:`lpl.families.resolve`, :mod:`lpl.evaluation.training`).
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from __future__ import annotations
 import os
 import reprlib
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from lpl.config import rules
 from lpl.config.choices import METRICS, TRACKERS
@@ -26,7 +25,7 @@ from lpl.tools.words import warn, why_no_folder
 
 
 def check_words(config: Config) -> None:
-    """Whatever the command line alone tells to be wrong.
+    """Run all checks that need the command line only.
 
     Raises:
         ValueError: with what was given, what is accepted, and the flag to change.
@@ -46,22 +45,12 @@ def check_words(config: Config) -> None:
     _warn_of_zeros(config)
 
 
-def check_ranges(values: Mapping[str, Any]) -> None:
-    """Refuse numbers that are out of the range that their flag declares.
-
-    Raises:
-        ValueError: with the flag, its value, and what is accepted.
-    """
-    for name, value in values.items():
-        if name in FLAGS:
-            FLAGS[name].check(name, value)
-
-
 def warn_of_idle_flags(config: Config) -> None:
-    """Warn of flags that are given and have no effect in this run; once the configuration is complete."""
+    """Warn of given flags that have no effect in this run; needs a complete configuration."""
+    values = config.values()
     for name in sorted(config.given):
         used = FLAGS[name].used
-        if used is not None and not used(config):
+        if used is not None and not used(values):
             warn_idle(name)
 
 
@@ -70,17 +59,17 @@ def warn_idle(name: str) -> None:
 
 
 def _check_place(name: str, place: str | None) -> None:
-    """Refuse a path that cannot even be looked up, as it is too long or in a folder without permission, and a file:
-    every place is a folder."""
+    """Refuse a path that cannot be looked up, since it is too long or its folder may not be read, and a file."""
     try:
         file = not stat.S_ISDIR(os.stat(place or ".").st_mode)
     except (FileNotFoundError, NotADirectoryError, ValueError):
-        pass  # it is no file
+        pass  # not a local path
     except OSError as error:
         raise ValueError(f"--{name} {reprlib.repr(place)}: {error.strerror}") from error
     else:
         if file and name != "pretrained_model_name_or_path":  # which says more of a file
-            raise ValueError(f"--{name} {place}: {why_no_folder(str(place))}")
+            why = _why_no_data if name in ("train_data_dir", "dataset_name") else why_no_folder
+            raise ValueError(f"--{name} {place}: {why(str(place))}")
 
 
 def _check_sources(config: Config) -> None:
@@ -94,19 +83,25 @@ def _check_sources(config: Config) -> None:
         raise ValueError("--dataset_name or --train_data_dir is needed, but neither is given")
     if data.dataset_config_name and not data.dataset_name:
         raise ValueError("--dataset_config_name has no effect without --dataset_name; leave it out")
-    if not data.dataset_name and (why := why_no_folder(data.folder)):
+    if not data.dataset_name and (why := _why_no_data(data.folder)):
         raise ValueError(f"--train_data_dir {data.train_data_dir}: {why}")
     if model.from_scratch and model.non_ema_revision:
         raise ValueError("--from_scratch loads no weights, so --non_ema_revision has no effect; leave one of them out")
 
 
+def _why_no_data(path: str) -> str | None:
+    if Path(path).is_file() and Path(path).suffix.lower() in (".parquet", ".tar"):
+        return "this is a file; put it into a folder, and give that with --streaming"
+    return why_no_folder(path)
+
+
 def why_no_pipeline(path: str) -> str | None:
-    """Why what is found at a path on this machine is no pipeline, and what to give instead; None: it may be one."""
+    """Why a path is not a pipeline, and what to give instead; None if it may be one."""
     place = Path(path)
     if place.is_file():
         return (
             'this is a file; make a folder of it by python -c "from diffusers import StableDiffusionXLPipeline as P; '
-            f"P.from_single_file('{path}').save_pretrained('FOLDER')\", with the class of its pipeline, and give FOLDER"
+            f"P.from_single_file('{path}').save_pretrained('FOLDER')\", with its own pipeline class, and give FOLDER"
         )
     if (place / "model_index.json").is_file():
         return None
@@ -120,7 +115,7 @@ def why_no_pipeline(path: str) -> str | None:
 
 
 def _check_streaming(config: Config) -> None:
-    """What needs the number of images, which only --max_train_samples tells."""
+    """Refuse what needs the number of images, which --streaming knows only with --max_train_samples."""
     data = config.data
     if not data.streaming or data.max_train_samples is not None:
         return
@@ -139,7 +134,7 @@ def _check_streaming(config: Config) -> None:
 
 
 def parse_limit(text: str | None) -> float | None:
-    """``"20"`` -> 20 samples, ``"0.01"`` -> 0.01, a share of the data set; None -> no limit.
+    """``"20"`` -> 20 samples, ``"0.01"`` -> 0.01, a share of the data set; None means no limit.
 
     Raises:
         ValueError: for anything else.
@@ -181,10 +176,10 @@ def _check_lpl(config: Config) -> None:
 
 
 def check_loss_options(lpl: Lpl, blocks: Sequence[str] | None) -> None:
-    """Refuse options of the loss that exclude one another.
+    """Refuse options of the loss that exclude each other.
 
     Args:
-        blocks: the decoder's; None where they are not known yet.
+        blocks: the decoder's blocks; None if not known yet.
 
     Raises:
         ValueError: with what was given, what is accepted, and the flag to change.
@@ -201,10 +196,10 @@ def check_loss_options(lpl: Lpl, blocks: Sequence[str] | None) -> None:
 
 
 def idle_without_lpl(names: Iterable[str], measured: bool) -> list[str]:
-    """Those flags that have no effect where LPL is not trained on.
+    """The flags that have no effect without LPL in the training loss.
 
     Args:
-        measured: whether a validation loss takes LPL all the same.
+        measured: whether the validation loss still computes LPL.
     """
     options = {name for name in flags_of(Lpl) if name != "lpl_weight"} | {n for n in FOREIGN if n.startswith("lpl_")}
     training = {name for name, declared in flags_of(Lpl).items() if declared.training_only} | {"lpl_start"}
@@ -258,8 +253,13 @@ def _check_validation(config: Config) -> None:
         raise ValueError(
             "--validation_split names a split of --dataset_name; with --train_data_dir use --validation_every_nth"
         )
-    if data.validation_split == "train":
-        raise ValueError("--validation_split train: that is what is trained on; name another split")
+    if data.train_split != "train" and not data.dataset_name:
+        raise ValueError(
+            f"--train_split {data.train_split} names a split of --dataset_name; --train_data_dir has none; give the "
+            "sub-folder itself"
+        )
+    if data.validation_split == data.train_split:
+        raise ValueError(f"--validation_split {data.validation_split}: that is what is trained on; name another split")
     if reported not in (*TRACKERS, "all", "none"):
         raise ValueError(f"--report_to {reported}: accepted are {', '.join(TRACKERS)}, all and none")
 
@@ -279,7 +279,7 @@ def _check_output(config: Config) -> None:
     resumed = output.resume_from_checkpoint == "hub"
     if resumed and not output.push_to_hub and output.hub_model_id is None:
         raise ValueError("--resume_from_checkpoint hub: say by --hub_model_id in which repository the checkpoint is")
-    if output.hub_token is not None and rules.uses_a_token(config):
+    if output.hub_token is not None and rules.uses_a_token(config.values()):
         warn(
             "--hub_token: the list of processes and the shell's history show it; `hf auth login` or HF_TOKEN are safer"
         )

@@ -1,4 +1,4 @@
-"""The words that flags accept, and defaults that more than one file knows. What the loss accepts is in lpl.options."""
+"""Choices of flags, and defaults that several files use. The choices of the loss are in lpl.options."""
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 ENDLESS_SCHEDULERS = ("constant", "constant_with_warmup")
@@ -7,10 +7,10 @@ TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio", "mlflow", "clearml", 
 INTERPOLATION_MODES = ("nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos")  # torchvision's
 HUB_STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")  # as transformers' Trainer names them
 NEIGHBOUR_METRICS = ("precision", "recall", "density", "coverage")
-SET_METRICS = ("fid", "kid", *NEIGHBOUR_METRICS)  # of two sets of images
-CLIP_SCORE = "clip_score"  # of images and their captions
+SET_METRICS = ("fid", "kid", *NEIGHBOUR_METRICS)  # compare two sets of images
+CLIP_SCORE = "clip_score"  # compares images with their captions
 METRICS = (*SET_METRICS, CLIP_SCORE)
-CLIP = "openai/clip-vit-base-patch32"  # that of the paper on CLIPScore (Hessel et al., 2021)
+CLIP = "openai/clip-vit-base-patch32"  # the model of the CLIPScore paper (Hessel et al., 2021)
 EMA_DECAY, EMA_DECAY_WITH_LPL = 0.9999, 0.99975  # Sec. 4.3, "Impact on EMA"
-ALL_LINEAR = "all-linear"  # target of LoRA, as in peft
-RANK = 4  # of LoRA, as in diffusers' scripts
+ALL_LINEAR = "all-linear"  # adapts every linear layer, as in peft
+RANK = 4  # the default of diffusers' LoRA scripts

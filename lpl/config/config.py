@@ -1,4 +1,4 @@
-"""All groups of flags together: what a run was asked for."""
+"""All groups of flags together: the configuration of a run."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Group = TypeVar("Group", Data, Diffusion, Lpl)
 
 @dataclass(frozen=True)
 class Config:
-    """What was asked for. Complete once :func:`lpl.families.resolve.resolve` has filled in what follows the pipeline.
+    """The configuration of a run. :func:`lpl.families.resolve.resolve` fills in what depends on the pipeline.
 
     Args:
-        given: flags that were given, by words or by a recipe that says something else than the default.
-        rerun_of: what the recipe that the run was started from has measured.
-        timestep_threshold: ``--lpl_t_threshold`` of diffusers' research script, until ``resolve`` states it as
+        given: names of the flags given on the command line, or by a recipe with a value other than the default.
+        rerun_of: the ``measured`` entries of the recipe that the run was started from.
+        timestep_threshold: ``--lpl_t_threshold`` of diffusers' research script, until ``resolve`` converts it to
             ``--lpl_sigma_threshold``.
     """
 
@@ -38,11 +38,11 @@ class Config:
     timestep_threshold: int | None = None
 
     def values(self) -> dict[str, Any]:
-        """Every flag's value by its name."""
+        """The values of all flags by name."""
         return {name: getattr(getattr(self, group), name) for name, group in GROUP_OF.items()}
 
     def changed(self, **values: Any) -> Config:
-        """The same with other values of flags, by their names."""
+        """Return a copy with other values, given by flag name."""
         groups: dict[str, dict[str, Any]] = {}
         for name, value in values.items():
             groups.setdefault(GROUP_OF[name], {})[name] = value
@@ -57,7 +57,7 @@ FLAGS: dict[str, Flag] = {name: declared for kind in GROUPS.values() for name, d
 
 
 def held_out(group: Group) -> Group:
-    """A group as it is where the held-out losses are computed: nothing is random, and both losses are plain."""
+    """A group for the held-out losses: no randomness, and neither loss is modified."""
     return replace(
         group,
         **{

@@ -1,9 +1,9 @@
 """One declaration per flag: ``name: type = flag(default, help, ...)`` in a frozen dataclass, a group of flags.
 
-Everything else that is known of a flag follows from its declaration: its place on the command line, its range, whether
-a recipe records it, whether a resumed run may change it, what a recipe from the Hub may set it to.
+The declaration also fixes the flag's range, whether a recipe records it, whether a resumed run may change it, and what
+a recipe from the Hub may set it to.
 
-The annotation gives the type. ``bool`` that defaults to False is a flag without a value; ``bool`` that defaults to
+The annotation gives the type. A ``bool`` with default False is a flag without a value; a ``bool`` with default
 True takes true or false; ``tuple[T, ...]`` takes several values; None means "not given".
 """
 
@@ -19,11 +19,11 @@ from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hint
 
 
 Group = TypeVar("Group")
-Values = Mapping[str, Any]  # by the flag's name
+Values = Mapping[str, Any]  # by flag name
 
 
 class Range(NamedTuple):
-    """The numbers that a flag accepts, and how that is said."""
+    """The numbers that a flag accepts, and their description in messages."""
 
     accepts: Callable[[Any], bool]
     words: str
@@ -43,35 +43,38 @@ def at_most(most: int) -> Range:
 
 
 class OnResume(Enum):
-    """What happens where the command that resumes a run changes a flag."""
+    """What happens if a resumed run changes the flag."""
 
     WARNED = auto()
-    REFUSED = auto()  # the checkpoint is of something else
-    SILENT = auto()  # no number of the training depends on it
-    LENGTH = auto()  # silent where the learning-rate schedule has no end, else warned of
+    REFUSED = auto()  # the checkpoint does not fit the new value
+    SILENT = auto()  # the training does not depend on it
+    LENGTH = auto()  # warned of only if the learning rate schedule depends on the length
 
 
-AS_TRAINED = object()  # held_out: the held-out losses are computed under the run's own value
+AS_TRAINED = object()  # held_out: the held-out losses use the run's own value
 
 
 @dataclass(frozen=True)
 class Flag:
-    """What is known of a flag besides its name, type and default.
+    """A flag's declaration besides its name, type and default.
 
     Args:
-        help: one line.
-        choices: accepted words.
-        ranges: all have to accept a number.
+        help: the help text, one line that can be read alone.
+        choices: accepted values.
+        ranges: ranges of accepted numbers; a number must lie in all of them.
         on_resume: see :class:`OnResume`.
-        own: of a machine and its user, not of the training's numbers; a stranger's recipe cannot set it.
-        public: whether a value means the same to everybody, given the value and those of all flags; None: any does.
-        path: a folder or file is looked for there.
-        in_recipe: whether ``recipe.yaml`` records it.
-        held_out: its value where the held-out losses are computed.
-        training_only: an option of LPL that the held-out losses do not depend on.
-        same_loss: an option of LPL that does not make another loss.
-        used: whether it has an effect in a run, given all flags; where it is given and has none, the run warns.
-        words: turns the words given into the value.
+        own: the flag concerns the machine and its user, not the training; a recipe from the Hub cannot set it.
+        public: called with the value and all values; returns whether the value means the same on every machine.
+            None: every value does.
+        path: the value may be a local path.
+        in_recipe: whether ``recipe.yaml`` records the flag.
+        held_out: value for the held-out losses.
+        training_only: a promise that the held-out losses do not read this LPL flag; a run warns of it accordingly. A
+            flag that they read has ``held_out`` instead.
+        same_loss: an LPL flag that does not change the loss function.
+        used: called with the configuration; returns whether the flag has an effect. A run warns of a given flag that
+            has none.
+        words: converts the given words to the value.
     """
 
     help: str
@@ -85,11 +88,11 @@ class Flag:
     held_out: Any = AS_TRAINED
     training_only: bool = False
     same_loss: bool = False
-    used: Callable[[Any], bool] | None = None
+    used: Callable[[Values], bool] | None = None
     words: Callable[[str | Sequence[str]], Any] | None = None
 
     def check(self, name: str, value: Any) -> None:
-        """Refuse a number that is out of range.
+        """Refuse a number out of range.
 
         Raises:
             ValueError: with the flag, its value, and what is accepted.
@@ -101,13 +104,13 @@ class Flag:
 
 
 def flag(default: Any, help: str, *, range: Range | Sequence[Range] = (), **rules: Any) -> Any:
-    """The statement that declares a flag; for ``rules`` see :class:`Flag`."""
+    """Declare a flag; ``rules`` are the arguments of :class:`Flag`."""
     ranges = (range,) if isinstance(range, Range) else tuple(range)
     return field(default=default, metadata={"flag": Flag(help, ranges=ranges, **rules)})
 
 
 def flags_of(group: type) -> dict[str, Flag]:
-    """The flags that a group declares, by name."""
+    """The flags of a group by name."""
     return {item.name: item.metadata["flag"] for item in fields(group)}
 
 
@@ -122,10 +125,10 @@ def boolean(word: str) -> bool:
 
 
 def add_group(parser: argparse.ArgumentParser | Any, group: type, names: Collection[str] | None = None) -> None:
-    """Give a parser the flags that a group declares.
+    """Add the flags of a group to a parser.
 
     Args:
-        names: those that are added; None: all.
+        names: the flags to add; None: all.
     """
     for item, options in _options(group):
         if names is None or item.name in names:
@@ -133,10 +136,10 @@ def add_group(parser: argparse.ArgumentParser | Any, group: type, names: Collect
 
 
 def built(group: type[Group], values: Values) -> Group:
-    """The group with those of the parsed values that are its own; the others are at their defaults.
+    """Build a group from parsed values; flags without a value keep their defaults.
 
     Raises:
-        ValueError: where words have no meaning as a value.
+        ValueError: if words cannot be converted to a value.
     """
     taken = {name: values[name] for name in flags_of(group) if name in values}  # type: ignore[arg-type]
     for name, value in taken.items():
@@ -146,7 +149,7 @@ def built(group: type[Group], values: Values) -> Group:
 
 
 def _options(group: type) -> Iterator[tuple[Field, dict[str, Any]]]:
-    """Each flag with the arguments of ``add_argument``."""
+    """Each flag with its arguments for ``add_argument``."""
     hints = get_type_hints(group)
     for item in fields(group):
         declared: Flag = item.metadata["flag"]
@@ -166,7 +169,7 @@ def _options(group: type) -> Iterator[tuple[Field, dict[str, Any]]]:
 
 
 def _kind(hint: Any) -> tuple[type, bool]:
-    """The type of a value without "| None", and whether there are several.
+    """The type without "| None", and whether the flag takes several values.
 
     >>> _kind(int | None), _kind(tuple[str, ...])
     ((<class 'int'>, False), (<class 'str'>, True))

@@ -1,4 +1,4 @@
-"""Flags of other scripts: some have no effect here; those of diffusers' research script for LPL are translated."""
+"""Flags of other scripts: some are ignored; those of diffusers' research script for LPL are translated."""
 
 from __future__ import annotations
 
@@ -15,30 +15,34 @@ from lpl.tools.words import warn
 class Foreign:
     """accepted from other scripts"""
 
-    enable_xformers_memory_efficient_attention: bool = flag(False, "ignored: PyTorch's own serves")
-    enable_npu_flash_attention: bool = flag(False, "ignored likewise")
-    local_rank: int = flag(-1, "ignored: the launcher's environment tells it")
+    enable_xformers_memory_efficient_attention: bool = flag(
+        False, "ignored: PyTorch's memory-efficient attention is always used"
+    )
+    enable_npu_flash_attention: bool = flag(False, "ignored: PyTorch's own attention is always used")
+    local_rank: int = flag(-1, "ignored: the launcher sets the rank in the environment")
     use_lpl: bool = flag(False, "ignored: LPL is on unless --lpl_weight is 0")
-    lpl_scale: bool = flag(False, "ignored: --lpl_weight and the sigma threshold weigh LPL")
-    lpl_loss_type: str = flag("mse", "taken for --lpl_distance l2 or l1", choices=("mse", "l1"))
-    lpl_start: int = flag(0, "taken for --lpl_start_step", range=NOT_NEGATIVE)
+    lpl_scale: bool = flag(False, "ignored: see --lpl_weight and --lpl_sigma_threshold")
+    lpl_loss_type: str = flag("mse", "mse sets --lpl_distance l2, l1 sets --lpl_distance l1", choices=("mse", "l1"))
+    lpl_start: int = flag(0, "sets --lpl_start_step", range=NOT_NEGATIVE)
     lpl_num_blocks: int = flag(
         4,
-        "N is taken for --lpl_blocks mid up_0 ... up_(N-1)",
+        "N sets --lpl_blocks mid up_0 ... up_(N-1)",
         range=(NOT_NEGATIVE, at_most(100)),
     )
-    lpl_t_threshold: int = flag(200, "taken for the --lpl_sigma_threshold of that timestep", range=POSITIVE)
+    lpl_t_threshold: int = flag(
+        200, "sets --lpl_sigma_threshold to the noise-to-signal ratio of this timestep", range=POSITIVE
+    )
     lpl_norm_type: str = flag(
         "default",
-        "shared, with the two flags below: taken for --lpl_variant reference; else ignored",
+        "shared, with --lpl_pow_law and --lpl_remove_outliers, sets --lpl_variant reference; otherwise ignored",
         choices=("default", "shared", "batch"),
     )
-    lpl_pow_law: bool = flag(False, "see --lpl_norm_type")
-    lpl_remove_outliers: bool = flag(False, "see --lpl_norm_type too")
+    lpl_pow_law: bool = flag(False, "has an effect only with --lpl_norm_type shared and --lpl_remove_outliers")
+    lpl_remove_outliers: bool = flag(False, "has an effect only with --lpl_norm_type shared and --lpl_pow_law")
 
 
 FOREIGN = frozenset(flags_of(Foreign))
-# Those that do nothing here, and what serves instead.
+# Ignored flags, and what replaces them.
 IGNORED = {
     "enable_xformers_memory_efficient_attention": "PyTorch's own memory-efficient attention is always used",
     "enable_npu_flash_attention": "PyTorch's own attention is always used",
@@ -49,13 +53,13 @@ IGNORED = {
 
 
 def translated(config: Config, foreign: Mapping[str, Any]) -> Config:
-    """Warn of flags that do nothing here, and say those of the research script in ours.
+    """Warn of ignored flags, and translate those of the research script to the flags of this script.
 
     Args:
-        foreign: the flags of :class:`Foreign` that were given.
+        foreign: the given flags of :class:`Foreign`.
 
     Raises:
-        ValueError: where one contradicts a flag of ours.
+        ValueError: if one contradicts a flag of this script.
     """
     for name in IGNORED:
         if name in foreign:
@@ -80,7 +84,7 @@ def translated(config: Config, foreign: Mapping[str, Any]) -> Config:
 
 
 def _taken_for(config: Config, words: str, name: str, value: Any) -> Config:
-    """With a flag of ours set to what a foreign one means."""
+    """Set a flag of this script to the value that a foreign flag stands for."""
     ours = f"--{name} {' '.join(value) if isinstance(value, tuple) else value}"
     if name in config.given and config.values()[name] != value:
         raise ValueError(
@@ -91,7 +95,7 @@ def _taken_for(config: Config, words: str, name: str, value: Any) -> Config:
 
 
 def _variant_translated(config: Config, foreign: Mapping[str, Any]) -> Config:
-    """Normalisation, depth weights and masks of the research script, which its README gives as one set."""
+    """Translate normalisation, depth weights and masks of the research script, which its README sets together."""
     names = ("lpl_norm_type", "lpl_pow_law", "lpl_remove_outliers")
     words = " ".join(
         f"--{name}" + (f" {foreign[name]}" if name == names[0] else "") for name in names if name in foreign

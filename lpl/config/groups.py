@@ -1,7 +1,7 @@
 """Every flag of the training script, declared once; names, meanings and defaults are those of diffusers' scripts.
 
-Where the scripts of diffusers differ, ``train_text_to_image.py`` decides. A default of None is often filled in later,
-from the pipeline (:func:`lpl.families.resolve.resolve`). A function takes the groups that it reads, not all of them.
+Where diffusers' scripts differ, ``train_text_to_image.py`` decides. Many defaults of None are filled in later from the
+pipeline (:func:`lpl.families.resolve.resolve`). Functions take the groups that they read, not the whole configuration.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Model:
     """model"""
 
     pretrained_model_name_or_path: str | None = flag(
-        None, "pipeline to fine-tune: a folder or an id on the Hub", public=rules.on_the_hub, path=True
+        None, "pipeline to fine-tune: a local folder or a Hub id", public=rules.on_the_hub, path=True
     )
     revision: str | None = flag(
         None, "branch, tag or commit of the pipeline on the Hub", public=rules.is_revision, used=rules.from_the_hub
@@ -69,36 +69,43 @@ class Model:
     variant: str | None = flag(None, "variant of the weight files, e.g. fp16", public=rules.is_word)
     non_ema_revision: str | None = flag(
         None,
-        "revision with the denoiser's weights that are no moving average, to start from",
+        "Hub revision of the pipeline with non-EMA denoiser weights, to start training from",
         public=rules.is_revision,
         used=rules.from_the_hub,
     )
     pretrained_vae_model_name_or_path: str | None = flag(
-        None, "another VAE to encode and decode with", public=rules.on_the_hub, path=True
+        None,
+        "VAE to encode and decode with instead of the pipeline's: a local folder or a Hub id",
+        public=rules.on_the_hub,
+        path=True,
     )
-    cache_dir: str | None = own_flag(None, "where downloaded models and data sets are kept", path=True)
-    from_scratch: bool = flag(False, "start the denoiser from random weights, not from the pipeline's")
-    train_text_encoder: bool = flag(False, "train the CLIP text encoders too, at --text_encoder_lr", on_resume=REFUSED)
+    cache_dir: str | None = own_flag(None, "folder for downloaded models and data sets", path=True)
+    from_scratch: bool = flag(False, "start the denoiser from random weights instead of the pipeline's")
+    train_text_encoder: bool = flag(
+        False, "also train the CLIP text encoders, with the learning rate --text_encoder_lr", on_resume=REFUSED
+    )
     max_sequence_length: int | None = flag(
-        None, "tokens of a caption that a T5 or Gemma is given; default: the family's", range=POSITIVE
+        None,
+        "maximum number of tokens per caption for T5 and Gemma text encoders; default: the family's",
+        range=POSITIVE,
     )
-    guidance_scale: float = flag(3.5, "guidance that Flux's denoiser is told in training", range=NOT_NEGATIVE)
+    guidance_scale: float = flag(3.5, "guidance value passed to Flux's denoiser in training", range=NOT_NEGATIVE)
     prediction_type: str | None = flag(
         None,
-        "what the denoiser is trained to predict; default: what the pipeline was trained on",
+        "training objective of the denoiser; default: the pipeline's own",
         choices=OBJECTIVE_NAMES,
         on_resume=REFUSED,
     )
 
     @property
     def pipeline(self) -> str:
-        """Folder or Hub id of the pipeline, once the flags are checked."""
+        """Folder or Hub id of the pipeline; available after the checks."""
         assert self.pretrained_model_name_or_path is not None
         return self.pretrained_model_name_or_path
 
     @property
     def objective(self) -> str:
-        """Name of the objective, once it is resolved."""
+        """Name of the objective; available after ``resolve``."""
         assert self.prediction_type is not None
         return self.prediction_type
 
@@ -108,16 +115,20 @@ class Lora:
     """LoRA"""
 
     lora: bool = flag(False, "train low-rank adapters (LoRA) instead of all weights", on_resume=REFUSED)
-    rank: int | None = flag(None, f"their rank; given, it means --lora; default: {RANK}", range=POSITIVE)
-    lora_alpha: float | None = flag(None, "their scale, divided by the rank; default: the rank", range=POSITIVE)
-    lora_dropout: float = flag(0.0, "share of their inputs that is dropped", range=BELOW_ONE)
-    lora_target_modules: tuple[str, ...] | None = flag(
-        None, f"names of the denoiser's modules that get one, or {ALL_LINEAR}; default: the family's"
+    rank: int | None = flag(
+        None, f"rank of the LoRA adapters; giving it turns LoRA on; default: {RANK}", range=POSITIVE
     )
-    use_dora: bool = flag(False, "DoRA: adapt direction and magnitude of the weights apart", on_resume=REFUSED)
-    use_rslora: bool = flag(False, "rank-stabilised LoRA: divide alpha by the rank's square root", on_resume=REFUSED)
+    lora_alpha: float | None = flag(
+        None, "LoRA alpha; adapters are scaled by alpha / rank; default: the rank", range=POSITIVE
+    )
+    lora_dropout: float = flag(0.0, "dropout probability of the LoRA adapters", range=BELOW_ONE)
+    lora_target_modules: tuple[str, ...] | None = flag(
+        None, f"names of the denoiser modules that get LoRA adapters, or {ALL_LINEAR}; default: the family's"
+    )
+    use_dora: bool = flag(False, "DoRA: train magnitude and direction of each weight separately", on_resume=REFUSED)
+    use_rslora: bool = flag(False, "rank-stabilised LoRA: scale adapters by alpha / sqrt(rank)", on_resume=REFUSED)
     quantize_base: str | None = flag(
-        None, "keep the frozen denoiser in so many bits; needs a GPU", choices=("8bit", "4bit")
+        None, "quantize the frozen denoiser to 8 or 4 bits when training LoRA; needs a GPU", choices=("8bit", "4bit")
     )
 
 
@@ -126,70 +137,76 @@ class Data:
     """data"""
 
     dataset_name: str | None = flag(
-        None, "data set on the Hub, or a folder that load_dataset understands", public=rules.on_the_hub, path=True
+        None,
+        "data set on the Hub, or a local folder that datasets.load_dataset can read",
+        public=rules.on_the_hub,
+        path=True,
     )
-    dataset_config_name: str | None = flag(None, "configuration of that data set")
+    dataset_config_name: str | None = flag(None, "configuration of --dataset_name")
     train_data_dir: str | None = flag(
         None,
-        "folder of images with a metadata.jsonl (file_name, text), or with a folder per class",
+        "folder of images with a metadata.jsonl (file_name, text), a .txt per image, or a sub-folder per class",
         public=rules.within_the_data_set,
         path=True,
     )
     streaming: bool = flag(
-        False, "read the data while training; --train_data_dir is a folder of .parquet or .tar (WebDataset) files then"
+        False,
+        "read the data during training, from the Hub or from .parquet or .tar (WebDataset) files in --train_data_dir",
     )
     shuffle_buffer_size: int = flag(
-        1000, "images that --streaming shuffles at a time", range=POSITIVE, used=rules.shuffles_a_stream
+        1000, "number of images in the shuffle buffer of --streaming", range=POSITIVE, used=rules.shuffles_a_stream
     )
-    image_column: str = flag("image", "column with the images")
-    caption_column: str = flag("text", "column with a caption or several; with DiT class labels, from label")
+    image_column: str = flag("image", "column of the images")
+    caption_column: str = flag(
+        "text", "column of the captions, one or several per image; for DiT, of the class labels, label by default"
+    )
     max_train_samples: int | None = flag(
-        None, "train on so many images at most, drawn by the seed, or the first ones", range=POSITIVE
+        None, "train on at most N images: a random subset, or with --streaming the first N", range=POSITIVE
     )
     max_bad_samples: str | None = flag(
-        None, "unreadable samples to bear: a number, or a share below 1; default: any number"
+        None,
+        "stop after more unreadable samples than this: a number, or a share of the data below 1; default: no limit",
     )
-    validation_split: str | None = flag(
-        None, "split of --dataset_name for the validation loss, which is not trained on"
-    )
+    train_split: str = flag("train", "split of --dataset_name to train on")
+    validation_split: str | None = flag(None, "split of --dataset_name for the validation loss")
     validation_every_nth: int | None = flag(
-        None, "keep every so many-th image for the validation loss instead", range=TWO_OR_MORE
+        None, "hold out every N-th image for the validation loss", range=TWO_OR_MORE
     )
     num_validation_samples: int = flag(
-        64, "images at most that the validation loss is taken on", range=POSITIVE, used=rules.holds_out
+        64, "maximum number of images for the validation loss", range=POSITIVE, used=rules.holds_out
     )
     resolution: int | None = flag(
         None, "side of the square training images in pixels; default: the family's", range=POSITIVE
     )
-    center_crop: bool = flag(False, "crop the centre instead of a random square", held_out=True)
-    random_flip: bool = flag(False, "mirror half of the images", held_out=False)
-    image_interpolation_mode: str = flag("lanczos", "how images are resized", choices=INTERPOLATION_MODES)
+    center_crop: bool = flag(False, "crop images at the centre instead of at random", held_out=True)
+    random_flip: bool = flag(False, "flip images horizontally with probability 0.5", held_out=False)
+    image_interpolation_mode: str = flag("lanczos", "interpolation for resizing images", choices=INTERPOLATION_MODES)
     proportion_empty_prompts: float | None = flag(
-        None, "share of captions that are left empty; default: the family's", range=SHARE, held_out=0.0
+        None, "share of captions replaced by the empty caption; default: the family's", range=SHARE, held_out=0.0
     )
     dataloader_num_workers: int = silent_flag(
-        0, "processes that load images; 0 = the main process", range=NOT_NEGATIVE
+        0, "number of data loading processes; 0 = load in the main process", range=NOT_NEGATIVE
     )
     dataloader_timeout: float = flag(
         600.0,
-        "seconds after which a file that is still being read counts as a bad sample; 0 = wait for ever",
+        "seconds after which a file that is still being read counts as a bad sample; 0 = no limit",
         range=NOT_NEGATIVE,
     )
 
     @property
     def folder(self) -> str:
-        """--train_data_dir where no --dataset_name is given, once the flags are checked."""
+        """--train_data_dir, if no --dataset_name is given; available after the checks."""
         assert self.train_data_dir is not None
         return self.train_data_dir
 
     @property
     def holds_out(self) -> bool:
-        """Whether a part of the data is for the held-out losses only."""
+        """Whether a part of the data is held out for the validation loss."""
         return self.validation_split is not None or self.validation_every_nth is not None
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of the training images in pixels, once the resolution is resolved."""
+        """Height and width of the training images in pixels; available after ``resolve``."""
         assert self.resolution is not None
         return self.resolution, self.resolution
 
@@ -200,124 +217,137 @@ class Lpl:
 
     lpl_weight: str = flag(
         "auto:0.2",
-        "auto:SHARE finds the weight that gives LPL that share of the loss; a number is the weight; 0 is off",
+        "weight of LPL; auto:SHARE sets it so that LPL is this share of the total loss; 0 turns LPL off",
         same_loss=True,
     )
     lpl_measuring_steps: int = flag(
         50,
-        "first steps with LPL, over which its share is measured",
+        "number of first steps with LPL that measure the share of LPL, from which auto:SHARE sets the weight",
         range=POSITIVE,
         training_only=True,
         same_loss=True,
     )
     lpl_blocks: tuple[str, ...] | None = flag(
-        None, "decoder blocks to compare: mid up_0 up_1 ..., or rgb alone; default: all"
+        None, "decoder blocks to compare: mid up_0 up_1 ..., or rgb alone for decoded pixels; default: all blocks"
     )
     lpl_sigma_threshold: float = flag(
-        3.0, "noise-to-signal ratio up to which LPL applies", range=POSITIVE, same_loss=True
+        3.0,
+        "apply LPL where the noise-to-signal ratio is at most this, at --lpl_threshold_base_resolution",
+        range=POSITIVE,
+        same_loss=True,
     )
     lpl_threshold_base_resolution: int = flag(
         256,
-        "resolution that the threshold is stated for; it grows with the side; 0 = use it as it is",
+        "resolution that --lpl_sigma_threshold is given for; the threshold scales with the image side; 0 = no scaling",
         range=NOT_NEGATIVE,
         same_loss=True,
     )
-    lpl_normalization: str = flag("shared", "whose statistics standardise features", choices=NORMALIZATIONS)
-    lpl_detach_statistics: bool = flag(False, "no gradient through those statistics")
-    lpl_depth_weighting: str | tuple[float, ...] = flag(
-        "inverse", f"one of {', '.join(DEPTH_WEIGHTINGS)}, or one number per block", words=rules.depth_weighting
+    lpl_normalization: str = flag(
+        "shared",
+        "feature normalisation: by the prediction's statistics (shared), by each side's own (separate), or none",
+        choices=NORMALIZATIONS,
     )
-    lpl_no_outlier_mask: bool = flag(False, "do not mask outliers of the decoder's features")
+    lpl_detach_statistics: bool = flag(False, "stop the gradient through the statistics of --lpl_normalization")
+    lpl_depth_weighting: str | tuple[float, ...] = flag(
+        "inverse",
+        f"weights of the decoder blocks: {', '.join(DEPTH_WEIGHTINGS)}, or one number per block",
+        words=rules.depth_weighting,
+    )
+    lpl_no_outlier_mask: bool = flag(False, "turn off the masks that exclude outliers of the decoder features")
     lpl_outlier_quantile: float = flag(
         MASK_DEFAULTS["quantile"],
-        "masks: share of a map's positions at either end that its bounds are read off",
+        "outlier masks: share q; the q and 1 - q quantiles of each feature map bound the values that are kept",
         range=rules.mask_range("quantile"),
-        used=rules.with_masks,
+        used=rules.unless("lpl_no_outlier_mask"),
     )
     lpl_outlier_margin: float = flag(
         MASK_DEFAULTS["margin"],
-        "masks: standard deviations beyond those bounds that are still kept",
+        "outlier masks: keep values up to this many standard deviations beyond the quantiles",
         range=rules.mask_range("margin"),
-        used=rules.with_masks,
+        used=rules.unless("lpl_no_outlier_mask"),
     )
     lpl_outlier_dilation: int = flag(
         MASK_DEFAULTS["dilation"],
-        "masks: kernel at 256 px that drops lone false positives; it grows with the side, as does the next",
+        "outlier masks: kernel size that removes isolated false positives, at 256 px; scales with the image side",
         range=rules.mask_range("dilation"),
-        used=rules.with_masks,
+        used=rules.unless("lpl_no_outlier_mask"),
     )
     lpl_outlier_erosion: int = flag(
         MASK_DEFAULTS["erosion"],
-        "masks: kernel at 256 px that then grows the outliers found",
+        "outlier masks: kernel size that grows the masked regions, at 256 px; scales with the image side",
         range=rules.mask_range("erosion"),
-        used=rules.with_masks,
+        used=rules.unless("lpl_no_outlier_mask"),
     )
     lpl_outlier_stride: int = flag(
         MASK_DEFAULTS["stride"],
-        "masks: read the bounds off every so many-th position; more is faster and a little less exact",
+        "outlier masks: compute the quantiles from every N-th position; larger is faster and less exact",
         range=rules.mask_range("stride"),
-        used=rules.with_masks,
+        used=rules.unless("lpl_no_outlier_mask"),
     )
-    lpl_distance: str = flag("l2", "squared or absolute difference of features", choices=DISTANCES)
+    lpl_distance: str = flag("l2", "squared (l2) or absolute (l1) difference of features", choices=DISTANCES)
     lpl_variant: str = flag(
-        "paper", "reference: the numbers of the authors' released code", choices=VARIANTS, held_out="paper"
+        "paper",
+        "the loss of the paper, or exactly that of the authors' released code (reference)",
+        choices=VARIANTS,
+        held_out="paper",
     )
     lpl_start_step: int = flag(
         0, "first optimizer step with LPL", range=NOT_NEGATIVE, training_only=True, same_loss=True
     )
     lpl_ramp_steps: int = flag(
         0,
-        "steps over which its weight then grows to its full value",
+        "steps after --lpl_start_step over which the weight of LPL grows linearly to its full value",
         range=NOT_NEGATIVE,
         training_only=True,
         same_loss=True,
     )
     lpl_every: int = flag(
-        1, "LPL on every so many-th step only, with so many times the weight", range=POSITIVE, training_only=True
+        1, "apply LPL at every N-th step only, with N times the weight", range=POSITIVE, training_only=True
     )
     lpl_max_samples: int | None = flag(
         None,
-        "LPL on so many samples of a micro-batch at most, drawn from those inside the threshold, for all of them",
+        "apply LPL to at most N of a micro-batch's samples below the threshold, rescaled to stand for all of them",
         range=POSITIVE,
         held_out=None,
         training_only=True,
-        used=rules.takes_some_samples,
+        used=rules.less_than("lpl_max_samples", "train_batch_size"),
     )
     lpl_crop: int | None = flag(
         None,
-        "LPL on a random part of the images with sides of so many pixels",
+        "apply LPL to a random square crop of each image with a side of N pixels; default: the whole image",
         range=POSITIVE,
         held_out=None,
         training_only=True,
-        used=rules.takes_a_part,
+        used=rules.less_than("lpl_crop", "resolution"),
     )
     lpl_chunk_size: int | None = flag(
         None,
-        "samples that LPL decodes at a time, to save memory; default: all",
+        "number of samples that LPL decodes at a time; smaller saves memory; default: all",
         range=POSITIVE,
         same_loss=True,
-        used=rules.decodes_in_chunks,
+        used=rules.less_than("lpl_chunk_size", "train_batch_size"),
     )
     lpl_gradient_checkpointing: bool = flag(
-        False, "recompute decoder blocks in backward to save memory", training_only=True, same_loss=True
+        False,
+        "recompute the decoder's activations in the backward pass to save memory",
+        training_only=True,
+        same_loss=True,
     )
-    lpl_vae_dtype: str = flag(
-        "float32", "precision of the decoder that LPL looks through", choices=DTYPES, same_loss=True
-    )
+    lpl_vae_dtype: str = flag("float32", "precision of the decoder that LPL uses", choices=DTYPES, same_loss=True)
     lpl_vae_name_or_path: str | None = flag(
         None,
-        "another VAE with the same latent space to look through; default: the pipeline's",
+        "VAE with the same latent space whose decoder LPL uses; default: the pipeline's",
         public=rules.on_the_hub,
         path=True,
     )
 
     @property
     def enabled(self) -> bool:
-        """Whether LPL is trained on."""
+        """Whether LPL is part of the training loss."""
         return parse_weight(self.lpl_weight) != (0.0, None)
 
     def loss_options(self) -> dict[str, Any]:
-        """The options of :class:`lpl.LatentPerceptualLoss`; of masks and memory only what is not the default."""
+        """The options of :class:`lpl.LatentPerceptualLoss`; those of masks and memory only if not the default."""
         outliers = {name: getattr(self, f"lpl_outlier_{name}") for name in MASK_DEFAULTS}
         if self.lpl_no_outlier_mask:
             outliers.clear()
@@ -339,126 +369,176 @@ class Diffusion:
 
     snr_gamma: float | None = flag(
         None,
-        "gamma of min-SNR weighting; 5.0 is its paper's; not for flow matching",
+        "gamma of min-SNR weighting, 5.0 in its paper; default: no weighting; not for flow matching",
         range=NOT_NEGATIVE,
         held_out=None,
     )
-    noise_offset: float = flag(0.0, "scale of a noise that is equal over a whole channel", range=FINITE, held_out=0.0)
-    input_perturbation: float = flag(
-        0.0, "scale of noise added to the denoiser's input only", range=FINITE, held_out=0.0
+    noise_offset: float = flag(
+        0.0, "scale of the noise offset, which is constant over each channel", range=FINITE, held_out=0.0
     )
-    dream_training: bool = flag(False, "DREAM: correct the training pair by the model's own error", held_out=False)
+    input_perturbation: float = flag(
+        0.0,
+        "scale of additional noise in the denoiser's input, which is not part of the target",
+        range=FINITE,
+        held_out=0.0,
+    )
+    dream_training: bool = flag(
+        False, "DREAM: correct inputs and targets by the model's own prediction error", held_out=False
+    )
     dream_detail_preservation: float = flag(
-        1.0, "DREAM's p: larger keeps more detail", range=NOT_NEGATIVE, used=rules.dreams
+        1.0, "DREAM: exponent p; larger preserves more detail", range=NOT_NEGATIVE, used=rules.when("dream_training")
     )
     timestep_bias_strategy: str = flag(
         "none",
-        "timesteps to draw more often: the earlier (less noisy) ones, the later ones, or a range",
+        "timesteps to sample more often: the earlier (less noisy) ones, the later ones, or a range",
         choices=BIAS_STRATEGIES,
     )
     timestep_bias_multiplier: float = flag(
-        1.0, "how much more often those are drawn", range=POSITIVE, used=rules.biased("earlier", "later", "range")
+        1.0,
+        "how many times more often --timestep_bias_strategy samples its timesteps",
+        range=POSITIVE,
+        used=rules.when("timestep_bias_strategy", "earlier", "later", "range"),
     )
-    timestep_bias_begin: int = flag(0, "first timestep of the range", range=NOT_NEGATIVE, used=rules.biased("range"))
+    timestep_bias_begin: int = flag(
+        0,
+        "--timestep_bias_strategy range: first timestep",
+        range=NOT_NEGATIVE,
+        used=rules.when("timestep_bias_strategy", "range"),
+    )
     timestep_bias_end: int = flag(
-        1000, "timestep before which the range ends", range=POSITIVE, used=rules.biased("range")
+        1000,
+        "--timestep_bias_strategy range: last timestep, exclusive",
+        range=POSITIVE,
+        used=rules.when("timestep_bias_strategy", "range"),
     )
     timestep_bias_portion: float = flag(
         0.25,
-        "share of the timesteps that is earlier, or later",
+        "--timestep_bias_strategy earlier or later: share of all timesteps to sample more often",
         range=POSITIVE_SHARE,
-        used=rules.biased("earlier", "later"),
+        used=rules.when("timestep_bias_strategy", "earlier", "later"),
     )
     weighting_scheme: str | None = flag(
         None,
-        "flow matching: density of timesteps and weight of the loss; default: logit_normal",
+        "flow matching: sampling density of the timesteps and weighting of the loss; default: logit_normal",
         choices=WEIGHTING_SCHEMES,
         held_out=None,
     )
     precondition_outputs: int = flag(
         0,
-        "flow matching: 1 takes the error of the estimated clean latent instead of the velocity's",
+        "flow matching: 1 computes the loss on the estimated clean latent instead of the velocity",
         choices=(0, 1),
         held_out=0,
     )
-    logit_mean: float = flag(0.0, "mean of the logit_normal density", range=FINITE, used=rules.density("logit_normal"))
-    logit_std: float = flag(
-        1.0, "standard deviation of the logit_normal density", range=NOT_NEGATIVE, used=rules.density("logit_normal")
+    logit_mean: float = flag(
+        0.0, "--weighting_scheme logit_normal: mean", range=FINITE, used=rules.when("weighting_scheme", "logit_normal")
     )
-    mode_scale: float = flag(1.29, "scale of the mode density", range=FINITE, used=rules.density("mode"))
+    logit_std: float = flag(
+        1.0,
+        "--weighting_scheme logit_normal: standard deviation",
+        range=NOT_NEGATIVE,
+        used=rules.when("weighting_scheme", "logit_normal"),
+    )
+    mode_scale: float = flag(
+        1.29, "--weighting_scheme mode: scale", range=FINITE, used=rules.when("weighting_scheme", "mode")
+    )
 
 
 @dataclass(frozen=True)
 class Optimization:
     """optimization"""
 
-    train_batch_size: int = flag(16, "images per process and micro-batch", range=POSITIVE)
+    train_batch_size: int = flag(16, "images per process in a micro-batch", range=POSITIVE)
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step", range=POSITIVE)
     num_train_epochs: int = flag(
-        100, "passes over the data, unless --max_train_steps is given", range=NOT_NEGATIVE, on_resume=LENGTH
+        100, "number of passes over the data; --max_train_steps overrides it", range=NOT_NEGATIVE, on_resume=LENGTH
     )
     max_train_steps: int | None = flag(
-        None, "optimizer steps in all", range=(NOT_NEGATIVE, at_most(10_000_000)), on_resume=LENGTH
+        None,
+        "total number of optimizer steps; overrides --num_train_epochs",
+        range=(NOT_NEGATIVE, at_most(10_000_000)),
+        on_resume=LENGTH,
     )
     learning_rate: float = flag(0.0001, "learning rate after warm-up", range=NOT_NEGATIVE)
     text_encoder_lr: float | None = flag(
         None,
-        "that of the text encoders; default: the family's, or the same",
+        "learning rate of the text encoders; default: the family's, or --learning_rate",
         range=NOT_NEGATIVE,
-        used=rules.trains_text_encoders,
+        used=rules.when("train_text_encoder"),
     )
-    scale_lr: bool = flag(False, "multiply both by processes, micro-batches and batch size")
-    lr_scheduler: str = flag("constant", "learning-rate schedule", choices=LR_SCHEDULERS)
+    scale_lr: bool = flag(
+        False, "multiply the learning rates by the number of processes, the accumulation steps and the batch size"
+    )
+    lr_scheduler: str = flag("constant", "learning rate schedule", choices=LR_SCHEDULERS)
     lr_warmup_steps: int = flag(
-        500, "optimizer steps of warm-up, for schedules that have one", range=NOT_NEGATIVE, used=rules.warms_up
+        500,
+        "warm-up steps of the learning rate schedule; the constant schedule has none",
+        range=NOT_NEGATIVE,
+        used=rules.warms_up,
     )
     lr_num_cycles: int = flag(
-        1, "restarts of cosine_with_restarts", range=POSITIVE, used=rules.scheduled("cosine_with_restarts")
+        1,
+        "number of cycles of the cosine_with_restarts schedule",
+        range=POSITIVE,
+        used=rules.when("lr_scheduler", "cosine_with_restarts"),
     )
-    lr_power: float = flag(1.0, "power of the polynomial schedule", range=FINITE, used=rules.scheduled("polynomial"))
+    lr_power: float = flag(
+        1.0, "power of the polynomial schedule", range=FINITE, used=rules.when("lr_scheduler", "polynomial")
+    )
     optimizer: str = flag(OPTIMIZERS[0], " or ".join(OPTIMIZERS), on_resume=REFUSED)
-    use_8bit_adam: bool = flag(False, "8-bit AdamW of bitsandbytes", on_resume=REFUSED)
-    adam_beta1: float = flag(0.9, "decay of the first moment, also Prodigy's", range=BELOW_ONE)
-    adam_beta2: float = flag(0.999, "decay of the second moment, also Prodigy's", range=BELOW_ONE)
-    adam_weight_decay: float = flag(0.01, "weight decay, also Prodigy's", range=NOT_NEGATIVE)
+    use_8bit_adam: bool = flag(False, "use the 8-bit AdamW of bitsandbytes", on_resume=REFUSED)
+    adam_beta1: float = flag(0.9, "beta1 of AdamW and Prodigy", range=BELOW_ONE)
+    adam_beta2: float = flag(0.999, "beta2 of AdamW and Prodigy", range=BELOW_ONE)
+    adam_weight_decay: float = flag(0.01, "weight decay of AdamW and Prodigy", range=NOT_NEGATIVE)
     adam_weight_decay_text_encoder: float | None = flag(
         None,
-        "that of the text encoders; default: as for their rate",
+        "weight decay of the text encoders; default: the family's, or --adam_weight_decay",
         range=NOT_NEGATIVE,
-        used=rules.trains_text_encoders,
+        used=rules.when("train_text_encoder"),
     )
-    adam_epsilon: float = flag(1e-08, "what keeps the division by the second moment finite", range=POSITIVE)
+    adam_epsilon: float = flag(1e-08, "epsilon of AdamW and Prodigy", range=POSITIVE)
     prodigy_beta3: float | None = flag(
         None,
-        "decay of Prodigy's step size; default: the root of --adam_beta2",
+        "Prodigy: beta3 of the step size estimate; default: the square root of --adam_beta2",
         range=BELOW_ONE,
-        used=rules.with_prodigy,
+        used=rules.when("optimizer", "prodigy"),
     )
-    prodigy_decouple: bool = flag(True, "Prodigy: weight decay as in AdamW", used=rules.with_prodigy)
-    prodigy_use_bias_correction: bool = flag(True, "Prodigy: Adam's bias correction", used=rules.with_prodigy)
+    prodigy_decouple: bool = flag(
+        True, "Prodigy: decoupled weight decay, as in AdamW", used=rules.when("optimizer", "prodigy")
+    )
+    prodigy_use_bias_correction: bool = flag(
+        True, "Prodigy: Adam's bias correction", used=rules.when("optimizer", "prodigy")
+    )
     prodigy_safeguard_warmup: bool = flag(
-        True, "Prodigy: keep the warm-up out of its estimate of the step size", used=rules.with_prodigy
+        True, "Prodigy: exclude the warm-up from the step size estimate", used=rules.when("optimizer", "prodigy")
     )
-    max_grad_norm: float = flag(1.0, "norm that gradients are clipped to; 0 = no clipping", range=NOT_NEGATIVE)
+    max_grad_norm: float = flag(1.0, "maximum gradient norm, for clipping; 0 = no clipping", range=NOT_NEGATIVE)
     max_skipped_steps: int = flag(
-        100, "steps to bear that change nothing, since a loss or a gradient is NaN or infinite", range=NOT_NEGATIVE
+        100,
+        "stop the run after more skipped steps than this; a step with a NaN or infinite loss or gradient is skipped",
+        range=NOT_NEGATIVE,
     )
-    use_ema: bool = flag(False, "keep and save an exponential moving average of the weights")
+    use_ema: bool = flag(False, "keep an exponential moving average (EMA) of the weights and save it as the result")
     ema_decay: float | None = flag(
         None,
-        f"its decay; default: {EMA_DECAY_WITH_LPL} with LPL, {EMA_DECAY} without",
+        f"decay of the EMA; default: {EMA_DECAY_WITH_LPL} with LPL, {EMA_DECAY} without",
         range=SHARE,
-        used=rules.with_ema,
+        used=rules.when("use_ema"),
     )
-    foreach_ema: bool = flag(False, "faster EMA by fused updates", used=rules.with_ema)
-    offload_ema: bool = flag(False, "keep the EMA in the CPU's memory between updates", used=rules.with_ema)
+    foreach_ema: bool = flag(
+        False, "update the EMA with fused (foreach) operations, which is faster", used=rules.when("use_ema")
+    )
+    offload_ema: bool = flag(False, "keep the EMA in CPU memory between updates", used=rules.when("use_ema"))
     mixed_precision: str | None = flag(
-        None, "of computation; default: as accelerate is configured", choices=("no", "fp16", "bf16")
+        None, "mixed precision of the computation; default: accelerate's configuration", choices=("no", "fp16", "bf16")
     )
-    allow_tf32: bool = flag(False, "TF32 matrix products on Ampere GPUs and later")
-    gradient_checkpointing: bool = flag(False, "recompute activations in backward to save memory")
+    allow_tf32: bool = flag(False, "allow TF32 on Ampere and later GPUs")
+    gradient_checkpointing: bool = flag(
+        False, "recompute the denoiser's activations in the backward pass to save memory"
+    )
     seed: int | None = silent_flag(
-        None, "seed of everything random; default: drawn and written down", range=(NOT_NEGATIVE, at_most(2**32 - 1))
+        None,
+        "random seed; default: drawn at random and recorded in recipe.yaml",
+        range=(NOT_NEGATIVE, at_most(2**32 - 1)),
     )
 
 
@@ -466,34 +546,47 @@ class Optimization:
 class Validation:
     """validation and logging"""
 
-    dry_run: bool = flag(False, "show what would be done, its memory and time, and stop", own=True, in_recipe=False)
-    validation_prompt: str | None = silent_flag(
-        None, "prompt to sample --num_validation_images images of; with DiT a class"
+    dry_run: bool = flag(
+        False,
+        "report what a run would do and what time and memory it needs, then exit; writes nothing",
+        own=True,
+        in_recipe=False,
     )
-    validation_prompts: tuple[str, ...] | None = silent_flag(None, "prompts to sample an image of each")
+    validation_prompt: str | None = silent_flag(
+        None, "prompt to sample --num_validation_images images from; for DiT, a class"
+    )
+    validation_prompts: tuple[str, ...] | None = silent_flag(
+        None, "prompts to sample one image each from; for DiT, classes"
+    )
     num_validation_images: int = silent_flag(
-        4, "images of the --validation_prompt; 0 = none", range=(NOT_NEGATIVE, at_most(10_000)), used=rules.one_prompt
+        4,
+        "number of images to sample from --validation_prompt; 0 = none",
+        range=(NOT_NEGATIVE, at_most(10_000)),
+        used=rules.when("validation_prompt"),
     )
     validation_epochs: int = silent_flag(
         5,
-        "sample and take the validation loss every so many epochs; 0 = before and after the training only",
+        "run validation (samples and validation loss) every N epochs; 0 = only before and after the training",
         range=NOT_NEGATIVE,
-        used=rules.validated,
+        used=rules.validates,
     )
     validation_steps: int | None = silent_flag(
-        None, "do so every so many optimizer steps instead", range=POSITIVE, used=rules.validated
+        None,
+        "run validation every N optimizer steps; overrides --validation_epochs",
+        range=POSITIVE,
+        used=rules.validates,
     )
-    validation_inference_steps: int = silent_flag(25, "sampling steps of validation images", range=POSITIVE)
+    validation_inference_steps: int = silent_flag(25, "number of sampling steps for validation images", range=POSITIVE)
     validation_guidance_scale: float | None = silent_flag(
-        None, "their guidance scale; default: the pipeline's", range=FINITE
+        None, "guidance scale for validation images; default: the pipeline's", range=FINITE
     )
-    report_to: str = own_flag("tensorboard", f"{', '.join(TRACKERS)}, all or none")
+    report_to: str = own_flag("tensorboard", f"experiment tracker: {', '.join(TRACKERS)}, all or none")
     tracker_project_name: str = own_flag("text2image-fine-tune", "project name in the tracker")
-    logging_dir: str = own_flag("logs", "the trackers' folder within --output_dir", path=True)
-    logging_steps: int = silent_flag(10, "optimizer steps between two log entries", range=POSITIVE)
-    debug_loss: bool = silent_flag(False, "log every image's own diffusion loss")
+    logging_dir: str = own_flag("logs", "folder for the trackers' files, inside --output_dir", path=True)
+    logging_steps: int = silent_flag(10, "write a log entry every N optimizer steps", range=POSITIVE)
+    debug_loss: bool = silent_flag(False, "log the diffusion loss of each image")
     verbose: bool = own_flag(
-        False, "show what the libraries say of themselves at the start, and all their progress bars", in_recipe=False
+        False, "show the libraries' own notices at the start, and all of their progress bars", in_recipe=False
     )
 
 
@@ -502,25 +595,32 @@ class Evaluation:
     """evaluation"""
 
     eval_steps: int | None = own_flag(
-        None, "compare drawn with real images every so many optimizer steps; default: never", range=POSITIVE
+        None, "compare generated with real images every N optimizer steps; default: never", range=POSITIVE
     )
     eval_data_dir: str | None = own_flag(
         None,
-        "folder of the real images, best of ones that are not trained on, with their captions",
+        "folder of real images with captions to compare with; use images outside the training set",
         path=True,
-        used=rules.evaluated,
+        used=rules.when("eval_steps"),
     )
-    eval_metrics: tuple[str, ...] = own_flag(SET_METRICS, f"out of {', '.join(METRICS)}", used=rules.evaluated)
+    eval_metrics: tuple[str, ...] = own_flag(
+        SET_METRICS, f"metrics to compute: {', '.join(METRICS)}", used=rules.when("eval_steps")
+    )
     eval_features: tuple[str, ...] = own_flag(
         ("facebook/dinov2-base",),
-        "networks to compare them through, as for python -m lpl.evaluate",
+        "feature networks for the metrics, named as for python -m lpl.evaluate",
         used=rules.compares_sets,
     )
-    eval_clip: str = own_flag(CLIP, "network of clip_score", used=rules.scores_captions)
+    eval_clip: str = own_flag(CLIP, "CLIP model for clip_score", used=rules.scores_captions)
     eval_num_images: int | None = own_flag(
-        None, "images to draw; default: as many as there are real ones", range=POSITIVE, used=rules.evaluated
+        None,
+        "number of images to generate for the evaluation; default: the number of real images",
+        range=POSITIVE,
+        used=rules.when("eval_steps"),
     )
-    eval_batch_size: int = own_flag(8, "images that are drawn at a time", range=POSITIVE, used=rules.evaluated)
+    eval_batch_size: int = own_flag(
+        8, "batch size for generating evaluation images", range=POSITIVE, used=rules.when("eval_steps")
+    )
 
 
 @dataclass(frozen=True)
@@ -529,40 +629,38 @@ class Output:
 
     config: str | None = flag(
         None,
-        "recipe: a YAML file of flags and values, such as a run's recipe.yaml, or a repository on the Hub "
-        "that has one (user/repo or user/repo@revision); flags given here win",
+        "recipe: a YAML file that maps flags to values, such as a run's recipe.yaml, or a Hub repository with one "
+        "(user/repo or user/repo@revision); the command line overrides it",
         in_recipe=False,
     )
-    without: tuple[str, ...] | None = flag(
-        None, "flags of the recipe to leave out, e.g. one that it turns on", in_recipe=False
-    )
-    output_dir: str = own_flag("sd-model-finetuned", "where checkpoints, samples and the pipeline go", path=True)
-    checkpointing_steps: int = silent_flag(500, "optimizer steps between two checkpoints", range=POSITIVE)
+    without: tuple[str, ...] | None = flag(None, "flags to drop from the recipe of --config", in_recipe=False)
+    output_dir: str = own_flag("sd-model-finetuned", "folder for checkpoints, samples, logs and the result", path=True)
+    checkpointing_steps: int = silent_flag(500, "save a checkpoint every N optimizer steps", range=POSITIVE)
     checkpoints_total_limit: int | None = silent_flag(
-        None, "keep so many checkpoints; the last one in any case", range=NOT_NEGATIVE
+        None, "keep only the last N checkpoints, at least one; default: keep all", range=NOT_NEGATIVE
     )
     resume_from_checkpoint: str | None = flag(
         None,
-        'a checkpoint\'s folder, "latest", or "hub": the last one that --hub_strategy checkpoint has pushed',
+        'a checkpoint folder, "latest", or "hub" for the last checkpoint that --hub_strategy checkpoint pushed',
         own=True,
         path=True,
         in_recipe=False,
     )
     push_to_hub: bool = own_flag(False, "publish the result with samples, curves, recipe and model card")
     hub_model_id: str | None = own_flag(
-        None, "repository to publish to; default: the name of --output_dir", used=rules.asks_the_hub
+        None, "Hub repository to publish to; default: the name of --output_dir", used=rules.asks_the_hub
     )
     hub_token: str | None = own_flag(
-        None, "token for it; a login or the environment is safer", in_recipe=False, used=rules.uses_a_token
+        None, "token for the Hub; prefer hf auth login or HF_TOKEN", in_recipe=False, used=rules.uses_a_token
     )
-    hub_private_repo: bool = own_flag(False, "make the repository a private one where it is new", used=rules.pushed)
+    hub_private_repo: bool = own_flag(False, "create the Hub repository as private", used=rules.when("push_to_hub"))
     hub_revision: str | None = own_flag(
-        None, "branch to publish to, made where there is none; default: main", used=rules.asks_the_hub
+        None, "branch to publish to, created if missing; default: main", used=rules.asks_the_hub
     )
     hub_strategy: str = own_flag(
         "end",
-        "when to publish: at the end; weights and samples with each checkpoint (every_save), and the state to"
-        " resume from, the last one (checkpoint) or all (all_checkpoints)",
+        "when to publish: at the end (end), or with each checkpoint: weights and samples (every_save), also the last "
+        "training state (checkpoint), or all training states (all_checkpoints)",
         choices=HUB_STRATEGIES,
-        used=rules.pushed,
+        used=rules.when("push_to_hub"),
     )

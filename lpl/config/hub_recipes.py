@@ -1,4 +1,4 @@
-"""The recipe in a repository of the Hub, and why there is none."""
+"""Downloads a recipe from the Hub, and explains why there is none."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from lpl.tools.words import first_line
 
 
 def downloaded(repository: str, revision: str | None, token: str | None, cache_dir: str | None, largest: int) -> str:
-    """The path of a repository's recipe, of at most ``largest`` bytes.
+    """Download a repository's recipe of at most ``largest`` bytes, and return its path.
 
     Raises:
-        HTTPError, OSError, ValueError: where there is none, or none that can be seen, or it is too large.
+        HTTPError, OSError, ValueError: if it is missing, not accessible or too large.
     """
     options: dict[str, Any] = {"revision": revision, "token": (token or "").strip() or None, "cache_dir": cache_dir}
     if (hf_hub_download(repository, layout.RECIPE, dry_run=True, **options).file_size or 0) > largest:
@@ -35,7 +35,7 @@ def downloaded(repository: str, revision: str | None, token: str | None, cache_d
 
 @contextmanager
 def reading(repository: str, revision: str | None) -> Iterator[None]:
-    """Within, every error of the Hub, or of the file, is a ValueError that says what to do."""
+    """Turn every error of the Hub or the file into a ValueError that says what to do."""
     try:
         yield
     except (HTTPError, OSError, ValueError) as error:

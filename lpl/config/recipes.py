@@ -1,14 +1,14 @@
-"""Recipes: YAML files that map flags to values; under ``measured`` they record what a run has measured.
+"""Recipes: YAML files that map flags to values; ``measured`` records what a run has measured.
 
-:func:`read_recipe` reads a file, or the ``recipe.yaml`` of a repository on the Hub. A file is trusted as the command
-line is. A recipe from the Hub is a stranger's and decides the numbers of the training only:
+:func:`read_recipe` reads a file, or the ``recipe.yaml`` of a Hub repository. A file is trusted like the command line.
+A recipe from the Hub is untrusted and sets only what the training computes:
 
-- Flags that are the machine's and its user's business (``own`` in the declaration) are ignored: where files lie, what
-  is published, how the run is started, what it is compared with.
-- Models and data sets must be on the Hub (:func:`is_public`), since a path leads to other people's files.
-- Code (PACKAGE.MODULE:FUNCTION) is refused; there are no YAML tags and no references.
+- Flags of the machine and its user (``own`` in the declaration) are ignored: output folders, publishing, logging,
+  evaluation.
+- Models and data sets must be on the Hub (:func:`is_public`), since a local path would name other files here.
+- Code (PACKAGE.MODULE:FUNCTION), YAML tags and YAML references are refused.
 
-It can still make the run long, large or bad. Flags on the command line win; those given there are not even looked at.
+It can still make a run long, large or bad. Flags on the command line override it, and are not checked in the recipe.
 """
 
 from __future__ import annotations
@@ -19,27 +19,25 @@ import os
 import reprlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
 from lpl.config.config import FLAGS
+from lpl.config.parser import Parser
 from lpl.config.rules import hub_source
 from lpl.tools.words import close_match, warn
 
 
-if TYPE_CHECKING:
-    from lpl.config.command_line import Parser
-
 LARGEST_RECIPE = 1_000_000  # bytes
-MEASURED = "measured"  # what is no flag in a recipe
+MEASURED = "measured"  # the key of a recipe that is not a flag
 
 
 class Recipe(NamedTuple):
-    """What a recipe says."""
+    """The content of a recipe."""
 
-    values: dict[str, Any]  # by flag, of the flags' types; those that are given
-    measured: dict[str, Any]  # what the run that wrote it has found out; of a stranger's recipe it may be anything
+    values: dict[str, Any]  # by flag, in the flags' types; only flags that the recipe gives
+    measured: dict[str, Any]  # what the original run measured; untrusted if the recipe is from the Hub
 
 
 def read_recipe(
@@ -52,19 +50,19 @@ def read_recipe(
     token: str | None = None,
     cache_dir: str | None = None,
 ) -> Recipe:
-    """A recipe that is a file, or of a repository ``user/repo`` or ``user/repo@revision`` on the Hub.
+    """Read a recipe from a file, or from a Hub repository ``user/repo`` or ``user/repo@revision``.
 
-    What is null or false in it is left to the default.
+    Values of null or false mean the default.
 
     Args:
-        without: flags that are left out.
-        typed: flags of the command line, which a stranger's recipe cannot change.
-        strict: refuse flags that there are not, which another version may have written.
-        token: for the Hub; None: that of the login.
-        cache_dir: where the download is kept; None: with all others.
+        without: flags to leave out.
+        typed: flags of the command line, which a recipe from the Hub cannot change.
+        strict: refuse unknown flags, which another version may have written.
+        token: for the Hub; None: the token of the login.
+        cache_dir: folder for the download; None: the default cache.
 
     Raises:
-        ValueError: for what is no recipe, an unknown flag, or a value that the flag cannot have, or may not.
+        ValueError: if it is not a recipe, or has an unknown flag or a value that is invalid or not allowed.
     """
     repository = hub_source(source)
     try:
@@ -82,7 +80,7 @@ def read_recipe(
 def _entries_on_the_hub(
     repository: str, revision: str | None, token: str | None, cache_dir: str | None
 ) -> dict[Any, Any]:
-    from lpl.config.hub_recipes import downloaded, reading  # whose libraries a command line without --config can spare
+    from lpl.config.hub_recipes import downloaded, reading  # imported only if needed: it is slow
 
     with reading(repository, revision):
         return read_entries(downloaded(repository, revision, token, cache_dir, LARGEST_RECIPE))
@@ -92,7 +90,7 @@ def _entries_on_the_hub(
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """YAML's plain values, without references: those of lists of references are small here, and fill the memory."""
+    """Plain YAML without references: a small file of nested references could fill the memory."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -101,10 +99,10 @@ class RecipeLoader(yaml.SafeLoader):
 
 
 def read_entries(path: str | Path) -> dict[Any, Any]:
-    """What a recipe's file maps to what, as plain YAML: no tag makes it more than data.
+    """Read a recipe's entries as plain YAML, without tags.
 
     Raises:
-        OSError, ValueError: where it cannot be read, or is no recipe.
+        OSError, ValueError: if it cannot be read, or is not a recipe.
     """
     with open(path, "rb") as file:
         content = file.read(LARGEST_RECIPE + 1)
@@ -120,13 +118,13 @@ def read_entries(path: str | Path) -> dict[Any, Any]:
 
 
 def take_measured(entries: dict[Any, Any]) -> dict[Any, Any]:
-    """Remove what is no flag from a recipe's entries, and return it."""
+    """Remove ``measured`` from a recipe's entries, and return it."""
     measured = entries.pop(MEASURED, None)
     return measured if isinstance(measured, dict) else {}
 
 
 def recipe_text(values: Mapping[str, Any], measured: Mapping[str, Any] | None = None) -> str:
-    """The content of a recipe's file: the flags by name, and behind them what was measured."""
+    """The text of a recipe file: the flags by name, then ``measured``."""
     flags = dict(sorted(values.items(), key=lambda entry: str(entry[0])))
     return yaml.safe_dump(flags | ({MEASURED: dict(measured)} if measured else {}), sort_keys=False)
 
@@ -162,7 +160,7 @@ def _values(
 
 
 def _value(parser: Parser, source: str, action: argparse.Action, value: Any) -> Any:
-    """What the flag would be on a command line with that value; None: absent."""
+    """The value that the flag would have on a command line; None: not given."""
     name = action.dest
     if value is None:
         return None
@@ -176,7 +174,7 @@ def _value(parser: Parser, source: str, action: argparse.Action, value: Any) -> 
     if not items:
         raise ValueError(f"--config {source}: {name} is an empty list; leave it out")
     parser.source = f"--config {source}: "
-    # Each by a command line of its own, with "=", for values that look like flags.
+    # Parsed one by one, with "=", since values may look like flags.
     words = [_word(source, action, item) for item in items]
     parsed = [getattr(parser.parse_args([f"--{name}={word}"]), name) for word in words]
     parser.source = ""
@@ -184,10 +182,10 @@ def _value(parser: Parser, source: str, action: argparse.Action, value: Any) -> 
 
 
 def _word(source: str, action: argparse.Action, value: Any) -> str:
-    """A value of YAML's as it would be typed.
+    """A YAML value as a word of the command line.
 
     Raises:
-        ValueError: for one that cannot be typed.
+        ValueError: if it has no such form.
     """
     if isinstance(value, bool) and not isinstance(action.default, bool):
         if value is False and "no" in (action.choices or ()):  # YAML reads a bare no as false
@@ -202,19 +200,19 @@ def _word(source: str, action: argparse.Action, value: Any) -> str:
     return str(value)
 
 
-# What strangers may say ----------------------------------------------------------------------------------------------
+# Recipes from the Hub ------------------------------------------------------------------------------------------------
 
 
 def is_own(name: str) -> bool:
-    """Whether a flag is the business of a machine and its user, and none of the training's numbers."""
+    """Whether a flag concerns the machine and its user, not the training."""
     return name in FLAGS and FLAGS[name].own
 
 
 def is_public(name: str, values: Mapping[str, Any]) -> bool:
-    """Whether the value of a flag means the same to everybody: no path of a machine, and nothing that leads to one.
+    """Whether the value of a flag means the same on every machine: it does not depend on a local path.
 
     Args:
-        values: all flags of the recipe.
+        values: all values of the recipe.
     """
     if name not in FLAGS:
         return True
@@ -223,10 +221,10 @@ def is_public(name: str, values: Mapping[str, Any]) -> bool:
 
 
 def _entrusted(parser: Parser, source: str, values: Mapping[str, Any], typed: Collection[str]) -> dict[str, Any]:
-    """The flags of a stranger's recipe, without those of the command line and those that are not for strangers to say.
+    """The flags that a recipe from the Hub may set, without those of the command line.
 
     Raises:
-        ValueError: for a model or data set that is not on the Hub, and for code.
+        ValueError: if a model or data set is not on the Hub, or a value is code.
     """
     values = {name: value for name, value in values.items() if name not in typed}
     if code := [feature for feature in values.get("eval_features", ()) if ":" in feature]:
@@ -247,7 +245,7 @@ def _entrusted(parser: Parser, source: str, values: Mapping[str, Any], typed: Co
                 f"give your own by --{name}, or leave it out by --without {name}"
             )
     most = os.cpu_count() or 1
-    if taken.get("dataloader_num_workers", 0) > most:  # their number moves nothing
+    if taken.get("dataloader_num_workers", 0) > most:  # does not change the results
         warn(f"--config {source}: dataloader_num_workers {taken['dataloader_num_workers']} is taken for {most}")
         taken["dataloader_num_workers"] = most
     return taken

@@ -7,7 +7,6 @@ quotes it. *Inside* are the samples whose sigma is at most the threshold tau: LP
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -22,7 +21,7 @@ from lpl.gate import is_inside, sigma_threshold_at
 from lpl.objectives import FlowMatching, Objective, own_objective, training_scheduler
 from lpl.tools.words import pixels, short_count
 from lpl.training.parts import TrainedParts
-from lpl.training.start import Run
+from lpl.training.start import Length, Run
 
 
 logger = logging.getLogger(__name__)
@@ -32,21 +31,26 @@ DRAWS = 2000  # timesteps drawn to estimate that share
 
 @dataclass
 class Plan:
-    """Everything that is known about a run before its first step.
-
-    Args:
-        max_steps: optimizer steps of the whole run.
-        global_batch: samples per optimizer step, over all processes and micro-batches.
-    """
+    """Everything that is known about a run before its first step."""
 
     config: Config
     run: Run
+    length: Length
     trained: TrainedParts
     images: TrainingImages
-    objective: Objective
-    max_steps: int
-    global_batch: int
     schedule: LambdaLR
+
+    @property
+    def objective(self) -> Objective:
+        return self.images.objective
+
+    @property
+    def max_steps(self) -> int:
+        return self.length.max_steps
+
+    @property
+    def global_batch(self) -> int:
+        return self.length.global_batch
 
     def announce(self) -> None:
         """Log what the run will do.
@@ -90,9 +94,8 @@ class Plan:
     @property
     def validation_steps(self) -> int:
         """Optimizer steps between two validations."""
-        validation, length = self.config.validation, self.images.length
-        epoch = math.ceil(length / self.global_batch) if length else self.max_steps
-        return validation.validation_steps or validation.validation_epochs * epoch or self.max_steps
+        validation = self.config.validation
+        return validation.validation_steps or validation.validation_epochs * self.length.epoch or self.max_steps
 
     def count(self) -> str:
         """The number of images in words."""

@@ -26,7 +26,6 @@ import logging
 import re
 import sys
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -38,9 +37,11 @@ from PIL import Image
 from lpl.config import groups
 from lpl.config.checks import warn_idle
 from lpl.config.choices import CLIP, CLIP_SCORE, METRICS, NEIGHBOUR_METRICS, SET_METRICS
-from lpl.config.command_line import Parser, add_flags, given_flags
+from lpl.config.command_line import add_flags, given_flags
 from lpl.config.flag import NOT_NEGATIVE, POSITIVE, Range, add_group, built, flag, flags_of
-from lpl.data.reading import FORMATS, image_files
+from lpl.config.parser import Parser
+from lpl.data.folder import image_files, why_no_images
+from lpl.data.reading import FORMATS
 from lpl.evaluation import MOST_BY_DEFAULT, NEAREST_K, check_libraries
 from lpl.evaluation.generation import generate, image_path, prompt_text
 from lpl.evaluation.images import ImageSet, Preprocessing, folder_images
@@ -51,9 +52,10 @@ from lpl.evaluation.report import aligned, on_card, summary, table, write_evalua
 from lpl.evaluation.results import REAL, Reference, Settings, State, class_labels, measure, prompts_of, shown_states
 from lpl.evaluation.sources import Model, find_models, is_model, is_run
 from lpl.publishing.card_edits import add_results
+from lpl.tools.files import check_writable
 from lpl.tools.layout import CARD, EVALUATION_IMAGES
 from lpl.tools.machine import DTYPES, usable_device
-from lpl.tools.words import why_no_folder
+from lpl.tools.words import plain_warnings, why_no_folder
 
 
 logger = logging.getLogger(__name__)
@@ -204,8 +206,8 @@ def check_command(command: Command) -> None:
     check_bootstrap(request.bootstrap)
     if Path(request.output_dir).is_file():
         raise ValueError(f"--output_dir {request.output_dir}: this is a file; give a folder")
-    if not image_files(request.reference):
-        why = why_no_folder(request.reference) or "the folder has no images"
+    check_writable(f"--output_dir {request.output_dir}", request.output_dir, [EVALUATION_IMAGES])
+    if why := why_no_images(request.reference):
         raise ValueError(f"--reference {request.reference}: {why}")
     if request.prompts_file is not None and not Path(request.prompts_file).is_file():
         what = "this is a folder; give a file" if Path(request.prompts_file).is_dir() else "there is no such file"
@@ -439,7 +441,7 @@ def write(
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     command = parse(sys.argv[1:] if argv is None else argv)
-    warnings.formatwarning = lambda message, *_, **__: f"{PROGRAM}: warning: {message}\n"
+    plain_warnings(PROGRAM)
     for library in ("httpx", "httpx2", "diffusers", "transformers"):  # they report each file and truncated caption
         logging.getLogger(library).setLevel(logging.ERROR)
     try:

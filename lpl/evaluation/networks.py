@@ -240,7 +240,7 @@ def load_networks(
 
 @contextmanager
 def _tensors_only() -> Iterator[None]:
-    """Make ``torch.load`` read tensors only, whatever its arguments: these weights exist only as a pickle."""
+    """Make ``torch.load`` read tensors only, whatever its arguments: these weights exist as a pickle only."""
     names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")  # torch refuses both together
     before = {name: os.environ.pop(name) for name in names if name in os.environ}
     os.environ[names[0]] = "1"

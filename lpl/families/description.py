@@ -15,6 +15,7 @@ from lpl.autoencoders import downscaling_factor, latent_channels
 from lpl.config.checks import why_no_pipeline
 from lpl.config.groups import Model
 from lpl.families import Family, find_family
+from lpl.families.components import lacking
 from lpl.families.fit import check_relations, encoder_widths
 from lpl.objectives import Objective, get_objective, own_objective, training_scheduler
 from lpl.tools.trust import check_components, check_weights
@@ -30,7 +31,8 @@ class Description:
     vae: Mapping[str, Any]  # of the VAE that is used
     denoiser: Mapping[str, Any]
     scheduler: Any  # a scheduler is its configuration
-    absent: Mapping[str, None]  # components that this pipeline lacks, such as SD3's T5
+    listed: Sequence[str]  # components that it has
+    absent: Mapping[str, None]  # components that this pipeline lacks, such as SD3's T5 or a safety checker
 
     @property
     def parts(self) -> dict[str, Mapping[str, Any]]:
@@ -115,24 +117,27 @@ def read_pipeline(model: Model, blocks: Sequence[str] | None = None) -> Descript
             f"--pretrained_model_name_or_path {path}: this version of diffusers has no model "
             f"{denoiser.get('_class_name')}, the class of its {family.denoiser_name}"
         )
+    unread = {"vae"} if model.pretrained_vae_model_name_or_path else set()
+    unread |= {family.denoiser_name} if model.from_scratch else set()
+    taken = inspect.signature(family.pipeline_class.__init__).parameters  # diffusers ignores all others
+    listed = [name for name in components if name in taken and name not in absent]
+    absent |= dict.fromkeys(lacking(model, family, listed, unread))
+    folders = (name for name in listed if name not in unread | absent.keys())
+    check_weights(what, path, folders, model.revision)
+    used_vae = _used_vae_config(model, vae, family, blocks)
     encoders = {
-        name: encoder_widths(what, path, name, index, name in family.optional_components, **where)
+        name: encoder_widths(what, path, name, index, **where)
         for name in family.text_encoder_names
         if name not in absent or name not in family.optional_components
     }
-    used_vae = _used_vae_config(model, vae, family, blocks)
     _check_fit(what, family, {"vae": used_vae, family.denoiser_name: _with_defaults(denoiser), **encoders})
-    unread = set(absent)
-    unread |= {"vae"} if model.pretrained_vae_model_name_or_path else set()
-    unread |= {family.denoiser_name} if model.from_scratch else set()
-    folders = (name for name in components if name not in unread)
-    check_weights(f"--pretrained_model_name_or_path {path}", path, folders, model.revision)
     return Description(
         family=family,
         index=index,
         vae=used_vae,
         denoiser=denoiser,
         scheduler=getattr(diffusers, scheduler_class).from_config(scheduler),
+        listed=[name for name in listed if name not in absent],
         absent=absent,
     )
 

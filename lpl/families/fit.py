@@ -8,7 +8,6 @@ are known by their :data:`Widths`: ``hidden_size`` of the embeddings, and ``proj
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import transformers
@@ -78,25 +77,19 @@ def check_relations(what: str, denoiser: str, relations: Iterable[Relation]) -> 
             )
 
 
-def encoder_widths(what: str, path: str, name: str, index: Mapping[str, Any], optional: bool, **where: Any) -> Widths:
+def encoder_widths(what: str, path: str, name: str, index: Mapping[str, Any], **where: Any) -> Widths:
     """The widths of a text encoder that the pipeline has.
 
     Args:
         what: the flag and its value.
         index: ``model_index.json``.
-        optional: whether the family can do without it.
 
     Raises:
         ValueError: where the encoder, or its tokenizer, is missing.
     """
-    tokenizer = name.replace("text_encoder", "tokenizer")
-    for part in (name, tokenizer):
-        listed = tuple(index.get(part) or (None, None))
-        if listed == (None, None):
+    for part in (name, name.replace("text_encoder", "tokenizer")):
+        if tuple(index.get(part) or (None, None)) == (None, None):
             raise ValueError(f"{what}: the pipeline has no {part}, which training needs; give one that has it")
-        if Path(path).is_dir() and not Path(path, part).is_dir():
-            without = f", or train without it: write [null, null] for {name} and {tokenizer} there" if optional else ""
-            raise ValueError(f"{what}: model_index.json lists {part}, but there is no such folder; add it{without}")
     kind = getattr(transformers, index[name][1], None)
     if kind is None:
         raise ValueError(f"{what}: this version of transformers has no {index[name][1]}, the class of its {name}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -20,8 +21,11 @@ class StableDiffusion(Family):
     text_encoder_names = ("text_encoder",)
     trainable_text_encoders = ("text_encoder",)
     lora_layout = LoraLayout({"unet": "lora_unet", "text_encoder": "lora_te"}, own_names)
-    # It would blacken samples; the saved pipeline has it.
-    left_out = {"safety_checker": None, "requires_safety_checker": False}
+
+    @classmethod
+    def left_out(cls) -> dict[str, Any]:
+        """The safety checker would blacken samples."""
+        return super().left_out() | {"requires_safety_checker": False}
 
     def encode_prompts(self, captions: Sequence[str], device: torch.device) -> Conditions:
         embeddings, _ = self.pipeline.encode_prompt(list(captions), device, 1, False)

@@ -45,17 +45,21 @@ class HubError(RuntimeError):
     """The Hub refuses or cannot be reached; the message is one sentence that names the flag to change."""
 
 
-def prepare_repository(output: Output) -> str:
+def prepare_repository(output: Output, lora: bool = False) -> str:
     """Create the model repository of --hub_model_id, by default named like the output folder, or find it.
 
     A new repository is private with --hub_private_repo, else as the account's settings say. The branch of
     --hub_revision is created if it does not exist.
 
+    Args:
+        lora: whether a LoRA is published, or a pipeline.
+
     Returns:
         The full id, `user/name`.
 
     Raises:
-        HubError: no token, a name that the Hub does not accept, no permission to write, or no network.
+        HubError: no token, a name that the Hub does not accept, no permission to write, no network, or a result of the
+            other kind in the repository.
     """
     name, token, private = _name(output), output.hub_token, output.hub_private_repo
     what = "--push_to_hub" if output.push_to_hub else "publishing"  # python -m lpl.publish has no such flag
@@ -65,12 +69,25 @@ def prepare_repository(output: Output) -> str:
         _check_write_permission(full_id, token)
         if output.hub_revision and output.hub_revision != MAIN:
             api(token).create_branch(full_id, branch=output.hub_revision, exist_ok=True)
+        there = api(token).list_repo_files(full_id, revision=output.hub_revision)
     except (HTTPError, OSError, ValueError) as error:  # all that a request raises; ValueError for a bad name
         otherwise = "leave --push_to_hub out" if output.push_to_hub else ""
         raise HubError(f"{what}: {explain(error, name, otherwise)}") from error
+    _check_kind(full_id, there, lora)
     if private:
         _warn_if_public(full_id, token)
     return full_id
+
+
+def _check_kind(repo_id: str, files: list[str], lora: bool) -> None:
+    """Refuse a repository with a result of the other kind, which would stay beside this one, under its card."""
+    other = re.compile(re.escape(layout.INDEX) if lora else rf"{layout.LORA}|[^/]+{layout.PEFT_SUFFIX}/.*")
+    if found := next(filter(other.fullmatch, files), None):
+        kinds = ("LoRA", "pipeline") if lora else ("pipeline", "LoRA")
+        raise HubError(
+            f"--push_to_hub: {repo_id} has a {kinds[1]} ({found}), and this is a {kinds[0]}, whose card would be over "
+            "both; give another --hub_model_id or --hub_revision"
+        )
 
 
 def _name(output: Output) -> str:

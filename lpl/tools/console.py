@@ -17,11 +17,6 @@ OF_PACKAGES = ("transformers.utils.import_utils", "bitsandbytes.backends.cpu.ops
 BARS_AFTER = 10  # seconds
 
 
-def warnings_in_one_line(program: str) -> None:
-    """Show a warning as ``program: warning: message``, without the line of code that it comes from."""
-    warnings.formatwarning = lambda message, *_, **__: f"{program}: warning: {message}\n"
-
-
 def hush_libraries() -> None:
     """Leave out what libraries say of themselves; to be called before they are imported."""
     os.environ.setdefault("TQDM_DELAY", str(BARS_AFTER))

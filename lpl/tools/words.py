@@ -6,6 +6,7 @@ import difflib
 import os
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -15,6 +16,11 @@ Rows = Sequence[tuple[str, str]]
 def warn(message: str) -> None:
     """Warn on behalf of the caller's caller; the message names the flag."""
     warnings.warn(message, stacklevel=3)
+
+
+def plain_warnings(program: str) -> None:
+    """From here on warnings are one line, which begins with the program's name."""
+    warnings.formatwarning = lambda message, *_, **__: f"{program}: warning: {message}\n"
 
 
 def first_line(error: BaseException) -> str:
@@ -51,17 +57,17 @@ def _shortens(name: str, word: str) -> bool:
     return bool(name) and all(any(part.startswith(short) for part in parts) for short in name.split("_"))
 
 
-ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar")
-
-
 def why_no_folder(path: str) -> str | None:
-    """Why what a path leads to is no folder, and what to give instead; None: it is one."""
-    if os.path.isdir(path):
+    """Why what is found at a path is no folder, and what to give instead; None: it is one."""
+    place = Path(path)
+    if place.is_dir():
         return None
-    if not os.path.exists(path):
-        return "there is no such folder"
-    unpack = "unpack it and " if path.lower().endswith(ARCHIVES) else ""
-    return f"this is a file; {unpack}give a folder"
+    if place.is_file():
+        archive = place.suffix.lower() in (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
+        return "this is an archive; unpack it, and give the folder" if archive else "this is a file; give its folder"
+    if place.is_symlink():
+        return f"this is a link to {os.path.realpath(path)}, where nothing is"
+    return "there is no such folder"
 
 
 def size(count: float) -> str:

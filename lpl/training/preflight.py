@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from lpl.config import Config
 from lpl.config.choices import TRACKERS
 from lpl.config.groups import Data
-from lpl.data.reading import image_files
-from lpl.data.source import check_not_saved_to_disk, shard_files
+from lpl.data.folder import Contents, suffix, why_no_images
+from lpl.data.source import shard_files
 from lpl.families import Family
+from lpl.tools import layout
+from lpl.tools.files import check_writable
 from lpl.tools.machine import has_gpu, missing
-from lpl.tools.words import warn, why_no_folder
+from lpl.tools.words import warn
 from lpl.training.checkpoints import find_resumable
 
 
@@ -21,14 +24,14 @@ def preflight(config: Config) -> None:
     Raises:
         ValueError: with what was given, what is accepted, and the flag to change.
     """
+    _check_output(config)
     _check_data(config.data)
     _check_packages(config)
     _check_gpu(config)
     if config.evaluation.eval_steps is not None:
         folder = config.evaluation.eval_data_dir
-        assert folder is not None  # refused by config.checks
-        if not image_files(folder):
-            raise ValueError(f"--eval_data_dir {folder}: {why_no_folder(folder) or 'the folder has no images'}")
+        if folder is None or (why := why_no_images(folder)):
+            raise ValueError(f"--eval_data_dir {folder}: {why}")
     if config.output.resume_from_checkpoint not in (None, "latest", "hub"):
         find_resumable(config.output.output_dir, config.output.resume_from_checkpoint)
 
@@ -41,29 +44,49 @@ def check_captions(data: Data, family: type[Family]) -> None:
     """
     if data.dataset_name or data.streaming:
         return
-    folder, column = data.folder, data.caption_column
-    if any(file.suffix in (".jsonl", ".csv", ".parquet") for file in Path(folder).rglob("metadata.*")):
+    folder, column, contents = data.folder, data.caption_column, Contents.of(data.folder)
+    if contents.metadata or (contents.captioned and not family.class_conditional):
         return
     if not family.class_conditional:
         raise ValueError(
-            f"--train_data_dir {folder}: there are no captions; put a metadata.jsonl beside the images, a line each, "
-            f'such as {{"file_name": "cat.png", "{column}": "a photo of a cat"}}; only DiT takes class folders'
+            f"--train_data_dir {folder}: there are no captions{_other_metadata(contents)}; put a metadata.jsonl "
+            f'beside the images, a line each, such as {{"file_name": "cat.png", "{column}": "a photo of a cat"}}, or '
+            "beside each image a text file of its name, cat.txt; only DiT takes class folders"
         )
-    if len({file.parent for file in image_files(folder)}) < 2:
+    if len({os.path.dirname(file) for file in contents.images}) < 2:
         raise ValueError(
             f"--train_data_dir {folder}: there are no class labels; put each class's images into a sub-folder, or a "
             f'metadata.jsonl beside them, a line each, such as {{"file_name": "cat.png", "{column}": 0}}'
         )
 
 
+def _other_metadata(contents: Contents) -> str:
+    """Names a file that may hold the captions under another name."""
+    files = [file for file in contents.files if suffix(file) in (".jsonl", ".json", ".csv", ".parquet", ".tsv")]
+    return (
+        f" ({os.path.basename(files[0])} is not read, since it is not called metadata.jsonl or .csv)" if files else ""
+    )
+
+
 def _check_data(data: Data) -> None:
-    check_not_saved_to_disk(data)
     if data.dataset_name:
         return
     if data.streaming:
         shard_files(data.folder)
-    elif not image_files(data.folder):
-        raise ValueError(f"--train_data_dir {data.train_data_dir}: the folder has no images")
+    elif why := why_no_images(data.folder):
+        raise ValueError(f"--train_data_dir {data.train_data_dir}: {why}")
+
+
+def _check_output(config: Config) -> None:
+    """Only the first process writes; the others may be on machines that do not see the folder."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    folder, validation = config.output.output_dir, config.validation
+    folders = [layout.SAMPLES, *([layout.EVALUATION] if config.evaluation.eval_steps is not None else [])]
+    files = (layout.LOG, layout.RECIPE, layout.CURVES, layout.CARD)
+    check_writable(f"--output_dir {folder}", folder, folders, files)
+    if validation.report_to != "none":
+        check_writable(f"--logging_dir {validation.logging_dir}", Path(folder, validation.logging_dir))
 
 
 def _check_packages(config: Config) -> None:

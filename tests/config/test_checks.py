@@ -92,7 +92,7 @@ ALONE = cases(  # wrong whatever the pipeline: what is given, what the sentence 
     ({"validation_every_nth": 1}, ["--validation_every_nth 1", "2 or more"]),
     ({"num_validation_samples": 0}, ["--num_validation_samples 0", "more than 0"]),
     ({"train_batch_size": 0}, ["--train_batch_size 0", "more than 0"]),
-    ({"learning_rate": "nan"}, ["--learning_rate nan", "more than 0"]),
+    ({"learning_rate": "nan"}, ["--learning_rate nan", "0 or more"]),
     ({"learning_rate": "fast"}, ["--learning_rate", "fast"]),
     ({"lr_warmup_steps": -1}, ["--lr_warmup_steps -1", "0 or more"]),
     ({"proportion_empty_prompts": 1.5}, ["--proportion_empty_prompts 1.5", "between 0 and 1"]),
@@ -195,7 +195,7 @@ def test_a_mistyped_flag_gets_the_right_one(word, meant, sd_pipeline, image_fold
 @pytest.mark.parametrize("number", ["-1e-4", "-.5", "-2.E-3"])
 def test_negative_numbers_are_numbers(number, sd_pipeline, image_folder, tmp_path, capsys, no_weights):
     words = [*arguments(sd_pipeline, image_folder, tmp_path), "--learning_rate", number]
-    assert f"--learning_rate {float(number)}: it must be more than 0" in refusal(capsys, words)
+    assert f"--learning_rate {float(number)}: it must be 0 or more" in refusal(capsys, words)
 
 
 # Warnings ------------------------------------------------------------------------------------------------------------

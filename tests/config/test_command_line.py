@@ -1,20 +1,14 @@
-"""The command line: every flag of diffusers' scripts with its type and default, a help of its own, and recipes."""
+"""The command line: every flag of diffusers' scripts with its type and default, and a help of its own."""
 
-import math
-import shutil
 import sys
 import warnings
 
 import pytest
-import torch
-import yaml
 from trainer import ROOT, arguments, parsed, resolved
 
-from lpl import training_scheduler
 from lpl.config.choices import EMA_DECAY, EMA_DECAY_WITH_LPL
-from lpl.config.command_line import build_parser, parse, recipe
+from lpl.config.command_line import build_parser, parse
 from lpl.config.flag import boolean
-from lpl.config.foreign import FOREIGN
 from lpl.data.reading import RESAMPLING
 from lpl.families import FAMILIES
 
@@ -166,6 +160,7 @@ OWN = {  # SPEC.md, and what this project adds
     "config": None,
     "without": None,
     "dry_run": False,
+    "verbose": False,
     "lora": False,
     "lora_alpha": None,
     "lora_dropout": 0.0,
@@ -175,6 +170,7 @@ OWN = {  # SPEC.md, and what this project adds
     "quantize_base": None,
     "from_scratch": False,
     "guidance_scale": 3.5,
+    "train_split": "train",
     "validation_split": None,
     "validation_every_nth": None,
     "num_validation_samples": 64,
@@ -198,8 +194,9 @@ def silently(function, *args, **kwargs):
 
 
 def said(capsys, words):
-    """What the program says to a command line that it ends on."""
-    with pytest.raises(SystemExit) as error:
+    """What the program says to a command line that it ends on; what it warns of before is left out."""
+    with pytest.raises(SystemExit) as error, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         parse([str(word) for word in words])
     message = capsys.readouterr().err
     assert error.value.code == 2 and message.count("\n") == 1
@@ -311,10 +308,12 @@ def test_the_help_that_is_committed(monkeypatch):
 
 def test_help_shows_defaults_that_are_in_force():
     text = " ".join(build_parser().format_help().split())
-    assert "--lpl_ramp_steps int steps over which its weight then grows to its full value (default: 0)" in text
-    assert "--lpl_depth_weighting str [str ...] one of inverse, exponential, uniform, or one number" in text
+    assert "--logging_steps int write a log entry every N optimizer steps (default: 10)" in text
+    assert (
+        "--lpl_depth_weighting str [str ...] weights of the decoder blocks: inverse, exponential, uniform, or" in text
+    )
     assert "(default: inverse)" in text and "(default: None)" not in text and "(default: False)" not in text
-    assert "--lpl_t_threshold int taken for the --lpl_sigma_threshold of that timestep --lpl_norm_type" in text
+    assert "--lpl_start int sets --lpl_start_step --lpl_num_blocks" in text
 
 
 # Values that follow other flags --------------------------------------------------------------------------------------
@@ -372,405 +371,6 @@ def test_depth_weights_are_a_name_or_numbers(words, meaning, sd_pipeline, image_
 def test_given_flags_are_those_that_were_typed(sd_pipeline, image_folder, tmp_path):
     words = arguments(sd_pipeline, image_folder, tmp_path, learning_rate=1e-4, seed=None)
     assert resolved(words)[0].given == {word.removeprefix("--") for word in words if word.startswith("--")}
-
-
-# Flags of other scripts ----------------------------------------------------------------------------------------------
-
-REFERENCE = {"lpl_norm_type": "shared", "lpl_pow_law": True, "lpl_remove_outliers": True}
-
-
-def translated(pipeline, images, output_dir, **foreign):
-    """args and the warnings, but for that of a missing --use_lpl, for a command line with the given flags."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        args, _ = parsed(pipeline, images, output_dir, lpl_threshold_base_resolution=None, **foreign)
-    assert not args.given & FOREIGN
-    said = [text for warning in caught if "--" in (text := str(warning.message))]
-    missing = [text for text in said if "--use_lpl is not given" in text]
-    assert len(missing) == ("use_lpl" not in foreign and any(name.startswith("lpl_") for name in foreign))
-    return args, [text for text in said if text not in missing]
-
-
-@pytest.mark.parametrize(
-    "foreign, ours",
-    [
-        ({"lpl_loss_type": "mse"}, {"lpl_distance": "l2"}),
-        ({"lpl_loss_type": "l1"}, {"lpl_distance": "l1"}),
-        ({"lpl_start": 1}, {"lpl_start_step": 1}),
-        ({"lpl_num_blocks": 1}, {"lpl_blocks": ("mid", "up_0")}),
-        ({"lpl_num_blocks": 2}, {"lpl_blocks": ("mid", "up_0", "up_1")}),
-        (REFERENCE, {"lpl_variant": "reference"}),
-        (REFERENCE | {"lpl_loss_type": "mse"}, {"lpl_variant": "reference", "lpl_distance": "l2"}),
-    ],
-)
-def test_the_research_scripts_flags_in_ours(foreign, ours, sd_pipeline, image_folder, tmp_path):
-    args, said = translated(sd_pipeline, image_folder, tmp_path, **foreign)
-    assert {name: args.values()[name] for name in ours} == ours and set(ours) <= args.given
-    assert len(said) == len(ours)
-    for name, value in ours.items():
-        words = " ".join(value) if isinstance(value, tuple) else value
-        assert any(f"--{name} {words}" in text for text in said)
-    assert all(any(f"--{name}" in text for text in said) for name in foreign)
-
-
-@pytest.mark.parametrize("limit", [1, 200, 1000])
-def test_the_research_scripts_threshold_lets_the_same_timesteps_in(limit, sd_pipeline, image_folder, tmp_path):
-    args, said = translated(sd_pipeline, image_folder, tmp_path, lpl_t_threshold=limit)
-    _, configs = parsed(sd_pipeline, image_folder, tmp_path)
-    abar = configs.scheduler.alphas_cumprod.double()
-    inside = ((1 - abar) / abar).sqrt() <= args.lpl.lpl_sigma_threshold
-    assert torch.equal(inside, torch.arange(1000) < limit)
-    assert args.lpl.lpl_threshold_base_resolution == 0
-    assert len(said) == 1 and "--lpl_sigma_threshold" in said[0] and f"--lpl_t_threshold {limit}" in said[0]
-
-
-def test_the_threshold_where_the_last_timestep_has_no_signal(sd_pipeline, image_folder, tmp_path):
-    pipeline = shutil.copytree(sd_pipeline, tmp_path / "pipeline")
-    _, configs = parsed(sd_pipeline, image_folder, tmp_path)
-    zero_snr = type(training_scheduler("epsilon", configs.scheduler)).from_config(
-        configs.scheduler.config, rescale_betas_zero_snr=True, prediction_type="v_prediction"
-    )
-    zero_snr.save_pretrained(pipeline / "scheduler")
-    index = (pipeline / "model_index.json").read_text().replace("PNDMScheduler", "DDIMScheduler")
-    (pipeline / "model_index.json").write_text(index)
-    args, _ = translated(pipeline, image_folder, tmp_path / "out", lpl_t_threshold=1000)
-    assert 0 < args.lpl.lpl_sigma_threshold < math.inf
-
-
-@pytest.mark.parametrize(
-    "foreign",
-    [
-        {"lpl_norm_type": "default"},
-        {"lpl_norm_type": "batch", "lpl_pow_law": True, "lpl_remove_outliers": True},
-        {"lpl_pow_law": True},
-        {"lpl_norm_type": "shared", "lpl_remove_outliers": True},
-        REFERENCE | {"lpl_loss_type": "l1"},
-    ],
-)
-def test_other_combinations_have_no_counterpart(foreign, sd_pipeline, image_folder, tmp_path):
-    args, said = translated(sd_pipeline, image_folder, tmp_path, **foreign)
-    assert args.lpl.lpl_variant == "paper" and args.lpl.lpl_normalization == "shared"
-    assert "no counterpart" in said[-1] and "--lpl_normalization shared" in said[-1] and "outlier masks" in said[-1]
-
-
-@pytest.mark.parametrize(
-    "name, value, serves",
-    [
-        ("enable_xformers_memory_efficient_attention", True, "PyTorch's own"),
-        ("enable_npu_flash_attention", True, "PyTorch's own"),
-        ("local_rank", 0, "launcher"),
-        ("use_lpl", True, "--lpl_weight is 0"),
-        ("lpl_scale", True, "--lpl_weight"),
-    ],
-)
-def test_flags_without_meaning_warn(name, value, serves, sd_pipeline, image_folder, tmp_path):
-    _, said = translated(sd_pipeline, image_folder, tmp_path, **{name: value})
-    assert len(said) == 1 and f"--{name} has no effect" in said[0] and serves in said[0]
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        {"lpl_loss_type": "l1", "lpl_distance": "l2"},
-        {"lpl_start": 1, "lpl_start_step": 0},
-        {"lpl_num_blocks": 1, "lpl_blocks": "mid"},
-        {"lpl_t_threshold": 200, "lpl_sigma_threshold": 1.0},
-        {"lpl_t_threshold": 200, "lpl_threshold_base_resolution": 0},
-        REFERENCE | {"lpl_variant": "paper"},
-    ],
-)
-def test_a_contradiction_with_our_own_flag(flags, sd_pipeline, image_folder, tmp_path, capsys):
-    words = arguments(sd_pipeline, image_folder, tmp_path, **{"lpl_threshold_base_resolution": None} | flags)
-    message = said(capsys, words)
-    assert "leave one of them out" in message and all(f"--{name}" in message for name in flags)
-
-
-def test_the_same_said_twice_is_no_contradiction(sd_pipeline, image_folder, tmp_path):
-    args, _ = translated(sd_pipeline, image_folder, tmp_path, lpl_loss_type="l1", lpl_distance="l1")
-    assert args.lpl.lpl_distance == "l1"
-
-
-def test_the_threshold_needs_betas(sd3_pipeline, image_folder, tmp_path):
-    with pytest.raises(ValueError, match="--lpl_t_threshold 200.*flow_matching.*--lpl_sigma_threshold"):
-        parsed(sd3_pipeline, image_folder, tmp_path, lpl_threshold_base_resolution=None, lpl_t_threshold=200)
-
-
-# Each script's flags as its users write them; DATA and OUT are filled in.
-COMMANDS = {
-    "sd": (
-        SD,
-        "--use_ema --resolution=512 --center_crop --random_flip --train_batch_size=1 --gradient_accumulation_steps=4"
-        " --gradient_checkpointing --max_train_steps=15000 --learning_rate=1e-05 --max_grad_norm=1 --lr_scheduler"
-        " constant --lr_warmup_steps=0 --snr_gamma=5.0 --dream_training --dream_detail_preservation 0.5"
-        " --noise_offset 0.1 --input_perturbation 0.1 --foreach_ema --offload_ema --non_ema_revision main"
-        " --validation_prompts=a --validation_epochs 1 --mixed_precision=bf16 --report_to tensorboard"
-        " --image_interpolation_mode nearest_exact --tracker_project_name t --checkpointing_steps 100",
-        {"--non_ema_revision"},  # it is of the Hub, and the pipeline here is a folder
-    ),
-    "sd lora": (
-        SD,
-        "--caption_column=text --resolution=512 --random_flip --train_batch_size=1 --num_train_epochs=100"
-        " --checkpointing_steps=5000 --learning_rate=1e-04 --lr_scheduler=constant --lr_warmup_steps=0 --seed=42"
-        " --rank=4 --validation_prompt=cute --num_validation_images=2 --checkpoints_total_limit 2 --local_rank=-1",
-        {"--local_rank"},
-    ),
-    "sdxl": (
-        SDXL,
-        "--enable_xformers_memory_efficient_attention --resolution=512 --center_crop --random_flip"
-        " --proportion_empty_prompts=0.2 --train_batch_size=1 --gradient_accumulation_steps=4"
-        " --gradient_checkpointing --max_train_steps=10000 --use_8bit_adam --learning_rate=1e-06 --lr_scheduler"
-        " constant --lr_warmup_steps=0 --validation_prompt=cute --validation_epochs 5 --timestep_bias_strategy later"
-        " --timestep_bias_multiplier 2.0 --timestep_bias_portion 0.5 --use_ema --allow_tf32",
-        {"--enable_xformers_memory_efficient_attention", "--allow_tf32"},
-    ),
-    "sdxl lora": (
-        SDXL,
-        "--dataloader_num_workers=8 --resolution=1024 --center_crop --random_flip --train_batch_size=1"
-        " --train_text_encoder --rank 8 --debug_loss --num_train_epochs 2 --checkpointing_steps=500"
-        " --learning_rate=1e-04 --lr_scheduler=constant --lr_warmup_steps=0 --mixed_precision=no --seed=42",
-        set(),
-    ),
-    "sd3": (
-        SD3,
-        "--resolution=32 --train_batch_size=1 --gradient_accumulation_steps=4 --optimizer=prodigy --learning_rate=1.0"
-        " --prodigy_beta3 0.9 --prodigy_decouple True --prodigy_use_bias_correction True --prodigy_safeguard_warmup"
-        " False --lr_scheduler=constant --lr_warmup_steps=0 --weighting_scheme logit_normal --logit_mean 0.1"
-        " --logit_std 1.2 --precondition_outputs 1 --max_sequence_length 77 --max_train_steps=500"
-        " --train_text_encoder --adam_weight_decay_text_encoder 1e-3 --adam_weight_decay 1e-4 --seed=0"
-        " --validation_prompt=dog --validation_epochs=25",
-        set(),
-    ),
-    "lpl": (
-        SDXL,
-        "--use_lpl --lpl_weight=1.0 --lpl_loss_type=mse --lpl_norm_type=shared --lpl_pow_law --lpl_num_blocks=2"
-        " --lpl_t_threshold=200 --lpl_scale --lpl_start=0 --lpl_remove_outliers --resolution=512"
-        " --proportion_empty_prompts=0.1 --learning_rate=1e-06 --use_ema --max_train_steps 5000 --snr_gamma 5",
-        {"--use_lpl", "--lpl_loss_type", "--lpl_norm_type", "--lpl_num_blocks", "--lpl_t_threshold", "--lpl_scale"}
-        | {"--lpl_start"},
-    ),
-}
-
-
-@pytest.mark.parametrize("script", COMMANDS)
-def test_a_command_line_of_each_script_of_diffusers(script, request, image_folder, tmp_path):
-    pipeline, words, warned = COMMANDS[script]
-    sources = f"--pretrained_model_name_or_path={request.getfixturevalue(pipeline)} --train_data_dir={image_folder}"
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        args, _ = resolved([*sources.split(), f"--output_dir={tmp_path}", *words.split()])
-    texts = [str(warning.message) for warning in caught if "--" in str(warning.message)]
-    assert {text.split()[0] for text in texts} == warned
-    assert args.data.resolution == int(words.partition("--resolution=")[2].split()[0])
-    assert args.lora.lora is ("lora" in script) and args.lpl.enabled
-    again = silently(resolved, ["--config", write(tmp_path, recipe(args))])[0] if not warned else None
-    assert again is None or meaning(again) == meaning(args)
-
-
-# Recipes ----------------------------------------------------------------------------------------------------------
-
-
-def write(folder, entries):
-    path = folder / "recipe.yaml"
-    path.write_text(entries if isinstance(entries, str) else yaml.safe_dump(entries))
-    return str(path)
-
-
-def meaning(args):
-    """All that a run looks at."""
-    return args.values() | {"config": None, "timestep_threshold": args.timestep_threshold}
-
-
-ROUND_TRIPS = [
-    (SD, {}),
-    (SD, {"resolution": None, "lpl_weight": 0}),
-    (SD, {"use_ema": True, "rank": 8, "use_dora": True, "lora_target_modules": ["to_q", "conv1"]}),
-    (SD, {"lora": True, "lora_dropout": 0.1, "validation_prompt": "- a cat: 'x'", "num_validation_images": 2}),
-    (SD, {"validation_prompts": ["a 'dog'", "7", "no"], "validation_steps": 5, "lr_scheduler": "cosine"}),
-    (SD, {"lpl_depth_weighting": [1, 2, 3, 4.5], "train_text_encoder": True, "adam_epsilon": 3e-9}),
-    (SD, {"lpl_t_threshold": 321, "lpl_threshold_base_resolution": None, "lpl_num_blocks": 2}),
-    (SD, {"lpl_every": 4, "lpl_max_samples": 1, "lpl_crop": 16, "lpl_outlier_margin": 0.0, "lpl_outlier_erosion": 7}),
-    (SD, {"timestep_bias_strategy": "range", "timestep_bias_begin": 3, "timestep_bias_multiplier": 0.5}),
-    (SD, {"prediction_type": "flow_matching", "logit_mean": -0.25, "from_scratch": True}),
-    (SD, {"optimizer": "PRODIGY", "learning_rate": 1.0, "prodigy_decouple": "false", "train_text_encoder": True}),
-    (SD, {"train_data_dir": None, "dataset_name": "a/b", "validation_split": "test", "mixed_precision": "no"}),
-    (SD3, {"train_text_encoder": True, "lora": True}),
-    (SD3, {"weighting_scheme": "mode", "mode_scale": 1.0, "max_sequence_length": 128}),
-    (SDXL, {"resolution": None, "snr_gamma": 5, "proportion_empty_prompts": 0.1}),
-    ("pixart_alpha_pipeline", {}),
-    ("pixart_sigma_pipeline", {"rank": 2}),
-    ("flux_pipeline", {"guidance_scale": 1.0, "lora": True}),
-    ("sana_pipeline", {}),
-]
-
-
-@pytest.mark.parametrize("pipeline, flags", ROUND_TRIPS)
-@pytest.mark.filterwarnings("ignore:.*(is taken for|shift depends|--guidance_scale)")
-def test_a_runs_own_recipe_means_the_same_again(pipeline, flags, request, image_folder, tmp_path):
-    args, _ = parsed(request.getfixturevalue(pipeline), image_folder, tmp_path / "out", **flags)
-    path = write(tmp_path, recipe(args))
-    again, _ = silently_but_for_the_pipeline(resolved, ["--config", path])
-    assert meaning(again) == meaning(args)
-    assert recipe(again) == recipe(args)
-
-
-def silently_but_for_the_pipeline(function, *args):
-    """As `silently`, but a warning about the pipeline itself comes at every run."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*--")
-        warnings.filterwarnings("ignore", message=".*--guidance_scale")
-        return function(*args)
-
-
-def test_a_class_conditional_recipe_means_the_same_again(dit_pipeline, class_folder, tmp_path):
-    args, _ = parsed(dit_pipeline, class_folder, tmp_path / "out", validation_prompts=["1", "3"])
-    again, _ = silently(resolved, ["--config", write(tmp_path, recipe(args))])
-    assert meaning(again) == meaning(args) and args.data.caption_column == "label"
-
-
-def test_what_a_recipe_holds(sd_pipeline, image_folder, tmp_path):
-    words = arguments(sd_pipeline, image_folder, tmp_path, push_to_hub=True, hub_token="secret", dry_run=True)
-    entries = recipe(resolved([*words, "--resume_from_checkpoint", "latest"])[0])
-    left_out = {"config", "without", "dry_run", "resume_from_checkpoint", "hub_token", *FOREIGN}
-    assert set(entries) == set(flags()) - left_out
-    assert yaml.safe_load(yaml.safe_dump(entries)) == entries
-    assert (entries["resolution"], entries["prediction_type"], entries["weighting_scheme"]) == (32, "epsilon", None)
-
-
-def with_recipe(pipeline, images, folder, entries, *words):
-    """Pipeline and data set on the command line, the rest in a recipe."""
-    base = arguments(pipeline, images, folder / "out", **dict.fromkeys(("learning_rate", "resolution", "seed")))
-    return resolved([*base, "--config", write(folder, entries), *words])[0]
-
-
-def test_the_order_is_defaults_recipe_command_line(sd_pipeline, image_folder, tmp_path):
-    entries = {"learning_rate": 1.0, "resolution": 64, "lpl_blocks": ["mid", "up_0"]}
-    args = with_recipe(sd_pipeline, image_folder, tmp_path, entries, "--learning_rate", "2", "--lpl_blocks", "up_1")
-    values = args.values()
-    names = ("learning_rate", "resolution", "lpl_blocks", "snr_gamma")
-    assert [values[name] for name in names] == [2.0, 64, ("up_1",), None]
-    assert {"learning_rate", "resolution"} <= args.given
-
-
-@pytest.mark.parametrize(
-    "text, name, value",
-    [
-        ("learning_rate: 1e-5", "learning_rate", 1e-5),  # to YAML that is a string
-        ("learning_rate: 1", "learning_rate", 1.0),
-        ("logit_mean: -1e-7\nprediction_type: flow_matching\nfrom_scratch: true", "logit_mean", -1e-7),
-        ("lpl_weight: 1", "lpl_weight", "1"),
-        ("lpl_weight: auto:0.3", "lpl_weight", "auto:0.3"),
-        ("mixed_precision: no", "mixed_precision", "no"),  # to YAML that is false
-        ("random_flip: true", "random_flip", True),
-        ("random_flip: false", "random_flip", False),
-        ("random_flip:", "random_flip", False),
-        ("snr_gamma: null", "snr_gamma", None),
-        ("validation_prompts: a cat", "validation_prompts", ("a cat",)),
-        ("validation_prompts: [--cat, 12]", "validation_prompts", ("--cat", "12")),
-        ("lpl_depth_weighting: [1, 0.5, 2, 0]", "lpl_depth_weighting", (1.0, 0.5, 2.0, 0.0)),
-        ("lpl_depth_weighting: uniform", "lpl_depth_weighting", "uniform"),
-        ("optimizer: Prodigy\nlearning_rate: 1.0\nprodigy_decouple: false", "prodigy_decouple", False),
-        ("tracker_project_name: --x", "tracker_project_name", "--x"),
-        ("measured: {lpl_weight: 0.3}\nseed: 3", "seed", 3),
-        ("resume_from_checkpoint: latest", "resume_from_checkpoint", "latest"),
-    ],
-)
-def test_recipes_as_people_write_them(text, name, value, sd_pipeline, image_folder, tmp_path):
-    got = with_recipe(sd_pipeline, image_folder, tmp_path, text).values()[name]
-    assert got == value and type(got) is type(value)
-
-
-@pytest.mark.parametrize(
-    "text, words",
-    [
-        ("learning_rat: 1.0", ["'learning_rat'", "did you mean learning_rate?"]),
-        ("learning-rate: 1.0", ["'learning-rate'", "learning_rate?"]),
-        ("1: 2", ["there is no flag 1"]),
-        ("zzzzz: 2", ["there is no flag 'zzzzz'"]),
-        ("config: other.yaml", ["there is no flag 'config'"]),
-        ("hub_token: hf_x", ["hub_token", "hf auth login"]),
-        ("learning_rate: fast", ["learning_rate", "'fast'"]),
-        ("train_batch_size: 2.5", ["train_batch_size", "'2.5'"]),
-        ("lr_scheduler: sine", ["lr_scheduler", "'sine'", "cosine"]),
-        ("logging_epochs: 3\nsnr_gamma: 0", ["no flag 'logging_epochs'", "did you mean"]),
-        ("learning_rate: {a: 1}", ["learning_rate", "plain value", "dict"]),
-        ("learning_rate: [1, 2]", ["learning_rate", "not a list"]),
-        ("lpl_blocks: []", ["lpl_blocks", "empty list"]),
-        ("lpl_blocks: [[mid]]", ["lpl_blocks", "plain value", "list"]),
-        ("random_flip: 1", ["random_flip", "true or false", "1"]),
-        ("random_flip: 'true'", ["random_flip", "true or false", "'true'"]),
-        ("snr_gamma: true", ["snr_gamma", "not true", "quotes"]),
-        ("revision: 2024-01-01", ["revision", "date", "quotes"]),
-        ("prodigy_decouple: 1", ["prodigy_decouple", "true and false"]),
-        ("- a\n- b", ["must map flags to values"]),
-        ("", ["must map flags to values"]),
-        ("a: [", ["cannot be read", "while parsing"]),
-    ],
-)
-def test_recipes_that_are_refused(text, words, sd_pipeline, image_folder, tmp_path, capsys):
-    message = said(capsys, [*arguments(sd_pipeline, image_folder, tmp_path), "--config", write(tmp_path, text)])
-    assert all(word in message for word in words), message
-    assert message.startswith("--config ")
-
-
-def test_a_recipe_that_is_not_there(sd_pipeline, image_folder, tmp_path, capsys):
-    message = said(capsys, [*arguments(sd_pipeline, image_folder, tmp_path), "--config", "no/where.yaml"])
-    assert "--config no/where.yaml" in message and "No such file" in message
-
-
-def test_flags_of_a_recipe_can_be_left_out(sd_pipeline, image_folder, tmp_path):
-    entries = {"use_ema": True, "ema_decay": 0.5, "snr_gamma": 5.0, "random_flip": True}
-    words = ["--without", "use_ema", "ema_decay", "snr_gamma"]
-    args = with_recipe(sd_pipeline, image_folder, tmp_path, entries, *words)
-    names = ("use_ema", "ema_decay", "snr_gamma", "random_flip")
-    assert [args.values()[name] for name in names] == [False, None, None, True]
-
-
-def test_leaving_out_what_is_not_there(sd_pipeline, image_folder, tmp_path, capsys):
-    words = arguments(sd_pipeline, image_folder, tmp_path)
-    path = write(tmp_path, {"use_ema": True})
-    assert "did you mean use_ema?" in said(capsys, [*words, "--config", path, "--without", "use_emma"])
-    assert "--config" in said(capsys, [*words, "--without", "use_ema"])
-
-
-def test_defaults_in_a_recipe_are_not_given(sd_pipeline, image_folder, tmp_path):
-    """Each would be refused, or warned of, on the command line."""
-    entries = {"lpl_weight": 0, "lpl_distance": "l2", "lr_power": 1.0, "offload_ema": False, "lora_dropout": 0.0}
-    entries |= {"mode_scale": 1.29, "num_validation_images": 4, "timestep_bias_end": 1000, "validation_epochs": 5}
-    words = arguments(sd_pipeline, image_folder, tmp_path / "out", lpl_weight=0)
-    del words[words.index("--lpl_weight") : words.index("--lpl_weight") + 2]
-    args, _ = silently(resolved, [*words, "--config", write(tmp_path, entries)])
-    assert not args.lpl.enabled and not args.given & (set(entries) - {"lpl_weight"})
-
-
-def test_a_research_flag_in_a_recipe_counts_also_at_its_default(sd_pipeline, image_folder, tmp_path):
-    base = arguments(sd_pipeline, image_folder, tmp_path / "out", lpl_threshold_base_resolution=None)
-    with pytest.warns(UserWarning, match="--lpl_t_threshold 200 is taken for"):
-        args, _ = resolved([*base, "--config", write(tmp_path, {"lpl_t_threshold": 200})])
-    assert args.lpl.lpl_threshold_base_resolution == 0
-
-
-def test_the_baseline_of_a_recipe_with_lpl(sd_pipeline, image_folder, tmp_path):
-    base = arguments(sd_pipeline, image_folder, tmp_path / "out", lpl_weight=0)
-    path = write(tmp_path, {"lpl_weight": "auto:0.3", "lpl_distance": "l1", "lpl_measuring_steps": 50})
-    with pytest.warns(UserWarning, match="lpl_distance of the recipe has no effect"):
-        args, _ = resolved([*base, "--config", path])
-    assert not args.lpl.enabled and args.lpl.lpl_distance == "l2"
-
-
-def test_the_baseline_keeps_the_loss_that_validation_measures(sd_pipeline, image_folder, tmp_path):
-    base = arguments(sd_pipeline, image_folder, tmp_path / "out", lpl_weight=0, validation_every_nth=2)
-    path = write(tmp_path, {"lpl_distance": "l1", "lpl_ramp_steps": 5})
-    with pytest.warns(UserWarning, match="lpl_ramp_steps of the recipe has no effect"):
-        args, _ = resolved([*base, "--config", path])
-    assert args.lpl.lpl_distance == "l1" and args.lpl.lpl_ramp_steps == 0
-
-
-def test_paths_in_a_recipe_are_relative_to_the_working_directory(sd_pipeline, image_folder, tmp_path, monkeypatch):
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(image_folder.parent)
-    entries = {"train_data_dir": image_folder.name, "pretrained_model_name_or_path": str(sd_pipeline)}
-    args, _ = resolved(["--config", write(tmp_path / "elsewhere", entries)])
-    assert args.data.train_data_dir == image_folder.name
 
 
 def test_the_token_is_not_left_where_trackers_look(sd_pipeline, image_folder, tmp_path, monkeypatch):

@@ -139,14 +139,14 @@ def test_a_list_that_a_crash_cut_short_goes_on(tmp_path):
 
 def test_a_run_that_is_asked_to_end_lists_them_first(sd_pipeline, tmp_path, monkeypatch):
     """Not only at the steps of the log, and the resumed run does not come by them again."""
-    folder, add = folder_of(tmp_path / "data/images", GOOD | BAD), Log.add
+    folder, observe = folder_of(tmp_path / "data/images", GOOD | BAD), Log.observe
 
     def asked(self, step, *args):
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        add(self, step, *args)
+        observe(self, step, *args)
 
-    monkeypatch.setattr(Log, "add", asked)
+    monkeypatch.setattr(Log, "observe", asked)
     with pytest.raises(SystemExit):
         train(sd_pipeline, folder, tmp_path / "run", logging_steps=100, **FLAGS)
     assert len(entries(tmp_path / "run/bad_samples.jsonl")) > 2

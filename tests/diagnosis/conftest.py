@@ -1,36 +1,30 @@
 """Runs before their first step, and in the middle of one, on tiny pipelines."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
+from runs import run_of
 from trainer import parsed, reset_accelerate
 
-from lpl.autoencoders import downscaling_factor
-from lpl.config.command_line import recipe
-from lpl.data.dataset import TrainingImages
-from lpl.data.source import load_training_images
 from lpl.diagnosis import remedies
 from lpl.diagnosis.plan import Plan
 from lpl.diagnosis.status import Stage, Status
-from lpl.objectives import get_objective
 from lpl.training import preflight
 from lpl.training.loading import load_family
 from lpl.training.parts import TrainedParts
-from lpl.training.start import Run
+from lpl.training.start import Length, open_images
 
 
 def trained_parts(config, description, dtype=torch.float32):
-    return TrainedParts(load_family(config, description, dtype), config)
-
-
-def training_images(config, description, objective):
-    height, width = (side // downscaling_factor(description.vae) for side in config.data.size)
-    dataset, _ = load_training_images(config)
-    return TrainingImages(dataset, objective, (description.vae["latent_channels"], height, width), config)
+    return TrainedParts(
+        load_family(config.model, config.lora, description, dtype),
+        config.lora,
+        text_encoders=config.model.train_text_encoder,
+        gradient_checkpointing=config.optimization.gradient_checkpointing,
+    )
 
 
 @pytest.fixture
@@ -44,7 +38,6 @@ def planned(sd_pipeline, image_folder, tmp_path, monkeypatch):
         optimization = config.optimization
         accelerator = Accelerator(mixed_precision=optimization.mixed_precision)
         trained = trained_parts(config, description)
-        objective = get_objective(config.model.prediction_type, description.scheduler)
         optimizer = torch.optim.AdamW(trained.weights(), lr=optimization.learning_rate)
         schedule = get_scheduler(
             optimization.lr_scheduler,
@@ -52,11 +45,11 @@ def planned(sd_pipeline, image_folder, tmp_path, monkeypatch):
             num_warmup_steps=optimization.lr_warmup_steps,
             num_training_steps=optimization.max_train_steps,
         )
-        folder, precision = Path(config.output.output_dir), accelerator.mixed_precision
-        run = Run(accelerator, optimization.seed, 0, folder, precision, None, recipe(config))
-        global_batch = optimization.train_batch_size * optimization.gradient_accumulation_steps
-        images = training_images(config, description, objective)
-        return Plan(config, run, trained, images, objective, optimization.max_train_steps, global_batch, schedule)
+        run = run_of(config, accelerator=accelerator)
+        images, _ = open_images(config, description, run)
+        batch, steps = optimization.train_batch_size, optimization.max_train_steps
+        global_batch = batch * optimization.gradient_accumulation_steps
+        return Plan(config, run, Length(global_batch, steps, steps), trained, images, schedule)
 
     yield make
     reset_accelerate()

@@ -321,7 +321,7 @@ def test_a_checkpoint_that_would_go_anyway_makes_room(sd_pipeline, image_folder,
     train(sd_pipeline, image_folder, disk / "run", **flags)
     assert [path.name for path in find_checkpoints(disk / "run")] == ["checkpoint-6", "checkpoint-8"]
     assert (disk / "run/model_index.json").is_file() and not list((disk / "run").glob(".*"))
-    assert "the disk is full: checkpoint-2 makes room for checkpoint-6" in caplog.text
+    assert "the disk is full: checkpoint-2 is deleted to make room for checkpoint-6" in caplog.text
 
 
 def test_a_full_disk_beside_the_checkpoints(status, tmp_path):

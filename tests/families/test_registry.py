@@ -5,7 +5,7 @@ from diffusers import DiffusionPipeline
 from tiny_families import FAMILY_OF, TINY
 
 from lpl.families import FAMILIES, Family, find_family
-from tests.config.test_recipes import PIPELINES, RECIPES, values
+from tests.runs.test_shipped_recipes import PIPELINES, RECIPES, values
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -14,7 +14,7 @@ def test_a_family_has_its_tiny_pipeline_and_its_recipe(family):
     assert family.name in TINY, f"{family.name} lacks a tiny pipeline: tests/support/tiny.py, tiny_families.TINY"
     trained = {PIPELINES.get(values(name)["pretrained_model_name_or_path"]) for name in RECIPES}
     assert trained & set(TINY[family.name]), (
-        f"{family.name} lacks a recipe in examples/recipes (test_recipes.PIPELINES)"
+        f"{family.name} lacks a recipe in examples/recipes (test_shipped_recipes.PIPELINES)"
     )
 
 

@@ -14,6 +14,7 @@ from tiny import tiny_vae
 from trainer import launch, metrics, same, script, train, validation_metrics, weights
 
 from lpl import LatentPerceptualLoss
+from lpl.config.groups import Diffusion, Lpl
 from lpl.gate import random_window
 from lpl.loss import Measured
 from lpl.objectives import Epsilon
@@ -43,9 +44,14 @@ BLOCKS = ("mid", "up_0", "up_1", "up_2")
 def cheap(sd_pipeline, image_folder, tmp_path_factory):
     """(Folder of a run, [(micro-batch's step, its BatchLosses)], windows that LPL was taken in)."""
     terms, windows = [], []
-    add, call = Log.add, LatentPerceptualLoss.__call__
+    observe, call = Log.observe, LatentPerceptualLoss.__call__
+
+    def observed(log, step, batch, losses, *args):
+        terms.append((step, losses))
+        observe(log, step, batch, losses, *args)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Log, "add", lambda log, step, *args: terms.append((step, args[-1])) or add(log, step, *args))
+        patch.setattr(Log, "observe", observed)
         patch.setattr(
             LatentPerceptualLoss, "__call__", lambda loss, *args: windows.append(args[2]) or call(loss, *args)
         )
@@ -88,15 +94,8 @@ def terms_of(sd_pipeline):
     batch |= {"noise": noise[0], "posterior_noise": noise[1], "timestep": torch.tensor([10, 990, 20, 300, 980, 5])}
 
     def terms(loss, choice, **flags):
-        args = {
-            "input_perturbation": 0,
-            "dream_training": False,
-            "precondition_outputs": 0,
-            "snr_gamma": None,
-            "weighting_scheme": None,
-        }
-        args |= {"resolution": 32, "lpl_variant": "paper", "lpl_max_samples": None, "lpl_crop": None}
-        losses = script.Losses(Namespace(vae=vae), objective, loss, 3.0, Namespace(**args | flags))
+        lpl = Lpl(lpl_threshold_base_resolution=0, **flags)
+        losses = script.Losses(Namespace(vae=vae), objective, loss, lpl, Diffusion())
         return losses(Answer(), batch | {"lpl_choice": torch.tensor(choice).view(6, 2)}, with_lpl=True)
 
     return terms
@@ -246,7 +245,7 @@ def test_options_of_masks_and_memory_reach_the_loss(sd_pipeline, image_folder, t
         made.append(options)
         return LatentPerceptualLoss(vae, **options)
 
-    monkeypatch.setattr(script, "LatentPerceptualLoss", make)
+    monkeypatch.setattr("lpl.training.losses.LatentPerceptualLoss", make)
     outliers = {"quantile": 0.1, "margin": 0.5, "dilation": 9, "erosion": 7, "stride": 2}
     flags = {f"lpl_outlier_{name}": value for name, value in outliers.items()}
     one = train(sd_pipeline, image_folder, tmp_path / "one", **flags, max_train_steps=1, lpl_chunk_size=1)

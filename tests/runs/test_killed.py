@@ -135,7 +135,7 @@ def test_one_whose_last_file_is_empty_is_not_put_in_place(folder):
 def test_a_checkpoint_without_its_last_file_is_passed_over(folder, caplog):
     (checkpoint_path(folder, 2) / Progress.FILE).unlink()
     assert find_resumable(str(folder), "latest").name == "checkpoint-1"
-    assert "checkpoint-2 is no whole checkpoint" in caplog.text
+    assert "checkpoint-2 is not a whole checkpoint" in caplog.text
 
 
 @pytest.mark.parametrize("moment", range(5))

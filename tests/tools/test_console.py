@@ -68,6 +68,6 @@ def test_what_matters_is_still_said(hushed):
         assert not logging.getLogger(name).isEnabledFor(logging.WARNING)
         assert logging.getLogger(name).isEnabledFor(logging.ERROR)
     for kind in (UserWarning, FutureWarning, DeprecationWarning):
-        warnings.warn("something", kind)
+        warnings.warn("something", kind, stacklevel=1)
     assert [warning.category for warning in hushed] == [UserWarning]
     assert float(os.environ["TQDM_DELAY"]) > 0  # a bar comes where something takes longer

@@ -4,15 +4,13 @@ import errno
 import json
 import os
 import shutil
-from argparse import Namespace
-from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from accelerate import Accelerator, debug_launcher
 from diffusers import UNet2DConditionModel
-from trainer import arguments, metrics, reset_accelerate, run, same, script, train, weights
+from trainer import arguments, metrics, run, same, train, weights
 
 from lpl.evaluation.sources import find_models
 from lpl.tools import files
@@ -20,13 +18,13 @@ from lpl.tools.files import load_state
 from lpl.training import checkpoints
 from lpl.training.checkpoints import (
     Progress,
-    TrainingState,
     check_recipe,
     find_checkpoints,
     find_resumable,
     save_checkpoint,
     set_aside,
 )
+from tests.training.conftest import nothing
 
 
 @pytest.fixture(scope="module")
@@ -43,21 +41,6 @@ def trained(sd_pipeline, image_folder, tmp_path_factory):
         checkpoints_total_limit=2,
         seed=3,
     )
-
-
-@pytest.fixture
-def state(monkeypatch):
-    """One that has nothing to save."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    reset_accelerate()
-    yield nothing(Accelerator())
-    reset_accelerate()
-
-
-def nothing(accelerator):
-    """The state of a run without weights."""
-    empty = SimpleNamespace(not_finite=lambda: None, save=lambda folder: None, state_dict=dict)
-    return TrainingState(accelerator, empty, None, empty, empty)
 
 
 def folders(place, *names):
@@ -200,7 +183,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_refused_by_name(damage, trained
     folder = shutil.copytree(trained, tmp_path / "run")
     DAMAGES[damage](folder / "checkpoint-4")
     assert find_resumable(str(folder), "latest") == folder / "checkpoint-3"
-    assert "checkpoint-4 is no whole checkpoint and is passed over" in caplog.text
+    assert "checkpoint-4 is not a whole checkpoint and is ignored" in caplog.text
     with pytest.raises(ValueError, match="--resume_from_checkpoint checkpoint-4: there is no whole checkpoint"):
         find_resumable(str(folder), "checkpoint-4")
 
@@ -257,21 +240,12 @@ def full_in_the_second_process(folder):
     save_checkpoint(nothing(accelerator), str(folder), Progress(1, 0), None)
 
 
-def test_only_the_main_process_writes(tmp_path, monkeypatch):
+def test_only_the_main_process_writes(cpu, tmp_path):
     """Another one may have no room, or another disk; what it draws from is saved and is its own."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    reset_accelerate()
     debug_launcher(full_in_the_second_process, args=(tmp_path,), num_processes=2)
     for process in (0, 1):
         expected = torch.Generator().manual_seed(process).get_state()
         assert torch.equal(load_state(tmp_path / f"checkpoint-1/random-{process}.safetensors")["cpu"], expected)
-
-
-def test_resuming_takes_the_seed_of_the_run(trained):
-    args = Namespace(seed=None)
-    progress = script.start_or_resume(args, trained / "checkpoint-3")
-    assert (progress.step, progress.seed) == (3, 3)
-    assert args.seed == 3
 
 
 def test_another_seed_is_refused_on_resume(trained, sd_pipeline, image_folder, capsys):
@@ -281,19 +255,6 @@ def test_another_seed_is_refused_on_resume(trained, sd_pipeline, image_folder, c
     with pytest.raises(SystemExit) as error:
         run(words)
     assert "--seed 4" in str(error.value.code) and "3" in str(error.value.code)
-
-
-def test_a_seed_that_was_drawn_is_written_down(state, tmp_path):
-    drawn = [Namespace(seed=None, output_dir=str(tmp_path)) for _ in range(2)]
-    for args in drawn:
-        assert script.start_or_resume(args, None) == Progress(0, args.seed)
-    assert drawn[0].seed != drawn[1].seed
-
-
-def test_starting_afresh_beside_older_checkpoints_is_said(state, tmp_path, caplog):
-    folders(tmp_path, "checkpoint-9", "checkpoint-10")
-    script.start_or_resume(Namespace(seed=0, output_dir=str(tmp_path)), None)
-    assert "checkpoint-10" in caplog.text and "--resume_from_checkpoint latest" in caplog.text
 
 
 def test_ema_can_be_switched_on_at_a_resume(sd_pipeline, image_folder, tmp_path):
@@ -348,7 +309,7 @@ def test_another_number_of_processes_is_named(tmp_path, caplog):
     measured = {"num_processes": 2, "global_batch": 8}
     assert said_of(caplog, tmp_path, measured, processes=2) == said_of(caplog, tmp_path) == ""
     said = said_of(caplog, tmp_path, measured, processes=1)
-    assert "so many processes: 1, the run to resume 2" in said and "dropout's random state start anew" in said
+    assert "this run has 1 process and the run to resume had 2" in said and "dropout's random state start anew" in said
     assert "a step takes 4 images now and took 8 in the run to resume" in said and "data shifts" in said
     said = said_of(caplog, tmp_path, measured, processes=1, gradient_accumulation_steps=2)
-    assert "so many processes: 1" in said and "data shifts" not in said
+    assert "this run has 1 process and" in said and "data shifts" not in said

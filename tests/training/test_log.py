@@ -9,11 +9,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from trainer import parsed, reset_accelerate
+from runs import run_of
+from trainer import parsed
 
 from lpl.training import log as logs
 from lpl.training.log import Log, log_image
 from lpl.training.losses import BatchLosses
+from lpl.training.start import Length
 
 
 class Tracker:
@@ -50,14 +52,41 @@ def clock(monkeypatch):
     return clock
 
 
+class Bar:
+    """A progress bar that keeps what it shows."""
+
+    def __init__(self, total, initial, disable, desc):
+        self.total, self.n, self.closed, self.postfix = total, initial, False, None
+
+    def set_postfix(self, values, refresh):
+        self.postfix = values
+
+    def update(self, count):
+        self.n += count
+
+    def close(self):
+        self.closed = True
+
+
 @pytest.fixture
-def logging(sd_pipeline, image_folder, tmp_path, monkeypatch):
+def bars(monkeypatch):
+    """The progress bars that were made."""
+    made = []
+    monkeypatch.setattr(logs, "tqdm", lambda **options: made.append(Bar(**options)) or made[-1])
+    return made
+
+
+def log_of(config, step, accelerator, length, looked=True):
+    run = run_of(config, step, accelerator, looked=looked)
+    return Log(run, length, config.validation, config.output, config.lpl.lpl_every, ("mid", "up_0"))
+
+
+@pytest.fixture
+def logging(sd_pipeline, image_folder, tmp_path, cpu):
     """`logging(first_step=0, **flags)` is a log of two blocks, with a tracker that keeps what it is told."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    reset_accelerate()
 
     def start(first_step=0, last_step=100, global_batch=4, looked=True, **flags):
-        args, _ = parsed(sd_pipeline, image_folder, tmp_path / "out", **flags)
+        config, _ = parsed(sd_pipeline, image_folder, tmp_path / "out", **flags)
         accelerator = Accelerator()
         tracker = Tracker("tracker")
 
@@ -66,12 +95,11 @@ def logging(sd_pipeline, image_folder, tmp_path, monkeypatch):
             tracker.store_init_configuration(configuration)
 
         accelerator.init_trackers = init_trackers
-        log = Log(accelerator, args, first_step, last_step, global_batch, ("mid", "up_0"), looked)
+        log = log_of(config, first_step, accelerator, Length(global_batch, last_step, last_step), looked)
         log.tracker = tracker
         return log
 
-    yield start
-    reset_accelerate()
+    return start
 
 
 def add(
@@ -86,12 +114,15 @@ def add(
     rows=1,
     size=2,
     grad=None,
+    samples=None,
 ):
-    """A micro-batch of `size` samples. `grad`: of both terms at the model's output, one number each."""
+    """A micro-batch of `size` samples. `grad`: of both terms at the model's output, one number each. `samples`: their
+    diffusion losses, by index in the data set."""
     output = torch.zeros(2, requires_grad=grad is not None)
     by_output = output * torch.tensor(grad or (0.0, 0.0))  # of LPL, of the diffusion loss
-    terms = BatchLosses(
-        (diffusion_loss + by_output[1]).expand(size),
+    samples = samples or dict.fromkeys(range(size), diffusion_loss)
+    losses = BatchLosses(
+        torch.tensor(list(samples.values())) + by_output[1],
         lpl + by_output[0],
         output,
         inside,
@@ -99,7 +130,7 @@ def add(
         0 if by_block is None else rows,
         None if by_block is None else torch.tensor(by_block),
     )
-    log.add(step, torch.tensor(loss), WEIGHT, terms)
+    log.observe(step, {"index": torch.tensor(list(samples))}, losses, torch.tensor(loss), WEIGHT)
 
 
 def lines(path):
@@ -112,12 +143,13 @@ WEIGHT = torch.tensor(0.5)
 # Entries
 
 
-def test_an_entry_holds_the_means_since_the_last_one(logging, clock):
+def test_an_entry_holds_the_means_since_the_last_one(logging, clock, bars):
     log = logging()
+    log.start_bar()
     add(log, 1.0, 0.8, 0.4, inside=1)
     add(log, 3.0, 2.2, 1.6, inside=2)
     clock.now += 2.0
-    shown = log.write(2, 1e-4, WEIGHT)
+    log.write(2, 1e-4)
     expected = {
         "step": 2,
         "loss": 2.0,
@@ -131,37 +163,39 @@ def test_an_entry_holds_the_means_since_the_last_one(logging, clock):
         "images_per_second": 4.0,  # 2 steps of 4 in 2 seconds
     }
     assert lines(log.path) == [pytest.approx(expected)] and log.records() == lines(log.path)
-    assert shown == {"loss": "2.0000", "lpl": "1.0000", "share": "25%", "lr": "1.0e-04", "img/s": "4"}
+    (bar,) = bars
+    assert bar.postfix == {"loss": "2.0000", "lpl": "1.0000", "share": "25%", "lr": "1.0e-04", "img/s": "4"}
+    assert (bar.n, bar.total, bar.closed) == (2, 100, False)
     ((record, step),) = log.tracker.logged
     assert step == 2 and {"step": 2, **record} == pytest.approx(expected)
     add(log, 5.0)
     clock.now += 1.0
-    log.write(3, 1e-4, WEIGHT)
+    log.write(3, 1e-4)
     assert lines(log.path)[1]["loss"] == 5.0 and lines(log.path)[1]["images_per_second"] == 4.0
+    log.close_bar()
+    assert bar.n == 3 and bar.closed
 
 
 def test_nothing_is_fetched_between_entries(logging, monkeypatch):
-    log = logging()
+    log = logging(debug_loss=True)
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: pytest.fail("the step waits for the device"))
     monkeypatch.setattr(torch.Tensor, "item", lambda self: pytest.fail("the step waits for the device"))
     monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: pytest.fail("the step waits for the device"))
     monkeypatch.setattr(torch.Tensor, "__float__", lambda self: pytest.fail("the step waits for the device"))
     add(log, by_block=[[0.5, 0.0], [1.0, 0.9]], grad=(1.0, 2.0))
-    log.samples(1, torch.tensor([3]), torch.tensor([0.5]))
 
 
 def test_what_is_added_carries_no_graph(logging):
-    log = logging()
+    log = logging(debug_loss=True)
     loss = torch.tensor(1.0, requires_grad=True)
-    log.add(1, loss, loss, BatchLosses(loss.expand(1), loss, loss, 1, True))
-    log.samples(1, torch.tensor([3]), loss.expand(1))
+    log.observe(1, {"index": torch.tensor([3])}, BatchLosses(loss.expand(1), loss, loss, 1, True), loss, loss)
     assert not any(kept.requires_grad for kept in (log._sums, log._squares, log._samples[0]))
 
 
 def test_a_loss_of_zero_has_no_share(logging):
     log = logging()
     add(log, 0.0, 0.0, 0.0)
-    log.write(1, 1e-4, WEIGHT)
+    log.write(1, 1e-4)
     assert log.records()[0]["lpl_share"] == log.records()[0]["lpl_gradient_share"] == 0.0
 
 
@@ -170,15 +204,17 @@ def test_losses_that_are_not_finite_do_not_spoil_the_means(logging, value):
     log = logging()
     for loss in (1.0, value, 3.0):
         add(log, loss, by_block=[[loss, 0.0], [1.0, 1.0]], rows=1)
-    log.write(1, 1e-4, WEIGHT)
+    log.write(1, 1e-4)
     (record,) = log.records()
     assert record["loss"] == record["lpl/mid"] == 2.0
 
 
-def test_without_a_finite_loss_there_is_none_in_the_entry(logging):
+def test_without_a_finite_loss_there_is_none_in_the_entry(logging, bars):
     log = logging()
+    log.start_bar()
     add(log, float("nan"))
-    assert log.write(1, 1e-4, WEIGHT)["loss"] == "not finite"
+    log.write(1, 1e-4)
+    assert bars[0].postfix["loss"] == "not finite"
     assert "loss" not in log.records()[0] and "inside" in log.records()[0]
 
 
@@ -191,13 +227,13 @@ def test_parts_of_blocks_are_over_the_steps_with_lpl_and_kept_shares_over_the_sa
     add(log, lpl=3.0, by_block=[[1.0, 2.0], [1.5, 1.8]], rows=2)
     add(log, lpl=0.0, inside=0)
     add(log, lpl=1.5, by_block=[[0.5, 1.0], [0.5, 0.9]], rows=1)
-    log.write(1, 1e-4, WEIGHT)
+    log.write(1, 1e-4)
     (record,) = log.records()
     seen = {name: value for name, value in record.items() if "/" in name}
     expected = {"lpl/mid": 0.5, "lpl/up_0": 1.0, "kept/mid": 2.0 / 3, "kept/up_0": 0.9}
     assert seen == pytest.approx(expected) and record["lpl"] == pytest.approx(1.5)
     add(log, lpl=0.0, inside=0)
-    log.write(2, 1e-4, WEIGHT)
+    log.write(2, 1e-4)
     assert not [name for name in log.records()[1] if "/" in name]
 
 
@@ -207,19 +243,20 @@ def test_steps_without_lpl_count_for_the_diffusion_loss_only(logging):
     add(log, loss=5.0, diffusion_loss=1.0, lpl=2.0, by_block=[[2.0, 0.0], [1.0, 1.0]])
     for step in (2, 3, 4):
         add(log, loss=1.0, diffusion_loss=1.0, lpl=0.0, step=step, with_lpl=False)
-    log.write(4, 1e-4, WEIGHT)
+    log.write(4, 1e-4)
     (record,) = log.records()
     assert (record["loss"], record["diffusion_loss"], record["lpl"], record["lpl/mid"]) == (2.0, 1.0, 2.0, 2.0)
     assert record["lpl_share"] == pytest.approx(0.5) and record["lpl_weight"] == 0.5
 
 
-def test_an_entry_between_two_steps_with_lpl_has_nothing_of_it(logging):
+def test_an_entry_between_two_steps_with_lpl_has_nothing_of_it(logging, bars):
     log = logging(lpl_every=4)
+    log.start_bar()
     add(log, step=2, with_lpl=False)
-    shown = log.write(2, 1e-4, WEIGHT)
+    log.write(2, 1e-4)
     (record,) = log.records()
     assert not {"lpl", "lpl_share", "lpl_gradient_share"} & set(record) and record["lpl_weight"] == 0.5
-    assert not {"lpl", "share"} & set(shown)
+    assert not {"lpl", "share"} & set(bars[0].postfix)
 
 
 def test_the_gradients_share_is_that_of_the_norms_over_the_whole_step(logging):
@@ -227,17 +264,17 @@ def test_the_gradients_share_is_that_of_the_norms_over_the_whole_step(logging):
     log = logging()
     add(log, grad=(3.0, 1.5))
     add(log, grad=(4.0, 2.0))
-    log.write(1, 1e-4, WEIGHT)
+    log.write(1, 1e-4)
     assert log.records()[0]["lpl_gradient_share"] == pytest.approx(0.5)
     add(log, step=2, grad=(3.0, 0.5))
-    log.write(2, 1e-4, WEIGHT)
+    log.write(2, 1e-4)
     assert log.records()[1]["lpl_gradient_share"] == pytest.approx(0.75)
 
 
 def test_gradients_are_looked_at_in_the_last_step_with_lpl_before_an_entry(logging, monkeypatch):
     """Entries after 5, 10 and 12; with LPL are the steps 1, 4, 7 and 10."""
     looked = []
-    monkeypatch.setattr(BatchLosses, "gradients", lambda terms, weight: looked.append(step) or torch.ones(2))
+    monkeypatch.setattr(BatchLosses, "gradients", lambda losses, weight: looked.append(step) or torch.ones(2))
     log = logging(lpl_every=3, logging_steps=5, checkpointing_steps=100, last_step=12)
     for step in range(1, 13):
         add(log, step=step, with_lpl=step % 3 == 1)
@@ -253,7 +290,7 @@ def test_processes_with_different_numbers_inside(logging):
     log._reset()
     add(log, lpl=3.0, by_block=[[2.0, 1.0], [2.0, 1.4]], rows=2, inside=2, grad=(4.0, 2.5))
     log.accelerator.reduce = lambda theirs, kind: (ours + theirs) / 2
-    log.write(1, 1e-4, WEIGHT)
+    log.write(1, 1e-4)
     record = log.records()[0]
     expected = {"lpl": 2.0, "lpl/mid": 1.5, "lpl/up_0": 0.5, "kept/mid": 0.8, "kept/up_0": 0.8, "inside": 0.75}
     assert {name: record[name] for name in expected} == pytest.approx(expected)
@@ -270,7 +307,7 @@ def test_a_pause_is_not_counted(logging, clock):
     with log.paused():
         clock.now += 100.0
     clock.now += 1.0
-    log.write(1, 1e-4, WEIGHT)
+    log.write(1, 1e-4)
     assert log.records()[0]["images_per_second"] == pytest.approx(2.0)
 
 
@@ -278,7 +315,7 @@ def test_a_resumed_run_counts_its_own_steps(logging, clock):
     log = logging(first_step=100)
     add(log)
     clock.now += 1.0
-    log.write(101, 1e-4, WEIGHT)
+    log.write(101, 1e-4)
     assert log.records()[0]["images_per_second"] == pytest.approx(4.0)
 
 
@@ -286,12 +323,11 @@ def test_a_resumed_run_counts_its_own_steps(logging, clock):
 
 
 def test_a_resumed_run_goes_on_where_the_checkpoint_stands(logging):
-    log = logging()
+    log = logging(debug_loss=True)
     log.validation(0, {"validation_loss": 3.0})
     for step in (1, 2, 3):
-        add(log, float(step))
-        log.samples(step, torch.tensor([step]), torch.tensor([float(step)]))
-        log.write(step, 1e-4, WEIGHT)
+        add(log, float(step), step=step, samples={step: float(step)})
+        log.write(step, 1e-4)
         log.validation(step, {"validation_loss": 3.0 - step})
     with log.path.open("a") as file:
         file.write('{"step": 4, "lo')  # a crash
@@ -304,11 +340,10 @@ def test_a_resumed_run_goes_on_where_the_checkpoint_stands(logging):
 
 def test_a_validation_that_comes_again_is_there_once(logging):
     """Killed behind it, but before the checkpoint knew of it; a training entry without a loss stays."""
-    log = logging()
+    log = logging(debug_loss=True)
     for step, loss in ((1, 1.0), (2, float("nan"))):
-        add(log, loss)
-        log.samples(step, torch.tensor([step]), torch.tensor([1.0]))
-        log.write(step, 1e-4, WEIGHT)
+        add(log, loss, step=step, samples={step: 1.0})
+        log.write(step, 1e-4)
         log.validation(step, {"validation_loss": 3.0 - step})
     kept = log.records()
     assert logging(first_step=2).records() == kept
@@ -317,11 +352,11 @@ def test_a_validation_that_comes_again_is_there_once(logging):
 
 
 def test_a_new_run_begins_a_new_log(logging):
-    log = logging()
+    log = logging(debug_loss=True)
     log.validation(0, {"validation_loss": 3.0})
-    add(log)
-    log.samples(1, torch.tensor([0]), torch.tensor([1.0]))
-    log.write(1, 1e-4, WEIGHT)
+    add(log, samples={0: 1.0})
+    log.write(1, 1e-4)
+    assert lines(log.samples_path)
     fresh = logging()
     assert fresh.records() == [] and fresh.samples_path.read_text() == ""
 
@@ -334,34 +369,32 @@ def test_validation_has_an_entry_of_its_own(logging):
 
 
 def test_losses_of_samples(logging):
-    log = logging()
-    log.samples(1, torch.tensor([5, 2**40 + 1]), torch.tensor([0.5, 0.25]))
-    log.samples(1, torch.tensor([7, 8]), torch.tensor([1.5, 1.25]))
-    log.samples(2, torch.tensor([9]), torch.tensor([2.0]))
+    log = logging(debug_loss=True)
+    add(log, samples={5: 0.5, 2**40 + 1: 0.25})
+    add(log, samples={7: 1.5, 8: 1.25})
+    add(log, step=2, samples={9: 2.0})
     assert not log.samples_path.exists()  # written with the next entry
-    add(log)
-    log.write(2, 1e-4, WEIGHT)
+    log.write(2, 1e-4)
     expected = [(1, 5, 0.5), (1, 2**40 + 1, 0.25), (1, 7, 1.5), (1, 8, 1.25), (2, 9, 2.0)]
     assert lines(log.samples_path) == [{"step": s, "image": i, "loss": e} for s, i, e in expected]
-    add(log)
-    log.write(3, 1e-4, WEIGHT)
-    assert len(lines(log.samples_path)) == 5  # once
+    add(log, step=3, samples={1: 1.0})
+    log.write(3, 1e-4)
+    assert len(lines(log.samples_path)) == 6  # the others once
 
 
 def test_samples_of_several_processes_are_in_the_order_of_steps(logging):
-    log = logging()
+    log = logging(debug_loss=True)
     for step in (1, 2):
-        log.samples(step, torch.tensor([step]), torch.tensor([0.5]))
+        add(log, step=step, samples={step: 0.5})
     log.accelerator.gather = lambda rows: torch.cat([rows, rows + torch.tensor([0, 10, 0])])
-    add(log)
-    log.write(2, 1e-4, WEIGHT)
+    log.write(2, 1e-4)
     assert [(entry["step"], entry["image"]) for entry in lines(log.samples_path)] == [(1, 1), (1, 11), (2, 2), (2, 12)]
 
 
 def test_without_debug_loss_there_is_no_file_of_samples(logging):
     log = logging()
     add(log)
-    log.write(1, 1e-4, WEIGHT)
+    log.write(1, 1e-4)
     assert not log.samples_path.exists()
 
 
@@ -376,22 +409,19 @@ def test_trackers_are_given_the_flags_in_kinds_that_they_take_and_no_token(loggi
     assert "secret" not in str(configuration) and "hub_token" not in configuration
 
 
-def test_accelerates_own_tensorboard_takes_all_of_it(sd_pipeline, image_folder, tmp_path, monkeypatch):
+def test_accelerates_own_tensorboard_takes_all_of_it(sd_pipeline, image_folder, tmp_path, cpu):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    reset_accelerate()
-    args, _ = parsed(sd_pipeline, image_folder, tmp_path / "out", validation_prompts=["a", "b"])
+    config, _ = parsed(sd_pipeline, image_folder, tmp_path / "out", validation_prompts=["a", "b"])
     accelerator = Accelerator(log_with="tensorboard", project_dir=tmp_path)
-    log = Log(accelerator, args, 0, 100, 4, ("mid", "up_0"))
+    log = log_of(config, 0, accelerator, Length(4, 100, 100))
     add(log, by_block=[[0.5, 0.0], [1.0, 0.9]])
-    log.write(1, 1e-4, WEIGHT)
+    log.write(1, 1e-4)
     log.validation(1, {"validation_loss": 0.5})
     Image.new("RGB", (8, 6), "teal").save(tmp_path / "grid.png")
     log_image(accelerator, tmp_path / "grid.png", 1)
     accelerator.end_training()
-    reset_accelerate()
-    events = EventAccumulator(str(tmp_path / args.tracker_project_name)).Reload()
+    events = EventAccumulator(str(tmp_path / config.validation.tracker_project_name)).Reload()
     expected = {"loss", "lpl", "lpl/mid", "kept/up_0", "lpl_gradient_share", "images_per_second", "validation_loss"}
     assert expected <= set(events.Tags()["scalars"])
     assert [(event.step, event.value) for event in events.Scalars("validation_loss")] == [(1, 0.5)]

@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import seeded
-from tiny_families import load
+from tiny_families import TINY, load
 
 from lpl.config.groups import Lora
 from lpl.families import FAMILIES
@@ -30,7 +30,7 @@ KINDS = {
 SCALE = dict.fromkeys(KINDS, ALPHA / RANK) | {"rank-stabilised": ALPHA / RANK**0.5}
 NAME = "my-run"
 ROUNDING = 1e-5  # of an image in [0, 1] in float32
-FIXTURES = ["sd", "sdxl", "sd3", "pixart_alpha", "pixart_sigma", "dit", "flux", "sana"]
+FIXTURES = [fixtures[0].removesuffix("_pipeline") for fixtures in TINY.values()]
 WITH_ENCODERS = ["sd", "sdxl", "sd3", "flux"]
 WITHOUT_OTHERS = {"pixart-alpha", "pixart-sigma", "dit", "sana"}  # families whose LoRA only diffusers and peft read
 FLUX_DOUBLE_BLOCK = [f"transformer_blocks.0.{name}" for name in ("attn.to_q", "attn.to_k", "attn.to_v", "ff.net.2")]

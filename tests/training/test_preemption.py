@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import debug_launcher
+import yaml
+from accelerate import Accelerator, debug_launcher
 from torch.distributed import TCPStore
 from trainer import ROOT, arguments, metrics, same, script, train, weights
 
@@ -85,12 +86,14 @@ def test_a_run_that_was_asked_to_stop_goes_on_bit_for_bit(
 ):
     handlers = [signal.getsignal(each) for each in SIGNALS]
     with monkeypatch.context():
-        asked(Log, "add", 3, number)  # in the third step, between two entries of the log
+        asked(Log, "observe", 3, number)  # in the third step, between two entries of the log
         with pytest.raises(SystemExit) as left:
             train(sd_pipeline, image_folder, tmp_path / "run", **RUN)
     assert left.value.code == EXIT_CODE
     assert [path.name for path in find_checkpoints(tmp_path / "run")] == ["checkpoint-3"]
     assert not (tmp_path / "run/model_index.json").exists()
+    measured = yaml.safe_load((tmp_path / "run/recipe.yaml").read_text())["measured"]
+    assert measured["lpl_weight"] > 0  # known after the third step
     assert [signal.getsignal(each) for each in SIGNALS] == handlers
     monkeypatch.undo()
     assert equal(resumed(sd_pipeline, image_folder, tmp_path / "run"), uninterrupted)
@@ -113,7 +116,7 @@ def test_samples_that_were_given_up_are_made_up_for(
 
 def test_a_signal_in_the_last_step_still_leaves_a_checkpoint(sd_pipeline, image_folder, tmp_path, monkeypatch, asked):
     flags = {"max_train_steps": 2, "lpl_weight": 0}
-    asked(Log, "add", 2)
+    asked(Log, "observe", 2)
     with pytest.raises(SystemExit):
         train(sd_pipeline, image_folder, tmp_path / "run", **flags)
     monkeypatch.undo()
@@ -238,7 +241,7 @@ def test_all_processes_agree_on_the_step():
     workers = [context.Process(target=agree, args=(rank, free_port, queue)) for rank in range(2)]
     for worker in workers:
         worker.start()
-    answers = dict(queue.get(timeout=60) for _ in workers)
+    answers = dict(queue.get(timeout=180) for _ in workers)  # each imports everything first
     for worker in workers:
         worker.join(60)
     assert answers[0] == answers[1] == [False, False, False, True, True]
@@ -252,16 +255,16 @@ def one_of_two(pipeline, images, folder, stopped):
     slow = getattr(saved, name)
     patch.setattr(saved, name, lambda *given: (rank == 0 and time.sleep(2)) or slow(*given))
     if stopped and rank == 1:
-        add, calls = Log.add, []
+        observe, calls = Log.observe, []
         patch.setattr(
-            *(Log, "add"),
+            *(Log, "observe"),
             lambda *given: (
-                calls.append(1) or (len(calls) == 2 and os.kill(os.getpid(), signal.SIGTERM)) or add(*given)
+                calls.append(1) or (len(calls) == 2 and os.kill(os.getpid(), signal.SIGTERM)) or observe(*given)
             ),
         )
-    ends = script.Accelerator.end_training
+    ends = Accelerator.end_training
     patch.setattr(
-        *(script.Accelerator, "end_training"),
+        *(Accelerator, "end_training"),
         lambda self: (folder.with_name(f"{rank}").write_text(str(time.monotonic())), ends(self)),
     )
     start = time.monotonic()

@@ -1,12 +1,16 @@
 """What a run measures of its circumstances, and what it says where those of its recipe's run were others."""
 
+from dataclasses import replace
+
 import datasets
 import pytest
 import yaml
 from hub_server import HubServer, Repository
+from runs import run_of
 from trainer import metrics, parsed, run, same, settings, train, weights
 
 from lpl import __version__
+from lpl.config import Config
 from lpl.config.command_line import build_parser, config_of
 from lpl.config.recipes import read_recipe, recipe_text
 from lpl.data.fingerprint import fingerprint
@@ -14,9 +18,9 @@ from lpl.data.source import load_training_images
 from lpl.data.streaming import load_streamed_images
 from lpl.families.description import read_pipeline
 from lpl.publishing.public_recipe import publish_recipe
-from lpl.training.provenance import commits, compare_with, measured_facts
-from tests.config.test_recipes import on_the_hub
+from lpl.training.provenance import commits, compare_with, measured_facts, start_recipe, update_recipe
 from tests.data.test_streaming import write
+from tests.publishing.test_public_recipe import on_the_hub
 
 
 FIRST, SECOND = "a" * 40, "b" * 40
@@ -40,9 +44,9 @@ def now(**changes):
 
 
 def test_the_facts_of_a_run(sd_pipeline, image_folder, tmp_path):
-    args, _ = parsed(sd_pipeline, image_folder, tmp_path / "run", gradient_accumulation_steps=3)
-    dataset, _ = load_training_images(args.data, args.seed, args.cache_dir)
-    facts = measured_facts(args, dataset, 4, "4 x CPU")
+    config, _ = parsed(sd_pipeline, image_folder, tmp_path / "run", gradient_accumulation_steps=3)
+    dataset, _ = load_training_images(config.data, config.optimization.seed, config.model.cache_dir)
+    facts = measured_facts(config, dataset, 4, "4 x CPU")
     libraries = facts.pop("libraries")
     assert libraries["lpl"] == __version__ and {"torch", "diffusers", "transformers", "pillow"} < set(libraries)
     assert facts == {
@@ -66,17 +70,18 @@ def test_the_commit_of_a_model_of_the_hub(sd_pipeline, tmp_path, monkeypatch):
         hub.connect(monkeypatch, tmp_path)
         on_the_hub(hub, "user/model", sd_pipeline)
         first = hub.repos["user/model"].at().sha
-        cache = str(tmp_path / "cache")
-        args = build_parser().parse_args(["--pretrained_model_name_or_path", "user/model", "--cache_dir", cache])
-        assert commits(args, None) == {}  # nothing is loaded yet
-        read_pipeline(args)
-        assert commits(args, None) == {"pretrained_model_name_or_path": f"user/model@{first}"}
+        names = {"pretrained_model_name_or_path": "user/model", "cache_dir": str(tmp_path / "cache")}
+        config = Config().changed(**names)
+        assert commits(config, None) == {}  # nothing is loaded yet
+        read_pipeline(config.model)
+        assert commits(config, None) == {"pretrained_model_name_or_path": f"user/model@{first}"}
         hub.repos["user/model"].files["new"] = b"new"
-        read_pipeline(args)
+        read_pipeline(config.model)
         second = hub.repos["user/model"].at().sha
-        assert commits(args, None) == {"pretrained_model_name_or_path": f"user/model@{second}"} and first != second
-        args.revision = first
-        assert commits(args, None) == {"pretrained_model_name_or_path": f"user/model@{first}"}
+        assert commits(config, None) == {"pretrained_model_name_or_path": f"user/model@{second}"} and first != second
+        assert commits(config.changed(revision=first), None) == {
+            "pretrained_model_name_or_path": f"user/model@{first}"
+        }
 
 
 def test_the_commit_of_a_data_set_of_the_hub_loaded_or_streamed(tmp_path, monkeypatch):
@@ -100,6 +105,32 @@ def test_the_commit_of_a_data_set_of_the_hub_loaded_or_streamed(tmp_path, monkey
     here, _ = load_training_images(settings(dataset_name=str(tmp_path / "data")).data, 0, str(tmp_path / "cache"))
     assert loaded["data"]["fingerprint"] == fingerprint(here, "image", "text")  # the same bytes, from elsewhere
     assert loaded["data"]["fingerprint"] != streamed["data"]["fingerprint"]
+
+
+def test_facts_are_added_as_soon_as_they_are_known(sd_pipeline, image_folder, tmp_path, cpu):
+    """And the recipe is not written again for facts that it has."""
+    config, _ = parsed(sd_pipeline, image_folder, tmp_path / "run")
+    run, path = run_of(config), tmp_path / "run/recipe.yaml"
+    path.parent.mkdir()
+    dataset, _ = load_training_images(config.data, 0, config.model.cache_dir)
+    start_recipe(config, run, dataset, "1 x CPU", {})
+    first = read_recipe(build_parser(), str(path))
+    assert first.measured == run.facts == measured_facts(config, dataset, 1, "1 x CPU")
+    update_recipe(run, {"lpl_weight": 0.5})
+    second = read_recipe(build_parser(), str(path))
+    assert second.measured == run.facts == first.measured | {"lpl_weight": 0.5} and second.values == first.values
+    path.unlink()
+    update_recipe(run, {"lpl_weight": 0.5})
+    assert not path.exists()
+
+
+def test_a_run_warns_of_what_differs_from_its_recipe(sd_pipeline, image_folder, tmp_path, cpu, caplog):
+    config, _ = parsed(sd_pipeline, image_folder, tmp_path / "run")
+    config = replace(config, rerun_of={"data": {"fingerprint": "sha256:1"}})
+    (tmp_path / "run").mkdir()
+    dataset, _ = load_training_images(config.data, 0, config.model.cache_dir)
+    start_recipe(config, run_of(config), dataset, "1 x CPU", {})
+    assert "the data is not that of the recipe's run" in caplog.text
 
 
 # A run and its rerun -------------------------------------------------------------------------------------------------
@@ -164,8 +195,8 @@ def test_other_data(data, said):
         (2, 32, 16, "--gradient_accumulation_steps 2 gives the same"),
         (8, 128, 16, "--gradient_accumulation_steps 1 --train_batch_size 8 gives the same"),
         (1, 24, 24, "--gradient_accumulation_steps 4 --train_batch_size 16 gives the same"),
-        (3, 48, 16, "3 processes cannot share 64"),
-        (128, 128, 1, "128 processes cannot share 64"),
+        (3, 48, 16, "3 processes cannot share 64 images"),
+        (128, 128, 1, "128 processes cannot share 64 images"),
         (4, 16, 4, "--gradient_accumulation_steps 4 gives the same"),
     ],
 )
@@ -181,7 +212,7 @@ def test_another_global_batch(processes, batch, size, advice):
 
 
 def test_the_advice_makes_the_same_run():
-    """Several processes or several micro-batches: the same samples in each step, see tests/test_training.py."""
+    """Several processes or several micro-batches: the same samples in each step, see tests/runs/test_training.py."""
     assert compare_with(BEFORE, now(num_processes=2, global_batch=64), 16) == []
     streamed = {"fingerprint": "sha256:1"}
     sentence = one(BEFORE | {"data": streamed}, now(data=streamed, num_processes=2), 16)
@@ -205,8 +236,8 @@ def test_another_commit():
 def test_other_libraries_and_hardware_are_one_short_line():
     sentence = one(BEFORE, now(libraries={"lpl": "0.1.0", "torch": "2.14.0", "new": "1"}, hardware="1 x H200"), 16)
     assert sentence == (
-        "not as in the recipe's run, in brackets: torch 2.14.0 (2.13.0), hardware 1 x H200 (4 x CPU); last digits may "
-        "differ"
+        "different from the recipe's run (in brackets): torch 2.14.0 (2.13.0), hardware 1 x H200 (4 x CPU); last "
+        "digits may differ"
     )
 
 

@@ -2,23 +2,20 @@
 
 import random
 import shutil
-from types import SimpleNamespace
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from PIL import Image
+from runs import run_of
 from tiny import PICTURES
-from trainer import metrics, parsed, reset_accelerate, same, train, weights
+from trainer import metrics, same, train, weights
 
 from lpl.training import validation
-from lpl.training.average import MovingAverage, averaged
-from lpl.training.loading import load_family
-from lpl.training.parts import TrainedParts
-from lpl.training.sampling import decoding_exactly, sample
-from lpl.training.validation import Validation
+from lpl.training.average import MovingAverage
+from tests.training.test_sampling import pixels
 
 
 # The first two captions of the data set, so that there are real images to show beside.
@@ -42,30 +39,6 @@ def trained(sd_pipeline, image_folder, tmp_path_factory):
     with mock.patch.object(validation, "labelled_grid", recorded):
         train(sd_pipeline, image_folder, output_dir, **FLAGS, **SAMPLED, checkpointing_steps=2)
     return output_dir, grids
-
-
-@pytest.fixture
-def sampling(sd_pipeline, image_folder, tmp_path, monkeypatch):
-    """What samples are made of; `validation(*prompts)` is a Validation, `of(*prompts)` are samples alone."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    reset_accelerate()
-    args, configs = parsed(sd_pipeline, image_folder, tmp_path)
-    family = load_family(args.model, args.lora, configs, torch.float32)
-    trained = TrainedParts(family, args)
-    yield SimpleNamespace(
-        args=args,
-        trained=trained,
-        family=family,
-        validation=lambda *prompts, names=None: Validation(
-            family, configs.scheduler, args, prompts, names or prompts, None
-        ),
-        of=lambda *prompts: sample(family, configs.scheduler, prompts, args, Accelerator()),
-    )
-    reset_accelerate()
-
-
-def pixels(images):
-    return [np.asarray(image).tobytes() for image in images]
 
 
 def test_training_does_not_notice_validation(trained, sd_pipeline, image_folder, tmp_path):
@@ -133,13 +106,13 @@ def test_a_resumed_run_keeps_the_row_before_training(trained, sd_pipeline, image
 def test_samples_before_training_are_shown_beside_those_of_the_same_settings(
     sampling, monkeypatch, prompts, change, rows
 ):
-    sampling.validation("a cat", "a dog").run(Accelerator(), sampling.trained, None, 0)
-    vars(sampling.args).update(change)  # at a resume
+    sampling.draw("a cat", "a dog", step=0)
+    resumed = replace(sampling, config=sampling.config.changed(**change))
     grids = []
     monkeypatch.setattr(
         validation, "labelled_grid", lambda rows, captions: grids.append(list(rows)) or Image.new("L", (1, 1))
     )
-    sampling.validation(*prompts).run(Accelerator(), sampling.trained, None, 1)
+    resumed.draw(*prompts, step=1)
     assert grids == [rows]
 
 
@@ -148,26 +121,8 @@ def test_names_stand_over_the_columns(sampling, monkeypatch):
     monkeypatch.setattr(
         validation, "labelled_grid", lambda rows, names: captions.extend(names) or Image.new("L", (1, 1))
     )
-    sampling.validation("a cat", "a dog", names=["cats", "dogs"]).run(Accelerator(), sampling.trained, None, 1)
+    sampling.draw("a cat", "a dog", names=["cats", "dogs"], step=1)
     assert captions == ["cats", "dogs"]
-
-
-def test_an_image_depends_on_its_own_prompt_and_place_only(sampling):
-    first, second = pixels(sampling.of("a cat", "a dog"))
-    assert pixels(sampling.of("a cat")) == [first]
-    assert pixels(sampling.of("a cup", "a dog"))[1] == second
-    same_prompt = pixels(sampling.of("a cat", "a cat"))
-    assert same_prompt[0] == first != same_prompt[1]  # several images of one prompt differ
-
-
-def test_the_seed_and_the_settings_count(sampling):
-    changes = {"seed": 1, "validation_inference_steps": 3, "validation_guidance_scale": 1.0}
-    before = pixels(sampling.of("a cat"))
-    for name, value in changes.items():
-        kept = getattr(sampling.args, name)
-        setattr(sampling.args, name, value)
-        assert pixels(sampling.of("a cat")) != before
-        setattr(sampling.args, name, kept)
 
 
 def test_the_model_and_the_random_state_are_left_as_they_were(sampling):
@@ -176,7 +131,7 @@ def test_the_model_and_the_random_state_are_left_as_they_were(sampling):
         part.register_forward_pre_hook(lambda module, inputs: modes.append(module.training))
     weights_before = {name: value.clone() for name, value in sampling.trained.state_dict().items()}
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    sampling.validation("a cat").run(Accelerator(), sampling.trained, None, 1)
+    sampling.draw("a cat", step=1)
     assert modes and not any(modes)
     assert sampling.trained.training and sampling.family.denoiser.training
     assert not any(encoder.training for encoder in sampling.family.text_encoders)  # they are frozen
@@ -186,51 +141,18 @@ def test_the_model_and_the_random_state_are_left_as_they_were(sampling):
     assert all(p.grad is None and p.requires_grad for p in sampling.trained.parameters())
 
 
-def test_the_vae_decodes_in_its_own_precision_under_autocast(sampling):
-    seen, vae = [], sampling.family.vae
-    hook = vae.decoder.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
-    latents = torch.zeros(1, 4, 8, 8, dtype=torch.bfloat16)
-    with torch.autocast("cpu", torch.bfloat16):
-        with decoding_exactly(vae):
-            vae.decode(latents)
-        vae.decode(latents.float())  # left as it was: autocast rules again
-    hook.remove()
-    assert [(given.dtype, made.dtype) for given, made in seen] == [
-        (torch.float32, torch.float32),
-        (torch.bfloat16, torch.bfloat16),
-    ]
-
-
-def test_averaged_weights_are_there_within_only(sampling):
-    ema = MovingAverage(sampling.trained.weights(), decay=0.9999)
-    for parameter in ema.shadow_params:
-        parameter.zero_()
-    before = {name: value.clone() for name, value in sampling.trained.state_dict().items()}
-    with pytest.raises(KeyboardInterrupt), averaged(ema, sampling.trained):
-        assert all((parameter == 0).all() for parameter in sampling.trained.parameters())
-        raise KeyboardInterrupt
-    assert same(before, sampling.trained.state_dict())
-
-
-def test_without_an_average_the_weights_are_the_trained_ones(sampling):
-    before = {name: value.clone() for name, value in sampling.trained.state_dict().items()}
-    with averaged(None, sampling.trained):
-        assert same(before, sampling.trained.state_dict())
-
-
 def test_without_prompts_nothing_is_sampled(sampling):
-    idle = sampling.validation()
-    assert idle.run(Accelerator(), sampling.trained, None, 0) is None and idle.before_after(1) is None
+    idle = sampling.samples()
+    assert idle.draw(run_of(sampling.config), sampling.trained, None) is None and idle.before_after(1) is None
     assert not idle.folder.exists()
 
 
 def test_samples_of_an_earlier_run_are_not_taken_for_this_ones(sampling):
-    for prompts, ema in (
+    for prompts, average in (
         (["a cat", "a dog"], MovingAverage(sampling.trained.weights(), decay=0.9999)),
         (["a cat"], None),
     ):
         for step in range(2):
-            of_run = sampling.validation(*prompts)
-            of_run.run(Accelerator(), sampling.trained, ema, step)
+            of_run = sampling.draw(*prompts, step=step, average=average)
     assert {path.name for path in of_run.folder.iterdir() if path.is_dir()} == {"step-000000", "step-000001"}
     assert [path.name for path in of_run.folder.glob("*/*.png")] == ["00.png", "00.png"]
