@@ -197,7 +197,7 @@ def assert_read(model, tensors, start, adapted):
 def test_a_reader_that_knows_names_alone_gets_what_was_trained(kind, sd_pipeline, tmp_path):
     """In float32, with an alpha that gives the scale without further knowledge."""
     targets = ["to_q", "to_out.0", "ff.net.2", "proj_in", "conv1", "conv_shortcut", "conv", "time_emb_proj"]
-    family, parts = trained(sd_pipeline, targets=targets, **KINDS[kind])
+    family, parts = trained(sd_pipeline, **{"targets": targets} | KINDS[kind])
     path = save(family, parts, tmp_path)
     with safe_open(path, "pt") as file:
         assert file.metadata() is None
