@@ -7,6 +7,7 @@ from commands import cases, refusal, warned
 from trainer import arguments, run
 
 from lpl.config.command_line import build_parser, parse
+from lpl.config.config import FLAGS
 
 
 # The script itself ---------------------------------------------------------------------------------------------------
@@ -185,6 +186,37 @@ def test_what_is_no_pipeline(name, files, word, image_folder, tmp_path, capsys, 
         (place / file).write_text("{}")
     message = refusal(capsys, arguments(place, image_folder, tmp_path / "out"))
     assert f"--pretrained_model_name_or_path {place}: " in message and word in message and "hf auth" not in message
+
+
+PLACES = sorted(name for name, declared in FLAGS.items() if declared.path)
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_file_where_a_folder_belongs(name, sd_pipeline, image_folder, tmp_path, capsys, no_weights):
+    (tmp_path / "file.txt").touch()
+    flags = {name: tmp_path / "file.txt"} | ({"train_data_dir": None} if name == "dataset_name" else {})
+    paths = {
+        "pretrained_model_name_or_path": sd_pipeline,
+        "train_data_dir": image_folder,
+        "output_dir": tmp_path / "o",
+    }
+    words = [word for flag, value in (paths | flags).items() if value for word in (f"--{flag}", str(value))]
+    message = refusal(capsys, words)
+    assert f"--{name} {tmp_path / 'file.txt'}: this is a file" in message
+
+
+def test_a_stream_is_validated_after_the_training(sd_pipeline, tmp_path, capsys, no_weights):
+    words = [
+        "--pretrained_model_name_or_path",
+        sd_pipeline,
+        "--train_data_dir",
+        tmp_path,
+        "--validation_prompt",
+        "cat",
+    ]
+    words += ["--streaming", "--max_train_steps", 1, "--report_to", "none"]
+    assert "give --validation_steps" in refusal(capsys, words)
+    assert parse(list(map(str, [*words, "--validation_epochs", 0]))).validation.validation_epochs == 0
 
 
 @pytest.mark.parametrize("word, meant", [("--learning_rat", "learning_rate"), ("--ressolution=64", "resolution")])

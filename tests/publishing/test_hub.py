@@ -84,6 +84,12 @@ def sentence(error: pytest.ExceptionInfo) -> str:
     return text
 
 
+def test_the_command_that_publishes_has_no_push_to_hub(no_login):
+    with pytest.raises(HubError, match="^publishing needs a Hugging Face token") as error:
+        prepare(Output(hub_model_id="user/fox", output_dir="out"))
+    assert "--push_to_hub" not in str(error.value)
+
+
 def test_no_token(no_login):
     with pytest.raises(HubError) as error:
         prepare_repository("fox", token=None)
