@@ -228,7 +228,8 @@ for _handler in logging.getLogger("huggingface_hub").handlers:
 def _check_token(token: str | None, flag: str, otherwise: str) -> None:
     if not (token or get_token()):
         raise HubError(
-            f"{flag} needs a Hugging Face token, and none is found: run `hf auth login`, give --hub_token{otherwise}."
+            f"{flag} needs a Hugging Face token, and none is found: run `hf auth login`{',' if otherwise else ' or'} give "
+            f"--hub_token{otherwise}."
         )
 
 
