@@ -227,9 +227,10 @@ for _handler in logging.getLogger("huggingface_hub").handlers:
 
 def _check_token(token: str | None, flag: str, otherwise: str) -> None:
     if not (token or get_token()):
+        between = "," if otherwise else " or"
         raise HubError(
-            f"{flag} needs a Hugging Face token, and none is found: run `hf auth login`{',' if otherwise else ' or'} give "
-            f"--hub_token{otherwise}."
+            f"{flag} needs a Hugging Face token, and none is found: run `hf auth login`{between} give --hub_token"
+            f"{otherwise}."
         )
 
 

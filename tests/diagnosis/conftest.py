@@ -47,9 +47,7 @@ def planned(sd_pipeline, image_folder, tmp_path, monkeypatch):
         )
         run = run_of(config, accelerator=accelerator)
         images, _ = open_images(config, description, run)
-        batch, steps = optimization.train_batch_size, optimization.max_train_steps
-        global_batch = batch * optimization.gradient_accumulation_steps
-        return Plan(config, run, Length(global_batch, steps, steps), trained, images, schedule)
+        return Plan(config, run, Length.of(optimization, images.length, 1), trained, images, schedule)
 
     yield make
     reset_accelerate()

@@ -89,7 +89,7 @@ def test_the_share_inside_is_that_of_the_timesteps_drawn(planned, monkeypatch):
         drawn.append((epoch, index))
         return torch.tensor(index % 1000)
 
-    plan.images = SimpleNamespace(timestep=timestep)
+    plan.images = SimpleNamespace(timestep=timestep, objective=plan.objective)
     assert plan.share_inside() == pytest.approx(0.674)  # t <= 673
     assert len(set(drawn)) == plans.DRAWS
     # An infinite sigma, at the end of a schedule without any signal, is outside every threshold.

@@ -48,6 +48,7 @@ def test_the_facts_of_a_run(sd_pipeline, image_folder, tmp_path):
     dataset, _ = load_training_images(config.data, config.optimization.seed, config.model.cache_dir)
     facts = measured_facts(config, dataset, 4, "4 x CPU")
     libraries = facts.pop("libraries")
+    assert facts.pop("base").startswith("sha256:")
     assert libraries["lpl"] == __version__ and {"torch", "diffusers", "transformers", "pillow"} < set(libraries)
     assert facts == {
         "data": {"fingerprint": fingerprint(dataset, "image", "text", [str(image_folder)]), "images": 8},
@@ -93,7 +94,14 @@ def test_the_commit_of_a_data_set_of_the_hub_loaded_or_streamed(tmp_path, monkey
         hub.repos["user/pictures"] = Repository()
         for file in (tmp_path / "data").iterdir():
             hub.repos["user/pictures"].files[f"data/train-{file.name}"] = file.read_bytes()
-        words = ["--dataset_name", "user/pictures", "--cache_dir", str(tmp_path / "cache")]
+        words = [
+            "--pretrained_model_name_or_path",
+            str(tmp_path),
+            "--dataset_name",
+            "user/pictures",
+            "--cache_dir",
+            str(tmp_path / "cache"),
+        ]
         config = config_of(vars(build_parser().parse_args(words)))
         cache_dir = config.model.cache_dir
         loaded = measured_facts(config, load_training_images(config.data, 0, cache_dir)[0], 1, "CPU")
@@ -113,7 +121,7 @@ def test_facts_are_added_as_soon_as_they_are_known(sd_pipeline, image_folder, tm
     run, path = run_of(config), tmp_path / "run/recipe.yaml"
     path.parent.mkdir()
     dataset, _ = load_training_images(config.data, 0, config.model.cache_dir)
-    start_recipe(config, run, dataset, "1 x CPU", {})
+    start_recipe(config, run, dataset, "1 x CPU", {}, ())
     first = read_recipe(build_parser(), str(path))
     assert first.measured == run.facts == measured_facts(config, dataset, 1, "1 x CPU")
     update_recipe(run, {"lpl_weight": 0.5})
@@ -129,7 +137,7 @@ def test_a_run_warns_of_what_differs_from_its_recipe(sd_pipeline, image_folder, 
     config = replace(config, rerun_of={"data": {"fingerprint": "sha256:1"}})
     (tmp_path / "run").mkdir()
     dataset, _ = load_training_images(config.data, 0, config.model.cache_dir)
-    start_recipe(config, run_of(config), dataset, "1 x CPU", {})
+    start_recipe(config, run_of(config), dataset, "1 x CPU", {}, ())
     assert "the data is not that of the recipe's run" in caplog.text
 
 
