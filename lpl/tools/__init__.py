@@ -2,6 +2,6 @@
 
 ``files.py`` writes files atomically; ``pictures.py`` draws grids and curves; ``words.py`` formats numbers and tables;
 ``privacy.py`` decides what may be public; ``trust.py`` refuses pickles and foreign code; ``machine.py`` knows memory,
-disk and devices; ``process.py`` ends a process; ``layout.py`` has every name in an output folder, once. Add a helper
-here only if two rooms need it. Tests: ``tests/tools``.
+disk and devices; ``process.py`` ends a process; ``console.py`` hushes the libraries; ``layout.py`` has every name in
+an output folder, once. Add a helper here only if two rooms need it. Tests: ``tests/tools``.
 """

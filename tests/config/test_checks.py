@@ -7,6 +7,7 @@ from commands import cases, refusal, warned
 from trainer import arguments, run
 
 from lpl.config.command_line import build_parser, parse
+from lpl.config.config import FLAGS
 
 
 # The script itself ---------------------------------------------------------------------------------------------------
@@ -33,7 +34,10 @@ ALONE = cases(  # wrong whatever the pipeline: what is given, what the sentence 
     ({"lr_scheduler": "piecewise_constant"}, ["--lr_scheduler", "piecewise_constant", "cosine"]),
     ({"image_interpolation_mode": "cubic"}, ["--image_interpolation_mode", "cubic", "bicubic"]),
     ({"weighting_scheme": "uniform"}, ["--weighting_scheme", "uniform", "logit_normal"]),
-    ({"report_to": "mlflow"}, ["--report_to", "mlflow", "tensorboard", "wandb", "comet_ml", "trackio", "all", "none"]),
+    (
+        {"report_to": "neptune"},
+        ["--report_to", "neptune", "tensorboard", "wandb", "comet_ml", "trackio", "all", "none"],
+    ),
     ({"mixed_precision": "fp8"}, ["--mixed_precision", "fp8", "bf16"]),
     ({"lpl_weight": "auto:2"}, ["--lpl_weight", "auto:2", "auto:0.2"]),
     ({"lpl_weight": "-1"}, ["--lpl_weight", "-1"]),
@@ -95,7 +99,7 @@ ALONE = cases(  # wrong whatever the pipeline: what is given, what the sentence 
     ({"validation_every_nth": 1}, ["--validation_every_nth 1", "2 or more"]),
     ({"num_validation_samples": 0}, ["--num_validation_samples 0", "more than 0"]),
     ({"train_batch_size": 0}, ["--train_batch_size 0", "more than 0"]),
-    ({"learning_rate": "nan"}, ["--learning_rate nan", "more than 0"]),
+    ({"learning_rate": "nan"}, ["--learning_rate nan", "0 or more"]),
     ({"learning_rate": "fast"}, ["--learning_rate", "fast"]),
     ({"lr_warmup_steps": -1}, ["--lr_warmup_steps -1", "0 or more"]),
     ({"proportion_empty_prompts": 1.5}, ["--proportion_empty_prompts 1.5", "between 0 and 1"]),
@@ -128,8 +132,14 @@ ALONE = cases(  # wrong whatever the pipeline: what is given, what the sentence 
     ({"timestep_bias_multiplier": 0}, ["--timestep_bias_multiplier 0", "more than 0"]),
     ({"timestep_bias_portion": 0}, ["--timestep_bias_portion 0", "at most 1"]),
     ({"timestep_bias_portion": 1.5}, ["--timestep_bias_portion 1.5", "at most 1"]),
-    ({"timestep_bias_begin": 1000}, ["--timestep_bias_begin 1000", "--timestep_bias_end", "1000"]),
-    ({"timestep_bias_begin": 5, "timestep_bias_end": 4}, ["--timestep_bias_begin 5", "--timestep_bias_end", "4"]),
+    (
+        {"timestep_bias_strategy": "range", "timestep_bias_begin": 1000},
+        ["--timestep_bias_begin 1000", "--timestep_bias_end", "1000"],
+    ),
+    (
+        {"timestep_bias_strategy": "range", "timestep_bias_begin": 5, "timestep_bias_end": 4},
+        ["--timestep_bias_begin 5", "--timestep_bias_end", "4"],
+    ),
 )
 
 
@@ -141,7 +151,15 @@ def test_refused_by_words(flags, words, sd_pipeline, image_folder, tmp_path, cap
 
 
 def test_every_number_that_cannot_be_negative_is_checked(sd_pipeline, image_folder, tmp_path, capsys, no_weights):
-    may_be = {"noise_offset", "logit_mean", "mode_scale", "lr_power", "validation_guidance_scale", "local_rank"}
+    may_be = {
+        "noise_offset",
+        "input_perturbation",
+        "logit_mean",
+        "mode_scale",
+        "lr_power",
+        "validation_guidance_scale",
+        "local_rank",
+    }
     actions = build_parser()._actions
     numbers = {action.dest for action in actions if action.type in (int, float) and not action.choices}
     assert len(numbers) > 50
@@ -176,6 +194,37 @@ def test_what_is_no_pipeline(name, files, word, image_folder, tmp_path, capsys, 
     assert f"--pretrained_model_name_or_path {place}: " in message and word in message and "hf auth" not in message
 
 
+PLACES = sorted(name for name, declared in FLAGS.items() if declared.path)
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_file_where_a_folder_belongs(name, sd_pipeline, image_folder, tmp_path, capsys, no_weights):
+    (tmp_path / "file.txt").touch()
+    flags = {name: tmp_path / "file.txt"} | ({"train_data_dir": None} if name == "dataset_name" else {})
+    paths = {
+        "pretrained_model_name_or_path": sd_pipeline,
+        "train_data_dir": image_folder,
+        "output_dir": tmp_path / "o",
+    }
+    words = [word for flag, value in (paths | flags).items() if value for word in (f"--{flag}", str(value))]
+    message = refusal(capsys, words)
+    assert f"--{name} {tmp_path / 'file.txt'}: this is a file" in message
+
+
+def test_a_stream_is_validated_after_the_training(sd_pipeline, tmp_path, capsys, no_weights):
+    words = [
+        "--pretrained_model_name_or_path",
+        sd_pipeline,
+        "--train_data_dir",
+        tmp_path,
+        "--validation_prompt",
+        "cat",
+    ]
+    words += ["--streaming", "--max_train_steps", 1, "--report_to", "none"]
+    assert "give --validation_steps" in refusal(capsys, words)
+    assert parse(list(map(str, [*words, "--validation_epochs", 0]))).validation.validation_epochs == 0
+
+
 @pytest.mark.parametrize("word, meant", [("--learning_rat", "learning_rate"), ("--ressolution=64", "resolution")])
 def test_a_mistyped_flag_gets_the_right_one(word, meant, sd_pipeline, image_folder, tmp_path, capsys, no_weights):
     assert f"did you mean --{meant}?" in refusal(capsys, [*arguments(sd_pipeline, image_folder, tmp_path), word])
@@ -184,7 +233,7 @@ def test_a_mistyped_flag_gets_the_right_one(word, meant, sd_pipeline, image_fold
 @pytest.mark.parametrize("number", ["-1e-4", "-.5", "-2.E-3"])
 def test_negative_numbers_are_numbers(number, sd_pipeline, image_folder, tmp_path, capsys, no_weights):
     words = [*arguments(sd_pipeline, image_folder, tmp_path), "--learning_rate", number]
-    assert f"--learning_rate {float(number)}: it must be more than 0" in refusal(capsys, words)
+    assert f"--learning_rate {float(number)}: it must be 0 or more" in refusal(capsys, words)
 
 
 # Warnings ------------------------------------------------------------------------------------------------------------

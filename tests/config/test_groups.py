@@ -67,6 +67,7 @@ tracker_project_name              silent    own
 logging_dir                       silent    own
 logging_steps                     silent
 debug_loss                        silent
+verbose                           silent    own
 
 eval_steps                        silent    own
 eval_data_dir                     silent    own

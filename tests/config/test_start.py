@@ -31,7 +31,11 @@ BASE = ["--pretrained_model_name_or_path", "user/model"]
         ([], 2, "--pretrained_model_name_or_path is missing"),
         (["--lpl_wight", "0"], 2, "did you mean --lpl_weight?"),
         ([*BASE, "--train_data_dir", "no/such/folder"], 2, "--train_data_dir no/such/folder: there is no such folder"),
-        ([*BASE, "--train_data_dir", "docs", "--learning_rate", "0"], 2, "--learning_rate 0.0: it must be more than"),
+        (
+            [*BASE, "--train_data_dir", "docs", "--learning_rate", "-1"],
+            2,
+            "--learning_rate -1.0: it must be 0 or more",
+        ),
         (
             [*BASE, "--train_data_dir", "docs", "--config", "no/such.yaml"],
             2,

@@ -23,6 +23,7 @@ def prepare_repository(name, folder="out", token=TOKEN, private=False, revision=
         Output(
             hub_model_id=name,
             output_dir=str(folder),
+            push_to_hub=True,
             hub_token=token,
             hub_private_repo=private,
             hub_revision=revision,
@@ -81,6 +82,12 @@ def sentence(error: pytest.ExceptionInfo) -> str:
     text = str(error.value)
     assert text.endswith(".") and "\n" not in text and "--push_to_hub" in text and TOKEN not in text
     return text
+
+
+def test_the_command_that_publishes_has_no_push_to_hub(no_login):
+    with pytest.raises(HubError, match="^publishing needs a Hugging Face token") as error:
+        prepare(Output(hub_model_id="user/fox", output_dir="out"))
+    assert "--push_to_hub" not in str(error.value)
 
 
 def test_no_token(no_login):

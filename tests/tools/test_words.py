@@ -2,7 +2,8 @@
 
 import pytest
 
-from lpl.tools.words import duration, short_count, size
+from lpl.config.config import FLAGS
+from lpl.tools.words import close_match, duration, short_count, size, why_no_folder
 
 
 @pytest.mark.parametrize(
@@ -24,3 +25,32 @@ from lpl.tools.words import duration, short_count, size
 )
 def test_numbers_in_words(words, value, said):
     assert words(value) == said
+
+
+@pytest.mark.parametrize(
+    "name, meant",
+    [
+        ("--lr", "--learning_rate"),  # initials
+        ("--lpl-wieght", "--lpl_weight"),  # a misspelling
+        ("--epochs", "--num_train_epochs"),  # a word of several
+        ("--batch_size", "--train_batch_size"),
+        ("--grad_accum", "--gradient_accumulation_steps"),  # starts of words
+        ("--data_dir", "--train_data_dir"),
+        ("--output", "--output_dir"),
+    ],
+)
+def test_the_flag_that_was_meant(name, meant):
+    assert meant in close_match(name, FLAGS, "--").rstrip("?").split()
+
+
+def test_nothing_is_suggested_where_nothing_is_near():
+    assert close_match("--xyz", FLAGS, "--") == ""
+
+
+def test_what_is_no_folder(tmp_path):
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "a.ZIP").touch()
+    assert why_no_folder(str(tmp_path)) is None
+    assert why_no_folder(str(tmp_path / "a.txt")).startswith("this is a file")
+    assert "unpack it" in why_no_folder(str(tmp_path / "a.ZIP"))
+    assert why_no_folder(str(tmp_path / "no")) == "there is no such folder"

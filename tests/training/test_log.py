@@ -55,7 +55,7 @@ def clock(monkeypatch):
 class Bar:
     """A progress bar that keeps what it shows."""
 
-    def __init__(self, total, initial, disable, desc):
+    def __init__(self, total, initial, disable, desc, delay):
         self.total, self.n, self.closed, self.postfix = total, initial, False, None
 
     def set_postfix(self, values, refresh):
