@@ -8,6 +8,7 @@ The recipe overrides the defaults, and the command line overrides the recipe.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import Any, NoReturn
 from lpl.config.checks import check_words, idle_without_lpl
 from lpl.config.choices import EMA_DECAY, EMA_DECAY_WITH_LPL, OPTIMIZERS, RANK
 from lpl.config.config import FLAGS, GROUP_OF, GROUPS, Config
-from lpl.config.flag import add_group, boolean, built, flags_of
+from lpl.config.flag import add_group, boolean, built, flags_of, number
 from lpl.config.foreign import FOREIGN, Foreign, translated
 from lpl.config.recipes import read_recipe
 from lpl.options import parse_weight
@@ -68,7 +69,7 @@ class HelpFormatter(argparse.MetavarTypeHelpFormatter):
     """Shows the type of each flag, and its default unless it is None or off."""
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        return getattr(action.type or str, "__name__", "str")
+        return {None: "str", os.path.expanduser: "str", number: "int|float"}.get(action.type) or action.type.__name__
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         default = action.default

@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from lpl.tools.pictures import on_white
+from lpl.tools.places import lies_within
 
 
 # torchvision's names, as in diffusers' scripts -> PIL's filters
@@ -63,7 +64,7 @@ def lies_in(path: str, folder: str) -> bool:
         return False
     if "://" in path:
         return "://" in folder and ".." not in path and path.startswith((f"{folder}/", f"{folder}@"))
-    return "://" not in folder and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+    return "://" not in folder and lies_within(path, folder)
 
 
 def to_rgb(image: Image.Image | None) -> Image.Image:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import glob
 import logging
 import os
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 SHARDS = {".parquet": "parquet", ".tar": "webdataset"}  # suffixes that --streaming reads -> load_dataset's builders
+HELD_OUT = {"test", "testing", "val", "valid", "validation", "eval", "evaluation", "dev"}  # names of such splits
 
 
 def load_training_images(
@@ -207,3 +210,14 @@ def shard_files(folder: str) -> tuple[str, list[Path]]:
             + ("" if kinds else "; a folder of images is read without --streaming")
         )
     return kinds.pop(), files
+
+
+def held_out_names(folder: str, files: Iterable[Path]) -> list[str]:
+    """Sub-folders named like a split that is not trained on, beside other files; also of shards the first word of the
+    name, as in ``test-00000-of-00002.parquet``."""
+    found = []
+    for file in files:
+        *folders, name = file.relative_to(folder).parts
+        first = [re.split(r"[-_.]", name)[0]] if file.suffix in SHARDS else []
+        found.append(next((part for part in (*folders, *first) if part.lower() in HELD_OUT), ""))
+    return sorted({name for name in found if name}) if "" in found else []

@@ -46,6 +46,7 @@ from lpl.data.order import Stream, keyed_generator
 from lpl.data.source import load_split, shard_files
 from lpl.data.timeouts import FLAG, HungLoader
 from lpl.objectives import Objective
+from lpl.tools.places import lies_within
 from lpl.tools.words import first_line
 
 
@@ -136,7 +137,7 @@ def _belongs(path: str | None, dataset_name: str | None) -> bool:
     if path is None or dataset_name is None:
         return False
     if Path(dataset_name).is_dir():
-        return Path(path).resolve().is_relative_to(Path(dataset_name).resolve())
+        return lies_within(path, dataset_name)
     return path.rpartition("::")[2].startswith(f"hf://datasets/{dataset_name}@")
 
 

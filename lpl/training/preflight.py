@@ -8,8 +8,9 @@ from lpl.config import Config
 from lpl.config.choices import TRACKERS
 from lpl.config.groups import Data
 from lpl.data.reading import image_files
-from lpl.data.source import shard_files
+from lpl.data.source import held_out_names, shard_files
 from lpl.families import Family
+from lpl.tools import layout
 from lpl.tools.machine import has_gpu, missing
 from lpl.tools.words import warn
 from lpl.training.checkpoints import find_resumable
@@ -48,6 +49,11 @@ def check_captions(data: Data, family: type[Family]) -> None:
             f"--train_data_dir {folder}: there are no captions; put a metadata.jsonl beside the images, a line each, "
             f'such as {{"file_name": "cat.png", "{column}": "a photo of a cat"}}; only DiT takes class folders'
         )
+    if runs := [file.parent for file in Path(folder).rglob(layout.RECIPE) if (file.parent / layout.LOG).is_file()]:
+        raise ValueError(
+            f"--train_data_dir {folder}: {runs[0]} is the output folder of a run, whose pictures would be a class; "
+            "move it elsewhere"
+        )
     if len({file.parent for file in image_files(folder)}) < 2:
         raise ValueError(
             f"--train_data_dir {folder}: there are no class labels; put each class's images into a sub-folder, or a "
@@ -58,10 +64,14 @@ def check_captions(data: Data, family: type[Family]) -> None:
 def _check_data(data: Data) -> None:
     if data.dataset_name:
         return
-    if data.streaming:
-        shard_files(data.folder)
-    elif not image_files(data.folder):
+    files = shard_files(data.folder)[1] if data.streaming else image_files(data.folder)
+    if not files:
         raise ValueError(f"--train_data_dir {data.train_data_dir}: the folder has no images")
+    if names := held_out_names(data.folder, files):
+        warn(
+            f"--train_data_dir {data.train_data_dir}: everything in it is trained on, {' and '.join(names)} too; give "
+            "the folder of the training images alone"
+        )
 
 
 def _check_packages(config: Config) -> None:
