@@ -69,7 +69,8 @@ class HelpFormatter(argparse.MetavarTypeHelpFormatter):
     """Shows the type of each flag, and its default unless it is None or off."""
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        return {None: "str", os.path.expanduser: "str", number: "int|float"}.get(action.type) or action.type.__name__
+        names: dict[Any, str] = {os.path.expanduser: "str", number: "int|float"}
+        return names.get(action.type) or getattr(action.type or str, "__name__", "str")
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         default = action.default

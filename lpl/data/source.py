@@ -27,26 +27,28 @@ logger = logging.getLogger(__name__)
 
 
 SHARDS = {".parquet": "parquet", ".tar": "webdataset"}  # suffixes that --streaming reads -> load_dataset's builders
+SHOWN = 20  # class names in a message
 HELD_OUT = {"test", "testing", "val", "valid", "validation", "eval", "evaluation", "dev"}  # names of such splits
 
 
 def load_training_images(
-    data: Data, seed: int, cache_dir: str | None, num_classes: int | None = None
+    data: Data, seed: int, cache_dir: str | None, num_classes: int | None = None, classes: Sequence[str] = ()
 ) -> tuple[Dataset, Dataset | None]:
     """Loads the training data and the held-out data for the validation loss (None if the flags ask for none).
 
     Args:
         seed: draws the --max_train_samples.
         num_classes: of a class-conditional family, whose captions are class labels.
+        classes: names by label that the run to resume was trained with; they keep their labels.
 
     Raises:
         ValueError: if there is nothing to train on, or a column is missing or of the wrong type.
     """
-    dataset, held_out = _map_style(data, "train", cache_dir, num_classes), None
+    dataset, held_out = _map_style(data, "train", cache_dir, num_classes, classes), None
     if data.max_train_samples is not None:
         dataset = dataset.shuffle(seed=seed).select(range(min(data.max_train_samples, len(dataset))))
     if data.validation_split is not None:
-        held_out = _map_style(data, data.validation_split, cache_dir, num_classes)
+        held_out = _map_style(data, data.validation_split, cache_dir, num_classes, class_names(dataset, data))
     elif data.validation_every_nth is not None:
         every_nth = range(0, len(dataset), data.validation_every_nth)
         held_out = dataset.select(every_nth)
@@ -58,14 +60,16 @@ def load_training_images(
     return dataset, held_out
 
 
-def _map_style(data: Data, split: str, cache_dir: str | None, num_classes: int | None) -> Dataset:
-    dataset = load_split(data, split, cache_dir, num_classes)
+def _map_style(
+    data: Data, split: str, cache_dir: str | None, num_classes: int | None, classes: Sequence[str]
+) -> Dataset:
+    dataset = load_split(data, split, cache_dir, num_classes, classes)
     assert isinstance(dataset, Dataset), "a streamed data set is loaded by load_streamed_images"
     return dataset
 
 
 def load_split(
-    data: Data, split: str, cache_dir: str | None, num_classes: int | None = None
+    data: Data, split: str, cache_dir: str | None, num_classes: int | None = None, classes: Sequence[str] = ()
 ) -> Dataset | IterableDataset:
     """Loads the image and caption column of a split, images undecoded; with --streaming as an ``IterableDataset``.
 
@@ -80,6 +84,8 @@ def load_split(
         raise ValueError(f"{where}: the data set cannot be loaded: {why}") from error
     check_columns(dataset, data.image_column, data.caption_column, where, num_classes)
     dataset = dataset.select_columns([data.image_column, data.caption_column])
+    if num_classes is not None and classes:
+        dataset = _with_labels_of(dataset, data.caption_column, classes, num_classes, where)
     if isinstance(dataset, IterableDataset):
         return dataset
     dataset = dataset.cast_column(data.image_column, ImageFeature(decode=False))
@@ -183,6 +189,39 @@ def _check_labels(dataset: Dataset | IterableDataset, column: str, where: str, n
         )
 
 
+def class_names(dataset: Dataset | IterableDataset, data: Data) -> list[str]:
+    """Class names by label; empty if the data set has none."""
+    return list(getattr((dataset.features or {}).get(data.caption_column), "names", None) or [])
+
+
+def _with_labels_of(
+    dataset: Dataset | IterableDataset, column: str, classes: Sequence[str], num_classes: int, where: str
+) -> Dataset | IterableDataset:
+    """Gives classes the labels that they had when the checkpoint was trained; new ones follow.
+
+    Raises:
+        ValueError: if a label has changed and cannot be changed back.
+    """
+    names = list(getattr(_feature(dataset, column), "names", None) or [])
+    if names[: len(classes)] == list(classes):
+        return dataset
+    merged = [*classes, *(name for name in names if name not in classes)]
+    if not names or isinstance(dataset, IterableDataset) or len(merged) > num_classes:
+        raise ValueError(
+            f"{where}: the checkpoint was trained with other class labels ({_some(classes)}) than the data has now "
+            f"({_some(names) or 'numbers without names'}); restore the data, or start another run"
+        )
+    logger.warning("%s: the classes keep the labels that the checkpoint was trained with: %s", where, _some(merged))
+    labels = [None if label is None else merged.index(names[label]) for label in dataset[column]]
+    feature = ClassLabel(names=merged)
+    return dataset.remove_columns(column).add_column(column, labels, feature=feature)
+
+
+def _some(names: Sequence[str]) -> str:
+    """Names with their labels, at most SHOWN of them."""
+    return ", ".join(f"{label} {name}" for label, name in enumerate(names[:SHOWN])) + ", ..." * (len(names) > SHOWN)
+
+
 def data_folders(data: Data, cache_dir: str | None) -> list[str]:
     """Folders that a data set's files may lie in: its own; for a data set of the Hub also the download caches."""
     if not data.dataset_name:
@@ -215,9 +254,9 @@ def shard_files(folder: str) -> tuple[str, list[Path]]:
 def held_out_names(folder: str, files: Iterable[Path]) -> list[str]:
     """Sub-folders named like a split that is not trained on, beside other files; also of shards the first word of the
     name, as in ``test-00000-of-00002.parquet``."""
-    found = []
+    found = set()
     for file in files:
         *folders, name = file.relative_to(folder).parts
         first = [re.split(r"[-_.]", name)[0]] if file.suffix in SHARDS else []
-        found.append(next((part for part in (*folders, *first) if part.lower() in HELD_OUT), ""))
-    return sorted({name for name in found if name}) if "" in found else []
+        found.add(next((part for part in (*folders, *first) if part.lower() in HELD_OUT), ""))
+    return sorted(found - {""}) if len(found) > 1 else []

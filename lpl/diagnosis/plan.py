@@ -177,7 +177,8 @@ class Plan:
             return None
         family, places = self.trained.family, spaced(self.images.length, CAPTIONS)
         rows = self.images.dataset.select(places)[self.config.data.caption_column]
-        captions = [text for row in rows for text in (row if isinstance(row, list) else [row]) if isinstance(text, str)]
+        listed = (row if isinstance(row, list) else [row] for row in rows)
+        captions = [caption for row in listed for caption in row if isinstance(caption, str)]
         counts, limit = family.caption_lengths(captions)
         if not (cut := sum(count > limit for count in counts)):
             return None
