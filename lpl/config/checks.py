@@ -272,11 +272,12 @@ def _check_output(config: Config) -> None:
 
 def _check_written(config: Config) -> None:
     """Refuse to write where the data is read: pictures of a run would be training images at its next start."""
-    data, output = config.data, config.output
+    data, output, evaluation = config.data, config.output, config.evaluation
+    real = None if evaluation.eval_steps is None else evaluation.eval_data_dir
     read = {
         "dataset_name": data.dataset_name,
         "train_data_dir": None if data.dataset_name else data.train_data_dir,
-        "eval_data_dir": config.evaluation.eval_data_dir,
+        "eval_data_dir": real,
     }
     written = {
         "output_dir": output.output_dir,
@@ -291,7 +292,7 @@ def _check_written(config: Config) -> None:
             continue
         for name, place in written.items():
             check_outside(f"--{name}", place, f"--{source}", folder)
-    real, trained = config.evaluation.eval_data_dir, data.dataset_name or data.train_data_dir
+    trained = data.dataset_name or data.train_data_dir
     if real and trained and os.path.isdir(trained) and (lies_within(real, trained) or lies_within(trained, real)):
         warn("--eval_data_dir: its images are trained on too, so the metrics look better than they are")
 

@@ -212,9 +212,9 @@ def _with_labels_of(
             f"({_some(names) or 'numbers without names'}); restore the data, or start another run"
         )
     logger.warning("%s: the classes keep the labels that the checkpoint was trained with: %s", where, _some(merged))
-    labels = [None if label is None else merged.index(names[label]) for label in dataset[column]]
-    feature = ClassLabel(names=merged)
-    return dataset.remove_columns(column).add_column(column, labels, feature=feature)
+    places = {name: label for label, name in enumerate(merged)}
+    labels = [None if label is None else places[names[label]] for label in dataset[column]]
+    return dataset.remove_columns(column).add_column(column, labels, feature=ClassLabel(names=merged))
 
 
 def _some(names: Sequence[str]) -> str:
