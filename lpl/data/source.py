@@ -9,7 +9,8 @@ import glob
 import json
 import logging
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -48,6 +49,7 @@ SHARDS = {".parquet": "parquet", ".tar": "webdataset"}  # suffixes that --stream
 folder_based_builder.pd = SimpleNamespace(  # type: ignore[attr-defined]
     read_csv=partial(pandas.read_csv, keep_default_na=False, na_values=[""])
 )
+HELD_OUT = {"test", "testing", "val", "valid", "validation", "eval", "evaluation", "dev"}  # names of such splits
 
 
 def load_training_images(
@@ -284,3 +286,14 @@ def shard_files(folder: str) -> tuple[str, list[Path]]:
             + (f"; the linked or closed sub-folder {links[0]} is not read" if links else "")
         )
     return kinds.pop(), files
+
+
+def held_out_names(folder: str, files: Iterable[Path]) -> list[str]:
+    """Sub-folders named like a split that is not trained on, beside other files; also of shards the first word of the
+    name, as in ``test-00000-of-00002.parquet``."""
+    found = []
+    for file in files:
+        *folders, name = file.relative_to(folder).parts
+        first = [re.split(r"[-_.]", name)[0]] if file.suffix in SHARDS else []
+        found.append(next((part for part in (*folders, *first) if part.lower() in HELD_OUT), ""))
+    return sorted({name for name in found if name}) if "" in found else []
