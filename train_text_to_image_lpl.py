@@ -12,10 +12,13 @@ Read from top to bottom: configuration -> data -> models -> optimizer -> resume 
 from __future__ import annotations
 
 from lpl.config import command_line
+from lpl.tools.console import hush_libraries
 
 
 # Flags come first: a wrong one is refused before the libraries are imported, which takes seconds.
 CONFIG = command_line.parse() if __name__ == "__main__" else None
+if CONFIG is not None and not CONFIG.validation.verbose:
+    hush_libraries()
 
 import logging
 import sys

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import reprlib
+import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from lpl.config.groups import Lora, Lpl
 from lpl.options import check_options, parse_weight
 from lpl.tools.places import lies_within
 from lpl.tools.privacy import HUB_ID
-from lpl.tools.words import warn
+from lpl.tools.words import warn, why_no_folder
 
 
 def check_words(config: Config) -> None:
@@ -44,6 +45,7 @@ def check_words(config: Config) -> None:
     _check_evaluation(config)
     _check_output(config)
     _check_written(config)
+    _warn_of_zeros(config)
 
 
 def warn_of_idle_flags(config: Config) -> None:
@@ -60,13 +62,17 @@ def warn_idle(name: str) -> None:
 
 
 def _check_place(name: str, place: str | None) -> None:
-    """Refuse a path that cannot be looked up: it is too long, or its folder may not be read."""
+    """Refuse a path that cannot be looked up, since it is too long or its folder may not be read, and a file."""
     try:
-        os.stat(place or ".")
+        file = not stat.S_ISDIR(os.stat(place or ".").st_mode)
     except (FileNotFoundError, NotADirectoryError, ValueError):
         pass  # not a local path
     except OSError as error:
         raise ValueError(f"--{name} {reprlib.repr(place)}: {error.strerror}") from error
+    else:
+        if file and name != "pretrained_model_name_or_path":  # which says more of a file
+            why = _why_no_data if name in ("train_data_dir", "dataset_name") else why_no_folder
+            raise ValueError(f"--{name} {place}: {why(str(place))}")
 
 
 def _check_sources(config: Config) -> None:
@@ -80,27 +86,16 @@ def _check_sources(config: Config) -> None:
         raise ValueError("--dataset_name or --train_data_dir is needed, but neither is given")
     if data.dataset_config_name and not data.dataset_name:
         raise ValueError("--dataset_config_name has no effect without --dataset_name; leave it out")
-    if not data.dataset_name and (why := _why_no_folder(data.folder)):
+    if not data.dataset_name and (why := _why_no_data(data.folder)):
         raise ValueError(f"--train_data_dir {data.train_data_dir}: {why}")
-    if data.dataset_name and Path(data.dataset_name).is_file():
-        raise ValueError(f"--dataset_name {data.dataset_name}: {_why_no_folder(data.dataset_name)}")
     if model.from_scratch and model.non_ema_revision:
         raise ValueError("--from_scratch loads no weights, so --non_ema_revision has no effect; leave one of them out")
 
 
-def _why_no_folder(path: str) -> str | None:
-    """Why what is found at a path is no folder of data, and what to give instead; None: it is one."""
-    place = Path(path)
-    if place.is_dir():
-        return None
-    if place.is_file() and place.suffix.lower() in (".parquet", ".tar"):
+def _why_no_data(path: str) -> str | None:
+    if Path(path).is_file() and Path(path).suffix.lower() in (".parquet", ".tar"):
         return "this is a file; put it into a folder, and give that with --streaming"
-    if place.is_file():
-        archive = place.suffix.lower() in (".zip", ".gz", ".tgz", ".7z", ".rar")
-        return "this is an archive; unpack it, and give the folder" if archive else "this is a file; give its folder"
-    if place.is_symlink():
-        return f"this is a link to {os.path.realpath(path)}, where nothing is"
-    return "there is no such folder"
+    return why_no_folder(path)
 
 
 def why_no_pipeline(path: str) -> str | None:
@@ -108,7 +103,8 @@ def why_no_pipeline(path: str) -> str | None:
     place = Path(path)
     if place.is_file():
         return (
-            "this is a file; load it with the pipeline's from_single_file, save_pretrained that, and give its folder"
+            'this is a file; make a folder of it by python -c "from diffusers import StableDiffusionXLPipeline as P; '
+            f"P.from_single_file('{path}').save_pretrained('FOLDER')\", with its own pipeline class, and give FOLDER"
         )
     if (place / "model_index.json").is_file():
         return None
@@ -128,8 +124,8 @@ def _check_streaming(config: Config) -> None:
         return
     if config.optimization.max_train_steps is None:
         raise ValueError("--streaming: how many images an epoch has is not known; give --max_train_steps")
-    validated = bool(config.validation.validation_prompts) or data.holds_out
-    if validated and config.validation.validation_steps is None:
+    every_epochs = config.validation.validation_steps is None and config.validation.validation_epochs > 0
+    if rules.validated(config) and every_epochs:
         raise ValueError(
             "--streaming: how many steps an epoch of --validation_epochs has is not known; give --validation_steps"
         )
@@ -215,7 +211,7 @@ def idle_without_lpl(names: Iterable[str], measured: bool) -> list[str]:
 
 def _check_timesteps(config: Config) -> None:
     begin, end = config.diffusion.timestep_bias_begin, config.diffusion.timestep_bias_end
-    if begin >= end:
+    if config.diffusion.timestep_bias_strategy == "range" and begin >= end:
         raise ValueError(f"--timestep_bias_begin {begin}: it must be less than --timestep_bias_end, which is {end}")
 
 
@@ -230,11 +226,26 @@ def _check_optimizer(config: Config) -> None:
             f"--text_encoder_lr {optimization.text_encoder_lr}: --optimizer prodigy has one learning rate for all; "
             "leave it out"
         )
+    if optimization.learning_rate == 0:
+        raise ValueError(
+            "--learning_rate 0: --optimizer prodigy takes a factor above 0 on its step size; 1.0 is usual"
+        )
     if optimization.learning_rate <= 0.1:
         warn(
             f"--learning_rate {optimization.learning_rate} is small for --optimizer prodigy, which finds the step "
             "size by itself and takes this as a factor on it; 1.0 is usual"
         )
+
+
+def _warn_of_zeros(config: Config) -> None:
+    """Zeros that are accepted and that leave something out which a user may miss."""
+    diffusion, optimization = config.diffusion, config.optimization
+    if diffusion.snr_gamma == 0:
+        warn("--snr_gamma 0 weighs the diffusion loss by 0; for the plain loss leave it out")
+    if optimization.learning_rate == 0:
+        warn("--learning_rate 0: the denoiser is not trained")
+    if 0 in (optimization.max_train_steps, optimization.num_train_epochs) and not optimization.max_train_steps:
+        warn("--max_train_steps 0: nothing is trained; the result is what the run starts from")
 
 
 def _check_validation(config: Config) -> None:
@@ -275,8 +286,6 @@ def _check_output(config: Config) -> None:
         warn(
             "--hub_token: the list of processes and the shell's history show it; `hf auth login` or HF_TOKEN are safer"
         )
-    if Path(output.output_dir).is_file():
-        raise ValueError(f"--output_dir {output.output_dir}: this is a file; give a folder")
     if Path(output.output_dir).resolve() == Path(pipeline).resolve():
         raise ValueError(f"--output_dir {output.output_dir}: this is the pipeline to start from; give another folder")
 

@@ -136,6 +136,8 @@ def _completed(config: Config) -> Config:
     if lora.lora or lora.rank is not None:
         rank = lora.rank or RANK
         values |= {"lora": True, "rank": rank, "lora_alpha": lora.lora_alpha or float(rank)}
+    if config.output.checkpoints_total_limit == 0:
+        values["checkpoints_total_limit"] = 1  # what diffusers' scripts do with it
     if validation.validation_prompt is not None:
         if validation.validation_prompts is not None:
             raise ValueError("--validation_prompt and --validation_prompts exclude one another; give one of them")

@@ -31,6 +31,7 @@ class Range(NamedTuple):
 
 
 POSITIVE = Range(lambda value: 0 < value < math.inf, "more than 0")
+FINITE = Range(math.isfinite, "finite")
 NOT_NEGATIVE = Range(lambda value: 0 <= value < math.inf, "0 or more")
 SHARE = Range(lambda value: 0 <= value <= 1, "between 0 and 1")
 POSITIVE_SHARE = Range(lambda value: 0 < value <= 1, "more than 0 and at most 1")
@@ -100,7 +101,7 @@ class Flag:
         """
         for accepts, words in self.ranges:
             if value is not None and not accepts(value):
-                finite = "" if math.isfinite(value) else "a finite number, "
+                finite = "" if math.isfinite(value) or words == FINITE.words else "a finite number, "
                 raise ValueError(f"--{name} {value}: it must be {finite}{words}")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from lpl.config import rules
 from lpl.config.choices import (
+    ALL_LINEAR,
     CLIP,
     EMA_DECAY,
     EMA_DECAY_WITH_LPL,
@@ -27,6 +28,7 @@ from lpl.config.choices import (
 )
 from lpl.config.flag import (
     BELOW_ONE,
+    FINITE,
     NOT_NEGATIVE,
     POSITIVE,
     POSITIVE_SHARE,
@@ -123,7 +125,7 @@ class Lora:
     )
     lora_dropout: float = flag(0.0, "dropout probability of the LoRA adapters", range=BELOW_ONE)
     lora_target_modules: tuple[str, ...] | None = flag(
-        None, "names of the denoiser modules that get LoRA adapters; default: the family's"
+        None, f"names of the denoiser modules that get LoRA adapters, or {ALL_LINEAR}; default: the family's"
     )
     use_dora: bool = flag(False, "DoRA: train magnitude and direction of each weight separately", on_resume=REFUSED)
     use_rslora: bool = flag(False, "rank-stabilised LoRA: scale adapters by alpha / sqrt(rank)", on_resume=REFUSED)
@@ -370,14 +372,16 @@ class Diffusion:
     snr_gamma: float | None = flag(
         None,
         "gamma of min-SNR weighting, 5.0 in its paper; default: no weighting; not for flow matching",
-        range=POSITIVE,
+        range=NOT_NEGATIVE,
         held_out=None,
     )
-    noise_offset: float = flag(0.0, "scale of the noise offset, which is constant over each channel", held_out=0.0)
+    noise_offset: float = flag(
+        0.0, "scale of the noise offset, which is constant over each channel", range=FINITE, held_out=0.0
+    )
     input_perturbation: float = flag(
         0.0,
         "scale of additional noise in the denoiser's input, which is not part of the target",
-        range=NOT_NEGATIVE,
+        range=FINITE,
         held_out=0.0,
     )
     dream_training: bool = flag(
@@ -428,15 +432,17 @@ class Diffusion:
         held_out=0,
     )
     logit_mean: float = flag(
-        0.0, "--weighting_scheme logit_normal: mean", used=rules.when("weighting_scheme", "logit_normal")
+        0.0, "--weighting_scheme logit_normal: mean", range=FINITE, used=rules.when("weighting_scheme", "logit_normal")
     )
     logit_std: float = flag(
         1.0,
         "--weighting_scheme logit_normal: standard deviation",
-        range=POSITIVE,
+        range=NOT_NEGATIVE,
         used=rules.when("weighting_scheme", "logit_normal"),
     )
-    mode_scale: float = flag(1.29, "--weighting_scheme mode: scale", used=rules.when("weighting_scheme", "mode"))
+    mode_scale: float = flag(
+        1.29, "--weighting_scheme mode: scale", range=FINITE, used=rules.when("weighting_scheme", "mode")
+    )
 
 
 @dataclass(frozen=True)
@@ -446,19 +452,19 @@ class Optimization:
     train_batch_size: int = flag(16, "images per process in a micro-batch", range=POSITIVE)
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step", range=POSITIVE)
     num_train_epochs: int = flag(
-        100, "number of passes over the data; --max_train_steps overrides it", range=POSITIVE, on_resume=LENGTH
+        100, "number of passes over the data; --max_train_steps overrides it", range=NOT_NEGATIVE, on_resume=LENGTH
     )
     max_train_steps: int | None = flag(
         None,
         "total number of optimizer steps; overrides --num_train_epochs",
-        range=(POSITIVE, at_most(10_000_000)),
+        range=(NOT_NEGATIVE, at_most(10_000_000)),
         on_resume=LENGTH,
     )
-    learning_rate: float = flag(0.0001, "learning rate after warm-up", range=POSITIVE)
+    learning_rate: float = flag(0.0001, "learning rate after warm-up", range=NOT_NEGATIVE)
     text_encoder_lr: float | None = flag(
         None,
         "learning rate of the text encoders; default: the family's, or --learning_rate",
-        range=POSITIVE,
+        range=NOT_NEGATIVE,
         used=rules.when("train_text_encoder"),
     )
     scale_lr: bool = flag(
@@ -478,7 +484,9 @@ class Optimization:
         range=POSITIVE,
         used=rules.when("lr_scheduler", "cosine_with_restarts"),
     )
-    lr_power: float = flag(1.0, "power of the polynomial schedule", used=rules.when("lr_scheduler", "polynomial"))
+    lr_power: float = flag(
+        1.0, "power of the polynomial schedule", range=FINITE, used=rules.when("lr_scheduler", "polynomial")
+    )
     optimizer: str = flag(OPTIMIZERS[0], " or ".join(OPTIMIZERS), on_resume=REFUSED)
     use_8bit_adam: bool = flag(False, "use the 8-bit AdamW of bitsandbytes", on_resume=REFUSED)
     adam_beta1: float = flag(0.9, "beta1 of AdamW and Prodigy", range=BELOW_ONE)
@@ -531,7 +539,9 @@ class Optimization:
         False, "recompute the denoiser's activations in the backward pass to save memory"
     )
     seed: int | None = silent_flag(
-        None, "random seed; default: drawn at random and recorded in recipe.yaml", range=NOT_NEGATIVE
+        None,
+        "random seed; default: drawn at random and recorded in recipe.yaml",
+        range=(NOT_NEGATIVE, at_most(2**32 - 1)),
     )
 
     def warmup_steps(self, max_steps: int) -> int:
@@ -558,12 +568,15 @@ class Validation:
     )
     num_validation_images: int = silent_flag(
         4,
-        "number of images to sample from --validation_prompt",
-        range=(POSITIVE, at_most(10_000)),
+        "number of images to sample from --validation_prompt; 0 = none",
+        range=(NOT_NEGATIVE, at_most(10_000)),
         used=rules.when("validation_prompt"),
     )
     validation_epochs: int = silent_flag(
-        5, "run validation (samples and validation loss) every N epochs", range=POSITIVE, used=rules.validates
+        5,
+        "run validation (samples and validation loss) every N epochs; 0 = only before and after the training",
+        range=NOT_NEGATIVE,
+        used=rules.validates,
     )
     validation_steps: int | None = silent_flag(
         None,
@@ -573,13 +586,16 @@ class Validation:
     )
     validation_inference_steps: int = silent_flag(25, "number of sampling steps for validation images", range=POSITIVE)
     validation_guidance_scale: float | None = silent_flag(
-        None, "guidance scale for validation images; default: the pipeline's"
+        None, "guidance scale for validation images; default: the pipeline's", range=FINITE
     )
     report_to: str = own_flag("tensorboard", f"experiment tracker: {', '.join(TRACKERS)}, all or none")
     tracker_project_name: str = own_flag("text2image-fine-tune", "project name in the tracker")
     logging_dir: str = own_flag("logs", "folder for the trackers' files, inside --output_dir", path=True)
     logging_steps: int = silent_flag(10, "write a log entry every N optimizer steps", range=POSITIVE)
     debug_loss: bool = silent_flag(False, "log the diffusion loss of each image")
+    verbose: bool = own_flag(
+        False, "show the libraries' own notices at the start, and all of their progress bars", in_recipe=False
+    )
 
 
 @dataclass(frozen=True)
@@ -631,7 +647,7 @@ class Output:
     output_dir: str = own_flag("sd-model-finetuned", "folder for checkpoints, samples, logs and the result", path=True)
     checkpointing_steps: int = silent_flag(500, "save a checkpoint every N optimizer steps", range=POSITIVE)
     checkpoints_total_limit: int | None = silent_flag(
-        None, "keep only the last N checkpoints; default: keep all", range=POSITIVE
+        None, "keep only the last N checkpoints, at least one; default: keep all", range=NOT_NEGATIVE
     )
     resume_from_checkpoint: str | None = flag(
         None,

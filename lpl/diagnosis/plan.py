@@ -98,7 +98,7 @@ class Plan:
     def validation_steps(self) -> int:
         """Optimizer steps between two validations."""
         validation = self.config.validation
-        return validation.validation_steps or validation.validation_epochs * self.length.epoch
+        return validation.validation_steps or validation.validation_epochs * self.length.epoch or self.max_steps
 
     def count(self) -> str:
         """The number of images in words."""

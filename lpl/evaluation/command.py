@@ -56,13 +56,14 @@ from lpl.publishing.card_edits import add_results
 from lpl.tools.files import check_writable
 from lpl.tools.layout import CARD, EVALUATION_IMAGES
 from lpl.tools.machine import DTYPES, usable_device
-from lpl.tools.words import plain_warnings
+from lpl.tools.words import plain_warnings, why_no_folder
 
 
 logger = logging.getLogger(__name__)
 PROGRAM = "python -m lpl.evaluate"
 SHARED_FLAGS = (  # those of the training script
     *("revision", "variant", "cache_dir", "max_sequence_length", "caption_column", "image_interpolation_mode"),
+    "verbose",
 )
 ONE_OR_MORE = Range(lambda value: value >= 1, "1 or more")
 
@@ -212,7 +213,8 @@ def check_command(command: Command) -> None:
     if why := why_no_images(request.reference):
         raise ValueError(f"--reference {request.reference}: {why}")
     if request.prompts_file is not None and not Path(request.prompts_file).is_file():
-        raise ValueError(f"--prompts_file {request.prompts_file}: there is no such file")
+        what = "this is a folder; give a file" if Path(request.prompts_file).is_dir() else "there is no such file"
+        raise ValueError(f"--prompts_file {request.prompts_file}: {what}")
     if request.clip is not None and CLIP_SCORE not in request.metrics:
         raise ValueError(f"--clip {request.clip} is for clip_score, which --metrics does not name; leave one out")
     check_outside("--output_dir", request.output_dir, "--reference", request.reference)
@@ -267,7 +269,8 @@ def find_states(command: Command) -> list[State]:
             found = (model.sampled(*sampling) for model in find_models(source, label, **flags))
             states += [State(label, source, model.step, model=model) for model in found]
         elif not image_files(source):
-            raise ValueError(f"--generated {source}: this folder is no pipeline, no training run, and has no images")
+            why = why_no_folder(source) or "this folder is no pipeline, no training run, and has no images"
+            raise ValueError(f"--generated {source}: {why}")
         else:
             states.append(State(label, source))
     return states

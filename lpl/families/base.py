@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from lpl.autoencoders import downscaling_factor
+from lpl.families.fit import Relation
 from lpl.families.lora_layout import LoraLayout
 from lpl.objectives import OBJECTIVES
 
@@ -159,6 +160,15 @@ class Family:
         return {name: None for name in self.optional_components if getattr(self.pipeline, name) is None}
 
     # From the configuration files, before anything is loaded
+
+    @classmethod
+    def relations(cls, configs: Configs) -> list[Relation]:
+        """What the other components need the numbers of the denoiser's configuration to be.
+
+        Args:
+            configs: also the :data:`~lpl.families.fit.Widths` of the text encoders that the pipeline has.
+        """
+        raise NotImplementedError
 
     @classmethod
     def native_resolution(cls, configs: Configs) -> int:

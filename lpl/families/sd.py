@@ -10,6 +10,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from lpl.families.base import Conditions, Configs, Family
+from lpl.families.fit import Relation, cross_attention, latents
 from lpl.families.lora_layout import LoraLayout, own_names
 
 
@@ -32,6 +33,11 @@ class StableDiffusion(Family):
 
     def predict(self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         return denoiser(noisy_latents, timesteps, **conditions, return_dict=False)[0]
+
+    @classmethod
+    def relations(cls, configs: Configs) -> list[Relation]:
+        unet, width = configs["unet"], configs["text_encoder"]["hidden_size"]
+        return [*latents(unet, configs["vae"]), *cross_attention(unet, width, "width of the text encoder")]
 
     @classmethod
     def default_resolution(cls, configs: Configs) -> int:

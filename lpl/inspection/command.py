@@ -53,6 +53,7 @@ from lpl.tools.words import first_line
 
 SHARED_FLAGS = (  # with the training script
     *("revision", "variant", "cache_dir", "lpl_blocks", "lpl_normalization", "lpl_distance", "lpl_vae_dtype"),
+    "verbose",
     *(f"lpl_outlier_{name}" for name in OUTLIER_SETTINGS),
 )
 LARGEST_DEFAULT_RESOLUTION = 512

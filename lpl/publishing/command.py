@@ -24,10 +24,11 @@ from lpl.publishing.publication import snapshot_of_result
 from lpl.publishing.uploads import Snapshot, Uploads
 from lpl.tools import layout
 from lpl.tools.results import check_one_kind, lora_entries, missing_components, pipeline_entries
+from lpl.tools.words import why_no_folder
 
 
 PROGRAM = "python -m lpl.publish"
-FLAGS = ("hub_model_id", "hub_token", "hub_private_repo", "hub_revision")
+FLAGS = ("hub_model_id", "hub_token", "hub_private_repo", "hub_revision", "verbose")
 
 
 def build_parser() -> Parser:
@@ -47,8 +48,8 @@ def check_finished(folder: Path) -> None:
     Raises:
         ValueError: with what is missing.
     """
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: there is no such folder")
+    if why := why_no_folder(str(folder)):
+        raise ValueError(f"{folder}: {why}")
     results = [*pipeline_entries(folder), *lora_entries(folder)]
     if not results or not (folder / layout.CARD).is_file():
         raise ValueError(

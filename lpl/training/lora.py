@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
+from lpl.config.choices import ALL_LINEAR
 from lpl.config.groups import Lora
 from lpl.families.lora_layout import LoraLayout
 from lpl.tools import layout
@@ -48,7 +49,7 @@ def add_lora(model: nn.Module, targets: Sequence[str], lora: Lora, dora: bool = 
     """Add a float32 adapter to a model in place. It changes no output yet; nothing else keeps a gradient.
 
     Args:
-        targets: names, or ends of names, of the modules to adapt.
+        targets: names, or ends of names, of the modules to adapt; "all-linear": every linear layer.
         dora: decompose the weights (DoRA); not for text encoders, for which diffusers would load it wrongly.
     """
     assert lora.rank is not None and lora.lora_alpha is not None
@@ -57,7 +58,7 @@ def add_lora(model: nn.Module, targets: Sequence[str], lora: Lora, dora: bool = 
         r=lora.rank,
         lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # peft takes fractions too
         lora_dropout=lora.lora_dropout,
-        target_modules=list(targets),
+        target_modules=ALL_LINEAR if tuple(targets) == (ALL_LINEAR,) else list(targets),
         use_dora=dora,
         use_rslora=lora.use_rslora,
         init_lora_weights="gaussian",  # as in diffusers' scripts; the second factor is zero

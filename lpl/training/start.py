@@ -143,7 +143,9 @@ class Length:
         if images is None:
             assert optimization.max_train_steps is not None  # refused by config.checks
             return cls(batch, optimization.max_train_steps, optimization.max_train_steps)
-        steps = optimization.max_train_steps or math.ceil(optimization.num_train_epochs * images / batch)
+        steps = optimization.max_train_steps
+        if steps is None:
+            steps = math.ceil(optimization.num_train_epochs * images / batch)
         return cls(batch, steps, math.ceil(images / batch))
 
 

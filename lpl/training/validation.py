@@ -94,7 +94,7 @@ class Validation:
         run.ending = run.ending or not run.progress.looked
 
     def _due(self, step: int, every: int) -> bool:
-        return step % every == 0 or step == self.max_steps
+        return step == self.max_steps or step % every == 0
 
 
 # Held-out losses -----------------------------------------------------------------------------------------------------

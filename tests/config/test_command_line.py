@@ -160,6 +160,7 @@ OWN = {  # SPEC.md, and what this project adds
     "config": None,
     "without": None,
     "dry_run": False,
+    "verbose": False,
     "lora": False,
     "lora_alpha": None,
     "lora_dropout": 0.0,

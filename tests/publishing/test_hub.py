@@ -23,6 +23,7 @@ def prepare_repository(name, folder="out", token=TOKEN, private=False, revision=
         Output(
             hub_model_id=name,
             output_dir=str(folder),
+            push_to_hub=True,
             hub_token=token,
             hub_private_repo=private,
             hub_revision=revision,
