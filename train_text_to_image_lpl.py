@@ -12,14 +12,16 @@ Read from top to bottom: configuration -> data -> models -> optimizer -> resume 
 from __future__ import annotations
 
 from lpl.config import command_line
+from lpl.tools.console import hush_libraries
 
 
 # Flags come first: a wrong one is refused before the libraries are imported, which takes seconds.
 CONFIG = command_line.parse() if __name__ == "__main__" else None
+if CONFIG is not None and not CONFIG.validation.verbose:
+    hush_libraries()
 
 import logging
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -52,7 +54,8 @@ from lpl.tools import layout
 from lpl.tools.pictures import loss_curves
 from lpl.tools.process import leave_after
 from lpl.training.average import MovingAverage
-from lpl.training.checkpoints import TrainingState, set_aside
+from lpl.training.checkpoints import TrainingState
+from lpl.training.earlier import set_earlier_aside
 from lpl.training.log import Log
 from lpl.training.losses import BatchLosses, lpl_weight, perceptual_loss
 from lpl.training.parts import unwrapped
@@ -67,12 +70,14 @@ from lpl.training.start import (
     Run,
     Stage,
     finish,
-    load_models,
+    load_weights,
     open_images,
     order_of,
-    refusing,
+    place_models,
+    run_errors,
     start_accelerator,
     start_or_resume,
+    trained_parts,
 )
 from lpl.training.updates import Updates, prepare
 from lpl.training.validation import HeldOutLosses, Samples, Validation
@@ -85,7 +90,6 @@ SCRIPT = Path(__file__).name
 
 
 def main() -> None:
-    warnings.formatwarning = lambda message, *_, **__: f"{SCRIPT}: warning: {message}\n"
     config = CONFIG or command_line.parse()
     with explained(SCRIPT, config) as status:  # an error that ends the run is explained in words
         train(config, status)
@@ -93,28 +97,33 @@ def main() -> None:
 
 def train(config: Config, status: Status) -> None:
     # Before any weights are loaded: whatever can be refused is refused here.
-    with command_line.refusing():
+    with command_line.usage_errors():
         preflight(config)
-    with refusing(SCRIPT, hub.HubError):
+        if config.evaluation.eval_steps is not None:
+            evaluation.check_evaluation(config.evaluation, config.model)
+    with run_errors(SCRIPT, hub.HubError):
         description = read_pipeline(config.model, config.lpl.lpl_blocks)
         config = status.config = resolve(config, description)  # complete from here on
         check_captions(config.data, description.family)
         if config.evaluation.eval_steps is not None:
-            evaluation.check_evaluation(config.evaluation, config.data, config.model, description.family)
+            evaluation.check_captions(config.evaluation, config.data, description.family)
         accelerator = status.accelerator = start_accelerator(config)
-        run = start_or_resume(config, accelerator, hub.download_run)
+        run = start_or_resume(config, description, accelerator, hub.download_run)
         images, held_out_images = open_images(config, description, run)
         classes = description.class_names(images.class_names)
         prompts = description.prompts(config.validation.validation_prompts or (), classes)
         publishes = config.output.push_to_hub and run.is_main and not config.validation.dry_run
-        run.repository = hub.prepare_repository(config.output) if publishes else None
+        run.repository = hub.prepare_repository(config.output, config.lora.lora) if publishes else None
 
-        # Models: a frozen VAE and frozen text encoders around what is trained
-        status.now(Stage.LOADING)
-        family, trained, average = load_models(config, description, accelerator)
-    status.trained = trained
-    looks = config.lpl.enabled or held_out_images is not None
-    lpl_loss = perceptual_loss(family.vae, config.lpl, config.model.cache_dir) if looks else None
+    # Models: a frozen VAE and frozen text encoders around what is trained
+    status.now(Stage.LOADING)
+    with run_errors(SCRIPT):
+        family = load_weights(config, description, accelerator)
+    trained = status.trained = trained_parts(family, config)
+    with run_errors(SCRIPT):
+        average = place_models(trained, config, description, accelerator)
+    needs_decoder = config.lpl.enabled or held_out_images is not None
+    lpl_loss = perceptual_loss(family.vae, config.lpl, config.model.cache_dir) if needs_decoder else None
     losses = Losses(family, images.objective, lpl_loss, config.lpl, config.diffusion)
     weight = lpl_weight(config.lpl, accelerator.device)  # w of Eq. 3
 
@@ -125,13 +134,11 @@ def train(config: Config, status: Status) -> None:
     batches = training_batches(images, order)
     state = TrainingState(accelerator, trained, average, updates, weight)
     if run.resumed is not None:
-        with refusing(SCRIPT):
+        with run_errors(SCRIPT):
             state.load(run.resumed)  # behind the loader, which draws from the global random state that this restores
         to_go = max(0, length.max_steps - run.step)
         logger.info(f"resumed from {run.resumed}, {to_go} of {length.max_steps} steps to go")
-    plan = Plan(
-        config, run, trained, images, images.objective, length.max_steps, length.global_batch, updates.schedule
-    )
+    plan = Plan(config, run, length, trained, images, updates.schedule)
     step = partial(optimizer_step, model=model, losses=losses, weight=weight, updates=updates)
     if config.validation.dry_run:
         status.in_step(run.step + 1, config.lpl.enabled)
@@ -140,29 +147,35 @@ def train(config: Config, status: Status) -> None:
         return
 
     # What watches the run, and what it leaves
+    licence = base_licence(config.model, config.output.hub_token) if run.is_main else {}  # may wait for the Hub
     preemption = Preemption(accelerator)
     if run.is_main:
-        set_aside(run.folder, run.step)
+        set_earlier_aside(run, config.lora.lora)
     log = Log(run, length, config.validation, config.output, config.lpl.lpl_every, losses.blocks)
     bad_samples = BadSamples(accelerator, images, run.folder, config.data.max_bad_samples, run.resumed is not None)
     skipped_steps = SkippedSteps(accelerator, config.optimization.max_skipped_steps, run.progress.skipped)
     scheduler = description.training_scheduler(config.model.objective)
-    with refusing(SCRIPT):
-        validation = make_validation(
-            plan, length, losses, held_out_images, scheduler, prompts, classes, average, log, preemption, status.now
-        )
-    start_recipe(config, run, images.dataset, plan.hardware, weight.facts())
+    validation = make_validation(
+        plan,
+        losses,
+        held_out_images=held_out_images,
+        prompts=prompts,
+        classes=classes,
+        scheduler=scheduler,
+        average=average,
+        log=log,
+        preemption=preemption,
+        now=status.now,
+    )
+    start_recipe(config, run, images.dataset, plan.hardware, weight.facts(), description.listed)
     result = Result(run.folder, config.model, description, trained, average, scheduler, classes)
-    base = config.model.pipeline, config.model.revision, config.output.hub_token, config.model.cache_dir
-    licence = base_licence(*base) if run.is_main else {}  # read once
     card = partial(make_card, plan, log, validation, prompts, licence)
-    publication = None
+    publication, publish = None, None
     if run.repository is not None:
         whole = () if config.lora.lora else tuple(trained.parts)
         publication = Publication(config.output, run.repository, result.save, whole, card)
-    pauses = Pauses(
-        state, order, log, skipped_steps, validation, config.output, publication and publication.checkpoint
-    )
+        publish = publication.checkpoint
+    pauses = Pauses(state, order, log, skipped_steps, validation, config.output, publish)
 
     # The loop
     plan.announce()
@@ -171,17 +184,19 @@ def train(config: Config, status: Status) -> None:
         validation.run(run)
     log.start_bar()
     while run.step < length.max_steps and not run.ending:
-        with_lpl = weight.applies(run.step)
+        with_lpl, measuring = weight.applies(run.step), weight.measuring
         status.in_step(run.step + 1, with_lpl)
         step(batches, with_lpl, number=run.step, observers=(log, skipped_steps, bad_samples))
         run.step += 1
         skipped_steps.end_step(run.step, updates.skipped)
+        if measuring and not weight.measuring:
+            weight.report()
+            update_recipe(run, weight.facts())
 
         run.ending = preemption.asked()
-        if run.ending or log.is_due(run.step) or validation.is_due(run.step):
+        if run.ending or log.is_due(run.step) or validation.is_due(run.step):  # what may be saved has to know of them
             run.problem = "; ".join(filter(None, [bad_samples.write(), skipped_steps.write()]))
             run.ending = run.ending or bool(run.problem)
-            update_recipe(run, weight.facts())
         if log.is_due(run.step):
             log.write(run.step, updates.learning_rate)
         if pauses.are_due(run):
@@ -196,7 +211,7 @@ def train(config: Config, status: Status) -> None:
     if run.is_main:
         save(run, result, validation, log, weight, card)
         if publication is not None:
-            publication.end(lambda: preemption.received is not None)
+            publication.end(preemption.received_here)
     finish(accelerator)
     preemption.close()
 
@@ -230,21 +245,21 @@ def optimizer_step(
         How many samples were inside the threshold.
     """
     accelerator, inside = updates.accelerator, 0
-    w = weight.at(number)
+    w = weight.at(number)  # from the steps before this one
     for _ in range(accelerator.gradient_accumulation_steps):
         batch = next(batches)
         with accelerator.accumulate(model):
-            terms = losses(model, batch, with_lpl)
+            found = losses(model, batch, with_lpl)
             if with_lpl:
-                weight.observe(terms.diffusion_loss, terms.lpl)
-            total = terms.diffusion_loss + weight.every * w * terms.lpl  # LPL on every n-th step counts n-fold there
+                weight.observe(found.diffusion_loss, found.lpl)
+            total = found.diffusion_loss + weight.every * w * found.lpl  # LPL on every n-th step counts n-fold there
             for observer in observers:
-                observer.observe(number + 1, batch, terms, total, w)
+                observer.observe(number + 1, batch, found, total, w)
             accelerator.backward(total)
-        inside += terms.inside
+        inside += found.inside
     updates.step()  # weights, schedule and moving average
-    if with_lpl and weight.end_step(updates.mean):
-        weight.report()
+    if with_lpl:
+        weight.end_step(updates.mean)
     return inside
 
 
@@ -297,15 +312,15 @@ class Losses:
         errors = loss_weight * error.square().flatten(1).mean(1)  # (B,)
 
         # LPL, averaged over the whole batch: rows outside the threshold count as 0 (Eq. 2)
-        terms = BatchLosses(errors, torch.zeros((), device=device), model_output, len(inside), with_lpl)
+        found = BatchLosses(errors, torch.zeros((), device=device), model_output, len(inside), with_lpl)
         if len(rows):
             assert self.lpl_loss is not None
             predicted_latents = objective.clean_latents(model_output[rows], noisy_latents[rows], timesteps[rows])
             window = self.window(batch, *latents.shape[-2:])
             lpl = self.lpl_loss(predicted_latents, latents[rows], window)  # (n,)
             share = 1.0 if self.lpl.lpl_variant == "reference" else len(inside) / len(latents)
-            terms.take(rows, lpl, share, self.lpl_loss)
-        return terms
+            found.take(rows, lpl, share, self.lpl_loss)  # share * their mean: they stand for all inside
+        return found
 
     @property
     def blocks(self) -> Sequence[str]:
@@ -329,12 +344,12 @@ class Losses:
 
 def make_validation(
     plan: Plan,
-    length: Length,
     losses: Losses,
+    *,
     held_out_images: TrainingImages | None,
-    scheduler: Any,
     prompts: Sequence[str | int],
     classes: Mapping[int, str],
+    scheduler: Any,
     average: MovingAverage | None,
     log: Log,
     preemption: Preemption,
@@ -343,26 +358,40 @@ def make_validation(
     """Samples of the prompts, the losses on what is held out, and the metrics of --eval_steps."""
     config, run, family, validation = plan.config, plan.run, plan.trained.family, plan.config.validation
     samples = Samples(
-        *(run.folder / layout.SAMPLES, family, scheduler, validation, config.data.size, run.seed, prompts),
+        folder=run.folder / layout.SAMPLES,
+        family=family,
+        scheduler=scheduler,
+        validation=validation,
+        size=config.data.size,
+        seed=run.seed,
+        prompts=prompts,
         names=[classes.get(prompt, str(prompt)) if isinstance(prompt, int) else prompt for prompt in prompts],
         real=real_images(plan.images, prompts) if prompts and run.is_main else None,
-        stop=lambda: preemption.received is not None,
+        stop=preemption.received_here,
     )
     held_out_losses = metrics = None
     if held_out_images is not None:
         plain = replace(losses, lpl=held_out(losses.lpl), diffusion=held_out(losses.diffusion))
         held_out_losses = HeldOutLosses(held_out_images, plain, config.optimization.train_batch_size)
     if config.evaluation.eval_steps is not None:
-        metrics = evaluation.TrainingEvaluation(
-            *(family, scheduler, config.evaluation, config.data, validation, config.output, config.model),
-            *(classes, preemption, command_line.words_of(config)),
-        )
+        settings = config.evaluation, config.data, validation, config.output, config.model
+        with run_errors(SCRIPT):
+            metrics = evaluation.TrainingEvaluation(
+                family, scheduler, *settings, classes, preemption, command_line.words_of(config)
+            )
         metrics.resume(run.step)
-    every = validation.validation_steps or validation.validation_epochs * length.epoch
-    metrics_every = config.evaluation.eval_steps or length.max_steps
     return Validation(
-        *(samples, held_out_losses, metrics, every, metrics_every, length.max_steps),
-        *(plan.trained, average, log, preemption, now),
+        samples=samples,
+        held_out=held_out_losses,
+        metrics=metrics,
+        every=plan.validation_steps,
+        metrics_every=config.evaluation.eval_steps or plan.max_steps,
+        max_steps=plan.max_steps,
+        trained=plan.trained,
+        average=average,
+        log=log,
+        preemption=preemption,
+        now=now,
     )
 
 

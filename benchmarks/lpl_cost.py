@@ -3,10 +3,10 @@
     python -m benchmarks.lpl_cost                                              # CPU, 256 px
     python -m benchmarks.lpl_cost --device cuda --resolutions 512 1024 --batch_size 4 --dtype bfloat16
 
-The floor of a call is to decode the target once without gradient and the prediction once with it, and to take the
-gradient to the latent, up to the last block. Every way of computing the loss is timed against that floor in one
-process, interleaved, on decoders of the real architectures with random weights. Times are ratios of medians; memory is
-the peak that the call allocates. ``plain`` is the same loss left to autograd. Writes a JSON file and a picture.
+The floor of a call: decode the target without gradient and the prediction with gradient, and backpropagate to the
+latent, up to the last block. Every way of computing the loss is timed against the floor in one process, interleaved,
+on decoders of the real architectures with random weights. Times are ratios of medians; memory is the peak that the
+call allocates. ``plain`` is the same loss by autograd. Writes a JSON file and a picture.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def decoder_features(vae: nn.Module, latents: Tensor) -> list[Tensor]:
-    """The decoder as it is, without any machinery of ours."""
+    """The unmodified decoder."""
     hidden = latents.to(vae.dtype) / vae.config.scaling_factor
     if vae.post_quant_conv is not None:
         hidden = vae.post_quant_conv(hidden)
@@ -86,7 +86,7 @@ def decoder_features(vae: nn.Module, latents: Tensor) -> list[Tensor]:
 
 
 def floor(vae: nn.Module, predicted: Tensor, latents: Tensor) -> Tensor:
-    """The passes that any way needs; every feature gets some gradient."""
+    """The passes that every implementation needs; every feature gets some gradient."""
     with torch.no_grad():
         decoder_features(vae, latents)
     features = decoder_features(vae, predicted)
@@ -94,12 +94,12 @@ def floor(vae: nn.Module, predicted: Tensor, latents: Tensor) -> Tensor:
 
 
 def floor_channels_last(vae: nn.Module, predicted: Tensor, latents: Tensor) -> Tensor:
-    """The same in the layout in which ours decodes on a CPU: so much of what it gains is the layout's."""
+    """The floor in the channels-last layout that LPL uses on a CPU, to separate the gain of the layout."""
     return floor(vae, *(z.contiguous(memory_format=torch.channels_last) for z in (predicted, latents)))
 
 
 def plain(vae: nn.Module, predicted: Tensor, latents: Tensor) -> Tensor:
-    """Eq. 2 as one would write it down, and the rest left to autograd."""
+    """Eq. 2 written directly, with gradients by autograd."""
     with torch.no_grad():
         target = decoder_features(vae, latents)
     total = 0.0
@@ -124,7 +124,7 @@ def call(loss: LatentPerceptualLoss) -> Callable[..., Tensor]:
 
 
 def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
-    """Bytes that a run allocates beyond what was there, at its peak."""
+    """Bytes that a run allocates at its peak, beyond those allocated before."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -151,7 +151,7 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def measure(name: str, resolution: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Time and memory of every way over the floor's, for one architecture at one resolution."""
+    """Time and memory of every way relative to the floor, for one architecture at one resolution."""
     device = torch.device(args.device)
     torch.manual_seed(0)
     vae = ARCHITECTURES[name]().eval().requires_grad_(False).to(device, getattr(torch, args.dtype))
@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument("--resolutions", nargs="+", type=int, default=[256])
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU, for every way alike")
+    parser.add_argument("--threads", type=int, default=2, help="number of CPU threads")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "lpl_cost_cpu.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

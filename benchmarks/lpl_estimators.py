@@ -1,4 +1,4 @@
-"""How far the cheaper ways of computing the loss are from the whole one: their bias and the variance that they add.
+"""Bias and added variance of the cheaper ways of computing the loss, compared with the whole loss.
 
     python -m benchmarks.lpl_estimators
 
@@ -7,7 +7,8 @@ its standard deviation. With g the gradient of the batch's mean LPL with respect
 
     bias = |E g' - g| / |g|          added variance = E |g' - E g'|^2 / |g|^2
 
-over all draws that an estimator can make: every subset, every tile. Also how often strided quantiles change a mask.
+over all possible draws of an estimator: every subset, every tile. Also counts how often strided quantiles change a
+mask.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ CROPS = (128, 64)
 
 
 def photographs() -> Tensor:
-    """(B, 3, SIDE, SIDE) in [-1, 1], the middle of each."""
+    """Centre crops, (B, 3, SIDE, SIDE) in [-1, 1]."""
     images = []
     for name in PICTURES:
         image = Image.fromarray(getattr(skimage.data, name)()).convert("RGB")

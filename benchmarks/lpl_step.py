@@ -1,12 +1,12 @@
-"""What LPL adds to a training step, and what the cheaper ways of taking it save.
+"""What LPL adds to a training step, and what the cheaper ways of computing it save.
 
     python -m benchmarks.lpl_step                                             # CPU, 256 px
     python -m benchmarks.lpl_step --device cuda --resolution 512 --batch_size 8 --dtype bfloat16
 
 A step is forward and backward of Stable Diffusion 1.x's UNet at its real size (random weights, all of them trained, no
-optimizer) on every sample, and LPL through its VAE on those inside the threshold: here all of them, the dearest case.
-All ways are timed in one process, interleaved; figures are relative to the step without LPL, those of --lpl_every
-averaged over its steps. Writes a JSON file.
+optimizer) on every sample, and LPL with its VAE on the samples inside the threshold: here all of them, the most
+expensive case. All ways are timed in one process, interleaved; figures are relative to the step without LPL, those of
+--lpl_every averaged over the steps. Writes a JSON file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lpl import LatentPerceptualLoss, get_objective
 
 
 def ways(vae: AutoencoderKL, tiny: AutoencoderTiny, side: int, batch_size: int) -> dict[str, dict[str, Any]]:
-    """By their flags: the loss, and how it is taken."""
+    """Flags -> the loss, and how it is computed."""
     whole, half = LatentPerceptualLoss(vae), side // 2
     tile = (half, half, half, half)
     return {
@@ -52,7 +52,9 @@ def ways(vae: AutoencoderKL, tiny: AutoencoderTiny, side: int, batch_size: int) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the UNet's autocast")
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="precision of the UNet's autocast"
+    )
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--batch_size", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
@@ -82,17 +84,17 @@ def main() -> None:
             predicted = objective.clean_latents(output, noisy, timesteps)[:rows]
             total = total + 0.1 * loss(predicted, latents[:rows], window).mean()
         total.backward()
-        unet.zero_grad(set_to_none=False)  # so that gradients do not count as memory of one way
+        unet.zero_grad(set_to_none=False)  # keep the gradients' memory, so that it counts for no way
         return total
 
     runs: dict[str, Callable[[], Tensor]] = {}
     options = ways(vae, tiny, side, args.batch_size)
     for name, given in options.items():
         runs[name] = lambda given=given: step(**given)
-    step(None)  # the gradients' own memory is there from here on, and counts for no way
+    step(None)  # allocates the gradients, which then count for no way
     memory: dict[str, int] = {}
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for name, run in tqdm(runs.items(), desc="memory"):  # and warm
+    for name, run in tqdm(runs.items(), desc="memory"):  # and warm-up
         memory[name] = peak_memory(run, device)
     for _ in tqdm(range(args.repeats), desc="timed"):
         for name, run in runs.items():

@@ -1,4 +1,4 @@
-"""The latent perceptual loss inside somebody else's training loop: all that it needs is in this function.
+"""The latent perceptual loss in your own training loop, in one function.
 
 from lpl import LatentPerceptualLoss, get_objective
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 def training_loss(unet, objective, loss_fn, latents, embeddings, weight=1.0, sigma_threshold=6.0):
     """Diffusion loss plus LPL (Eq. 3), for scaled latents (B, C, h, w) and text embeddings (B, tokens, dim).
 
-    The threshold is 3 at 256 px and grows with the image's side: 6 at 512, 12 at 1024 (Sec. 4.1).
+    The threshold is 3 at 256 px and scales with the image side: 6 at 512 px, 12 at 1024 px (Sec. 4.1).
     """
     noise = torch.randn_like(latents)
     timesteps = torch.randint(objective.num_train_timesteps, (len(latents),), device=latents.device)  # (B,)
@@ -21,7 +21,7 @@ def training_loss(unet, objective, loss_fn, latents, embeddings, weight=1.0, sig
     model_output = unet(noisy_latents.to(unet.dtype), timesteps, embeddings).sample
     loss = F.mse_loss(model_output.float(), objective.target(latents, noise, timesteps))
 
-    inside = objective.sigma(timesteps) <= sigma_threshold  # the noise is low enough for z0_hat to mean something
+    inside = objective.sigma(timesteps) <= sigma_threshold  # noise low enough for a useful z0_hat
     if inside.any():
         predicted_latents = objective.clean_latents(model_output[inside], noisy_latents[inside], timesteps[inside])
         loss = loss + weight * loss_fn(predicted_latents, latents[inside]).sum() / len(latents)

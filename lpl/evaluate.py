@@ -1,5 +1,13 @@
 """``python -m lpl.evaluate``: see :mod:`lpl.evaluation.command`."""
 
+import sys
+
+from lpl.tools.console import hush_libraries
+
+
+if __name__ == "__main__" and "--verbose" not in sys.argv:
+    hush_libraries()
+
 from lpl.evaluation.command import main
 
 

@@ -1,5 +1,13 @@
 """``python -m lpl.inspect``: see :mod:`lpl.inspection.command`."""
 
+import sys
+
+from lpl.tools.console import hush_libraries
+
+
+if __name__ == "__main__" and "--verbose" not in sys.argv:
+    hush_libraries()
+
 from lpl.inspection.command import main
 
 

@@ -1,17 +1,18 @@
 """Builds the untrained text-to-image pipeline of the quickstart, a tiny Stable Diffusion 3, in 70 seconds on one core.
 
-What is trained and what is not:
+Its parts:
 - the autoencoder comes from train_autoencoder.py (--vae);
-- the tokenizer's byte pairs are learnt from the captions; every single byte is in it, so that any prompt tokenizes;
-- the two text encoders are trained here as CLIP's were, captions against pictures, with a small image tower that is
-  thrown away (most of the time goes here); afterwards they stay frozen;
-- the transformer is initialised as DiT's was and untrained: samples are noise until the trainer has seen to it.
+- the tokenizer's byte pairs are learnt from the captions; it contains every single byte, so that it accepts any
+  prompt;
+- the two text encoders are trained here like CLIP, captions against pictures, with a small image tower that is then
+  discarded; this takes most of the time; afterwards they stay frozen;
+- the transformer is initialised like DiT and untrained: samples are noise until it is trained.
 
-The T5 encoder is a stand-in that answers zeros, see `build_t5`. It answers `max_sequence_length` of them, 256 unless
-told otherwise: train and sample with the same small `max_sequence_length`, see README.md.
+The T5 encoder is a stand-in that returns zeros, see `build_t5`. It returns `max_sequence_length` of them, by default
+256: train and sample with the same small `max_sequence_length`, see README.md.
 
-Transformer and autoencoder are stored as float16 (diffusers loads them as float32 all the same), the text encoders as
-float32, because transformers keeps the type of the file.
+Transformer and autoencoder are stored as float16 (diffusers loads them as float32), the text encoders as float32,
+since transformers keeps the type of the file.
 
     python examples/quickstart/build_pipeline.py --vae quickstart/autoencoder --data quickstart/data \\
         --output_dir quickstart/untrained_pipeline
@@ -87,10 +88,10 @@ def build_text_encoder(tokenizer: CLIPTokenizer, layers: int) -> CLIPTextModelWi
 
 
 def build_t5(width: int) -> tuple[T5EncoderModel, T5Tokenizer]:
-    """A stand-in that answers zeros to every prompt.
+    """A stand-in that returns zeros for every prompt.
 
-    Diffusers itself puts zeros where a Stable Diffusion 3 has no T5, but it can load a saved pipeline without one only
-    if told `text_encoder_3=None, tokenizer_3=None`, and this one should load like any other.
+    diffusers also uses zeros for a Stable Diffusion 3 without T5, but loads such a pipeline only with
+    `text_encoder_3=None, tokenizer_3=None`, and this one should load like any other.
     """
     tokenizer = T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)], extra_ids=0)
     config = T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
@@ -114,7 +115,7 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
 
 
 def drop_words(caption: str, chance: float = 0.3) -> str:
-    """Leaves words out, at least one stays: shorter and odder prompts than the captions should work as well."""
+    """Drops words at random, but keeps at least one, so that prompts other than the captions work as well."""
     words = caption.split()
     return " ".join(word for word in words if random.random() >= chance) or random.choice(words)
 
@@ -125,7 +126,7 @@ def similarity(texts: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
 
 
 def contrastive_loss(logits: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
-    """CLIP's loss; `same` (B, B) marks the pairs with one caption, which are all right answers to each other."""
+    """CLIP's loss; `same` (B, B) marks the pairs with one caption, which all count as correct."""
     target = same / same.sum(dim=1, keepdim=True)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
@@ -168,7 +169,7 @@ def report_retrieval(
     pictures: torch.Tensor,
     captions: list[str],
 ) -> None:
-    """Prints how often a picture's own caption is among the two (every subject has two captions) it is closest to."""
+    """Prints how often a picture's caption is among the two closest ones (every subject has two captions)."""
     distinct = sorted(set(captions))
     images = tower(to_unit_range(center_crops(pictures, len(pictures))))  # (N, TEXT_WIDTH)
     own = torch.tensor([distinct.index(caption) for caption in captions])
@@ -211,9 +212,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="Folder written by prepare_data.py.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the pipeline.")
     parser.add_argument("--layers", type=int, default=4, help="Blocks of the transformer (default: %(default)s).")
-    parser.add_argument("--heads", type=int, default=6, help="Its heads, of width 32 (default: %(default)s).")
-    parser.add_argument("--text_steps", type=int, default=200, help="For the text encoders (default: %(default)s).")
-    parser.add_argument("--seed", type=int, default=0, help="Of weights and training (default: %(default)s).")
+    parser.add_argument(
+        "--heads", type=int, default=6, help="Attention heads of the transformer, of width 32 (default: %(default)s)."
+    )
+    parser.add_argument(
+        "--text_steps", type=int, default=200, help="Training steps of the text encoders (default: %(default)s)."
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Random seed (default: %(default)s).")
     args = parser.parse_args()
     if min(args.layers, args.heads, args.text_steps) < 1:
         parser.error("--layers, --heads and --text_steps have to be positive")

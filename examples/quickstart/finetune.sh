@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The quickstart's main job: fine-tunes the shipped pipeline with the latent perceptual loss.
+# The quickstart: fine-tunes the shipped pipeline with the latent perceptual loss.
 # Usage: finetune.sh DATA OUTPUT STEPS [MORE FLAGS]
 set -euo pipefail
 here=$(dirname "$0")

@@ -1,9 +1,9 @@
 """Makes a small captioned data set of real photographs, without a network: about 1000 crops in 5 seconds on 2 cores.
 
-scikit-image and scikit-learn carry a few photographs inside their wheels. This script cuts square crops out of them,
-scales these to 72 pixels (so that the random 64-pixel crop of the trainer still has some play) and writes an ordinary
-`imagefolder` data set: `train/metadata.jsonl` with the columns `file_name` and `text`, and the PNG files beside it.
-Sources and licences of the pictures are listed in the README.md beside this script.
+The wheels of scikit-image and scikit-learn contain a few photographs. This script cuts square crops out of them,
+scales the crops to 72 pixels (which leaves room for random 64-pixel crops in training) and writes an `imagefolder`
+data set: `train/metadata.jsonl` with the columns `file_name` and `text`, and the PNG files. README.md in this folder
+lists the sources and licences of the pictures.
 
     python examples/quickstart/prepare_data.py --output_dir quickstart/data
 """
@@ -26,7 +26,7 @@ class Subject:
     """What one picture shows, and where: crops of `sides` (smallest, largest) source pixels lie inside `window`."""
 
     source: str
-    window: tuple[int, int, int, int]  # left, top, right, bottom; may stick out of the picture
+    window: tuple[int, int, int, int]  # left, top, right, bottom; may extend beyond the picture
     sides: tuple[int, int]
     captions: tuple[str, ...]
 
@@ -85,7 +85,7 @@ SUBJECTS = {
 
 
 def load_window(subject: Subject) -> Image.Image:
-    """The window of the subject as RGB; what lies outside the picture continues the colour of its top left corner."""
+    """The window of the subject as RGB, padded outside the picture with the colour of its top left corner."""
     picture = Image.open(subject.path).convert("RGBA")
     picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     left, top, right, bottom = subject.window
@@ -136,9 +136,7 @@ def write_contact_sheet(folder: Path, path: Path, columns: int = 12) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--output_dir", type=Path, required=True, help="Folder that gets `train/`; a contact sheet goes beside it."
-    )
+    parser.add_argument("--output_dir", type=Path, required=True, help="Folder for `train/` and a contact sheet.")
     parser.add_argument("--crops", type=int, default=52, help="Crops per subject (default: %(default)s).")
     parser.add_argument("--size", type=int, default=72, help="Side of a crop in pixels (default: %(default)s).")
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 """Stores a trained quickstart pipeline small enough for the repository: denoiser and autoencoder in float16.
 
-diffusers loads them as float32 all the same. Takes seconds.
+diffusers loads them as float32 anyway. Takes seconds.
 
     python examples/quickstart/store_half.py --pipeline quickstart/denoiser --output_dir examples/quickstart/pipeline
 """
@@ -15,7 +15,7 @@ from diffusers import StableDiffusion3Pipeline
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", type=Path, required=True, help="folder with the trained pipeline")
-    parser.add_argument("--output_dir", type=Path, required=True, help="where the small one goes")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the small pipeline")
     args = parser.parse_args()
     pipeline = StableDiffusion3Pipeline.from_pretrained(args.pipeline, dtype=torch.float32)
     pipeline.transformer.half()

@@ -1,9 +1,9 @@
 """Trains the small `AutoencoderKL` of the quickstart: 64-pixel pictures to 8 x 16 x 16 latents, 33 minutes on 2 cores.
 
 The autoencoder is convolutional, so most of the time goes to cheap 32-pixel windows and only the end to 64 pixels.
-One number drives the run: `progress` from 0 to 1, the larger of steps taken / `--steps` and time spent /
-`--max_minutes`. Learning rate and window follow it, so a slow machine ends its cosine decay within the budget as well.
-The folder is usable at any time: it is saved every few minutes, with `scaling_factor` and `shift_factor` measured.
+Learning rate and window depend on `progress`, from 0 to 1: the larger of steps / `--steps` and time / `--max_minutes`.
+So a slow machine, too, finishes the cosine decay within the time budget. The autoencoder is saved every few minutes,
+with measured `scaling_factor` and `shift_factor`, and can be used at any time.
 
     python examples/quickstart/train_autoencoder.py --data quickstart/data --output_dir quickstart/autoencoder
 """
@@ -23,13 +23,13 @@ from tqdm import tqdm
 
 
 RESOLUTION = 64
-SHORT_WINDOWS = 0.85  # share of the run on windows of half the side; the rest gets used to the whole picture's borders
-KL_WEIGHT = 2e-4  # on the mean over latents; only keeps them from drifting off, as in Stable Diffusion's autoencoder
+SHORT_WINDOWS = 0.85  # share of the run on windows of half the side; the rest adapts to the borders of whole pictures
+KL_WEIGHT = 2e-4  # on the mean over latents; small, as in Stable Diffusion's autoencoder
 EQUIVARIANCE = 0.25  # share of the steps that decode half-size latents, see `reconstruction_pair`
 
 
 def load_pictures(data: Path) -> torch.Tensor:
-    """All pictures of an imagefolder data set, uint8 (N, 3, H, W); they have to be of one size."""
+    """All pictures of an imagefolder data set, uint8 (N, 3, H, W); all of one size."""
     files = sorted(data.glob("train/*.png"))
     if not files:
         raise ValueError(f"no train/*.png in --data {data}: run prepare_data.py --output_dir {data} first")
@@ -43,7 +43,7 @@ def to_unit_range(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def center_crops(pictures: torch.Tensor, count: int, side: int = RESOLUTION) -> torch.Tensor:
-    """The middle of `count` pictures that are spread evenly over the data set."""
+    """Centre crops of `count` pictures, spread evenly over the data set."""
     top, left = (pictures.shape[-2] - side) // 2, (pictures.shape[-1] - side) // 2
     chosen = torch.linspace(0, len(pictures) - 1, min(count, len(pictures))).long()
     return pictures[chosen, :, top : top + side, left : left + side]
@@ -61,7 +61,7 @@ def random_windows(pictures: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def build_autoencoder(channels: tuple[int, ...] = (32, 48, 96)) -> AutoencoderKL:
-    """An autoencoder of SD3's kind: no quant convolutions; no attention either, so that windows of any size agree."""
+    """An autoencoder like SD3's, without quant convolutions; without attention, so that windows of any size agree."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(channels),
         up_block_types=("UpDecoderBlock2D",) * len(channels),
@@ -77,10 +77,10 @@ def build_autoencoder(channels: tuple[int, ...] = (32, 48, 96)) -> AutoencoderKL
 
 
 def reconstruction_pair(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Reconstruction, what it should be, and the KL term (a mean over all latents).
+    """Reconstruction, target, and the KL term (a mean over all latents).
 
-    Some steps halve latents and pictures alike (the idea of EQ-VAE): latents whose low frequencies mean the low
-    frequencies of the picture are easier to learn for a diffusion model.
+    Some steps downsample both latents and pictures by two (the idea of EQ-VAE): latents whose low frequencies are the
+    low frequencies of the picture are easier to learn for a diffusion model.
     """
     posterior = vae.encode(images).latent_dist
     latents = posterior.sample()  # (B, 8, h, w)
@@ -105,7 +105,7 @@ def learning_rate(progress: float, step: int, peak: float, warmup: int = 100) ->
 
 
 def image_batches(vae: AutoencoderKL, pictures: torch.Tensor, size: int = 16) -> Iterator[torch.Tensor]:
-    """uint8 -> pixels [-1, 1], batch by batch, where and as the autoencoder wants them"""
+    """uint8 -> pixels [-1, 1], batch by batch, on the device and in the memory format of the autoencoder"""
     for batch in pictures.split(size):
         yield to_unit_range(batch).to(vae.device, memory_format=torch.channels_last)
 
@@ -133,7 +133,7 @@ def psnr(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def save_comparison(vae: AutoencoderKL, pictures: torch.Tensor, path: Path, columns: int = 10, rows: int = 4) -> None:
-    """A picture to look at: rows of originals, each above the row of its reconstructions, at twice the size."""
+    """Saves rows of originals, each above the row of its reconstructions, at twice the size."""
     originals = center_crops(pictures, rows * columns)
     pairs = torch.stack([originals, reconstruct(vae, originals)]).unflatten(1, (rows, columns))
     sheet = pairs.permute(1, 0, 4, 2, 5, 3).reshape(rows * 2 * RESOLUTION, columns * RESOLUTION, 3)
@@ -147,7 +147,7 @@ def save(vae: AutoencoderKL, pictures: torch.Tensor, folder: Path) -> None:
 
 
 def train(vae: AutoencoderKL, pictures: torch.Tensor, args: argparse.Namespace) -> None:
-    """The loop; see the head of the file for what `progress` is."""
+    """The training loop; the head of this file explains `progress`."""
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
     start = saved = time.monotonic()
     progress, step, average = 0.0, 0, math.nan
@@ -183,15 +183,23 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="Folder written by prepare_data.py.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the autoencoder.")
-    parser.add_argument("--steps", type=int, default=12000, help="End after so many steps (default: %(default)s) ...")
-    parser.add_argument("--max_minutes", type=float, default=33, help="... or so many minutes (default: %(default)s).")
-    parser.add_argument("--save_minutes", type=float, default=4, help="Save this often (default: %(default)s).")
-    parser.add_argument("--batch_size", type=int, default=12, help="Windows per step (default: %(default)s).")
-    parser.add_argument("--learning_rate", type=float, default=2e-3, help="Its peak (default: %(default)s).")
+    parser.add_argument("--steps", type=int, default=12000, help="Maximum number of steps (default: %(default)s).")
     parser.add_argument(
-        "--channels", type=int, nargs="+", default=(32, 48, 96), help="Widths of its levels, multiples of 8."
+        "--max_minutes", type=float, default=33, help="Maximum time in minutes (default: %(default)s)."
     )
-    parser.add_argument("--seed", type=int, default=0, help="Of weights and windows (default: %(default)s).")
+    parser.add_argument(
+        "--save_minutes", type=float, default=4, help="Minutes between two saves (default: %(default)s)."
+    )
+    parser.add_argument("--batch_size", type=int, default=12, help="Windows per step (default: %(default)s).")
+    parser.add_argument("--learning_rate", type=float, default=2e-3, help="Peak learning rate (default: %(default)s).")
+    parser.add_argument(
+        "--channels",
+        type=int,
+        nargs="+",
+        default=(32, 48, 96),
+        help="Channels of the autoencoder's levels, multiples of 8.",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Random seed (default: %(default)s).")
     args = parser.parse_args()
     if min(args.steps, args.max_minutes, args.batch_size) <= 0:
         parser.error("--steps, --max_minutes and --batch_size have to be positive")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains the quickstart's denoiser with the project's own script and the plain flow-matching loss, no LPL.
+# Trains the quickstart's denoiser with the training script and the plain flow-matching loss, without LPL.
 # Usage: train_denoiser.sh UNTRAINED_PIPELINE DATA OUTPUT [MORE FLAGS]; resumes where it was interrupted.
 set -euo pipefail
 HF_HUB_OFFLINE=1 accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \

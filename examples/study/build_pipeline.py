@@ -1,4 +1,4 @@
-"""The study's model before any training: a DiT of 2.9 million parameters on class labels, over its autoencoder.
+"""Builds the study's untrained model: a DiT of 2.9 million parameters with class labels, and the autoencoder.
 
 python examples/study/build_pipeline.py --vae study/autoencoder --output_dir study/untrained
 """
@@ -20,7 +20,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     vae = AutoencoderKL.from_pretrained(args.vae)
-    vae.register_to_config(shift_factor=None)  # which DiT's pipeline does not know
+    vae.register_to_config(shift_factor=None)  # DiT's pipeline ignores it
     transformer = DiTTransformer2DModel(
         num_attention_heads=args.width // 32,
         attention_head_dim=32,
@@ -33,7 +33,7 @@ def main() -> None:
     names = {str(label): Path(source).stem for label, source in enumerate(PICTURES)}
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)
     pipeline = DiTPipeline(transformer, vae, scheduler)
-    pipeline.register_to_config(id2label=names)  # which it reads from its index, but would not write there
+    pipeline.register_to_config(id2label=names)  # the pipeline reads it from its index, but does not write it
     pipeline.save_pretrained(args.output_dir)
     print(f"{args.output_dir}: {transformer.num_parameters() / 1e6:.1f} million parameters")
 

@@ -1,12 +1,11 @@
-"""The study's own feature network: tells the pictures apart by small crops; its 64 activations are what sets are
-compared by, as Inception's are elsewhere.
+"""The study's feature network: classifies crops of the pictures; its 64 activations are the features for the metrics.
 
-Trained on the part `features`, of which neither the denoiser nor the reference set has a pixel. Fréchet distances on
-it compare models of this study with one another, and with nothing else.
+It is trained on the part `features`, which shares no pixel with the denoiser's data or the reference. Fréchet
+distances on these features compare models of this study only.
 
     python examples/study/features.py --data study/data/features --held_out study/data/reference
 
-For `python -m lpl.evaluate`, it is `--features examples.study.features:load`.
+With `python -m lpl.evaluate`, use `--features examples.study.features:load`.
 """
 
 import argparse
@@ -58,7 +57,7 @@ def read_part(folder: Path) -> tuple[Tensor, Tensor]:
 
 
 def windows(images: Tensor) -> Tensor:
-    """One random window of each, mirrored at random, (B, 3, 64, 64)."""
+    """One random window of each image, flipped at random, (B, 3, 64, 64)."""
     room = images.shape[-1] - SIDE + 1
     places = torch.randint(room, (len(images), 2)).tolist()
     cut = [image[:, top : top + SIDE, left : left + SIDE] for image, (top, left) in zip(images, places)]

@@ -1,9 +1,9 @@
-"""How good the study's numbers could be: real crops, the autoencoder alone, and two samples of one Gaussian.
+"""Measures the best values the study could reach: real crops, the autoencoder alone, two samples of one Gaussian.
 
     PYTHONPATH=. python examples/study/floor.py
 
-Writes `study/checks/floor.json`, which report.py reads, with a description of the machine. Whatever is drawn has gone
-through the decoder, so no model can be asked for more than the autoencoder's reconstructions of the reference show.
+Writes `study/checks/floor.json` for report.py, with a description of the machine. Every generated image is decoded, so
+no model can be sharper than the autoencoder's reconstructions of the reference.
 """
 
 import argparse
@@ -24,12 +24,12 @@ from lpl import evaluation as measures
 
 
 BATCH = 64
-SEEDS = range(3)  # of what is drawn at random
+SEEDS = range(3)  # of random draws
 CPUINFO = Path("/proc/cpuinfo")
 
 
 def hardware() -> str:
-    """The processors that this runs on."""
+    """Number and model of the CPU cores."""
     lines = CPUINFO.read_text().splitlines() if CPUINFO.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     words = f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}"
@@ -38,7 +38,7 @@ def hardware() -> str:
 
 @torch.no_grad()
 def reconstructions(vae: AutoencoderKL, images: measures.ImageSet) -> list[Image.Image]:
-    """Each image encoded to the mean of its latents, and decoded."""
+    """Encode each image to the mean of its latents, and decode it."""
     processor, found = VaeImageProcessor(), []
     for start in range(0, len(images), BATCH):
         pixels = processor.preprocess([images[number] for number in range(start, min(start + BATCH, len(images)))])
@@ -87,7 +87,7 @@ def spectral(images: measures.ImageSet) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--study", type=Path, default=Path("study"), help="where prepare.sh has put its results")
+    parser.add_argument("--study", type=Path, default=Path("study"), help="output folder of prepare.sh")
     args = parser.parse_args()
     os.environ["STUDY"] = str(args.study)
     output = args.study / "checks/floor.json"

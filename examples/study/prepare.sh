@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes what the study compares on: pictures in three parts, an autoencoder, a feature network, the untrained model;
-# and measures what the numbers could be at best.
+# Prepares the study: pictures in three parts, an autoencoder, a feature network, the untrained model; and measures the
+# best values that the study could reach.
 # Usage: prepare.sh [STUDY_FOLDER]
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)

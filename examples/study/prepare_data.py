@@ -1,8 +1,8 @@
-"""Cuts the study's pictures into three parts that share no pixel: to train on, to compare with, to learn features of.
+"""Cuts the study's pictures into three parts that share no pixel: for training, as the reference, for the features.
 
-Every photograph and texture that scikit-image and scikit-learn bundle is laid out in square *cells*; each cell belongs
-to one *part* (`train`, `reference`, `features`), in a pattern that gives all parts the same kinds of places. Crops are
-cut inside cells only. A picture is a class: the label is its place in PICTURES, its name the folder's.
+Every photograph and texture of scikit-image and scikit-learn is divided into square *cells*; each cell belongs to one
+*part* (`train`, `reference`, `features`), in a pattern that spreads all parts over the picture. Crops lie inside
+cells. Each picture is a class: its label is its place in PICTURES.
 
     python examples/study/prepare_data.py --output_dir study/data
 """

@@ -1,9 +1,9 @@
-"""Gathers what run.py and floor.py have measured into results.json, the tables of docs/results.md, and its pictures.
+"""Writes the results of run.py and floor.py to results.json, and to the tables and figures of docs/results.md.
 
     PYTHONPATH=. python examples/study/report.py
 
-Each table takes the place of what stands between its two marks in docs/results.md. Rows that were not run say so. The
-sentences between the tables are written by hand: look at them whenever a row has come in.
+Each table replaces the text between its two marks in docs/results.md. Rows without results are marked "not run". The
+text between the tables is written by hand: check it when a new row has been run.
 """
 
 import argparse
@@ -49,7 +49,7 @@ SPECTRUM = {band: (f"{low:g} to {high:g}", "{:.2f}") for band, (low, high) in BA
 TABLES = ("objective", "weight", "statistics", "masks", "depth", "blocks", "threshold", "time")
 PLAIN = {"flow_matching": "flow", "epsilon": "epsilon", "v_prediction": "v"}  # the row without LPL, by objective
 WITHOUT, WITH = "flow", "flow_lpl"  # what every other table is compared with
-PAIRS = ((WITHOUT, WITH), ("v", "v_lpl"), ("epsilon", "epsilon_lpl"))  # the first whose images are there is shown
+PAIRS = ((WITHOUT, WITH), ("v", "v_lpl"), ("epsilon", "epsilon_lpl"))  # the first one with images is shown
 SETS = {  # of floor.py
     "reference": "the reference",
     "training": "crops of the training part",
@@ -61,7 +61,7 @@ SHOWN = 10  # images in a row of the pictures
 Runs = Mapping[str, Mapping[str, float]]  # seed -> column -> number
 
 
-# What is there -------------------------------------------------------------------------------------------------------
+# Results -------------------------------------------------------------------------------------------------------------
 
 
 def read_evaluation(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -71,7 +71,7 @@ def read_evaluation(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def read_run(folder: Path) -> dict[str, float]:
-    """What one seed of a row has given."""
+    """The results of one seed of a row."""
     evaluation, result = read_evaluation(folder)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     shares = [record["lpl_share"] for record in records if record.get("lpl_share")]
@@ -97,7 +97,7 @@ def spectra(evaluation: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, np.nda
 
 
 def drawn_name(evaluation: Mapping[str, Any]) -> str:
-    """Of the last spectrum that is not the real images'."""
+    """The name of the last spectrum that is not of real images."""
     return [name for name in evaluation["spectrum"]["log_power"] if name != REAL][-1]
 
 
@@ -109,7 +109,7 @@ def bands(spectrum: tuple[np.ndarray, np.ndarray], real: tuple[np.ndarray, np.nd
 
 
 def gather(study: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """Row -> seed -> numbers, of all that is there; change and time are relative to the same seed without LPL."""
+    """Row -> seed -> numbers, for all finished runs; change and time are relative to the same seed without LPL."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for name in ROWS:
         for folder in sorted((study / "rows" / name).glob("*/")):
@@ -125,8 +125,8 @@ def gather(study: Path) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def with_earlier(found: Mapping[str, Runs]) -> dict[str, Runs]:
-    """The same, and behind them what results.json has of other study folders, in which rows of one objective and seed
-    were compared with one another likewise."""
+    """Adds the results of other study folders from results.json, in which rows of one objective and seed were compared
+    in the same way."""
     file = HERE / "results.json"
     earlier = json.loads(file.read_text())["rows"] if file.is_file() else {}
     names = [name for name in ROWS if name in found or name in earlier]
@@ -134,7 +134,7 @@ def with_earlier(found: Mapping[str, Runs]) -> dict[str, Runs]:
 
 
 def gather_floor(study: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """Set -> seed -> numbers, of what floor.py has measured."""
+    """Set -> seed -> numbers, from floor.py."""
     sets = read_floor(study)["sets"]
     real = floor_spectrum(sets["reference"]["0"])
     return {
@@ -163,7 +163,7 @@ def floor_spectrum(numbers: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def gather_settings(study: Path) -> dict[str, Any]:
-    """Under what the rows were trained and measured: flags, sampling, libraries, hardware."""
+    """The conditions of training and measurement: flags, sampling, libraries, hardware."""
     evaluations = [
         read_evaluation(file.parents[1])
         for name in ROWS
@@ -184,7 +184,7 @@ def gather_settings(study: Path) -> dict[str, Any]:
 
 
 def one_of(values: Iterable[Any]) -> Any:
-    """The value that all have, or a list of those that there are."""
+    """The common value, or the list of different values."""
     different = list(dict.fromkeys(values))
     return different[0] if len(different) == 1 else different
 
@@ -215,7 +215,7 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
 
 
 def table(kind: str, found: Mapping[str, Runs]) -> str:
-    """One of TABLES, and the command that makes its rows."""
+    """One of TABLES, and the command that runs its rows."""
     own = [name for name, row in ROWS.items() if row.table == kind]
     names = own if kind == "objective" else [WITHOUT, WITH, *own]
     lines = [["", *(heading for heading, _ in COLUMNS.values()), "seeds", "the paper", "row"]]
@@ -236,7 +236,7 @@ def floor_table(found: Mapping[str, Runs], floor: Mapping[str, Runs]) -> str:
 
 
 def spectrum_table(found: Mapping[str, Runs], floor: Mapping[str, Runs]) -> str:
-    """Power relative to the reference's, of all rows that are there."""
+    """Power relative to the reference, for all finished rows."""
     labelled = {SETS[name]: floor[name] for name in ("training", "reconstructions")}
     labelled |= {f"`{name}`": found[name] for name in ROWS if name in found}
     heading = ["cycles per pixel", *(heading for heading, _ in SPECTRUM.values())]
@@ -253,7 +253,7 @@ def settings_line(settings: Mapping[str, Any]) -> str:
 
 
 def blocks(results: Mapping[str, Any]) -> dict[str, str]:
-    """Mark -> what stands there in docs/results.md."""
+    """Mark -> text at that mark in docs/results.md."""
     found, floor = results["rows"], results["floor"]
     return {
         "settings": settings_line(results["settings"]),
@@ -264,7 +264,7 @@ def blocks(results: Mapping[str, Any]) -> dict[str, str]:
 
 
 def filled(page: str, results: Mapping[str, Any]) -> str:
-    """The page with all blocks in their places.
+    """The page with all blocks inserted.
 
     Raises:
         ValueError: where a mark is missing.
@@ -348,7 +348,7 @@ def pictures(study: Path, found: Mapping[str, Runs], folder: Path) -> None:
 
 
 def of_the_same(captions: Sequence[str], real: ImageSet) -> list[Image.Image]:
-    """For each caption a real image that bears it, another one each time."""
+    """For each caption a real image with that caption, a different one each time."""
     places: dict[str, list[int]] = {}
     for place, caption in reversed(list(enumerate(real.captions))):
         places.setdefault(caption, []).append(place)
@@ -356,7 +356,7 @@ def of_the_same(captions: Sequence[str], real: ImageSet) -> list[Image.Image]:
 
 
 def mean_spectrum(study: Path, name: str, seeds: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Of all seeds of a row."""
+    """The mean spectrum over the seeds of a row."""
     evaluations = [read_evaluation(study / "rows" / name / seed)[0] for seed in seeds]
     found = [spectra(evaluation)[drawn_name(evaluation)] for evaluation in evaluations]
     return found[0][0], np.mean([power for _, power in found], 0)

@@ -1,7 +1,7 @@
-"""What the study compares: a *row* is one way of training on from a checkpoint, with the same data and noise for all.
+"""The rows of the study: a *row* continues the training of a base with its own flags, on the same data and noise.
 
-A row's name is the command line's `--rows`; `flags` are what it adds to SETTINGS. Rows of one objective share a base:
-the model trained from nothing without LPL.
+`--rows` of run.py takes the names of rows; `flags` are added to SETTINGS. Rows of one objective share a base, the
+model trained from scratch without LPL.
 """
 
 from dataclasses import dataclass, field

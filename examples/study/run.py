@@ -1,12 +1,13 @@
-"""Trains and measures rows of the study, with several seeds each; what is done is not done again, and what was
-interrupted goes on from its last checkpoint.
+"""Trains and measures rows of the study, with several seeds each.
+
+Finished rows are not run again, and interrupted ones resume from their last checkpoint.
 
     python examples/study/run.py --rows flow flow_lpl --seeds 0 1 2
     python examples/study/run.py --list
 
-Needs what `examples/study/prepare.sh` has made. Several runs go at a time, one thread each; `metrics.jsonl` and the
-trained pipeline of each stay in `study/rows/`, its measurements in `study/rows/NAME/SEED/evaluation/`. A row that is
-given as much time as another needs the times of that one and of `flow`, so these are run before it.
+Needs the output of `examples/study/prepare.sh`. Several runs are trained at a time, with one thread each.
+`metrics.jsonl` and the trained pipeline are written to `study/rows/NAME/SEED/`, the measurements to `evaluation/` in
+there. A row that gets as much time as another one needs the times of that row and of `flow`, so these are run first.
 """
 
 import argparse
@@ -63,7 +64,7 @@ def train(study: Path, source: Path, folder: Path, flags: Mapping[str, object]) 
         "output_dir": folder,
     }
     call([sys.executable, str(SCRIPT), *arguments(where | SETTINGS | RESUMING | flags)], folder.with_suffix(".log"))
-    for checkpoint in folder.glob("checkpoint-*"):  # or it would be measured beside the result
+    for checkpoint in folder.glob("checkpoint-*"):  # otherwise they would be measured as well
         shutil.rmtree(checkpoint)
 
 
@@ -133,19 +134,19 @@ def measure(study: Path, folder: Path, steps: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--study", type=Path, default=Path("study"), help="where prepare.sh has put its results")
+    parser.add_argument("--study", type=Path, default=Path("study"), help="output folder of prepare.sh")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
+    parser.add_argument("--workers", type=int, default=2, help="number of simultaneous runs")
     parser.add_argument("--sampling_steps", type=int, default=20)
-    parser.add_argument("--only", choices=("bases", "train", "measure"), help="one stage")
-    parser.add_argument("--list", action="store_true", help="show the rows and end")
+    parser.add_argument("--only", choices=("bases", "train", "measure"), help="run one stage only")
+    parser.add_argument("--list", action="store_true", help="list the rows and exit")
     args = parser.parse_args()
     if args.list:
         for name, row in ROWS.items():
             print(f"{name:12s} {row.table:12s} {row.label:28s} {' '.join(arguments(row.flags))}")
         return
-    os.environ["STUDY"] = str(args.study)  # where features.py finds its weights
+    os.environ["STUDY"] = str(args.study)  # features.py finds its weights there
     others = [other for row in args.rows if (other := given_time_of(ROWS[row]))]
     rows = list(dict.fromkeys([PLAIN, *others, *args.rows] if others else args.rows))
     stages = [row for row in rows if not given_time_of(ROWS[row])], [row for row in rows if given_time_of(ROWS[row])]
@@ -162,7 +163,7 @@ def main() -> None:
             if args.only in (None, "measure"):
                 measure(args.study, args.study / "rows" / name / str(seed), args.sampling_steps)
 
-        for stage in stages:  # a stage begins when all of the one before it is done
+        for stage in stages:  # a stage begins when the one before is complete
             list(pool.map(lambda run: do(*run), [(name, seed) for seed in args.seeds for name in stage]))
 
 

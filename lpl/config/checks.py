@@ -1,17 +1,17 @@
-"""Checks that need the command line only: invalid values, and flags that contradict each other.
+"""Checks of the command line, and of whether the places that it names exist: invalid values, contradicting flags.
 
 Each refusal is one sentence: what was given, what is accepted, which flag to change. A flag that is given and has no
-effect is warned of. Checks that need a folder, the machine or the pipeline come later
-(:mod:`lpl.training.preflight`, :mod:`lpl.families.resolve`).
+effect is warned of. Checks that need a folder's content, the machine or the pipeline come later
+(:mod:`lpl.training.preflight`, :mod:`lpl.families.resolve`, :mod:`lpl.evaluation.training`).
 """
 
 from __future__ import annotations
 
 import os
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+import stat
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from lpl.config import rules
 from lpl.config.choices import METRICS, TRACKERS
@@ -22,7 +22,7 @@ from lpl.config.groups import Lora, Lpl
 from lpl.options import check_options, parse_weight
 from lpl.tools.places import lies_within
 from lpl.tools.privacy import HUB_ID
-from lpl.tools.words import warn
+from lpl.tools.words import warn, why_no_folder
 
 
 def check_words(config: Config) -> None:
@@ -45,24 +45,15 @@ def check_words(config: Config) -> None:
     _check_evaluation(config)
     _check_output(config)
     _check_written(config)
-
-
-def check_ranges(values: Mapping[str, Any]) -> None:
-    """Refuse numbers outside the declared range of their flag.
-
-    Raises:
-        ValueError: with the flag, its value, and what is accepted.
-    """
-    for name, value in values.items():
-        if name in FLAGS:
-            FLAGS[name].check(name, value)
+    _warn_of_zeros(config)
 
 
 def warn_of_idle_flags(config: Config) -> None:
     """Warn of given flags that have no effect in this run; needs a complete configuration."""
+    values = config.values()
     for name in sorted(config.given):
         used = FLAGS[name].used
-        if used is not None and not used(config):
+        if used is not None and not used(values):
             warn_idle(name)
 
 
@@ -71,13 +62,17 @@ def warn_idle(name: str) -> None:
 
 
 def _check_place(name: str, place: str | None) -> None:
-    """Refuse a path that cannot be looked up: it is too long, or its folder may not be read."""
+    """Refuse a path that cannot be looked up, since it is too long or its folder may not be read, and a file."""
     try:
-        os.stat(place or ".")
+        file = not stat.S_ISDIR(os.stat(place or ".").st_mode)
     except (FileNotFoundError, NotADirectoryError, ValueError):
         pass  # not a local path
     except OSError as error:
         raise ValueError(f"--{name} {reprlib.repr(place)}: {error.strerror}") from error
+    else:
+        if file and name != "pretrained_model_name_or_path":  # which says more of a file
+            why = _why_no_data if name in ("train_data_dir", "dataset_name") else why_no_folder
+            raise ValueError(f"--{name} {place}: {why(str(place))}")
 
 
 def _check_sources(config: Config) -> None:
@@ -91,10 +86,16 @@ def _check_sources(config: Config) -> None:
         raise ValueError("--dataset_name or --train_data_dir is needed, but neither is given")
     if data.dataset_config_name and not data.dataset_name:
         raise ValueError("--dataset_config_name has no effect without --dataset_name; leave it out")
-    if not data.dataset_name and not Path(data.folder).is_dir():
-        raise ValueError(f"--train_data_dir {data.train_data_dir}: there is no such folder")
+    if not data.dataset_name and (why := _why_no_data(data.folder)):
+        raise ValueError(f"--train_data_dir {data.train_data_dir}: {why}")
     if model.from_scratch and model.non_ema_revision:
         raise ValueError("--from_scratch loads no weights, so --non_ema_revision has no effect; leave one of them out")
+
+
+def _why_no_data(path: str) -> str | None:
+    if Path(path).is_file() and Path(path).suffix.lower() in (".parquet", ".tar"):
+        return "this is a file; put it into a folder, and give that with --streaming"
+    return why_no_folder(path)
 
 
 def why_no_pipeline(path: str) -> str | None:
@@ -102,7 +103,8 @@ def why_no_pipeline(path: str) -> str | None:
     place = Path(path)
     if place.is_file():
         return (
-            "this is a file; load it with the pipeline's from_single_file, save_pretrained that, and give its folder"
+            'this is a file; make a folder of it by python -c "from diffusers import StableDiffusionXLPipeline as P; '
+            f"P.from_single_file('{path}').save_pretrained('FOLDER')\", with its own pipeline class, and give FOLDER"
         )
     if (place / "model_index.json").is_file():
         return None
@@ -122,8 +124,8 @@ def _check_streaming(config: Config) -> None:
         return
     if config.optimization.max_train_steps is None:
         raise ValueError("--streaming: how many images an epoch has is not known; give --max_train_steps")
-    validated = bool(config.validation.validation_prompts) or data.holds_out
-    if validated and config.validation.validation_steps is None:
+    every_epochs = config.validation.validation_steps is None and config.validation.validation_epochs > 0
+    if rules.validated(config) and every_epochs:
         raise ValueError(
             "--streaming: how many steps an epoch of --validation_epochs has is not known; give --validation_steps"
         )
@@ -209,7 +211,7 @@ def idle_without_lpl(names: Iterable[str], measured: bool) -> list[str]:
 
 def _check_timesteps(config: Config) -> None:
     begin, end = config.diffusion.timestep_bias_begin, config.diffusion.timestep_bias_end
-    if begin >= end:
+    if config.diffusion.timestep_bias_strategy == "range" and begin >= end:
         raise ValueError(f"--timestep_bias_begin {begin}: it must be less than --timestep_bias_end, which is {end}")
 
 
@@ -224,11 +226,26 @@ def _check_optimizer(config: Config) -> None:
             f"--text_encoder_lr {optimization.text_encoder_lr}: --optimizer prodigy has one learning rate for all; "
             "leave it out"
         )
+    if optimization.learning_rate == 0:
+        raise ValueError(
+            "--learning_rate 0: --optimizer prodigy takes a factor above 0 on its step size; 1.0 is usual"
+        )
     if optimization.learning_rate <= 0.1:
         warn(
             f"--learning_rate {optimization.learning_rate} is small for --optimizer prodigy, which finds the step "
             "size by itself and takes this as a factor on it; 1.0 is usual"
         )
+
+
+def _warn_of_zeros(config: Config) -> None:
+    """Zeros that are accepted and that leave something out which a user may miss."""
+    diffusion, optimization = config.diffusion, config.optimization
+    if diffusion.snr_gamma == 0:
+        warn("--snr_gamma 0 weighs the diffusion loss by 0; for the plain loss leave it out")
+    if optimization.learning_rate == 0:
+        warn("--learning_rate 0: the denoiser is not trained")
+    if 0 in (optimization.max_train_steps, optimization.num_train_epochs) and not optimization.max_train_steps:
+        warn("--max_train_steps 0: nothing is trained; the result is what the run starts from")
 
 
 def _check_validation(config: Config) -> None:
@@ -239,8 +256,13 @@ def _check_validation(config: Config) -> None:
         raise ValueError(
             "--validation_split names a split of --dataset_name; with --train_data_dir use --validation_every_nth"
         )
-    if data.validation_split == "train":
-        raise ValueError("--validation_split train: that is what is trained on; name another split")
+    if data.train_split != "train" and not data.dataset_name:
+        raise ValueError(
+            f"--train_split {data.train_split} names a split of --dataset_name; --train_data_dir has none; give the "
+            "sub-folder itself"
+        )
+    if data.validation_split == data.train_split:
+        raise ValueError(f"--validation_split {data.validation_split}: that is what is trained on; name another split")
     if reported not in (*TRACKERS, "all", "none"):
         raise ValueError(f"--report_to {reported}: accepted are {', '.join(TRACKERS)}, all and none")
 
@@ -260,12 +282,10 @@ def _check_output(config: Config) -> None:
     resumed = output.resume_from_checkpoint == "hub"
     if resumed and not output.push_to_hub and output.hub_model_id is None:
         raise ValueError("--resume_from_checkpoint hub: say by --hub_model_id in which repository the checkpoint is")
-    if output.hub_token is not None and rules.uses_a_token(config):
+    if output.hub_token is not None and rules.uses_a_token(config.values()):
         warn(
             "--hub_token: the list of processes and the shell's history show it; `hf auth login` or HF_TOKEN are safer"
         )
-    if Path(output.output_dir).is_file():
-        raise ValueError(f"--output_dir {output.output_dir}: this is a file; give a folder")
     if Path(output.output_dir).resolve() == Path(pipeline).resolve():
         raise ValueError(f"--output_dir {output.output_dir}: this is the pipeline to start from; give another folder")
 

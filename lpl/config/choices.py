@@ -3,7 +3,7 @@
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 ENDLESS_SCHEDULERS = ("constant", "constant_with_warmup")
 OPTIMIZERS = ("AdamW", "prodigy")
-TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio")
+TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio", "mlflow", "clearml", "dvclive", "swanlab")  # accelerate's
 INTERPOLATION_MODES = ("nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos")  # torchvision's
 HUB_STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")  # as transformers' Trainer names them
 NEIGHBOUR_METRICS = ("precision", "recall", "density", "coverage")
@@ -12,4 +12,5 @@ CLIP_SCORE = "clip_score"  # compares images with their captions
 METRICS = (*SET_METRICS, CLIP_SCORE)
 CLIP = "openai/clip-vit-base-patch32"  # the model of the CLIPScore paper (Hessel et al., 2021)
 EMA_DECAY, EMA_DECAY_WITH_LPL = 0.9999, 0.99975  # Sec. 4.3, "Impact on EMA"
+ALL_LINEAR = "all-linear"  # adapts every linear layer, as in peft
 RANK = 4  # the default of diffusers' LoRA scripts

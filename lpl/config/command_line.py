@@ -8,76 +8,25 @@ The recipe overrides the defaults, and the command line overrides the recipe.
 from __future__ import annotations
 
 import argparse
-import os
-import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any, NoReturn
+from typing import Any
 
 from lpl.config.checks import check_words, idle_without_lpl
 from lpl.config.choices import EMA_DECAY, EMA_DECAY_WITH_LPL, OPTIMIZERS, RANK
 from lpl.config.config import FLAGS, GROUP_OF, GROUPS, Config
-from lpl.config.flag import add_group, boolean, built, flags_of, number
+from lpl.config.flag import add_group, built, flags_of
 from lpl.config.foreign import FOREIGN, Foreign, translated
+from lpl.config.parser import Parser
 from lpl.config.recipes import read_recipe
+from lpl.config.rules import holds_out
 from lpl.options import parse_weight
-from lpl.tools.words import close_match, warn
-
-
-NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
+from lpl.tools.words import plain_warnings, warn
 
 
 # The parser ----------------------------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports an error in one line, without the usage."""
-
-    source = ""  # prefix of errors in words that are not from the command line
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**{"allow_abbrev": False, "formatter_class": HelpFormatter} | options)
-        self._negative_number_matcher = NEGATIVE_NUMBER  # argparse's own takes -1e-4 for a flag
-
-    def add_title(self, title: str | None) -> argparse._ArgumentGroup:
-        """Add a titled section of the help, for flags."""
-        group = self.add_argument_group(title)
-        group._negative_number_matcher = NEGATIVE_NUMBER
-        return group
-
-    @property
-    def flags(self) -> list[argparse.Action]:
-        return self._actions
-
-    def error(self, message: str) -> NoReturn:
-        unknown, _, words = message.partition("unrecognized arguments: ")
-        if words and not unknown:
-            known = [action.dest for action in self._actions if action.dest not in FOREIGN]
-            message += close_match(words.split()[0].partition("=")[0], known, "--")
-        message = " ".join(message.split())  # one line
-        self.exit(2, f"{self.prog}: error: {self.source}{message} (all flags: --help)\n")
-
-    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
-        if action.option_strings and arg_strings == ["--"]:  # Python before 3.13 silently drops it
-            raise argparse.ArgumentError(action, "-- is no value")
-        return super()._get_values(action, arg_strings)  # type: ignore[misc]
-
-
-class HelpFormatter(argparse.MetavarTypeHelpFormatter):
-    """Shows the type of each flag, and its default unless it is None or off."""
-
-    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        names: dict[Any, str] = {os.path.expanduser: "str", number: "int|float"}
-        return names.get(action.type) or getattr(action.type or str, "__name__", "str")
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        default = action.default
-        if action.nargs == 0 or default is None or action.dest in FOREIGN:
-            return action.help
-        words = " ".join(default) if isinstance(default, list) else str(default)
-        return f"{action.help} (default: {words.lower() if action.type is boolean else words})"
 
 
 def build_parser(prog: str | None = None) -> Parser:
@@ -110,7 +59,8 @@ def given_flags(parser: Parser, words: Sequence[str]) -> set[str]:
 
 def parse(argv: Sequence[str] | None = None) -> Config:
     """Parse and check the command line; exits with a one-line error if it is invalid."""
-    with refusing():
+    plain_warnings(build_parser().prog)
+    with usage_errors():
         config = _read(build_parser(), sys.argv[1:] if argv is None else argv)
         check_words(config)
     if argv is None and config.output.hub_token:  # trackers upload the command line
@@ -119,7 +69,7 @@ def parse(argv: Sequence[str] | None = None) -> Config:
 
 
 @contextmanager
-def refusing() -> Iterator[None]:
+def usage_errors() -> Iterator[None]:
     """Report a ValueError as argparse reports a wrong flag, and exit with code 2."""
     try:
         yield
@@ -167,8 +117,7 @@ def _read(parser: Parser, words: Sequence[str]) -> Config:
 
 def _forget_lpl(values: dict[str, Any], names: Collection[str]) -> set[str]:
     """For the baseline of a recipe with LPL: reset the flags that have no effect without LPL; returns their names."""
-    holds_out = values["validation_split"] is not None or values["validation_every_nth"] is not None
-    idle = set(idle_without_lpl(names, holds_out))
+    idle = set(idle_without_lpl(names, holds_out(values)))
     for name in sorted(idle):
         values[name] = build_parser().get_default(name)
         warn(f"--lpl_weight 0: {name} of the recipe has no effect and is left out")
@@ -187,6 +136,8 @@ def _completed(config: Config) -> Config:
     if lora.lora or lora.rank is not None:
         rank = lora.rank or RANK
         values |= {"lora": True, "rank": rank, "lora_alpha": lora.lora_alpha or float(rank)}
+    if config.output.checkpoints_total_limit == 0:
+        values["checkpoints_total_limit"] = 1  # what diffusers' scripts do with it
     if validation.validation_prompt is not None:
         if validation.validation_prompts is not None:
             raise ValueError("--validation_prompt and --validation_prompts exclude one another; give one of them")

@@ -31,6 +31,7 @@ class Range(NamedTuple):
 
 
 POSITIVE = Range(lambda value: 0 < value < math.inf, "more than 0")
+FINITE = Range(math.isfinite, "finite")
 NOT_NEGATIVE = Range(lambda value: 0 <= value < math.inf, "0 or more")
 SHARE = Range(lambda value: 0 <= value <= 1, "between 0 and 1")
 POSITIVE_SHARE = Range(lambda value: 0 < value <= 1, "more than 0 and at most 1")
@@ -70,7 +71,8 @@ class Flag:
         path: the value may be a local path, in which ``~`` stands for the home folder.
         in_recipe: whether ``recipe.yaml`` records the flag.
         held_out: value for the held-out losses.
-        training_only: an LPL flag without effect on the held-out losses.
+        training_only: a promise that the held-out losses do not read this LPL flag; a run warns of it accordingly. A
+            flag that they read has ``held_out`` instead.
         same_loss: an LPL flag that does not change the loss function.
         used: called with the configuration; returns whether the flag has an effect. A run warns of a given flag that
             has none.
@@ -88,7 +90,7 @@ class Flag:
     held_out: Any = AS_TRAINED
     training_only: bool = False
     same_loss: bool = False
-    used: Callable[[Any], bool] | None = None
+    used: Callable[[Values], bool] | None = None
     words: Callable[[str | Sequence[str]], Any] | None = None
 
     def check(self, name: str, value: Any) -> None:
@@ -99,7 +101,7 @@ class Flag:
         """
         for accepts, words in self.ranges:
             if value is not None and not accepts(value):
-                finite = "" if math.isfinite(value) else "a finite number, "
+                finite = "" if math.isfinite(value) or words == FINITE.words else "a finite number, "
                 raise ValueError(f"--{name} {value}: it must be {finite}{words}")
 
 

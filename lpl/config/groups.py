@@ -13,6 +13,7 @@ from typing import Any
 
 from lpl.config import rules
 from lpl.config.choices import (
+    ALL_LINEAR,
     CLIP,
     EMA_DECAY,
     EMA_DECAY_WITH_LPL,
@@ -27,6 +28,7 @@ from lpl.config.choices import (
 )
 from lpl.config.flag import (
     BELOW_ONE,
+    FINITE,
     NOT_NEGATIVE,
     POSITIVE,
     POSITIVE_SHARE,
@@ -123,7 +125,7 @@ class Lora:
     )
     lora_dropout: float = flag(0.0, "dropout probability of the LoRA adapters", range=BELOW_ONE)
     lora_target_modules: tuple[str, ...] | None = flag(
-        None, "names of the denoiser modules that get LoRA adapters; default: the family's"
+        None, f"names of the denoiser modules that get LoRA adapters, or {ALL_LINEAR}; default: the family's"
     )
     use_dora: bool = flag(False, "DoRA: train magnitude and direction of each weight separately", on_resume=REFUSED)
     use_rslora: bool = flag(False, "rank-stabilised LoRA: scale adapters by alpha / sqrt(rank)", on_resume=REFUSED)
@@ -145,7 +147,7 @@ class Data:
     dataset_config_name: str | None = flag(None, "configuration of --dataset_name")
     train_data_dir: str | None = flag(
         None,
-        "folder of images with a metadata.jsonl (file_name, text), or with one sub-folder per class",
+        "folder of images with a metadata.jsonl (file_name, text), a .txt per image, or a sub-folder per class",
         public=rules.within_the_data_set,
         path=True,
     )
@@ -167,6 +169,7 @@ class Data:
         None,
         "stop after more unreadable samples than this: a number, or a share of the data below 1; default: no limit",
     )
+    train_split: str = flag("train", "split of --dataset_name to train on")
     validation_split: str | None = flag(None, "split of --dataset_name for the validation loss")
     validation_every_nth: int | None = flag(
         None, "hold out every N-th image for the validation loss", range=TWO_OR_MORE
@@ -257,31 +260,31 @@ class Lpl:
         MASK_DEFAULTS["quantile"],
         "outlier masks: share q; the q and 1 - q quantiles of each feature map bound the values that are kept",
         range=rules.mask_range("quantile"),
-        used=rules.with_masks,
+        used=rules.unless("lpl_no_outlier_mask"),
     )
     lpl_outlier_margin: float = flag(
         MASK_DEFAULTS["margin"],
         "outlier masks: keep values up to this many standard deviations beyond the quantiles",
         range=rules.mask_range("margin"),
-        used=rules.with_masks,
+        used=rules.unless("lpl_no_outlier_mask"),
     )
     lpl_outlier_dilation: int = flag(
         MASK_DEFAULTS["dilation"],
         "outlier masks: kernel size that removes isolated false positives, at 256 px; scales with the image side",
         range=rules.mask_range("dilation"),
-        used=rules.with_masks,
+        used=rules.unless("lpl_no_outlier_mask"),
     )
     lpl_outlier_erosion: int = flag(
         MASK_DEFAULTS["erosion"],
         "outlier masks: kernel size that grows the masked regions, at 256 px; scales with the image side",
         range=rules.mask_range("erosion"),
-        used=rules.with_masks,
+        used=rules.unless("lpl_no_outlier_mask"),
     )
     lpl_outlier_stride: int = flag(
         MASK_DEFAULTS["stride"],
         "outlier masks: compute the quantiles from every N-th position; larger is faster and less exact",
         range=rules.mask_range("stride"),
-        used=rules.with_masks,
+        used=rules.unless("lpl_no_outlier_mask"),
     )
     lpl_distance: str = flag("l2", "squared (l2) or absolute (l1) difference of features", choices=DISTANCES)
     lpl_variant: str = flag(
@@ -309,7 +312,7 @@ class Lpl:
         range=POSITIVE,
         held_out=None,
         training_only=True,
-        used=rules.takes_some_samples,
+        used=rules.less_than("lpl_max_samples", "train_batch_size"),
     )
     lpl_crop: int | None = flag(
         None,
@@ -317,14 +320,14 @@ class Lpl:
         range=POSITIVE,
         held_out=None,
         training_only=True,
-        used=rules.takes_a_part,
+        used=rules.less_than("lpl_crop", "resolution"),
     )
     lpl_chunk_size: int | None = flag(
         None,
         "number of samples that LPL decodes at a time; smaller saves memory; default: all",
         range=POSITIVE,
         same_loss=True,
-        used=rules.decodes_in_chunks,
+        used=rules.less_than("lpl_chunk_size", "train_batch_size"),
     )
     lpl_gradient_checkpointing: bool = flag(
         False,
@@ -369,21 +372,23 @@ class Diffusion:
     snr_gamma: float | None = flag(
         None,
         "gamma of min-SNR weighting, 5.0 in its paper; default: no weighting; not for flow matching",
-        range=POSITIVE,
+        range=NOT_NEGATIVE,
         held_out=None,
     )
-    noise_offset: float = flag(0.0, "scale of the noise offset, which is constant over each channel", held_out=0.0)
+    noise_offset: float = flag(
+        0.0, "scale of the noise offset, which is constant over each channel", range=FINITE, held_out=0.0
+    )
     input_perturbation: float = flag(
         0.0,
         "scale of additional noise in the denoiser's input, which is not part of the target",
-        range=NOT_NEGATIVE,
+        range=FINITE,
         held_out=0.0,
     )
     dream_training: bool = flag(
         False, "DREAM: correct inputs and targets by the model's own prediction error", held_out=False
     )
     dream_detail_preservation: float = flag(
-        1.0, "DREAM: exponent p; larger preserves more detail", range=NOT_NEGATIVE, used=rules.dreams
+        1.0, "DREAM: exponent p; larger preserves more detail", range=NOT_NEGATIVE, used=rules.when("dream_training")
     )
     timestep_bias_strategy: str = flag(
         "none",
@@ -394,19 +399,25 @@ class Diffusion:
         1.0,
         "how many times more often --timestep_bias_strategy samples its timesteps",
         range=POSITIVE,
-        used=rules.biased("earlier", "later", "range"),
+        used=rules.when("timestep_bias_strategy", "earlier", "later", "range"),
     )
     timestep_bias_begin: int = flag(
-        0, "--timestep_bias_strategy range: first timestep", range=NOT_NEGATIVE, used=rules.biased("range")
+        0,
+        "--timestep_bias_strategy range: first timestep",
+        range=NOT_NEGATIVE,
+        used=rules.when("timestep_bias_strategy", "range"),
     )
     timestep_bias_end: int = flag(
-        1000, "--timestep_bias_strategy range: last timestep, exclusive", range=POSITIVE, used=rules.biased("range")
+        1000,
+        "--timestep_bias_strategy range: last timestep, exclusive",
+        range=POSITIVE,
+        used=rules.when("timestep_bias_strategy", "range"),
     )
     timestep_bias_portion: float = flag(
         0.25,
         "--timestep_bias_strategy earlier or later: share of all timesteps to sample more often",
         range=POSITIVE_SHARE,
-        used=rules.biased("earlier", "later"),
+        used=rules.when("timestep_bias_strategy", "earlier", "later"),
     )
     weighting_scheme: str | None = flag(
         None,
@@ -420,11 +431,18 @@ class Diffusion:
         choices=(0, 1),
         held_out=0,
     )
-    logit_mean: float = flag(0.0, "--weighting_scheme logit_normal: mean", used=rules.density("logit_normal"))
-    logit_std: float = flag(
-        1.0, "--weighting_scheme logit_normal: standard deviation", range=POSITIVE, used=rules.density("logit_normal")
+    logit_mean: float = flag(
+        0.0, "--weighting_scheme logit_normal: mean", range=FINITE, used=rules.when("weighting_scheme", "logit_normal")
     )
-    mode_scale: float = flag(1.29, "--weighting_scheme mode: scale", used=rules.density("mode"))
+    logit_std: float = flag(
+        1.0,
+        "--weighting_scheme logit_normal: standard deviation",
+        range=NOT_NEGATIVE,
+        used=rules.when("weighting_scheme", "logit_normal"),
+    )
+    mode_scale: float = flag(
+        1.29, "--weighting_scheme mode: scale", range=FINITE, used=rules.when("weighting_scheme", "mode")
+    )
 
 
 @dataclass(frozen=True)
@@ -434,20 +452,20 @@ class Optimization:
     train_batch_size: int = flag(16, "images per process in a micro-batch", range=POSITIVE)
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step", range=POSITIVE)
     num_train_epochs: int = flag(
-        100, "number of passes over the data; --max_train_steps overrides it", range=POSITIVE, on_resume=LENGTH
+        100, "number of passes over the data; --max_train_steps overrides it", range=NOT_NEGATIVE, on_resume=LENGTH
     )
     max_train_steps: int | None = flag(
         None,
         "total number of optimizer steps; overrides --num_train_epochs",
-        range=(POSITIVE, at_most(10_000_000)),
+        range=(NOT_NEGATIVE, at_most(10_000_000)),
         on_resume=LENGTH,
     )
-    learning_rate: float = flag(0.0001, "learning rate after warm-up", range=POSITIVE)
+    learning_rate: float = flag(0.0001, "learning rate after warm-up", range=NOT_NEGATIVE)
     text_encoder_lr: float | None = flag(
         None,
         "learning rate of the text encoders; default: the family's, or --learning_rate",
-        range=POSITIVE,
-        used=rules.trains_text_encoders,
+        range=NOT_NEGATIVE,
+        used=rules.when("train_text_encoder"),
     )
     scale_lr: bool = flag(
         False, "multiply the learning rates by the number of processes, the accumulation steps and the batch size"
@@ -464,9 +482,11 @@ class Optimization:
         1,
         "number of cycles of the cosine_with_restarts schedule",
         range=POSITIVE,
-        used=rules.scheduled("cosine_with_restarts"),
+        used=rules.when("lr_scheduler", "cosine_with_restarts"),
     )
-    lr_power: float = flag(1.0, "power of the polynomial schedule", used=rules.scheduled("polynomial"))
+    lr_power: float = flag(
+        1.0, "power of the polynomial schedule", range=FINITE, used=rules.when("lr_scheduler", "polynomial")
+    )
     optimizer: str = flag(OPTIMIZERS[0], " or ".join(OPTIMIZERS), on_resume=REFUSED)
     use_8bit_adam: bool = flag(False, "use the 8-bit AdamW of bitsandbytes", on_resume=REFUSED)
     adam_beta1: float = flag(0.9, "beta1 of AdamW and Prodigy", range=BELOW_ONE)
@@ -476,19 +496,23 @@ class Optimization:
         None,
         "weight decay of the text encoders; default: the family's, or --adam_weight_decay",
         range=NOT_NEGATIVE,
-        used=rules.trains_text_encoders,
+        used=rules.when("train_text_encoder"),
     )
     adam_epsilon: float = flag(1e-08, "epsilon of AdamW and Prodigy", range=POSITIVE)
     prodigy_beta3: float | None = flag(
         None,
         "Prodigy: beta3 of the step size estimate; default: the square root of --adam_beta2",
         range=BELOW_ONE,
-        used=rules.with_prodigy,
+        used=rules.when("optimizer", "prodigy"),
     )
-    prodigy_decouple: bool = flag(True, "Prodigy: decoupled weight decay, as in AdamW", used=rules.with_prodigy)
-    prodigy_use_bias_correction: bool = flag(True, "Prodigy: Adam's bias correction", used=rules.with_prodigy)
+    prodigy_decouple: bool = flag(
+        True, "Prodigy: decoupled weight decay, as in AdamW", used=rules.when("optimizer", "prodigy")
+    )
+    prodigy_use_bias_correction: bool = flag(
+        True, "Prodigy: Adam's bias correction", used=rules.when("optimizer", "prodigy")
+    )
     prodigy_safeguard_warmup: bool = flag(
-        True, "Prodigy: exclude the warm-up from the step size estimate", used=rules.with_prodigy
+        True, "Prodigy: exclude the warm-up from the step size estimate", used=rules.when("optimizer", "prodigy")
     )
     max_grad_norm: float = flag(1.0, "maximum gradient norm, for clipping; 0 = no clipping", range=NOT_NEGATIVE)
     max_skipped_steps: int = flag(
@@ -501,12 +525,12 @@ class Optimization:
         None,
         f"decay of the EMA; default: {EMA_DECAY_WITH_LPL} with LPL, {EMA_DECAY} without",
         range=SHARE,
-        used=rules.with_ema,
+        used=rules.when("use_ema"),
     )
     foreach_ema: bool = flag(
-        False, "update the EMA with fused (foreach) operations, which is faster", used=rules.with_ema
+        False, "update the EMA with fused (foreach) operations, which is faster", used=rules.when("use_ema")
     )
-    offload_ema: bool = flag(False, "keep the EMA in CPU memory between updates", used=rules.with_ema)
+    offload_ema: bool = flag(False, "keep the EMA in CPU memory between updates", used=rules.when("use_ema"))
     mixed_precision: str | None = flag(
         None, "mixed precision of the computation; default: accelerate's configuration", choices=("no", "fp16", "bf16")
     )
@@ -515,7 +539,9 @@ class Optimization:
         False, "recompute the denoiser's activations in the backward pass to save memory"
     )
     seed: int | None = silent_flag(
-        None, "random seed; default: drawn at random and recorded in recipe.yaml", range=NOT_NEGATIVE
+        None,
+        "random seed; default: drawn at random and recorded in recipe.yaml",
+        range=(NOT_NEGATIVE, at_most(2**32 - 1)),
     )
 
     def warmup_steps(self, max_steps: int) -> int:
@@ -542,28 +568,34 @@ class Validation:
     )
     num_validation_images: int = silent_flag(
         4,
-        "number of images to sample from --validation_prompt",
-        range=(POSITIVE, at_most(10_000)),
-        used=rules.one_prompt,
+        "number of images to sample from --validation_prompt; 0 = none",
+        range=(NOT_NEGATIVE, at_most(10_000)),
+        used=rules.when("validation_prompt"),
     )
     validation_epochs: int = silent_flag(
-        5, "run validation (samples and validation loss) every N epochs", range=POSITIVE, used=rules.validated
+        5,
+        "run validation (samples and validation loss) every N epochs; 0 = only before and after the training",
+        range=NOT_NEGATIVE,
+        used=rules.validates,
     )
     validation_steps: int | None = silent_flag(
         None,
         "run validation every N optimizer steps; overrides --validation_epochs",
         range=POSITIVE,
-        used=rules.validated,
+        used=rules.validates,
     )
     validation_inference_steps: int = silent_flag(25, "number of sampling steps for validation images", range=POSITIVE)
     validation_guidance_scale: float | None = silent_flag(
-        None, "guidance scale for validation images; default: the pipeline's"
+        None, "guidance scale for validation images; default: the pipeline's", range=FINITE
     )
     report_to: str = own_flag("tensorboard", f"experiment tracker: {', '.join(TRACKERS)}, all or none")
     tracker_project_name: str = own_flag("text2image-fine-tune", "project name in the tracker")
     logging_dir: str = own_flag("logs", "folder for the trackers' files, inside --output_dir", path=True)
     logging_steps: int = silent_flag(10, "write a log entry every N optimizer steps", range=POSITIVE)
     debug_loss: bool = silent_flag(False, "log the diffusion loss of each image")
+    verbose: bool = own_flag(
+        False, "show the libraries' own notices at the start, and all of their progress bars", in_recipe=False
+    )
 
 
 @dataclass(frozen=True)
@@ -577,10 +609,10 @@ class Evaluation:
         None,
         "folder of real images with captions to compare with; use images outside the training set",
         path=True,
-        used=rules.evaluated,
+        used=rules.when("eval_steps"),
     )
     eval_metrics: tuple[str, ...] = own_flag(
-        SET_METRICS, f"metrics to compute: {', '.join(METRICS)}", used=rules.evaluated
+        SET_METRICS, f"metrics to compute: {', '.join(METRICS)}", used=rules.when("eval_steps")
     )
     eval_features: tuple[str, ...] = own_flag(
         ("facebook/dinov2-base",),
@@ -593,10 +625,10 @@ class Evaluation:
         None,
         "number of images to generate for the evaluation; default: the number of real images",
         range=POSITIVE,
-        used=rules.evaluated,
+        used=rules.when("eval_steps"),
     )
     eval_batch_size: int = own_flag(
-        8, "batch size for generating evaluation images", range=POSITIVE, used=rules.evaluated
+        8, "batch size for generating evaluation images", range=POSITIVE, used=rules.when("eval_steps")
     )
 
 
@@ -615,7 +647,7 @@ class Output:
     output_dir: str = own_flag("sd-model-finetuned", "folder for checkpoints, samples, logs and the result", path=True)
     checkpointing_steps: int = silent_flag(500, "save a checkpoint every N optimizer steps", range=POSITIVE)
     checkpoints_total_limit: int | None = silent_flag(
-        None, "keep only the last N checkpoints; default: keep all", range=POSITIVE
+        None, "keep only the last N checkpoints, at least one; default: keep all", range=NOT_NEGATIVE
     )
     resume_from_checkpoint: str | None = flag(
         None,
@@ -631,7 +663,7 @@ class Output:
     hub_token: str | None = own_flag(
         None, "token for the Hub; prefer hf auth login or HF_TOKEN", in_recipe=False, used=rules.uses_a_token
     )
-    hub_private_repo: bool = own_flag(False, "create the Hub repository as private", used=rules.pushed)
+    hub_private_repo: bool = own_flag(False, "create the Hub repository as private", used=rules.when("push_to_hub"))
     hub_revision: str | None = own_flag(
         None, "branch to publish to, created if missing; default: main", used=rules.asks_the_hub
     )
@@ -640,5 +672,5 @@ class Output:
         "when to publish: at the end (end), or with each checkpoint: weights and samples (every_save), also the last "
         "training state (checkpoint), or all training states (all_checkpoints)",
         choices=HUB_STRATEGIES,
-        used=rules.pushed,
+        used=rules.when("push_to_hub"),
     )

@@ -19,17 +19,15 @@ import os
 import reprlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
 from lpl.config.config import FLAGS
+from lpl.config.parser import Parser
 from lpl.config.rules import hub_source
 from lpl.tools.words import close_match, warn
 
-
-if TYPE_CHECKING:
-    from lpl.config.command_line import Parser
 
 LARGEST_RECIPE = 1_000_000  # bytes
 MEASURED = "measured"  # the key of a recipe that is not a flag

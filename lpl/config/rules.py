@@ -6,16 +6,12 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lpl.config.choices import CLIP_SCORE, SET_METRICS
 from lpl.config.flag import Range, Values
 from lpl.options import MASK_RANGES
 from lpl.tools.privacy import HUB_ID, is_hub_id
-
-
-if TYPE_CHECKING:
-    from lpl.config.config import Config
 
 
 # A revision, or a folder within a repository
@@ -56,99 +52,59 @@ def within_the_data_set(value: Any, values: Values) -> bool:
     return inside and is_hub_id(str(values.get("dataset_name") or ""))
 
 
-# Conditions under which flags have an effect -------------------------------------------------------------------------
+# Conditions under which flags have an effect, given the values of all flags -----------------------------------------
+
+Condition = Callable[[Values], bool]
 
 
-def from_the_hub(config: Config) -> bool:
-    return not Path(config.model.pipeline).is_dir()
+def when(name: str, *values: Any) -> Condition:
+    """The flag ``name`` is on, or has one of these values."""
+    return lambda flags: flags[name] in values if values else bool(flags[name])
 
 
-def with_ema(config: Config) -> bool:
-    return config.optimization.use_ema
+def unless(name: str) -> Condition:
+    return lambda flags: not flags[name]
 
 
-def with_masks(config: Config) -> bool:
-    return not config.lpl.lpl_no_outlier_mask
+def from_the_hub(flags: Values) -> bool:
+    return not Path(flags["pretrained_model_name_or_path"]).is_dir()
 
 
-def with_prodigy(config: Config) -> bool:
-    return config.optimization.optimizer == "prodigy"
+def holds_out(flags: Values) -> bool:
+    return flags["validation_split"] is not None or flags["validation_every_nth"] is not None
 
 
-def trains_text_encoders(config: Config) -> bool:
-    return config.model.train_text_encoder
+def validates(flags: Values) -> bool:
+    return bool(flags["validation_prompts"]) or holds_out(flags)
 
 
-def validated(config: Config) -> bool:
-    return bool(config.validation.validation_prompts) or config.data.holds_out
+def asks_the_hub(flags: Values) -> bool:
+    return flags["push_to_hub"] or flags["resume_from_checkpoint"] == "hub"
 
 
-def evaluated(config: Config) -> bool:
-    return config.evaluation.eval_steps is not None
+def uses_a_token(flags: Values) -> bool:
+    return asks_the_hub(flags) or hub_source(flags["config"] or "") is not None
 
 
-def pushed(config: Config) -> bool:
-    return config.output.push_to_hub
+def shuffles_a_stream(flags: Values) -> bool:
+    return flags["streaming"] and flags["max_train_samples"] is None
 
 
-def asks_the_hub(config: Config) -> bool:
-    return config.output.push_to_hub or config.output.resume_from_checkpoint == "hub"
+def less_than(name: str, other: str) -> Condition:
+    """The flag ``name`` has a smaller value than another one."""
+    return lambda flags: (flags[name] or 0) < flags[other]
 
 
-def biased(*strategies: str) -> Callable[[Config], bool]:
-    return lambda config: config.diffusion.timestep_bias_strategy in strategies
+def warms_up(flags: Values) -> bool:
+    return flags["lr_scheduler"] != "constant" or flags["lr_warmup_steps"] == 0
 
 
-def density(scheme: str) -> Callable[[Config], bool]:
-    return lambda config: config.diffusion.weighting_scheme == scheme
+def compares_sets(flags: Values) -> bool:
+    return flags["eval_steps"] is not None and not set(SET_METRICS).isdisjoint(flags["eval_metrics"])
 
 
-def holds_out(config: Config) -> bool:
-    return config.data.holds_out
-
-
-def shuffles_a_stream(config: Config) -> bool:
-    return config.data.streaming and config.data.max_train_samples is None
-
-
-def takes_some_samples(config: Config) -> bool:
-    return (config.lpl.lpl_max_samples or 0) < config.optimization.train_batch_size
-
-
-def decodes_in_chunks(config: Config) -> bool:
-    return (config.lpl.lpl_chunk_size or 0) < config.optimization.train_batch_size
-
-
-def takes_a_part(config: Config) -> bool:
-    return (config.lpl.lpl_crop or 0) < min(config.data.size)
-
-
-def dreams(config: Config) -> bool:
-    return config.diffusion.dream_training
-
-
-def warms_up(config: Config) -> bool:
-    return config.optimization.lr_scheduler != "constant" or config.optimization.lr_warmup_steps == 0
-
-
-def scheduled(name: str) -> Callable[[Config], bool]:
-    return lambda config: config.optimization.lr_scheduler == name
-
-
-def one_prompt(config: Config) -> bool:
-    return config.validation.validation_prompt is not None
-
-
-def compares_sets(config: Config) -> bool:
-    return evaluated(config) and not set(SET_METRICS).isdisjoint(config.evaluation.eval_metrics)
-
-
-def scores_captions(config: Config) -> bool:
-    return evaluated(config) and CLIP_SCORE in config.evaluation.eval_metrics
-
-
-def uses_a_token(config: Config) -> bool:
-    return asks_the_hub(config) or hub_source(config.output.config or "") is not None
+def scores_captions(flags: Values) -> bool:
+    return flags["eval_steps"] is not None and CLIP_SCORE in flags["eval_metrics"]
 
 
 # Values --------------------------------------------------------------------------------------------------------------

@@ -15,17 +15,18 @@ from typing import IO, Any, cast
 import fsspec
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from lpl.tools.pictures import on_white
-from lpl.tools.places import lies_within
 
 
 # torchvision's names, as in diffusers' scripts -> PIL's filters
 RESAMPLING = {mode.name.lower(): mode for mode in Image.Resampling} | {"nearest_exact": Image.Resampling.NEAREST}
 Image.init()  # registers all of PIL's formats
 FORMATS = [kind for kind in Image.ID if kind != "EPS"]  # an EPS file is a program, which PIL runs in Ghostscript
+# A text or colour profile of over 1 MiB would cost the image; the limit for all texts of an image stays.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 LARGEST_FILE = 2**30  # bytes read of a file in an archive, which may unpack to any size
 # Formats that say which value is white, if there are more than 8 bits; None: of no file
 DEEP = ("TIFF", "PNG", "PPM", "JPEG2000", None)
@@ -53,15 +54,26 @@ def open_image(image: Mapping[str, Any] | Image.Image | None, folders: Sequence[
     if path is None:
         return None
     if not any(lies_in(path, str(folder)) for folder in folders):
-        raise ValueError(f"{path} is not in the data set's folder; copy it there")
+        raise ValueError(f"{why_outside(path)}; copy it there")
     if "://" not in path:
         return Image.open(path, formats=FORMATS)
     with fsspec.open(path) as file:
         return Image.open(BytesIO(cast(IO[bytes], file).read(LARGEST_FILE)), formats=FORMATS)
 
 
+def why_outside(path: str) -> str:
+    """That a file does not lie in the data set's folder, and whether a link leads out of it."""
+    place = os.path.realpath(path)
+    if "://" in path or place == os.path.abspath(path):
+        return f"{path} is not in the data set's folder"
+    return f"{path} is a link to {place}, which is not in the data set's folder"
+
+
 def lies_in(path: str, folder: str) -> bool:
-    """Whether a file lies in a folder or below it. A file in a zip archive lies where the archive does."""
+    """Whether a file lies in a folder or below it. A file in a zip archive lies where the archive does.
+
+    The links of a snapshot in the Hub's cache lead to ``blobs`` beside ``snapshots``, which counts as within it.
+    """
     kind, _, rest = path.partition("://")
     if kind == "zip":
         path = rest.partition("::")[2]
@@ -69,7 +81,12 @@ def lies_in(path: str, folder: str) -> bool:
         return False
     if "://" in path:
         return "://" in folder and ".." not in path and path.startswith((f"{folder}/", f"{folder}@"))
-    return "://" not in folder and lies_within(path, folder)
+    if "://" in folder:
+        return False
+    place, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    repositories = (parent.parent for parent in root.parents if parent.name == "snapshots")
+    blobs = (repository / "blobs" for repository in repositories if "--" in repository.name)
+    return any(place.is_relative_to(allowed) for allowed in (root, *blobs))
 
 
 def to_rgb(image: Image.Image | None) -> Image.Image:
@@ -153,12 +170,8 @@ def choose_caption(caption: object, choice: float) -> str:
     """
     if isinstance(caption, list | tuple) and caption:
         caption = caption[int(choice * len(caption))]
+    if caption is None:
+        raise ValueError("there is no caption in this row, or in a text file beside the image (--caption_column)")
     if not isinstance(caption, str):
         raise ValueError(f"a caption must be a string or a list of strings, but one is {caption!r} (--caption_column)")
     return caption
-
-
-def image_files(folder: str | os.PathLike[str]) -> list[Path]:
-    """Files in a folder and below it that have the name of an image."""
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
-    return [file for file in Path(folder).rglob("*") if file.suffix.lower() in suffixes]

@@ -6,27 +6,49 @@ Images stay undecoded; :class:`lpl.data.dataset.TrainingImages` opens each one w
 from __future__ import annotations
 
 import glob
+import json
 import logging
 import os
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets.config
-from datasets import ClassLabel, Dataset, IterableDataset, Value, load_dataset
+import pandas
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    Value,
+    get_dataset_split_names,
+    load_dataset,
+    load_from_disk,
+)
 from datasets import Image as ImageFeature
+from datasets.packaged_modules.folder_based_builder import folder_based_builder
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from lpl.config.groups import Data
-from lpl.data.reading import image_files
-from lpl.tools.words import first_line
+from lpl.data.folder import Contents, folder_dataset, suffix
+from lpl.tools.words import close_match, first_line
 
 
 logger = logging.getLogger(__name__)
 
 
+IMAGE_COLUMNS = ("image", "images", "img", "jpg", "jpeg", "png", "webp", "picture")  # usual names
+CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "prompts", "txt", "description", "sentence")
+LABEL_COLUMNS = ("label", "labels", "class", "class_label")
 SHARDS = {".parquet": "parquet", ".tar": "webdataset"}  # suffixes that --streaming reads -> load_dataset's builders
+# "NA" or "None" in a metadata.csv is a word; by default, pandas takes it for an empty cell.
+folder_based_builder.pd = SimpleNamespace(  # type: ignore[attr-defined]
+    read_csv=partial(pandas.read_csv, keep_default_na=False, na_values=[""])
+)
 SHOWN = 20  # class names in a message
 HELD_OUT = {"test", "testing", "val", "valid", "validation", "eval", "evaluation", "dev"}  # names of such splits
 
@@ -44,7 +66,7 @@ def load_training_images(
     Raises:
         ValueError: if there is nothing to train on, or a column is missing or of the wrong type.
     """
-    dataset, held_out = _map_style(data, "train", cache_dir, num_classes, classes), None
+    dataset, held_out = _map_style(data, data.train_split, cache_dir, num_classes, classes), None
     if data.max_train_samples is not None:
         dataset = dataset.shuffle(seed=seed).select(range(min(data.max_train_samples, len(dataset))))
     if data.validation_split is not None:
@@ -78,40 +100,76 @@ def load_split(
     """
     where = f"--dataset_name {data.dataset_name}" if data.dataset_name else f"--train_data_dir {data.train_data_dir}"
     try:
-        dataset = _loaded(data, split, cache_dir)
+        dataset = _loaded(data, split, cache_dir, num_classes is not None)
     except Exception as error:  # the library raises a dozen kinds; each means that there is nothing to train on
+        _check_split(data, split, where)
         why = first_line(error.__cause__ or error)
         raise ValueError(f"{where}: the data set cannot be loaded: {why}") from error
+    if _holds_bytes(dataset, data.image_column):
+        dataset = dataset.cast_column(data.image_column, ImageFeature(decode=False))
     check_columns(dataset, data.image_column, data.caption_column, where, num_classes)
     dataset = dataset.select_columns([data.image_column, data.caption_column])
     if num_classes is not None and classes:
         dataset = _with_labels_of(dataset, data.caption_column, classes, num_classes, where)
     if isinstance(dataset, IterableDataset):
         return dataset
-    dataset = dataset.cast_column(data.image_column, ImageFeature(decode=False))
-    if data.dataset_name or data.train_data_dir is None:
-        return dataset
-    if (left := len(image_files(data.train_data_dir)) - len(dataset)) > 0:
-        logger.warning("%s: %d images are left out, since no metadata file names them", where, left)
-    return dataset
+    return dataset.cast_column(data.image_column, ImageFeature(decode=False))
 
 
-def _loaded(data: Data, split: str, cache_dir: str | None) -> Dataset | IterableDataset:
+def _loaded(data: Data, split: str, cache_dir: str | None, class_conditional: bool) -> Dataset | IterableDataset:
     options: dict[str, Any] = {"split": split, "cache_dir": cache_dir, "streaming": data.streaming}
-    if data.dataset_name:
+    if data.dataset_name and saved_splits(data.dataset_name):
+        dataset = _saved(data, split)
+    elif data.dataset_name:
+        unread = Contents.of(data.dataset_name).unread if os.path.isdir(data.dataset_name) else {}
+        for place, why in unread.items():
+            logger.warning("--dataset_name %s: %s is %s and is not read", data.dataset_name, place, why)
         dataset = load_dataset(data.dataset_name, data.dataset_config_name, data_dir=data.train_data_dir, **options)
-    else:
-        assert data.train_data_dir is not None
-        kind, files = "imagefolder", [os.path.join(glob.escape(data.train_data_dir), "**")]
-        if data.streaming:
-            kind, shards = shard_files(data.train_data_dir)
-            files = [glob.escape(str(shard)) for shard in shards]
+    elif data.streaming:
+        kind, shards = shard_files(data.folder)
+        files = [glob.escape(str(shard)) for shard in shards]
         # All files under one name: by default, the library takes "test" in a file's name for a split.
         dataset = load_dataset(kind, data_files={"train": files}, **options)
+    else:
+        return folder_dataset(data.folder, data.caption_column, class_conditional)
     if isinstance(dataset, IterableDataset):
         return dataset.decode(False)
     assert isinstance(dataset, Dataset)  # with a split, it is no dictionary of splits
     return dataset
+
+
+def saved_splits(name: str) -> list[str]:
+    """The splits of a folder that ``save_to_disk`` wrote; none if it did not."""
+    if (index := Path(name, "dataset_dict.json")).is_file():
+        return json.loads(index.read_text(encoding="utf-8"))["splits"]
+    return ["train"] if Path(name, "state.json").is_file() else []
+
+
+def _saved(data: Data, split: str) -> Dataset:
+    assert data.dataset_name is not None
+    if data.streaming:
+        raise ValueError("save_to_disk wrote this folder, which is read without --streaming; leave the flag out")
+    found = load_from_disk(data.dataset_name)
+    return found[split] if isinstance(found, DatasetDict) else found
+
+
+def _check_split(data: Data, split: str, where: str) -> None:
+    """Refuses a split that the data set does not have, if its splits can be told."""
+    splits = saved_splits(data.dataset_name) if data.dataset_name else []
+    with suppress(Exception):  # of the library, for whatever else is wrong with the data set
+        splits = splits or get_dataset_split_names(
+            str(data.dataset_name), data.dataset_config_name, data_dir=data.train_data_dir
+        )
+    if splits and split.partition("[")[0] not in splits:
+        flag = "--train_split" if split == data.train_split else "--validation_split"
+        raise ValueError(f"{where}: there is no split {split!r} ({flag}); its splits are {', '.join(splits)}")
+
+
+def _holds_bytes(dataset: Dataset | IterableDataset, column: str) -> bool:
+    """Whether a column holds image files as other programs than the library write them to parquet."""
+    feature = (dataset.features or {}).get(column)
+    as_bytes = Value("binary")
+    return feature == as_bytes or (isinstance(feature, dict) and feature.get("bytes") == as_bytes)
 
 
 def check_columns(
@@ -134,9 +192,10 @@ def check_columns(
     columns = dataset.column_names or []
     for flag, column in (("--image_column", image_column), ("--caption_column", caption_column)):
         if column not in columns:
+            hint = _other_column(flag, column, columns, num_classes)
+            hint = hint or _folder_hint(dataset, flag, caption_column, num_classes)
             raise ValueError(
-                f"{where}: there is no column {column!r} ({flag}); its columns are "
-                f"{', '.join(columns)}{_folder_hint(dataset, caption_column, num_classes)}"
+                f"{where}: there is no column {column!r} ({flag}); its columns are {', '.join(columns)}{hint}"
             )
     if not isinstance(_feature(dataset, image_column), ImageFeature):
         raise ValueError(f"{where}: column {image_column!r} (--image_column) holds no images")
@@ -152,13 +211,27 @@ def _feature(dataset: Dataset | IterableDataset, column: str) -> Any:
     return dataset.features[column]
 
 
-def _folder_hint(dataset: Dataset | IterableDataset, caption_column: str, num_classes: int | None) -> str:
+def _other_column(flag: str, column: str, columns: Sequence[str], num_classes: int | None) -> str:
+    """Suggests the column that was meant, a close name or a usual one."""
+    usual = IMAGE_COLUMNS if flag == "--image_column" else CAPTION_COLUMNS if num_classes is None else LABEL_COLUMNS
+    likely = [name for name in columns if name.lower() in usual]
+    close = close_match(column, [name for name in columns if name not in likely], f"{flag} ")
+    return f"; did you mean {flag} {likely[0]}?" if likely else close
+
+
+def _folder_hint(dataset: Dataset | IterableDataset, flag: str, caption_column: str, num_classes: int | None) -> str:
     if "imagefolder" not in str(dataset.info.builder_name):
         return ""
+    if flag == "--image_column":
+        return "; a metadata file names its images in the column file_name"
     if num_classes is not None:
-        return "; a folder of images takes its class labels from its sub-folders' names, or from a metadata.jsonl"
+        return (
+            "; a folder of images takes its class labels from its sub-folders' names if all images lie at one "
+            "depth, or from a metadata.jsonl"
+        )
     return (
-        "; a folder of images takes its captions from a metadata.jsonl with the keys file_name and " + caption_column
+        f"; a folder of images takes its captions from a metadata.jsonl with the keys file_name and {caption_column}, "
+        "or, as --train_data_dir, from .txt files with the images' names"
     )
 
 
@@ -240,13 +313,16 @@ def shard_files(folder: str) -> tuple[str, list[Path]]:
     Raises:
         ValueError: if there are none, or both kinds.
     """
-    files = sorted(file for file in Path(folder).rglob("*") if file.suffix in SHARDS)
-    kinds = {SHARDS[file.suffix] for file in files}
+    contents = Contents.of(folder)
+    files = sorted(Path(file) for file in contents.files if suffix(file) in SHARDS and file not in contents.metadata)
+    kinds = {SHARDS[suffix(file)] for file in files}
     if len(kinds) != 1:
+        links = [os.path.relpath(place, folder) for place, why in contents.unread.items()]
         raise ValueError(
             f"--train_data_dir {folder}: --streaming reads a folder of .parquet files or one of .tar files "
             f"(WebDataset), and this one has {'both' if kinds else 'neither'}"
             + ("" if kinds else "; a folder of images is read without --streaming")
+            + (f"; the linked or closed sub-folder {links[0]} is not read" if links else "")
         )
     return kinds.pop(), files
 

@@ -43,10 +43,10 @@ from torch.utils.data import Sampler
 from lpl.config.groups import Data, Diffusion
 from lpl.data.dataset import Candidates, LatentSpace, Row, Sample, TrainingImages
 from lpl.data.order import Stream, keyed_generator
+from lpl.data.reading import lies_in
 from lpl.data.source import class_names, load_split, shard_files
 from lpl.data.timeouts import FLAG, HungLoader
 from lpl.objectives import Objective
-from lpl.tools.places import lies_within
 from lpl.tools.words import first_line
 
 
@@ -70,7 +70,7 @@ def load_streamed_images(
     Held-out data, and with --max_train_samples the training data, is read into memory: the first rows of the data
     set, whatever the seed. --validation_every_nth counts within each shard.
     """
-    dataset, held_out = _stream(data, "train", cache_dir, num_classes, classes), None
+    dataset, held_out = _stream(data, data.train_split, cache_dir, num_classes, classes), None
     rows = all_rows(dataset, data)
     if data.validation_split is not None:
         other = _stream(data, data.validation_split, cache_dir, num_classes, class_names(dataset, data))
@@ -140,7 +140,7 @@ def _belongs(path: str | None, dataset_name: str | None) -> bool:
     if path is None or dataset_name is None:
         return False
     if Path(dataset_name).is_dir():
-        return lies_within(path, dataset_name)
+        return lies_in(path, dataset_name)
     return path.rpartition("::")[2].startswith(f"hf://datasets/{dataset_name}@")
 
 

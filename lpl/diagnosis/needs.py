@@ -39,6 +39,8 @@ def optimizer_bytes(parameters: Iterable[Tensor], optimization: Optimization) ->
     parameters = list(parameters)
     if optimization.optimizer == "prodigy":  # the initial weights, a sum of gradients, and one or two moments
         return (3 + (optimization.adam_beta1 > 0)) * bytes_of(parameters)
+    if optimization.optimizer != "AdamW":
+        raise ValueError(f"the state of {optimization.optimizer} is not known")
     if not optimization.use_8bit_adam:
         return 2 * bytes_of(parameters) + 4 * len(parameters)
     counts = [parameter.numel() for parameter in parameters]

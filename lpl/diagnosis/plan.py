@@ -23,7 +23,7 @@ from lpl.gate import is_inside, sigma_threshold_at
 from lpl.objectives import FlowMatching, Objective, own_objective, training_scheduler
 from lpl.tools.words import percent, pixels, short_count
 from lpl.training.parts import TrainedParts
-from lpl.training.start import Run
+from lpl.training.start import Length, Run
 
 
 logger = logging.getLogger(__name__)
@@ -34,21 +34,26 @@ DRAWS = 2000  # timesteps drawn to estimate that share
 
 @dataclass
 class Plan:
-    """Everything that is known about a run before its first step.
-
-    Args:
-        max_steps: optimizer steps of the whole run.
-        global_batch: samples per optimizer step, over all processes and micro-batches.
-    """
+    """Everything that is known about a run before its first step."""
 
     config: Config
     run: Run
+    length: Length
     trained: TrainedParts
     images: TrainingImages
-    objective: Objective
-    max_steps: int
-    global_batch: int
     schedule: LambdaLR
+
+    @property
+    def objective(self) -> Objective:
+        return self.images.objective
+
+    @property
+    def max_steps(self) -> int:
+        return self.length.max_steps
+
+    @property
+    def global_batch(self) -> int:
+        return self.length.global_batch
 
     def announce(self) -> None:
         """Log what the run will do.
@@ -92,9 +97,8 @@ class Plan:
     @property
     def validation_steps(self) -> int:
         """Optimizer steps between two validations."""
-        validation, length = self.config.validation, self.images.length
-        epoch = math.ceil(length / self.global_batch) if length else self.max_steps
-        return validation.validation_steps or validation.validation_epochs * epoch
+        validation = self.config.validation
+        return validation.validation_steps or validation.validation_epochs * self.length.epoch or self.max_steps
 
     def count(self) -> str:
         """The number of images in words."""
@@ -164,7 +168,7 @@ class Plan:
     def _warmup_warning(self) -> str | None:
         optimization = self.config.optimization
         steps = optimization.warmup_steps(self.max_steps)
-        if steps < self.max_steps or optimization.lr_scheduler == "constant":
+        if steps < self.max_steps or self.max_steps == 0 or optimization.lr_scheduler == "constant":
             return None
         return (
             f"--lr_warmup_steps {optimization.lr_warmup_steps}: the run ends after {self.max_steps}, at "

@@ -25,7 +25,7 @@ _PLACES = {
     "metrics": ("Estimate", "clip_score", "compare", "warnings_for"),
     "networks": ("FeatureNetwork", "TextImageNetwork", "load_network"),
     "cache": ("set_features",),
-    "training": ("TrainingEvaluation", "check_evaluation"),
+    "training": ("TrainingEvaluation", "check_captions", "check_evaluation"),
     "spectrum": ("high_frequency_energy", "log_power_spectrum", "spectrum_of"),
 }
 __all__ = ["METRICS", "SET_METRICS", *(name for names in _PLACES.values() for name in names)]

@@ -27,7 +27,6 @@ import os
 import re
 import sys
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -39,9 +38,11 @@ from PIL import Image
 from lpl.config import groups
 from lpl.config.checks import check_outside, warn_idle
 from lpl.config.choices import CLIP, CLIP_SCORE, METRICS, NEIGHBOUR_METRICS, SET_METRICS
-from lpl.config.command_line import Parser, add_flags, given_flags
+from lpl.config.command_line import add_flags, given_flags
 from lpl.config.flag import NOT_NEGATIVE, POSITIVE, Range, add_group, built, flag, flags_of
-from lpl.data.reading import FORMATS, image_files
+from lpl.config.parser import Parser
+from lpl.data.folder import image_files, why_no_images
+from lpl.data.reading import FORMATS
 from lpl.evaluation import MOST_BY_DEFAULT, NEAREST_K, check_libraries
 from lpl.evaluation.generation import generate, image_path, prompt_text
 from lpl.evaluation.images import ImageSet, Preprocessing, folder_images
@@ -52,14 +53,17 @@ from lpl.evaluation.report import aligned, on_card, summary, table, write_evalua
 from lpl.evaluation.results import REAL, Reference, Settings, State, class_labels, measure, prompts_of, shown_states
 from lpl.evaluation.sources import Model, find_models, is_model, is_run
 from lpl.publishing.card_edits import add_results
+from lpl.tools.files import check_writable
 from lpl.tools.layout import CARD, EVALUATION_IMAGES
 from lpl.tools.machine import DTYPES, usable_device
+from lpl.tools.words import plain_warnings, why_no_folder
 
 
 logger = logging.getLogger(__name__)
 PROGRAM = "python -m lpl.evaluate"
 SHARED_FLAGS = (  # those of the training script
     *("revision", "variant", "cache_dir", "max_sequence_length", "caption_column", "image_interpolation_mode"),
+    "verbose",
 )
 ONE_OR_MORE = Range(lambda value: value >= 1, "1 or more")
 
@@ -205,10 +209,12 @@ def check_command(command: Command) -> None:
     check_bootstrap(request.bootstrap)
     if Path(request.output_dir).is_file():
         raise ValueError(f"--output_dir {request.output_dir}: this is a file; give a folder")
-    if not image_files(request.reference):
-        raise ValueError(f"--reference {request.reference}: there is no such folder, or it has no images")
+    check_writable(f"--output_dir {request.output_dir}", request.output_dir, [EVALUATION_IMAGES])
+    if why := why_no_images(request.reference):
+        raise ValueError(f"--reference {request.reference}: {why}")
     if request.prompts_file is not None and not Path(request.prompts_file).is_file():
-        raise ValueError(f"--prompts_file {request.prompts_file}: there is no such file")
+        what = "this is a folder; give a file" if Path(request.prompts_file).is_dir() else "there is no such file"
+        raise ValueError(f"--prompts_file {request.prompts_file}: {what}")
     if request.clip is not None and CLIP_SCORE not in request.metrics:
         raise ValueError(f"--clip {request.clip} is for clip_score, which --metrics does not name; leave one out")
     check_outside("--output_dir", request.output_dir, "--reference", request.reference)
@@ -263,7 +269,8 @@ def find_states(command: Command) -> list[State]:
             found = (model.sampled(*sampling) for model in find_models(source, label, **flags))
             states += [State(label, source, model.step, model=model) for model in found]
         elif not image_files(source):
-            raise ValueError(f"--generated {source}: this folder is no pipeline, no training run, and has no images")
+            why = why_no_folder(source) or "this folder is no pipeline, no training run, and has no images"
+            raise ValueError(f"--generated {source}: {why}")
         else:
             states.append(State(label, source))
     return states
@@ -443,7 +450,7 @@ def write(
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     command = parse(sys.argv[1:] if argv is None else argv)
-    warnings.formatwarning = lambda message, *_, **__: f"{PROGRAM}: warning: {message}\n"
+    plain_warnings(PROGRAM)
     for library in ("httpx", "httpx2", "diffusers", "transformers"):  # they report each file and truncated caption
         logging.getLogger(library).setLevel(logging.ERROR)
     try:

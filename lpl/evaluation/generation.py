@@ -86,9 +86,9 @@ def _loaded(model: Model, dtype: str) -> Family:
         {"default": torch.float32, **reduced},
         max_sequence_length=config.model.max_sequence_length,
         guidance_scale=config.model.guidance_scale,
-        **(pipeline_source(config.model, description) | dict(family.left_out) | components),
+        **(pipeline_source(config.model, description) | family.left_out() | components),
     )
-    if model.weights is not None and has_adapter(model.weights):
+    if model.weights is not None and config.lora.lora:
         _add_adapters(loaded, model.weights)
     return loaded
 
@@ -99,7 +99,7 @@ def trained_parts(model: Model, dtypes: Mapping[str, torch.dtype]) -> dict[str, 
     Raises:
         ValueError: if it holds neither components nor adapters.
     """
-    if model.weights is None:
+    if model.weights is None or (has_adapter(model.weights) and model.config.lora.lora):
         return {}
     family, index = model.description.family, model.description.index
     parts: dict[str, nn.Module] = {}
@@ -108,7 +108,7 @@ def trained_parts(model: Model, dtypes: Mapping[str, torch.dtype]) -> dict[str, 
             library, class_name = index[name]
             kind = getattr({"diffusers": diffusers, "transformers": transformers}[library], class_name)
             parts[name] = kind.from_pretrained(folder, dtype=dtypes[name], use_safetensors=True)
-    if not parts and not has_adapter(model.weights):
+    if not parts:
         raise ValueError(f"--generated {model.name}: {model.weights} holds neither trained parts nor a LoRA")
     return parts
 

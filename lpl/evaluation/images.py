@@ -10,7 +10,6 @@ sides of a comparison go through the same :class:`Preprocessing`, which is recor
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -19,7 +18,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from lpl.data.reading import FORMATS, RESAMPLING, choose_caption, image_files, lies_in, to_rgb
+from lpl.data.folder import FILE_NAME, Contents, described, image_files, text_captions
+from lpl.data.reading import FORMATS, RESAMPLING, choose_caption, lies_in, to_rgb, why_outside
 from lpl.evaluation.processes import in_parts, threaded
 from lpl.tools.words import first_line
 
@@ -150,21 +150,23 @@ def folder_images(
 ) -> ImageSet:
     """The images in a folder and the folders below it, sorted by path.
 
-    If the folder has a ``metadata.jsonl``, its lines, ``{"file_name": ..., "text": ...}``, list the set's images and
-    their captions; of several captions of an image the first is used. Sub-folders are not classes. Every file is read
-    once here, each process reading a part; unreadable files are left out with one warning, and another counts the
-    images that are smaller than the resolution.
+    Captions come from metadata or text files, see :mod:`lpl.data.folder`; metadata files list the set's images; of
+    several captions of an image the first is used. Sub-folders are not classes. Every file is read once here, each
+    process reading a part; unreadable files are left out with one warning, and another counts the images that are
+    smaller than the resolution.
 
     Args:
-        caption_column: the key of the captions in ``metadata.jsonl``.
+        caption_column: the column of the captions in metadata files.
 
     Raises:
-        ValueError: if there is no such folder or no readable image in it, or for another ``metadata.jsonl``.
+        ValueError: if there is no such folder or no readable image in it, or for a broken metadata file.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder of images")
-    captions = _read_metadata(folder / METADATA, caption_column)
+    for problem in Contents.of(folder).left_out():
+        logger.warning("%s: %s", folder, problem)
+    captions = _read_captions(folder, caption_column)
     files = sorted(image_files(str(folder)))
     if captions is not None:
         _warn_of_unlisted(folder, [file for file in files if file not in captions])
@@ -198,8 +200,8 @@ def folder_images(
 
 
 def has_captions(folder: str | Path, caption_column: str = "text") -> bool:
-    """Whether all images in a folder's ``metadata.jsonl`` have captions."""
-    captions = _read_metadata(Path(folder, METADATA), caption_column)
+    """Whether all images that a folder's metadata or text files describe have captions."""
+    captions = _read_captions(Path(folder), caption_column)
     return bool(captions) and None not in captions.values()
 
 
@@ -207,7 +209,7 @@ def _read(file: Path, folder: Path, preprocessing: Preprocessing) -> tuple[str |
     """Why a file cannot be used, or None; its digest; whether it is smaller than the resolution."""
     try:
         if not lies_in(str(file), str(folder)):
-            return "it is not in this folder; copy it there", "", False
+            return f"{why_outside(str(file))}; copy it there", "", False
         with Image.open(file, formats=FORMATS) as image:
             return None, pixel_digest(preprocessing(image)), min(image.size) < preprocessing.resolution
     except UNREADABLE as error:
@@ -224,27 +226,30 @@ def _warn_of_broken(folder: Path, broken: Mapping[Path, str]) -> None:
 
 def _warn_of_unlisted(folder: Path, unlisted: Sequence[Path]) -> None:
     if unlisted:
-        logger.warning("%s: %d images are left out because %s does not list them", folder, len(unlisted), METADATA)
+        logger.warning("%s: %d images are left out because no metadata file lists them", folder, len(unlisted))
 
 
-def _read_metadata(path: Path, caption_column: str) -> dict[Path, str | None] | None:
-    """File -> caption, or None for a line without a caption. None if there is no such file."""
-    if not path.is_file():
-        return None
+def _read_captions(folder: Path, caption_column: str) -> dict[Path, str | None] | None:
+    """File -> caption, or None where there is none. None if neither metadata nor text files describe the folder."""
+    contents = Contents.of(folder)
+    if not contents.metadata:
+        files = [Path(folder, os.path.relpath(file, contents.folder)) for file in contents.images]
+        return dict(zip(files, text_captions(contents), strict=True)) if contents.captioned else None
     captions: dict[Path, str | None] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+    for place, line, row in described(contents):
+        if not (name := row.get(FILE_NAME)):
+            raise ValueError(f'{place}, line {line}: it should be {{"file_name": ..., ...}}')
         try:
-            row = json.loads(line)
-            file, caption = path.parent / row["file_name"], row.get(caption_column)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ValueError(f'{path}, line {number}: it should be {{"file_name": ..., ...}}') from error
+            file = os.path.relpath(contents.named(name, place), contents.folder)
+        except ValueError:  # it leads out of the folder; who reads the file says so
+            file = os.path.join(os.path.dirname(os.path.relpath(place, contents.folder)), name)
+        caption = row.get(caption_column)
         label = isinstance(caption, int)  # of a class-conditional data set
-        captions[file] = str(caption) if label else caption if caption is None else choose_caption(caption, 0.0)
+        caption = str(caption) if label else caption if caption is None else choose_caption(caption, 0.0)
+        captions[Path(folder, file)] = caption
     if lacking := sum(caption is None for caption in captions.values()):
         logger.warning(
             "%s: %d of %d lines have no %r, so the captions are not used",
-            *(path, lacking, len(captions), caption_column),
+            *(contents.metadata[0], lacking, len(captions), caption_column),
         )
     return captions

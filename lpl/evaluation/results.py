@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from lpl.config.choices import CLIP, CLIP_SCORE, SET_METRICS
-from lpl.data.reading import image_files
+from lpl.data.folder import image_files
 from lpl.evaluation import NEAREST_K
 from lpl.evaluation import metrics as measures
 from lpl.evaluation.cache import set_features

@@ -26,6 +26,7 @@ from lpl.families import Family
 from lpl.families.description import Description, read_pipeline
 from lpl.families.resolve import resolved_resolution
 from lpl.tools.layout import CHECKPOINT_PREFIX, EMA, INDEX, LOG, LORA, PEFT_SUFFIX, PROGRESS, RECIPE
+from lpl.tools.results import check_one_kind
 from lpl.tools.words import warn
 from lpl.training.checkpoints import Progress, find_checkpoints
 from lpl.training.lora import PEFT_FILE
@@ -182,6 +183,7 @@ def find_models(source: str, label: str | None = None, **flags: Any) -> list[Mod
         step = Progress.load(Path(source)).step
         return [model for model in whole if model.step == step]
     if not is_run(source):
+        check_one_kind(f"--generated {source}", Path(source))
         config = config_of(flags).changed(pretrained_model_name_or_path=source, validation_inference_steps=None)
         return [Model(label, None, *_described(config, source))]
     return _models_of_run(Path(source), label, flags)
@@ -190,13 +192,14 @@ def find_models(source: str, label: str | None = None, **flags: Any) -> list[Mod
 def _models_of_run(folder: Path, label: str, flags: Mapping[str, Any]) -> list[Model]:
     flags = {name: value for name, value in flags.items() if name not in ("revision", "variant")}
     config = config_of(_read_recipe(folder) | flags)
-    whole = (folder / INDEX).is_file()
+    lora = config.lora.lora  # a pipeline beside a LoRA is of another run
+    whole = (folder / INDEX).is_file() and not lora
     if whole:  # it has frozen parts and scheduler as well, and needs no base pipeline
         absent = ("revision", "variant", "pretrained_vae_model_name_or_path", "non_ema_revision")
         config = config.changed(**dict.fromkeys(absent), pretrained_model_name_or_path=str(folder))
     config, description = _described(config, str(folder))
     last, max_steps = _last_step(folder), config.optimization.max_train_steps
-    finished = (whole or has_adapter(folder)) and (last is None or last >= (max_steps or last))
+    finished = (has_adapter(folder) if lora else whole) and (last is None or last >= (max_steps or last))
     final = max_steps or last
     models = []
     for checkpoint in find_checkpoints(folder):
@@ -215,7 +218,7 @@ def _models_of_run(folder: Path, label: str, flags: Mapping[str, Any]) -> list[M
 def _read_recipe(folder: Path) -> dict[str, Any]:
     try:
         values = read_recipe(build_parser("lpl"), str(folder / RECIPE), strict=False).values
-        if (folder / INDEX).is_file():  # a published recipe may not name the base pipeline
+        if (folder / INDEX).is_file() and not values.get("lora"):  # a published recipe may not name the base
             values.setdefault("pretrained_model_name_or_path", str(folder))
         values["pretrained_model_name_or_path"]
     except (ValueError, KeyError) as error:

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from huggingface_hub import EvalResult
 
 from lpl.config.groups import Data, Evaluation, Model, Output, Validation
-from lpl.data.reading import image_files
+from lpl.data.folder import image_files
 from lpl.evaluation import MOST_BY_DEFAULT, NEAREST_K, check_libraries, report, results
 from lpl.evaluation.generation import draw, image_path, prompt_text
 from lpl.evaluation.images import ImageSet, Preprocessing, folder_images, has_captions
@@ -39,17 +39,25 @@ from lpl.training.parts import TrainedParts
 from lpl.training.preemption import Preemption
 
 
-def check_evaluation(evaluation: Evaluation, data: Data, model: Model, family: type[Family]) -> None:
+def check_evaluation(evaluation: Evaluation, model: Model) -> None:
     """Refuse what the flags, the folder of real images and the networks' configurations show to be wrong.
 
     Raises:
         ValueError: with what was given, what is accepted, and the flag to change.
     """
     check_libraries("--eval_steps")
-    folder = _real_folder(evaluation)
-    real = len(image_files(folder))
+    real = len(image_files(_real_folder(evaluation)))
     check_counts(evaluation.eval_metrics, _count(evaluation, real), real, NEAREST_K, "--eval_")
     check_networks(_networks(evaluation), model.cache_dir)
+
+
+def check_captions(evaluation: Evaluation, data: Data, family: type[Family]) -> None:
+    """Refuse a folder without captions for a family that is drawn from captions.
+
+    Raises:
+        ValueError: with what a metadata file has to look like.
+    """
+    folder = _real_folder(evaluation)
     if not family.class_conditional and not has_captions(folder, data.caption_column):
         raise ValueError(
             f"--eval_data_dir {folder}: it has no captions to draw from; put a metadata.jsonl beside the images, a "
@@ -211,6 +219,6 @@ class TrainingEvaluation:
         )
         for number, image in zip(mine, images, strict=True):
             save_picture(image, image_path(folder, number))
-            if self.preemption.received:
+            if self.preemption.received_here():
                 break
         trained.train()

@@ -11,6 +11,7 @@ Vocabulary. *Conditions* are what the denoiser takes beside latents and timestep
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -18,6 +19,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from lpl.autoencoders import downscaling_factor
+from lpl.families.fit import Relation
 from lpl.families.lora_layout import LoraLayout
 from lpl.objectives import OBJECTIVES
 
@@ -44,7 +46,6 @@ class Family:
     vaes: ClassVar[tuple[str, ...]] = (  # the pipeline can sample with these; LPL accepts more
         *("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny", "VQModel", "AutoencoderDC"),
     )
-    left_out: ClassVar[Mapping[str, Any]] = {}  # components that training does not load, for ``from_pretrained``
     no_float16: ClassVar[tuple[str, ...]] = ()  # text encoders that overflow in float16; they run in bfloat16
     objectives: ClassVar[tuple[str, ...]] = tuple(OBJECTIVES)  # those that the pipeline can sample
     num_classes: ClassVar[int | None] = None  # captions are class labels from 0; None: captions are text
@@ -90,6 +91,17 @@ class Family:
         pipeline = cls.pipeline_class.from_pretrained(path, dtype=dict(dtypes), **source)
         return cls(pipeline, max_sequence_length, guidance_scale)
 
+    @classmethod
+    def idle_components(cls) -> list[str]:
+        """Components that diffusers' class can do without, and that neither training nor sampling uses."""
+        optional = cls.pipeline_class._optional_components
+        return [name for name in optional if not name.startswith(("text_encoder", "tokenizer"))]
+
+    @classmethod
+    def left_out(cls) -> dict[str, Any]:
+        """Arguments of ``from_pretrained`` that load no idle components."""
+        return dict.fromkeys(cls.idle_components())
+
     @property
     def denoiser(self) -> ModelMixin:
         return getattr(self.pipeline, self.denoiser_name)
@@ -97,6 +109,11 @@ class Family:
     @property
     def vae(self) -> ModelMixin:
         return self.pipeline.vae
+
+    @property
+    def folder(self) -> Path:
+        """Where the pipeline was loaded from, on this machine."""
+        return Path(self.pipeline.name_or_path)
 
     @property
     def text_encoders(self) -> list[nn.Module]:
@@ -143,6 +160,15 @@ class Family:
         return {name: None for name in self.optional_components if getattr(self.pipeline, name) is None}
 
     # From the configuration files, before anything is loaded
+
+    @classmethod
+    def relations(cls, configs: Configs) -> list[Relation]:
+        """What the other components need the numbers of the denoiser's configuration to be.
+
+        Args:
+            configs: also the :data:`~lpl.families.fit.Widths` of the text encoders that the pipeline has.
+        """
+        raise NotImplementedError
 
     @classmethod
     def native_resolution(cls, configs: Configs) -> int:

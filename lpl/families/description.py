@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,6 +15,8 @@ from lpl.autoencoders import downscaling_factor, latent_channels
 from lpl.config.checks import why_no_pipeline
 from lpl.config.groups import Model
 from lpl.families import Family, find_family
+from lpl.families.components import lacking
+from lpl.families.fit import check_relations, encoder_widths
 from lpl.objectives import Objective, get_objective, own_objective, training_scheduler
 from lpl.tools.trust import check_components, check_weights
 from lpl.tools.words import first_line
@@ -28,7 +31,8 @@ class Description:
     vae: Mapping[str, Any]  # of the VAE that is used
     denoiser: Mapping[str, Any]
     scheduler: Any  # a scheduler is its configuration
-    absent: Mapping[str, None]  # components that this pipeline lacks, such as SD3's T5
+    listed: Sequence[str]  # components that it has
+    absent: Mapping[str, None]  # components that this pipeline lacks, such as SD3's T5 or a safety checker
 
     @property
     def parts(self) -> dict[str, Mapping[str, Any]]:
@@ -95,6 +99,7 @@ def read_pipeline(model: Model, blocks: Sequence[str] | None = None) -> Descript
         why = why_no_pipeline(path) or _why_not_on_the_hub(path, first_line(error))
         raise ValueError(f"--pretrained_model_name_or_path {path}: {why}") from error
     family = find_family(index.get("_class_name"))
+    what = f"--pretrained_model_name_or_path {path}"
     check_components(path, index)
     components = {name: entry for name, entry in index.items() if isinstance(entry, list | tuple)}
     absent = dict.fromkeys(name for name, entry in components.items() if tuple(entry) == (None, None))
@@ -112,19 +117,47 @@ def read_pipeline(model: Model, blocks: Sequence[str] | None = None) -> Descript
             f"--pretrained_model_name_or_path {path}: this version of diffusers has no model "
             f"{denoiser.get('_class_name')}, the class of its {family.denoiser_name}"
         )
-    unread = set(absent)
-    unread |= {"vae"} if model.pretrained_vae_model_name_or_path else set()
+    unread = {"vae"} if model.pretrained_vae_model_name_or_path else set()
     unread |= {family.denoiser_name} if model.from_scratch else set()
-    folders = (name for name in components if name not in unread)
-    check_weights(f"--pretrained_model_name_or_path {path}", path, folders, model.revision)
+    taken = inspect.signature(family.pipeline_class.__init__).parameters  # diffusers ignores all others
+    listed = [name for name in components if name in taken and name not in absent]
+    absent |= dict.fromkeys(lacking(model, family, listed, unread))
+    folders = (name for name in listed if name not in unread | absent.keys())
+    check_weights(what, path, folders, model.revision)
+    used_vae = _used_vae_config(model, vae, family, blocks)
+    encoders = {
+        name: encoder_widths(what, path, name, index, **where)
+        for name in family.text_encoder_names
+        if name not in absent or name not in family.optional_components
+    }
+    _check_fit(what, family, {"vae": used_vae, family.denoiser_name: _with_defaults(denoiser), **encoders})
     return Description(
         family=family,
         index=index,
-        vae=_used_vae_config(model, vae, family, blocks),
+        vae=used_vae,
         denoiser=denoiser,
         scheduler=getattr(diffusers, scheduler_class).from_config(scheduler),
+        listed=[name for name in listed if name not in absent],
         absent=absent,
     )
+
+
+def _check_fit(what: str, family: type[Family], parts: Mapping[str, Mapping[str, Any]]) -> None:
+    name = family.denoiser_name
+    try:
+        relations = family.relations(parts)
+    except (KeyError, TypeError) as error:  # another class has other numbers, or none
+        raise ValueError(
+            f"{what}: its {name}, {parts[name]['_class_name']}, is none that {family.pipeline_class.__name__} can use "
+            f"({first_line(error)})"
+        ) from error
+    check_relations(what, name, relations)
+
+
+def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's configuration with the defaults of what an older version has not written."""
+    parameters = inspect.signature(getattr(diffusers, config["_class_name"])).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty} | dict(config)
 
 
 def _is_class(name: Any, base: type) -> bool:

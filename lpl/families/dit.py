@@ -12,6 +12,7 @@ from diffusers.models.normalization import AdaLayerNormZero
 from torch import Tensor, nn
 
 from lpl.families.base import Conditions, Configs, Family, modulations
+from lpl.families.fit import Relation, latents
 
 
 CLASSES = 1000  # the pipeline's label for no class in classifier-free guidance, for every model
@@ -78,6 +79,10 @@ class DiT(Family):
         raise ValueError(
             f"--validation_prompts {prompt}: this model draws classes; give {accepted}, 0 to {CLASSES - 1}"
         )
+
+    @classmethod
+    def relations(cls, configs: Configs) -> list[Relation]:
+        return latents(configs["transformer"], configs["vae"], variance=True)
 
     @classmethod
     def empty_caption(cls, configs: Configs) -> int:

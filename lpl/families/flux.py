@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lpl.autoencoders import downscaling_factor
 from lpl.families.base import Conditions, Configs, Family, modulations
+from lpl.families.fit import Relation, latents
 from lpl.families.lora_layout import ADDED_QKV, QKV, TRANSFORMER, LoraLayout, Table, by_table
 from lpl.objectives import FlowMatching
 
@@ -103,6 +104,22 @@ class Flux(Family):
             return None
         size = (len(noisy_latents),)
         return torch.full(size, self.guidance_scale, dtype=torch.float32, device=noisy_latents.device)
+
+    @classmethod
+    def relations(cls, configs: Configs) -> list[Relation]:
+        transformer, clip, t5 = configs["transformer"], configs["text_encoder"], configs["text_encoder_2"]
+        pooled, joint = transformer["pooled_projection_dim"], transformer["joint_attention_dim"]
+        return [
+            *latents(transformer, configs["vae"], PATCH),
+            Relation("pooled_projection_dim", pooled, (clip["hidden_size"],), "width of text_encoder"),
+            Relation("joint_attention_dim", joint, (t5["hidden_size"],), "width of text_encoder_2"),
+            Relation(
+                "attention_head_dim",
+                transformer["attention_head_dim"],
+                (sum(transformer["axes_dims_rope"]),),
+                "sum of its axes_dims_rope",
+            ),
+        ]
 
     @classmethod
     def takes_guidance(cls, configs: Configs) -> bool:

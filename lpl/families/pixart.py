@@ -9,7 +9,8 @@ import torch
 from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline
 from torch import Tensor, nn
 
-from lpl.families.base import Conditions, Family
+from lpl.families.base import Conditions, Configs, Family
+from lpl.families.fit import Relation, latents
 
 
 class PixArtSigma(Family):
@@ -44,6 +45,16 @@ class PixArtSigma(Family):
     def sampling_arguments(self) -> dict[str, Any]:
         # As in training: captions are not rewritten, and images have the requested size.
         return super().sampling_arguments() | {"clean_caption": False, "use_resolution_binning": False}
+
+    @classmethod
+    def relations(cls, configs: Configs) -> list[Relation]:
+        transformer, width = configs["transformer"], configs["text_encoder"]["hidden_size"]
+        own = transformer["num_attention_heads"] * transformer["attention_head_dim"]
+        return [
+            *latents(transformer, configs["vae"], variance=True),
+            Relation("caption_channels", transformer["caption_channels"], (width,), "width of the text encoder"),
+            Relation("cross_attention_dim", transformer["cross_attention_dim"], (own,), "width of its own attention"),
+        ]
 
     @classmethod
     def identity_layers(cls, denoiser: nn.Module) -> list[nn.Module]:

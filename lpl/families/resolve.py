@@ -16,6 +16,7 @@ from torch import nn
 from lpl.autoencoders import RGB, SUPPORTED, decoder_blocks, downscaling_factor, skeleton
 from lpl.config import Config
 from lpl.config.checks import check_loss_options, warn_idle, warn_of_idle_flags
+from lpl.config.choices import ALL_LINEAR
 from lpl.config.groups import Data
 from lpl.families import FAMILIES
 from lpl.families.description import Description, check_vae_dtype, other_vae_config
@@ -49,6 +50,7 @@ def resolve(config: Config, description: Description) -> Config:
 def _with_objective(config: Config, description: Description) -> Config:
     own, family = own_objective(description.scheduler), description.family
     name = config.model.prediction_type
+    _check_noise(description, name)
     if name is None:
         if own not in OBJECTIVES:
             raise ValueError(
@@ -70,6 +72,22 @@ def _with_objective(config: Config, description: Description) -> Config:
     if config.diffusion.dream_training and name != Epsilon.name:
         raise ValueError(f"--dream_training is for epsilon, not for {name}; leave it out")
     return config.changed(prediction_type=name)
+
+
+def _check_noise(description: Description, name: str | None) -> None:
+    """Refuse a scheduler without a noise schedule to train on; flow matching needs only the number of timesteps."""
+    scheduler, family = description.scheduler, description.family
+    if is_flow(scheduler) or hasattr(scheduler, "alphas_cumprod"):
+        return
+    anew = FlowMatching.name in family.objectives and "num_train_timesteps" in scheduler.config
+    if name == FlowMatching.name and anew:
+        return
+    name = type(scheduler).__name__
+    raise ValueError(
+        f"--pretrained_model_name_or_path: the pipeline's scheduler, {name}, has no betas, as in EDM and consistency "
+        "models, which cannot be trained on here; choose a pipeline whose scheduler has betas or is one of flow "
+        "matching" + (", or train this one anew by --prediction_type flow_matching" if anew else "")
+    )
 
 
 def _with_timesteps(config: Config, description: Description) -> Config:
@@ -182,6 +200,8 @@ def _with_lora_targets(config: Config, description: Description) -> Config:
         return config
     if config.lora.lora_target_modules is None:
         return config.changed(lora_target_modules=tuple(description.family.lora_targets))
+    if config.lora.lora_target_modules == (ALL_LINEAR,):
+        return config
     with torch.device("meta"):  # names of modules, without memory for their weights
         denoiser = getattr(diffusers, description.denoiser["_class_name"]).from_config(description.denoiser)
     layers: list[str] = []

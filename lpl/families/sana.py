@@ -12,6 +12,7 @@ from diffusers import SanaPipeline
 from torch import Tensor, nn
 
 from lpl.families.base import Conditions, Configs, Family
+from lpl.families.fit import Relation, latents
 
 
 SIDE_MULTIPLE = 32  # in pixels; the pipeline requires it, whatever the autoencoder is
@@ -63,6 +64,16 @@ class Sana(Family):
     def sampling_arguments(self) -> dict[str, Any]:
         # As in training: captions are not rewritten, and images have the requested size.
         return super().sampling_arguments() | {"clean_caption": False, "use_resolution_binning": False}
+
+    @classmethod
+    def relations(cls, configs: Configs) -> list[Relation]:
+        transformer, width = configs["transformer"], configs["text_encoder"]["hidden_size"]
+        own = transformer["num_attention_heads"] * transformer["attention_head_dim"]
+        return [
+            *latents(transformer, configs["vae"]),
+            Relation("caption_channels", transformer["caption_channels"], (width,), "width of the text encoder"),
+            Relation("cross_attention_dim", transformer["cross_attention_dim"], (own,), "width of its own attention"),
+        ]
 
     @classmethod
     def resolution_multiple(cls, configs: Configs) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from lpl.families.base import Conditions, Configs, Family
+from lpl.families.fit import Relation, cross_attention, latents
 from lpl.families.lora_layout import LoraLayout, own_names
 
 
@@ -19,8 +21,11 @@ class StableDiffusion(Family):
     text_encoder_names = ("text_encoder",)
     trainable_text_encoders = ("text_encoder",)
     lora_layout = LoraLayout({"unet": "lora_unet", "text_encoder": "lora_te"}, own_names)
-    # It would blacken samples; the saved pipeline has it.
-    left_out = {"safety_checker": None, "requires_safety_checker": False}
+
+    @classmethod
+    def left_out(cls) -> dict[str, Any]:
+        """The safety checker would blacken samples."""
+        return super().left_out() | {"requires_safety_checker": False}
 
     def encode_prompts(self, captions: Sequence[str], device: torch.device) -> Conditions:
         embeddings, _ = self.pipeline.encode_prompt(list(captions), device, 1, False)
@@ -28,6 +33,11 @@ class StableDiffusion(Family):
 
     def predict(self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         return denoiser(noisy_latents, timesteps, **conditions, return_dict=False)[0]
+
+    @classmethod
+    def relations(cls, configs: Configs) -> list[Relation]:
+        unet, width = configs["unet"], configs["text_encoder"]["hidden_size"]
+        return [*latents(unet, configs["vae"]), *cross_attention(unet, width, "width of the text encoder")]
 
     @classmethod
     def default_resolution(cls, configs: Configs) -> int:

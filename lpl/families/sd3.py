@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import partial
 
@@ -11,6 +12,7 @@ from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZ
 from torch import Tensor, nn
 
 from lpl.families.base import Conditions, Configs, Family, modulations
+from lpl.families.fit import Relation, latents
 from lpl.families.lora_layout import ADDED_QKV, QKV, TRANSFORMER, LoraLayout, Table, by_table
 
 
@@ -78,6 +80,32 @@ class StableDiffusion3(Family):
 
     def predict(self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         return denoiser(hidden_states=noisy_latents, timestep=timesteps, **conditions, return_dict=False)[0]
+
+    @classmethod
+    def relations(cls, configs: Configs) -> list[Relation]:
+        transformer, clips = configs["transformer"], [configs["text_encoder"], configs["text_encoder_2"]]
+        heads, joint = transformer["num_attention_heads"], transformer["joint_attention_dim"]
+        width, pooled = (sum(clip[name] for clip in clips) for name in ("hidden_size", "projection_dim"))
+        relations = [
+            *latents(transformer, configs["vae"]),
+            # The pipeline pads both CLIPs' embeddings to this width; where it is less, it would cut them.
+            Relation("joint_attention_dim", joint, range(width, sys.maxsize), "width of both CLIP text encoders"),
+            Relation(
+                "pooled_projection_dim",
+                transformer["pooled_projection_dim"],
+                (pooled,),
+                "projections of both CLIP text encoders",
+            ),
+            Relation(
+                "caption_projection_dim",
+                transformer["caption_projection_dim"],
+                (heads * transformer["attention_head_dim"],),
+                "width of its own attention",
+            ),
+        ]
+        if t5 := configs.get("text_encoder_3"):
+            relations.append(Relation("joint_attention_dim", joint, (t5["hidden_size"],), "width of text_encoder_3"))
+        return relations
 
     @classmethod
     def default_resolution(cls, configs: Configs) -> int:

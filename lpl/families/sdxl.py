@@ -9,7 +9,8 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
-from lpl.families.base import Conditions, Family
+from lpl.families.base import Conditions, Configs, Family
+from lpl.families.fit import Relation, cross_attention, latents
 from lpl.families.lora_layout import TWO_ENCODERS, LoraLayout, Originals
 
 
@@ -91,3 +92,15 @@ class StableDiffusionXL(Family):
         added = {name: conditions[name] for name in ("text_embeds", "time_ids")}
         embeddings = conditions["encoder_hidden_states"]
         return denoiser(noisy_latents, timesteps, embeddings, added_cond_kwargs=added, return_dict=False)[0]
+
+    @classmethod
+    def relations(cls, configs: Configs) -> list[Relation]:
+        unet, first, second = configs["unet"], configs["text_encoder"], configs["text_encoder_2"]
+        width, added = first["hidden_size"] + second["hidden_size"], unet["projection_class_embeddings_input_dim"]
+        numbers = 6 * unet["addition_time_embed_dim"]  # original size, crop, target size
+        why = "6 of its addition_time_embed_dim, and the projection of text_encoder_2"
+        return [
+            *latents(unet, configs["vae"]),
+            *cross_attention(unet, width, "width of both text encoders"),
+            Relation("projection_class_embeddings_input_dim", added, (numbers + second["projection_dim"],), why),
+        ]

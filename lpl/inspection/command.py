@@ -34,15 +34,17 @@ from tqdm.auto import tqdm
 
 from lpl.autoencoders import RGB, SUPPORTED, decoder_blocks, downscaling_factor, feature_vae, skeleton
 from lpl.config.checks import check_outside
-from lpl.config.command_line import Parser, add_flags
+from lpl.config.command_line import add_flags
 from lpl.config.flag import NOT_NEGATIVE, POSITIVE, Range, Values, add_group, built, flag, flags_of
 from lpl.config.groups import Lpl, Model
-from lpl.data.reading import FORMATS, image_files, to_rgb
+from lpl.config.parser import Parser
+from lpl.data.folder import Contents, image_files
+from lpl.data.reading import FORMATS, to_rgb
 from lpl.families.description import check_autoencoder, check_vae_dtype
 from lpl.inspection.advice import report, summary
 from lpl.inspection.figures import balance_figure, features_figure, interpolation_figure, outliers_figure
 from lpl.inspection.measure import OUTLIER_SETTINGS, STEPS, Inspector
-from lpl.tools.files import write_text
+from lpl.tools.files import check_writable, write_text
 from lpl.tools.machine import DTYPES, usable_device
 from lpl.tools.pictures import save_figure
 from lpl.tools.trust import check_components, check_weights
@@ -51,6 +53,7 @@ from lpl.tools.words import first_line
 
 SHARED_FLAGS = (  # with the training script
     *("revision", "variant", "cache_dir", "lpl_blocks", "lpl_normalization", "lpl_distance", "lpl_vae_dtype"),
+    "verbose",
     *(f"lpl_outlier_{name}" for name in OUTLIER_SETTINGS),
 )
 LARGEST_DEFAULT_RESOLUTION = 512
@@ -111,6 +114,7 @@ def check_flags(inspection: Inspection, lpl: Lpl) -> torch.device:
         raise ValueError(f"--lpl_blocks {RGB}: pixels are no features; name decoder blocks")
     if Path(inspection.output_dir).is_file():
         raise ValueError(f"--output_dir {inspection.output_dir}: this is a file; give a folder")
+    check_writable(f"--output_dir {inspection.output_dir}", inspection.output_dir)
     for folder in filter(os.path.isdir, inspection.images):
         check_outside("--output_dir", inspection.output_dir, "--images", folder)
     device = usable_device(inspection.device)
@@ -132,7 +136,7 @@ def find_images(given: Sequence[str], most: int) -> list[Path]:
     for name in given:
         found = sorted(image_files(name)) if Path(name).is_dir() else [Path(name)] if Path(name).is_file() else []
         if not found:
-            what = "the folder has no images" if Path(name).is_dir() else "there is no such file or folder"
+            what = Contents.of(name).without_images() if Path(name).is_dir() else "there is no such file or folder"
             raise ValueError(f"--images {name}: {what}")
         files += found
     count = min(most, len(files))

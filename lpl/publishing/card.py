@@ -67,6 +67,9 @@ class RunCard:
     guidance_scale: float | None = None  # None: the pipeline's default
     loading_arguments: Mapping[str, None] = field(default_factory=dict)  # components that the pipeline does without
     base_arguments: Mapping[str, str] = field(default_factory=dict)  # revision and variant of the base model
+    vae: str | None = None  # Hub id or local folder of a VAE that replaces the base model's
+    denoiser: tuple[str, str] | None = None  # of a LoRA's base: its name, and the revision that it alone comes from
+    redrawn: bool = True  # the code on the card draws a sample again, up to rounding
     sampling_arguments: Mapping[str, object] = field(default_factory=dict)  # further arguments of the pipeline's call
     # What it was trained on
     images: int | None = None  # None: unknown, as in a stream
@@ -137,6 +140,7 @@ class RunCard:
             licence=licence,
             prompt=prompts[0] if prompts else example,
             classes=classes,
+            denoiser=_other_denoiser(plan),
             dtype=str(weight_dtype(run.accelerator)).removeprefix("torch."),
             loading_arguments=family.loading_arguments(),
             sampling_arguments=family.sampling_arguments(),
@@ -192,6 +196,8 @@ def _asked_for(plan: Plan) -> dict[str, Any]:
         "dataset": data.dataset_name or os.path.abspath(data.train_data_dir or ""),  # a folder may look like a Hub id
         "revision": config.output.hub_revision if run.repository else None,
         "base_arguments": {name: value for name, value in places.items() if value},
+        "vae": model.pretrained_vae_model_name_or_path,
+        "redrawn": config.lora.quantize_base is None,
         "from_scratch": model.from_scratch,
         "size": data.size,
         "inference_steps": config.validation.validation_inference_steps,
@@ -206,6 +212,12 @@ def _asked_for(plan: Plan) -> dict[str, Any]:
         "lpl_options": loss_words(config),
         "command": [sys.argv[0], *words_of(found_out, lambda name: not is_own(name))],
     }
+
+
+def _other_denoiser(plan: Plan) -> tuple[str, str] | None:
+    """The denoiser under a LoRA, with --non_ema_revision; a whole one is in the result."""
+    revision = plan.config.model.non_ema_revision
+    return (plan.trained.family.denoiser_name, revision) if revision and plan.config.lora.lora else None
 
 
 def _lpl_in(records: Sequence[Mapping[str, float]]) -> dict[str, Any]:
@@ -331,7 +343,7 @@ class Result:
     def first_sample(self) -> Samples | None:
         """The last samples, if the code of the card draws the first of them again: same weights and prompt."""
         samples, step = self.samples, f"{layout.SAMPLES}/step-{self.card.steps:06d}"
-        if samples is None or samples.place.removesuffix("-ema") != step:
+        if samples is None or not self.card.redrawn or samples.place.removesuffix("-ema") != step:
             return None
         return samples if samples.prompts[:1] == [self.card.prompt] else None
 
@@ -372,10 +384,26 @@ class Result:
 
     # Use
 
+    @cached_property
+    def replaced(self) -> dict[str, str]:
+        """Parts of a LoRA's base that come from elsewhere than the base, with the arguments that load them."""
+        card, parts = self.card, {}
+        if card.lora_rank and card.vae:
+            parts["vae"] = literal(shown(card.vae))
+        if card.denoiser:
+            name, revision = card.denoiser
+            variant = {name: value for name, value in card.base_arguments.items() if name == "variant"}
+            words = [
+                f"{key}={literal(value)}"
+                for key, value in {"subfolder": name, "revision": revision, **variant}.items()
+            ]
+            parts[name] = ", ".join([literal(shown(card.base_model)), *words])
+        return parts
+
     @property
     def peft_folder(self) -> str | None:
         """Folder of an adapter that peft saved; None if diffusers saved the LoRA."""
-        return next((path.parent.name for path in sorted(self.folder.glob("*/adapter_config.json"))), None)
+        return next((path.parent.name for path in sorted(self.folder.glob(f"*/{layout.PEFT_CONFIG}"))), None)
 
     @property
     def scheduler_class(self) -> str | None:
@@ -417,7 +445,8 @@ class Result:
     @property
     def local_folders(self) -> set[str]:
         """Arguments of the command that are folders of this machine, though they may look like plain words."""
-        return {source for source in (self.card.base_model, self.card.dataset) if os.path.exists(source)}
+        sources = (self.card.base_model, self.card.dataset, self.card.vae)
+        return {source for source in sources if source and os.path.exists(source)}
 
 
 # Functions of the template -------------------------------------------------------------------------------------------

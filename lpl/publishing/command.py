@@ -14,18 +14,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lpl.config.command_line import Parser, add_flags
+from lpl.config.command_line import add_flags
 from lpl.config.flag import built
 from lpl.config.groups import Output
+from lpl.config.parser import Parser
 from lpl.publishing import hub
 from lpl.publishing.card_edits import address_card
-from lpl.publishing.publication import LORAS, snapshot_of_result
+from lpl.publishing.publication import snapshot_of_result
 from lpl.publishing.uploads import Snapshot, Uploads
 from lpl.tools import layout
+from lpl.tools.results import check_one_kind, lora_entries, missing_components, pipeline_entries
+from lpl.tools.words import why_no_folder
 
 
 PROGRAM = "python -m lpl.publish"
-FLAGS = ("hub_model_id", "hub_token", "hub_private_repo", "hub_revision")
+FLAGS = ("hub_model_id", "hub_token", "hub_private_repo", "hub_revision", "verbose")
 
 
 def build_parser() -> Parser:
@@ -45,13 +48,19 @@ def check_finished(folder: Path) -> None:
     Raises:
         ValueError: with what is missing.
     """
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: there is no such folder")
-    results = [name for pattern in (layout.INDEX, *LORAS) for name in folder.glob(pattern)]
+    if why := why_no_folder(str(folder)):
+        raise ValueError(f"{folder}: {why}")
+    results = [*pipeline_entries(folder), *lora_entries(folder)]
     if not results or not (folder / layout.CARD).is_file():
         raise ValueError(
             f"{folder}: not the output folder of a finished run, which has a model card, README.md, and a pipeline or "
             "a LoRA; run the training to its end"
+        )
+    check_one_kind(str(folder), folder)
+    if missing := missing_components(folder):
+        raise ValueError(
+            f"{folder}: its model_index.json lists {' and '.join(missing)}, but the folder lacks the files, so nobody "
+            "could load it; put them there, or write [null, null] for what it can do without"
         )
 
 
@@ -66,7 +75,7 @@ def publish(output: Output) -> str:
     """
     folder = Path(output.output_dir)
     check_finished(folder)
-    repository = hub.prepare_repository(output)
+    repository = hub.prepare_repository(output, bool(lora_entries(folder)))
     uploads = Uploads(output, repository)
     try:
         snapshot = uploads.new()

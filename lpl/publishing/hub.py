@@ -45,30 +45,49 @@ class HubError(RuntimeError):
     """The Hub refuses or cannot be reached; the message is one sentence that names the flag to change."""
 
 
-def prepare_repository(output: Output) -> str:
+def prepare_repository(output: Output, lora: bool = False) -> str:
     """Create the model repository of --hub_model_id, by default named like the output folder, or find it.
 
     A new repository is private with --hub_private_repo, else as the account's settings say. The branch of
     --hub_revision is created if it does not exist.
 
+    Args:
+        lora: whether a LoRA is published, or a pipeline.
+
     Returns:
         The full id, `user/name`.
 
     Raises:
-        HubError: no token, a name that the Hub does not accept, no permission to write, or no network.
+        HubError: no token, a name that the Hub does not accept, no permission to write, no network, or a result of the
+            other kind in the repository.
     """
     name, token, private = _name(output), output.hub_token, output.hub_private_repo
-    _check_token(token, "--push_to_hub", ", or leave --push_to_hub out")
+    what = "--push_to_hub" if output.push_to_hub else "publishing"  # python -m lpl.publish has no such flag
+    _check_token(token, what, ", or leave --push_to_hub out" if output.push_to_hub else "")
     try:
         full_id = api(token).create_repo(name, private=private or None, exist_ok=True).repo_id
         _check_write_permission(full_id, token)
         if output.hub_revision and output.hub_revision != MAIN:
             api(token).create_branch(full_id, branch=output.hub_revision, exist_ok=True)
+        there = api(token).list_repo_files(full_id, revision=output.hub_revision)
     except (HTTPError, OSError, ValueError) as error:  # all that a request raises; ValueError for a bad name
-        raise HubError(f"--push_to_hub: {explain(error, name)}") from error
+        otherwise = "leave --push_to_hub out" if output.push_to_hub else ""
+        raise HubError(f"{what}: {explain(error, name, otherwise)}") from error
+    _check_kind(full_id, there, lora)
     if private:
         _warn_if_public(full_id, token)
     return full_id
+
+
+def _check_kind(repo_id: str, files: list[str], lora: bool) -> None:
+    """Refuse a repository with a result of the other kind, which would stay beside this one, under its card."""
+    other = re.compile(re.escape(layout.INDEX) if lora else rf"{layout.LORA}|[^/]+{layout.PEFT_SUFFIX}/.*")
+    if found := next(filter(other.fullmatch, files), None):
+        kinds = ("LoRA", "pipeline") if lora else ("pipeline", "LoRA")
+        raise HubError(
+            f"--push_to_hub: {repo_id} has a {kinds[1]} ({found}), and this is a {kinds[0]}, whose card would be over "
+            "both; give another --hub_model_id or --hub_revision"
+        )
 
 
 def _name(output: Output) -> str:
@@ -233,8 +252,12 @@ def _warn_if_public(repo_id: str, token: str | None) -> None:
         logger.warning("%s exists and is public: it stays public until its settings on the Hub are changed.", repo_id)
 
 
-def explain(error: Exception, name: str) -> str:
-    """One sentence for the user: what happened, and which flag changes it."""
+def explain(error: Exception, name: str, otherwise: str = "") -> str:
+    """One sentence for the user: what happened, and which flag changes it.
+
+    Args:
+        otherwise: how to go on without the Hub, as a command; empty where there is no other way.
+    """
     status, said = getattr(getattr(error, "response", None), "status_code", None), reason(error)
     if isinstance(error, HFValidationError):
         return f"{name!r} is not a valid name of a repository ({said}); give another --hub_model_id."
@@ -246,8 +269,9 @@ def explain(error: Exception, name: str) -> str:
             "token with write permission (`hf auth login`, --hub_token)."
         )
     if status:
-        return f"the Hub refuses {name!r} ({said}); check --hub_model_id, or leave --push_to_hub out."
-    return f"the Hub cannot be reached ({said}); leave --push_to_hub out, and publish later by python -m lpl.publish."
+        return f"the Hub refuses {name!r} ({said}); check --hub_model_id{f', or {otherwise}' if otherwise else ''}."
+    later = f"{otherwise}, and publish later by python -m lpl.publish" if otherwise else "run the same command later"
+    return f"the Hub cannot be reached ({said}); {later}."
 
 
 def pause(error: BaseException, wait: float) -> float:

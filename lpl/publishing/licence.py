@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 from huggingface_hub import constants, metadata_load, try_to_load_from_cache
 
+from lpl.config.groups import Model
 from lpl.publishing import hub
 from lpl.publishing.card import HUB
 from lpl.tools import layout
@@ -31,20 +32,14 @@ LICENCES = (  # known to the Hub; those that image models have
 LARGEST_README = 2**20  # bytes; a larger file is no model card
 
 
-def base_licence(
-    path: str, revision: str | None = None, token: str | None = None, cache_dir: str | None = None
-) -> dict[str, Any]:
-    """``license``, ``license_name`` and ``license_link`` of a base model, as far as its card has them.
-
-    Args:
-        path: folder or Hub id.
-        cache_dir: the Hub's cache, for runs without a network.
-    """
+def base_licence(model: Model, token: str | None = None) -> dict[str, Any]:
+    """``license``, ``license_name`` and ``license_link`` of the base model, as far as its card has them."""
+    path, revision = model.pipeline, model.revision
     try:
         if not is_hub_id(path):
             return _known_to_the_hub(_licence(_card_in(Path(path, layout.CARD))))
         if constants.HF_HUB_OFFLINE:
-            cached = try_to_load_from_cache(path, layout.CARD, cache_dir, revision)
+            cached = try_to_load_from_cache(path, layout.CARD, model.cache_dir, revision)
             card = _card_in(Path(cached)) if isinstance(cached, str) else {}
         else:
             info = hub.api(token).model_info(path, revision=revision, timeout=PATIENCE)

@@ -29,10 +29,10 @@ from lpl.tools import layout
 from lpl.tools.files import entries, visible_files
 from lpl.tools.pictures import loss_curves
 from lpl.tools.privacy import is_hub_id
+from lpl.tools.results import lora_entries, pipeline_entries, scheduler_entries
 
 
 logger = logging.getLogger(__name__)
-LORAS = ("*.safetensors", f"*{layout.PEFT_SUFFIX}")  # a LoRA of diffusers, of peft, and for other programs
 NAMES = ("_name_or_path", "name_or_path", "base_model_name_or_path")  # where a configuration was loaded from
 
 
@@ -42,10 +42,8 @@ NAMES = ("_name_or_path", "name_or_path", "base_model_name_or_path")  # where a 
 def published(folder: Path) -> Iterator[Path]:
     """The files of a run's output folder that are meant for others, as paths within it: result, samples, pictures, log
     and card. The recipe is not among them, since it may hold paths of this machine."""
-    names = [layout.LOG, layout.CURVES, layout.CARD, layout.INDEX, layout.SAMPLES, "scheduler"]
-    if (index := folder / layout.INDEX).is_file():
-        names += [name for name, value in json.loads(index.read_text()).items() if isinstance(value, list)]
-    names += [path.name for pattern in LORAS for path in folder.glob(pattern)]
+    names = [layout.LOG, layout.CURVES, layout.CARD, layout.SAMPLES]
+    names += pipeline_entries(folder) or [*lora_entries(folder), *scheduler_entries(folder)]
     for name in dict.fromkeys(names):
         yield from visible_files(folder, folder / name)
     yield from _evaluation_pictures(folder)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import stat
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,36 @@ from lpl.tools.layout import INDEX
 UNFINISHED, REMOVED = ".unfinished", ".removed"  # suffixes of temporary names, which begin with a dot
 
 
+def check_writable(
+    what: str, folder: str | os.PathLike, folders: Iterable[str] = (), files: Iterable[str] = ()
+) -> None:
+    """Refuse a folder that cannot be made or written to; nothing is left there.
+
+    Args:
+        what: the flag and its value.
+        folders, files: names in it that are written to, whether they exist or not.
+
+    Raises:
+        ValueError: with the place, and why.
+    """
+    for place in (Path(folder), *(Path(folder, name) for name in folders)):
+        place = Path(os.path.abspath(place))
+        there = next(path for path in (place, *place.parents) if os.path.lexists(path))
+        if not there.is_dir():
+            raise ValueError(f"{what}: {there} is no folder; give a folder that can be written to")
+        try:
+            with tempfile.TemporaryFile(dir=there):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"{what}: {there} cannot be written to ({error.strerror}); give a folder that can"
+            ) from error
+    if blocked := next((name for name in files if Path(folder, name).is_dir()), None):
+        raise ValueError(
+            f"{what}: {blocked} is a folder there, and a file of that name is written; give another folder"
+        )
+
+
 def write_whole(path: str | os.PathLike, write: Callable[[Path], object]) -> Path:
     """Write a file atomically: ``write`` fills a temporary file, which then replaces ``path``.
 
@@ -30,6 +63,7 @@ def write_whole(path: str | os.PathLike, write: Callable[[Path], object]) -> Pat
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(unfinished)
+        _permit(unfinished, _usual_mode(path.parent))
         _sync(unfinished)
         os.replace(unfinished, path)
         _sync(path.parent)
@@ -72,10 +106,30 @@ def visible_files(folder: Path, place: Path) -> Iterator[Path]:
             yield within
 
 
-def sync(folder: Path) -> None:
-    """Flush a folder and all files in it to the disk (fsync), so that they survive a crash of the machine."""
+def settle(folder: Path) -> None:
+    """Give the files of a folder that was just filled the umask's permissions, and flush all to the disk (fsync), so
+    that they survive a crash of the machine."""
+    mode = _usual_mode(folder)
     for path in (*folder.rglob("*"), folder):
+        _permit(path, mode)
         _sync(path)
+
+
+def _usual_mode(folder: Path) -> int:
+    """The permissions of a new file there, as the umask says."""
+    probe = folder / f".mode.{os.getpid()}.{threading.get_ident()}.tmp"
+    try:
+        probe.touch()
+        return stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _permit(path: Path, mode: int) -> None:
+    """Give a file the usual permissions: safetensors writes files that only their owner can read."""
+    if path.is_file() and stat.S_IMODE(path.stat().st_mode) != mode:
+        with suppress(OSError):  # some disks have no permissions
+            path.chmod(mode)
 
 
 def _sync(path: Path) -> None:
@@ -121,7 +175,7 @@ def filled_whole(folder: str | os.PathLike) -> Iterator[Path]:
     _delete(unfinished)
     unfinished.mkdir(parents=True)
     yield unfinished
-    sync(unfinished)
+    settle(unfinished)
     for entry in sorted(unfinished.iterdir(), key=lambda path: path.name == INDEX):
         with removed(folder / entry.name):
             entry.rename(folder / entry.name)

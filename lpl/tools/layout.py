@@ -7,6 +7,7 @@ None of them may change: users, published models and resumed runs depend on them
 INDEX = "model_index.json"  # of a pipeline
 LORA = "pytorch_lora_weights.safetensors"  # of diffusers' LoRA
 PEFT_SUFFIX = "_lora"  # of the folder with peft's LoRA, after the component's name
+PEFT_CONFIG = "adapter_config.json"  # in that folder
 OTHERS_SUFFIX = "_comfyui.safetensors"  # of the LoRA for other programs, after the run's name
 CARD = "README.md"
 
@@ -24,6 +25,8 @@ EVALUATION_FILE = "evaluation.json"  # in that folder, or in the one that lpl.ev
 EVALUATION_TABLE = "evaluation.md"
 EVALUATION_IMAGES = "images"
 EVALUATION_CURVES = "evaluation/curves.png"
+
+EARLIER_RUN = "earlier-run"  # what an earlier run left
 
 # Checkpoints
 CHECKPOINT_PREFIX = "checkpoint-"

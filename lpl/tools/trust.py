@@ -53,7 +53,7 @@ def check_weights(
     Raises:
         ValueError: with the file, and how to convert it.
     """
-    files = [PurePosixPath(file) for file in _files(path, revision)]
+    files = listed_files(path, revision)
     for folder in folders:
         here = [file for file in files if file.parent == PurePosixPath(folder)]
         pickles = sorted(file for file in here if file.suffix in PICKLES)
@@ -67,10 +67,11 @@ def check_weights(
             )
 
 
-def _files(path: str, revision: str | None) -> list[str]:
+def listed_files(path: str, revision: str | None = None) -> list[PurePosixPath]:
+    """The files of a folder, or of a repository on the Hub; none if the Hub cannot list them."""
     if Path(path).is_dir():
-        return [file.relative_to(path).as_posix() for file in Path(path).rglob("*") if file.is_file()]
+        return [PurePosixPath(file.relative_to(path)) for file in Path(path).rglob("*") if file.is_file()]
     try:
-        return HfApi().list_repo_files(path, revision=revision)
+        return [PurePosixPath(file) for file in HfApi().list_repo_files(path, revision=revision)]
     except (HTTPError, OSError, ValueError):
         return []

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import os
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -16,16 +18,56 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=3)
 
 
+def plain_warnings(program: str) -> None:
+    """From here on warnings are one line, which begins with the program's name."""
+    warnings.formatwarning = lambda message, *_, **__: f"{program}: warning: {message}\n"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; its class where there is none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def close_match(name: str, known: Collection[Any], before: str = "") -> str:
-    """The end of a sentence that suggests the closest known name; empty if none is close."""
+    """The end of a sentence that suggests the closest known names; empty if none is close.
+
+    A misspelling comes first, then a name that is shortened to its initials or to some of its words.
+
+    >>> close_match("lr", ["lora", "learning_rate"], "--"), close_match("epochs", ["num_train_epochs", "seed"])
+    ('; did you mean --learning_rate?', '; did you mean num_train_epochs?')
+    """
     words = [str(word) for word in known]
-    close = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), words, n=1, cutoff=0.5)
-    return f"; did you mean {before}{close[0]}?" if close else ""
+    name = name.lstrip("-").replace("-", "_").lower()
+    close = (
+        difflib.get_close_matches(name, words, n=1, cutoff=0.85)
+        or [word for word in words if name == "".join(part[:1] for part in word.split("_"))][:1]
+        or difflib.get_close_matches(name, [word for word in words if _shortens(name, word)], n=3, cutoff=0)
+        or difflib.get_close_matches(name, words, n=1, cutoff=0.5)
+    )
+    return f"; did you mean {' or '.join(before + word for word in close)}?" if close else ""
+
+
+def _shortens(name: str, word: str) -> bool:
+    """Whether each part of the name begins a part of the word, in that order.
+
+    >>> _shortens("batch_size", "train_batch_size"), _shortens("grad_acc", "gradient_accumulation_steps")
+    (True, True)
+    """
+    parts = iter(word.split("_"))
+    return bool(name) and all(any(part.startswith(short) for part in parts) for short in name.split("_"))
+
+
+def why_no_folder(path: str) -> str | None:
+    """Why what is found at a path is no folder, and what to give instead; None: it is one."""
+    place = Path(path)
+    if place.is_dir():
+        return None
+    if place.is_file():
+        archive = place.suffix.lower() in (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
+        return "this is an archive; unpack it, and give the folder" if archive else "this is a file; give its folder"
+    if place.is_symlink():
+        return f"this is a link to {os.path.realpath(path)}, where nothing is"
+    return "there is no such folder"
 
 
 def size(count: float) -> str:

@@ -1,7 +1,9 @@
 """Checkpoints that a run resumes from.
 
 ``checkpoint-N`` holds the trained parts in diffusers' layout, their moving average in ``ema/`` likewise, the
-optimizer, the position in the learning-rate schedule, LPL's weight, and where the run stands (:class:`Progress`).
+optimizer, the position in the learning-rate schedule, the scaler of fp16, LPL's weight, each process's random state
+(dropout), and where the run stands (:class:`Progress`). Of the data the step is enough: samples and their random
+numbers follow from seed, epoch and place (:mod:`lpl.data.dataset`). So a resumed run equals an uninterrupted one.
 
 A checkpoint is written under another name and then renamed, so ``checkpoint-N`` is always whole; before one is deleted
 it is renamed. Whenever a run is killed, the next one finds the last whole checkpoint. Checkpoints that an earlier run
@@ -32,7 +34,7 @@ from lpl.config.config import FLAGS
 from lpl.config.groups import LENGTH, REFUSED, SILENT
 from lpl.data.fingerprint import other_data
 from lpl.tools import layout
-from lpl.tools.files import UNFINISHED, load_state, put_back, remove_halves, removed, save_state, sync, write_text
+from lpl.tools.files import UNFINISHED, load_state, put_back, remove_halves, removed, save_state, settle, write_text
 from lpl.tools.machine import is_full
 from lpl.tools.words import counted, first_line
 from lpl.training.average import MovingAverage, load_average, save_average
@@ -181,9 +183,13 @@ def is_whole(folder: Path) -> bool:
     return True
 
 
-def set_aside(output_dir: str | Path, step: int) -> None:
+def set_aside(output_dir: str | Path, step: int) -> bool:
     """Rename the checkpoints beyond the step where a run starts, so that they are not taken for its own. On the main
-    process."""
+    process.
+
+    Returns:
+        Whether there were any.
+    """
     later = [path for path in _numbered(output_dir) if _number(path) > step]
     if later:
         moved = ", ".join(f"{path.name} to {path.rename(_free_name(path)).name}" for path in later)
@@ -191,6 +197,7 @@ def set_aside(output_dir: str | Path, step: int) -> None:
             f"--output_dir {output_dir}: this run starts at step {step}, so checkpoints of an earlier run beyond it "
             f"are renamed: {moved}; --resume_from_checkpoint accepts these names too"
         )
+    return bool(later)
 
 
 def _free_name(checkpoint: Path) -> Path:
@@ -260,12 +267,13 @@ def check_data(resumable: Path, now: Mapping[str, Any]) -> None:
         )
 
 
-def check_recipe(resumable: Path, values: Mapping[str, Any], processes: int) -> None:
+def check_recipe(resumable: Path, values: Mapping[str, Any], processes: int, base: str | None = None) -> None:
     """Report the flags that the command changes of the run that it resumes, as each flag's ``on_resume`` says.
 
     Args:
         values: the flags, as ``recipe.yaml`` has them.
         processes: of this run; a recipe records the number among what its run has measured.
+        base: identity of this run's base model, likewise.
 
     Raises:
         ValueError: for a flag that cannot change, since the checkpoint is of something else.
@@ -282,8 +290,21 @@ def check_recipe(resumable: Path, values: Mapping[str, Any], processes: int) -> 
                 f"{change}, and its checkpoints cannot be resumed otherwise; start another run, or change it back"
             )
         logger.warning("%s; the new value holds from here on", change)
-    for difference in _other_processes(earlier.get("measured") or {}, values, processes):
+    measured = earlier.get("measured") or {}
+    for difference in (*_other_base(measured, earlier, values, base), *_other_processes(measured, values, processes)):
         logger.warning(difference)
+
+
+def _other_base(
+    measured: Mapping[str, Any], earlier: Mapping[str, Any], values: Mapping[str, Any], base: str | None
+) -> Iterator[str]:
+    """Another base model at the same place; another place is named among the flags."""
+    name, before = "pretrained_model_name_or_path", measured.get("base")
+    if before and base and before != base and values.get(name) == earlier.get(name):
+        yield (
+            f"--{name} {values.get(name)}: this is not the base model that the run to resume began with (it was "
+            f"{before} and is {base}); the new one holds from here on"
+        )
 
 
 def _other_processes(measured: Mapping[str, Any], values: Mapping[str, Any], processes: int) -> Iterator[str]:
@@ -330,7 +351,7 @@ def save_checkpoint(state: TrainingState, output_dir: str | Path, progress: Prog
         unfinished.mkdir(parents=True)
         spare = _above_limit(output_dir, folder, total_limit, keep=1)
         _save_with_room(lambda: state.save(unfinished, random), folder, spare)
-        sync(unfinished)
+        settle(unfinished)
         progress.save(unfinished)  # last: with it the checkpoint is whole
         with removed(folder):
             unfinished.rename(folder)

@@ -6,6 +6,8 @@ are in the run's mixed precision. The VAE is always in float32: in half precisio
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, cast
 
 import diffusers
@@ -29,7 +31,6 @@ def load_family(model: Model, lora: Lora, description: Description, dtype: torch
     Raises:
         OSError, ValueError: if weights cannot be loaded.
     """
-    assert model.pretrained_model_name_or_path is not None
     family = description.family
     dtypes = {"default": torch.float32, **dict.fromkeys(family.text_encoder_names, dtype)}
     if dtype == torch.float16:
@@ -47,12 +48,26 @@ def load_family(model: Model, lora: Lora, description: Description, dtype: torch
             model, lora.quantize_base, description, trained_in, model.non_ema_revision
         )
     return family.load(
-        model.pretrained_model_name_or_path,
+        pipeline_folder(model, description, components, whole=not lora.lora),
         dtypes,
         max_sequence_length=model.max_sequence_length,
         guidance_scale=model.guidance_scale,
-        **pipeline_source(model, description) | dict(family.left_out) | components,
+        **pipeline_source(model, description) | family.left_out() | components,
     )
+
+
+def pipeline_folder(model: Model, description: Description, replaced: Iterable[str], whole: bool) -> str:
+    """The pipeline's folder on this machine; one of the Hub is downloaded.
+
+    Args:
+        replaced: components that come from elsewhere.
+        whole: with the idle components, which a saved pipeline needs.
+    """
+    if Path(model.pipeline).is_dir():
+        return model.pipeline
+    without = dict.fromkeys(replaced) | ({} if whole else description.family.left_out())
+    pipeline_class: Any = description.family.pipeline_class
+    return str(pipeline_class.download(model.pipeline, **pipeline_source(model, description) | without))
 
 
 def pipeline_source(model: Model, description: Description) -> dict[str, Any]:

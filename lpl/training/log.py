@@ -97,7 +97,7 @@ class Log:
     def start_bar(self) -> None:
         """Show the progress bar."""
         total, shown = self.length.max_steps, self.accelerator.is_main_process
-        self._bar = tqdm(total=total, initial=self.first_step, disable=not shown, desc="steps")
+        self._bar = tqdm(total=total, initial=self.first_step, disable=not shown, desc="steps", delay=0)
 
     def close_bar(self) -> None:
         if self._bar is not None:

@@ -31,14 +31,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
+from lpl.config.choices import ALL_LINEAR
 from lpl.config.groups import Lora
 from lpl.families.lora_layout import LoraLayout
+from lpl.tools import layout
 
 
-FILE = "pytorch_lora_weights.safetensors"
+FILE = layout.LORA
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."  # of the names in peft's own files
-OTHERS_SUFFIX = "_comfyui.safetensors"  # of the file for other programs, after the run's name
+OTHERS_SUFFIX = layout.OTHERS_SUFFIX
 ADAPTER = "default"  # peft's name of the trained adapter
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -47,7 +49,7 @@ def add_lora(model: nn.Module, targets: Sequence[str], lora: Lora, dora: bool = 
     """Add a float32 adapter to a model in place. It changes no output yet; nothing else keeps a gradient.
 
     Args:
-        targets: names, or ends of names, of the modules to adapt.
+        targets: names, or ends of names, of the modules to adapt; "all-linear": every linear layer.
         dora: decompose the weights (DoRA); not for text encoders, for which diffusers would load it wrongly.
     """
     assert lora.rank is not None and lora.lora_alpha is not None
@@ -56,7 +58,7 @@ def add_lora(model: nn.Module, targets: Sequence[str], lora: Lora, dora: bool = 
         r=lora.rank,
         lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # peft takes fractions too
         lora_dropout=lora.lora_dropout,
-        target_modules=list(targets),
+        target_modules=ALL_LINEAR if tuple(targets) == (ALL_LINEAR,) else list(targets),
         use_dora=dora,
         use_rslora=lora.use_rslora,
         init_lora_weights="gaussian",  # as in diffusers' scripts; the second factor is zero
@@ -85,7 +87,7 @@ def save_lora(pipeline_class: type[DiffusionPipeline], folder: str | Path, model
         loader.save_lora_weights(folder, weight_name=FILE, **layers, **metadata)
         return
     for name, model in models.items():
-        place = _peft_folder(folder, name)
+        place = peft_folder(folder, name)
         place.mkdir(parents=True, exist_ok=True)
         _config(model).save_pretrained(str(place))
         save_file({PEFT_PREFIX + key: value for key, value in states[name].items()}, place / PEFT_FILE)
@@ -101,14 +103,14 @@ def load_lora(pipeline_class: type[DiffusionPipeline], folder: str | Path, model
         if in_one_file(pipeline_class):
             saved, prefix = load_file(Path(folder, FILE)), f"{name}."
         else:
-            saved, prefix = load_file(_peft_folder(folder, name) / PEFT_FILE), PEFT_PREFIX
+            saved, prefix = load_file(peft_folder(folder, name) / PEFT_FILE), PEFT_PREFIX
         saved = {key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)}
         saved = {key.removeprefix(_lost_prefix(model)): value for key, value in saved.items()}
         own = _adapter(model)
         if {key: value.shape for key, value in own.items()} != {key: value.shape for key, value in saved.items()}:
             raise ValueError(
                 f"the LoRA in {folder} has another rank, or is on other modules, than this run trains; give the "
-                "--rank and --lora_target_modules that it was trained with"
+                "base model, --rank and --lora_target_modules that it was trained with"
             )
         set_peft_model_state_dict(model, saved)
 
@@ -121,8 +123,8 @@ def _config(model: nn.Module) -> LoraConfig:
     return cast(dict[str, LoraConfig], model.peft_config)[ADAPTER]
 
 
-def _peft_folder(folder: str | Path, name: str) -> Path:
-    return Path(folder, f"{name}_lora")
+def peft_folder(folder: str | Path, name: str) -> Path:
+    return Path(folder, f"{name}{layout.PEFT_SUFFIX}")
 
 
 def _lost_prefix(model: nn.Module) -> str:

@@ -104,7 +104,7 @@ class TrainedParts(nn.Module):
         """Read what :meth:`save` wrote.
 
         Raises:
-            ValueError: for adapters that are not of the same rank and modules.
+            ValueError: for adapters that are not of the same rank and modules, or models of other layers.
             OSError: where a part is missing.
         """
         if self.lora:
@@ -112,7 +112,12 @@ class TrainedParts(nn.Module):
         else:
             for name, part in self.models.items():
                 saved = type(part).from_pretrained(Path(folder, name), dtype=part.dtype, use_safetensors=True)
-                part.load_state_dict(saved.state_dict())
+                try:
+                    part.load_state_dict(saved.state_dict())
+                except RuntimeError as error:
+                    raise ValueError(
+                        f"the {name} in {folder} has other layers than that of this base model"
+                    ) from error
 
 
 def _checkpoint_gradients(part: Any) -> None:

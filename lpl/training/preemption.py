@@ -92,10 +92,14 @@ class Preemption:
         if bound is not None:
             bound.cancel()
 
+    def received_here(self) -> bool:
+        """Whether this process has received a signal; the others may not have."""
+        return self.received is not None
+
     def asked(self) -> bool:
         """Whether the run ends here; the same in every process. Every process calls it after each step."""
         if self._group is None:
-            return self.received is not None
+            return self.received_here()
         agreed = self._arrived()
         self._send()
         return agreed

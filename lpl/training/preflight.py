@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from lpl.config import Config
 from lpl.config.choices import TRACKERS
 from lpl.config.groups import Data
-from lpl.data.reading import image_files
+from lpl.data.folder import Contents, image_files, suffix, why_no_images
 from lpl.data.source import held_out_names, shard_files
 from lpl.families import Family
 from lpl.tools import layout
+from lpl.tools.files import check_writable
 from lpl.tools.machine import has_gpu, missing
 from lpl.tools.words import warn
 from lpl.training.checkpoints import find_resumable
@@ -22,13 +25,14 @@ def preflight(config: Config) -> None:
     Raises:
         ValueError: with what was given, what is accepted, and the flag to change.
     """
+    _check_output(config)
     _check_data(config.data)
     _check_packages(config)
     _check_gpu(config)
     if config.evaluation.eval_steps is not None:
         folder = config.evaluation.eval_data_dir
-        if folder is None or not image_files(folder):
-            raise ValueError(f"--eval_data_dir {folder}: there is no such folder, or it has no images")
+        if folder is None or (why := why_no_images(folder)):
+            raise ValueError(f"--eval_data_dir {folder}: {why}")
     if config.output.resume_from_checkpoint not in (None, "latest", "hub"):
         find_resumable(config.output.output_dir, config.output.resume_from_checkpoint)
 
@@ -41,37 +45,61 @@ def check_captions(data: Data, family: type[Family]) -> None:
     """
     if data.dataset_name or data.streaming:
         return
-    folder, column = data.folder, data.caption_column
-    if any(file.suffix in (".jsonl", ".csv", ".parquet") for file in Path(folder).rglob("metadata.*")):
+    folder, column, contents = data.folder, data.caption_column, Contents.of(data.folder)
+    if contents.metadata or (contents.captioned and not family.class_conditional):
         return
     if not family.class_conditional:
         raise ValueError(
-            f"--train_data_dir {folder}: there are no captions; put a metadata.jsonl beside the images, a line each, "
-            f'such as {{"file_name": "cat.png", "{column}": "a photo of a cat"}}; only DiT takes class folders'
+            f"--train_data_dir {folder}: there are no captions{_other_metadata(contents)}; put a metadata.jsonl "
+            f'beside the images, a line each, such as {{"file_name": "cat.png", "{column}": "a photo of a cat"}}, or '
+            "beside each image a text file of its name, cat.txt; only DiT takes class folders"
         )
     if runs := [file.parent for file in Path(folder).rglob(layout.RECIPE) if (file.parent / layout.LOG).is_file()]:
         raise ValueError(
             f"--train_data_dir {folder}: {runs[0]} is the output folder of a run, whose pictures would be a class; "
             "move it elsewhere"
         )
-    if len({file.parent for file in image_files(folder)}) < 2:
+    if len({os.path.dirname(file) for file in contents.images}) < 2:
         raise ValueError(
             f"--train_data_dir {folder}: there are no class labels; put each class's images into a sub-folder, or a "
             f'metadata.jsonl beside them, a line each, such as {{"file_name": "cat.png", "{column}": 0}}'
         )
 
 
+def _other_metadata(contents: Contents) -> str:
+    """Names a file that may hold the captions under another name."""
+    files = [file for file in contents.files if suffix(file) in (".jsonl", ".json", ".csv", ".parquet", ".tsv")]
+    return (
+        f" ({os.path.basename(files[0])} is not read, since it is not called metadata.jsonl or .csv)" if files else ""
+    )
+
+
 def _check_data(data: Data) -> None:
     if data.dataset_name:
         return
-    files = shard_files(data.folder)[1] if data.streaming else image_files(data.folder)
-    if not files:
-        raise ValueError(f"--train_data_dir {data.train_data_dir}: the folder has no images")
-    if names := held_out_names(data.folder, files):
+    if data.streaming:
+        files: Sequence[str | Path] = shard_files(data.folder)[1]
+    elif why := why_no_images(data.folder):
+        raise ValueError(f"--train_data_dir {data.train_data_dir}: {why}")
+    else:
+        files = image_files(data.folder)
+    if names := held_out_names(data.folder, map(Path, files)):
         warn(
             f"--train_data_dir {data.train_data_dir}: everything in it is trained on, {' and '.join(names)} too; give "
             "the folder of the training images alone"
         )
+
+
+def _check_output(config: Config) -> None:
+    """Only the first process writes; the others may be on machines that do not see the folder."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    folder, validation = config.output.output_dir, config.validation
+    folders = [layout.SAMPLES, *([layout.EVALUATION] if config.evaluation.eval_steps is not None else [])]
+    files = (layout.LOG, layout.RECIPE, layout.CURVES, layout.CARD)
+    check_writable(f"--output_dir {folder}", folder, folders, files)
+    if validation.report_to != "none":
+        check_writable(f"--logging_dir {validation.logging_dir}", Path(folder, validation.logging_dir))
 
 
 def _check_packages(config: Config) -> None:

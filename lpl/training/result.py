@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
+
 from lpl.config.groups import Model
+from lpl.families.components import copy_component
 from lpl.families.description import Description
-from lpl.tools.files import filled_whole
+from lpl.tools import layout
+from lpl.tools.files import filled_whole, write_text
 from lpl.training.average import MovingAverage, averaged
-from lpl.training.loading import pipeline_source, replaced_components
 from lpl.training.lora import save_for_other_programs
 from lpl.training.parts import TrainedParts
 
@@ -60,12 +64,21 @@ class Result:
             component.save_pretrained(folder / name)
 
     def _save_pipeline(self, folder: Path) -> None:
-        # The frozen parts as they were shipped, not as this run cast them.
-        components = self._changed | replaced_components(self.model) | self.trained.models
-        source = pipeline_source(self.model, self.description) | components
-        pipeline_class = self.description.family.pipeline_class
-        pipeline = pipeline_class.from_pretrained(self.model.pipeline, **source)
-        if self.classes:  # which the pipeline reads from its index, but would not write there
-            names = {str(label): name for label, name in sorted(self.classes.items())}
-            pipeline.register_to_config(id2label=names)
-        pipeline.save_pretrained(folder)
+        """What is new is saved; all other parts are the base's own files."""
+        family, index = self.trained.family, dict(self.description.index)
+        new = self._changed | self.trained.models
+        if self.model.pretrained_vae_model_name_or_path:
+            new["vae"] = family.vae
+        for name, component in new.items():
+            component.save_pretrained(folder / name)
+            index[name] = [type(component).__module__.partition(".")[0], type(component).__name__]
+        for name in self.description.listed:
+            if name not in new:
+                copy_component(family.folder / name, folder / name, self.model.variant)
+        index |= dict.fromkeys(self.description.absent, [None, None])
+        index |= {"_diffusers_version": diffusers.__version__}
+        if self.classes:
+            index["id2label"] = {str(label): name for label, name in sorted(self.classes.items())}
+        left = ("_name_or_path", "_ignore_files")
+        index = {name: value for name, value in index.items() if name not in left}
+        write_text(folder / layout.INDEX, json.dumps(index, indent=2) + "\n")

@@ -35,8 +35,11 @@ from lpl.data.source import SHOWN, class_names, load_training_images
 from lpl.data.streaming import StreamedBatches, load_streamed_images, training_images
 from lpl.families import Family
 from lpl.families.description import Description
+from lpl.tools import layout
+from lpl.tools.results import lora_entries, pipeline_entries
 from lpl.tools.words import first_line
 from lpl.training.average import MovingAverage
+from lpl.training.base_model import check_base, identity
 from lpl.training.checkpoints import (
     Progress,
     check_data,
@@ -105,6 +108,14 @@ class Run:
         return self.progress.seed
 
     @property
+    def owns_folder(self) -> bool:
+        """Whether what is in the output folder is this run's: it resumes from one of the folder's checkpoints."""
+        if self.resumed is None:
+            return False
+        place = self.resumed.resolve()
+        return place.parent == self.folder.resolve() and place.name.startswith(layout.CHECKPOINT_PREFIX)
+
+    @property
     def is_main(self) -> bool:
         return self.accelerator.is_main_process
 
@@ -135,17 +146,19 @@ class Length:
 
     @classmethod
     def of(cls, optimization: Optimization, images: int | None, processes: int) -> Length:
-        """Args: images: in an epoch; None: unknown."""
+        """The length of a run on so many images in an epoch (None: nobody knows) and processes."""
         batch = optimization.train_batch_size * processes * optimization.gradient_accumulation_steps
         if images is None:
             assert optimization.max_train_steps is not None  # refused by config.checks
             return cls(batch, optimization.max_train_steps, optimization.max_train_steps)
-        steps = optimization.max_train_steps or math.ceil(optimization.num_train_epochs * images / batch)
+        steps = optimization.max_train_steps
+        if steps is None:
+            steps = math.ceil(optimization.num_train_epochs * images / batch)
         return cls(batch, steps, math.ceil(images / batch))
 
 
 @contextmanager
-def refusing(script: str, *errors: type[Exception]) -> Iterator[None]:
+def run_errors(script: str, *errors: type[Exception]) -> Iterator[None]:
     """Within, a ValueError, or one of the other errors, ends the process with its sentence and exit code 1."""
     try:
         yield
@@ -192,12 +205,20 @@ def start_accelerator(config: Config) -> Accelerator:
         raise ValueError(
             f"{accelerator.mixed_precision} (in accelerate's configuration) is not supported; give --mixed_precision"
         )
+    micro_batches = config.optimization.gradient_accumulation_steps
+    if accelerator.gradient_accumulation_steps != micro_batches:
+        raise ValueError(
+            f"accelerate's configuration accumulates {accelerator.gradient_accumulation_steps} micro-batches, and "
+            f"--gradient_accumulation_steps is {micro_batches}; give the flag, and leave it out there"
+        )
     if config.optimization.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
 
 
-def start_or_resume(config: Config, accelerator: Accelerator, download: Callable[[Output], None]) -> Run:
+def start_or_resume(
+    config: Config, description: Description, accelerator: Accelerator, download: Callable[[Output], None]
+) -> Run:
     """A run at its beginning, or at the checkpoint that --resume_from_checkpoint names.
 
     Args:
@@ -224,12 +245,15 @@ def start_or_resume(config: Config, accelerator: Accelerator, download: Callable
                 f"--output_dir {output.output_dir} has checkpoints of an earlier run, {earlier[-1].name} among them; "
                 "this run starts afresh and moves them aside; to resume it, add --resume_from_checkpoint latest"
             )
+        elif pipeline_entries(folder := Path(output.output_dir)) or lora_entries(folder):
+            logger.warning(f"--output_dir {output.output_dir} has the result of an earlier run, which is moved aside")
         drawn = broadcast_object_list([secrets.randbelow(2**31)])[0]
         progress = Progress(step=0, seed=drawn if seed is None else seed)
     set_seed(progress.seed)
     flags = recipe(config) | {"seed": progress.seed, "mixed_precision": accelerator.mixed_precision}
     if resumed is not None:
-        check_recipe(resumed, flags, accelerator.num_processes)
+        check_recipe(resumed, flags, accelerator.num_processes, identity(config.model, description.listed))
+        check_base(resumed, config, description)
     return Run(accelerator, Path(output.output_dir), progress, flags, resumed)
 
 
@@ -287,36 +311,49 @@ def order_of(images: TrainingImages, optimization: Optimization, run: Run) -> Ke
     return images.batches(optimization.train_batch_size, process, processes, first_batch, run.progress.stream)
 
 
-def load_models(
-    config: Config, description: Description, accelerator: Accelerator
-) -> tuple[Family, TrainedParts, MovingAverage | None]:
-    """The pipeline on the device, with a frozen VAE and frozen text encoders, what is trained of it, and its EMA.
+def load_weights(config: Config, description: Description, accelerator: Accelerator) -> Family:
+    """The pipeline, all of it frozen, on the CPU.
 
     Raises:
-        ValueError: where weights cannot be loaded, or are not finite.
+        ValueError: where weights cannot be loaded.
     """
-    path = config.model.pipeline
     try:
-        family = load_family(config.model, config.lora, description, weight_dtype(accelerator))
+        return load_family(config.model, config.lora, description, weight_dtype(accelerator))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--pretrained_model_name_or_path {path}: its weights cannot be loaded; look at --variant and --revision "
-            f"({first_line(error)})"
+            f"--pretrained_model_name_or_path {config.model.pipeline}: its weights cannot be loaded; look at "
+            f"--variant and --revision ({first_line(error)})"
         ) from error
-    trained = TrainedParts(
+
+
+def trained_parts(family: Family, config: Config) -> TrainedParts:
+    """What is trained of a pipeline, as the flags say."""
+    return TrainedParts(
         family,
         config.lora,
         text_encoders=config.model.train_text_encoder,
         gradient_checkpointing=config.optimization.gradient_checkpointing,
     )
+
+
+def place_models(
+    trained: TrainedParts, config: Config, description: Description, accelerator: Accelerator
+) -> MovingAverage | None:
+    """Move the models to the device; returns the EMA, if there is one.
+
+    Raises:
+        ValueError: where weights are not finite.
+    """
+    family = trained.family
     for part in (family.vae, family.denoiser, *family.text_encoders):
         part.to(accelerator.device)
     if broken := trained.not_finite():
+        path = config.model.pipeline
         raise ValueError(f"--pretrained_model_name_or_path {path}: the weights of {broken} are not finite")
     average = MovingAverage.of(trained, config.optimization)
     if average is not None and config.model.non_ema_revision and not config.lora.lora:
         average_from_revision(average, config.model, description)
-    return family, trained, average
+    return average
 
 
 def finish(accelerator: Accelerator) -> None:

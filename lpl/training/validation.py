@@ -91,10 +91,10 @@ class Validation:
             self.now(Stage.EVALUATION, step)
             self.log.validation(step, self.metrics.run(run.accelerator, self.trained, self.average, step))
         run.progress.looked = not self.preemption.asked_now()
-        run.ending = not run.progress.looked
+        run.ending = run.ending or not run.progress.looked
 
     def _due(self, step: int, every: int) -> bool:
-        return step % every == 0 or step == self.max_steps
+        return step == self.max_steps or step % every == 0
 
 
 # Held-out losses -----------------------------------------------------------------------------------------------------

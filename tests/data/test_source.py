@@ -26,7 +26,7 @@ def refused(call, *words):
     "flags, words",
     [
         ({"image_column": "picture"}, ("'picture'", "--image_column", "image, text")),
-        ({"caption_column": "caption"}, ("'caption'", "--caption_column", "image, text", "metadata.jsonl")),
+        ({"caption_column": "caption"}, ("'caption'", "image, text", "did you mean --caption_column text?")),
         ({"caption_column": "image"}, ("'image'", "--caption_column", "strings")),
         ({"image_column": "text"}, ("'text'", "--image_column", "no images")),
     ],

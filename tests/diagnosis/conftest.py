@@ -15,7 +15,7 @@ from lpl.diagnosis.status import Stage, Status
 from lpl.training import preflight
 from lpl.training.loading import load_family
 from lpl.training.parts import TrainedParts
-from lpl.training.start import open_images
+from lpl.training.start import Length, open_images
 
 
 def trained_parts(config, description, dtype=torch.float32):
@@ -49,7 +49,7 @@ def planned(sd_pipeline, image_folder, tmp_path, monkeypatch):
         images, _ = open_images(config, description, run)
         batch, steps = optimization.train_batch_size, optimization.max_train_steps
         global_batch = batch * optimization.gradient_accumulation_steps
-        return Plan(config, run, trained, images, images.objective, steps, global_batch, schedule)
+        return Plan(config, run, Length(global_batch, steps, steps), trained, images, schedule)
 
     yield make
     reset_accelerate()

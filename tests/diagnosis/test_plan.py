@@ -65,7 +65,7 @@ def test_the_threshold_in_timesteps(planned, threshold):
 @pytest.mark.parametrize("threshold", [1.0, 3.0, 12.0])
 def test_the_threshold_as_a_fraction_of_a_flow(planned, threshold):
     plan = planned(lpl_sigma_threshold=threshold)
-    plan.objective = get_objective("flow_matching", FlowMatchEulerDiscreteScheduler())
+    plan.images.objective = get_objective("flow_matching", FlowMatchEulerDiscreteScheduler())
     t = float(re.fullmatch(r"t <= (0\.\d{3})", plan.timesteps_inside())[1])
     sigma = plan.objective.sigma(torch.tensor([1000 * (t - 1e-3), 1000 * (t + 1e-3)]))
     assert sigma[0] < threshold < sigma[1]
@@ -93,7 +93,7 @@ def test_the_share_inside_is_that_of_the_timesteps_drawn(planned, monkeypatch):
     assert plan.share_inside() == pytest.approx(0.674)  # t <= 673
     assert len(set(drawn)) == plans.DRAWS
     # An infinite sigma, at the end of a schedule without any signal, is outside every threshold.
-    plan.objective = get_objective("epsilon", DDPMScheduler(rescale_betas_zero_snr=True))
+    plan.images.objective = get_objective("epsilon", DDPMScheduler(rescale_betas_zero_snr=True))
     monkeypatch.setattr(type(plan), "threshold", float("inf"))
     assert plan.share_inside() == pytest.approx(0.999)
 

@@ -10,6 +10,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_families import TINY
 from trainer import train
 
 from lpl.evaluation import generation
@@ -17,7 +18,7 @@ from lpl.evaluation.generation import find_models, generate, image_path, load_mo
 from lpl.tools.layout import LORA
 
 
-FAMILIES = ("sd", "sdxl", "sd3", "pixart_alpha", "pixart_sigma", "dit", "flux", "sana")
+FAMILIES = [fixtures[0].removesuffix("_pipeline") for fixtures in TINY.values()]
 SMALL = {"resolution": 32, "steps": 2, "guidance": 3.0, "device": "cpu", "progress": False}
 RUN = {"max_train_steps": 4, "checkpointing_steps": 2, "lpl_weight": 0}
 

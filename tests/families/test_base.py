@@ -222,6 +222,10 @@ REAL_SIZES = [  # the denoiser's and the VAE's configuration in the published mo
 ]
 
 
+def test_the_sizes_of_every_family_are_checked():
+    assert {name for name, *_ in REAL_SIZES} == set(TINY)
+
+
 @pytest.mark.parametrize("name, denoiser, levels, expected", REAL_SIZES)
 def test_resolutions_of_the_published_models(name, denoiser, levels, expected):
     family = FAMILY_OF[name]

@@ -1,5 +1,6 @@
 """The configuration files of a pipeline, and of the VAE that replaces its own."""
 
+import json
 import shutil
 
 import pytest
@@ -40,6 +41,23 @@ def test_an_unknown_family(sd_pipeline, image_folder, tmp_path, capsys, no_weigh
 def test_an_unknown_scheduler(sd_pipeline, image_folder, tmp_path, capsys, no_weights):
     pipeline = edited(sd_pipeline, tmp_path / "pipeline", None, scheduler=["diffusers", "MyScheduler"])
     assert "MyScheduler" in refusal(capsys, arguments(pipeline, image_folder, tmp_path / "out"))
+
+
+EDM = {"num_train_timesteps": 1000, "prediction_type": "epsilon", "sigma_data": 0.5}
+
+
+@pytest.mark.parametrize(
+    "name", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CMStochasticIterativeScheduler"]
+)
+@pytest.mark.filterwarnings("ignore:.*--prediction_type")
+def test_a_scheduler_without_betas(name, sdxl_pipeline, image_folder, tmp_path, capsys, no_weights):
+    pipeline = edited(sdxl_pipeline, tmp_path / "pipeline", None, scheduler=["diffusers", name])
+    config = json.dumps({"_class_name": name} | EDM)
+    (pipeline / "scheduler/scheduler_config.json").write_text(config)
+    for flags in ({}, {"prediction_type": "epsilon"}, {"prediction_type": "v_prediction"}):
+        message = refusal(capsys, arguments(pipeline, image_folder, tmp_path / "out", **flags))
+        assert all(words in message for words in (name, "EDM", "--prediction_type flow_matching"))
+    parsed(pipeline, image_folder, tmp_path / "out", prediction_type="flow_matching")
 
 
 @pytest.mark.parametrize("part", ["vae", "unet", "scheduler"])

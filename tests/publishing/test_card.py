@@ -230,6 +230,15 @@ def test_the_code_of_a_lora_names_the_base_that_it_was_trained_on(tmp_path):
     assert "revision=" not in written(tmp_path, base_arguments=where).text
 
 
+def test_the_code_of_a_lora_loads_what_replaced_parts_of_its_base(tmp_path):
+    changes = {"lora_rank": 4, "vae": "user/vae", "denoiser": ("unet", "raw"), "base_model": "user/sd"}
+    python = python_of(tmp_path, **changes)
+    assert 'vae = AutoModel.from_pretrained("user/vae"' in python and "vae=vae, unet=unet)" in python
+    assert 'unet = AutoModel.from_pretrained("user/sd", subfolder="unet", revision="raw"' in python
+    assert "AutoModel" not in python_of(tmp_path, vae="user/vae")  # it is in the result
+    assert "| VAE | [user/vae](" in written(tmp_path, vae="user/vae").text
+
+
 def test_a_branch_is_named_where_something_is_loaded(tmp_path):
     text = written(tmp_path, revision="v2").text
     assert 'from_pretrained("user/fox-lpl", revision="v2", dtype' in text and "--config user/fox-lpl@v2" in text

@@ -13,19 +13,22 @@ from huggingface_hub.errors import HfHubHTTPError
 from lpl.config.groups import Output
 from lpl.publishing.hub import SILENCE, HubError, api, download_run, push, reason
 from lpl.publishing.hub import prepare_repository as prepare
+from lpl.tools import layout
 from lpl.training.checkpoints import find_checkpoints
 from tests.publishing.conftest import TOKEN
 
 
-def prepare_repository(name, folder="out", token=TOKEN, private=False, revision=None) -> str:
+def prepare_repository(name, folder="out", token=TOKEN, private=False, revision=None, lora=False) -> str:
     return prepare(
         Output(
             hub_model_id=name,
             output_dir=str(folder),
+            push_to_hub=True,
             hub_token=token,
             hub_private_repo=private,
             hub_revision=revision,
-        )
+        ),
+        lora,
     )
 
 
@@ -271,3 +274,12 @@ def test_there_is_nothing_to_resume_from(hub, tmp_path, caplog):
     download("user/fox", tmp_path / "run")
     assert "there is no repository user/fox yet" in caplog.text and "user/fox has no checkpoint yet" in caplog.text
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("lora, there", [(True, layout.INDEX), (False, layout.LORA)])
+def test_a_repository_with_a_result_of_the_other_kind_is_refused(lora, there, hub, tmp_path):
+    (tmp_path / there).write_text("{}")
+    push(tmp_path, prepare_repository("fox"), TOKEN)
+    with pytest.raises(HubError, match="another --hub_model_id"):
+        prepare_repository("fox", lora=lora)
+    assert prepare_repository("fox", lora=not lora) == "user/fox"

@@ -12,22 +12,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_families import TINY, data_fixture
 from trainer import launch, metrics, train, validation_metrics, weights
 
 from lpl.families import FAMILIES
 
 
-FOLDERS = {  # family -> (fixture of its pipeline, of its images)
-    "stable-diffusion": ("sd_pipeline", "image_folder"),
-    "stable-diffusion-xl": ("sdxl_pipeline", "image_folder"),
-    "stable-diffusion-3": ("sd3_pipeline", "image_folder"),
-    "pixart-alpha": ("pixart_alpha_pipeline", "image_folder"),
-    "pixart-sigma": ("pixart_sigma_pipeline", "image_folder"),
-    "dit": ("dit_pipeline", "class_folder"),
-    "flux": ("flux_pipeline", "image_folder"),
-    "sana": ("sana_pipeline", "image_folder"),
-}
 FAMILY = {family.name: family for family in FAMILIES}
+FOLDERS = {name: (TINY[name][0], data_fixture(family)) for name, family in FAMILY.items()}  # fixtures
 AXES = {
     "family": tuple(FAMILY),
     "lora": (False, True),

@@ -15,7 +15,7 @@ from lpl.tools.files import (
     remove_halves,
     removed,
     save_state,
-    sync,
+    settle,
     visible_files,
     write_text,
     write_whole,
@@ -65,7 +65,7 @@ def test_a_whole_folder_is_flushed(tmp_path, monkeypatch):
     write_text(tmp_path / "deep" / "a.txt", "text")
     flushed = []
     monkeypatch.setattr(os, "fsync", lambda number: flushed.append(os.fstat(number).st_ino))
-    sync(tmp_path)
+    settle(tmp_path)
     assert {path.stat().st_ino for path in (tmp_path, *tmp_path.rglob("*"))} == set(flushed)
 
 

@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import seeded
-from tiny_families import load
+from tiny_families import TINY, load
 
 from lpl.config.groups import Lora
 from lpl.families import FAMILIES
@@ -21,11 +21,16 @@ from lpl.training import lora
 
 
 RANK, ALPHA = 2, 5.0
-KINDS = {"plain": {}, "rank-stabilised": {"use_rslora": True}, "DoRA": {"use_dora": True}}
-SCALE = {"plain": ALPHA / RANK, "rank-stabilised": ALPHA / RANK**0.5, "DoRA": ALPHA / RANK}
+KINDS = {
+    "plain": {},
+    "rank-stabilised": {"use_rslora": True},
+    "DoRA": {"use_dora": True},
+    "all-linear": {"targets": ["all-linear"]},
+}
+SCALE = dict.fromkeys(KINDS, ALPHA / RANK) | {"rank-stabilised": ALPHA / RANK**0.5}
 NAME = "my-run"
 ROUNDING = 1e-5  # of an image in [0, 1] in float32
-FIXTURES = ["sd", "sdxl", "sd3", "pixart_alpha", "pixart_sigma", "dit", "flux", "sana"]
+FIXTURES = [fixtures[0].removesuffix("_pipeline") for fixtures in TINY.values()]
 WITH_ENCODERS = ["sd", "sdxl", "sd3", "flux"]
 WITHOUT_OTHERS = {"pixart-alpha", "pixart-sigma", "dit", "sana"}  # families whose LoRA only diffusers and peft read
 FLUX_DOUBLE_BLOCK = [f"transformer_blocks.0.{name}" for name in ("attn.to_q", "attn.to_k", "attn.to_v", "ff.net.2")]
@@ -119,6 +124,11 @@ def test_the_trained_image_comes_back(name, kind, request, tmp_path):
     assert_same_image(image(fresh), image(family), base)
     scales = [scale for layer in layers(fresh.denoiser).values() for scale in layer.scaling.values()]
     assert scales == pytest.approx([SCALE[kind]] * len(scales))
+    if kind == "all-linear":
+        assert {type(layer.base_layer) for layer in layers(family.denoiser).values()} == {torch.nn.Linear}
+        others = [m for m in family.denoiser.modules() if isinstance(m, torch.nn.Linear)]
+        own = [m for layer in layers(family.denoiser).values() for m in layer.modules()]
+        assert all(any(module is mine for mine in own) for module in others)
 
 
 @pytest.mark.parametrize("kind", ["plain", "rank-stabilised"])
@@ -233,7 +243,7 @@ def test_a_reader_of_text_encoders_gets_what_was_trained(name, starts, request, 
 def test_weights_that_the_original_has_in_one(name, targets, original, stacked, kind, request, tmp_path):
     """Queries, keys and values, some without an adapter."""
     folder = request.getfixturevalue(f"{name}_pipeline")
-    family, parts = trained(folder, targets=targets, **KINDS[kind])
+    family, parts = trained(folder, **{"targets": targets} | KINDS[kind])
     tensors = load_file(save(family, parts, tmp_path))
     names = [stacked.format(part) for part in "qkv"]
     if name == "flux" and "single" in stacked:

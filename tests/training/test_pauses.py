@@ -41,7 +41,8 @@ def pausing(state, sd_pipeline, image_folder, tmp_path):
     def make(step, then=lambda: None, **flags):
         flags = {"checkpointing_steps": 2, "logging_steps": 100} | flags
         config, _ = parsed(sd_pipeline, image_folder, tmp_path / "out", **flags)
-        run, length = run_of(config, step, state.accelerator), Length(2, 10, 4)
+        run = run_of(config, step, state.accelerator, looked=True)  # as after an earlier validation
+        length = Length(2, 10, 4)
         log = Log(run, length, config.validation, config.output)
         samples = Samples(run.folder / "samples", None, None, config.validation, (32, 32), 0, (), ())
         validation = Validation(

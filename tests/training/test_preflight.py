@@ -80,6 +80,20 @@ def test_a_folder_of_classes_has_no_captions(sd_pipeline, class_folder, tmp_path
     assert "no captions" in message and '"text"' in message
 
 
+@pytest.mark.parametrize("place", ["/proc/run", "file/run", "link", "run/samples", "run/README.md"])
+def test_an_output_folder_that_cannot_be_written(place, sd_pipeline, image_folder, tmp_path, capsys, no_weights):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "run/README.md" if place.endswith("md") else tmp_path / "run").mkdir(parents=True)
+    if place == "run/samples":
+        (tmp_path / place).write_text("")
+    folder = tmp_path / ("run" if place.startswith("run") else place)
+    before = sorted(tmp_path.rglob("*"))
+    message = refusal(capsys, arguments(sd_pipeline, image_folder, folder))
+    assert message.startswith(f"--output_dir {folder}: ") and "give a" in message
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 # What is trained on without being meant ------------------------------------------------------------------------------
 
 

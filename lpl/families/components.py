@@ -1,0 +1,157 @@
+"""The files of a pipeline's components: whether those that a run needs are there, and copies of them.
+
+A component is *listed* if ``model_index.json`` names its class; its files lie in a folder of its name. It is *idle* if
+neither training nor sampling uses it (:meth:`Family.idle_components`). Idle ones may be absent; all others are needed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+
+from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError, safe_open
+
+from lpl.config.groups import Model
+from lpl.families.base import Family
+from lpl.tools.layout import INDEX
+from lpl.tools.trust import PICKLES, listed_files
+from lpl.tools.words import first_line, warn
+
+
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
+NOT_MODELS = ("scheduler", "tokenizer", "feature_extractor")  # components whose names begin so have no weights
+OTHERS_WEIGHTS = (*PICKLES, ".msgpack", ".h5", ".onnx", ".onnx_data", ".flashpack", ".gguf", ".py")
+WEIGHTS = re.compile(r"\.safetensors(\.index(\.[\w-]+)?\.json)?$")
+
+
+# Before anything is loaded -------------------------------------------------------------------------------------------
+
+
+def lacking(model: Model, family: type[Family], listed: Iterable[str], unread: Iterable[str]) -> list[str]:
+    """The idle components among those listed whose files are not there; warns of them.
+
+    Args:
+        unread: needed components whose weights come from elsewhere.
+
+    Raises:
+        ValueError: where files of a needed component are missing or damaged.
+    """
+    path, unread = model.pipeline, set(unread)
+    files, place = _files(model)
+    idle, gone = family.idle_components(), []
+    for name in listed if files else ():
+        here = [file.name for file in files if file.parent == PurePosixPath(name)]
+        missing = _missing(name, here, weights=name not in unread)
+        if missing and name in idle:
+            gone.append(name)
+        elif missing:
+            raise ValueError(
+                f"--pretrained_model_name_or_path {path}: its model_index.json lists {name}, but {place} has "
+                f"{missing}; {_cure(path, name, family)}"
+            )
+        elif Path(path).is_dir() and name not in unread:
+            _check_whole(path, name, weights(here, model.variant))
+    if gone:
+        warn(
+            f"{path}: its model_index.json lists {' and '.join(gone)}, but {place} lacks the files; the pipeline "
+            "works without, and so will the result"
+        )
+    return gone
+
+
+def _files(model: Model) -> tuple[list[PurePosixPath], str]:
+    """The files of a pipeline, and where they are; none if nobody can list them."""
+    path = model.pipeline
+    if Path(path).is_dir():
+        return listed_files(path), "the folder"
+    if files := listed_files(path, model.revision):
+        return files, "the repository"
+    cached = try_to_load_from_cache(path, INDEX, model.cache_dir, model.revision)
+    return listed_files(str(Path(cached).parent)) if isinstance(cached, str) else [], "the Hub's cache"
+
+
+def _missing(name: str, files: Sequence[str], weights: bool) -> str | None:
+    if not files:
+        return "no files of it"
+    if name.startswith("tokenizer") and not set(VOCABULARIES).intersection(files):
+        return f"no vocabulary of it ({', '.join(VOCABULARIES)})"
+    readable = (".safetensors", *PICKLES)  # pickles are refused with the way to convert them
+    if weights and not name.startswith(NOT_MODELS) and not any(file.endswith(readable) for file in files):
+        return "no weights of it"
+    return None
+
+
+def _cure(path: str, name: str, family: type[Family]) -> str:
+    if not Path(path).is_dir():
+        return "run once with a network (without HF_HUB_OFFLINE), or give a complete --revision"
+    if name in family.optional_components:
+        others = " and ".join(family.optional_components)
+        return f"put it there, or write [null, null] for {others} in that file to train without them"
+    return "put it there, or give a complete pipeline"
+
+
+def _check_whole(path: str, name: str, files: Iterable[str]) -> None:
+    """Reads the headers of safetensors, with which a file that is cut short does not agree."""
+    for file in files:
+        if file.endswith(".safetensors"):
+            try:
+                with safe_open(Path(path, name, file), "pt"):
+                    pass
+            except (OSError, SafetensorError) as error:
+                raise ValueError(
+                    f"--pretrained_model_name_or_path {path}: {name}/{file} is damaged, or a pointer of Git LFS "
+                    f"({first_line(error)}); download it again"
+                ) from error
+
+
+# Copies --------------------------------------------------------------------------------------------------------------
+
+
+def weights(files: Sequence[str], variant: str | None) -> list[str]:
+    """Those files of a component that hold the weights of a variant; without such, the plain ones.
+
+    >>> weights(["config.json", "model.safetensors", "model.fp16.safetensors"], "fp16")
+    ['model.fp16.safetensors']
+    """
+    found = [file for file in files if WEIGHTS.search(file)]
+    return [file for file in found if variant and _variant(file) == variant] or [
+        file for file in found if not _variant(file)
+    ]
+
+
+def _variant(file: str) -> str:
+    """The variant in a name.
+
+    >>> _variant("model.fp16-00001-of-00002.safetensors"), _variant("model.safetensors.index.fp16.json")
+    ('fp16', 'fp16')
+    """
+    stem = re.sub(r"-\d+-of-\d+|\.safetensors|\.index|\.json$", "", file)
+    return stem.partition(".")[2]
+
+
+def copy_component(source: Path, target: Path, variant: str | None = None) -> None:
+    """Copy a component as it was shipped: its configuration or vocabulary, and the weights that were loaded, which
+    lose the variant in their names, so that they load without one."""
+    names = sorted(path.name for path in source.iterdir() if path.is_file() and not path.name.startswith("."))
+    chosen = weights(names, variant)
+    kept = [name for name in names if not name.endswith(OTHERS_WEIGHTS) and not WEIGHTS.search(name)]
+    target.mkdir(parents=True)
+    for name in (*kept, *chosen):
+        plain = name.replace(f".{found}", "", 1) if name in chosen and (found := _variant(name)) else name
+        if name in chosen and name.endswith(".json"):
+            (target / plain).write_text(_plain_index(source / name), encoding="utf-8")
+        else:
+            shutil.copyfile(source / name, target / plain)
+
+
+def _plain_index(file: Path) -> str:
+    """The index of weights in several files, whose names lose the variant."""
+    content, variant = json.loads(file.read_text(encoding="utf-8")), _variant(file.name)
+    if variant:
+        places = content["weight_map"]
+        content["weight_map"] = {name: place.replace(f".{variant}", "", 1) for name, place in places.items()}
+    return json.dumps(content, indent=2) + "\n"

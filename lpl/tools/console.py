@@ -1,0 +1,27 @@
+"""What a program shows besides its own lines: warnings in one line each, and little of what its libraries say.
+
+Libraries say at every start which packages they miss, and draw a bar for each file that they load. None of it is of
+the user's run, so it is left out unless --verbose is given. Everything else that a library says is shown: errors,
+warnings of weights and data, and a bar where something takes long, such as a download.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+
+# Loggers that warn of packages that could be installed
+OF_PACKAGES = ("transformers.utils.import_utils", "bitsandbytes.backends.cpu.ops")
+BARS_AFTER = 10  # seconds
+
+
+def hush_libraries() -> None:
+    """Leave out what libraries say of themselves; to be called before they are imported."""
+    os.environ.setdefault("TQDM_DELAY", str(BARS_AFTER))
+    os.environ.setdefault("HF_HUB_DISABLE_SYMLINKS_WARNING", "1")
+    for name in OF_PACKAGES:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for category in (FutureWarning, DeprecationWarning):  # for those who call the libraries
+        warnings.simplefilter("ignore", category)

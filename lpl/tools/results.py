@@ -1,0 +1,56 @@
+"""Which entries of a run's output folder are its result: those of a pipeline, or those of a LoRA."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lpl.tools import layout
+
+
+def pipeline_entries(folder: Path) -> list[str]:
+    """A pipeline's index and the folders that it lists; empty if there is no index."""
+    if not (folder / layout.INDEX).is_file():
+        return []
+    return [*(name for name in _listed(folder) if (folder / name).is_dir()), layout.INDEX]
+
+
+def missing_components(folder: Path) -> list[str]:
+    """Components that a pipeline's index lists and the folder has no files of."""
+    if not (folder / layout.INDEX).is_file():
+        return []
+    return [name for name in _listed(folder) if not any((folder / name).glob("*"))]
+
+
+def _listed(folder: Path) -> list[str]:
+    try:
+        content = json.loads((folder / layout.INDEX).read_text(encoding="utf-8"))
+    except ValueError:  # it is no index
+        return []
+    return [name for name, entry in content.items() if isinstance(entry, list) and entry != [None, None]]
+
+
+def lora_entries(folder: Path) -> list[str]:
+    """The files and folders of a LoRA: diffusers', peft's, and that for other programs."""
+    patterns = (layout.LORA, f"*{layout.OTHERS_SUFFIX}", f"*{layout.PEFT_SUFFIX}/{layout.PEFT_CONFIG}")
+    found = [path.relative_to(folder) for pattern in patterns for path in sorted(folder.glob(pattern))]
+    return [path.parts[0] for path in found]
+
+
+def scheduler_entries(folder: Path) -> list[str]:
+    """The scheduler beside a LoRA of another objective than its base's."""
+    return ["scheduler"] if (folder / "scheduler").is_dir() else []
+
+
+def check_one_kind(what: str, folder: Path) -> None:
+    """Refuse a folder with a pipeline and a LoRA: its card can be of one of them only.
+
+    Raises:
+        ValueError: with what to move.
+    """
+    pipeline, lora = pipeline_entries(folder), lora_entries(folder)
+    if pipeline and lora:
+        raise ValueError(
+            f"{what}: it holds a pipeline and a LoRA, and its card is of one of them; move the other's files away, "
+            f"{' '.join(pipeline)} or {' '.join(lora)}"
+        )

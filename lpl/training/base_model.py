@@ -1,0 +1,114 @@
+"""Whether a resumed run still has the base model that it started with, before any weights are loaded.
+
+A checkpoint whose layers do not fit the base's denoiser is refused: it is of another model. A recipe records the
+base's *identity*, a commit of the Hub or a fingerprint of a folder's files; another one on resume is warned of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+from safetensors import safe_open
+from torch import nn
+
+from lpl.autoencoders import skeleton
+from lpl.config import Config
+from lpl.config.groups import Model
+from lpl.families.description import Description
+from lpl.tools.layout import INDEX
+from lpl.training.lora import FILE, PEFT_FILE, PEFT_PREFIX, in_one_file, peft_folder
+
+
+LARGE = 2**20  # bytes; of a larger file the beginning and the middle are read
+Shapes = dict[str, tuple[int, ...]]
+
+
+def identity(model: Model, listed: Sequence[str]) -> str | None:
+    """What the base model is; None if nobody can tell.
+
+    Args:
+        listed: names of its components.
+    """
+    path = Path(model.pipeline)
+    if not path.is_dir():
+        index = try_to_load_from_cache(model.pipeline, INDEX, model.cache_dir, model.revision)
+        return Path(index).parent.name if isinstance(index, str) else None
+    digest = hashlib.sha256()
+    places = (file for name in sorted(listed) for file in sorted((path / name).glob("*")))
+    for file in (path / INDEX, *places):
+        if file.is_file() and file.suffix in (".json", ".txt", ".model", ".safetensors"):
+            digest.update(str(file.relative_to(path)).encode())
+            digest.update(_some(file))
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _some(file: Path) -> bytes:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        if size <= 2 * LARGE:
+            return stream.read()
+        beginning = stream.read(LARGE)
+        stream.seek(size // 2)
+        return str(size).encode() + beginning + stream.read(LARGE)
+
+
+def check_base(resumed: Path, config: Config, description: Description) -> None:
+    """Refuse a checkpoint that is not of the base's denoiser.
+
+    Raises:
+        ValueError: with the first layer that differs.
+    """
+    family, lora = description.family, config.lora.lora
+    settings = family.untrained_config(description.denoiser) if config.model.from_scratch else description.denoiser
+    denoiser = skeleton(settings)
+    saved = _adapters(resumed, description) if lora else _shapes(resumed / family.denoiser_name)
+    found = _other_adapter(saved, denoiser) if lora else _other_weight(saved, denoiser)
+    if found is not None:
+        raise ValueError(
+            f"--resume_from_checkpoint {resumed.name}: it is of another base model than "
+            f"--pretrained_model_name_or_path {config.model.pipeline}: {found}; give the pipeline that the run began "
+            "with, or start another run"
+        )
+
+
+def _shapes(folder: Path, pattern: str = "*.safetensors") -> Shapes:
+    """Shapes of all tensors in a folder's files, from their headers."""
+    shapes: Shapes = {}
+    for file in sorted(folder.glob(pattern)):
+        with safe_open(file, "pt") as tensors:
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    return shapes
+
+
+def _adapters(folder: Path, description: Description) -> Shapes:
+    """Shapes of the denoiser's adapter, by the names of its layers."""
+    name, one = description.family.denoiser_name, in_one_file(description.family.pipeline_class)
+    shapes = _shapes(folder, FILE) if one else _shapes(peft_folder(folder, name), PEFT_FILE)
+    prefix = f"{name}." if one else PEFT_PREFIX
+    return {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
+
+
+def _other_weight(saved: Shapes, denoiser: nn.Module) -> str | None:
+    own = {name: tuple(parameter.shape) for name, parameter in denoiser.named_parameters()}
+    for name in (name for name in own if saved.get(name) != own[name]):
+        there = f"is {saved[name]} there" if name in saved else "is not there"
+        return f"{name} {there}, and {own[name]} here"
+    lost = saved.keys() - own.keys() - dict(denoiser.named_buffers()).keys()
+    return f"{min(lost)} is not here" if lost else None
+
+
+def _other_adapter(saved: Shapes, denoiser: nn.Module) -> str | None:
+    """The first adapter that does not fit its layer: A is (r, in, ...), B is (out, r, ...)."""
+    if not saved:
+        return "it has no adapter for this denoiser"
+    own = {name: tuple(parameter.shape) for name, parameter in denoiser.named_parameters()}
+    for name, shape in saved.items():
+        layer, _, kind = name.partition(".lora_")
+        weight = own.get(f"{layer}.weight")
+        fits = weight is not None and {"A": shape[1:] == weight[1:], "B": shape[:1] == weight[:1]}.get(kind[:1], True)
+        if not fits:
+            return f"the adapter of {layer} does not fit"
+    return None

@@ -1,0 +1,60 @@
+"""What an earlier run left in the output folder is set aside before a run writes there.
+
+A run that starts afresh, or from a checkpoint of another folder, owns nothing of what it finds: an earlier result,
+with its card, log, recipe and pictures, goes into ``earlier-run``, which is an output folder of its own; checkpoints
+get other names (:func:`lpl.training.checkpoints.set_aside`). A run that resumes owns its folder, except for a result
+of the other kind: a pipeline where a LoRA is trained, or a LoRA where a pipeline is.
+"""
+
+from __future__ import annotations
+
+import logging
+from itertools import chain, count
+from pathlib import Path
+
+from lpl.tools import layout
+from lpl.tools.files import UNFINISHED
+from lpl.tools.results import lora_entries, pipeline_entries, scheduler_entries
+from lpl.training.checkpoints import set_aside
+from lpl.training.start import Run
+
+
+logger = logging.getLogger(__name__)
+BESIDE = (  # what describes a result
+    *(layout.LOG, layout.SAMPLE_LOSSES, layout.BAD_SAMPLES, layout.CURVES, layout.SAMPLES, layout.EVALUATION),
+    *(layout.RECIPE, layout.CARD),
+)
+
+
+def set_earlier_aside(run: Run, lora: bool) -> None:
+    """Make room for a run before it writes; on the main process.
+
+    Args:
+        lora: it trains a LoRA.
+    """
+    own = run.owns_folder
+    moved = set_aside(run.folder, run.step if own else 0)
+    pipeline, adapters = pipeline_entries(run.folder), lora_entries(run.folder)
+    if own:
+        entries = pipeline if lora else adapters
+    else:
+        found = pipeline or adapters or moved
+        beside = [name for name in BESIDE if (run.folder / name).exists()] if found else []
+        entries = [*beside, *(scheduler_entries(run.folder) if found else []), *pipeline, *adapters]
+    entries = list(dict.fromkeys(entries))  # the index and the LoRA last: with them, a killed move goes on
+    unfinished = run.folder / f".{layout.EARLIER_RUN}{UNFINISHED}"
+    if not entries and not unfinished.is_dir():
+        return
+    unfinished.mkdir(exist_ok=True)
+    for name in entries:
+        (run.folder / name).rename(unfinished / name)
+    place = unfinished.rename(_free(run.folder / layout.EARLIER_RUN))
+    logger.warning(
+        f"--output_dir {run.folder}: what an earlier run left there is moved to {place.name}: {', '.join(entries)}"
+    )
+
+
+def _free(place: Path) -> Path:
+    """The same path, with a number behind it if that is taken."""
+    numbered = (place.with_name(f"{place.name}-{number}") for number in count(2))
+    return next(path for path in chain([place], numbered) if not path.exists())
