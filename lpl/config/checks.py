@@ -125,7 +125,7 @@ def _check_streaming(config: Config) -> None:
     if config.optimization.max_train_steps is None:
         raise ValueError("--streaming: how many images an epoch has is not known; give --max_train_steps")
     every_epochs = config.validation.validation_steps is None and config.validation.validation_epochs > 0
-    if rules.validated(config) and every_epochs:
+    if rules.validates(config.values()) and every_epochs:
         raise ValueError(
             "--streaming: how many steps an epoch of --validation_epochs has is not known; give --validation_steps"
         )
