@@ -20,6 +20,7 @@ from lpl.config.flag import flags_of
 from lpl.config.foreign import FOREIGN
 from lpl.config.groups import Lora, Lpl
 from lpl.options import check_options, parse_weight
+from lpl.tools.places import lies_within
 from lpl.tools.privacy import HUB_ID
 from lpl.tools.words import warn, why_no_folder
 
@@ -32,7 +33,8 @@ def check_words(config: Config) -> None:
     """
     for name, value in config.values().items():
         if FLAGS[name].path:
-            _check_place(name, value)
+            for place in value if isinstance(value, tuple) else (value,):
+                _check_place(name, place)
     _check_sources(config)
     _check_streaming(config)
     _check_lora(config)
@@ -42,6 +44,7 @@ def check_words(config: Config) -> None:
     _check_validation(config)
     _check_evaluation(config)
     _check_output(config)
+    _check_written(config)
     _warn_of_zeros(config)
 
 
@@ -285,3 +288,43 @@ def _check_output(config: Config) -> None:
         )
     if Path(output.output_dir).resolve() == Path(pipeline).resolve():
         raise ValueError(f"--output_dir {output.output_dir}: this is the pipeline to start from; give another folder")
+
+
+def _check_written(config: Config) -> None:
+    """Refuse to write where the data is read: pictures of a run would be training images at its next start."""
+    data, output, evaluation = config.data, config.output, config.evaluation
+    real = None if evaluation.eval_steps is None else evaluation.eval_data_dir
+    read = {
+        "dataset_name": data.dataset_name,
+        "train_data_dir": None if data.dataset_name else data.train_data_dir,
+        "eval_data_dir": real,
+    }
+    written = {
+        "output_dir": output.output_dir,
+        "cache_dir": config.model.cache_dir,
+        "logging_dir": os.path.join(output.output_dir, config.validation.logging_dir),
+        "report_to": None,
+    }
+    if config.validation.report_to in ("wandb", "all"):  # which keeps the logged pictures in the working directory
+        written["report_to"] = os.path.join(os.environ.get("WANDB_DIR") or ".", "wandb")
+    for source, folder in read.items():
+        if folder is None or not os.path.isdir(folder):
+            continue
+        for name, place in written.items():
+            check_outside(f"--{name}", place, f"--{source}", folder)
+    trained = data.dataset_name or data.train_data_dir
+    if real and trained and os.path.isdir(trained) and (lies_within(real, trained) or lies_within(trained, real)):
+        warn("--eval_data_dir: its images are trained on too, so the metrics look better than they are")
+
+
+def check_outside(flag: str, place: str | None, source: str, folder: str) -> None:
+    """Refuse a place that a program writes to within a folder whose images it reads.
+
+    Raises:
+        ValueError: with both flags.
+    """
+    if place is not None and lies_within(place, folder):
+        raise ValueError(
+            f"{flag} {place}: it lies in {source} {folder}, where the next start would take what is written for data; "
+            "give a folder outside"
+        )

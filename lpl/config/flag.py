@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -35,6 +36,7 @@ NOT_NEGATIVE = Range(lambda value: 0 <= value < math.inf, "0 or more")
 SHARE = Range(lambda value: 0 <= value <= 1, "between 0 and 1")
 POSITIVE_SHARE = Range(lambda value: 0 < value <= 1, "more than 0 and at most 1")
 BELOW_ONE = Range(lambda value: 0 <= value < 1, "0 or more and less than 1")
+STEPS_OR_SHARE = Range(lambda value: value < 1 or value == int(value), "a whole number, or a share below 1")
 TWO_OR_MORE = Range(lambda value: value >= 2, "2 or more")
 
 
@@ -66,7 +68,7 @@ class Flag:
         own: the flag concerns the machine and its user, not the training; a recipe from the Hub cannot set it.
         public: called with the value and all values; returns whether the value means the same on every machine.
             None: every value does.
-        path: the value may be a local path.
+        path: the value may be a local path, in which ``~`` stands for the home folder.
         in_recipe: whether ``recipe.yaml`` records the flag.
         held_out: value for the held-out losses.
         training_only: a promise that the held-out losses do not read this LPL flag; a run warns of it accordingly. A
@@ -121,6 +123,17 @@ def boolean(word: str) -> bool:
     return word.lower() == "true"
 
 
+def number(word: str) -> int | float:
+    """A whole number as an int, another one as a float."""
+    try:
+        return int(word)
+    except ValueError:
+        return float(word)
+
+
+KINDS = {str: None, bool: boolean, int | float: number}  # types of values -> argparse's; others convert themselves
+
+
 # The bridge to argparse ----------------------------------------------------------------------------------------------
 
 
@@ -160,7 +173,7 @@ def _options(group: type) -> Iterator[tuple[Field, dict[str, Any]]]:
             continue
         default = list(item.default) if isinstance(item.default, tuple) else item.default
         options: dict[str, Any] = {"default": default, "help": declared.help, "choices": declared.choices}
-        options["type"] = boolean if kind is bool else None if kind is str else kind
+        options["type"] = os.path.expanduser if declared.path else KINDS.get(kind, kind)
         if several:
             options["nargs"] = "+"
         if default is MISSING:
@@ -168,12 +181,12 @@ def _options(group: type) -> Iterator[tuple[Field, dict[str, Any]]]:
         yield item, options
 
 
-def _kind(hint: Any) -> tuple[type, bool]:
+def _kind(hint: Any) -> tuple[Any, bool]:
     """The type without "| None", and whether the flag takes several values.
 
     >>> _kind(int | None), _kind(tuple[str, ...])
     ((<class 'int'>, False), (<class 'str'>, True))
     """
-    if isinstance(hint, types.UnionType):
+    if isinstance(hint, types.UnionType) and hint != int | float:
         hint = next(part for part in get_args(hint) if part is not types.NoneType)
     return (get_args(hint)[0], True) if get_origin(hint) is tuple else (hint, False)

@@ -6,6 +6,7 @@ pipeline (:func:`lpl.families.resolve.resolve`). Functions take the groups that 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,6 +33,7 @@ from lpl.config.flag import (
     POSITIVE,
     POSITIVE_SHARE,
     SHARE,
+    STEPS_OR_SHARE,
     TWO_OR_MORE,
     OnResume,
     at_most,
@@ -469,10 +471,11 @@ class Optimization:
         False, "multiply the learning rates by the number of processes, the accumulation steps and the batch size"
     )
     lr_scheduler: str = flag("constant", "learning rate schedule", choices=LR_SCHEDULERS)
-    lr_warmup_steps: int = flag(
+    lr_warmup_steps: int | float = flag(
         500,
-        "warm-up steps of the learning rate schedule; the constant schedule has none",
-        range=NOT_NEGATIVE,
+        "warm-up steps of the learning rate schedule; a number below 1 is a share of the run; the constant schedule "
+        "has none",
+        range=(NOT_NEGATIVE, STEPS_OR_SHARE),
         used=rules.warms_up,
     )
     lr_num_cycles: int = flag(
@@ -540,6 +543,11 @@ class Optimization:
         "random seed; default: drawn at random and recorded in recipe.yaml",
         range=(NOT_NEGATIVE, at_most(2**32 - 1)),
     )
+
+    def warmup_steps(self, max_steps: int) -> int:
+        """Warm-up steps of the schedule in a run of that length."""
+        share = self.lr_warmup_steps
+        return math.ceil(share * max_steps) if share < 1 else int(share)
 
 
 @dataclass(frozen=True)
@@ -609,9 +617,10 @@ class Evaluation:
     eval_features: tuple[str, ...] = own_flag(
         ("facebook/dinov2-base",),
         "feature networks for the metrics, named as for python -m lpl.evaluate",
+        path=True,
         used=rules.compares_sets,
     )
-    eval_clip: str = own_flag(CLIP, "CLIP model for clip_score", used=rules.scores_captions)
+    eval_clip: str = own_flag(CLIP, "CLIP model for clip_score", path=True, used=rules.scores_captions)
     eval_num_images: int | None = own_flag(
         None,
         "number of images to generate for the evaluation; default: the number of real images",
@@ -631,6 +640,7 @@ class Output:
         None,
         "recipe: a YAML file that maps flags to values, such as a run's recipe.yaml, or a Hub repository with one "
         "(user/repo or user/repo@revision); the command line overrides it",
+        path=True,
         in_recipe=False,
     )
     without: tuple[str, ...] | None = flag(None, "flags to drop from the recipe of --config", in_recipe=False)

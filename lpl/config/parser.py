@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from typing import Any, NoReturn
 
-from lpl.config.flag import boolean
+from lpl.config.flag import boolean, number
 from lpl.config.foreign import FOREIGN
 from lpl.tools.words import close_match
 
@@ -51,7 +52,8 @@ class HelpFormatter(argparse.MetavarTypeHelpFormatter):
     """Shows the type of each flag, and its default unless it is None or off."""
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        return getattr(action.type or str, "__name__", "str")
+        names = {None: "str", os.path.expanduser: "str", number: "int|float"}
+        return names.get(action.type) or getattr(action.type, "__name__", "str")
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         default = action.default

@@ -53,8 +53,15 @@ class BadSamples:
             else:
                 self.path.unlink(missing_ok=True)
         accelerator.wait_for_everyone()
-        self._known = {entry["image"] for entry in entries(self.path)}
+        self._known = self._still_there({entry["image"]: entry["file"] for entry in entries(self.path)})
         self._new: dict[int, str] = {}
+
+    def _still_there(self, listed: Mapping[int, str | None]) -> set[int]:
+        """Without the places that hold another file since the data has changed."""
+        if self.images.length is None:
+            return set(listed)
+        names = self.images.file_names([place for place in listed if place < self.images.length])
+        return {place for place, name in names.items() if name == listed[place]}
 
     def observe(self, step: int, batch: Mapping[str, Any], *_: Any) -> None:
         """Record the bad samples of a micro-batch."""

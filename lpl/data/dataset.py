@@ -28,7 +28,7 @@ from lpl.config import held_out
 from lpl.config.groups import Data, Diffusion
 from lpl.data.order import KeyedBatches, Stream, keyed_generator
 from lpl.data.reading import choose_caption, cropped, open_image, to_rgb
-from lpl.data.source import data_folders
+from lpl.data.source import class_names, data_folders
 from lpl.data.timeouts import Readings, TookTooLong, at_most
 from lpl.objectives import Objective, timestep_density, timestep_weights
 from lpl.tools.words import first_line
@@ -95,8 +95,7 @@ class TrainingImages(TorchDataset[Sample]):
     @property
     def class_names(self) -> dict[int, str]:
         """Class names by label; empty if the data set has none."""
-        feature = self.dataset.features[self.data.caption_column]
-        return dict(enumerate(getattr(feature, "names", None) or []))
+        return dict(enumerate(class_names(self.dataset, self.data)))
 
     def size_of(self, index: int) -> tuple[int, int]:
         """Height and width that a sample is trained at."""

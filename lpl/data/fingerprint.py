@@ -28,7 +28,9 @@ import fsspec
 from datasets import Dataset, IterableDataset
 from datasets import Image as ImageFeature
 
+from lpl.config.groups import Data
 from lpl.data.reading import LARGEST_FILE, lies_in
+from lpl.data.source import data_folders
 
 
 IMAGES = 512  # files read
@@ -55,6 +57,27 @@ def fingerprint(
     for part in parts:  # a line of JSON each, so that parts cannot run into each other
         digest.update(json.dumps(part, default=str).encode() + b"\n")
     return f"sha256:{digest.hexdigest()}"
+
+
+def data_facts(dataset: Dataset | IterableDataset, data: Data, cache_dir: str | None) -> dict[str, Any]:
+    """What a recipe records of the data: its fingerprint, and the number of images if known."""
+    folders = data_folders(data, cache_dir)
+    facts: dict[str, Any] = {"fingerprint": fingerprint(dataset, data.image_column, data.caption_column, folders)}
+    return facts | ({"images": len(dataset)} if isinstance(dataset, Dataset) else {})
+
+
+def other_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """How data differs from that of a recipe; None if it does not, or if the recipe does not tell.
+
+    Args:
+        before, now: :func:`data_facts`; those of a recipe may be anything.
+    """
+    if before.get("fingerprint") in (None, now["fingerprint"]):
+        return None
+    count, images = before.get("images"), now.get("images")
+    if isinstance(count, int) and 0 < count < 2**31 and images not in (None, count):
+        return f"{images} images instead of {count}"
+    return "other images or captions, or in another order"
 
 
 def _loaded(dataset: Dataset, image_column: str, caption_column: str, folders: Sequence[str]) -> Iterator[Any]:

@@ -15,7 +15,7 @@ from typing import IO, Any, cast
 import fsspec
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from lpl.tools.pictures import on_white
@@ -28,6 +28,11 @@ FORMATS = [kind for kind in Image.ID if kind != "EPS"]  # an EPS file is a progr
 # A text or colour profile of over 1 MiB would cost the image; the limit for all texts of an image stays.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 LARGEST_FILE = 2**30  # bytes read of a file in an archive, which may unpack to any size
+# Formats that say which value is white, if there are more than 8 bits; None: of no file
+DEEP = ("TIFF", "PNG", "PPM", "JPEG2000", None)
+ACCEPTED = "save it with 8 or 16 bits, or as floating-point numbers from 0 to 1"
+BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # TIFF's tags
+WHITE_IS_ZERO, SIGNED = 0, 2  # values of the last two
 LONGEST = 8  # an image whose aspect ratio exceeds the crop's by more than this is cropped before it is resized
 
 
@@ -87,15 +92,43 @@ def lies_in(path: str, folder: str) -> bool:
 def to_rgb(image: Image.Image | None) -> Image.Image:
     """Converts an image of any mode to 8-bit RGB, upright, with a white background.
 
+    Of 16 bits and of 12 the upper 8 are taken. Floating-point numbers must be from 0, black, to 1, white. Integers of
+    32 bits and signed ones have no white that everybody agrees on, and are refused, as are formats of instruments.
+
     Raises:
-        ValueError: if there is no image.
+        ValueError: if there is no image, or it is not known which value is white.
     """
     if image is None:
         raise ValueError("there is no image in this row")
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits, which PIL would clip to white
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    return on_white(image)
+    tags = getattr(image, "tag_v2", {})  # of TIFF
+    if SIGNED in tags.get(SAMPLE_FORMAT, ()):
+        raise ValueError(f"its pixels are signed integers; {ACCEPTED}")
+    upright = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        if image.format not in DEEP or (image.format == "TIFF" and image.mode == "I"):
+            raise ValueError(f"which value is white is not known ({image.format}, mode {image.mode}); {ACCEPTED}")
+        bits = tags.get(BITS, (16,))[0]
+        upright = _in_8_bits(upright, 1.0 if image.mode == "F" else 2.0**bits - 1)
+        if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # PIL inverts 8 bits and fewer only
+            upright = ImageOps.invert(upright)
+    if image.mode == "LAB":
+        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        upright = ImageCms.profileToProfile(upright, *profiles, outputMode="RGB") or upright
+    return on_white(upright)
+
+
+def _in_8_bits(image: Image.Image, white: float) -> Image.Image:
+    """A grayscale image of larger numbers, from 0 to white, with 8 bits.
+
+    Raises:
+        ValueError: if a number lies outside.
+    """
+    numbers = np.asarray(image).astype(np.float64)
+    low, high = numbers.min(), numbers.max()
+    if not (low >= 0 and high <= white):  # also for NaN
+        raise ValueError(f"its pixels go from {low:g} to {high:g} and not from 0 to {white:g}; {ACCEPTED}")
+    levels = 255 * numbers + 0.5 if white == 1 else numbers * 256 / (white + 1)
+    return Image.fromarray(levels.astype(np.uint8))
 
 
 def cropped(

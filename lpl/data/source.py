@@ -9,7 +9,8 @@ import glob
 import json
 import logging
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -48,25 +49,28 @@ SHARDS = {".parquet": "parquet", ".tar": "webdataset"}  # suffixes that --stream
 folder_based_builder.pd = SimpleNamespace(  # type: ignore[attr-defined]
     read_csv=partial(pandas.read_csv, keep_default_na=False, na_values=[""])
 )
+SHOWN = 20  # class names in a message
+HELD_OUT = {"test", "testing", "val", "valid", "validation", "eval", "evaluation", "dev"}  # names of such splits
 
 
 def load_training_images(
-    data: Data, seed: int, cache_dir: str | None, num_classes: int | None = None
+    data: Data, seed: int, cache_dir: str | None, num_classes: int | None = None, classes: Sequence[str] = ()
 ) -> tuple[Dataset, Dataset | None]:
     """Loads the training data and the held-out data for the validation loss (None if the flags ask for none).
 
     Args:
         seed: draws the --max_train_samples.
         num_classes: of a class-conditional family, whose captions are class labels.
+        classes: names by label that the run to resume was trained with; they keep their labels.
 
     Raises:
         ValueError: if there is nothing to train on, or a column is missing or of the wrong type.
     """
-    dataset, held_out = _map_style(data, data.train_split, cache_dir, num_classes), None
+    dataset, held_out = _map_style(data, data.train_split, cache_dir, num_classes, classes), None
     if data.max_train_samples is not None:
         dataset = dataset.shuffle(seed=seed).select(range(min(data.max_train_samples, len(dataset))))
     if data.validation_split is not None:
-        held_out = _map_style(data, data.validation_split, cache_dir, num_classes)
+        held_out = _map_style(data, data.validation_split, cache_dir, num_classes, class_names(dataset, data))
     elif data.validation_every_nth is not None:
         every_nth = range(0, len(dataset), data.validation_every_nth)
         held_out = dataset.select(every_nth)
@@ -78,14 +82,16 @@ def load_training_images(
     return dataset, held_out
 
 
-def _map_style(data: Data, split: str, cache_dir: str | None, num_classes: int | None) -> Dataset:
-    dataset = load_split(data, split, cache_dir, num_classes)
+def _map_style(
+    data: Data, split: str, cache_dir: str | None, num_classes: int | None, classes: Sequence[str]
+) -> Dataset:
+    dataset = load_split(data, split, cache_dir, num_classes, classes)
     assert isinstance(dataset, Dataset), "a streamed data set is loaded by load_streamed_images"
     return dataset
 
 
 def load_split(
-    data: Data, split: str, cache_dir: str | None, num_classes: int | None = None
+    data: Data, split: str, cache_dir: str | None, num_classes: int | None = None, classes: Sequence[str] = ()
 ) -> Dataset | IterableDataset:
     """Loads the image and caption column of a split, images undecoded; with --streaming as an ``IterableDataset``.
 
@@ -103,6 +109,8 @@ def load_split(
         dataset = dataset.cast_column(data.image_column, ImageFeature(decode=False))
     check_columns(dataset, data.image_column, data.caption_column, where, num_classes)
     dataset = dataset.select_columns([data.image_column, data.caption_column])
+    if num_classes is not None and classes:
+        dataset = _with_labels_of(dataset, data.caption_column, classes, num_classes, where)
     if isinstance(dataset, IterableDataset):
         return dataset
     return dataset.cast_column(data.image_column, ImageFeature(decode=False))
@@ -254,6 +262,39 @@ def _check_labels(dataset: Dataset | IterableDataset, column: str, where: str, n
         )
 
 
+def class_names(dataset: Dataset | IterableDataset, data: Data) -> list[str]:
+    """Class names by label; empty if the data set has none."""
+    return list(getattr((dataset.features or {}).get(data.caption_column), "names", None) or [])
+
+
+def _with_labels_of(
+    dataset: Dataset | IterableDataset, column: str, classes: Sequence[str], num_classes: int, where: str
+) -> Dataset | IterableDataset:
+    """Gives classes the labels that they had when the checkpoint was trained; new ones follow.
+
+    Raises:
+        ValueError: if a label has changed and cannot be changed back.
+    """
+    names = list(getattr(_feature(dataset, column), "names", None) or [])
+    if names[: len(classes)] == list(classes):
+        return dataset
+    merged = [*classes, *(name for name in names if name not in classes)]
+    if not names or isinstance(dataset, IterableDataset) or len(merged) > num_classes:
+        raise ValueError(
+            f"{where}: the checkpoint was trained with other class labels ({_some(classes)}) than the data has now "
+            f"({_some(names) or 'numbers without names'}); restore the data, or start another run"
+        )
+    logger.warning("%s: the classes keep the labels that the checkpoint was trained with: %s", where, _some(merged))
+    places = {name: label for label, name in enumerate(merged)}
+    labels = [None if label is None else places[names[label]] for label in dataset[column]]
+    return dataset.remove_columns(column).add_column(column, labels, feature=ClassLabel(names=merged))
+
+
+def _some(names: Sequence[str]) -> str:
+    """Names with their labels, at most SHOWN of them."""
+    return ", ".join(f"{label} {name}" for label, name in enumerate(names[:SHOWN])) + ", ..." * (len(names) > SHOWN)
+
+
 def data_folders(data: Data, cache_dir: str | None) -> list[str]:
     """Folders that a data set's files may lie in: its own; for a data set of the Hub also the download caches."""
     if not data.dataset_name:
@@ -285,3 +326,14 @@ def shard_files(folder: str) -> tuple[str, list[Path]]:
             + (f"; the linked or closed sub-folder {links[0]} is not read" if links else "")
         )
     return kinds.pop(), files
+
+
+def held_out_names(folder: str, files: Iterable[Path]) -> list[str]:
+    """Sub-folders named like a split that is not trained on, beside other files; also of shards the first word of the
+    name, as in ``test-00000-of-00002.parquet``."""
+    found = set()
+    for file in files:
+        *folders, name = file.relative_to(folder).parts
+        first = [re.split(r"[-_.]", name)[0]] if file.suffix in SHARDS else []
+        found.add(next((part for part in (*folders, *first) if part.lower() in HELD_OUT), ""))
+    return sorted(found - {""}) if len(found) > 1 else []

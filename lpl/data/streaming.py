@@ -44,7 +44,7 @@ from lpl.config.groups import Data, Diffusion
 from lpl.data.dataset import Candidates, LatentSpace, Row, Sample, TrainingImages
 from lpl.data.order import Stream, keyed_generator
 from lpl.data.reading import lies_in
-from lpl.data.source import load_split, shard_files
+from lpl.data.source import class_names, load_split, shard_files
 from lpl.data.timeouts import FLAG, HungLoader
 from lpl.objectives import Objective
 from lpl.tools.words import first_line
@@ -63,17 +63,17 @@ class LostShard(ValueError):
 
 
 def load_streamed_images(
-    data: Data, seed: int, cache_dir: str | None, num_classes: int | None = None
+    data: Data, seed: int, cache_dir: str | None, num_classes: int | None = None, classes: Sequence[str] = ()
 ) -> tuple[Dataset | IterableDataset, Dataset | None]:
     """Opens the training data and reads the held-out data, as :func:`lpl.data.source.load_training_images` does.
 
     Held-out data, and with --max_train_samples the training data, is read into memory: the first rows of the data
     set, whatever the seed. --validation_every_nth counts within each shard.
     """
-    dataset, held_out = _stream(data, data.train_split, cache_dir, num_classes), None
+    dataset, held_out = _stream(data, data.train_split, cache_dir, num_classes, classes), None
     rows = all_rows(dataset, data)
     if data.validation_split is not None:
-        other = _stream(data, data.validation_split, cache_dir, num_classes)
+        other = _stream(data, data.validation_split, cache_dir, num_classes, class_names(dataset, data))
         held_out = fetched(other, all_rows(other, data), data.num_validation_samples, data)
     elif (every_nth := data.validation_every_nth) is not None:
         rows = ((index, row) for index, row in rows if is_trained(index, every_nth))
@@ -84,8 +84,10 @@ def load_streamed_images(
     return dataset, held_out
 
 
-def _stream(data: Data, split: str, cache_dir: str | None, num_classes: int | None) -> IterableDataset:
-    dataset = load_split(data, split, cache_dir, num_classes)
+def _stream(
+    data: Data, split: str, cache_dir: str | None, num_classes: int | None, classes: Sequence[str]
+) -> IterableDataset:
+    dataset = load_split(data, split, cache_dir, num_classes, classes)
     assert isinstance(dataset, IterableDataset), "without --streaming, load_training_images loads the data set"
     return dataset
 
@@ -99,7 +101,8 @@ def fetched(dataset: IterableDataset, rows: Iterable[Indexed], count: int, data:
     found = list(islice((row for _, row in rows if not isinstance(row, ValueError)), count))
     if not found:
         raise ValueError("--train_data_dir, --dataset_name: the data set has no images")
-    return Dataset.from_list(found, features=dataset.features).cast_column(data.image_column, ImageFeature())
+    undecoded = ImageFeature(decode=False)
+    return Dataset.from_list(found, features=dataset.features).cast_column(data.image_column, undecoded)
 
 
 # Rows ----------------------------------------------------------------------------------------------------------------
@@ -366,20 +369,20 @@ class StreamedImages(TrainingImages):
         return self.sample(epoch, rows[0][0], self._candidates([*rows, *self.last_resort]))
 
     def _candidates(self, rows: Iterable[Indexed]) -> Candidates:
-        return ((index, partial(self._decoded, row)) for index, row in rows)
+        return ((index, partial(self._checked, row)) for index, row in rows)
 
-    def _decoded(self, row: Row | ValueError) -> Row:
-        """Decodes the image of a row.
+    def _checked(self, row: Row | ValueError) -> Row:
+        """A row, whose image :func:`lpl.data.reading.open_image` decodes.
 
         Raises:
-            ValueError: if that fails, or if the model has no such class label.
+            ValueError: if it is broken, or if the model has no such class label.
         """
         if isinstance(row, ValueError):
             raise row
-        image, caption = row[self.data.image_column], row[self.data.caption_column]
+        caption = row[self.data.caption_column]
         if isinstance(self.empty_caption, int) and caption is not None and not 0 <= caption < self.empty_caption:
             raise ValueError(f"the class label is {caption}, but this model's are from 0 to {self.empty_caption - 1}")
-        return row | {self.data.image_column: ImageFeature().decode_example(image)}
+        return row
 
 
 def training_images(

@@ -252,10 +252,8 @@ class Report:
         return DiskNeeds.of(plan.trained, plan.config.optimization, output, plan.max_steps, plan.run.step, there)
 
     def _warnings(self) -> list[str]:
-        found: list[str | None] = []
-        if self.plan.config.lpl.enabled:
-            found += self.plan.warnings()
-            found.append(self.weight.share_warning() if self._share() else None)
+        found: list[str | None] = [*self.plan.warnings()]
+        found.append(self.weight.share_warning() if self.plan.config.lpl.enabled and self._share() else None)
         found.append(self._memory_warning())
         needs, free = self._disk_needs(), free_space(self.plan.config.output.output_dir)
         found.append(needs.refusal(free) or needs.warning(free))

@@ -7,6 +7,7 @@ quotes it. *Inside* are the samples whose sigma is at most the threshold tau: LP
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -16,16 +17,18 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lpl.config import Config
 from lpl.data.dataset import TrainingImages
+from lpl.data.fingerprint import spaced
 from lpl.diagnosis.needs import check_disk, count_parameters
 from lpl.gate import is_inside, sigma_threshold_at
 from lpl.objectives import FlowMatching, Objective, own_objective, training_scheduler
-from lpl.tools.words import pixels, short_count
+from lpl.tools.words import percent, pixels, short_count
 from lpl.training.parts import TrainedParts
 from lpl.training.start import Length, Run
 
 
 logger = logging.getLogger(__name__)
 FEW_INSIDE = 0.05  # share of the samples inside the threshold under which the run warns
+CAPTIONS = 2000  # samples whose captions are counted
 DRAWS = 2000  # timesteps drawn to estimate that share
 
 
@@ -71,8 +74,8 @@ class Plan:
                 f"LPL with weight {lpl.lpl_weight} where sigma <= {self.threshold:g}: {self.share_inside():.0%} of "
                 f"the samples are inside{applied}"
             )
-            for warning in self.warnings():
-                logger.warning(warning)
+        for warning in self.warnings():
+            logger.warning(warning)
         if run.accelerator.is_main_process:
             lacking = check_disk(self.trained, config.optimization, config.output, self.max_steps, run.step)
             if lacking:
@@ -136,7 +139,7 @@ class Plan:
 
     def learning_rates(self) -> list[str]:
         """The learning rate of each group of parameters over the run; does not move the schedule."""
-        warmup = self.config.optimization.lr_warmup_steps
+        warmup = self.config.optimization.warmup_steps(self.max_steps)
         quarters = (self.max_steps * quarter // 4 for quarter in range(5))
         steps = sorted({min(step, self.max_steps - 1) for step in (0, warmup, *quarters)})
         curves = []
@@ -154,6 +157,42 @@ class Plan:
             return f"{type(own).__name__}, the pipeline's own"
         made = training_scheduler(name, own)
         return f"{type(made).__name__}, in place of the pipeline's {type(own).__name__}"
+
+    # What may not be meant
+
+    def warnings(self) -> list[str]:
+        """Why the run may do something else than intended."""
+        found = [self._warmup_warning(), self._caption_warning()]
+        return [*filter(None, found), *(self._lpl_warnings() if self.config.lpl.enabled else ())]
+
+    def _warmup_warning(self) -> str | None:
+        optimization = self.config.optimization
+        steps = optimization.warmup_steps(self.max_steps)
+        if steps < self.max_steps or self.max_steps == 0 or optimization.lr_scheduler == "constant":
+            return None
+        return (
+            f"--lr_warmup_steps {optimization.lr_warmup_steps}: the run ends after {self.max_steps}, at "
+            f"{percent(self.max_steps / steps)} of --learning_rate; give fewer, or a share of the run, such as 0.1"
+        )
+
+    def _caption_warning(self) -> str | None:
+        """How many captions the text encoder does not take whole, of CAPTIONS samples at most."""
+        if self.images.length is None:
+            return None
+        family, places = self.trained.family, spaced(self.images.length, CAPTIONS)
+        rows = self.images.dataset.select(places)[self.config.data.caption_column]
+        listed = (row if isinstance(row, list) else [row] for row in rows)
+        captions = [caption for row in listed for caption in row if isinstance(caption, str)]
+        counts, limit = family.caption_lengths(captions)
+        if not (cut := sum(count > limit for count in counts)):
+            return None
+        looked_at = " looked at" if len(places) < self.images.length else ""
+        most = math.inf if family.max_sequence_length is None else family.max_sequence_length
+        longer = "; --max_sequence_length can be raised" if family.sequence_length and limit < most else ""
+        return (
+            f"--caption_column {self.config.data.caption_column}: {cut} of {len(captions)} captions{looked_at} have "
+            f"more than the {limit} tokens that the text encoder takes, and are cut off there{longer}"
+        )
 
     # Where LPL applies
 
@@ -188,7 +227,7 @@ class Plan:
             words.append(f"one of {parts} parts of {pixels(lpl.lpl_crop, lpl.lpl_crop)}")
         return ", ".join(words)
 
-    def warnings(self) -> list[str]:
+    def _lpl_warnings(self) -> list[str]:
         """Why LPL may do less than intended."""
         lpl, found = self.config.lpl, []
         if (inside := self.share_inside()) < FEW_INSIDE:

@@ -23,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 import sys
 import time
@@ -35,7 +36,7 @@ import torch
 from PIL import Image
 
 from lpl.config import groups
-from lpl.config.checks import warn_idle
+from lpl.config.checks import check_outside, warn_idle
 from lpl.config.choices import CLIP, CLIP_SCORE, METRICS, NEIGHBOUR_METRICS, SET_METRICS
 from lpl.config.command_line import add_flags, given_flags
 from lpl.config.flag import NOT_NEGATIVE, POSITIVE, Range, add_group, built, flag, flags_of
@@ -77,16 +78,18 @@ class Request:
     generated: tuple[str, ...] = flag(
         MISSING,
         "folders of images, pipelines (folder or id on the Hub), or training runs; LABEL=SOURCE names one",
+        path=True,
     )
-    reference: str = flag(MISSING, "folder of real images, with their captions in a metadata.jsonl if any")
-    output_dir: str = flag(MISSING, "where the numbers, the pictures and the drawn images go")
+    reference: str = flag(MISSING, "folder of real images, with their captions in a metadata.jsonl if any", path=True)
+    output_dir: str = flag(MISSING, "where the numbers, the pictures and the drawn images go", path=True)
     metrics: tuple[str, ...] = flag(SET_METRICS, "what to compute; clip_score needs captions", choices=METRICS)
     features: tuple[str, ...] = flag(
         ("facebook/dinov2-base",),
         "feature networks: a folder or an id on the Hub for transformers, inception, or PACKAGE.MODULE:FUNCTION that "
         "returns, without arguments, a module from uint8 (B, 3, H, W) to (B, D); each gives the set metrics",
+        path=True,
     )
-    clip: str | None = flag(None, f"network of clip_score; default: {CLIP}")
+    clip: str | None = flag(None, f"network of clip_score; default: {CLIP}", path=True)
     num_images: int | None = flag(
         None,
         f"images of each source; default: as many as the reference has, at most {MOST_BY_DEFAULT}; of a folder all",
@@ -105,10 +108,10 @@ class Request:
         None, "guidance of the sampling; default: the run's, else the pipeline's", range=NOT_NEGATIVE
     )
     prompts_file: str | None = flag(
-        None, "prompts, one a line, taken in turn; default: the reference's captions, shuffled"
+        None, "prompts, one a line, taken in turn; default: the reference's captions, shuffled", path=True
     )
     pretrained_model_name_or_path: str | None = flag(
-        None, "where a run's base pipeline is now, if not where its recipe says"
+        None, "where a run's base pipeline is now, if not where its recipe says", path=True
     )
     seed: int = flag(
         0,
@@ -214,7 +217,12 @@ def check_command(command: Command) -> None:
         raise ValueError(f"--prompts_file {request.prompts_file}: {what}")
     if request.clip is not None and CLIP_SCORE not in request.metrics:
         raise ValueError(f"--clip {request.clip} is for clip_score, which --metrics does not name; leave one out")
-    labels = [label for label, _ in labelled_sources(request.generated)]
+    check_outside("--output_dir", request.output_dir, "--reference", request.reference)
+    sources = labelled_sources(request.generated)
+    for _, source in sources:
+        if not is_model(source):
+            check_outside("--output_dir", request.output_dir, "--generated", source)
+    labels = [label for label, _ in sources]
     if repeated := next((label for label in labels if labels.count(label) > 1), None):
         raise ValueError(f"--generated: two sources are called {repeated}; name them, LABEL=SOURCE")
     if REAL in labels:
@@ -235,6 +243,7 @@ def labelled_sources(words: Sequence[str]) -> list[tuple[str, str]]:
         label, equals, source = word.partition("=")
         if not equals or Path(word).exists():
             label, source = Path(word).resolve().name, word
+        source = os.path.expanduser(source)
         if not label or not source:
             raise ValueError(f"--generated {word}: it must be a source, or LABEL=SOURCE")
         found.append((label, source))

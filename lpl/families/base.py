@@ -131,6 +131,16 @@ class Family:
         """The part of the conditions that comes from B captions."""
         raise NotImplementedError
 
+    def caption_lengths(self, captions: Sequence[str]) -> tuple[list[int], int]:
+        """Tokens of each caption, and how many of them the text encoder takes; of several, the one that takes most."""
+        names = [name.replace("text_encoder", "tokenizer") for name in self.text_encoder_names]
+        tokenizers = [tokenizer for name in names if (tokenizer := getattr(self.pipeline, name)) is not None]
+        if not tokenizers or not captions:
+            return [], 0
+        limits = [min(self.tokens or each.model_max_length, each.model_max_length) for each in tokenizers]
+        tokenizer = tokenizers[limits.index(max(limits))]
+        return list(map(len, tokenizer(list(captions), verbose=False).input_ids)), max(limits)
+
     def predict(self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """The denoiser's output D, (B, C, h, w), for z_t and (B,) timesteps; without a learned variance."""
         raise NotImplementedError

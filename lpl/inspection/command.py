@@ -19,6 +19,7 @@ an outlier mask excludes; a *map* is one channel of one image. Images are proces
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
@@ -32,6 +33,7 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from lpl.autoencoders import RGB, SUPPORTED, decoder_blocks, downscaling_factor, feature_vae, skeleton
+from lpl.config.checks import check_outside
 from lpl.config.command_line import add_flags
 from lpl.config.flag import NOT_NEGATIVE, POSITIVE, Range, Values, add_group, built, flag, flags_of
 from lpl.config.groups import Lpl, Model
@@ -66,13 +68,13 @@ NUMBERS = "inspect.json"
 class Inspection:
     """The command's own flags; names as in the training script."""
 
-    pretrained_model_name_or_path: str = flag(MISSING, "a pipeline or a VAE: a folder or an id on the Hub")
-    images: tuple[str, ...] = flag(MISSING, "image files, or folders of them")
+    pretrained_model_name_or_path: str = flag(MISSING, "a pipeline or a VAE: a folder or an id on the Hub", path=True)
+    images: tuple[str, ...] = flag(MISSING, "image files, or folders of them", path=True)
     num_images: int = flag(4, "images at most, evenly spread over those given", range=ONE_OR_MORE)
     resolution: int | None = flag(
         None, "side of the square that is cropped from them in pixels; default: the VAE's", range=POSITIVE
     )
-    output_dir: str = flag(MISSING, "where the pictures and inspect.json go")
+    output_dir: str = flag(MISSING, "where the pictures and inspect.json go", path=True)
     device: str | None = flag(None, "e.g. cpu or cuda:1; default: a GPU if there is one")
     seed: int = flag(0, "of the noise", range=NOT_NEGATIVE)
 
@@ -113,6 +115,8 @@ def check_flags(inspection: Inspection, lpl: Lpl) -> torch.device:
     if Path(inspection.output_dir).is_file():
         raise ValueError(f"--output_dir {inspection.output_dir}: this is a file; give a folder")
     check_writable(f"--output_dir {inspection.output_dir}", inspection.output_dir)
+    for folder in filter(os.path.isdir, inspection.images):
+        check_outside("--output_dir", inspection.output_dir, "--images", folder)
     device = usable_device(inspection.device)
     if device.type == "cpu" and lpl.lpl_vae_dtype == "float16":
         raise ValueError("--lpl_vae_dtype float16 needs a GPU; use bfloat16 or float32")

@@ -9,6 +9,7 @@ folder itself stays as it is.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ def build_parser() -> Parser:
         usage="%(prog)s FOLDER [flags]",
         description="Publish the output folder of a finished training run on the Hugging Face Hub.",
     )
-    parser.add_argument("output_dir", type=str, metavar="FOLDER", help="output folder of the run")
+    parser.add_argument("output_dir", type=os.path.expanduser, metavar="FOLDER", help="output folder of the run")
     add_flags(parser, FLAGS)
     return parser
 

@@ -32,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from lpl.config.choices import ENDLESS_SCHEDULERS
 from lpl.config.config import FLAGS
 from lpl.config.groups import LENGTH, REFUSED, SILENT
+from lpl.data.fingerprint import other_data
 from lpl.tools import layout
 from lpl.tools.files import UNFINISHED, load_state, put_back, remove_halves, removed, save_state, settle, write_text
 from lpl.tools.machine import is_full
@@ -56,6 +57,7 @@ class Progress:
         log: sums of the log since its last entry, see :meth:`lpl.training.log.Log.state`.
         stream: where each process reads a streamed data set, see :class:`lpl.data.streaming.StreamedBatches`.
         skipped: skipped steps so far, see :class:`lpl.training.skipped_steps.SkippedSteps`.
+        classes: of a class-conditional family, the names of the data's classes by label, if they have names.
     """
 
     step: int
@@ -64,6 +66,7 @@ class Progress:
     log: list[list[float]] = field(default_factory=list)
     stream: list[list[int]] = field(default_factory=list)
     skipped: int = 0
+    classes: list[str] = field(default_factory=list)
 
     FILE: ClassVar[str] = layout.PROGRESS
 
@@ -243,6 +246,27 @@ def find_resumable(output_dir: str, name: str | None) -> Path | None:
     return place
 
 
+def recipe_of(resumable: Path) -> dict[str, Any]:
+    """The recipe beside a checkpoint; empty if there is none."""
+    file = resumable.resolve().parent / layout.RECIPE
+    return (yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None) or {}
+
+
+def check_data(resumable: Path, now: Mapping[str, Any]) -> None:
+    """Report that the data is not that of the run to resume.
+
+    Args:
+        now: :func:`lpl.data.fingerprint.data_facts` of this run.
+    """
+    earlier = (recipe_of(resumable).get("measured") or {}).get("data") or {}
+    if difference := other_data(earlier, now):
+        shifted = earlier.get("images") != now.get("images")
+        logger.warning(
+            f"the data is not that of the run to resume ({difference}); the run goes on with what there is now"
+            + ("; some images come twice or not at all in this epoch" if shifted else "")
+        )
+
+
 def check_recipe(resumable: Path, values: Mapping[str, Any], processes: int, base: str | None = None) -> None:
     """Report the flags that the command changes of the run that it resumes, as each flag's ``on_resume`` says.
 
@@ -254,8 +278,7 @@ def check_recipe(resumable: Path, values: Mapping[str, Any], processes: int, bas
     Raises:
         ValueError: for a flag that cannot change, since the checkpoint is of something else.
     """
-    file = resumable.resolve().parent / layout.RECIPE
-    earlier = (yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None) or {}
+    earlier = recipe_of(resumable)
     endless = values.get("lr_scheduler") in ENDLESS_SCHEDULERS
     for name in sorted(values.keys() & earlier.keys()):
         change = FLAGS[name].on_resume

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from lpl.config import Config
 from lpl.config.choices import TRACKERS
 from lpl.config.groups import Data
-from lpl.data.folder import Contents, suffix, why_no_images
-from lpl.data.source import shard_files
+from lpl.data.folder import Contents, image_files, suffix, why_no_images
+from lpl.data.source import held_out_names, shard_files
 from lpl.families import Family
 from lpl.tools import layout
 from lpl.tools.files import check_writable
@@ -53,6 +54,11 @@ def check_captions(data: Data, family: type[Family]) -> None:
             f'beside the images, a line each, such as {{"file_name": "cat.png", "{column}": "a photo of a cat"}}, or '
             "beside each image a text file of its name, cat.txt; only DiT takes class folders"
         )
+    if runs := [file.parent for file in Path(folder).rglob(layout.RECIPE) if (file.parent / layout.LOG).is_file()]:
+        raise ValueError(
+            f"--train_data_dir {folder}: {runs[0]} is the output folder of a run, whose pictures would be a class; "
+            "move it elsewhere"
+        )
     if len({os.path.dirname(file) for file in contents.images}) < 2:
         raise ValueError(
             f"--train_data_dir {folder}: there are no class labels; put each class's images into a sub-folder, or a "
@@ -72,9 +78,16 @@ def _check_data(data: Data) -> None:
     if data.dataset_name:
         return
     if data.streaming:
-        shard_files(data.folder)
+        files: Sequence[str | Path] = shard_files(data.folder)[1]
     elif why := why_no_images(data.folder):
         raise ValueError(f"--train_data_dir {data.train_data_dir}: {why}")
+    else:
+        files = image_files(data.folder)
+    if names := held_out_names(data.folder, map(Path, files)):
+        warn(
+            f"--train_data_dir {data.train_data_dir}: everything in it is trained on, {' and '.join(names)} too; give "
+            "the folder of the training images alone"
+        )
 
 
 def _check_output(config: Config) -> None:

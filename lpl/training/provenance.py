@@ -21,8 +21,7 @@ from huggingface_hub import try_to_load_from_cache
 from lpl import __version__
 from lpl.config import Config
 from lpl.config.recipes import recipe_text
-from lpl.data.fingerprint import fingerprint, shard_paths
-from lpl.data.source import data_folders
+from lpl.data.fingerprint import data_facts, other_data, shard_paths
 from lpl.tools import layout
 from lpl.tools.files import write_text
 from lpl.tools.privacy import is_hub_id
@@ -55,7 +54,12 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def measured_facts(
-    config: Config, dataset: Dataset | IterableDataset, num_processes: int, hardware: str, listed: Sequence[str] = ()
+    config: Config,
+    dataset: Dataset | IterableDataset,
+    num_processes: int,
+    hardware: str,
+    listed: Sequence[str] = (),
+    data: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The facts, in YAML's types. Reads images, see :mod:`lpl.data.fingerprint`.
 
@@ -63,14 +67,11 @@ def measured_facts(
         dataset: what is trained on.
         hardware: for example "8 x NVIDIA H200".
         listed: components of the base model.
+        data: :func:`lpl.data.fingerprint.data_facts`, if they are known already.
     """
-    flags, optimization = config.data, config.optimization
-    folders = data_folders(flags, config.model.cache_dir)
-    data: dict[str, Any] = {"fingerprint": fingerprint(dataset, flags.image_column, flags.caption_column, folders)}
-    if isinstance(dataset, Dataset):
-        data["images"] = len(dataset)
+    optimization = config.optimization
     return {
-        "data": data,
+        "data": data or data_facts(dataset, config.data, config.model.cache_dir),
         "base": identity(config.model, listed),
         "num_processes": num_processes,
         "global_batch": optimization.train_batch_size * num_processes * optimization.gradient_accumulation_steps,
@@ -125,8 +126,10 @@ def start_recipe(
     """
     if not run.is_main:
         return
-    run.facts = measured_facts(config, dataset, run.accelerator.num_processes, hardware, listed) | dict(measured)
-    for difference in compare_with(config.rerun_of, run.facts, config.optimization.train_batch_size):
+    processes, data = run.accelerator.num_processes, run.facts.get("data")
+    run.facts = measured_facts(config, dataset, processes, hardware, listed, data) | dict(measured)
+    rerun_of = {name: fact for name, fact in config.rerun_of.items() if name != "data" or run.resumed is None}
+    for difference in compare_with(rerun_of, run.facts, config.optimization.train_batch_size):
         logger.warning(difference)
     write_recipe(run.folder, run.recipe, run.facts)
 
@@ -157,14 +160,12 @@ def compare_with(recipe: Mapping[str, Any], now: Mapping[str, Any], train_batch_
 
 
 def _other_data(recipe: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    theirs, ours = _mapping(recipe.get("data")), now["data"]
-    if theirs.get("fingerprint") in (None, ours["fingerprint"]):
-        return None
-    before, images = _count(theirs.get("images")), ours.get("images")
-    difference = "other images or captions, or in another order"
-    if None not in (before, images) and before != images:
-        difference = f"{images} images instead of {before}"
-    return f"the data is not that of the recipe's run ({difference}), so the loss curve will differ"
+    difference = other_data(_mapping(recipe.get("data")), now["data"])
+    return (
+        f"the data is not that of the recipe's run ({difference}), so the loss curve will differ"
+        if difference
+        else None
+    )
 
 
 def _other_batch(recipe: Mapping[str, Any], now: Mapping[str, Any], train_batch_size: int) -> str | None:

@@ -29,8 +29,9 @@ from lpl.config import Config
 from lpl.config.command_line import recipe
 from lpl.config.groups import Optimization, Output
 from lpl.data.dataset import LatentSpace, TrainingImages
+from lpl.data.fingerprint import data_facts
 from lpl.data.order import KeyedBatches
-from lpl.data.source import load_training_images
+from lpl.data.source import SHOWN, class_names, load_training_images
 from lpl.data.streaming import StreamedBatches, load_streamed_images, training_images
 from lpl.families import Family
 from lpl.families.description import Description
@@ -39,7 +40,14 @@ from lpl.tools.results import lora_entries, pipeline_entries
 from lpl.tools.words import first_line
 from lpl.training.average import MovingAverage
 from lpl.training.base_model import check_base, identity
-from lpl.training.checkpoints import Progress, check_recipe, find_checkpoints, find_resumable, tidy
+from lpl.training.checkpoints import (
+    Progress,
+    check_data,
+    check_recipe,
+    find_checkpoints,
+    find_resumable,
+    tidy,
+)
 from lpl.training.loading import average_from_revision, load_family, weight_dtype
 from lpl.training.parts import TrainedParts
 from lpl.training.preemption import OTHERS_WAIT
@@ -258,7 +266,7 @@ def open_images(config: Config, description: Description, run: Run) -> tuple[Tra
     data, cache_dir = config.data, config.model.cache_dir
     load = load_streamed_images if data.streaming else load_training_images
     with run.accelerator.main_process_first():
-        dataset, held_out = load(data, run.seed, cache_dir, description.num_classes)
+        dataset, held_out = load(data, run.seed, cache_dir, description.num_classes, run.progress.classes)
     common = (
         description.objective(config.model.objective),
         LatentSpace(*description.space),
@@ -270,7 +278,29 @@ def open_images(config: Config, description: Description, run: Run) -> tuple[Tra
     )
     images = training_images(dataset, *common)
     images.check()
+    if description.num_classes is not None:
+        run.progress.classes = class_names(dataset, data)
+        _compare_labels(run, description)
+    if run.resumed is not None and run.is_main:
+        run.facts["data"] = data_facts(dataset, data, cache_dir)
+        check_data(run.resumed, run.facts["data"])
     return images, None if held_out is None else TrainingImages(held_out, *common)
+
+
+def _compare_labels(run: Run, description: Description) -> None:
+    """Warn of classes that have another label in the pipeline than in the data of a run that begins."""
+    index = description.family.class_names(description.index)
+    known = {name.strip(): label for label, names in index.items() for name in names.split(",")}
+    labels = [
+        f"{name} {label} ({known[name]})"
+        for label, name in enumerate(run.progress.classes)
+        if known.get(name, label) != label
+    ]
+    if labels and run.resumed is None:
+        logger.warning(
+            "--pretrained_model_name_or_path: classes have other labels in the data than in the pipeline (in brackets)"
+            f", which has to relearn them: {', '.join(labels[:SHOWN])}"
+        )
 
 
 def order_of(images: TrainingImages, optimization: Optimization, run: Run) -> KeyedBatches | StreamedBatches:

@@ -33,7 +33,7 @@ def prepare(
     schedule = get_scheduler(
         optimization.lr_scheduler,
         optimizer,
-        num_warmup_steps=optimization.lr_warmup_steps,
+        num_warmup_steps=optimization.warmup_steps(max_steps),
         num_training_steps=max_steps,
         num_cycles=optimization.lr_num_cycles,
         power=optimization.lr_power,

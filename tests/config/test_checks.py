@@ -31,6 +31,8 @@ ALONE = cases(  # wrong whatever the pipeline: what is given, what the sentence 
     ({"output_dir": __file__}, ["--output_dir", __file__]),
     ({"prediction_type": "noise"}, ["--prediction_type", "noise", "epsilon", "flow_matching"]),
     ({"lr_scheduler": "sine"}, ["--lr_scheduler", "sine", "cosine"]),
+    ({"lr_warmup_steps": 1.5}, ["--lr_warmup_steps 1.5", "a whole number, or a share below 1"]),
+    ({"lr_warmup_steps": "inf"}, ["--lr_warmup_steps inf", "finite"]),
     ({"lr_scheduler": "piecewise_constant"}, ["--lr_scheduler", "piecewise_constant", "cosine"]),
     ({"image_interpolation_mode": "cubic"}, ["--image_interpolation_mode", "cubic", "bicubic"]),
     ({"weighting_scheme": "uniform"}, ["--weighting_scheme", "uniform", "logit_normal"]),
@@ -322,3 +324,32 @@ def test_the_hub_to_resume_from_has_to_be_named(sd_pipeline, image_folder, tmp_p
         with pytest.raises(SystemExit) if refused else nullcontext():
             parse(words)
         assert ("say by --hub_model_id" in capsys.readouterr().err) == refused
+
+
+# What is written where data is read ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["train_data_dir", "dataset_name", "eval_data_dir"])
+@pytest.mark.parametrize(
+    "flag, place", [("output_dir", "runs/x"), ("output_dir", ""), ("cache_dir", "cache"), ("logging_dir", "logs")]
+)
+def test_nothing_is_written_into_the_data(
+    source, flag, place, sd_pipeline, image_folder, tmp_path, capsys, no_weights
+):
+    folder = tmp_path / "data"
+    folder.symlink_to(image_folder)  # under another name
+    flags = {source: folder, flag: image_folder / place}
+    flags |= {"eval_steps": 1} if source == "eval_data_dir" else {}
+    message = refusal(capsys, arguments(sd_pipeline, image_folder, tmp_path / "out", **flags))
+    assert message.startswith(f"--{flag} ") and "it lies in --" in message and "give a folder outside" in message
+
+
+def test_pictures_of_wandb_are_not_written_into_the_data(sd_pipeline, image_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(image_folder)
+    message = refusal(capsys, arguments(sd_pipeline, image_folder, tmp_path / "out", report_to="wandb"))
+    assert "--report_to ./wandb" in message and "--train_data_dir" in message
+
+
+def test_real_images_that_are_trained_on_are_said(sd_pipeline, image_folder, tmp_path):
+    said = warned(sd_pipeline, image_folder, tmp_path / "out", eval_data_dir=image_folder, eval_steps=1)
+    assert any(words.startswith("--eval_data_dir: its images are trained on too") for words in said)

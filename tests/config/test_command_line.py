@@ -1,5 +1,6 @@
 """The command line: every flag of diffusers' scripts with its type and default, and a help of its own."""
 
+import os
 import sys
 import warnings
 
@@ -8,7 +9,8 @@ from trainer import ROOT, arguments, parsed, resolved
 
 from lpl.config.choices import EMA_DECAY, EMA_DECAY_WITH_LPL
 from lpl.config.command_line import build_parser, parse
-from lpl.config.flag import boolean
+from lpl.config.config import FLAGS as DECLARED
+from lpl.config.flag import boolean, number
 from lpl.data.reading import RESAMPLING
 from lpl.families import FAMILIES
 
@@ -49,7 +51,6 @@ FLAGS = {
         "lpl_start": 0,
         "lpl_t_threshold": 200,
         "lr_num_cycles": 1,
-        "lr_warmup_steps": 500,
         "max_sequence_length": 77,
         "max_train_samples": None,
         "max_train_steps": None,
@@ -64,6 +65,7 @@ FLAGS = {
         "train_batch_size": 16,
         "validation_epochs": 5,
     },
+    number: {"lr_warmup_steps": 500},
     None: {  # words
         "cache_dir": None,
         "caption_column": "text",
@@ -213,6 +215,7 @@ def test_every_flag_of_diffusers_with_its_type_and_default(kind, name):
     if kind is True:
         assert action.nargs == 0 and action.const is True
     else:
+        kind = os.path.expanduser if name in DECLARED and DECLARED[name].path else kind
         assert action.type is kind and action.nargs == ("+" if name == "validation_prompts" else None)
 
 

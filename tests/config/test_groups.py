@@ -6,9 +6,13 @@ from typing import get_type_hints
 import pytest
 
 from lpl.config import Config, held_out
+from lpl.config.command_line import Parser, build_parser
 from lpl.config.config import FLAGS, GROUPS
-from lpl.config.flag import AS_TRAINED, POSITIVE, OnResume, at_most, flag, flags_of
+from lpl.config.flag import AS_TRAINED, POSITIVE, OnResume, add_group, at_most, flag, flags_of
 from lpl.config.foreign import Foreign
+from lpl.config.recipes import read_recipe
+from lpl.evaluation.command import Request
+from lpl.inspection.command import Inspection
 
 
 ALL = [*GROUPS.values(), Foreign]
@@ -178,3 +182,39 @@ def test_held_out_groups_change_these_flags_only():
     assert held_out(config.lpl) == Config().changed(lpl_distance="l1").lpl
     assert held_out(config.diffusion) == Config().changed(logit_mean=0.5).diffusion
     assert held_out(config.data) == Config().changed(center_crop=True, proportion_empty_prompts=0.0).data
+
+
+# Places --------------------------------------------------------------------------------------------------------------
+
+PLACES = {
+    (group, name) for group in (*ALL, Request, Inspection) for name in flags_of(group) if flags_of(group)[name].path
+}
+
+
+def parsed_by(group, word):
+    """What a parser with that group's flags alone makes of a word."""
+    parser = Parser(prog="test")
+    add_group(parser, group)
+    for action in parser.flags:
+        action.required = False
+    return vars(parser.parse_args([word]))
+
+
+@pytest.mark.parametrize("group, name", sorted(PLACES, key=str))
+def test_a_place_may_lie_in_the_home_folder(group, name, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    value = parsed_by(group, f"--{name}=~/x")[name]
+    assert value in (str(tmp_path / "x"), [str(tmp_path / "x")])
+
+
+def test_a_flag_that_is_named_like_a_place_is_declared_as_one():
+    ends = ("_dir", "_path", "_file", "config", "_features", "_clip", "_from_checkpoint")
+    named = {(group, name) for group in (*ALL, Request, Inspection) for name in flags_of(group) if name.endswith(ends)}
+    assert named <= PLACES
+
+
+def test_a_place_of_a_recipe_may_lie_in_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "recipe.yaml").write_text("output_dir: ~/runs/x\neval_features: [inception, ~/network]\n")
+    values = read_recipe(build_parser(), str(tmp_path / "recipe.yaml")).values
+    assert values == {"output_dir": f"{tmp_path}/runs/x", "eval_features": ["inception", f"{tmp_path}/network"]}

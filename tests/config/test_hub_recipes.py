@@ -224,7 +224,7 @@ def test_nothing_leads_to_files_of_this_machine(name, value, hub, capsys, monkey
     monkeypatch.chdir(ROOT)
     published(hub, BASE | {name: value})
     message = refused(capsys)
-    assert f"--config user/run: {name} is {value!r}, which is not on the Hub" in message
+    assert f"--config user/run: {name} is {os.path.expanduser(value)!r}, which is not on the Hub" in message
     assert f"--{name}" in message and f"--without {name}" in message
 
 

@@ -156,3 +156,15 @@ def test_a_run_that_is_asked_to_end_lists_them_first(sd_pipeline, tmp_path, monk
 def test_a_limit_that_is_none_is_refused(text):
     with pytest.raises(ValueError, match=f"--max_bad_samples {text}: accepted are"):
         parse_limit(text)
+
+
+def test_places_that_hold_another_file_are_listed_anew(tmp_path):
+    """The data has changed before the resume."""
+    accelerator = SimpleNamespace(is_main_process=True, num_processes=1, wait_for_everyone=lambda: None)
+    for names in (["a.png", "b.png", "c.png"], ["a.png", "new.png"]):
+        images = SimpleNamespace(length=len(names), file_names=lambda rows, names=names: {n: names[n] for n in rows})
+        listed = BadSamples(accelerator, images, tmp_path, resumed=True)
+        listed.add((row, "no image") for row in range(len(names)))
+        listed.write()
+    files = [entry["file"] for entry in entries(tmp_path / "bad_samples.jsonl")]
+    assert files == ["a.png", "b.png", "c.png", "new.png"]

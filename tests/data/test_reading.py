@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lpl.data.reading import choose_caption, cropped
+from lpl.data.reading import choose_caption, cropped, to_rgb
 from tests.data.test_dataset import coordinates, images_of, levels, static
 
 
@@ -85,6 +85,63 @@ def test_every_mode_becomes_rgb(mode):
     picture = Image.fromarray(np.full((32, 32), 128 * 257, np.uint16)) if mode == "I;16" else gray.convert(mode)
     assert picture.mode == mode
     assert np.unique(levels(images_of(picture)[0, 0])).tolist() == [255 if mode == "1" else 128]
+
+
+# Types of pixels -----------------------------------------------------------------------------------------------------
+
+RAMP = np.linspace(0, 1, 16).reshape(4, 4)
+
+
+def opened(image, kind, **options):
+    """The image as a file of that kind holds it."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return Image.open(buffer)
+
+
+def ramp_of(kind, white):
+    return Image.fromarray((RAMP * white).astype(kind))
+
+
+FITS = b"".join(
+    card.ljust(80)
+    for card in (b"SIMPLE  = T", b"BITPIX  = -32", b"NAXIS   = 2", b"NAXIS1  = 4", b"NAXIS2  = 4", b"END".ljust(2480))
+)
+WHITE = {  # which value is white is known
+    "16-bit TIFF": lambda: opened(ramp_of("uint16", 65535), "TIFF"),
+    "16-bit PNG": lambda: opened(ramp_of("uint16", 65535), "PNG"),
+    "16-bit PGM": lambda: Image.open(io.BytesIO(b"P5 4 4 65535\n" + (RAMP * 65535).astype(">u2").tobytes())),
+    "10-bit PGM": lambda: Image.open(io.BytesIO(b"P5 4 4 1023\n" + (RAMP * 1023).astype(">u2").tobytes())),
+    "float TIFF": lambda: opened(ramp_of("float32", 1), "TIFF"),
+    "TIFF where 0 is white": lambda: opened(
+        Image.fromarray((65535 * (1 - RAMP)).astype("uint16")), "TIFF", tiffinfo={262: 0}
+    ),
+    "LAB TIFF": lambda: opened(
+        Image.merge("LAB", [ramp_of("uint8", 255), *[Image.new("L", (4, 4), 128)] * 2]), "TIFF"
+    ),
+}
+UNKNOWN = {
+    "integers of 32 bits": (lambda: opened(ramp_of("int32", 255), "TIFF"), "signed integers"),
+    "floating-point numbers to 255": (lambda: opened(ramp_of("float32", 255), "TIFF"), "from 0 to 255"),
+    "negative ones": (lambda: opened(Image.fromarray((RAMP - 0.5).astype("float32")), "TIFF"), "from -0.5 to 0.5"),
+    "NaN": (lambda: opened(Image.fromarray(np.full((4, 4), np.nan, "float32")), "TIFF"), "from nan to nan"),
+    "of an instrument": (lambda: Image.open(io.BytesIO(FITS.ljust(5760, b"\0"))), "not known (FITS, mode F)"),
+}
+
+
+@pytest.mark.parametrize("name", WHITE)
+def test_black_stays_black_and_white_stays_white(name):
+    levels = np.asarray(to_rgb(WHITE[name]())).astype(int)
+    assert np.abs(levels - (RAMP * 255)[..., None]).max() <= 10  # the lightness of LAB is another curve
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_pixels_without_a_known_white_are_a_bad_sample(name):
+    make, reason = UNKNOWN[name]
+    sample = images_of(make(), static())[0, 0]
+    ((place, why),) = sample["bad"]
+    assert place == 0 and reason in why and "save it with 8 or 16 bits" in why
+    assert sample["caption"] == "picture 1"
 
 
 @pytest.mark.parametrize("caption", [None, 3, [], [None], {"en": "a cat"}])

@@ -5,11 +5,12 @@ from functools import partial
 import pyarrow
 import pyarrow.parquet
 import pytest
-from datasets import Dataset, DatasetDict, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
 from trainer import settings
 
-from lpl.data.source import check_columns, load_split
+from lpl.data.source import check_columns, load_split, load_training_images
+from lpl.data.streaming import load_streamed_images
 from tests.data.test_dataset import folder_of, load_data, loaded, over, static
 from tests.data.test_streaming import encoded, streamed
 
@@ -147,3 +148,48 @@ def test_links_in_a_data_set_are_named(tmp_path, caplog):
     folder = folder_of(tmp_path / "data", {"a.png": static()})
     (folder / "more").symlink_to(folder_of(tmp_path / "more", {"b.png": static()}))
     assert len(of_name(folder, tmp_path)[0]) == 1 and "more is not read (a link to" in caplog.text
+
+
+# Class labels of a run that is resumed -------------------------------------------------------------------------------
+
+
+def classes_of(folder, names, earlier=(), num_classes=10):
+    """(names by label, labels of the images) of a folder with one image in each class."""
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        static(8, 8).save(folder / name / "a.png")
+    config = settings(train_data_dir=str(folder), cache_dir=str(folder.with_name("cache")), caption_column="label")
+    dataset, _ = load_training_images(config.data, 0, config.model.cache_dir, num_classes, earlier)
+    return dataset.features["label"].names, dataset["label"]
+
+
+@pytest.mark.parametrize(
+    "names, labels",
+    [
+        (["cats", "dogs"], [0, 1]),
+        (["birds", "cats", "dogs"], [2, 0, 1]),  # a new class comes first by its name
+        (["dogs", "eels"], [1, 2]),  # one is gone
+        (["Cats", "dogs"], [2, 1]),
+    ],
+)
+def test_classes_keep_the_labels_of_the_checkpoint(names, labels, tmp_path):
+    found, numbers = classes_of(tmp_path / "data", names, ["cats", "dogs"])
+    assert numbers == labels and [found[label] for label in labels] == names and found[:2] == ["cats", "dogs"]
+
+
+def test_more_classes_than_the_model_has_are_refused(tmp_path):
+    words = ("other class labels (0 cats, 1 dogs)", "now (0 birds, 1 cats)", "restore the data")
+    refused(lambda: classes_of(tmp_path / "data", ["birds", "cats"], ["cats", "dogs"], num_classes=2), *words)
+
+
+def test_labels_that_have_lost_their_names_are_refused(tmp_path):
+    folder = folder_of(tmp_path / "data", {"a.png": static(8, 8)})
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "label": 0}')
+    refused(lambda: classes_of(folder, [], ["cats"]), "0 cats", "numbers without names")
+
+
+def test_labels_of_a_stream_cannot_be_changed(tmp_path):
+    labelled([0, 1], ClassLabel(names=["birds", "cats"])).to_parquet(tmp_path / "data" / "0.parquet")
+    config = settings(train_data_dir=str(tmp_path / "data"), caption_column="label", streaming=True)
+    load_streamed_images(config.data, 0, None, 10, ["birds"])
+    refused(lambda: load_streamed_images(config.data, 0, None, 10, ["cats", "dogs"]), "0 cats, 1 dogs", "0 birds")

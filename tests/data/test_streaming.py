@@ -24,6 +24,7 @@ from trainer import ROOT, arguments, launch, metrics, same, settings, train, val
 
 from lpl import get_objective
 from lpl.data.dataset import LatentSpace
+from lpl.data.reading import open_image
 from lpl.data.streaming import ROWS, LostShard, load_streamed_images, read_ahead, shard_rows, training_images
 from lpl.data.timeouts import HungLoader
 from tests.data.test_loader import batches_of
@@ -217,8 +218,7 @@ def test_random_numbers_are_those_of_the_index_whatever_the_order(folders):
 def test_nothing_is_decoded_before_it_is_needed(folders, monkeypatch):
     images, _ = streamed(folders["parquet"])
     decoded = []
-    decode = ImageFeature.decode_example
-    monkeypatch.setattr(ImageFeature, "decode_example", lambda *given: decoded.append(1) or decode(*given))
+    monkeypatch.setattr("lpl.data.dataset.open_image", lambda *given: decoded.append(1) or open_image(*given))
     batches = batches_of(images, order(images, 0, 1, 4, [[0, 0, 3]]), 0)
     next(batches)
     assert len(decoded) == 4

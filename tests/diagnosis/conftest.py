@@ -42,7 +42,7 @@ def planned(sd_pipeline, image_folder, tmp_path, monkeypatch):
         schedule = get_scheduler(
             optimization.lr_scheduler,
             optimizer,
-            num_warmup_steps=optimization.lr_warmup_steps,
+            num_warmup_steps=optimization.warmup_steps(optimization.max_train_steps),
             num_training_steps=optimization.max_train_steps,
         )
         run = run_of(config, accelerator=accelerator)

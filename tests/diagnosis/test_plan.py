@@ -128,6 +128,46 @@ def test_lpl_that_begins_too_late(planned, flags, said):
     assert warning.startswith(said)
 
 
+# What may not be meant -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ({}, "--lr_warmup_steps 500: the run ends after 10, at 2% of --learning_rate"),  # the default
+        ({"lr_warmup_steps": 10}, "--lr_warmup_steps 10: the run ends after 10, at 100% of --learning_rate"),
+        ({"lr_warmup_steps": 9}, None),
+        ({"lr_warmup_steps": 0.5}, None),
+        ({"lr_scheduler": "constant"}, None),  # which has no warm-up
+    ],
+    ids=str,
+)
+def test_a_warm_up_that_is_longer_than_the_run(planned, flags, said):
+    warnings = planned(lpl_weight=0, max_train_steps=10, **{"lr_scheduler": "cosine"} | flags).warnings()
+    assert len(warnings) == (said is not None) and all(warning.startswith(said) for warning in warnings)
+
+
+def test_captions_that_are_cut_off(planned, caplog):
+    plan = planned(lpl_weight=0)
+    assert plan.warnings() == []
+    long = " ".join(["a cat on a mat"] * 40)
+    rows = plan.images.dataset
+    captions = [[long, "a cat"] if place in (1, 2) else ["a cat"] for place in range(len(rows))]
+    plan.images.dataset = rows.remove_columns("text").add_column("text", captions)
+    assert plan.warnings() == [
+        "--caption_column text: 2 of 10 captions have more than the 77 tokens that the text encoder takes, and are "
+        "cut off there"
+    ]
+    plan.announce()
+    assert "2 of 10 captions" in caplog.text
+
+
+@pytest.mark.parametrize("tokens, limit", [(None, 77), (300, 300)])
+def test_the_encoder_that_takes_most_counts(sd3_pipeline, planned, tokens, limit):
+    counts, found = planned(pipeline=sd3_pipeline, max_sequence_length=tokens).trained.family.caption_lengths(["cat"])
+    assert found == limit and len(counts) == 1
+
+
 # Learning rates and scheduler ----------------------------------------------------------------------------------------
 
 

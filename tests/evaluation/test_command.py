@@ -476,3 +476,15 @@ def test_two_processes_find_what_one_finds(command, evaluation, photos, tmp_path
         assert len(images) == COUNT
         assert all(np.abs(np.asarray(Image.open(a)) - b).max() <= 2 for a, b in zip(images, other))
     shutil.rmtree(tmp_path / "images")
+
+
+@pytest.mark.parametrize("flag", ["reference", "generated"])
+def test_nothing_is_written_among_the_images(flag, photos, image_folder, tmp_path, nothing_loads):
+    read = {"generated": image_folder, "reference": image_folder, flag: photos}
+    with pytest.raises(ValueError, match=f"--output_dir .* lies in --{flag}"):
+        evaluated([read["generated"]], read["reference"], photos / "evaluated")
+
+
+def test_a_source_may_lie_in_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert evaluate.labelled_sources(["with=~/run"]) == [("with", str(tmp_path / "run"))]

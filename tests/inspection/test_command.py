@@ -142,3 +142,9 @@ def test_shared_flags_are_those_of_the_training_script():
     for name in inspect.SHARED_FLAGS:
         for what in ("default", "help", "choices", "type", "nargs"):
             assert getattr(ours[name], what) == getattr(theirs[name], what), name
+
+
+def test_nothing_is_written_among_the_images(sd_pipeline, image_folder):
+    given = words(sd_pipeline, [image_folder], image_folder / "inspected")
+    with pytest.raises(ValueError, match="--output_dir .* lies in --images"):
+        inspect.run(*inspect.groups_of(vars(inspect.build_parser().parse_args(given))))

@@ -49,3 +49,8 @@ def test_what_is_not_finished_is_refused(folder, words, hub, tmp_path):
     with pytest.raises(SystemExit, match=words):
         command.main([str(tmp_path / folder), "--hub_token", TOKEN])
     assert not hub.requests
+
+
+def test_the_folder_may_lie_in_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert command.build_parser().parse_args(["~/fox"]).output_dir == str(tmp_path / "fox")

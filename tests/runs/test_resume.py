@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from commands import edited
 from trainer import launch, metrics, same, train, validation_metrics, weights
 
 from lpl.tools.files import load_state
@@ -116,3 +117,46 @@ def test_at_the_end_nothing_is_trained(sd_pipeline, image_folder, tmp_path):
         train(sd_pipeline, image_folder, whole, **RUN | {"max_train_steps": steps}, resume_from_checkpoint="latest")
         assert same(weights(whole / "unet"), weights(whole / "checkpoint-5/ema/unet"))
     assert same(everything(whole, 5)[0], before[0]) and metrics(whole) == entries
+
+
+# Data that has changed since -----------------------------------------------------------------------------------------
+
+
+def test_images_and_captions_that_changed_are_said(sd_pipeline, image_folder, tmp_path, caplog):
+    folder, data = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(image_folder, data)
+    lines = (data / "metadata.jsonl").read_text().splitlines()
+    flags = {"lpl_weight": 0, "checkpointing_steps": 1, "resume_from_checkpoint": "latest"}
+    said = {
+        1: (lines, None),
+        2: ([lines[0].replace('"text": "', '"text": "not '), *lines[1:]], "other images or captions"),
+        3: (lines[1:], "7 images instead of 8"),
+        4: (lines[1:], None),
+    }
+    for steps, (metadata, words) in said.items():
+        caplog.clear()
+        (data / "metadata.jsonl").write_text("\n".join(metadata))
+        train(sd_pipeline, data, folder, **flags, max_train_steps=steps)
+        found = [record.message for record in caplog.records if "is not that of the run to resume" in record.message]
+        assert len(found) == (words is not None) and (words is None or words in found[0])
+
+
+def test_a_class_that_is_added_moves_no_label(dit_pipeline, class_folder, tmp_path, caplog):
+    data, flags = tmp_path / "data", {"lpl_weight": 0, "checkpointing_steps": 1}
+    shutil.copytree(class_folder, data)
+    (data / "cats").rename(tmp_path / "cats")
+    folder = train(dit_pipeline, data, tmp_path / "run", **flags, max_train_steps=1)
+    (tmp_path / "cats").rename(data / "cats")
+    for steps in (2, 3):
+        train(dit_pipeline, data, folder, **flags, max_train_steps=steps, resume_from_checkpoint="latest")
+        names = json.loads((folder / "model_index.json").read_text())["id2label"]
+        assert [names[label] for label in "012"] == ["cups", "rockets", "cats"]
+    assert caplog.text.count("is not that of the run to resume (9 images instead of 6)") == 1
+    assert "0 cups, 1 rockets, 2 cats" in caplog.text
+
+
+def test_labels_that_the_pipeline_has_for_other_classes_are_said(dit_pipeline, class_folder, tmp_path, caplog):
+    base = edited(dit_pipeline, tmp_path / "base", None, id2label={"7": "cats, kittens", "1": "cups"})
+    train(base, class_folder, tmp_path / "run", lpl_weight=0, max_train_steps=1)
+    assert "classes have other labels in the data than in the pipeline" in caplog.text
+    assert "cats 0 (7)" in caplog.text and "cups" not in caplog.text.partition("in brackets")[2].split("\n")[0]

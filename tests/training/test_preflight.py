@@ -1,10 +1,13 @@
 """Machine, packages and folders are checked before anything is loaded."""
 
 import importlib.util
+import shutil
 
 import pytest
 from commands import cases, refusal, warned
 from trainer import arguments, parsed
+
+from lpl.data.source import held_out_names
 
 
 HERE = cases(
@@ -57,7 +60,7 @@ def test_a_data_folder_without_images_or_captions(sd_pipeline, tmp_path, capsys,
 
 
 def test_no_images_is_said_before_the_pipeline_is_looked_for(tmp_path, capsys):
-    assert "no images" in refusal(capsys, arguments("no/where", tmp_path, tmp_path / "out"))
+    assert "no images" in refusal(capsys, arguments("no/where", tmp_path, tmp_path.with_name("out")))
 
 
 def test_class_labels_come_from_folders_or_a_file(dit_pipeline, class_folder, image_folder, tmp_path, capsys):
@@ -89,3 +92,40 @@ def test_an_output_folder_that_cannot_be_written(place, sd_pipeline, image_folde
     message = refusal(capsys, arguments(sd_pipeline, image_folder, folder))
     assert message.startswith(f"--output_dir {folder}: ") and "give a" in message
     assert sorted(tmp_path.rglob("*")) == before
+
+
+# What is trained on without being meant ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "folders, said",
+    [
+        (["train", "test", "validation"], ["test and validation"]),
+        (["", "Val"], ["Val"]),
+        (["images/a", "images/dev"], ["dev"]),
+        (["train", "more"], []),
+        (["test"], []),  # the user's own choice
+        (["testimony", "values"], []),
+    ],
+    ids=str,
+)
+def test_folders_that_are_named_like_splits(folders, said, sd_pipeline, image_folder, tmp_path):
+    for folder in folders:
+        shutil.copytree(image_folder, tmp_path / "data" / folder, dirs_exist_ok=True)
+    words = warned(sd_pipeline, tmp_path / "data", tmp_path / "out")
+    assert [word for word in words if "everything in it is trained on" in word] == words and len(words) == len(said)
+    assert all(name in word for name, word in zip(said, words, strict=True))
+
+
+def test_shards_that_are_named_like_splits(tmp_path):
+    names = [f"{split}-00000-of-00001.parquet" for split in ("train", "test")]
+    assert held_out_names(tmp_path, [tmp_path / name for name in names]) == ["test"]
+
+
+def test_an_output_folder_is_no_class(dit_pipeline, class_folder, tmp_path, capsys, no_weights):
+    shutil.copytree(class_folder, tmp_path / "data")
+    (tmp_path / "data/run/samples").mkdir(parents=True)
+    for name in ("recipe.yaml", "metrics.jsonl"):
+        (tmp_path / "data/run" / name).touch()
+    message = refusal(capsys, arguments(dit_pipeline, tmp_path / "data", tmp_path / "out"))
+    assert f"{tmp_path}/data/run is the output folder of a run" in message

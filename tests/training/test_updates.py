@@ -6,6 +6,7 @@ import pytest
 import torch
 from trainer import reset_accelerate
 
+from lpl.config.groups import Optimization
 from lpl.tools.files import load_state, save_state
 
 
@@ -101,3 +102,8 @@ def test_what_is_saved_goes_on(updates, kind, tmp_path):
     made.load_state_dict(load_state(tmp_path / "state.safetensors"))
     take(weights, made, [1.0, 1.0])
     assert all(torch.equal(a, b) for a, b in zip(weights.weights(), expected, strict=True)) and made.count == 4
+
+
+@pytest.mark.parametrize("given, steps", [(0, 0), (0.0, 0), (0.1, 21), (0.999, 200), (1, 1), (500, 500), (7.0, 7)])
+def test_a_warm_up_is_a_number_of_steps_or_a_share_of_the_run(given, steps):
+    assert Optimization(lr_warmup_steps=given).warmup_steps(201 if given == 0.1 else 200) == steps
