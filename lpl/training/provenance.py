@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -55,14 +55,13 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def measured_facts(
-    config: Config, dataset: Dataset | IterableDataset, num_processes: int, hardware: str, listed: Sequence[str] = ()
+    config: Config, dataset: Dataset | IterableDataset, num_processes: int, hardware: str
 ) -> dict[str, Any]:
     """The facts, in YAML's types. Reads images, see :mod:`lpl.data.fingerprint`.
 
     Args:
         dataset: what is trained on.
         hardware: for example "8 x NVIDIA H200".
-        listed: components of the base model.
     """
     flags, optimization = config.data, config.optimization
     folders = data_folders(flags, config.model.cache_dir)
@@ -71,7 +70,7 @@ def measured_facts(
         data["images"] = len(dataset)
     return {
         "data": data,
-        "base": identity(config.model, listed),
+        "base": identity(config.model),
         "num_processes": num_processes,
         "global_batch": optimization.train_batch_size * num_processes * optimization.gradient_accumulation_steps,
         "commits": commits(config, dataset),
@@ -115,17 +114,15 @@ def start_recipe(
     dataset: Dataset | IterableDataset,
     hardware: str,
     measured: Mapping[str, Any],
-    listed: Sequence[str],
 ) -> None:
     """Write the run's recipe, and warn of what differs from the recipe that it started from; on the main process.
 
     Args:
         measured: facts that a resumed run knows already.
-        listed: components of the base model.
     """
     if not run.is_main:
         return
-    run.facts = measured_facts(config, dataset, run.accelerator.num_processes, hardware, listed) | dict(measured)
+    run.facts = measured_facts(config, dataset, run.accelerator.num_processes, hardware) | dict(measured)
     for difference in compare_with(config.rerun_of, run.facts, config.optimization.train_batch_size):
         logger.warning(difference)
     write_recipe(run.folder, run.recipe, run.facts)

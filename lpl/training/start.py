@@ -38,7 +38,7 @@ from lpl.tools import layout
 from lpl.tools.results import lora_entries, pipeline_entries
 from lpl.tools.words import first_line
 from lpl.training.average import MovingAverage
-from lpl.training.base_model import check_base, identity
+from lpl.training.base_model import identity
 from lpl.training.checkpoints import Progress, check_recipe, find_checkpoints, find_resumable, tidy
 from lpl.training.loading import average_from_revision, load_family, weight_dtype
 from lpl.training.parts import TrainedParts
@@ -200,9 +200,7 @@ def start_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def start_or_resume(
-    config: Config, description: Description, accelerator: Accelerator, download: Callable[[Output], None]
-) -> Run:
+def start_or_resume(config: Config, accelerator: Accelerator, download: Callable[[Output], None]) -> Run:
     """A run at its beginning, or at the checkpoint that --resume_from_checkpoint names.
 
     Args:
@@ -236,8 +234,7 @@ def start_or_resume(
     set_seed(progress.seed)
     flags = recipe(config) | {"seed": progress.seed, "mixed_precision": accelerator.mixed_precision}
     if resumed is not None:
-        check_recipe(resumed, flags, accelerator.num_processes, identity(config.model, description.listed))
-        check_base(resumed, config, description)
+        check_recipe(resumed, flags, accelerator.num_processes, identity(config.model))
     return Run(accelerator, Path(output.output_dir), progress, flags, resumed)
 
 
