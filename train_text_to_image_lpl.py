@@ -54,6 +54,7 @@ from lpl.tools import layout
 from lpl.tools.pictures import loss_curves
 from lpl.tools.process import leave_after
 from lpl.training.average import MovingAverage
+from lpl.training.base_model import check_base
 from lpl.training.checkpoints import TrainingState
 from lpl.training.earlier import set_earlier_aside
 from lpl.training.log import Log
@@ -108,7 +109,8 @@ def train(config: Config, status: Status) -> None:
         if config.evaluation.eval_steps is not None:
             evaluation.check_captions(config.evaluation, config.data, description.family)
         accelerator = status.accelerator = start_accelerator(config)
-        run = start_or_resume(config, description, accelerator, hub.download_run)
+        run = start_or_resume(config, accelerator, hub.download_run)
+        check_base(run.resumed, config, description)
         images, held_out_images = open_images(config, description, run)
         classes = description.class_names(images.class_names)
         prompts = description.prompts(config.validation.validation_prompts or (), classes)
@@ -167,7 +169,7 @@ def train(config: Config, status: Status) -> None:
         preemption=preemption,
         now=status.now,
     )
-    start_recipe(config, run, images.dataset, plan.hardware, weight.facts(), description.listed)
+    start_recipe(config, run, images.dataset, plan.hardware, weight.facts())
     result = Result(run.folder, config.model, description, trained, average, scheduler, classes)
     card = partial(make_card, plan, log, validation, prompts, licence)
     publication, publish = None, None

@@ -70,7 +70,7 @@ def _check_place(name: str, place: str | None) -> None:
     except OSError as error:
         raise ValueError(f"--{name} {reprlib.repr(place)}: {error.strerror}") from error
     else:
-        if file and name != "pretrained_model_name_or_path":  # which says more of a file
+        if file and name not in ("config", "pretrained_model_name_or_path"):  # which may be files
             why = _why_no_data if name in ("train_data_dir", "dataset_name") else why_no_folder
             raise ValueError(f"--{name} {place}: {why(str(place))}")
 

@@ -32,6 +32,7 @@ from lpl.tools import layout, words
 from lpl.tools.files import write_whole
 from lpl.tools.machine import peak_memory
 from lpl.tools.privacy import is_hub_id, is_local, local_name, public_command, shown, without_secrets
+from lpl.tools.results import missing_components
 from lpl.training.loading import weight_dtype
 from lpl.training.provenance import installed_versions
 
@@ -66,7 +67,7 @@ class RunCard:
     inference_steps: int | None = None  # None: the pipeline's default
     guidance_scale: float | None = None  # None: the pipeline's default
     loading_arguments: Mapping[str, None] = field(default_factory=dict)  # components that the pipeline does without
-    base_arguments: Mapping[str, str] = field(default_factory=dict)  # revision and variant of the base model
+    base_arguments: Mapping[str, Any] = field(default_factory=dict)  # revision and variant; None: what the base lacks
     vae: str | None = None  # Hub id or local folder of a VAE that replaces the base model's
     denoiser: tuple[str, str] | None = None  # of a LoRA's base: its name, and the revision that it alone comes from
     redrawn: bool = True  # the code on the card draws a sample again, up to rounding
@@ -191,11 +192,12 @@ def _asked_for(plan: Plan) -> dict[str, Any]:
     model, data, optimization = config.model, config.data, config.optimization
     found_out = config.changed(seed=run.seed, mixed_precision=run.mixed_precision)
     places = {"revision": model.revision, "variant": model.variant}
+    lacking = dict.fromkeys(missing_components(Path(model.pipeline)))
     return {
         "base_model": model.pretrained_model_name_or_path,
         "dataset": data.dataset_name or os.path.abspath(data.train_data_dir or ""),  # a folder may look like a Hub id
         "revision": config.output.hub_revision if run.repository else None,
-        "base_arguments": {name: value for name, value in places.items() if value},
+        "base_arguments": {name: value for name, value in places.items() if value} | lacking,
         "vae": model.pretrained_vae_model_name_or_path,
         "redrawn": config.lora.quantize_base is None,
         "from_scratch": model.from_scratch,
@@ -393,10 +395,8 @@ class Result:
         if card.denoiser:
             name, revision = card.denoiser
             variant = {name: value for name, value in card.base_arguments.items() if name == "variant"}
-            words = [
-                f"{key}={literal(value)}"
-                for key, value in {"subfolder": name, "revision": revision, **variant}.items()
-            ]
+            place = {"subfolder": name, "revision": revision, **variant}
+            words = [f"{key}={literal(value)}" for key, value in place.items()]
             parts[name] = ", ".join([literal(shown(card.base_model)), *words])
         return parts
 

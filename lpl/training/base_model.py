@@ -7,7 +7,6 @@ base's *identity*, a commit of the Hub or a fingerprint of a folder's files; ano
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
@@ -19,6 +18,7 @@ from lpl.config import Config
 from lpl.config.groups import Model
 from lpl.families.description import Description
 from lpl.tools.layout import INDEX
+from lpl.tools.results import pipeline_entries
 from lpl.training.lora import FILE, PEFT_FILE, PEFT_PREFIX, in_one_file, peft_folder
 
 
@@ -26,19 +26,17 @@ LARGE = 2**20  # bytes; of a larger file the beginning and the middle are read
 Shapes = dict[str, tuple[int, ...]]
 
 
-def identity(model: Model, listed: Sequence[str]) -> str | None:
-    """What the base model is; None if nobody can tell.
-
-    Args:
-        listed: names of its components.
-    """
+def identity(model: Model) -> str | None:
+    """What the base model is; None if nobody can tell."""
+    if model.pretrained_model_name_or_path is None:
+        return None
     path = Path(model.pipeline)
     if not path.is_dir():
         index = try_to_load_from_cache(model.pipeline, INDEX, model.cache_dir, model.revision)
         return Path(index).parent.name if isinstance(index, str) else None
     digest = hashlib.sha256()
-    places = (file for name in sorted(listed) for file in sorted((path / name).glob("*")))
-    for file in (path / INDEX, *places):
+    entries = [path / name for name in pipeline_entries(path)]
+    for file in (file for entry in entries for file in (sorted(entry.glob("*")) if entry.is_dir() else [entry])):
         if file.is_file() and file.suffix in (".json", ".txt", ".model", ".safetensors"):
             digest.update(str(file.relative_to(path)).encode())
             digest.update(_some(file))
@@ -55,12 +53,14 @@ def _some(file: Path) -> bytes:
         return str(size).encode() + beginning + stream.read(LARGE)
 
 
-def check_base(resumed: Path, config: Config, description: Description) -> None:
-    """Refuse a checkpoint that is not of the base's denoiser.
+def check_base(resumed: Path | None, config: Config, description: Description) -> None:
+    """Refuse a checkpoint that is not of the base's denoiser; None: the run starts afresh.
 
     Raises:
         ValueError: with the first layer that differs.
     """
+    if resumed is None:
+        return
     family, lora = description.family, config.lora.lora
     settings = family.untrained_config(description.denoiser) if config.model.from_scratch else description.denoiser
     denoiser = skeleton(settings)

@@ -36,7 +36,10 @@ def set_earlier_aside(run: Run, lora: bool) -> None:
     moved = set_aside(run.folder, run.step if own else 0)
     pipeline, adapters = pipeline_entries(run.folder), lora_entries(run.folder)
     if own:
-        entries = pipeline if lora else adapters
+        mine = run.folder.resolve().name + layout.OTHERS_SUFFIX  # the folder may have had another name
+        entries = (
+            pipeline + [x for x in adapters if x.endswith(layout.OTHERS_SUFFIX) and x != mine] if lora else adapters
+        )
     else:
         found = pipeline or adapters or moved
         beside = [name for name in BESIDE if (run.folder / name).exists()] if found else []

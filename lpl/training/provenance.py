@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,6 @@ def measured_facts(
     dataset: Dataset | IterableDataset,
     num_processes: int,
     hardware: str,
-    listed: Sequence[str] = (),
     data: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The facts, in YAML's types. Reads images, see :mod:`lpl.data.fingerprint`.
@@ -66,13 +65,12 @@ def measured_facts(
     Args:
         dataset: what is trained on.
         hardware: for example "8 x NVIDIA H200".
-        listed: components of the base model.
         data: :func:`lpl.data.fingerprint.data_facts`, if they are known already.
     """
     optimization = config.optimization
     return {
         "data": data or data_facts(dataset, config.data, config.model.cache_dir),
-        "base": identity(config.model, listed),
+        "base": identity(config.model),
         "num_processes": num_processes,
         "global_batch": optimization.train_batch_size * num_processes * optimization.gradient_accumulation_steps,
         "commits": commits(config, dataset),
@@ -116,18 +114,16 @@ def start_recipe(
     dataset: Dataset | IterableDataset,
     hardware: str,
     measured: Mapping[str, Any],
-    listed: Sequence[str],
 ) -> None:
     """Write the run's recipe, and warn of what differs from the recipe that it started from; on the main process.
 
     Args:
         measured: facts that a resumed run knows already.
-        listed: components of the base model.
     """
     if not run.is_main:
         return
     processes, data = run.accelerator.num_processes, run.facts.get("data")
-    run.facts = measured_facts(config, dataset, processes, hardware, listed, data) | dict(measured)
+    run.facts = measured_facts(config, dataset, processes, hardware, data) | dict(measured)
     rerun_of = {name: fact for name, fact in config.rerun_of.items() if name != "data" or run.resumed is None}
     for difference in compare_with(rerun_of, run.facts, config.optimization.train_batch_size):
         logger.warning(difference)

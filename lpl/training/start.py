@@ -39,7 +39,7 @@ from lpl.tools import layout
 from lpl.tools.results import lora_entries, pipeline_entries
 from lpl.tools.words import first_line
 from lpl.training.average import MovingAverage
-from lpl.training.base_model import check_base, identity
+from lpl.training.base_model import identity
 from lpl.training.checkpoints import (
     Progress,
     check_data,
@@ -216,9 +216,7 @@ def start_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def start_or_resume(
-    config: Config, description: Description, accelerator: Accelerator, download: Callable[[Output], None]
-) -> Run:
+def start_or_resume(config: Config, accelerator: Accelerator, download: Callable[[Output], None]) -> Run:
     """A run at its beginning, or at the checkpoint that --resume_from_checkpoint names.
 
     Args:
@@ -252,8 +250,7 @@ def start_or_resume(
     set_seed(progress.seed)
     flags = recipe(config) | {"seed": progress.seed, "mixed_precision": accelerator.mixed_precision}
     if resumed is not None:
-        check_recipe(resumed, flags, accelerator.num_processes, identity(config.model, description.listed))
-        check_base(resumed, config, description)
+        check_recipe(resumed, flags, accelerator.num_processes, identity(config.model))
     return Run(accelerator, Path(output.output_dir), progress, flags, resumed)
 
 

@@ -7,9 +7,11 @@ import warnings
 import pytest
 from commands import edited, refusal
 from diffusers import DiffusionPipeline
+from hub_server import HubServer, Repository
 from trainer import arguments, train
 
 from lpl.families.components import copy_component
+from lpl.training.result import Result
 
 
 CHECKER = ["stable_diffusion", "StableDiffusionSafetyChecker"]
@@ -60,6 +62,27 @@ def test_what_a_pipeline_can_do_without_is_absent_from_the_result(where, sd_pipe
     assert any(f"the {where}" in str(x.message) or "Hub's cache" in str(x.message) for x in caught)
     assert json.loads((out / "model_index.json").read_text())["safety_checker"] == [None, None]
     assert DiffusionPipeline.from_pretrained(out).safety_checker is None
+
+
+def test_what_only_the_result_needs_is_fetched_before_the_training(sd_pipeline, image_folder, tmp_path, monkeypatch):
+    """The Hub may be gone at the end, and main may have moved on."""
+    pipeline = edited(sd_pipeline, tmp_path / "pipeline", None, safety_checker=CHECKER)
+    shutil.copytree(pipeline / "vae", pipeline / "safety_checker")  # it is copied, and never loaded
+    with HubServer() as hub:
+        hub.connect(monkeypatch, tmp_path)
+        files = (file for file in pipeline.rglob("*") if file.is_file())
+        hub.repos["user/sd"] = Repository()
+        hub.repos["user/sd"].files |= {str(file.relative_to(pipeline)): file.read_bytes() for file in files}
+        write = Result.write
+
+        def write_without_the_hub(result):
+            hub.repos.clear()
+            write(result)
+
+        monkeypatch.setattr(Result, "write", write_without_the_hub)
+        out = train("user/sd", image_folder, tmp_path / "out", max_train_steps=1, lpl_weight=0)
+    name = "safety_checker/diffusion_pytorch_model.safetensors"
+    assert (out / name).read_bytes() == (pipeline / name).read_bytes()
 
 
 def test_copies_lose_the_variant(tmp_path):

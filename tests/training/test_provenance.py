@@ -50,6 +50,7 @@ def test_the_facts_of_a_run(sd_pipeline, image_folder, tmp_path):
     libraries = facts.pop("libraries")
     assert facts.pop("base").startswith("sha256:")
     assert libraries["lpl"] == __version__ and {"torch", "diffusers", "transformers", "pillow"} < set(libraries)
+    assert facts.pop("base").startswith("sha256:")
     assert facts == {
         "data": {"fingerprint": fingerprint(dataset, "image", "text", [str(image_folder)]), "images": 8},
         "num_processes": 4,
