@@ -73,10 +73,11 @@ class Contents:
         for parent, folders, names in walk:
             folders[:] = [name for name in folders if _visible(name)]
             for path in (os.path.join(parent, name) for name in names if not name.startswith(".")):
-                if path.encode(errors="replace").decode() == path:
+                printable = os.fsencode(path).decode(errors="backslashreplace")
+                if printable == path:
                     files.append(path)
                 else:
-                    unread[path] = "its name is not in UTF-8"
+                    unread[printable] = "its name is not in UTF-8"
             for path in (os.path.join(parent, name) for name in folders):
                 if os.path.islink(path):
                     unread[path] = f"a link to {os.path.realpath(path)}"
@@ -285,9 +286,7 @@ def text_captions(contents: Contents) -> list[str | None]:
 
     def read(image: str) -> str | None:
         file = contents.texts.get(os.path.splitext(image)[0])
-        if (
-            file is None or not os.path.isfile(file) or not lies_in(file, contents.folder)
-        ):  # reading a pipe would block
+        if file is None or not os.path.isfile(file) or not lies_in(file, contents.folder):  # a pipe would block
             return None
         try:
             return " ".join(read_text(file).split()) or None
