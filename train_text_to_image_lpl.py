@@ -42,7 +42,7 @@ from lpl.diagnosis.dry_run import DryRun
 from lpl.diagnosis.failures import Status, explained
 from lpl.diagnosis.plan import Plan
 from lpl.families import Family
-from lpl.families.description import read_pipeline
+from lpl.families.description import Description, read_pipeline
 from lpl.families.resolve import resolve
 from lpl.gate import random_window, rows_inside, sigma_threshold_at, subset
 from lpl.objectives import Objective, diffusion_weight, dream_shift
@@ -97,35 +97,18 @@ def main() -> None:
 
 
 def train(config: Config, status: Status) -> None:
-    # Before any weights are loaded: whatever can be refused is refused here.
-    with command_line.usage_errors():
-        preflight(config)
-        if config.evaluation.eval_steps is not None:
-            evaluation.check_evaluation(config.evaluation, config.model)
-    with run_errors(SCRIPT, hub.HubError):
-        description = read_pipeline(config.model, config.lpl.lpl_blocks)
-        config = status.config = resolve(config, description)  # complete from here on
-        check_captions(config.data, description.family)
-        if config.evaluation.eval_steps is not None:
-            evaluation.check_captions(config.evaluation, config.data, description.family)
-        accelerator = status.accelerator = start_accelerator(config)
-        run = start_or_resume(config, accelerator, hub.download_run)
-        check_base(run.resumed, config, description)
-        images, held_out_images = open_images(config, description, run)
-        classes = description.class_names(images.class_names)
-        prompts = description.prompts(config.validation.validation_prompts or (), classes)
-        publishes = config.output.push_to_hub and run.is_main and not config.validation.dry_run
-        run.repository = hub.prepare_repository(config.output, config.lora.lora) if publishes else None
+    inputs = start(config, status)  # whatever can be refused is refused here, before any weights are loaded
+    config, description, run, images = inputs.config, inputs.description, inputs.run, inputs.images
+    accelerator = run.accelerator
 
     # Models: a frozen VAE and frozen text encoders around what is trained
     status.now(Stage.LOADING)
     with run_errors(SCRIPT):
         family = load_weights(config, description, accelerator)
-    trained = status.trained = trained_parts(family, config)
-    with run_errors(SCRIPT):
+        trained = status.trained = trained_parts(family, config)
         average = place_models(trained, config, description, accelerator)
-    needs_decoder = config.lpl.enabled or held_out_images is not None
-    lpl_loss = perceptual_loss(family.vae, config.lpl, config.model.cache_dir) if needs_decoder else None
+        needs_decoder = config.lpl.enabled or inputs.held_out_images is not None
+        lpl_loss = perceptual_loss(family.vae, config.lpl, config.model.cache_dir) if needs_decoder else None
     losses = Losses(family, images.objective, lpl_loss, config.lpl, config.diffusion)
     weight = lpl_weight(config.lpl, accelerator.device)  # w of Eq. 3
 
@@ -138,8 +121,6 @@ def train(config: Config, status: Status) -> None:
     if run.resumed is not None:
         with run_errors(SCRIPT):
             state.load(run.resumed)  # behind the loader, which draws from the global random state that this restores
-        to_go = max(0, length.max_steps - run.step)
-        logger.info(f"resumed from {run.resumed}, {to_go} of {length.max_steps} steps to go")
     plan = Plan(config, run, length, trained, images, updates.schedule)
     step = partial(optimizer_step, model=model, losses=losses, weight=weight, updates=updates)
     if config.validation.dry_run:
@@ -149,35 +130,19 @@ def train(config: Config, status: Status) -> None:
         return
 
     # What watches the run, and what it leaves
-    licence = base_licence(config.model, config.output.hub_token) if run.is_main else {}  # may wait for the Hub
     preemption = Preemption(accelerator)
-    if run.is_main:
-        set_earlier_aside(run, config.lora.lora)
+    set_earlier_aside(run, config.lora.lora)
     log = Log(run, length, config.validation, config.output, config.lpl.lpl_every, losses.blocks)
     bad_samples = BadSamples(accelerator, images, run.folder, config.data.max_bad_samples, run.resumed is not None)
     skipped_steps = SkippedSteps(accelerator, config.optimization.max_skipped_steps, run.progress.skipped)
-    scheduler = description.training_scheduler(config.model.objective)
-    validation = make_validation(
-        plan,
-        losses,
-        held_out_images=held_out_images,
-        prompts=prompts,
-        classes=classes,
-        scheduler=scheduler,
-        average=average,
-        log=log,
-        preemption=preemption,
-        now=status.now,
+    validation = make_validation(plan, inputs, losses, average, log, preemption, status.now)
+    result = Result(run.folder, config.model, description, trained, average, inputs.scheduler, inputs.classes)
+    card = partial(make_card, plan, inputs, log, validation)
+    publication = make_publication(plan, result, card)
+    pauses = Pauses(
+        state, order, log, skipped_steps, validation, config.output, publication and publication.checkpoint
     )
     start_recipe(config, run, images.dataset, plan.hardware, weight.facts())
-    result = Result(run.folder, config.model, description, trained, average, scheduler, classes)
-    card = partial(make_card, plan, log, validation, prompts, licence)
-    publication, publish = None, None
-    if run.repository is not None:
-        whole = () if config.lora.lora else tuple(trained.parts)
-        publication = Publication(config.output, run.repository, result.save, whole, card)
-        publish = publication.checkpoint
-    pauses = Pauses(state, order, log, skipped_steps, validation, config.output, publish)
 
     # The loop
     plan.announce()
@@ -194,11 +159,9 @@ def train(config: Config, status: Status) -> None:
         if measuring and not weight.measuring:
             weight.report()
             update_recipe(run, weight.facts())
-
         run.ending = preemption.asked()
-        if run.ending or log.is_due(run.step) or validation.is_due(run.step):  # what may be saved has to know of them
-            run.problem = "; ".join(filter(None, [bad_samples.write(), skipped_steps.write()]))
-            run.ending = run.ending or bool(run.problem)
+        if run.ending or log.is_due(run.step) or validation.is_due(run.step):
+            end_if_unhealthy(run, bad_samples, skipped_steps)  # what is saved below has to know of them
         if log.is_due(run.step):
             log.write(run.step, updates.learning_rate)
         if pauses.are_due(run):
@@ -216,6 +179,65 @@ def train(config: Config, status: Status) -> None:
             publication.end(preemption.received_here)
     finish(accelerator)
     preemption.close()
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run starts from, before any weights are loaded.
+
+    Args:
+        config: complete: every default is resolved.
+        held_out_images: None: nothing is held out.
+        prompts: validation prompts; of a class-conditional family, labels.
+        classes: names of the classes by label; empty unless the family is class-conditional.
+        scheduler: what is trained and sampled with.
+        licence: of the base model, for the card.
+    """
+
+    config: Config
+    description: Description
+    run: Run
+    images: TrainingImages
+    held_out_images: TrainingImages | None
+    prompts: Sequence[str | int]
+    classes: Mapping[int, str]
+    scheduler: Any
+    licence: Mapping[str, Any]
+
+
+def start(config: Config, status: Status) -> Inputs:
+    """Check everything that the flags, the pipeline's configurations and the data can show to be wrong."""
+    evaluates, dry_run = config.evaluation.eval_steps is not None, config.validation.dry_run
+    with command_line.usage_errors():
+        preflight(config)
+        if evaluates:
+            evaluation.check_evaluation(config.evaluation, config.model)
+    with run_errors(SCRIPT, hub.HubError):
+        description = read_pipeline(config.model, config.lpl.lpl_blocks)
+        config = status.config = resolve(config, description)
+        check_captions(config.data, description.family)
+        if evaluates:
+            evaluation.check_captions(config.evaluation, config.data, description.family)
+        accelerator = status.accelerator = start_accelerator(config)
+        run = start_or_resume(config, accelerator, hub.download_run)
+        check_base(run.resumed, config, description)
+        images, held_out_images = open_images(config, description, run)
+        classes = description.class_names(images.class_names)
+        prompts = description.prompts(config.validation.validation_prompts or (), classes)
+        writes = run.is_main and not dry_run
+        if writes and config.output.push_to_hub:
+            run.repository = hub.prepare_repository(config.output, config.lora.lora)
+    return Inputs(
+        config=config,
+        description=description,
+        run=run,
+        images=images,
+        held_out_images=held_out_images,
+        prompts=prompts,
+        classes=classes,
+        scheduler=description.training_scheduler(config.model.objective),
+        licence=base_licence(config.model, config.output.hub_token) if writes else {},  # may wait for the Hub
+    )
 
 
 # The method ----------------------------------------------------------------------------------------------------------
@@ -346,12 +368,8 @@ class Losses:
 
 def make_validation(
     plan: Plan,
+    inputs: Inputs,
     losses: Losses,
-    *,
-    held_out_images: TrainingImages | None,
-    prompts: Sequence[str | int],
-    classes: Mapping[int, str],
-    scheduler: Any,
     average: MovingAverage | None,
     log: Log,
     preemption: Preemption,
@@ -359,10 +377,11 @@ def make_validation(
 ) -> Validation:
     """Samples of the prompts, the losses on what is held out, and the metrics of --eval_steps."""
     config, run, family, validation = plan.config, plan.run, plan.trained.family, plan.config.validation
+    prompts, classes, held_out_images = inputs.prompts, inputs.classes, inputs.held_out_images
     samples = Samples(
         folder=run.folder / layout.SAMPLES,
         family=family,
-        scheduler=scheduler,
+        scheduler=inputs.scheduler,
         validation=validation,
         size=config.data.size,
         seed=run.seed,
@@ -379,7 +398,7 @@ def make_validation(
         settings = config.evaluation, config.data, validation, config.output, config.model
         with run_errors(SCRIPT):
             metrics = evaluation.TrainingEvaluation(
-                family, scheduler, *settings, classes, preemption, command_line.words_of(config)
+                family, inputs.scheduler, *settings, classes, preemption, command_line.words_of(config)
             )
         metrics.resume(run.step)
     return Validation(
@@ -397,20 +416,32 @@ def make_validation(
     )
 
 
-def make_card(
-    plan: Plan, log: Log, validation: Validation, prompts: Sequence[str | int], licence: Mapping[str, Any]
-) -> RunCard:
+def make_card(plan: Plan, inputs: Inputs, log: Log, validation: Validation) -> RunCard:
     """What the model card says at this moment."""
     return RunCard.of(
         plan,
         blocks=log.blocks if plan.config.lpl.enabled else (),
         records=log.records(),
-        prompts=prompts,
+        prompts=inputs.prompts,
         classes=plan.images.class_names,
         facts=plan.run.facts,
-        licence=licence,
+        licence=inputs.licence,
         results=validation.metrics.on_card() if validation.metrics is not None else ((), ""),
     )
+
+
+def make_publication(plan: Plan, result: Result, card: Callable[[], RunCard]) -> Publication | None:
+    """The uploads of --push_to_hub; on the main process."""
+    if plan.run.repository is None:
+        return None
+    whole = () if plan.trained.lora else tuple(plan.trained.parts)
+    return Publication(plan.config.output, plan.run.repository, result.save, whole, card)
+
+
+def end_if_unhealthy(run: Run, bad_samples: BadSamples, skipped_steps: SkippedSteps) -> None:
+    """End the run where more samples or steps have failed than the flags allow; the same in every process."""
+    run.problem = "; ".join(filter(None, [bad_samples.write(), skipped_steps.write()]))
+    run.ending = run.ending or bool(run.problem)
 
 
 def end_early(run: Run, preemption: Preemption, publication: Publication | None) -> NoReturn:

@@ -62,6 +62,9 @@ class Plan:
             NoRoom: where the disk has no room for the result or a checkpoint.
         """
         config, run, lpl = self.config, self.run, self.config.lpl
+        if run.resumed is not None:
+            to_go = max(0, self.max_steps - run.step)
+            logger.info(f"resumed from {run.resumed}, {to_go} of {self.max_steps} steps to go")
         logger.info(f"{self.count()} images, {self.max_steps} steps of {self.global_batch}{self.epochs(': ')}")
         logger.info(f"training {self.what()}, in {self.precision_of(self.trained.weights())}{self.autocast()}")
         logger.info(

@@ -27,11 +27,13 @@ BESIDE = (  # what describes a result
 
 
 def set_earlier_aside(run: Run, lora: bool) -> None:
-    """Make room for a run before it writes; on the main process.
+    """Make room for a run before its main process writes.
 
     Args:
         lora: it trains a LoRA.
     """
+    if not run.is_main:
+        return
     own = run.owns_folder
     moved = set_aside(run.folder, run.step if own else 0)
     pipeline, adapters = pipeline_entries(run.folder), lora_entries(run.folder)
