@@ -62,7 +62,9 @@ def warn_idle(name: str) -> None:
 
 
 def _check_place(name: str, place: str | None) -> None:
-    """Refuse a path that cannot be looked up, since it is too long or its folder may not be read, and a file."""
+    """Refuse an empty path, one that cannot be looked up (too long, or its folder may not be read), and a file."""
+    if place == "":
+        raise ValueError(f"--{name}: the path is empty; give one, or leave the flag out")
     try:
         file = not stat.S_ISDIR(os.stat(place or ".").st_mode)
     except (FileNotFoundError, NotADirectoryError, ValueError):

@@ -90,12 +90,19 @@ def _entries_on_the_hub(
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """Plain YAML without references: a small file of nested references could fill the memory."""
+    """Plain YAML without references, since a small file of nested ones could fill the memory, and without repeated
+    keys, of which YAML would take the last."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("it has a reference (*name); write the value out instead")
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.YAMLError(f"it has {twice[0]} twice; leave one of them out")
+        return super().construct_mapping(node, deep)
 
 
 def read_entries(path: str | Path) -> dict[Any, Any]:

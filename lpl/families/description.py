@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import diffusers
@@ -167,6 +168,8 @@ def _is_class(name: Any, base: type) -> bool:
 
 
 def _why_not_on_the_hub(path: str, error: str) -> str:
+    if Path(path).is_dir():
+        return error
     if path.startswith((".", "~")):
         return "there is no such folder, and no repository on the Hub has such a name"
     offline = " since HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else ""

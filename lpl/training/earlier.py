@@ -44,9 +44,9 @@ def set_earlier_aside(run: Run, lora: bool) -> None:
         )
     else:
         found = pipeline or adapters or moved
-        beside = [name for name in BESIDE if (run.folder / name).exists()] if found else []
+        beside = [name for name in BESIDE if (run.folder / name).exists()]  # somebody's README too
         entries = [*beside, *(scheduler_entries(run.folder) if found else []), *pipeline, *adapters]
-    entries = list(dict.fromkeys(entries))  # the index and the LoRA last: with them, a killed move goes on
+    entries = list(dict.fromkeys(entries))  # the index and the LoRA last: with them, a killed move continues
     unfinished = run.folder / f".{layout.EARLIER_RUN}{UNFINISHED}"
     if not entries and not unfinished.is_dir():
         return

@@ -6,12 +6,13 @@ are in the run's mixed precision. The VAE is always in float32: in half precisio
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import diffusers
 import torch
+import transformers
 from accelerate import Accelerator
 from diffusers import AutoModel
 from torch import nn
@@ -19,6 +20,7 @@ from torch import nn
 from lpl.config.groups import Lora, Model
 from lpl.families import Family
 from lpl.families.description import Description
+from lpl.tools.words import counted
 from lpl.training.average import MovingAverage
 
 
@@ -47,13 +49,67 @@ def load_family(model: Model, lora: Lora, description: Description, dtype: torch
         components[family.denoiser_name] = load_denoiser(
             model, lora.quantize_base, description, trained_in, model.non_ema_revision
         )
-    return family.load(
+    folder, source = (
         pipeline_folder(model, description, components, whole=not lora.lora),
+        pipeline_source(model, description),
+    )
+    for name in family.text_encoder_names:
+        if name not in description.absent:
+            components[name] = load_text_encoder(folder, name, description, dtypes[name], model.variant)
+    loaded = family.load(
+        folder,
         dtypes,
         max_sequence_length=model.max_sequence_length,
         guidance_scale=model.guidance_scale,
-        **pipeline_source(model, description) | family.left_out() | components,
+        **source | family.left_out() | components,
     )
+    for name in family.text_encoder_names:
+        _refuse_tokens(name, loaded)
+    for name in ("vae", family.denoiser_name):  # diffusers leaves them without memory
+        _refuse_missing(name, [n for n, p in getattr(loaded.pipeline, name).named_parameters() if p.is_meta])
+    return loaded
+
+
+def load_text_encoder(
+    folder: str, name: str, description: Description, dtype: torch.dtype, variant: str | None
+) -> nn.Module:
+    """A text encoder, refused where its file lacks weights, which transformers would draw at random.
+
+    Raises:
+        OSError, ValueError: if it cannot be loaded whole.
+    """
+    model, found = getattr(transformers, description.index[name][1]).from_pretrained(
+        folder,
+        subfolder=name,
+        variant=variant,
+        dtype=dtype,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # they are reported instead
+        output_loading_info=True,
+    )
+    for key, here, needed in sorted(found["mismatched_keys"]):
+        raise ValueError(f"{name}: {key} is {tuple(here)} in its file and {tuple(needed)} by its configuration")
+    _refuse_missing(name, sorted(found["missing_keys"]))
+    return model
+
+
+def _refuse_tokens(name: str, family: Family) -> None:
+    """Refuse a tokenizer with more tokens than its encoder has embeddings."""
+    encoder, tokenizer = (
+        getattr(family.pipeline, part, None) for part in (name, name.replace("text_encoder", "tokenizer"))
+    )
+    if encoder is None or tokenizer is None:
+        return
+    size = encoder.config.get_text_config().vocab_size
+    if len(tokenizer) > size:
+        raise ValueError(f"{name}: it has embeddings of {size} tokens, and its tokenizer has {len(tokenizer)} tokens")
+
+
+def _refuse_missing(name: str, missing: Sequence[str]) -> None:
+    if missing:
+        raise ValueError(
+            f"{name}: its files lack {counted(len(missing), 'weight')} that it needs, such as {missing[0]}"
+        )
 
 
 def pipeline_folder(model: Model, description: Description, replaced: Iterable[str], whole: bool) -> str:

@@ -200,6 +200,12 @@ PLACES = sorted(name for name, declared in FLAGS.items() if declared.path and na
 
 
 @pytest.mark.parametrize("name", PLACES)
+def test_an_empty_path_is_refused(name, sd_pipeline, image_folder, tmp_path, capsys, no_weights):
+    message = refusal(capsys, arguments(sd_pipeline, image_folder, tmp_path / "o", **{name: ""}))
+    assert message.startswith(f"--{name}: the path is empty")
+
+
+@pytest.mark.parametrize("name", PLACES)
 def test_a_file_where_a_folder_belongs(name, sd_pipeline, image_folder, tmp_path, capsys, no_weights):
     (tmp_path / "file.txt").touch()
     flags = {name: tmp_path / "file.txt"} | ({"train_data_dir": None} if name == "dataset_name" else {})

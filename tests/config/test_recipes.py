@@ -146,6 +146,7 @@ def test_recipes_as_people_write_them(text, name, value, sd_pipeline, image_fold
         ("- a\n- b", ["must map flags to values"]),
         ("", ["must map flags to values"]),
         ("a: [", ["cannot be read", "while parsing"]),
+        ("learning_rate: 1.0e-4\nlearning_rate: 1.0e-5", ["learning_rate twice"]),
     ],
 )
 def test_recipes_that_are_refused(text, words, sd_pipeline, image_folder, tmp_path, capsys):

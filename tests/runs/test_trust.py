@@ -612,7 +612,15 @@ def test_the_code_has_no_way_in():
 
 def test_from_pretrained_reads_safetensors_only():
     """Whatever of ours loads weights says so, each time."""
-    classes = ("Config", "Tokenizer", "ImageProcessor", "pipeline_class", "DiffusionPipeline", "SchedulerMixin")
+    classes = (
+        "Config",
+        "config_class",
+        "Tokenizer",
+        "ImageProcessor",
+        "pipeline_class",
+        "DiffusionPipeline",
+        "SchedulerMixin",
+    )
     for file in SOURCES:
         text = file.read_text(encoding="utf-8")
         for call in re.finditer(r"(\w+)(?:\([^()]*\))?\.from_pretrained\(([^()]|\([^()]*\))*\)", text):

@@ -56,6 +56,13 @@ def test_an_earlier_result_is_set_aside(whole, sd_pipeline, image_folder, tmp_pa
     check_finished(folder / "earlier-run")
 
 
+def test_a_file_of_somebody_else_is_set_aside(sd_pipeline, image_folder, tmp_path):
+    (tmp_path / layout.CARD).write_text("# My notes\n")
+    train(sd_pipeline, image_folder, tmp_path, **LORA)
+    assert (tmp_path / layout.EARLIER_RUN / layout.CARD).read_text() == "# My notes\n"
+    assert "My notes" not in (tmp_path / layout.CARD).read_text()
+
+
 def test_a_run_that_goes_on_keeps_its_own(sd_pipeline, image_folder, tmp_path):
     flags = LORA | {"checkpointing_steps": 1}
     folder = train(sd_pipeline, image_folder, tmp_path / "run", **flags)

@@ -210,7 +210,7 @@ def test_a_run_that_hangs_ends_all_the_same(stuck, capfd):
     child = stuck(longest=0.5)
     os.kill(child, signal.SIGUSR1)
     assert code_of(child) == EXIT_CODE
-    assert "the last checkpoint is whole: --resume_from_checkpoint latest goes on" in capfd.readouterr().err
+    assert "the last checkpoint is whole: --resume_from_checkpoint latest continues" in capfd.readouterr().err
 
 
 def agree(rank, port, queue):

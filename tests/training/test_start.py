@@ -1,7 +1,5 @@
 """A run starts at its beginning or at a checkpoint, with one seed, and knows its length."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from accelerate import Accelerator
@@ -13,20 +11,16 @@ from lpl.training.checkpoints import Progress, checkpoint_path
 from lpl.training.start import Length, start_or_resume
 
 
-DESCRIPTION = SimpleNamespace(listed=())
-
-
 @pytest.fixture(autouse=True)
 def same_base(monkeypatch):
     """tests/training/test_base_model.py has the checks of the base model."""
     monkeypatch.setattr("lpl.training.start.identity", lambda *_: None)
-    monkeypatch.setattr("lpl.training.start.check_base", lambda *_: None)
 
 
 def start(folder, seed=None, **flags):
     """A run in that folder; nothing is downloaded."""
     config = Config().changed(output_dir=str(folder), seed=seed, **flags)
-    return start_or_resume(config, DESCRIPTION, Accelerator(), lambda output: pytest.fail("nothing is on the Hub"))
+    return start_or_resume(config, Accelerator(), lambda output: pytest.fail("nothing is on the Hub"))
 
 
 @pytest.fixture
@@ -75,7 +69,7 @@ def test_a_download_comes_before_the_search_for_a_checkpoint(cpu, tmp_path):
         Progress(7, seed=3).save(place)
 
     config = Config().changed(output_dir=str(tmp_path), resume_from_checkpoint="hub")
-    assert start_or_resume(config, DESCRIPTION, Accelerator(), download).step == 7
+    assert start_or_resume(config, Accelerator(), download).step == 7
 
 
 def test_the_recipe_names_what_the_run_has_found_out(cpu, tmp_path):
