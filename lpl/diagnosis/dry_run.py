@@ -171,13 +171,14 @@ class Report:
 
     def _lpl(self) -> Rows:
         plan, lpl = self.plan, self.plan.config.lpl
+        precision = lpl.decoder_dtype(plan.run.mixed_precision)
         return [
             ("threshold", f"sigma <= {plan.threshold:g} : {plan.timesteps_inside()}"),
             ("samples inside", f"{plan.share_inside():.1%} of {DRAWS} timesteps drawn as in training"),
             *([("computed on", plan.applied_to())] if plan.applied_to() else []),
             ("weight", self._weight()),
             ("options", loss_words(plan.config) or "the paper's"),
-            ("decoder", f"in {lpl.lpl_vae_dtype}, of {lpl.lpl_vae_name_or_path or 'the pipeline itself'}"),
+            ("decoder", f"in {precision}, of {lpl.lpl_vae_name_or_path or 'the pipeline itself'}"),
         ]
 
     def _weight(self) -> str:
