@@ -40,7 +40,7 @@ from lpl.diagnosis.status import Stage, Status
 from lpl.families import Family
 from lpl.families.description import Description, read_pipeline
 from lpl.families.resolve import resolve
-from lpl.objectives import FlowMatching
+from lpl.objectives import FlowMatching, Objective
 from lpl.tools.machine import DTYPES
 from lpl.tools.words import Rows, counted, pixels, short_count, size, table
 from lpl.training.loading import denoiser_class, precisions
@@ -241,10 +241,12 @@ class Rehearsal:
     """A run without data: its models, its optimizer's state and its steps; within :class:`Counting`.
 
     Args:
-        size: height and width in pixels.
+        objective: made outside, since its tables are on the host.
     """
 
-    def __init__(self, config: Config, description: Description, method: Method, accelerator: OneGpu) -> None:
+    def __init__(
+        self, config: Config, description: Description, objective: Objective, method: Method, accelerator: OneGpu
+    ) -> None:
         self.config, self.description, self.accelerator, self.method = config, description, accelerator, method
         optimization, stands_in = config.optimization, cast(Any, accelerator)
         family = family_without_weights(config, description, accelerator.mixed_precision)
@@ -259,9 +261,7 @@ class Rehearsal:
         plain = replace(optimization, optimizer="AdamW", use_8bit_adam=False)
         batch = optimization.train_batch_size * accelerator.num_processes
         self.model, self.updates = prepare(stands_in, self.trained, self.average, plain, batch, STEPS)
-        self.losses = method.losses(
-            family, description.objective(config.model.objective), self.lpl_loss, config.lpl, config.diffusion
-        )
+        self.losses = method.losses(family, objective, self.lpl_loss, config.lpl, config.diffusion)
         self.state: list[Tensor] = []
 
     @property
@@ -384,7 +384,7 @@ def estimate(
     memory: dict[Stage, int] = {}
     operations: dict[Stage, int] = {}
     with counting, on_gpu:
-        run = Rehearsal(config, description, method, accelerator)
+        run = Rehearsal(config, description, objective, method, accelerator)
         if run.packed:
             layers = (module for module in run.trained.denoiser.modules() if type(module) is nn.Linear)
             counting.leave_out(layer.weight for layer in layers if not layer.weight.requires_grad)
