@@ -219,6 +219,8 @@ class AsOnGpu(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.device:  # torch remembers what it finds by a device's name
+            return func(*args, **kwargs)
         args = tuple(map(_on_host, args))
         kwargs = {str(name): _on_host(value) for name, value in kwargs.items()}
         if func is F.scaled_dot_product_attention:

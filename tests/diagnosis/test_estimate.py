@@ -112,6 +112,8 @@ def test_what_a_backward_pass_recomputes_is_on_the_gpu_too():
 def test_everything_is_as_before_afterwards():
     with Counting(), as_on_gpu():
         x = torch.empty(2)
+        assert torch.device("cuda") == GPU and torch.get_device_module("cuda") is torch.cuda
+    assert torch.get_device_module("cuda") is torch.cuda
     assert x.device == HOST and torch.empty(2).device == HOST
     assert torch.autocast.__name__ == "autocast" and torch.ones(2).sum() == 2
 
