@@ -39,7 +39,7 @@ from lpl.diagnosis.remedies import remedies
 from lpl.diagnosis.status import Stage, Status
 from lpl.families import Family
 from lpl.families.description import Description, read_pipeline
-from lpl.families.resolve import resolve
+from lpl.families.resolve import resolve, with_decoder_dtype
 from lpl.objectives import FlowMatching, Objective
 from lpl.tools.machine import DTYPES
 from lpl.tools.words import Rows, counted, pixels, short_count, size, table
@@ -337,12 +337,14 @@ class Rehearsal:
 
 
 def _decoder(family: Family, lpl: Lpl, cache_dir: str | None) -> tuple[Any, Lpl, str | None]:
-    """Arguments of :func:`perceptual_loss`; another VAE comes from its configuration."""
-    if lpl.lpl_vae_name_or_path is None:
+    """Arguments of :func:`perceptual_loss`; a decoder of another precision or VAE is made from its configuration."""
+    path, dtype = lpl.lpl_vae_name_or_path, DTYPES[lpl.decoder_dtype()]
+    if path is None and family.vae.dtype == dtype:
         return family.vae, lpl, cache_dir
-    settings = cast(Mapping[str, Any], AutoModel.load_config(lpl.lpl_vae_name_or_path, cache_dir=cache_dir))
-    kind = getattr(diffusers, settings["_class_name"])
-    other = _made(kind, settings, DTYPES.get(lpl.lpl_vae_dtype, torch.float32)).requires_grad_(False).eval()
+    settings: Any = family.vae.config if path is None else AutoModel.load_config(path, cache_dir=cache_dir)
+    other = _made(getattr(diffusers, settings["_class_name"]), settings, dtype).requires_grad_(False).eval()
+    if path is None and hasattr(other, "encoder"):  # a copy has no encoder
+        cast(Any, other).encoder = None
     return other, replace(lpl, lpl_vae_name_or_path=None), cache_dir
 
 
@@ -374,6 +376,7 @@ def estimate(
         stages: those that are counted, beside loading and saving.
         counting: counts on the device that is here instead of on a GPU, to compare with it.
     """
+    config = with_decoder_dtype(config, mixed_precision)
     optimization, lpl = config.optimization, config.lpl
     batch_size, accelerator = optimization.train_batch_size, OneGpu(mixed_precision, processes)
     objective = description.objective(config.model.objective)
