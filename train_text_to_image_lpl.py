@@ -116,7 +116,7 @@ def train(config: Config, status: Status) -> None:
     length = Length.of(config.optimization, images.length, accelerator.num_processes)
     model, updates = prepare(accelerator, trained, average, config.optimization, length.global_batch, length.max_steps)
     order = order_of(images, config.optimization, run)
-    batches = training_batches(images, order)
+    batches = training_batches(images, order, family.tokenize)
     state = TrainingState(accelerator, trained, average, updates, weight)
     if run.resumed is not None:
         with run_errors(SCRIPT):

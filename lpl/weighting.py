@@ -96,10 +96,14 @@ class LplWeight:
             diffusion_loss, lpl = self._sums
             ratio = self.share / (1 - self.share) * diffusion_loss / lpl
             self.value = torch.where(lpl > 0, ratio, torch.zeros_like(ratio))
-        if not self.measuring and not bool(self._sums[1] > 0):
+        if not self.measuring and not self.any_inside():
             logger.warning("no sample was inside the sigma threshold yet: the measurement of LPL's weight continues")
             self.measuring_steps *= 2
         return not self.measuring
+
+    def any_inside(self) -> bool:
+        """Whether a sample was inside in the measured steps; waits for the device."""
+        return bool(self._sums[1] > 0)
 
     def measured_share(self) -> float:
         """LPL's share of the total loss over the measured steps at the current weight; waits for the device."""

@@ -230,15 +230,20 @@ class TrainingImages(TorchDataset[Sample]):
         return noise
 
 
-def collate(samples: list[Sample]) -> Batch:
+def collate(samples: list[Sample], tokenize: Callable[[Sequence[Any]], dict[str, Any]] | None = None) -> Batch:
     """Stacks tensors, (B, ...), and lists all other values; a value of None stays None.
 
     ``bad`` becomes one list for the whole batch.
+
+    Args:
+        tokenize: makes the batch's ``tokens`` of its captions.
     """
     batch: Batch = {"bad": [found for sample in samples for found in sample.pop("bad")]}
     for name, first in samples[0].items():
         values = [sample[name] for sample in samples]
         batch[name] = torch.stack(values) if isinstance(first, Tensor) else None if first is None else values
+    if tokenize is not None:
+        batch["tokens"] = tokenize(batch["caption"])
     return batch
 
 

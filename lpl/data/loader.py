@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader, Sampler
@@ -14,11 +15,16 @@ from lpl.data.timeouts import Readings, watched
 from lpl.tools.process import leave_signals_alone
 
 
-def training_batches(images: TrainingImages, batches: Sampler[list]) -> Iterator[Batch]:
+def training_batches(
+    images: TrainingImages,
+    batches: Sampler[list],
+    tokenize: Callable[[Sequence[Any]], dict[str, Any]] | None = None,
+) -> Iterator[Batch]:
     """Yields endless batches on the CPU, in pinned memory if there is a GPU.
 
     Args:
         batches: the order, from :meth:`TrainingImages.batches`.
+        tokenize: makes the ``tokens`` of a batch of its captions, in the worker processes.
 
     Raises:
         HungLoader: from the iterator, if a worker cannot be interrupted while it reads a file.
@@ -29,7 +35,7 @@ def training_batches(images: TrainingImages, batches: Sampler[list]) -> Iterator
     loader = DataLoader(
         images,
         batch_sampler=batches,
-        collate_fn=collate,
+        collate_fn=partial(collate, tokenize=tokenize),
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         timeout=seconds,

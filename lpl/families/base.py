@@ -5,12 +5,13 @@ and where LoRA goes. Everything else (objective, loss, data, saving) is the same
 
 Vocabulary. *Conditions* are what the denoiser takes beside latents and timesteps. They are computed from a batch's
 ``caption`` (B strings; B class labels in a class-conditional family) and, if the family needs them, from
-``original_size``, ``crop_top_left`` and ``target_size``, each (B, 2), height or top first, in pixels.
+``original_size``, ``crop_top_left`` and ``target_size``, each (B, 2), height or top first, in pixels. A batch of the
+loader has ``tokens`` too, made of its captions by :meth:`Family.tokenize`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from lpl.autoencoders import downscaling_factor
 from lpl.families.fit import Relation
 from lpl.families.lora_layout import LoraLayout
+from lpl.families.tokens import Tokenize, Tokens
 from lpl.objectives import OBJECTIVES
 
 
@@ -125,11 +127,32 @@ class Family:
 
     def conditions(self, batch: Mapping[str, Any], device: torch.device) -> Conditions:
         """Everything :meth:`predict` needs of a batch, each (B, ...); no gradient unless text encoders are trained."""
-        return self.encode_prompts(batch["caption"], device)
+        return self.encode_prompts(batch["caption"], device, batch.get("tokens"))
 
-    def encode_prompts(self, captions: Sequence[str], device: torch.device) -> Conditions:
-        """The part of the conditions that comes from B captions."""
+    def encode_prompts(
+        self, captions: Sequence[str], device: torch.device, tokens: Tokens | None = None
+    ) -> Conditions:
+        """The part of the conditions that comes from B captions.
+
+        Args:
+            tokens: of the captions, from :meth:`tokenize`, preferably in pinned memory; None: they are made here.
+        """
         raise NotImplementedError
+
+    @property
+    def tokenize(self) -> Callable[[Sequence[Any]], Tokens]:
+        """B captions -> their tokens. It holds no models, so that it can be sent to the loader's processes."""
+        lengths = self.token_lengths()
+        return Tokenize({name: getattr(self.pipeline, name) for name in lengths}, lengths, self.texts)
+
+    def token_lengths(self) -> dict[str, int | None]:
+        """How many tokens ``encode_prompt`` asks each tokenizer for, by its name; those left out run in the step."""
+        return {}
+
+    @staticmethod
+    def texts(captions: Sequence[str]) -> list[str]:
+        """What ``encode_prompt`` gives the tokenizers for captions."""
+        return list(captions)
 
     def caption_lengths(self, captions: Sequence[str]) -> tuple[list[int], int]:
         """Tokens of each caption, and how many of them the text encoder takes; of several, the one that takes most."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,16 @@ from torch import Tensor, nn
 
 from lpl.families.base import Conditions, Configs, Family, modulations
 from lpl.families.fit import Relation, latents
+from lpl.families.tokens import Tokens, on_device
 
 
 CLASSES = 1000  # the pipeline's label for no class in classifier-free guidance, for every model
 SHOWN_NAMES = 5
+
+
+def labels_of(captions: Sequence[Any]) -> Tokens:
+    """Class labels as a tensor, (B,)."""
+    return {"class_labels": torch.as_tensor(captions, dtype=torch.long)}
 
 
 class DiT(Family):
@@ -38,8 +44,14 @@ class DiT(Family):
             if isinstance(module, LabelEmbedding):
                 module.dropout_prob = 0.0
 
-    def encode_prompts(self, captions: Sequence[int] | Tensor, device: torch.device) -> Conditions:  # type: ignore[override]
-        return {"class_labels": torch.as_tensor(captions, dtype=torch.long, device=device)}  # (B,)
+    @property
+    def tokenize(self) -> Callable[[Sequence[Any]], Tokens]:
+        return labels_of
+
+    def encode_prompts(
+        self, captions: Sequence[Any], device: torch.device, tokens: Tokens | None = None
+    ) -> Conditions:
+        return on_device(tokens or labels_of(captions), device)
 
     def predict(self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """Raises ValueError for latents that are not square, for which the output would have another shape."""

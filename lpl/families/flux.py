@@ -15,6 +15,7 @@ from lpl.autoencoders import downscaling_factor
 from lpl.families.base import Conditions, Configs, Family, modulations
 from lpl.families.fit import Relation, latents
 from lpl.families.lora_layout import ADDED_QKV, QKV, TRANSFORMER, LoraLayout, Table, by_table
+from lpl.families.tokens import Tokens, with_tokens
 from lpl.objectives import FlowMatching
 
 
@@ -78,10 +79,14 @@ class Flux(Family):
     )
     lora_layout = LoraLayout(TRANSFORMER, partial(by_table, ORIGINAL))
 
-    def encode_prompts(self, captions: Sequence[str], device: torch.device) -> Conditions:
-        embeddings, pooled, _ = self.pipeline.encode_prompt(
-            list(captions), device=device, max_sequence_length=self.tokens
-        )
+    def token_lengths(self) -> dict[str, int | None]:
+        return {"tokenizer": self.pipeline.tokenizer_max_length, "tokenizer_2": self.tokens}
+
+    def encode_prompts(
+        self, captions: Sequence[str], device: torch.device, tokens: Tokens | None = None
+    ) -> Conditions:
+        pipeline = with_tokens(self.pipeline, tokens, device)
+        embeddings, pooled, _ = pipeline.encode_prompt(list(captions), device=device, max_sequence_length=self.tokens)
         return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}  # (B, tokens, dim), (B, dim)
 
     def predict(self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
@@ -92,7 +97,7 @@ class Flux(Family):
             timestep=timesteps.to(noisy_latents.dtype) / TIMESTEPS,
             guidance=self._guidance(noisy_latents),
             txt_ids=noisy_latents.new_zeros(tokens, 3),  # text has no position
-            img_ids=_positions(rows, columns).to(noisy_latents),
+            img_ids=_positions(rows, columns, noisy_latents.device).to(noisy_latents.dtype),
             **conditions,
             return_dict=False,
         )[0]
@@ -139,6 +144,6 @@ class Flux(Family):
         return [*modulations(denoiser, *kinds), denoiser.get_submodule("proj_out")]
 
 
-def _positions(rows: int, columns: int) -> Tensor:
+def _positions(rows: int, columns: int, device: torch.device) -> Tensor:
     """Each patch's (0, row, column), in reading order, (rows * columns, 3)."""
-    return torch.cartesian_prod(torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float())
+    return torch.cartesian_prod(*(torch.arange(size, device=device).float() for size in (1, rows, columns)))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lpl.families.base import Conditions, Configs, Family
 from lpl.families.fit import Relation, latents
+from lpl.families.tokens import Tokens, with_tokens
 
 
 class PixArtSigma(Family):
@@ -21,8 +22,18 @@ class PixArtSigma(Family):
     sequence_length, max_sequence_length = 300, 512
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 
-    def encode_prompts(self, captions: Sequence[str], device: torch.device) -> Conditions:
-        embeddings, mask, _, _ = self.pipeline.encode_prompt(
+    def token_lengths(self) -> dict[str, int | None]:
+        return {"tokenizer": self.tokens}
+
+    @staticmethod
+    def texts(captions: Sequence[str]) -> list[str]:
+        return [caption.lower().strip() for caption in captions]
+
+    def encode_prompts(
+        self, captions: Sequence[str], device: torch.device, tokens: Tokens | None = None
+    ) -> Conditions:
+        pipeline = with_tokens(self.pipeline, tokens, device)
+        embeddings, mask, _, _ = pipeline.encode_prompt(
             list(captions),
             do_classifier_free_guidance=False,
             device=device,
@@ -72,7 +83,7 @@ class PixArtAlpha(PixArtSigma):
         conditions = super().conditions(batch, device)
         if self.pipeline.transformer.config.sample_size != 128:  # the pipeline's own rule
             return conditions
-        size = batch["target_size"].to(device, torch.float32)  # (B, 2)
+        size = batch["target_size"].to(device, non_blocking=True).float()  # (B, 2)
         sizes = {"resolution": size, "aspect_ratio": size[:, :1] / size[:, 1:]}  # (B, 2), (B, 1)
         dtype = conditions["encoder_hidden_states"].dtype
         return conditions | {name: value.to(dtype) for name, value in sizes.items()}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lpl.families.base import Conditions, Configs, Family
 from lpl.families.fit import Relation, cross_attention, latents
 from lpl.families.lora_layout import LoraLayout, own_names
+from lpl.families.tokens import Tokens, with_tokens
 
 
 class StableDiffusion(Family):
@@ -27,8 +28,14 @@ class StableDiffusion(Family):
         """The safety checker would blacken samples."""
         return super().left_out() | {"requires_safety_checker": False}
 
-    def encode_prompts(self, captions: Sequence[str], device: torch.device) -> Conditions:
-        embeddings, _ = self.pipeline.encode_prompt(list(captions), device, 1, False)
+    def token_lengths(self) -> dict[str, int | None]:
+        return {"tokenizer": self.pipeline.tokenizer.model_max_length}
+
+    def encode_prompts(
+        self, captions: Sequence[str], device: torch.device, tokens: Tokens | None = None
+    ) -> Conditions:
+        pipeline = with_tokens(self.pipeline, tokens, device)
+        embeddings, _ = pipeline.encode_prompt(list(captions), device, 1, False)
         return {"encoder_hidden_states": embeddings}  # (B, tokens, dim)
 
     def predict(self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lpl.families.base import Conditions, Configs, Family, modulations
 from lpl.families.fit import Relation, latents
 from lpl.families.lora_layout import ADDED_QKV, QKV, TRANSFORMER, LoraLayout, Table, by_table
+from lpl.families.tokens import Tokens, with_tokens
 
 
 # Layers by their names in the original model
@@ -66,9 +67,17 @@ class StableDiffusion3(Family):
     )
     lora_layout = LoraLayout(TRANSFORMER, partial(by_table, ORIGINAL))
 
-    def encode_prompts(self, captions: Sequence[str], device: torch.device) -> Conditions:
+    def token_lengths(self) -> dict[str, int | None]:
+        clip = self.pipeline.tokenizer_max_length
+        lengths = {"tokenizer": clip, "tokenizer_2": clip, "tokenizer_3": self.tokens}
+        return {name: length for name, length in lengths.items() if getattr(self.pipeline, name) is not None}
+
+    def encode_prompts(
+        self, captions: Sequence[str], device: torch.device, tokens: Tokens | None = None
+    ) -> Conditions:
+        pipeline = with_tokens(self.pipeline, tokens, device)
         captions = list(captions)
-        embeddings, _, pooled, _ = self.pipeline.encode_prompt(
+        embeddings, _, pooled, _ = pipeline.encode_prompt(
             captions,
             captions,
             captions,

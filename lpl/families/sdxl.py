@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lpl.families.base import Conditions, Configs, Family
 from lpl.families.fit import Relation, cross_attention, latents
 from lpl.families.lora_layout import TWO_ENCODERS, LoraLayout, Originals
+from lpl.families.tokens import Tokens, with_tokens
 
 
 # Our layers in the original UNet; those of blocks and their layers are numbered by _block_places.
@@ -77,13 +78,20 @@ class StableDiffusionXL(Family):
     lora_layout = LoraLayout({"unet": "lora_unet", **TWO_ENCODERS}, unet_originals)
 
     def conditions(self, batch: Mapping[str, Any], device: torch.device) -> Conditions:
-        conditions = self.encode_prompts(batch["caption"], device)
-        sizes = [batch[name] for name in ("original_size", "crop_top_left", "target_size")]  # (B, 2) each
-        time_ids = torch.cat(sizes, dim=1).to(device, torch.float32)  # bfloat16 would round 1333 to 1336
+        conditions = super().conditions(batch, device)
+        names = ("original_size", "crop_top_left", "target_size")
+        sizes = [batch[name].to(device, non_blocking=True) for name in names]  # (B, 2) each
+        time_ids = torch.cat(sizes, dim=1).float()  # bfloat16 would round 1333 to 1336
         return conditions | {"time_ids": time_ids}  # (B, 6)
 
-    def encode_prompts(self, captions: Sequence[str], device: torch.device) -> Conditions:
-        embeddings, _, pooled, _ = self.pipeline.encode_prompt(
+    def token_lengths(self) -> dict[str, int | None]:
+        return {name: getattr(self.pipeline, name).model_max_length for name in ("tokenizer", "tokenizer_2")}
+
+    def encode_prompts(
+        self, captions: Sequence[str], device: torch.device, tokens: Tokens | None = None
+    ) -> Conditions:
+        pipeline = with_tokens(self.pipeline, tokens, device)
+        embeddings, _, pooled, _ = pipeline.encode_prompt(
             list(captions), device=device, do_classifier_free_guidance=False
         )
         return {"encoder_hidden_states": embeddings, "text_embeds": pooled}  # (B, tokens, dim), (B, dim)

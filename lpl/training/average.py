@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,7 +23,9 @@ class MovingAverage(EMAModel):
     Args:
         decay: reached slowly: after n steps the decay is at most (n + 1) / (n + 10).
         foreach: update all parameters at once: faster, but needs their memory a second time for a moment.
-        offload: keep the average in CPU memory between steps.
+        offload: keep the average in CPU memory between steps. On a GPU it is pinned, and each update copies it there
+            and back on a stream of its own, a parameter at a time or, with ``foreach``, all at once. Neither the host
+            nor the next step's forward and backward pass waits for that.
     """
 
     def __init__(
@@ -33,8 +35,13 @@ class MovingAverage(EMAModel):
         self.device = parameters[0].device
         self.count = torch.zeros((), device=self.device)
         self.offload = offload
+        self._stream: torch.cuda.Stream | None = None
+        self._weight = torch.ones((), device=self.device)  # kept until the stream has read it
         if offload:
             self.to("cpu")
+            if self.device.type == "cuda":
+                self.pin_memory()
+                self._stream = torch.cuda.Stream(self.device)
 
     @classmethod
     def of(cls, trained: TrainedParts, optimization: Optimization) -> MovingAverage | None:
@@ -47,21 +54,52 @@ class MovingAverage(EMAModel):
 
     @torch.no_grad()
     def update(self, parameters: Sequence[nn.Parameter], skipped: Tensor) -> None:
-        """Move towards the parameters, unless ``skipped``, (), is 1."""
+        """Move towards the parameters, unless ``skipped``, (), is 1. They may not change before :meth:`wait`."""
         self.count += 1 - skipped
         weight = (9 / (9 + self.count)).clamp(min=1 - self.decay)  # 1 - decay, without its cancellation
         weight = torch.where(self.count > 1, weight, torch.ones_like(weight)) * (1 - skipped)
-        if self.offload:
-            self.to(self.device)
+        if not self.offload:
+            self._move(self.shadow_params, parameters, weight)
+            return
+        self._weight = weight
+        with self._beside():
+            at_once = len(parameters) if self.foreach else 1
+            for first in range(0, len(parameters), at_once):
+                part = slice(first, first + at_once)
+                moved = [shadow.to(self.device, non_blocking=True) for shadow in self.shadow_params[part]]
+                self._move(moved, parameters[part], weight)
+                for shadow, value in zip(self.shadow_params[part], moved, strict=True):
+                    shadow.copy_(value, non_blocking=True)
+
+    def _move(self, shadows: Sequence[Tensor], parameters: Sequence[nn.Parameter], weight: Tensor) -> None:
         if self.foreach:
-            steps = torch._foreach_sub(list(parameters), self.shadow_params)
+            steps = torch._foreach_sub(list(parameters), list(shadows))
             torch._foreach_mul_(steps, weight)
-            torch._foreach_add_(self.shadow_params, steps)
+            torch._foreach_add_(list(shadows), steps)
         else:
-            for shadow, parameter in zip(self.shadow_params, parameters, strict=True):
+            for shadow, parameter in zip(shadows, parameters, strict=True):
                 shadow.lerp_(parameter, weight)
-        if self.offload:
-            self.to("cpu")  # blocking: a checkpoint may read it at once
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """Within, the device works on the stream of the copies, after all that it was given before."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def wait(self) -> None:
+        """Let the device, not the host, wait for the copies: what follows may change the parameters."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+
+    def copy_to(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Copy the average into the parameters; waits until it is whole."""
+        if self._stream is not None:
+            self._stream.synchronize()
+        super().copy_to(parameters)
 
 
 @contextmanager

@@ -69,7 +69,7 @@ class Log:
         self.debug_loss = validation.debug_loss
         self.path, self.samples_path = run.folder / layout.LOG, run.folder / layout.SAMPLE_LOSSES
         self._reset()
-        self._samples: list[Tensor] = []  # (B, 3): step, index and loss, on the device
+        self._samples: list[tuple[int, Tensor, Tensor]] = []  # step, index, and on the device the loss, both (B,)
         if run.is_main:
             self._continue(run.step, run.progress.looked)
         flags = {name: _plain(value) for name, value in run.recipe.items()}
@@ -112,7 +112,8 @@ class Log:
         """
         terms = torch.stack([total, losses.diffusion_loss, losses.lpl, weight * losses.lpl]).detach()
         counts = torch.ones_like(terms[:2])
-        counts[1] = float(losses.with_lpl)
+        if not losses.with_lpl:
+            counts[1:].zero_()  # counts[1] = 0 would be a copy that waits
         finite = terms.isfinite().all()
         self._sums += _where(finite, torch.cat([terms, counts]))
         self._count += 1
@@ -126,7 +127,7 @@ class Log:
             self._squares += _where(gradients.isfinite().all(), gradients)
             self._seen = True
         if self.debug_loss:
-            self._keep_samples(step, batch["index"], losses.errors)
+            self._samples.append((step, batch["index"], losses.errors.detach()))
 
     def write(self, step: int, lr: float) -> None:
         """Log the means since the last call, and show them in the progress bar."""
@@ -208,13 +209,6 @@ class Log:
         shown = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in numbers.items())
         logger.info(f"after step {step}: {shown}")
 
-    def _keep_samples(self, step: int, index: Tensor, errors: Tensor) -> None:
-        """Keep the losses, (B,), of samples by their index in the data set, (B,), until the next entry."""
-        exact = torch.float32 if errors.device.type == "mps" else torch.float64  # for an index of any size
-        errors = errors.detach().to(exact)
-        index = index.to(errors.device, exact)
-        self._samples.append(torch.stack([torch.full_like(index, step), index, errors], 1))
-
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Within, the time does not count for the images per second."""
@@ -241,7 +235,7 @@ class Log:
     def _write_samples(self) -> None:
         if not self._samples:
             return
-        rows = cast(Tensor, self.accelerator.gather(torch.cat(self._samples))).tolist()
+        rows = cast(Tensor, self.accelerator.gather(torch.cat([_rows(*sample) for sample in self._samples]))).tolist()
         self._samples.clear()
         if self.accelerator.is_main_process:
             losses = [{"step": int(step), "image": int(index), "loss": loss} for step, index, loss in rows]
@@ -257,6 +251,13 @@ def _shown(record: Mapping[str, float]) -> dict[str, str]:
         "lr": f"{record['lr']:.1e}",
         "img/s": f"{record['images_per_second']:.3g}",
     }
+
+
+def _rows(step: int, index: Tensor, errors: Tensor) -> Tensor:
+    """Step, index in the data set and loss of samples, (B, 3), on the device of the losses."""
+    exact = torch.float32 if errors.device.type == "mps" else torch.float64  # for an index of any size
+    index = index.to(errors.device, exact)
+    return torch.stack([torch.full_like(index, step), index, errors.to(exact)], 1)
 
 
 def _where(condition: Tensor, values: Tensor) -> Tensor:

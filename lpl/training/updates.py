@@ -125,6 +125,8 @@ class Updates:
 
     def step(self) -> None:
         """After the last micro-batch's backward pass."""
+        if self.average is not None:
+            self.average.wait()  # for its copies, which read the weights
         self.accelerator.unscale_gradients()  # fp16
         norm = get_total_norm([parameter.grad for parameter in self.parameters if parameter.grad is not None])
         self.skipped.copy_(norm.isfinite().logical_not())

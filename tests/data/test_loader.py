@@ -1,5 +1,6 @@
-"""Workers change no number."""
+"""Workers change no number, and tokenise the captions."""
 
+import os
 from dataclasses import replace
 from itertools import islice
 
@@ -21,3 +22,16 @@ def test_loader_workers_change_nothing():
     alone, helped = (list(islice(batches_of(images, order, workers), 6)) for workers in (0, 2))
     for a, b in zip(alone, helped):
         assert a["caption"] == b["caption"] and all(torch.equal(a[name], b[name]) for name in RANDOM)
+
+
+def test_captions_are_tokenised_in_the_loader():
+    images = images_of(*(static(seed=seed) for seed in range(5)), random_flip=True)
+    order = KeyedBatches(5, 2, 0, 0, 1, 0)
+    images = replace(images, data=replace(images.data, dataloader_num_workers=1))
+    for batch in islice(training_batches(images, order, place_and_length), 3):
+        process, lengths = batch["tokens"]
+        assert process != os.getpid() and lengths == [len(caption) for caption in batch["caption"]]
+
+
+def place_and_length(captions):
+    return os.getpid(), [len(caption) for caption in captions]

@@ -26,6 +26,22 @@ def test_without_an_average_the_weights_are_the_trained_ones(sampling):
         assert same(before, sampling.trained.state_dict())
 
 
+@pytest.mark.parametrize("foreach", [False, True])
+def test_an_average_in_cpu_memory_has_the_same_numbers(sampling, foreach):
+    parameters = sampling.trained.weights()
+    averages = [MovingAverage(parameters, 0.9, foreach, offload) for offload in (False, True)]
+    generator = torch.Generator().manual_seed(0)
+    for step in range(15):
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter += torch.randn(parameter.shape, generator=generator)
+        for average in averages:
+            average.update(parameters, torch.tensor(float(step == 7)))
+            average.wait()
+    assert any(not torch.equal(*pair) for pair in zip(averages[0].shadow_params, parameters, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(*(average.shadow_params for average in averages), strict=True))
+
+
 def test_the_average_is_that_of_diffusers(updates):
     weights, made = updates()
     theirs = EMAModel(weights.weights(), decay=0.9)

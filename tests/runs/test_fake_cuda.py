@@ -1,0 +1,115 @@
+"""No step of any family waits for the GPU: its training loop runs on CUDA tensors without data (tests/support).
+
+A family of the registry is tested without further work.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import fake_cuda_library
+import known_waits
+import pytest
+from faults import FAULTS
+from gpu_loops import KINDS, words
+from tiny_families import FAMILY_OF, TINY, data_fixture
+from trainer import ROOT
+
+from lpl.families import FAMILIES
+
+
+SHORT = {"max_train_steps": 1, "gradient_accumulation_steps": 1, "lpl_measuring_steps": 1, "mixed_precision": "bf16"}
+SUPPORT = ROOT / "tests" / "support"
+
+
+@pytest.fixture(scope="module")
+def library(request):
+    """Fake CUDA, compiled once and kept in pytest's cache."""
+    if why := fake_cuda_library.missing():
+        pytest.skip(why)
+    return fake_cuda_library.build(request.config.cache.mkdir("fake_cuda"))
+
+
+@pytest.fixture
+def results_of(request, library, tmp_path):
+    """Runs loops, by name (family, flags of each, fault), a name in a process of its own; their results by name."""
+
+    def run(loops):
+        jobs = {}
+        for name, (family, flags, fault) in loops.items():
+            pipeline, images = (request.getfixturevalue(it) for it in (TINY[family.name][0], data_fixture(family)))
+            commands = [words(pipeline, images, tmp_path / f"{name}-{n}", **of) for n, of in enumerate(flags)]
+            jobs[name] = {"commands": commands, "fault": fault}
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(SUPPORT)])}
+        command = [sys.executable, str(SUPPORT / "fake_cuda_jobs.py"), str(library), str(tmp_path / "result")]
+        given = json.dumps(jobs, default=str)
+        done = subprocess.run(command, input=given, env=environment, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout)
+
+    return run
+
+
+def unknown(result):
+    """The waits of a loop that are not known, and the end of the error that ended it."""
+    waits = [wait for wait in result["waits"] if not known_waits.is_known(wait["frames"])]
+    found = {f"{wait['what']} at {wait['place']}" for wait in waits}
+    return sorted(found | ({result["error"][-600:]} if result["error"] else set()))
+
+
+def check(results, updates):
+    """No loop has waited, and each has trained and written its log."""
+    assert {name: found for name, result in results.items() if (found := unknown(result))} == {}
+    for name, result in results.items():
+        seen = {frame for wait in result["waits"] for frame in wait["frames"]}
+        assert {"lpl.training.log:Log.write", "lpl.weighting:LplWeight.report"} <= seen, name
+        assert result["updates"] == updates, name
+
+
+@pytest.mark.parametrize("families", [FAMILIES[::2], FAMILIES[1::2]], ids=["half", "other half"])  # for two cores
+def test_no_step_waits(results_of, families):
+    kinds = [SHORT | flags for flags in KINDS.values()]
+    check(results_of({family.name: (family, kinds, None) for family in families}), updates=len(kinds))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_no_step_waits_with_other_flags(results_of, family):
+    others = {"gradient_checkpointing": True, "lpl_gradient_checkpointing": True, "debug_loss": True}
+    if family.trainable_text_encoders:
+        others["train_text_encoder"] = True
+    loops = {
+        precision: (family, [flags | {"mixed_precision": precision} for flags in KINDS.values()], None)
+        for precision in ("no", "fp16", "bf16")
+    }
+    bf16 = {"mixed_precision": "bf16", "use_ema": True}
+    foreach = bf16 | {"foreach_ema": True, "offload_ema": True, "lpl_max_samples": 1}
+    loops["flags"] = family, [bf16 | others | {"offload_ema": True}, foreach], None
+    groups = 2 if family.trainable_text_encoders else 1
+    results = results_of(loops)
+    check({"flags": results.pop("flags")}, updates=4 * groups + 4)
+    check(results, updates=8)
+
+
+def test_faults_are_found(results_of):
+    flags = SHORT | {"train_batch_size": 8}
+    loops = {fault: (FAMILY_OF["stable-diffusion"], [flags], fault) for fault in FAULTS}
+    results = results_of(loops)
+    missed = [fault for fault, result in results.items() if not unknown(result)]
+    assert not missed
+    for fault, sign in {
+        "mask read on the host": "a value is read on the host at",
+        "tensor without device": "device",
+        "gate on the GPU": "depends on values at",
+        "blocking copies": "a blocking copy to the device, (8, 77) at",
+        "loader that does not pin": "a copy from memory that is not pinned",
+    }.items():
+        assert any(sign in found for found in unknown(results[fault])), (fault, unknown(results[fault]))
+
+
+@pytest.mark.parametrize("name", known_waits.KNOWN)
+def test_known_waits_are_functions_and_documented(name):
+    assert known_waits.resolved(name)
+    listed = (ROOT / "docs" / "gpu.md").read_text()
+    assert f"| `{name.split(':')[1]}` | {known_waits.KNOWN[name]} |" in listed
