@@ -7,7 +7,7 @@ Vocabulary. f is the student, f_k its features at depth k, projected; z0 and z0_
 It is trained (``lpl/distillation``) so that S and its gradient with respect to z0_hat reproduce LPL and its gradient,
 for one VAE and one configuration of the loss, which its own configuration records.
 
-*Corrections* add n times the difference of the two gradients on every n-th step (:func:`corrected`). For fixed
+*Corrections* add n times the difference of the two gradients on every n-th step (:func:`difference`). For fixed
 parameters the mean gradient over n steps is then that of LPL, whatever f is; the variance that this adds is n - 1
 times the squared relative error of the student's gradient.
 
@@ -33,6 +33,7 @@ from lpl.objectives import at_least_float32
 
 GROUPS = 8  # of the group norms
 PROBED = 4  # values of each of the decoder's parameters that identify it
+FAITHFUL = 0.8  # mean cosine below which a run warns
 SAME_DECODER = 0.02  # largest relative difference of two probes; half precision is within 0.001
 
 
@@ -134,23 +135,25 @@ class Fidelity(NamedTuple):
     cosine: Tensor
     relative_error: Tensor  # |g_S - g_LPL| / |g_LPL|
 
+    def summed(self) -> Tensor:
+        """Sums of cosine and squared relative error over the samples with a gradient, and their number, (3,)."""
+        known = self.relative_error.isfinite()
+        found = torch.stack([self.cosine, self.relative_error.square(), known.to(self.cosine.dtype)])
+        return torch.where(known, found, torch.zeros_like(found)).sum(1)
 
-def corrected(
-    student: StudentLoss, loss: LatentPerceptualLoss, predicted_latents: Tensor, latents: Tensor, every: int
+
+def difference(
+    student: StudentLoss, loss: LatentPerceptualLoss, predicted_latents: Tensor, latents: Tensor
 ) -> tuple[Tensor, Fidelity]:
-    """S + n (LPL - S) of each sample, (B,), whose gradient is g_S + n (g_LPL - g_S); and the student's fidelity.
+    """LPL - S of each sample, (B,), whose gradient is g_LPL - g_S; and the student's fidelity there.
 
-    Args:
-        every: n, the steps that this one stands for; 1 gives LPL itself.
+    Added n-fold on every n-th step, it corrects the student.
     """
     (value, gradient), (exact, exact_gradient) = (
         _value_and_gradient(term, predicted_latents, latents) for term in (student, loss)
     )
-    total = torch.lerp(value, exact, float(every))
-    return (
-        Formed.apply(predicted_latents, total, torch.lerp(gradient, exact_gradient, float(every))),
-        fidelity(gradient, exact_gradient),
-    )
+    correction = Formed.apply(predicted_latents, exact - value, exact_gradient - gradient)
+    return correction, fidelity(gradient, exact_gradient)
 
 
 def fidelity(gradient: Tensor, exact: Tensor) -> Fidelity:
@@ -206,3 +209,15 @@ def check_student(what: str, student: Student, loss: LatentPerceptualLoss) -> No
                 f"{what}: it was made for {name} {config.loss[name]} of the loss, and the run has {value}; change the "
                 "flag, or make a student for it by python -m lpl.distill"
             )
+
+
+def load_student(path: str, loss: LatentPerceptualLoss, cache_dir: str | None = None) -> StudentLoss:
+    """A student from a folder or the Hub, in float32, on the device of the loss's decoder.
+
+    Raises:
+        OSError, ValueError: if it cannot be loaded, or is none for this loss.
+    """
+    student = Student.from_pretrained(path, cache_dir=cache_dir, use_safetensors=True)
+    check_student(f"--lpl_student {path}", student, loss)
+    nn.Module.to(student, loss.vae.device)
+    return StudentLoss(student)

@@ -76,8 +76,12 @@ class DryRun:
             self.weight.measuring_steps = self.weight.steps + MEASURED_STEPS
         plain = self._measured(with_lpl=False)
         with_lpl = self._measured(with_lpl=True) if self.plan.config.lpl.enabled and plain else None
+        student = None
+        if with_lpl and self.plan.config.lpl.lpl_student:  # w is measured, which takes LPL itself; now without
+            self.weight.correct_every = 0
+            student = self._measured(with_lpl=True)
         if self.plan.run.accelerator.is_main_process:
-            print(Report(self.plan, self.updates, self.weight, plain, with_lpl).text(), flush=True)
+            print(Report(self.plan, self.updates, self.weight, plain, with_lpl, student).text(), flush=True)
 
     def _measured(self, with_lpl: bool) -> Cost | None:
         """The cost of a step, or None where it is out of memory."""
@@ -123,6 +127,7 @@ class Report:
     Args:
         plain: cost of a step without LPL; None: out of memory.
         with_lpl: cost of a step with LPL; None: out of memory, or not measured.
+        student: cost of a step with a student instead; None: likewise.
     """
 
     plan: Plan
@@ -130,6 +135,7 @@ class Report:
     weight: LplWeight
     plain: Cost | None
     with_lpl: Cost | None
+    student: Cost | None = None
 
     def text(self) -> str:
         config = self.plan.config
