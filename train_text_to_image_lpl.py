@@ -43,7 +43,7 @@ from lpl.diagnosis.failures import Status, explained
 from lpl.diagnosis.plan import Plan
 from lpl.families import Family
 from lpl.families.description import Description, read_pipeline
-from lpl.families.resolve import resolve
+from lpl.families.resolve import resolve, with_decoder_dtype
 from lpl.gate import random_window, rows_inside, sigma_threshold_at, subset
 from lpl.objectives import Objective, diffusion_weight, dream_shift
 from lpl.publishing import hub
@@ -222,6 +222,7 @@ def start(config: Config, status: Status) -> Inputs:
         if evaluates:
             evaluation.check_captions(config.evaluation, config.data, description.family)
         accelerator = status.accelerator = start_accelerator(config)
+        config = status.config = with_decoder_dtype(config, accelerator.mixed_precision)
         run = start_or_resume(config, accelerator, hub.download_run)
         check_base(run.resumed, config, description)
         images, held_out_images = open_images(config, description, run)

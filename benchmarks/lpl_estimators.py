@@ -16,7 +16,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from unittest import mock
@@ -27,6 +28,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from lpl import DecoderFeatureExtractor, LatentPerceptualLoss, outlier_mask
 from lpl.autoencoders import downscaling_factor, encode
@@ -62,6 +64,21 @@ def compare(estimates: list[Tensor], whole: Tensor) -> dict[str, float]:
         "bias": round(float((mean - whole).norm() / whole.norm()), 4),
         "added_variance": round(float(spread / whole.square().sum()), 3),
     }
+
+
+@contextmanager
+def tf32() -> Iterator[None]:
+    """Emulates TF32 in convolutions: their inputs are rounded to 10 bits, and sums are float32."""
+
+    def rounded(x: Tensor) -> Tensor:
+        return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    def convolution(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, weight, *rest: run(rounded(x), rounded(weight), *rest)
+
+    names = ("conv2d", "conv_transpose2d")
+    with mock.patch.multiple(F, **{name: convolution(getattr(F, name)) for name in names}):
+        yield
 
 
 def measure(vae: AutoencoderKL) -> dict[str, dict[str, float]]:
@@ -100,6 +117,8 @@ def measure(vae: AutoencoderKL) -> dict[str, dict[str, float]]:
         "--lpl_vae_dtype bfloat16": LatentPerceptualLoss(deepcopy(vae).to(torch.bfloat16)),
     }
     results |= {name: compare([estimate(other)], whole) for name, other in others.items()}
+    with tf32():
+        results["TF32 in the decoder's convolutions"] = compare([estimate(loss)], whole)
     with torch.no_grad():
         features = DecoderFeatureExtractor(vae)(predicted)
     for name, maps in features.items():

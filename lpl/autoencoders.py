@@ -12,10 +12,12 @@ decoder, can be named by its path in the VAE, e.g. "decoder.up_blocks.1.resnets.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from difflib import get_close_matches
 from functools import lru_cache
+from inspect import signature
 from itertools import chain, pairwise
 from typing import Any
 
@@ -42,6 +44,7 @@ from diffusers.models.autoencoders.autoencoder_kl_hunyuanimage import HunyuanIma
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
+from torch.amp.autocast_mode import is_autocast_available
 from torch.nn import functional as F
 
 from lpl.objectives import at_least_float32
@@ -186,6 +189,15 @@ def skeleton(config: Mapping[str, Any]) -> ModelMixin:
         raise ValueError(f"diffusers {diffusers.__version__} has no autoencoder of the class {name}")
     with torch.device("meta"):
         return kind.from_config(config)
+
+
+def without_weights(vae: ModelMixin) -> ModelMixin:
+    """A copy of a VAE in its dtype on the meta device: no memory for its weights, no hooks."""
+    known = signature(type(vae)).parameters  # ``from_config`` warns of the rest
+    with torch.device("meta"):
+        copied = type(vae)(**{name: value for name, value in vae.config.items() if name in known})
+    nn.Module.to(copied, "meta", vae.dtype)  # diffusers' own ``to`` warns
+    return copied.eval()
 
 
 def select_blocks(
@@ -376,6 +388,19 @@ def feature_vae(
     return other.requires_grad_(False).eval().to(vae.device)
 
 
-def exact_precision(device: torch.device) -> torch.autocast:
-    """Context in which the VAE computes in its own dtype, also under the caller's autocast."""
-    return torch.autocast(device.type, enabled=False)
+@contextmanager
+def exact_precision(device: torch.device) -> Iterator[None]:
+    """Context in which the VAE computes in its own dtype, also under the caller's autocast.
+
+    A float32 VAE's convolutions may use TF32 on GPUs that have it, whatever the process allows elsewhere: their inputs
+    are rounded to 10 bits, as in float16, and sums are float32. The environment variable NVIDIA_TF32_OVERRIDE=0
+    excludes it.
+    """
+    convolutions = torch.backends.cudnn.conv  # pyright: ignore[reportAttributeAccessIssue]
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "tf32"
+    try:
+        with torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else nullcontext():
+            yield
+    finally:
+        convolutions.fp32_precision = before

@@ -10,9 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_hunyuanimage_refiner import HunyuanImageRefinerRMS_norm
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageRMS_norm
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage21 import QwenImage21RMS_norm
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -31,6 +36,11 @@ from lpl.autoencoders import (
     unscale,
 )
 from lpl.objectives import at_least_float32
+
+
+# What the backward pass recomputes instead of keeping it: the output of such a norm, and of the activation behind it.
+NORMS = (nn.GroupNorm, WanRMS_norm, QwenImageRMS_norm, QwenImage21RMS_norm, HunyuanImageRefinerRMS_norm)
+ACTIVATIONS = (nn.SiLU, nn.Mish, nn.GELU, nn.ReLU)
 
 
 class _LastBlockReached(Exception):
@@ -160,9 +170,13 @@ class DecoderFeatureExtractor:
 class DecoderPass:
     """Context of a decode: the VAE's parameters require no gradient, and the backward pass keeps little memory.
 
-    Frozen convolutions do not save their inputs; with ``gradient_checkpointing`` the blocks are recomputed one resnet
-    at a time. The caller's settings are restored on exit. The context is entered again for each part that the backward
-    pass recomputes, so that the recomputation is identical. A VAE can be used by one thread at a time.
+    Frozen convolutions do not save their inputs. A norm and the activation behind it save the norm's input only, and
+    the backward pass computes both again; no convolution runs twice. Norms and activations of other classes (NORMS,
+    ACTIVATIONS), or that are no modules, run as they are. With ``gradient_checkpointing`` the blocks are recomputed
+    one resnet at a time. No number changes.
+
+    The caller's settings are restored on exit. The context is entered again for each part that the backward pass
+    recomputes, so that the recomputation is identical. A VAE can be used by one thread at a time.
     """
 
     def __init__(self, vae: ModelMixin, gradient_checkpointing: bool) -> None:
@@ -170,6 +184,7 @@ class DecoderPass:
         self._parameters = list(vae.parameters())
         self._modules = list(getattr(vae, "decoder", vae).modules())
         self._left: list[ExitStack] = []  # one stack to undo per active pass
+        self._normalised: _Normalised | None = None  # by the norm that ran last
 
     def __enter__(self) -> None:
         self._left.append(stack := ExitStack())
@@ -180,27 +195,43 @@ class DecoderPass:
         for module in self._modules:
             if hasattr(module, "gradient_checkpointing"):  # diffusers' own checkpointing, which AutoencoderDC lacks
                 _set(stack, module, "gradient_checkpointing", False)
-            if torch.is_grad_enabled() and type(module) is nn.Conv2d and _is_plain(module):
-                _set(stack, module, "forward", partial(_frozen_convolution, module))
+            if torch.is_grad_enabled() and "forward" not in vars(module):
+                if type(module) is nn.Conv2d and _is_plain(module):
+                    _set(stack, module, "forward", partial(_frozen_convolution, module))
+                elif type(module) in NORMS:
+                    _set(stack, module, "forward", partial(self._normalise, module))
+                elif type(module) in ACTIVATIONS and not getattr(module, "inplace", False):
+                    _set(stack, module, "forward", partial(self._activate, module))
         if self.gradient_checkpointing and torch.is_grad_enabled():
             for part in decoder_parts(self.vae):
                 _set(stack, part, "forward", partial(self._checkpoint, part.forward))
 
     def __exit__(self, *_: object) -> None:
         self._left.pop().close()
+        self._normalised = None
+
+    def _normalise(self, norm: nn.Module, features: Tensor) -> Tensor:
+        maps = type(norm).forward(norm, features)
+        self._normalised = _Normalised(ref(maps), features, norm)
+        return maps
+
+    def _activate(self, activation: nn.Module, maps: Tensor) -> Tensor:
+        of, self._normalised = self._normalised, None
+        if of is None or of.maps() is not maps or not of.features.requires_grad:
+            return type(activation).forward(activation, maps)
+        return _NormAndActivation.apply(of.features, maps.detach(), of.norm, activation)
 
     def _checkpoint(self, forward: Callable[..., Tensor], *inputs: Any, **options: Any) -> Tensor:
         recomputation = copy(self)
-        recomputation.gradient_checkpointing, recomputation._left = False, []
+        recomputation.gradient_checkpointing, recomputation._left, recomputation._normalised = False, [], None
         return checkpoint(
             forward, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), recomputation), **options
         )
 
 
 def _is_plain(convolution: nn.Conv2d) -> bool:
-    """Whether it has no custom forward, and zero padding given in numbers."""
-    numbers = convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str)
-    return numbers and "forward" not in vars(convolution)
+    """Whether it has zero padding given in numbers."""
+    return convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str)
 
 
 def _frozen_convolution(convolution: nn.Conv2d, features: Tensor) -> Tensor:
@@ -230,6 +261,35 @@ class _FrozenConvolution(torch.autograd.Function):
         rest = tuple(size - reach for size, reach in zip(ctx.shape[-2:], reached))
         transposed = F.conv_transpose2d(gradient, of.weight, None, of.stride, of.padding, rest, of.groups, of.dilation)
         return transposed, None
+
+
+class _Normalised(NamedTuple):
+    """What a norm has made of its input."""
+
+    maps: Callable[[], Tensor | None]  # a weak reference: the norm's output is not kept
+    features: Tensor
+    norm: nn.Module
+
+
+class _NormAndActivation(torch.autograd.Function):
+    """``activation(norm(features))``, of which the backward pass keeps ``features`` only; ``maps`` is the norm's."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, maps: Tensor, norm: nn.Module, activation: nn.Module) -> Tensor:
+        ctx.save_for_backward(features)
+        ctx.norm, ctx.activation = norm, activation
+        return type(activation).forward(activation, maps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, gradient: Tensor
+    ) -> tuple[Tensor, None, None, None]:
+        features = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad(), exact_precision(features.device):
+            maps = type(ctx.norm).forward(ctx.norm, features)
+            maps = type(ctx.activation).forward(ctx.activation, maps)
+        return *torch.autograd.grad(maps, features, gradient), None, None, None
 
 
 def _set(stack: ExitStack, module: nn.Module, name: str, value: Any) -> None:

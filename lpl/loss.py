@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,14 +31,17 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lpl.autoencoders import decoder_levels, exact_precision
+from lpl.autoencoders import decoder_levels, downscaling_factor, exact_precision, without_weights
 from lpl.features import DecoderFeatureExtractor
+from lpl.footprint import Footprint, footprint
 from lpl.objectives import at_least_float32
 from lpl.options import MASK_DEFAULTS, check_mask_and_chunks, check_options
 from lpl.outliers import outlier_mask
 from lpl.terms import GRADIENT_SCALE, block_term, reference_block_term
 
 
+MEMORY = 4 * 2**30  # bytes that one call may take for its samples together, unless one sample takes more
+LARGEST_TENSOR = 2**31 - 1  # elements; operators of GPUs index larger ones wrongly or not at all
 LARGEST_IN_FLOAT16 = 64.0  # of the gradients at the start of the decoder's backward pass, which sums them
 MARGIN = 8  # latent positions decoded around a window, so that convolutions see its surroundings
 
@@ -59,7 +64,9 @@ class LatentPerceptualLoss:
             but ``blocks`` and ``gradient_checkpointing``.
         gradient_checkpointing: recompute each resnet in the backward pass, to save memory.
         outliers: parameters of the masks, see :func:`outlier_mask`.
-        chunk_size: number of samples decoded at a time; fewer need less memory. None = all.
+        chunk_size: number of samples decoded at a time; fewer need less memory. None = as many as MEMORY allows (at
+            least one), see :func:`lpl.footprint.footprint`. No tensor ever has 2^31 elements or more, unless that of a
+            single sample has.
 
     After a call, ``last`` holds the measurements of each block (:class:`Measured`).
 
@@ -102,6 +109,7 @@ class LatentPerceptualLoss:
         self.outliers = dict(outliers or {})
         self.chunk_size = chunk_size
         self.last = Measured()
+        self._footprints: dict[Any, Footprint | None] = {}  # of one sample, by what it depends on
 
     def __call__(
         self, predicted_latents: Tensor, latents: Tensor, window: tuple[int, int, int, int] | None = None
@@ -123,7 +131,7 @@ class LatentPerceptualLoss:
         if len(latents) == 0:  # no sample was inside the threshold
             return at_least_float32(predicted_latents).flatten(1).sum(1)
         wanted = torch.is_grad_enabled() and predicted_latents.requires_grad
-        size = self.chunk_size or len(latents)
+        size = self.samples_at_once(latents, window, wanted)
         chunks = zip(predicted_latents.detach().split(size), latents.detach().split(size))
         compared = [self._compare(*chunk, window, wanted) for chunk in chunks]
         values, gradients, measured = zip(*compared)
@@ -145,6 +153,54 @@ class LatentPerceptualLoss:
             "variant": self.variant,
             "outliers": self.outliers,
         }
+
+    def samples_at_once(
+        self, latents: Tensor, window: tuple[int, int, int, int] | None = None, form_gradient: bool = True
+    ) -> int:
+        """How many samples are decoded at a time: ``chunk_size``, or as many as MEMORY allows; and LARGEST_TENSOR.
+
+        Args:
+            latents: scaled latents, (B, C, h, w).
+            window: see ``__call__``.
+            form_gradient: whether the gradient is computed, which takes most of the memory.
+        """
+        most = min(self.chunk_size or len(latents), len(latents))
+        decoded = latents[with_margin(window, latents.shape[-2:])[0]].shape
+        if most == 1 or most * math.prod(decoded[-2:]) * self._most_per_position() <= MEMORY:
+            return most
+        one = self._footprint(decoded[1:], latents.dtype, form_gradient)
+        if one is None:
+            return most if self.chunk_size else 1
+        fitting = most if self.chunk_size else MEMORY // one.peak
+        return max(1, min(most, fitting, LARGEST_TENSOR // one.largest))
+
+    def _most_per_position(self) -> float:
+        """Bytes per latent position that no call exceeds: as if each module kept two maps, the widest, in float64.
+
+        Infinite for a VAE whose size of a position is not known.
+        """
+        modules = list(getattr(self.vae, "decoder", self.vae).modules())
+        weights = [weight for module in modules for weight in module.parameters(recurse=False)]
+        widest = max((max(weight.shape[:2]) for weight in weights if weight.ndim > 3), default=1)
+        try:
+            return 16 * len(modules) * widest * downscaling_factor(self.vae.config) ** 2
+        except ValueError:
+            return math.inf
+
+    def _footprint(self, shape: Sequence[int], dtype: torch.dtype, form_gradient: bool) -> Footprint | None:
+        """The memory of a call for one sample, (C, h, w); None for a decoder that reads values, which meta lacks."""
+        key = (*shape, dtype, form_gradient, self.vae.dtype)
+        if key not in self._footprints:
+            twin = copy(self)
+            twin.vae = vae = without_weights(self.vae)
+            twin.extractor = DecoderFeatureExtractor(vae, self.block_names, self.extractor.gradient_checkpointing)
+            latents, predicted = (torch.empty(1, *shape, dtype=dtype, device="meta") for _ in range(2))
+            given = [predicted, latents, *vae.parameters(), *vae.buffers()]
+            self._footprints[key] = None
+            with suppress(RuntimeError):
+                run = partial(twin._compare, predicted, latents, None, form_gradient)
+                self._footprints[key] = footprint(run, given)
+        return self._footprints[key]
 
     def _compare(
         self, predicted_latents: Tensor, latents: Tensor, window: tuple[int, int, int, int] | None, wanted: bool
@@ -328,7 +384,7 @@ def unshared(features: dict[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous features in memory of their own, which a gradient can overwrite; modules may share a tensor."""
     seen: set[int] = set()
     for name, maps in features.items():
-        memory = maps.untyped_storage().data_ptr()
+        memory = maps.untyped_storage()._cdata
         features[name] = maps.clone(memory_format=torch.contiguous_format) if memory in seen else maps.contiguous()
         seen.add(memory)
     return features

@@ -19,6 +19,7 @@ OBJECTIVE_NAMES = ("epsilon", "v_prediction", "sample", "flow_matching")
 WEIGHTING_SCHEMES = ("logit_normal", "mode", "cosmap", "sigma_sqrt", "none")
 BIAS_STRATEGIES = ("earlier", "later", "range", "none")
 DTYPES = ("float32", "bfloat16", "float16")
+AUTO = "auto"
 
 LARGEST_KERNEL = 63  # a quarter of the side that kernels are given for
 LARGEST_STRIDE = 8  # beyond it, a mid block's map of 16 x 16 positions has no 2% quantile
@@ -110,7 +111,7 @@ def check_mask_and_chunks(
     if outliers and (not mask_outliers or variant == "reference"):
         raise ValueError("outliers has no effect without mask_outliers, or with the variant reference; leave it out")
     if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size {chunk_size}: it must be 1 or more, or None for all samples at once")
+        raise ValueError(f"chunk_size {chunk_size}: it must be 1 or more, or None for as many as the memory allows")
 
 
 def parse_weight(text: str) -> tuple[float | None, float | None]:

@@ -17,6 +17,7 @@ from lpl.autoencoders import (
     decoder_parts,
     downscaling_factor,
     encode,
+    exact_precision,
     feature_map,
     latent_channels,
     skeleton,
@@ -472,3 +473,46 @@ def test_a_path_is_checked_before_weights_are_loaded(tmp_path):
         decoder_blocks(vae, ("decoder.nothing",))
     with pytest.raises(ValueError, match="AutoencoderOfTomorrow"):
         skeleton({"_class_name": "AutoencoderOfTomorrow"})
+
+
+# Precision -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_convolutions_may_use_tf32_in_the_vae_and_nowhere_else(allowed):
+    """Also where the process excludes it; afterwards the process has its own setting again."""
+    convolutions, before = torch.backends.cudnn.conv, torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        with pytest.raises(RuntimeError, match="within"), exact_precision(torch.device("cpu")):
+            assert convolutions.fp32_precision == "tf32"
+            raise RuntimeError("within")
+        assert torch.backends.cudnn.allow_tf32 is allowed
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def test_the_decoder_runs_at_that_precision_in_both_directions():
+    vae = tiny_vae("sd")
+    seen = []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, features):
+            seen.append(torch.backends.cudnn.conv.fp32_precision)
+            return features.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            seen.append(torch.backends.cudnn.conv.fp32_precision)
+            return gradient
+
+    vae.decoder.conv_in.register_forward_hook(lambda module, inputs, output: Watched.apply(output))
+    latents = torch.randn(1, 4, 4, 4)
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        LatentPerceptualLoss(vae)((latents + 0.3).requires_grad_(), latents)
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+    assert seen == ["tf32"] * 3, "two decodes and the backward pass"

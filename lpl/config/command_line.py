@@ -101,8 +101,7 @@ def _read(parser: Parser, words: Sequence[str]) -> Config:
         given |= {
             action.dest
             for action in parser.flags
-            if action.dest in said
-            and (said[action.dest] not in (action.default, [action.default]) or action.dest in FOREIGN)
+            if action.dest in said and (said[action.dest] not in _not_given(action) or action.dest in FOREIGN)
         }
         parser.set_defaults(**said)
         values = vars(parser.parse_args(words))
@@ -113,6 +112,12 @@ def _read(parser: Parser, words: Sequence[str]) -> Config:
     config = config_of(values, given - FOREIGN, rerun_of=measured)
     foreign = {name: values[name] for name in given & FOREIGN}
     return _completed(translated(config, foreign))
+
+
+def _not_given(action: argparse.Action) -> tuple[Any, ...]:
+    """Values that a recipe records for a flag that was not given."""
+    former = FLAGS[action.dest].former_default if action.dest in FLAGS else None
+    return (action.default, [action.default], former)
 
 
 def _forget_lpl(values: dict[str, Any], names: Collection[str]) -> set[str]:

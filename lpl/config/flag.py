@@ -77,6 +77,8 @@ class Flag:
         used: called with the configuration; returns whether the flag has an effect. A run warns of a given flag that
             has none.
         words: converts the given words to the value.
+        word: converts the one given word to the value.
+        former_default: default of earlier versions, which their recipes record; there it counts as not given.
     """
 
     help: str
@@ -92,6 +94,8 @@ class Flag:
     same_loss: bool = False
     used: Callable[[Values], bool] | None = None
     words: Callable[[str | Sequence[str]], Any] | None = None
+    word: Callable[[str], Any] | None = None
+    former_default: Any = None
 
     def check(self, name: str, value: Any) -> None:
         """Refuse a number out of range.
@@ -173,7 +177,7 @@ def _options(group: type) -> Iterator[tuple[Field, dict[str, Any]]]:
             continue
         default = list(item.default) if isinstance(item.default, tuple) else item.default
         options: dict[str, Any] = {"default": default, "help": declared.help, "choices": declared.choices}
-        options["type"] = os.path.expanduser if declared.path else KINDS.get(kind, kind)
+        options["type"] = declared.word or (os.path.expanduser if declared.path else KINDS.get(kind, kind))
         if several:
             options["nargs"] = "+"
         if default is MISSING:

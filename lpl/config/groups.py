@@ -40,6 +40,7 @@ from lpl.config.flag import (
     flag,
 )
 from lpl.options import (
+    AUTO,
     BIAS_STRATEGIES,
     DEPTH_WEIGHTINGS,
     DISTANCES,
@@ -324,9 +325,10 @@ class Lpl:
     )
     lpl_chunk_size: int | None = flag(
         None,
-        "number of samples that LPL decodes at a time; smaller saves memory; default: all",
+        "number of samples that LPL decodes at a time; smaller saves memory; default: auto, as many as need 4 GiB",
         range=POSITIVE,
         same_loss=True,
+        word=rules.count_or_auto,
         used=rules.less_than("lpl_chunk_size", "train_batch_size"),
     )
     lpl_gradient_checkpointing: bool = flag(
@@ -335,7 +337,13 @@ class Lpl:
         training_only=True,
         same_loss=True,
     )
-    lpl_vae_dtype: str = flag("float32", "precision of the decoder that LPL uses", choices=DTYPES, same_loss=True)
+    lpl_vae_dtype: str = flag(
+        AUTO,
+        "precision of the decoder that LPL uses; auto: bfloat16 if --mixed_precision is bf16, else float32",
+        choices=(AUTO, *DTYPES),
+        same_loss=True,
+        former_default="float32",
+    )
     lpl_student: str | None = flag(
         None,
         "student of the VAE's decoder that takes LPL's place, made by python -m lpl.distill; a folder or an id on the "
@@ -364,6 +372,12 @@ class Lpl:
     def enabled(self) -> bool:
         """Whether LPL is part of the training loss."""
         return parse_weight(self.lpl_weight) != (0.0, None)
+
+    def decoder_dtype(self, mixed_precision: str = "no") -> str:
+        """The precision of the decoder in a run of that mixed precision."""
+        if self.lpl_vae_dtype != AUTO:
+            return self.lpl_vae_dtype
+        return "bfloat16" if mixed_precision == "bf16" else "float32"
 
     def loss_options(self) -> dict[str, Any]:
         """The options of :class:`lpl.LatentPerceptualLoss`; those of masks and memory only if not the default."""

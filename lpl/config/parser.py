@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 
 from lpl.config.flag import boolean, number
 from lpl.config.foreign import FOREIGN
+from lpl.config.rules import count_or_auto
+from lpl.options import AUTO
 from lpl.tools.words import close_match
 
 
@@ -52,7 +54,7 @@ class HelpFormatter(argparse.MetavarTypeHelpFormatter):
     """Shows the type of each flag, and its default unless it is None or off."""
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        names = {None: "str", os.path.expanduser: "str", number: "int|float"}
+        names = {None: "str", os.path.expanduser: "str", number: "int|float", count_or_auto: f"{AUTO}|int"}
         return names.get(action.type) or getattr(action.type, "__name__", "str")
 
     def _get_help_string(self, action: argparse.Action) -> str | None:

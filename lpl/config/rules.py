@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lpl.config.choices import CLIP_SCORE, SET_METRICS
 from lpl.config.flag import Range, Values
-from lpl.options import MASK_RANGES
+from lpl.options import AUTO, MASK_RANGES
 from lpl.tools.privacy import HUB_ID, is_hub_id
 
 
@@ -123,6 +124,16 @@ def depth_weighting(words: str | Sequence[str]) -> str | tuple[float, ...]:
         return tuple(float(word) for word in words)
     except ValueError:
         return " ".join(words)
+
+
+def count_or_auto(word: str) -> int | None:
+    """A whole number, or None for ``auto``."""
+    if word == AUTO:
+        return None
+    try:
+        return int(word)
+    except ValueError:
+        raise ArgumentTypeError(f"{word!r}: accepted are {AUTO} and a whole number") from None
 
 
 def mask_range(name: str) -> Range:

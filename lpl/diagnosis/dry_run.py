@@ -177,13 +177,14 @@ class Report:
 
     def _lpl(self) -> Rows:
         plan, lpl = self.plan, self.plan.config.lpl
+        precision = lpl.decoder_dtype(plan.run.mixed_precision)
         return [
             ("threshold", f"sigma <= {plan.threshold:g} : {plan.timesteps_inside()}"),
             ("samples inside", f"{plan.share_inside():.1%} of {DRAWS} timesteps drawn as in training"),
             *([("computed on", plan.applied_to())] if plan.applied_to() else []),
             ("weight", self._weight()),
             ("options", loss_words(plan.config) or "the paper's"),
-            ("decoder", f"in {lpl.lpl_vae_dtype}, of {lpl.lpl_vae_name_or_path or 'the pipeline itself'}"),
+            ("decoder", f"in {precision}, of {lpl.lpl_vae_name_or_path or 'the pipeline itself'}"),
         ]
 
     def _weight(self) -> str:
@@ -204,6 +205,9 @@ class Report:
         rows = [("without LPL", cost_in_words(plain))]
         if self.plan.config.lpl.enabled and plain:
             rows.append(("with LPL", cost_in_words(with_lpl)))
+            if self.plan.config.lpl.lpl_student:
+                rows.append(("with the student", cost_in_words(self.student)))
+        with_lpl = self.student or with_lpl
         if not with_lpl or not plain:
             return rows
         if not with_lpl.inside:
@@ -215,7 +219,7 @@ class Report:
             memory = f", {with_lpl.memory / plain.memory:.2f} x the peak memory"
         return [
             *rows,
-            ("LPL costs", f"{ratio:.2f} x the time{average}{memory}"),
+            ("the student costs" if self.student else "LPL costs", f"{ratio:.2f} x the time{average}{memory}"),
             ("", f"({with_lpl.inside:.0%} of the timed samples were inside; memory: all of a batch)"),
         ]
 
@@ -229,7 +233,7 @@ class Report:
         if config.lpl.enabled and config.lpl.lpl_start_step:
             ramp = f", ramped up over {config.lpl.lpl_ramp_steps} steps" if config.lpl.lpl_ramp_steps else ""
             rows.append(("LPL", f"from step {config.lpl.lpl_start_step + 1} on{ramp}"))
-        cost = self.with_lpl if config.lpl.enabled else self.plain
+        cost = (self.student or self.with_lpl) if config.lpl.enabled else self.plain
         if cost and self.plain:
             seconds = whole_run_seconds(
                 config.lpl, plan.run.step, plan.max_steps, without_lpl=self.plain.seconds, with_lpl=cost.seconds

@@ -74,7 +74,7 @@ def _activations(status: Status) -> list[Remedy]:
         Remedy("--lpl_gradient_checkpointing", LPL, not lpl.lpl_gradient_checkpointing and _has_parts(status),
                "most activations of LPL's decoder, which takes longer"),
         Remedy("--lpl_chunk_size 1", LPL | LOSSES, decoded > 1,
-               f"activations of LPL's decoder, which sees {decoded} samples at a time now"),
+               f"activations of LPL's decoder, which sees up to {decoded} samples at a time now"),
         Remedy(f"--lpl_max_samples {decoded // 2}", LPL, decoded > 1,
                "half of the activations of LPL's decoder; LPL stays the same in expectation"),
         Remedy(f"--lpl_crop {crop}", LPL, crop is not None,

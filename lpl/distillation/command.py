@@ -207,7 +207,7 @@ def run(own: Distillation, config: Config) -> dict[str, Any]:
     """
     device, folder = usable_device(own.device), Path(own.output_dir)
     source, config = source_of(own, config, device)
-    decoder = feature_vae(source.vae, None, DTYPES[config.lpl.lpl_vae_dtype])
+    decoder = feature_vae(source.vae, None, DTYPES[config.lpl.decoder_dtype()])
     loss = LatentPerceptualLoss(decoder, config.lpl.lpl_blocks, **config.lpl.loss_options())
     settings = {
         "model": own.pretrained_model_name_or_path,

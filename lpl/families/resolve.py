@@ -47,6 +47,17 @@ def resolve(config: Config, description: Description) -> Config:
     return config
 
 
+def with_decoder_dtype(config: Config, mixed_precision: str) -> Config:
+    """Fill in --lpl_vae_dtype auto, which depends on the run's mixed precision; not if no decoder is needed.
+
+    Args:
+        mixed_precision: ``no``, ``fp16`` or ``bf16``, which accelerate's configuration may say.
+    """
+    if not (config.lpl.enabled or config.data.holds_out):
+        return config
+    return config.changed(lpl_vae_dtype=config.lpl.decoder_dtype(mixed_precision))
+
+
 def _with_objective(config: Config, description: Description) -> Config:
     own, family = own_objective(description.scheduler), description.family
     name = config.model.prediction_type

@@ -251,13 +251,13 @@ def run(inspection: Inspection, model: Model, lpl: Lpl) -> dict[str, Any]:
     size = image_size(inspection.resolution, config)
     images = [read_image(file, size) for file in files]
     vae = load_vae(model, subfolder, device)
-    inspector = Inspector(vae, feature_vae(vae, None, DTYPES[lpl.lpl_vae_dtype]), lpl, inspection.seed)
+    inspector = Inspector(vae, feature_vae(vae, None, DTYPES[lpl.decoder_dtype()]), lpl, inspection.seed)
     with tqdm(total=STEPS * len(images), desc="inspecting") as progress:
         for image in images:
             inspector.inspect(image, progress.update)
     path = inspection.pretrained_model_name_or_path
     numbers = {
-        "vae": {"path": path, "class": type(vae).__name__, "dtype": lpl.lpl_vae_dtype},
+        "vae": {"path": path, "class": type(vae).__name__, "dtype": lpl.decoder_dtype()},
         "images": [str(file) for file in files],
         "resolution": size[0],
         "seed": inspection.seed,

@@ -193,7 +193,7 @@ class Inspector:
         for name, maps in features.items():
             if not maps.isfinite().all():
                 raise ValueError(
-                    f"--lpl_vae_dtype {self.lpl.lpl_vae_dtype}: the features of {name} are not finite; use float32"
+                    f"--lpl_vae_dtype {self.lpl.decoder_dtype()}: the features of {name} are not finite; use float32"
                 )
         return features
 

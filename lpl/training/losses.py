@@ -67,7 +67,7 @@ class BatchLosses:
 
 def perceptual_loss(vae: ModelMixin, lpl: Lpl, cache_dir: str | None) -> LatentPerceptualLoss:
     """The latent perceptual loss that the flags ask for, through the pipeline's VAE or --lpl_vae_name_or_path."""
-    decoder = feature_vae(vae, lpl.lpl_vae_name_or_path, DTYPES[lpl.lpl_vae_dtype], cache_dir)
+    decoder = feature_vae(vae, lpl.lpl_vae_name_or_path, DTYPES[lpl.decoder_dtype()], cache_dir)
     return LatentPerceptualLoss(
         decoder,
         blocks=lpl.lpl_blocks,

@@ -64,6 +64,7 @@ ALONE = cases(  # wrong whatever the pipeline: what is given, what the sentence 
     ({"lpl_max_samples": 0}, ["--lpl_max_samples 0", "more than 0"]),
     ({"lpl_crop": 0}, ["--lpl_crop 0", "more than 0"]),
     ({"lpl_chunk_size": 0}, ["--lpl_chunk_size 0", "more than 0"]),
+    ({"lpl_chunk_size": "all"}, ["--lpl_chunk_size", "'all'", "auto", "whole number"]),
     ({"lpl_outlier_quantile": 0.5}, ["--lpl_outlier_quantile 0.5", "less than 0.5"]),
     ({"lpl_outlier_quantile": 0}, ["--lpl_outlier_quantile 0.0", "more than 0"]),
     ({"lpl_outlier_margin": "inf"}, ["--lpl_outlier_margin inf", "finite", "0 or more"]),

@@ -132,7 +132,7 @@ OWN = {  # SPEC.md, and what this project adds
     "lpl_start_step": 0,
     "lpl_ramp_steps": 0,
     "lpl_gradient_checkpointing": False,
-    "lpl_vae_dtype": "float32",
+    "lpl_vae_dtype": "auto",
     "lpl_vae_name_or_path": None,
     "lpl_measuring_steps": 50,
     "lpl_every": 1,

@@ -84,6 +84,15 @@ def with_recipe(pipeline, images, folder, entries, *words):
     return resolved([*base, "--config", write(folder, entries), *words])[0]
 
 
+def test_a_former_default_counts_as_not_given(sd_pipeline, image_folder, tmp_path):
+    """A baseline's recipe of an earlier version records the decoder's precision, which has no effect there."""
+    base = ["--pretrained_model_name_or_path", sd_pipeline, "--train_data_dir", image_folder, "--config"]
+    config, _ = resolved([*base, write(tmp_path, {"lpl_weight": 0, "lpl_vae_dtype": "float32"})])
+    assert config.lpl.lpl_vae_dtype == "float32" and "lpl_vae_dtype" not in config.given
+    with pytest.raises(SystemExit):
+        resolved([*base, write(tmp_path, {"lpl_weight": 0, "lpl_vae_dtype": "bfloat16"})])
+
+
 def test_the_order_is_defaults_recipe_command_line(sd_pipeline, image_folder, tmp_path):
     entries = {"learning_rate": 1.0, "resolution": 64, "lpl_blocks": ["mid", "up_0"]}
     args = with_recipe(sd_pipeline, image_folder, tmp_path, entries, "--learning_rate", "2", "--lpl_blocks", "up_1")
@@ -101,6 +110,10 @@ def test_the_order_is_defaults_recipe_command_line(sd_pipeline, image_folder, tm
         ("logit_mean: -1e-7\nprediction_type: flow_matching\nfrom_scratch: true", "logit_mean", -1e-7),
         ("lpl_weight: 1", "lpl_weight", "1"),
         ("lpl_weight: auto:0.3", "lpl_weight", "auto:0.3"),
+        ("lpl_chunk_size: 2", "lpl_chunk_size", 2),
+        ("lpl_chunk_size: auto", "lpl_chunk_size", None),
+        ("lpl_chunk_size: null", "lpl_chunk_size", None),  # what earlier versions record
+        ("lpl_vae_dtype: float32", "lpl_vae_dtype", "float32"),
         ("mixed_precision: no", "mixed_precision", "no"),  # to YAML that is false
         ("random_flip: true", "random_flip", True),
         ("random_flip: false", "random_flip", False),

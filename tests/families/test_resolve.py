@@ -7,6 +7,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from tiny_families import FAMILY_OF, TINY, data_fixture
 from trainer import arguments, parsed
 
+from lpl.families.resolve import with_decoder_dtype
 from lpl.families.sd import StableDiffusion
 from tests.families.test_description import OF_FACTOR_2
 
@@ -175,6 +176,23 @@ def test_a_vae_that_overflows_in_float16(where, sd_pipeline, image_folder, tmp_p
     pipeline, flags = (fragile, {}) if where == "pipeline" else (robust, {where: fragile / "vae"})
     message = refusal(capsys, arguments(pipeline, image_folder, tmp_path / "out", lpl_vae_dtype="float16", **flags))
     assert all(word in message for word in ("--lpl_vae_dtype float16", "force_upcast", "bfloat16"))
+
+
+@pytest.mark.parametrize(
+    "flags, precision, expected",
+    [
+        ({}, "bf16", "bfloat16"),
+        ({}, "fp16", "float32"),
+        ({}, "no", "float32"),
+        ({"lpl_vae_dtype": "float32"}, "bf16", "float32"),
+        ({"lpl_vae_dtype": "bfloat16"}, "no", "bfloat16"),
+        ({"lpl_weight": 0}, "bf16", "auto"),
+        ({"lpl_weight": 0, "validation_every_nth": 2}, "bf16", "bfloat16"),
+    ],
+)
+def test_the_decoders_precision_follows_the_run(flags, precision, expected, sd_pipeline, image_folder, tmp_path):
+    config, _ = parsed(sd_pipeline, image_folder, tmp_path / "out", **flags)
+    assert with_decoder_dtype(config, precision).lpl.lpl_vae_dtype == expected
 
 
 def test_idle_flags_without_a_default_are_forgotten(sd_pipeline, image_folder, tmp_path):

@@ -8,6 +8,7 @@ from itertools import combinations, pairwise
 
 import pytest
 import torch
+import yaml
 from diffusers import AutoencoderKL, DiffusionPipeline
 from helpers import latents_as_features, random_latents
 from tiny import tiny_vae
@@ -305,6 +306,19 @@ def test_options_of_masks_and_memory_reach_the_loss(sd_pipeline, image_folder, t
     two = train(sd_pipeline, image_folder, tmp_path / "two", max_train_steps=1, lpl_outlier_margin=3)
     assert made[1]["outliers"] == {"margin": 3} and "chunk_size" not in made[1]
     assert metrics(one, "lpl") != metrics(two, "lpl")
+
+
+@pytest.mark.parametrize("precision, dtype", [("bf16", "bfloat16"), ("no", "float32")])
+def test_the_decoders_precision_is_recorded(precision, dtype, sd_pipeline, image_folder, tmp_path, monkeypatch):
+    used = []
+    call = LatentPerceptualLoss.__call__
+    monkeypatch.setattr(
+        LatentPerceptualLoss, "__call__", lambda self, *args: used.append(self.vae.dtype) or call(self, *args)
+    )
+    flags = {"max_train_steps": 1, "lpl_sigma_threshold": 1e6, "validation_every_nth": 2}
+    run = train(sd_pipeline, image_folder, tmp_path, mixed_precision=precision, **flags)
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["lpl_vae_dtype"] == dtype
+    assert set(used) == {getattr(torch, dtype)} and len(used) > 1, "the step and the validation losses"
 
 
 # What is seen ----------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from trainer import ROOT
 from lpl.families import FAMILIES
 
 
-SHORT = {"max_train_steps": 1, "gradient_accumulation_steps": 1, "lpl_measuring_steps": 1, "mixed_precision": "bf16"}
+SHORT = {"max_train_steps": 1, "gradient_accumulation_steps": 1, "mixed_precision": "bf16"}
 SUPPORT = ROOT / "tests" / "support"
 
 
@@ -88,8 +88,8 @@ def test_no_step_waits_with_other_flags(results_of, family):
     loops["flags"] = family, [bf16 | others | {"offload_ema": True}, foreach], None
     groups = 2 if family.trainable_text_encoders else 1
     results = results_of(loops)
-    check({"flags": results.pop("flags")}, updates=4 * groups + 4)
-    check(results, updates=8)
+    check({"flags": results.pop("flags")}, updates=2 * groups + 2)
+    check(results, updates=4)
 
 
 def test_faults_are_found(results_of):

@@ -13,14 +13,14 @@ import train_text_to_image_lpl as script
 
 
 KINDS = {"full": {"use_ema": True}, "LoRA": {"rank": 2, "use_ema": True}}
-FLAGS = {  # 4 steps of two micro-batches: all samples inside, the weight measured over 2 steps, two entries in the log
-    "max_train_steps": 4,
+FLAGS = {  # 2 steps of two micro-batches: all samples inside, the weight measured in the first, two entries in the log
+    "max_train_steps": 2,
     "gradient_accumulation_steps": 2,
-    "logging_steps": 2,
+    "logging_steps": 1,
     "checkpointing_steps": 1000,
     "lpl_sigma_threshold": 1e6,
     "lpl_weight": "auto:0.2",
-    "lpl_measuring_steps": 2,
+    "lpl_measuring_steps": 1,
     "proportion_empty_prompts": 0.5,  # captions of both kinds
 }
 
