@@ -85,7 +85,11 @@ class Distillation:
     batch_size: int = flag(32, "pairs in a step", range=POSITIVE)
     decode_batch_size: int = flag(8, "pairs whose LPL is computed at a time", range=POSITIVE)
     learning_rate: float = flag(2e-3, "of the student, at its highest", range=POSITIVE)
-    width: int = flag(96, "channels of the student's blocks", range=WIDTHS)
+    width: int | None = flag(
+        None,
+        "channels of the student's blocks; default: half of the decoder's widest block, at least 96",
+        range=WIDTHS,
+    )
     depth: int = flag(4, "residual blocks of the student", range=POSITIVE)
     measure_steps: int = flag(
         100, "steps between two measurements, from which a stopped command continues", range=POSITIVE
@@ -223,13 +227,14 @@ def run(own: Distillation, config: Config) -> dict[str, Any]:
     pairs = prepare(folder / PAIRS, source, loss, own.num_pairs, own.decode_batch_size).usable()
     train, held_out = pairs.split()
     torch.manual_seed(own.seed)
+    width = own.width or default_width(source.vae)
     student = Student(
-        latent_channels(source.vae.config), own.width, own.depth, loss=loss.options, decoder=probe(source.vae)
+        latent_channels(source.vae.config), width, own.depth, loss=loss.options, decoder=probe(source.vae)
     )
     schedule = Schedule(own.steps, own.batch_size, own.learning_rate, own.seed, own.measure_steps)
     fit(student, train, held_out, schedule, folder, device)
     found = measure(student, held_out, own.batch_size, device)
-    numbers = settings | {"steps": own.steps, "width": own.width, "depth": own.depth} | found.summary()
+    numbers = settings | {"steps": own.steps, "width": width, "depth": own.depth} | found.summary()
     numbers |= {"held_out": len(held_out), "cost": cost(student, loss, held_out, device)}
     student.register_to_config(fidelity=found.summary())
     student.save_pretrained(folder)
@@ -237,6 +242,12 @@ def run(own: Distillation, config: Config) -> dict[str, Any]:
     write_text(folder / NUMBERS, json.dumps(numbers, indent=2) + "\n")
     write_report(folder, numbers, found, held_out)
     return numbers
+
+
+def default_width(vae: nn.Module) -> int:
+    """Half of the channels of the decoder's widest block, at least 96."""
+    maps = [weight.shape[0] for weight in getattr(vae, "decoder", vae).parameters() if weight.ndim == 4]
+    return max(96, max(maps) // 2 // GROUPS * GROUPS)
 
 
 def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
