@@ -181,34 +181,44 @@ def probe(vae: nn.Module) -> dict[str, list[float]]:
     return {name: value.detach().flatten()[:PROBED].float().tolist() for name, value in decoder.named_parameters()}
 
 
-def check_student(what: str, student: Student, loss: LatentPerceptualLoss) -> None:
-    """Refuse a student of another latent space, VAE or configuration of the loss.
+def check_configuration(what: str, config: Mapping[str, Any], loss: LatentPerceptualLoss) -> None:
+    """Refuse a student of another latent space, or another configuration of the loss; needs no weights.
 
     Args:
         what: the flag and its value.
-        loss: the run's, with its decoder.
+        config: the student's.
+        loss: the run's; its VAE may be without weights.
 
     Raises:
         ValueError: with what differs.
     """
-    config: Any = student.config
-    channels = latent_channels(loss.vae.config)
-    if config.latent_channels != channels:
+    channels, made_for = latent_channels(loss.vae.config), config.get("loss")
+    if config.get("_class_name") != Student.__name__ or not isinstance(made_for, Mapping):
+        raise ValueError(f"{what}: it is no student; make one by python -m lpl.distill")
+    if config["latent_channels"] != channels:
         raise ValueError(
-            f"{what}: it takes latents of {config.latent_channels} channels, and this VAE's have {channels}"
+            f"{what}: it takes latents of {config['latent_channels']} channels, and this VAE's have {channels}"
         )
-    made_for, own = dict(config.decoder or {}), probe(loss.vae)
+    for name, value in loss.options.items():
+        if made_for.get(name) != value:
+            raise ValueError(
+                f"{what}: it was made for {name} {made_for.get(name)} of the loss, and the run has {value}; change "
+                "the flag, or make a student for it by python -m lpl.distill"
+            )
+
+
+def check_decoder(what: str, config: Mapping[str, Any], vae: nn.Module) -> None:
+    """Refuse a student of another VAE's decoder.
+
+    Raises:
+        ValueError: saying so.
+    """
+    made_for, own = dict(config.get("decoder") or {}), probe(vae)
     ours, theirs = (
         torch.tensor([x for name in sorted(own) for x in values.get(name, ())]) for values in (own, made_for)
     )
     if len(ours) != len(theirs) or (ours - theirs).norm() > SAME_DECODER * ours.norm():
         raise ValueError(f"{what}: it is the student of another VAE's decoder; make one by python -m lpl.distill")
-    for name, value in loss.options.items():
-        if config.loss[name] != value:
-            raise ValueError(
-                f"{what}: it was made for {name} {config.loss[name]} of the loss, and the run has {value}; change the "
-                "flag, or make a student for it by python -m lpl.distill"
-            )
 
 
 def load_student(path: str, loss: LatentPerceptualLoss, cache_dir: str | None = None) -> StudentLoss:
@@ -218,6 +228,7 @@ def load_student(path: str, loss: LatentPerceptualLoss, cache_dir: str | None = 
         OSError, ValueError: if it cannot be loaded, or is none for this loss.
     """
     student = Student.from_pretrained(path, cache_dir=cache_dir, use_safetensors=True)
-    check_student(f"--lpl_student {path}", student, loss)
+    check_configuration(f"--lpl_student {path}", student.config, loss)
+    check_decoder(f"--lpl_student {path}", student.config, loss.vae)
     nn.Module.to(student, loss.vae.device)
     return StudentLoss(student)

@@ -5,7 +5,7 @@ import torch
 from tiny import tiny_vae
 
 from lpl import LatentPerceptualLoss
-from lpl.student import Student, StudentLoss, check_student, difference, load_student, probe
+from lpl.student import Student, StudentLoss, check_configuration, check_decoder, difference, load_student, probe
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_it_loads_as_it_was_saved(student, loss, pair, tmp_path):
 
 
 def test_half_precision_is_the_same_decoder(student, loss):
-    check_student("it", student, LatentPerceptualLoss(tiny_vae("sd").to(torch.bfloat16)))
+    check_decoder("it", student.config, tiny_vae("sd").to(torch.bfloat16))
 
 
 @pytest.mark.parametrize(
@@ -95,4 +95,5 @@ def test_half_precision_is_the_same_decoder(student, loss):
 )
 def test_a_student_of_something_else_is_refused(other, words, student):
     with pytest.raises(ValueError, match=words):
-        check_student("it", student, other())
+        check_configuration("it", {"_class_name": "Student", **student.config}, other())
+        check_decoder("it", student.config, other().vae)
