@@ -39,6 +39,7 @@ from lpl.data.bad_samples import BadSamples
 from lpl.data.dataset import Batch, TrainingImages, real_images
 from lpl.data.loader import training_batches
 from lpl.diagnosis.dry_run import DryRun
+from lpl.diagnosis.estimate import Method, print_estimate
 from lpl.diagnosis.failures import Status, explained
 from lpl.diagnosis.plan import Plan
 from lpl.families import Family
@@ -98,6 +99,10 @@ def main() -> None:
 
 
 def train(config: Config, status: Status) -> None:
+    if config.validation.for_gpu is not None:
+        with run_errors(SCRIPT):
+            print_estimate(config, Method(Losses, optimizer_step))
+        return
     inputs = start(config, status)  # whatever can be refused is refused here, before any weights are loaded
     config, description, run, images = inputs.config, inputs.description, inputs.run, inputs.images
     accelerator = run.accelerator

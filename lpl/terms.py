@@ -22,7 +22,7 @@ the term of its own sample NaN, and no other. Nothing waits for a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -34,7 +34,8 @@ from lpl.outliers import CACHED_POSITIONS, morphology, within_bounds
 # Factor on the gradient, which keeps it in float16's range in the decoder; a power of two, so that no digit changes.
 GRADIENT_SCALE = 2.0**16
 POSITIONS_AT_ONCE = {"cpu": CACHED_POSITIONS}
-POSITIONS_AT_ONCE_ON_GPU = 2**26  # enough to keep a GPU busy, and few enough to need little memory
+POSITIONS_AT_ONCE_ON_GPU = 2**26  # enough maps for the quantiles to keep a GPU busy
+VALUES_AT_ONCE_ON_GPU = 2**24  # likewise for sums, which need several copies of their part in float32
 
 Mask = Callable[[Tensor], Tensor]  # (B, C, H, W) -> bool of that shape, True = keep
 
@@ -104,8 +105,7 @@ def block_term(
     # A single position has no variance
     counts = torch.ones_like(kept) if normalization == "none" else (kept >= 2).to(dtype)
     value = torch.empty_like(kept)
-    for part in _parts(maps, count, phi.device):
-        keep = masks.get(part.start)
+    for part, keep in _smaller_parts(_parts(maps, count, phi.device), masks, count, phi.device):
         x, y, mu, s, k = phi_hat[part].to(dtype), phi[part].to(dtype), mean[part], spread[part], positions[part]
         if separate:
             x = _only(keep, (x - mu) / s)
@@ -172,6 +172,19 @@ def _parts(maps: int, count: int, device: torch.device) -> Iterator[slice]:
     size = max(1, POSITIONS_AT_ONCE.get(device.type, POSITIONS_AT_ONCE_ON_GPU) // count)
     for start in range(0, maps, size):
         yield slice(start, min(start + size, maps))
+
+
+def _smaller_parts(
+    parts: Iterable[slice], masks: Mapping[int, Tensor], count: int, device: torch.device
+) -> Iterator[tuple[slice, Tensor | None]]:
+    """The same maps, fewer at a time on a GPU, and the mask of each part."""
+    size = max(1, POSITIONS_AT_ONCE.get(device.type, VALUES_AT_ONCE_ON_GPU) // count)
+    for part in parts:
+        keep = masks.get(part.start)
+        for start in range(part.start, part.stop, size):
+            smaller = slice(start, min(start + size, part.stop))
+            inside = slice(smaller.start - part.start, smaller.stop - part.start)
+            yield smaller, None if keep is None else keep[inside]
 
 
 def _only(keep: Tensor | None, x: Tensor) -> Tensor:

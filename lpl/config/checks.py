@@ -8,13 +8,14 @@ effect is warned of. Checks that need a folder's content, the machine or the pip
 from __future__ import annotations
 
 import os
+import re
 import reprlib
 import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lpl.config import rules
-from lpl.config.choices import METRICS, TRACKERS
+from lpl.config.choices import GPUS, METRICS, TRACKERS
 from lpl.config.config import FLAGS, Config
 from lpl.config.flag import flags_of
 from lpl.config.foreign import FOREIGN
@@ -42,6 +43,7 @@ def check_words(config: Config) -> None:
     _check_timesteps(config)
     _check_optimizer(config)
     _check_validation(config)
+    _check_gpu(config)
     _check_evaluation(config)
     _check_output(config)
     _check_written(config)
@@ -85,6 +87,8 @@ def _check_sources(config: Config) -> None:
     if why := why_no_pipeline(model.pretrained_model_name_or_path):
         raise ValueError(f"--pretrained_model_name_or_path {model.pretrained_model_name_or_path}: {why}")
     if not data.dataset_name and not data.train_data_dir:
+        if config.validation.for_gpu is not None:
+            return
         raise ValueError("--dataset_name or --train_data_dir is needed, but neither is given")
     if data.dataset_config_name and not data.dataset_name:
         raise ValueError("--dataset_config_name has no effect without --dataset_name; leave it out")
@@ -269,6 +273,31 @@ def _check_validation(config: Config) -> None:
         raise ValueError(f"--validation_split {data.validation_split}: that is what is trained on; name another split")
     if reported not in (*TRACKERS, "all", "none"):
         raise ValueError(f"--report_to {reported}: accepted are {', '.join(TRACKERS)}, all and none")
+
+
+def _check_gpu(config: Config) -> None:
+    if config.validation.for_gpu is None:
+        return
+    gpu_memory(config.validation.for_gpu)
+    if not config.validation.dry_run:
+        raise ValueError("--for_gpu estimates what a run would need and takes no step; add --dry_run")
+
+
+def gpu_memory(text: str) -> int:
+    """Bytes of a GPU that is given by its memory, or by its name.
+
+    Raises:
+        ValueError: with what is accepted.
+
+    >>> gpu_memory("24GB") == 24 * 2**30, gpu_memory("RTX 4090") == 24564 * 2**20
+    (True, True)
+    """
+    name = re.sub(r"[\s_]|(?<=[a-z])-", "", text.lower()).removeprefix("nvidia").removeprefix("geforce")
+    if name in GPUS:
+        return GPUS[name] * 2**20
+    if (match := re.fullmatch(r"(\d+(?:\.\d+)?)(gi?b)?", name)) and float(match[1]) > 0:
+        return int(float(match[1]) * 2**30)
+    raise ValueError(f"--for_gpu {text}: accepted are a GPU's memory, such as 24GB, and {', '.join(GPUS)}")
 
 
 def _check_evaluation(config: Config) -> None:

@@ -14,3 +14,21 @@ CLIP = "openai/clip-vit-base-patch32"  # the model of the CLIPScore paper (Hesse
 EMA_DECAY, EMA_DECAY_WITH_LPL = 0.9999, 0.99975  # Sec. 4.3, "Impact on EMA"
 ALL_LINEAR = "all-linear"  # adapts every linear layer, as in peft
 RANK = 4  # the default of diffusers' LoRA scripts
+GPUS = {  # MiB, as nvidia-smi shows them
+    "rtx3060": 12288,
+    "rtx3090": 24576,
+    "rtx4070": 12282,
+    "rtx4080": 16376,
+    "rtx4090": 24564,
+    "rtx5090": 32607,
+    "t4": 15360,
+    "l4": 23034,
+    "a10": 23028,
+    "v100": 32768,
+    "l40s": 46068,
+    "a6000": 49140,
+    "a100": 81920,
+    "h100": 81559,
+    "h200": 143771,
+    "b200": 183359,
+}

@@ -17,6 +17,7 @@ from lpl.config.choices import (
     CLIP,
     EMA_DECAY,
     EMA_DECAY_WITH_LPL,
+    GPUS,
     HUB_STRATEGIES,
     INTERPOLATION_MODES,
     LR_SCHEDULERS,
@@ -588,6 +589,13 @@ class Validation:
     dry_run: bool = flag(
         False,
         "report what a run would do and what time and memory it needs, then exit; writes nothing",
+        own=True,
+        in_recipe=False,
+    )
+    for_gpu: str | None = flag(
+        None,
+        f"with --dry_run: estimate for a GPU with that memory, such as 24GB, or of that name ({', '.join(GPUS)}); "
+        "needs neither GPU, weights nor data",
         own=True,
         in_recipe=False,
     )

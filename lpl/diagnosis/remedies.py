@@ -89,7 +89,8 @@ def _weights(status: Status) -> list[Remedy]:
     bits = not missing("bitsandbytes")
     adam = optimization.optimizer == "AdamW" and not optimization.use_8bit_adam and bits
     has_state = status.stage in STEPS or status.step > 0
-    packs = lora.lora and not text_encoders and has_gpu() and bits and lora.quantize_base != "4bit"
+    gpu = has_gpu() or status.device.type == "cuda"
+    packs = lora.lora and not text_encoders and gpu and bits and lora.quantize_base != "4bit"
     # What training needs while the models are loaded: float32 instead of half precision, and the EMA
     trains = status.stage is not Stage.LOADING or optimization.use_ema or \
         (status.mixed_precision != "no" and not lora.lora)

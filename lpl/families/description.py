@@ -82,11 +82,12 @@ class Description:
         return [self.family.class_label(prompt, classes) for prompt in prompts]
 
 
-def read_pipeline(model: Model, blocks: Sequence[str] | None = None) -> Description:
+def read_pipeline(model: Model, blocks: Sequence[str] | None = None, weights: bool = True) -> Description:
     """Family and configurations of --pretrained_model_name_or_path.
 
     Args:
         blocks: --lpl_blocks, which may name modules of a VAE whose blocks are unknown.
+        weights: False: they and the vocabularies need not be there.
 
     Raises:
         ValueError: if there is no pipeline, or its family or its VAE is not supported.
@@ -122,9 +123,10 @@ def read_pipeline(model: Model, blocks: Sequence[str] | None = None) -> Descript
     unread |= {family.denoiser_name} if model.from_scratch else set()
     taken = inspect.signature(family.pipeline_class.__init__).parameters  # diffusers ignores all others
     listed = [name for name in components if name in taken and name not in absent]
-    absent |= dict.fromkeys(lacking(model, family, listed, unread))
-    folders = (name for name in listed if name not in unread | absent.keys())
-    check_weights(what, path, folders, model.revision)
+    if weights:
+        absent |= dict.fromkeys(lacking(model, family, listed, unread))
+        folders = (name for name in listed if name not in unread | absent.keys())
+        check_weights(what, path, folders, model.revision)
     used_vae = _used_vae_config(model, vae, family, blocks)
     encoders = {
         name: encoder_widths(what, path, name, index, **where)

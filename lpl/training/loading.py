@@ -34,13 +34,7 @@ def load_family(model: Model, lora: Lora, description: Description, dtype: torch
         OSError, ValueError: if weights cannot be loaded.
     """
     family = description.family
-    dtypes = {"default": torch.float32, **dict.fromkeys(family.text_encoder_names, dtype)}
-    if dtype == torch.float16:
-        dtypes |= dict.fromkeys(family.no_float16, torch.bfloat16)
-    if lora.lora:
-        dtypes[family.denoiser_name] = dtype
-    elif model.train_text_encoder:
-        dtypes |= dict.fromkeys(family.trainable_text_encoders, torch.float32)
+    dtypes = precisions(model, lora, family, dtype)
     components = replaced_components(model)
     if model.from_scratch:
         components[family.denoiser_name] = fresh_denoiser(description)
@@ -68,6 +62,22 @@ def load_family(model: Model, lora: Lora, description: Description, dtype: torch
     for name in ("vae", family.denoiser_name):  # diffusers leaves them without memory
         _refuse_missing(name, [n for n, p in getattr(loaded.pipeline, name).named_parameters() if p.is_meta])
     return loaded
+
+
+def precisions(model: Model, lora: Lora, family: type[Family], dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The precision of each component by name; of all others as "default".
+
+    Args:
+        dtype: of the mixed precision.
+    """
+    dtypes = {"default": torch.float32, **dict.fromkeys(family.text_encoder_names, dtype)}
+    if dtype == torch.float16:
+        dtypes |= dict.fromkeys(family.no_float16, torch.bfloat16)
+    if lora.lora:
+        dtypes[family.denoiser_name] = dtype
+    elif model.train_text_encoder:
+        dtypes |= dict.fromkeys(family.trainable_text_encoders, torch.float32)
+    return dtypes
 
 
 def load_text_encoder(
@@ -142,7 +152,7 @@ def replaced_components(model: Model) -> dict[str, nn.Module]:
 def fresh_denoiser(description: Description) -> nn.Module:
     """The pipeline's denoiser with random weights, for --from_scratch."""
     family = description.family
-    denoiser = _denoiser_class(description).from_config(family.untrained_config(description.denoiser))
+    denoiser = denoiser_class(description).from_config(family.untrained_config(description.denoiser))
     start_as_identity(family, denoiser)
     return denoiser
 
@@ -177,7 +187,7 @@ def load_denoiser(
         options["quantization_config"] = diffusers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
-    denoiser = _denoiser_class(description).from_pretrained(
+    denoiser = denoiser_class(description).from_pretrained(
         model.pretrained_model_name_or_path,
         subfolder=description.family.denoiser_name,
         revision=revision or model.revision,
@@ -202,7 +212,7 @@ def _answer_in(denoiser: nn.Module, dtype: torch.dtype) -> None:
             module.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype), *inputs[1:]))
 
 
-def _denoiser_class(description: Description) -> Any:
+def denoiser_class(description: Description) -> Any:
     """A class of diffusers that is a ModelMixin and a ConfigMixin."""
     return getattr(diffusers, description.denoiser["_class_name"])
 

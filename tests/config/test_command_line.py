@@ -164,6 +164,7 @@ OWN = {  # SPEC.md, and what this project adds
     "config": None,
     "without": None,
     "dry_run": False,
+    "for_gpu": None,
     "verbose": False,
     "lora": False,
     "lora_alpha": None,

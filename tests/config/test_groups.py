@@ -60,6 +60,7 @@ use_8bit_adam                     refused
 seed                              silent
 
 dry_run                                     own
+for_gpu                                     own
 validation_prompt                 silent
 validation_prompts                silent
 num_validation_images             silent

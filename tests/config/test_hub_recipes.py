@@ -164,6 +164,7 @@ HARMFUL = {  # what a stranger would like to say
     "hub_strategy": "every_save",
     "resume_from_checkpoint": "/root/checkpoint-1",
     "dry_run": True,
+    "for_gpu": "24GB",
     "verbose": True,
     "eval_steps": 1,
     "eval_data_dir": "/root/pictures",

@@ -72,7 +72,7 @@ def test_a_class_conditional_recipe_means_the_same_again(dit_pipeline, class_fol
 def test_what_a_recipe_holds(sd_pipeline, image_folder, tmp_path):
     words = arguments(sd_pipeline, image_folder, tmp_path, push_to_hub=True, hub_token="secret", dry_run=True)
     entries = recipe(resolved([*words, "--resume_from_checkpoint", "latest"])[0])
-    left_out = {"config", "without", "dry_run", "verbose", "resume_from_checkpoint", "hub_token", *FOREIGN}
+    left_out = {"config", "without", "dry_run", "for_gpu", "verbose", "resume_from_checkpoint", "hub_token", *FOREIGN}
     assert set(entries) == set(flags()) - left_out
     assert yaml.safe_load(yaml.safe_dump(entries)) == entries
     assert (entries["resolution"], entries["prediction_type"], entries["weighting_scheme"]) == (32, "epsilon", None)

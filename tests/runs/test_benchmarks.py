@@ -1,14 +1,17 @@
 """The benchmarks run, on shrunken models: their figures mean nothing here."""
 
 import json
+import os
+import subprocess
 import sys
 
 import pytest
 import torch
 from tiny import tiny_vae
+from trainer import ROOT
 
 import lpl
-from benchmarks import lpl_cost, lpl_estimators, lpl_step
+from benchmarks import gpu, lpl_cost, lpl_estimators, lpl_step, operations, recipes
 
 
 def run(monkeypatch, module, path, *flags):
@@ -74,3 +77,72 @@ def test_estimators(monkeypatch, tmp_path):
     assert record["--lpl_every 4"] == {"bias": 0, "added_variance": 3}
     assert record["--lpl_max_samples 1 of 2"]["bias"] < 1e-4 < record["--lpl_crop 32, margin 0"]["bias"]
     assert record["--lpl_crop 32, margin 16"]["added_variance"] > 1
+
+
+# What is counted -----------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_operations_is_what_is_counted():
+    """After a change, python -m benchmarks.operations --write."""
+    found = operations.count("sd15")
+    assert operations.line("sd15", found) in operations.DOCS.read_text()
+
+
+@pytest.mark.parametrize("name", operations.MODELS)
+def test_each_cheaper_way_counts_less(name):
+    text = operations.DOCS.read_text()
+    table = text[text.index(operations.START) : text.index(operations.END)]
+    (row,) = (line for line in table.splitlines() if line.startswith(f"| {operations.MODELS[name][0]},"))
+    plain, lpl, whole, inside, ratio, *cheaper = map(float, row.strip("| ").split(" | ")[1:])
+    assert whole == pytest.approx(1 + lpl / plain, abs=0.01) and ratio == pytest.approx(
+        1 + inside * lpl / plain, abs=0.02
+    )
+    assert all(1 < each < ratio for each in cheaper)
+
+
+@pytest.mark.parametrize("name", ["sd15_lora", "paper_mmdit_eps_512_lpl", "dit_xl2_imagenet_lpl"])
+def test_recipes_are_counted_and_written(name, monkeypatch, tmp_path):
+    for file in (f"{name}.yaml", "README.md"):
+        (tmp_path / file).write_text((recipes.FOLDER / file).read_text())
+    found = recipes.needs(name, scale="tiny", flags=["--resolution", "64"])
+    assert found.lpl and found.lpl >= found.plain > found.loaded and found.lpl_operations > found.operations
+    assert (found.host > 0) == name.startswith("paper")
+    monkeypatch.setattr(recipes, "FOLDER", tmp_path)
+    recipes.write(name, found)
+    head = (tmp_path / f"{name}.yaml").read_text()
+    assert all(f"# {line}\n" in head for line in found.lines().splitlines()) and head.count("# Memory:") == 1
+    assert f" | {found.cells()} |\n" in (tmp_path / "README.md").read_text()
+
+
+# On a GPU ------------------------------------------------------------------------------------------------------------
+
+
+def test_gpu_results_are_kept_and_told(monkeypatch, tmp_path):
+    output = tmp_path / "gpu.json"
+    run = {"case": "sd15", "device": "CPU", "scale": "tiny"}
+    gpu.keep(output, run | {"way": gpu.LPL, "error": "no | memory"})
+    assert not gpu.is_done(output, run | {"way": gpu.LPL})
+    for way, seconds in ((gpu.PLAIN, 1.0), (gpu.LPL, 2.0)):
+        gpu.keep(output, run | {"way": way, "seconds": seconds, "memory": 2**30, "waits": 0})
+    assert gpu.is_done(output, run | {"way": gpu.LPL}) and len(gpu.load(output)["runs"]) == 2
+    assert "| sd15 | LPL | 2 | 2 | 1 | - | - | 0 | CPU |" in output.with_suffix(".md").read_text()
+    assert output.with_suffix(".png").stat().st_size > 5000
+    started = []
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *args, **_: started.append(args))
+    gpu.main(["--scale", "tiny", "--seconds", "0", "--output", str(output)])
+    assert not started  # no time is left
+
+
+@pytest.mark.slow
+def test_gpu_script_on_a_cpu(tmp_path):
+    words = [str(ROOT / "benchmarks" / "gpu.sh"), "--scale", "tiny", "--seconds", "3000", "--no_tests"]
+    command = [*words, "--models", "sd15", "flux", "--output", str(tmp_path / "gpu.json")]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHON": sys.executable})
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert {(run["case"], run["way"]) for run in record["runs"]} == {
+        (c, w) for c in ("sd15", "flux") for w in gpu.WAYS
+    }
+    assert all(run["seconds"] > 0 for run in record["runs"])
+    gpu.add_estimates(tmp_path / "gpu.json")
+    with_lpl = [run for run in gpu.load(tmp_path / "gpu.json")["runs"] if run["way"] == gpu.LPL]
+    assert all(run["estimated_memory"] > 0 and run["operations"] > 0 for run in with_lpl)

@@ -1,0 +1,47 @@
+"""What a command line would need on a GPU, counted as by ``--dry_run --for_gpu``, for this repository's tables."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.real_sizes import MODELS, OTHERS, Model, configurations
+from lpl.config import Config, command_line
+from lpl.diagnosis.estimate import Estimate, Method, estimate
+from lpl.diagnosis.status import Stage
+from lpl.families.description import Description, read_pipeline
+from lpl.families.resolve import resolve
+from train_text_to_image_lpl import Losses, optimizer_step
+
+
+METHOD = Method(Losses, optimizer_step)
+ARCHITECTURES: dict[str, Model] = {**MODELS, **OTHERS}
+BY_PUBLIC_NAME = {model.public: name for name, model in ARCHITECTURES.items()}
+
+
+def counted(
+    name: str,
+    words: Sequence[str],
+    processes: int = 1,
+    scale: str = "real",
+    stages: Sequence[Stage] = (Stage.STEP, Stage.LPL_STEP, Stage.SAMPLES),
+) -> tuple[Config, Description, Estimate]:
+    """A command line on an architecture, complete, the pipeline's configurations, and what the run would need.
+
+    Args:
+        name: of the architecture.
+        words: flags besides the pipeline.
+        processes: GPUs.
+        scale: "real", or "tiny" for shrunken models.
+    """
+    with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folder = configurations(ARCHITECTURES[name], Path(place, "pipeline"), scale)
+        own = ["--pretrained_model_name_or_path", str(folder), "--output_dir", str(Path(place, "output"))]
+        config = command_line.parse([*words, *own, "--dry_run", "--for_gpu", "80GB"])
+        description = read_pipeline(config.model, config.lpl.lpl_blocks, weights=False)
+        config = resolve(config, description)
+        precision = config.optimization.mixed_precision or "no"
+        return config, description, estimate(config, description, METHOD, precision, processes, stages)

@@ -1,0 +1,234 @@
+"""The estimate for a GPU that is not there: what real tensors take, by the flags, without weights."""
+
+import re
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_families import FAMILY_OF, TINY, data_fixture
+from torch.utils.checkpoint import checkpoint
+from trainer import parsed, script
+
+from lpl.config.checks import gpu_memory
+from lpl.diagnosis.counting import GPU, HOST, Counting, as_on_gpu
+from lpl.diagnosis.estimate import CONTEXT, Estimate, Method, OneGpu, attempts, estimate
+from lpl.diagnosis.needs import bytes_of, optimizer_bytes
+from lpl.diagnosis.status import Stage
+from tests.diagnosis.conftest import trained_parts
+
+
+MIB = 2**20
+METHOD = Method(script.Losses, script.optimizer_step)
+
+
+@pytest.fixture
+def counted(sd_pipeline, image_folder, tmp_path):
+    """`counted(**flags)`: the estimate of that command on a tiny Stable Diffusion, or on another `pipeline`."""
+
+    def count(pipeline=sd_pipeline, precision="no", processes=1, counting=None, images=image_folder, **flags):
+        config, description = parsed(pipeline, images, tmp_path / "out", **flags)
+        return estimate(config, description, METHOD, precision, processes, counting=counting)
+
+    return count
+
+
+# Real tensors --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"gradient_checkpointing": True, "use_ema": True, "gradient_accumulation_steps": 2},
+        {"rank": 4, "lpl_gradient_checkpointing": True},
+    ],
+    ids=["whole", "checkpointed", "lora"],
+)
+def test_it_is_what_real_tensors_take(flags, counted, monkeypatch):
+    """Masks are left out: a CPU forms them with NumPy."""
+    monkeypatch.setattr(OneGpu, "device", HOST)
+    flags = flags | {"resolution": 64, "train_batch_size": 2, "lpl_no_outlier_mask": True}
+    real, fake = (counted(counting=Counting(fake=fake), **flags) for fake in (False, True))
+    assert real.operations == fake.operations and real.parameters == fake.parameters
+    assert real.peak > 5 * MIB
+    for stage, memory in real.memory.items():
+        assert fake.memory[stage] == pytest.approx(memory, rel=0.01, abs=MIB / 10), stage
+
+
+def test_memory_is_that_of_live_storages():
+    with Counting() as counting:
+        first = torch.empty(1024, dtype=torch.float32)
+        view = first.view(32, 32)
+        assert counting.current == 4096
+        second = first * 2
+        assert counting.current == counting.peak == 8192
+        del first
+        assert counting.current == 8192  # the view holds it
+        del view, second
+        assert counting.current == 0 and counting.peak == 8192
+        counting.reset()
+        small = torch.empty(1)
+        assert counting.peak == 512  # what an allocator rounds up to
+        counting.leave_out([small])
+        assert counting.current == 0
+    assert counting.operations == 0
+
+
+def test_operations_are_two_for_each_product():
+    with Counting() as counting:
+        layer = torch.nn.Linear(8, 16)
+        layer(torch.empty(4, 8)).sum().backward()
+    assert counting.operations == 2 * 2 * 4 * 8 * 16  # forward, and backward to the weight; the input needs none
+
+
+# As on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+def test_autocast_chooses_as_on_a_gpu():
+    with Counting(), as_on_gpu(), torch.autocast("cuda", dtype=torch.bfloat16):
+        x = torch.empty(2, 8, 4, 4, dtype=torch.bfloat16)
+        assert x.device == GPU
+        assert F.group_norm(x, 2).dtype == F.layer_norm(x, (4,)).dtype == x.softmax(-1).dtype == torch.float32
+        assert F.interpolate(x, scale_factor=2.0).dtype == torch.bfloat16  # in float32 on a CPU
+        assert F.conv2d(x.float(), torch.empty(8, 8, 3, 3)).dtype == torch.bfloat16
+        with torch.autocast("cuda", enabled=False):
+            assert F.group_norm(x, 2).dtype == torch.bfloat16
+
+
+def test_what_a_backward_pass_recomputes_is_on_the_gpu_too():
+    seen = []
+
+    def block(x):
+        seen.append((x.device, F.layer_norm(x, (4,)).dtype))
+        return F.layer_norm(x, (4,)) * 2
+
+    with Counting(), as_on_gpu(), torch.autocast("cuda", dtype=torch.bfloat16):
+        x = torch.empty(4, 4, dtype=torch.bfloat16, requires_grad=True)
+        checkpoint(block, x, use_reentrant=False).sum().backward()
+    assert seen == [(GPU, torch.float32)] * 2
+
+
+def test_everything_is_as_before_afterwards():
+    with Counting(), as_on_gpu():
+        x = torch.empty(2)
+        assert torch.device("cuda") == GPU and torch.get_device_module("cuda") is torch.cuda
+    assert torch.get_device_module("cuda") is torch.cuda
+    assert x.device == HOST and torch.empty(2).device == HOST
+    assert torch.autocast.__name__ == "autocast" and torch.ones(2).sum() == 2
+
+
+# Families and flags --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("flags", [{}, {"rank": 4}], ids=["whole", "lora"])
+def test_every_family_is_estimated(name, flags, counted, request):
+    pipeline, images = map(request.getfixturevalue, (TINY[name][0], data_fixture(FAMILY_OF[name])))
+    found = counted(pipeline, "bf16", images=images, gradient_checkpointing=True, **flags)
+    assert found.memory[Stage.LOADING] < found.memory[Stage.STEP] <= found.memory[Stage.LPL_STEP] == found.peak
+    assert 0 < found.operations[Stage.STEP] < found.operations[Stage.LPL_STEP]
+    assert found.memory[Stage.SAMPLES] > found.memory[Stage.SAVING] > found.memory[Stage.LOADING]
+
+
+def test_weights_gradients_and_state_are_those_of_the_flags(counted, sd_pipeline, image_folder, tmp_path):
+    config, description = parsed(sd_pipeline, image_folder, tmp_path / "out", use_8bit_adam=True)
+    weights = trained_parts(config, description).weights()
+    trained, packed = bytes_of(weights), optimizer_bytes(weights, config.optimization)
+    rounding = 512 * 3 * len(weights)
+    plain, small, average, offloaded, several = (
+        counted(**flags)
+        for flags in (
+            *({}, {"use_8bit_adam": True}, {"use_ema": True}, {"use_ema": True, "offload_ema": True}),
+            {"processes": 2},
+        )
+    )
+    state = plain.memory[Stage.SAVING] - plain.memory[Stage.LOADING]
+    assert state == pytest.approx(2 * trained, abs=rounding)
+    assert small.memory[Stage.SAVING] - small.memory[Stage.LOADING] == pytest.approx(packed, abs=rounding)
+    assert average.memory[Stage.LOADING] - plain.memory[Stage.LOADING] == pytest.approx(trained, abs=rounding)
+    assert offloaded.memory[Stage.SAVING] == pytest.approx(plain.memory[Stage.SAVING], abs=1024)
+    assert offloaded.host == trained and average.host == 0
+    assert several.memory[Stage.SAVING] - plain.memory[Stage.SAVING] == pytest.approx(trained, abs=rounding)
+
+
+def test_accumulated_gradients_are_there_in_the_next_micro_batch(counted):
+    one, two = (counted(resolution=64, gradient_accumulation_steps=steps) for steps in (1, 2))
+    assert two.memory[Stage.STEP] > one.memory[Stage.STEP]
+    assert two.operations[Stage.STEP] == 2 * one.operations[Stage.STEP]
+
+
+def test_flags_that_save_memory_do(counted):
+    flags = {"resolution": 64, "train_batch_size": 4}
+    plain = counted(precision="bf16", **flags)
+    for saving in ({"gradient_checkpointing": True}, {"lpl_gradient_checkpointing": True}, {"lpl_chunk_size": 1}):
+        assert counted(precision="bf16", **flags | saving).peak < plain.peak, saving
+    assert (
+        counted(precision="bf16", lpl_weight="0", lpl_threshold_base_resolution=None, **flags).peak
+        == plain.memory[Stage.STEP]
+    )
+
+
+def test_flags_are_added_until_it_fits(sd_pipeline, image_folder, tmp_path):
+    config, description = parsed(sd_pipeline, image_folder, tmp_path / "out", resolution=64, train_batch_size=4)
+    found = estimate(config, description, METHOD, "no")
+    capacity = CONTEXT + (found.peak + found.memory[Stage.SAVING]) // 2
+    tried = attempts(config, description, METHOD, "no", capacity, found)
+    assert tried[-1].found.fits(capacity) and not any(each.found.fits(capacity) for each in tried[:-1])
+    assert not attempts(config, description, METHOD, "no", found.peak + CONTEXT, found)
+
+
+# The command ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def configurations(sd_pipeline, tmp_path):
+    """A pipeline without weights and vocabularies."""
+    folder = tmp_path / "configurations"
+    for name in ("model_index.json", *(f"{part}/config.json" for part in ("unet", "vae", "text_encoder"))):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(sd_pipeline / name, folder / name)
+    shutil.copytree(sd_pipeline / "scheduler", folder / "scheduler")
+    return folder
+
+
+def test_the_command_needs_configurations_only(configurations, tmp_path, capsys, monkeypatch):
+    from lpl.config import command_line
+
+    words = ["--dry_run", "--for_gpu", "8GB", "--pretrained_model_name_or_path", str(configurations)]
+    words += ["--output_dir", str(tmp_path / "out"), "--resolution", "64", "--validation_prompts", "a cat"]
+    monkeypatch.setattr(script, "CONFIG", command_line.parse(words))
+    script.main()
+    text = capsys.readouterr().out
+    rows = dict(re.findall(r"^  (\S.*?)  +(.*)$", text, re.MULTILINE))
+    assert {"models loaded", "step", "step with LPL", "samples", "saving", "LPL costs"} <= rows.keys()
+    assert rows["on 8GB"].startswith("fits: ") and not (tmp_path / "out").exists()
+
+
+def test_what_does_not_fit_is_told_with_what_would(configurations, tmp_path, capsys, monkeypatch):
+    from lpl.config import command_line
+
+    words = ["--dry_run", "--for_gpu", "1GB", "--pretrained_model_name_or_path", str(configurations)]
+    words += ["--output_dir", str(tmp_path / "out"), "--resolution", "64"]
+    monkeypatch.setattr(script, "CONFIG", command_line.parse(words))
+    script.main()
+    text = capsys.readouterr().out
+    assert "does not fit" in text and "--gradient_checkpointing" in text and "give a larger GPU" in text
+
+
+def test_an_estimate_fits_with_what_cuda_takes():
+    found = Estimate({}, {Stage.STEP: 3 * 2**30}, {})
+    assert found.fits(4 * 2**30) and not found.fits(4 * 2**30 - 1)
+
+
+@pytest.mark.parametrize(
+    "text, gibibytes", [("24GB", 24), ("24", 24), ("80 GiB", 80), ("NVIDIA A100", 80), ("h100", 79.6)]
+)
+def test_gpus_are_given_by_memory_or_name(text, gibibytes):
+    assert gpu_memory(text) / 2**30 == pytest.approx(gibibytes, abs=0.1)
+
+
+@pytest.mark.parametrize("text", ["", "0GB", "many", "24TB", "-1GB"])
+def test_other_gpus_are_refused(text):
+    with pytest.raises(ValueError, match="--for_gpu .*: accepted are .* 24GB, and .*h100"):
+        gpu_memory(text)
