@@ -32,11 +32,9 @@ from torch.nn import functional as F
 
 from lpl import DecoderFeatureExtractor, LatentPerceptualLoss, outlier_mask
 from lpl.autoencoders import downscaling_factor, encode
-from lpl.student import load_student
 
 
 ROOT = Path(__file__).resolve().parent.parent
-STUDENT = ROOT / "examples/quickstart/student"
 PICTURES = ("astronaut", "cat", "coffee", "brick")
 SIDE = 256
 CROPS = (128, 64)
@@ -121,12 +119,6 @@ def measure(vae: AutoencoderKL) -> dict[str, dict[str, float]]:
     results |= {name: compare([estimate(other)], whole) for name, other in others.items()}
     with tf32():
         results["TF32 in the decoder's convolutions"] = compare([estimate(loss)], whole)
-    student = load_student(str(STUDENT), loss)
-    theirs = gradient(lambda z: student(z, latents).mean(), predicted)
-    results["--lpl_student"] = compare([theirs], whole)
-    for n in (4, 16):
-        estimates = [theirs + n * (whole - theirs), *[theirs] * (n - 1)]
-        results[f"--lpl_student, --lpl_correct_every {n}"] = compare(estimates, whole)
     with torch.no_grad():
         features = DecoderFeatureExtractor(vae)(predicted)
     for name, maps in features.items():

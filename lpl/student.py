@@ -50,6 +50,7 @@ class Student(ModelMixin, ConfigMixin):
         projection: channels P that are compared at each depth; None = ``width``.
         loss: :attr:`LatentPerceptualLoss.options` of the loss that it reproduces.
         decoder: :func:`probe` of the VAE.
+        resolution: side in pixels of the images that it was made from; LPL's statistics are over whole images.
         fidelity: what was measured on held-out images.
     """
 
@@ -62,6 +63,7 @@ class Student(ModelMixin, ConfigMixin):
         projection: int | None = None,
         loss: Mapping[str, Any] | None = None,
         decoder: Mapping[str, list[float]] | None = None,
+        resolution: int | None = None,
         fidelity: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()

@@ -46,6 +46,7 @@ from lpl.publishing import hub
 from lpl.student import GROUPS, Student, probe
 from lpl.tools.files import check_writable, settle, write_text
 from lpl.tools.machine import DTYPES, usable_device
+from lpl.tools.privacy import is_hub_id
 from lpl.tools.words import plain_warnings
 from lpl.training.loading import load_family
 from lpl.training.parts import TrainedParts
@@ -214,8 +215,8 @@ def run(own: Distillation, config: Config) -> dict[str, Any]:
     decoder = feature_vae(source.vae, None, DTYPES[config.lpl.decoder_dtype()])
     loss = LatentPerceptualLoss(decoder, config.lpl.lpl_blocks, **config.lpl.loss_options())
     settings = {
-        "model": own.pretrained_model_name_or_path,
-        "data": config.data.dataset_name or config.data.train_data_dir,
+        "model": _public(own.pretrained_model_name_or_path),
+        "data": _public(config.data.dataset_name or config.data.folder),
         "images": len(source.images),
         "resolution": config.data.size[0],
         "pairs": own.num_pairs,
@@ -229,7 +230,12 @@ def run(own: Distillation, config: Config) -> dict[str, Any]:
     torch.manual_seed(own.seed)
     width = own.width or default_width(source.vae)
     student = Student(
-        latent_channels(source.vae.config), width, own.depth, loss=loss.options, decoder=probe(source.vae)
+        latent_channels(source.vae.config),
+        width,
+        own.depth,
+        loss=loss.options,
+        decoder=probe(source.vae),
+        resolution=config.data.size[0],
     )
     schedule = Schedule(own.steps, own.batch_size, own.learning_rate, own.seed, own.measure_steps)
     fit(student, train, held_out, schedule, folder, device)
@@ -242,6 +248,11 @@ def run(own: Distillation, config: Config) -> dict[str, Any]:
     write_text(folder / NUMBERS, json.dumps(numbers, indent=2) + "\n")
     write_report(folder, numbers, found, held_out)
     return numbers
+
+
+def _public(place: str) -> str:
+    """An id on the Hub, or the name of a local folder without the path to it."""
+    return place if is_hub_id(place) and not Path(place).exists() else Path(place).resolve().name
 
 
 def default_width(vae: nn.Module) -> int:

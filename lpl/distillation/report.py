@@ -128,7 +128,7 @@ library_name: diffusers
 tags: [latent-perceptual-loss, distillation]
 ---
 
-# A student of {numbers["model"]}'s decoder
+# A student of the decoder of {numbers["model"]}
 
 It stands in for the [latent perceptual loss](https://arxiv.org/abs/2411.04873) (LPL) in training, at
 {cost["operations"]:.1%} of its operations:
@@ -151,7 +151,7 @@ accelerate launch train_text_to_image_lpl.py --lpl_student THIS_FOLDER_OR_ID ...
 
 Made from {numbers["pairs"]:,} pairs of latents of {numbers["images"]:,} images at {numbers["resolution"]} px and
 {learned}, in {numbers["steps"]:,} steps; {cost["parameters"]:,} parameters. It reproduces the loss with
-{_sentence(loss)}; with another configuration, or another VAE, it is refused.
+{_sentence(loss)}. With another configuration, or another VAE, it is refused.
 """
 
 

@@ -294,6 +294,12 @@ def _check_student(config: Config, path: str, vae: Mapping[str, Any]) -> None:
         raise ValueError(f"--lpl_student {path}: there is no student ({first_line(error)})") from error
     loss = LatentPerceptualLoss(skeleton(vae), config.lpl.lpl_blocks, **config.lpl.loss_options())
     check_configuration(f"--lpl_student {path}", student, loss)
+    made_at, side = student.get("resolution"), config.data.size[0]
+    if made_at not in (None, side):
+        warn(
+            f"--lpl_student {path}: it was made from images of {made_at} px, and the run's have {side} px, where it "
+            "may be another loss; the log has its fidelity (student_cosine, student_error)"
+        )
 
 
 def _check_crop(config: Config, description: Description) -> None:

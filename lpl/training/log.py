@@ -145,12 +145,12 @@ class Log:
         speed = (step - self._last_step) * self.length.global_batch / (now - self._since)
         record |= {"inside": sums[8] / self._count, "lr": lr, "images_per_second": speed}
         self._reset()
-        if record.get("student_cosine", 1.0) < FAITHFUL:
+        if record.get("student_cosine", 1.0) < FAITHFUL or record.get("student_error", 0.0) > 1.0:
             logger.warning(
                 f"--lpl_student: at step {step} its gradient has a cosine of {record['student_cosine']:.2f} with "
-                f"LPL's; "
-                f"below {FAITHFUL} it does not fit these images or this denoiser: make one from them by python -m "
-                "lpl.distill, or correct it more often (--lpl_correct_every)"
+                f"LPL's and a relative error of {record['student_error']:.2f}; below {FAITHFUL} or above 1 it does not "
+                "fit these images or this denoiser: make one from them by python -m lpl.distill, or correct it more "
+                "often (--lpl_correct_every)"
             )
         self._append(step, record)
         self._write_samples()

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from trainer import metrics, same, train, weights
+from trainer import arguments, metrics, resolved, same, train, weights
 
 from lpl.distillation import command
 from lpl.distillation.fit import Schedule, fit
@@ -189,9 +189,14 @@ def test_a_student_of_another_loss_is_refused(made, sd_pipeline, image_folder, t
 
 def test_a_student_that_does_not_fit_is_warned_of(trained, made, sd_pipeline, image_folder, tmp_path, caplog):
     folder = train(sd_pipeline, image_folder, tmp_path, lpl_student=made, lpl_sigma_threshold=1e6, max_train_steps=1)
-    (cosine,) = metrics(folder, "student_cosine")[0]
+    ((cosine, error),) = metrics(folder, "student_cosine", "student_error")
     warned = "python -m lpl.distill" in caplog.text
-    assert warned == (cosine < 0.8)
+    assert warned == (cosine < 0.8 or error > 1.0)
+
+
+def test_a_student_made_at_another_resolution_is_warned_of(made, sd_pipeline, image_folder, tmp_path, recwarn):
+    resolved(arguments(sd_pipeline, image_folder, tmp_path / "run", lpl_student=made, resolution=64))
+    assert any("made from images of 32 px, and the run's have 64 px" in str(warning.message) for warning in recwarn)
 
 
 def test_a_dry_run_tells_what_the_student_costs(made, sd_pipeline, image_folder, tmp_path, capsys):
