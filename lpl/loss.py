@@ -40,7 +40,7 @@ from lpl.outliers import outlier_mask
 from lpl.terms import GRADIENT_SCALE, block_term, reference_block_term
 
 
-MEMORY = 4 * 2**30  # bytes that one call may take for its samples together, unless one sample takes more
+MEMORY = 2 * 2**30  # bytes that one call may take for its samples together, unless one sample takes more
 LARGEST_TENSOR = 2**31 - 1  # elements; operators of GPUs index larger ones wrongly or not at all
 LARGEST_IN_FLOAT16 = 64.0  # of the gradients at the start of the decoder's backward pass, which sums them
 MARGIN = 8  # latent positions decoded around a window, so that convolutions see its surroundings

@@ -326,7 +326,7 @@ class Lpl:
     )
     lpl_chunk_size: int | None = flag(
         None,
-        "number of samples that LPL decodes at a time; smaller saves memory; default: auto, as many as need 4 GiB",
+        "number of samples that LPL decodes at a time; smaller saves memory; default: auto, as many as need 2 GiB",
         range=POSITIVE,
         same_loss=True,
         word=rules.count_or_auto,
