@@ -148,9 +148,9 @@ class Log:
         if record.get("student_cosine", 1.0) < FAITHFUL or record.get("student_error", 0.0) > 1.0:
             logger.warning(
                 f"--lpl_student: at step {step} its gradient has a cosine of {record['student_cosine']:.2f} with "
-                f"LPL's and a relative error of {record['student_error']:.2f}; below {FAITHFUL} or above 1 it does not "
-                "fit these images or this denoiser: make one from them by python -m lpl.distill, or correct it more "
-                "often (--lpl_correct_every)"
+                f"LPL's and a relative error of {record['student_error']:.2f}; below {FAITHFUL} or above 1 it does "
+                "not fit these images or this denoiser: make one from them by python -m lpl.distill, or correct it "
+                "more often (--lpl_correct_every)"
             )
         self._append(step, record)
         self._write_samples()
