@@ -163,10 +163,9 @@ def test_flags_that_save_memory_do(counted):
     plain = counted(precision="bf16", **flags)
     for saving in ({"gradient_checkpointing": True}, {"lpl_gradient_checkpointing": True}, {"lpl_chunk_size": 1}):
         assert counted(precision="bf16", **flags | saving).peak < plain.peak, saving
-    assert (
-        counted(precision="bf16", lpl_weight="0", lpl_threshold_base_resolution=None, **flags).peak
-        == plain.memory[Stage.STEP]
-    )
+    without = counted(precision="bf16", lpl_weight="0", lpl_threshold_base_resolution=None, **flags)
+    decoder = plain.memory[Stage.STEP] - without.peak  # LPL's copy in bfloat16, there in each step
+    assert 0 < decoder < 2 * plain.parameters["vae"][1]
 
 
 def test_flags_are_added_until_it_fits(sd_pipeline, image_folder, tmp_path):
