@@ -145,7 +145,7 @@ def train(config: Config, status: Status) -> None:
     skipped_steps = SkippedSteps(accelerator, config.optimization.max_skipped_steps, run.progress.skipped)
     validation = make_validation(plan, inputs, losses, average, log, preemption, status.now)
     result = Result(run.folder, config.model, description, trained, average, inputs.scheduler, inputs.classes)
-    card = partial(make_card, plan, inputs, log, validation)
+    card = partial(make_card, plan, inputs, losses, log, validation)
     publication = make_publication(plan, result, card)
     pauses = Pauses(
         state, order, log, skipped_steps, validation, config.output, publication and publication.checkpoint
@@ -366,14 +366,18 @@ class Losses:
             found.take(every_row, self.student(estimates, latents[every_row]), share, self.student)
             if correction:
                 off, found.fidelity = difference(self.student, self.lpl_loss, predicted_latents, latents[rows])
-                found.lpl = found.lpl + share * correction * off.mean()
+                found.correct(rows, off, share * correction)
         return found
 
     @property
+    def decoder_blocks(self) -> Sequence[str]:
+        """Names of the decoder blocks that LPL compares, or whose student reproduces it."""
+        return self.lpl_loss.block_names if self.lpl_loss is not None else ()
+
+    @property
     def blocks(self) -> Sequence[str]:
-        """Names of the decoder blocks that LPL compares, or of the student's depths."""
-        loss = self.student or self.lpl_loss
-        return loss.block_names if loss is not None else ()
+        """Names of the parts of LPL in the log: decoder blocks, or the student's depths."""
+        return self.student.block_names if self.student is not None else self.decoder_blocks
 
     def threshold(self, height: int, width: int) -> float:
         """tau for images of that size in pixels."""
@@ -440,11 +444,11 @@ def make_validation(
     )
 
 
-def make_card(plan: Plan, inputs: Inputs, log: Log, validation: Validation) -> RunCard:
+def make_card(plan: Plan, inputs: Inputs, losses: Losses, log: Log, validation: Validation) -> RunCard:
     """What the model card says at this moment."""
     return RunCard.of(
         plan,
-        blocks=log.blocks if plan.config.lpl.enabled else (),
+        blocks=losses.decoder_blocks if plan.config.lpl.enabled else (),
         records=log.records(),
         prompts=inputs.prompts,
         classes=plan.images.class_names,

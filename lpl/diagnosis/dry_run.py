@@ -78,7 +78,7 @@ class DryRun:
         with_lpl = self._measured(with_lpl=True) if self.plan.config.lpl.enabled and plain else None
         student = None
         if with_lpl and self.plan.config.lpl.lpl_student:  # w is measured, which takes LPL itself; now without
-            self.weight.correct_every = 0
+            self.weight.correct_every = self.weight.measuring_steps = 0
             student = self._measured(with_lpl=True)
         if self.plan.run.accelerator.is_main_process:
             print(Report(self.plan, self.updates, self.weight, plain, with_lpl, student).text(), flush=True)

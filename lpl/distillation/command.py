@@ -35,7 +35,7 @@ from lpl.data.dataset import LatentSpace, TrainingImages
 from lpl.data.source import load_images, load_split
 from lpl.distillation.fit import Schedule, fit, measure
 from lpl.distillation.pairs import HELD_OUT, Errors, Predictions, prepare
-from lpl.distillation.report import cost, write_report
+from lpl.distillation.report import PICTURE, cost, write_report
 from lpl.families.description import read_pipeline
 from lpl.families.resolve import resolve
 from lpl.gate import sigma_threshold_at
@@ -46,7 +46,7 @@ from lpl.publishing import hub
 from lpl.student import GROUPS, Student, probe
 from lpl.tools.files import check_writable, settle, write_text
 from lpl.tools.machine import DTYPES, usable_device
-from lpl.tools.privacy import is_hub_id
+from lpl.tools.privacy import shown
 from lpl.tools.words import plain_warnings
 from lpl.training.loading import load_family
 from lpl.training.parts import TrainedParts
@@ -65,7 +65,8 @@ SHARED_FLAGS = (  # with the training script
 )
 NUMBERS, PAIRS, SETTINGS = "distill.json", "pairs", "settings.json"
 WIDTHS = Range(lambda value: value > 0 and value % GROUPS == 0, f"a multiple of {GROUPS}")
-PUBLISHED = ("config.json", "*.safetensors", "README.md", "*.png", NUMBERS)
+PUBLISHED = ("config.json", "diffusion_pytorch_model.safetensors", "README.md", PICTURE, NUMBERS)
+OF_THE_HUB = ("push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "verbose", "cache_dir")
 SOURCES = ("predictions", "errors")
 
 
@@ -214,9 +215,9 @@ def run(own: Distillation, config: Config) -> dict[str, Any]:
     source, config = source_of(own, config, device)
     decoder = feature_vae(source.vae, None, DTYPES[config.lpl.decoder_dtype()])
     loss = LatentPerceptualLoss(decoder, config.lpl.lpl_blocks, **config.lpl.loss_options())
-    settings = {
-        "model": _public(own.pretrained_model_name_or_path),
-        "data": _public(config.data.dataset_name or config.data.folder),
+    facts = {
+        "model": shown(own.pretrained_model_name_or_path),
+        "data": shown(config.data.dataset_name or config.data.folder),
         "images": len(source.images),
         "resolution": config.data.size[0],
         "pairs": own.num_pairs,
@@ -224,7 +225,11 @@ def run(own: Distillation, config: Config) -> dict[str, Any]:
         "seed": own.seed,
         "loss": loss.options,
     }
-    check_settings(folder, settings)
+    values = config.values()
+    asked = {name: values[name] for name in SHARED_FLAGS if name not in OF_THE_HUB}
+    made = {"model": own.pretrained_model_name_or_path, "decoder": probe(source.vae), "loss": loss.options}
+    made |= {"images": len(source.images), "pairs": own.num_pairs, "pairs_from": facts["pairs_from"], "seed": own.seed}
+    check_settings(folder, json.loads(json.dumps(asked | made)))
     pairs = prepare(folder / PAIRS, source, loss, own.num_pairs, own.decode_batch_size).usable()
     train, held_out = pairs.split()
     torch.manual_seed(own.seed)
@@ -237,10 +242,10 @@ def run(own: Distillation, config: Config) -> dict[str, Any]:
         decoder=probe(source.vae),
         resolution=config.data.size[0],
     )
-    schedule = Schedule(own.steps, own.batch_size, own.learning_rate, own.seed, own.measure_steps)
+    schedule = Schedule(own.steps, own.batch_size, own.learning_rate, own.seed, own.measure_steps, width, own.depth)
     fit(student, train, held_out, schedule, folder, device)
     found = measure(student, held_out, own.batch_size, device)
-    numbers = settings | {"steps": own.steps, "width": width, "depth": own.depth} | found.summary()
+    numbers = facts | {"steps": own.steps, "width": width, "depth": own.depth} | found.summary()
     numbers |= {"held_out": len(held_out), "cost": cost(student, loss, held_out, device)}
     student.register_to_config(fidelity=found.summary())
     student.save_pretrained(folder)
@@ -248,11 +253,6 @@ def run(own: Distillation, config: Config) -> dict[str, Any]:
     write_text(folder / NUMBERS, json.dumps(numbers, indent=2) + "\n")
     write_report(folder, numbers, found, held_out)
     return numbers
-
-
-def _public(place: str) -> str:
-    """An id on the Hub, or the name of a local folder without the path to it."""
-    return place if is_hub_id(place) and not Path(place).exists() else Path(place).resolve().name
 
 
 def default_width(vae: nn.Module) -> int:
@@ -272,9 +272,11 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         earlier = json.loads(place.read_text(encoding="utf-8"))
         for name, value in settings.items():
             if earlier.get(name) != value:
+                known = name in ("decoder", "loss")  # too long for a sentence
+                change = f"another {name}" if known else f"{name} {earlier.get(name)}, and now it is {value}"
                 raise ValueError(
-                    f"--output_dir {folder}: it holds pairs that were made with {name} {earlier.get(name)}, and now "
-                    f"it is {value}; give another folder, or delete this one's {PAIRS}"
+                    f"--output_dir {folder}: it holds pairs that were made with {change}; give another folder, or "
+                    f"delete this one's {PAIRS}"
                 )
     write_text(place, json.dumps(settings, indent=2) + "\n")
 

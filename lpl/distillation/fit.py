@@ -11,7 +11,7 @@ student. The batch of a step comes from a generator keyed by (seed, step): a res
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,6 +37,7 @@ class Schedule:
 
     Args:
         every: steps between two measurements on the held-out pairs; a resumed fit continues from the last one.
+        width, depth: of the student.
     """
 
     steps: int
@@ -44,6 +45,8 @@ class Schedule:
     learning_rate: float
     seed: int
     every: int
+    width: int
+    depth: int
 
     def rate(self, step: int) -> float:
         """The learning rate of a step: a short warm-up, then a cosine to 0."""
@@ -89,10 +92,13 @@ def fit(
     """Train the student; continues from the folder's state if there is one.
 
     Writes ``fit.jsonl``, the measurements by step, and the state.
+
+    Raises:
+        ValueError: if the state is of another schedule.
     """
     cast(nn.Module, student).to(device)
     optimizer = torch.optim.AdamW(student.parameters(), schedule.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    step, log = _resume(student, optimizer, folder)
+    step, log = _resume(student, optimizer, schedule, folder)
     if not log:
         _scale(student, pairs, schedule.batch_size, device)
     with tqdm(total=schedule.steps, initial=step, desc="student") as progress:
@@ -103,6 +109,7 @@ def fit(
                     write_text(folder / LOG, lines(log))
                     state = {
                         "step": step,
+                        "schedule": asdict(schedule),
                         "student": student.state_dict(),
                         "optimizer": optimizer.state_dict(),
                         "log": log,
@@ -143,10 +150,18 @@ def _scale(student: Student, pairs: Pairs, batch_size: int, device: torch.device
     student.log_scale.add_((first.value / value).log().mean())
 
 
-def _resume(student: Student, optimizer: torch.optim.Optimizer, folder: Path) -> tuple[int, list[dict[str, Any]]]:
+def _resume(
+    student: Student, optimizer: torch.optim.Optimizer, schedule: Schedule, folder: Path
+) -> tuple[int, list[dict[str, Any]]]:
     if not (folder / STATE).is_file():
         return 0, []
     state = load_state(folder / STATE)
+    for name, value in asdict(schedule).items():
+        if state["schedule"][name] != value:
+            raise ValueError(
+                f"--output_dir {folder}: it holds a student trained with {name} {state['schedule'][name]}, and now it "
+                f"is {value}; delete its {STATE} to train another one on the same pairs"
+            )
     student.load_state_dict(state["student"])
     optimizer.load_state_dict(state["optimizer"])
     return state["step"], list(state["log"])

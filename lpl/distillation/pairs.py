@@ -13,9 +13,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
@@ -36,6 +35,7 @@ from lpl.training.parts import TrainedParts
 
 SHARD = 64  # pairs in a file
 SMALLEST, LARGEST = 0.05, 0.5  # sizes of the errors that are made
+DRAWS = 10_000  # of a timestep, until one is inside
 HELD_OUT = 8  # every 8th image is kept for measuring the student
 SOURCE, ERROR = 101, 102  # streams of random numbers, beside those of lpl.data.order
 Estimates = tuple[Tensor, Tensor, Tensor]  # z0 and z0_hat, (n, C, h, w); sigma, (n,), NaN for errors that are made
@@ -72,7 +72,7 @@ class Pairs:
         Raises:
             ValueError: where there are too few images to hold one out.
         """
-        held_out = self.image % HELD_OUT == HELD_OUT - 1
+        held_out = is_held_out(self.image)
         if not held_out.any():
             raise ValueError(f"{HELD_OUT} images or more are needed, since every {HELD_OUT}th is held out")
         return self.select(~held_out), self.select(held_out)
@@ -81,6 +81,11 @@ class Pairs:
         """Without pairs whose LPL or gradient is 0 or not finite, which have no direction to learn."""
         norm = self.gradient.flatten(1).norm(dim=1)
         return self.select((norm > 0) & norm.isfinite() & (self.value > 0) & self.value.isfinite())
+
+
+def is_held_out(image: Any) -> Any:
+    """Whether an image, or each of several, by index, is for measuring the student."""
+    return image % HELD_OUT == HELD_OUT - 1
 
 
 class Source(Protocol):
@@ -121,11 +126,13 @@ class Predictions:
 
     def _timestep(self, objective: Objective, epoch: int, index: int) -> Tensor:
         """The first timestep inside the threshold of those that training would draw for the image, ()."""
-        for again in count():
+        for again in range(DRAWS):
             timestep = self.images.timestep(epoch + 1_000_000 * again, index)
             if is_inside(objective.sigma(timestep[None]), self.threshold).item():
                 return timestep
-        raise AssertionError
+        raise ValueError(
+            f"--lpl_sigma_threshold: of {DRAWS:,} timesteps drawn, none is inside; give a larger threshold"
+        )
 
 
 @dataclass(frozen=True)
@@ -137,18 +144,27 @@ class Errors:
 
     @torch.no_grad()
     def __call__(self, numbers: Sequence[int]) -> Estimates:
-        device = self.vae.device
-        samples = collate([self.images[divmod(number, len(self.images))] for number in numbers])
-        latents = encode(self.vae, samples["pixels"].to(device), samples["posterior_noise"].to(device))
+        keys = [divmod(number, len(self.images)) for number in numbers]
+        latents = self._latents(keys)
+        others = self._latents([(epoch, self._other(index)) for epoch, index in keys])
         predicted = []
         for row, number in enumerate(numbers):
             generator = keyed_generator(self.images.seed, number, 0, ERROR)
             kind = KINDS[int(torch.randint(len(KINDS), (), generator=generator))]
-            error = kind(latents[row].cpu(), latents[row - 1].cpu(), generator)
+            error = kind(latents[row].cpu(), others[row].cpu(), generator)
             size = SMALLEST * (LARGEST / SMALLEST) ** torch.rand((), generator=generator)
             rms = (latents[row].square().mean() / error.square().mean().clamp(min=1e-12)).sqrt().cpu()
-            predicted.append(latents[row] + (size * rms * error).to(device))
+            predicted.append(latents[row] + (size * rms * error).to(latents.device))
         return latents, torch.stack(predicted), torch.full((len(numbers),), math.nan)
+
+    def _latents(self, keys: Sequence[tuple[int, int]]) -> Tensor:
+        samples, device = collate([self.images[key] for key in keys]), self.vae.device
+        return encode(self.vae, samples["pixels"].to(device), samples["posterior_noise"].to(device))
+
+    def _other(self, index: int) -> int:
+        """The next image that is held out as this one is, or itself if it is the only one."""
+        following = ((index + step) % len(self.images) for step in range(1, len(self.images) + 1))
+        return next(other for other in following if is_held_out(other) == is_held_out(index))
 
 
 # Kinds of errors: of a latent, (C, h, w), given another image's and a generator. Their size does not matter ----------

@@ -28,6 +28,7 @@ class BatchLosses:
     rows: int = 0  # samples that LPL was computed on
     by_block: Tensor | None = None  # (2, L): the parts of ``lpl``, and the kept shares summed over ``rows``
     by_row: tuple[Tensor, Tensor] | None = None  # places in the batch, and their LPL, both (rows,)
+    corrected: tuple[Tensor, Tensor] | None = None  # places in the batch, and LPL less the student's value there
     fidelity: Fidelity | None = None  # of a student, on the samples that it was corrected on
 
     def take(self, rows: Tensor, lpl: Tensor, share: float, lpl_loss: LatentPerceptualLoss | StudentLoss) -> None:
@@ -41,6 +42,11 @@ class BatchLosses:
         )
         self.by_block = torch.stack([share / self.rows * parts, kept])
 
+    def correct(self, rows: Tensor, difference: Tensor, factor: float) -> None:
+        """Add a factor times the mean difference of LPL and a student on some rows, both (n,)."""
+        self.lpl = self.lpl + factor * difference.mean()
+        self.corrected = rows, difference.detach()
+
     @property
     def diffusion_loss(self) -> Tensor:
         return self.errors.mean()
@@ -49,9 +55,8 @@ class BatchLosses:
         """Whether each sample's diffusion loss, and its LPL, is NaN or infinite, (B, 2)."""
         found = self.errors.detach().isfinite().logical_not()[:, None].repeat(1, 2)
         found[:, 1] = False
-        if self.by_row is not None:
-            rows, lpl = self.by_row
-            found[rows, 1] = lpl.isfinite().logical_not()
+        for rows, values in filter(None, (self.by_row, self.corrected)):
+            found[rows, 1] |= values.isfinite().logical_not()
         return found
 
     def gradients(self, weight: Tensor) -> Tensor:

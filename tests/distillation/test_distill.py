@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file
 from trainer import arguments, metrics, resolved, same, train, weights
 
 from lpl.distillation import command
@@ -144,7 +146,7 @@ def test_a_student_learns_the_gradient_of_another(tmp_path):
     value = teacher.terms(predicted, latents).sum(0)
     (gradient,) = torch.autograd.grad(value.sum(), predicted)
     pairs = Pairs(latents, predicted.detach(), value.detach(), gradient, torch.zeros(64), torch.arange(64))
-    fit(Student(4, 16, 1), *pairs.split(), Schedule(60, 16, 5e-3, 0, 20), tmp_path, torch.device("cpu"))
+    fit(Student(4, 16, 1), *pairs.split(), Schedule(60, 16, 5e-3, 0, 20, 16, 1), tmp_path, torch.device("cpu"))
     log = entries(tmp_path / "fit.jsonl")
     assert log[-1]["step"] == 60 and log[-1]["relative_error"] < 0.7 * log[0]["relative_error"]
     assert log[-1]["cosine"] > log[0]["cosine"]
@@ -202,3 +204,40 @@ def test_a_student_made_at_another_resolution_is_warned_of(made, sd_pipeline, im
 def test_a_dry_run_tells_what_the_student_costs(made, sd_pipeline, image_folder, tmp_path, capsys):
     train(sd_pipeline, image_folder, tmp_path / "run", lpl_student=made, dry_run=True)
     assert "with the student" in capsys.readouterr().out
+
+
+# What others see -----------------------------------------------------------------------------------------------------
+
+
+def test_neither_pairs_nor_local_paths_are_published(made, trained):
+    """The pairs hold the images' latents, which the VAE decodes."""
+    files = [str(path.relative_to(made)) for path in made.rglob("*") if path.is_file()]
+    assert any(name.startswith("pairs/") for name in files) and "fit.safetensors" in files
+    published = set(filter_repo_objects(files, allow_patterns=list(command.PUBLISHED)))
+    weights_file = "diffusion_pytorch_model.safetensors"
+    assert published == {"config.json", weights_file, "README.md", "fidelity.png", "distill.json"}
+    for name in published - {weights_file, "fidelity.png"}:
+        assert str(made.parent) not in (made / name).read_text(), name
+    card = (trained / "README.md").read_text()
+    assert str(made.parent) not in card and "student_0" not in card and "--lpl_student path/to/student" in card
+
+
+def test_another_schedule_is_refused(made, sd_pipeline, image_folder):
+    with pytest.raises(SystemExit, match="trained with steps 6, and now it is 8"):
+        command.main(words(sd_pipeline, image_folder, made, "--steps", "8"))
+
+
+def test_a_threshold_with_nothing_inside_is_refused(sd_pipeline, image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("lpl.distillation.pairs.DRAWS", 20)
+    with pytest.raises(SystemExit, match="none is inside"):
+        command.main(words(sd_pipeline, image_folder, tmp_path / "s", "--lpl_sigma_threshold", "1e-9"))
+
+
+def test_pairs_do_not_depend_on_the_batch(sd_pipeline, image_folder, tmp_path):
+    found = []
+    for size in ("1", "5"):
+        more = ("--num_pairs", "16", "--steps", "1", "--pairs_from", "errors", "--decode_batch_size", size)
+        command.main(words(sd_pipeline, image_folder, tmp_path / size, *more))
+        (shard,) = (tmp_path / size / "pairs").glob("*.safetensors")
+        found.append(load_file(shard)["predicted"])
+    assert torch.allclose(*found, atol=1e-5)
