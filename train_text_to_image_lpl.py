@@ -51,6 +51,7 @@ from lpl.publishing import hub
 from lpl.publishing.card import RunCard, write_model_card
 from lpl.publishing.licence import base_licence
 from lpl.publishing.publication import Publication
+from lpl.student import StudentLoss, difference
 from lpl.tools import layout
 from lpl.tools.pictures import loss_curves
 from lpl.tools.process import leave_after
@@ -59,7 +60,7 @@ from lpl.training.base_model import check_base
 from lpl.training.checkpoints import TrainingState
 from lpl.training.earlier import set_earlier_aside
 from lpl.training.log import Log
-from lpl.training.losses import BatchLosses, lpl_weight, perceptual_loss
+from lpl.training.losses import BatchLosses, lpl_weight, perceptual_loss, student_of
 from lpl.training.parts import unwrapped
 from lpl.training.pauses import Pauses
 from lpl.training.preemption import EXIT_CODE, Preemption
@@ -114,7 +115,8 @@ def train(config: Config, status: Status) -> None:
         average = place_models(trained, config, description, accelerator)
         needs_decoder = config.lpl.enabled or inputs.held_out_images is not None
         lpl_loss = perceptual_loss(family.vae, config.lpl, config.model.cache_dir) if needs_decoder else None
-    losses = Losses(family, images.objective, lpl_loss, config.lpl, config.diffusion)
+        student = student_of(config.lpl, lpl_loss, config.model.cache_dir)
+    losses = Losses(family, images.objective, lpl_loss, config.lpl, config.diffusion, student)
     weight = lpl_weight(config.lpl, accelerator.device)  # w of Eq. 3
 
     # Optimizer, data, and all that a checkpoint holds; the same command resumes where the checkpoint stands
@@ -137,12 +139,13 @@ def train(config: Config, status: Status) -> None:
     # What watches the run, and what it leaves
     preemption = Preemption(accelerator)
     set_earlier_aside(run, config.lora.lora)
-    log = Log(run, length, config.validation, config.output, config.lpl.lpl_every, losses.blocks)
+    outputs = config.validation, config.output
+    log = Log(run, length, *outputs, config.lpl.lpl_every, losses.blocks, student is not None)
     bad_samples = BadSamples(accelerator, images, run.folder, config.data.max_bad_samples, run.resumed is not None)
     skipped_steps = SkippedSteps(accelerator, config.optimization.max_skipped_steps, run.progress.skipped)
     validation = make_validation(plan, inputs, losses, average, log, preemption, status.now)
     result = Result(run.folder, config.model, description, trained, average, inputs.scheduler, inputs.classes)
-    card = partial(make_card, plan, inputs, log, validation)
+    card = partial(make_card, plan, inputs, losses, log, validation)
     publication = make_publication(plan, result, card)
     pauses = Pauses(
         state, order, log, skipped_steps, validation, config.output, publication and publication.checkpoint
@@ -275,11 +278,11 @@ def optimizer_step(
         How many samples were inside the threshold.
     """
     accelerator, inside = updates.accelerator, 0
-    w = weight.at(number)  # from the steps before this one
+    w, correction = weight.at(number), weight.correction(number)  # from the steps before this one
     for _ in range(accelerator.gradient_accumulation_steps):
         batch = next(batches)
         with accelerator.accumulate(model):
-            found = losses(model, batch, with_lpl)
+            found = losses(model, batch, with_lpl, correction)
             if with_lpl:
                 weight.observe(found.diffusion_loss, found.lpl)
             total = found.diffusion_loss + weight.every * w * found.lpl  # LPL on every n-th step counts n-fold there
@@ -299,6 +302,7 @@ class Losses:
 
     With --lpl_max_samples LPL looks at a random subset of the samples inside the threshold and counts it for all of
     them, the same in expectation; with --lpl_crop at a random part of their images, which is nearly so (docs/lpl.md).
+    A student sees all of them, and only its corrections the subset.
     """
 
     family: Family
@@ -306,8 +310,9 @@ class Losses:
     lpl_loss: LatentPerceptualLoss | None
     lpl: Lpl
     diffusion: Diffusion
+    student: StudentLoss | None = None
 
-    def __call__(self, model: nn.Module, batch: Batch, with_lpl: bool) -> BatchLosses:
+    def __call__(self, model: nn.Module, batch: Batch, with_lpl: bool, correction: int = 0) -> BatchLosses:
         family, objective, diffusion, device = self.family, self.objective, self.diffusion, self.family.vae.device
         # Timesteps and gate are known on the CPU: the step never waits to learn which rows to decode.
         inside = rows_inside(objective.sigma(batch["timestep"]), self.threshold(*batch["pixels"].shape[-2:]))
@@ -347,15 +352,32 @@ class Losses:
             assert self.lpl_loss is not None
             predicted_latents = objective.clean_latents(model_output[rows], noisy_latents[rows], timesteps[rows])
             window = self.window(batch, *latents.shape[-2:])
-            lpl = self.lpl_loss(predicted_latents, latents[rows], window)  # (n,)
             share = 1.0 if self.lpl.lpl_variant == "reference" else len(inside) / len(latents)
-            found.take(rows, lpl, share, self.lpl_loss)  # share * their mean: they stand for all inside
+            if self.student is None:
+                lpl = self.lpl_loss(predicted_latents, latents[rows], window)  # (n,)
+                found.take(rows, lpl, share, self.lpl_loss)  # share * their mean: they stand for all inside
+                return found
+
+            # The student on all inside, and n (LPL - S) on the rows: together LPL in expectation
+            every_row = inside.to(device, non_blocking=True)
+            estimates = objective.clean_latents(
+                model_output[every_row], noisy_latents[every_row], timesteps[every_row]
+            )
+            found.take(every_row, self.student(estimates, latents[every_row]), share, self.student)
+            if correction:
+                off, found.fidelity = difference(self.student, self.lpl_loss, predicted_latents, latents[rows])
+                found.correct(rows, off, share * correction)
         return found
 
     @property
-    def blocks(self) -> Sequence[str]:
-        """Names of the decoder blocks that LPL compares."""
+    def decoder_blocks(self) -> Sequence[str]:
+        """Names of the decoder blocks that LPL compares, or whose student reproduces it."""
         return self.lpl_loss.block_names if self.lpl_loss is not None else ()
+
+    @property
+    def blocks(self) -> Sequence[str]:
+        """Names of the parts of LPL in the log: decoder blocks, or the student's depths."""
+        return self.student.block_names if self.student is not None else self.decoder_blocks
 
     def threshold(self, height: int, width: int) -> float:
         """tau for images of that size in pixels."""
@@ -398,7 +420,7 @@ def make_validation(
     )
     held_out_losses = metrics = None
     if held_out_images is not None:
-        plain = replace(losses, lpl=held_out(losses.lpl), diffusion=held_out(losses.diffusion))
+        plain = replace(losses, lpl=held_out(losses.lpl), diffusion=held_out(losses.diffusion), student=None)
         held_out_losses = HeldOutLosses(held_out_images, plain, config.optimization.train_batch_size)
     if config.evaluation.eval_steps is not None:
         settings = config.evaluation, config.data, validation, config.output, config.model
@@ -422,11 +444,11 @@ def make_validation(
     )
 
 
-def make_card(plan: Plan, inputs: Inputs, log: Log, validation: Validation) -> RunCard:
+def make_card(plan: Plan, inputs: Inputs, losses: Losses, log: Log, validation: Validation) -> RunCard:
     """What the model card says at this moment."""
     return RunCard.of(
         plan,
-        blocks=log.blocks if plan.config.lpl.enabled else (),
+        blocks=losses.decoder_blocks if plan.config.lpl.enabled else (),
         records=log.records(),
         prompts=inputs.prompts,
         classes=plan.images.class_names,

@@ -25,8 +25,10 @@ from lpl.config import Config
 from lpl.data.dataset import LatentSpace, TrainingImages
 from lpl.diagnosis.plan import DRAWS
 from lpl.diagnosis.status import Stage
+from lpl.distillation.report import Operations
 from lpl.families.description import Description
 from lpl.gate import is_inside, sigma_threshold_at
+from lpl.student import Student, StudentLoss
 
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "lpl.md"
@@ -42,6 +44,8 @@ FLAGS = {  # other flags; TINY stands for an AutoencoderTiny's folder
     "`--lpl_blocks mid up_0 up_1`": ("--lpl_blocks", "mid", "up_0", "up_1"),
     "AutoencoderTiny": ("--lpl_vae_name_or_path", "TINY"),
 }
+STUDENT, CORRECTED = "a student", "and `--lpl_correct_every 16`"
+WIDTH, DEPTH = 256, 4  # of the student
 
 
 @dataclass(frozen=True)
@@ -81,9 +85,20 @@ def count(name: str, scale: str = "real") -> Row:
             words = [folder if word == "TINY" else word for word in words]
             _, _, other = counted(name, [*common, *words], scale=scale, stages=(Stage.LPL_STEP,))
             lpl[way] = other.operations[Stage.LPL_STEP] - plain
+    lpl[STUDENT] = student_operations(*description.space, side)
+    lpl[CORRECTED] = lpl[STUDENT] + (with_lpl - plain + lpl[STUDENT]) / 16
     plain, with_lpl = (operations - found.text_encoder_operations for operations in (plain, with_lpl))
     tera = {way: operations / 1e12 for way, operations in lpl.items()}
     return Row(plain / 1e12, (with_lpl - plain) / 1e12, inside(config, description), tera)
+
+
+def student_operations(channels: int, factor: int, side: int) -> float:
+    """Operations of a student's value and gradient for an image; they are proportional to its positions."""
+    student, few = StudentLoss(Student(channels, WIDTH, DEPTH)), 8
+    latents, predicted = torch.zeros(2, 1, channels, few, few)
+    with Operations() as counter:
+        student(predicted.requires_grad_(), latents)
+    return counter.total * (side / factor / few) ** 2
 
 
 def inside(config: Config, description: Description) -> float:
@@ -103,7 +118,18 @@ def line(name: str, row: Row) -> str:
 
 
 def table(lines: Sequence[str]) -> str:
-    heads = ["", "without LPL", "LPL", "x, all inside", "share inside", "x, at that share", *SCALED, *FLAGS]
+    heads = [
+        "",
+        "without LPL",
+        "LPL",
+        "x, all inside",
+        "share inside",
+        "x, at that share",
+        *SCALED,
+        *FLAGS,
+        STUDENT,
+        CORRECTED,
+    ]
     return "\n".join([f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *lines])
 
 

@@ -137,7 +137,22 @@ class LatentPerceptualLoss:
         values, gradients, measured = zip(*compared)
         self.last = Measured.joined(measured)
         value = torch.cat(values)
-        return _Formed.apply(predicted_latents, value, torch.cat(gradients)) if wanted else value
+        return Formed.apply(predicted_latents, value, torch.cat(gradients)) if wanted else value
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What decides the loss's values, as JSON can hold it."""
+        weighting = self.depth_weighting
+        return {
+            "blocks": list(self.block_names),
+            "normalization": self.normalization,
+            "detach_statistics": self.detach_statistics,
+            "depth_weighting": weighting if isinstance(weighting, str) else list(weighting.values()),
+            "mask_outliers": self.mask_outliers,
+            "distance": self.distance,
+            "variant": self.variant,
+            "outliers": self.outliers,
+        }
 
     def samples_at_once(
         self, latents: Tensor, window: tuple[int, int, int, int] | None = None, form_gradient: bool = True
@@ -275,7 +290,7 @@ class _Given(torch.autograd.Function):
         return ctx.memory.pop(), None
 
 
-class _Formed(torch.autograd.Function):
+class Formed(torch.autograd.Function):
     """A value, (B,), with a known gradient with respect to the latents, (B, C, h, w)."""
 
     @staticmethod

@@ -36,6 +36,7 @@ class LplWeight:
         text: ``--lpl_weight``.
         measuring_steps: number of optimizer steps with LPL over which both terms are measured.
         start_step, ramp_steps, every: which steps have LPL, and with how much of w, see :mod:`lpl.gate`.
+        correct_every: with a student, n of its corrections; 0 = none.
     """
 
     def __init__(
@@ -46,12 +47,14 @@ class LplWeight:
         start_step: int = 0,
         ramp_steps: int = 0,
         every: int = 1,
+        correct_every: int = 0,
     ) -> None:
         self.text = text
         fixed, self.share = parse_weight(text)
         self.enabled = fixed != 0.0
         self.measuring_steps = measuring_steps
         self.start_step, self.ramp_steps, self.every = start_step, ramp_steps, every
+        self.correct_every = correct_every
         self.steps = 0
         self._step_sums = torch.zeros(2, device=device)  # diffusion loss and LPL of the current step, (2,)
         self._micro_batches = 0  # of the current step
@@ -61,6 +64,22 @@ class LplWeight:
     def applies(self, step: int) -> bool:
         """Whether an optimizer step, counted from 0, has LPL."""
         return self.enabled and has_lpl(step, self.start_step, self.every)
+
+    def correction(self, step: int) -> int:
+        """The factor on the difference between LPL and a student at an optimizer step with LPL, counted from 0.
+
+        It is 1, which gives LPL itself, while w is measured, since the share is LPL's; then n on every n-th step with
+        LPL, else 0.
+
+        >>> weight = LplWeight("0.3", 1, torch.device("cpu"), every=2, correct_every=2)
+        >>> weight.steps = 1  # the measurement is over
+        >>> [weight.correction(step) for step in range(0, 10, 2)]
+        [2, 0, 2, 0, 2]
+        """
+        if self.measuring:
+            return 1
+        number = (step - self.start_step) // self.every
+        return self.correct_every if self.correct_every and number % self.correct_every == 0 else 0
 
     def at(self, step: int) -> Tensor:
         """w at an optimizer step, counted from 0, (); it grows from 0 over the ramp."""

@@ -181,6 +181,8 @@ def _check_lpl(config: Config) -> None:
     given = config.given | ({"lpl_t_threshold"} if config.timestep_threshold is not None else set())
     if not config.lpl.enabled and (idle := idle_without_lpl(given, config.data.holds_out)):
         raise ValueError(f"--lpl_weight 0 turns the loss off, so --{idle[0]} has no effect; leave one of them out")
+    if config.lpl.lpl_student is not None and config.lpl.lpl_crop is not None:
+        raise ValueError("--lpl_student sees whole images at little cost, so leave --lpl_crop out")
     check_loss_options(config.lpl, config.lpl.lpl_blocks)
 
 

@@ -345,6 +345,23 @@ class Lpl:
         same_loss=True,
         former_default="float32",
     )
+    lpl_student: str | None = flag(
+        None,
+        "student of the VAE's decoder that takes LPL's place, made by python -m lpl.distill; a folder or an id on the "
+        "Hub; validation keeps LPL itself",
+        held_out=None,
+        training_only=True,
+        public=rules.on_the_hub,
+        path=True,
+    )
+    lpl_correct_every: int = flag(
+        0,
+        "with --lpl_student, add N times the difference between LPL and the student on every N-th step with LPL, so "
+        "that the expected gradient is LPL's; 0 = never",
+        range=NOT_NEGATIVE,
+        training_only=True,
+        used=rules.has("lpl_student"),
+    )
     lpl_vae_name_or_path: str | None = flag(
         None,
         "VAE with the same latent space whose decoder LPL uses; default: the pipeline's",

@@ -63,6 +63,11 @@ def when(name: str, *values: Any) -> Condition:
     return lambda flags: flags[name] in values if values else bool(flags[name])
 
 
+def has(name: str) -> Condition:
+    """The other flag has a value."""
+    return lambda flags: flags[name] is not None
+
+
 def unless(name: str) -> Condition:
     return lambda flags: not flags[name]
 

@@ -98,15 +98,8 @@ def load_split(
     Raises:
         ValueError: if it cannot be loaded, or a column is missing or of the wrong type.
     """
-    where = f"--dataset_name {data.dataset_name}" if data.dataset_name else f"--train_data_dir {data.train_data_dir}"
-    try:
-        dataset = _loaded(data, split, cache_dir, num_classes is not None)
-    except Exception as error:  # the library raises a dozen kinds; each means that there is nothing to train on
-        _check_split(data, split, where)
-        why = first_line(error.__cause__ or error)
-        raise ValueError(f"{where}: the data set cannot be loaded: {why}") from error
-    if _holds_bytes(dataset, data.image_column):
-        dataset = dataset.cast_column(data.image_column, ImageFeature(decode=False))
+    where = _named(data)
+    dataset = _opened(data, split, cache_dir, num_classes is not None)
     check_columns(dataset, data.image_column, data.caption_column, where, num_classes)
     dataset = dataset.select_columns([data.image_column, data.caption_column])
     if num_classes is not None and classes:
@@ -114,6 +107,35 @@ def load_split(
     if isinstance(dataset, IterableDataset):
         return dataset
     return dataset.cast_column(data.image_column, ImageFeature(decode=False))
+
+
+def load_images(data: Data, split: str, cache_dir: str | None) -> Dataset:
+    """Loads the image column of a split alone, undecoded; there need be no captions.
+
+    Raises:
+        ValueError: if it cannot be loaded, or has no images.
+    """
+    dataset = _opened(data, split, cache_dir, class_conditional=False)
+    assert isinstance(dataset, Dataset), "nothing is streamed"
+    check_columns(dataset, data.image_column, None, _named(data))
+    return dataset.select_columns([data.image_column]).cast_column(data.image_column, ImageFeature(decode=False))
+
+
+def _named(data: Data) -> str:
+    """The flag that names the data set and its value, for messages."""
+    return f"--dataset_name {data.dataset_name}" if data.dataset_name else f"--train_data_dir {data.train_data_dir}"
+
+
+def _opened(data: Data, split: str, cache_dir: str | None, class_conditional: bool) -> Dataset | IterableDataset:
+    try:
+        dataset = _loaded(data, split, cache_dir, class_conditional)
+    except Exception as error:  # the library raises a dozen kinds; each means that there is nothing to train on
+        _check_split(data, split, _named(data))
+        why = first_line(error.__cause__ or error)
+        raise ValueError(f"{_named(data)}: the data set cannot be loaded: {why}") from error
+    if _holds_bytes(dataset, data.image_column):
+        dataset = dataset.cast_column(data.image_column, ImageFeature(decode=False))
+    return dataset
 
 
 def _loaded(data: Data, split: str, cache_dir: str | None, class_conditional: bool) -> Dataset | IterableDataset:
@@ -175,13 +197,14 @@ def _holds_bytes(dataset: Dataset | IterableDataset, column: str) -> bool:
 def check_columns(
     dataset: Dataset | IterableDataset,
     image_column: str,
-    caption_column: str,
+    caption_column: str | None,
     where: str,
     num_classes: int | None = None,
 ) -> None:
     """Refuses a data set that is empty, lacks a named column, or has a column of the wrong type.
 
     Args:
+        caption_column: None: no captions are needed.
         where: the flag that names the data set and its value, for messages.
 
     Raises:
@@ -191,7 +214,7 @@ def check_columns(
         raise ValueError(f"{where}: the data set has no images")
     columns = dataset.column_names or []
     for flag, column in (("--image_column", image_column), ("--caption_column", caption_column)):
-        if column not in columns:
+        if column is not None and column not in columns:
             hint = _other_column(flag, column, columns, num_classes)
             hint = hint or _folder_hint(dataset, flag, caption_column, num_classes)
             raise ValueError(
@@ -199,6 +222,8 @@ def check_columns(
             )
     if not isinstance(_feature(dataset, image_column), ImageFeature):
         raise ValueError(f"{where}: column {image_column!r} (--image_column) holds no images")
+    if caption_column is None:
+        return
     if num_classes is None:
         _check_captions(dataset, caption_column, where)
     else:
@@ -219,7 +244,9 @@ def _other_column(flag: str, column: str, columns: Sequence[str], num_classes: i
     return f"; did you mean {flag} {likely[0]}?" if likely else close
 
 
-def _folder_hint(dataset: Dataset | IterableDataset, flag: str, caption_column: str, num_classes: int | None) -> str:
+def _folder_hint(
+    dataset: Dataset | IterableDataset, flag: str, caption_column: str | None, num_classes: int | None
+) -> str:
     if "imagefolder" not in str(dataset.info.builder_name):
         return ""
     if flag == "--image_column":

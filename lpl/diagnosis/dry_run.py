@@ -76,8 +76,12 @@ class DryRun:
             self.weight.measuring_steps = self.weight.steps + MEASURED_STEPS
         plain = self._measured(with_lpl=False)
         with_lpl = self._measured(with_lpl=True) if self.plan.config.lpl.enabled and plain else None
+        student = None
+        if with_lpl and self.plan.config.lpl.lpl_student:  # w is measured, which takes LPL itself; now without
+            self.weight.correct_every = self.weight.measuring_steps = 0
+            student = self._measured(with_lpl=True)
         if self.plan.run.accelerator.is_main_process:
-            print(Report(self.plan, self.updates, self.weight, plain, with_lpl).text(), flush=True)
+            print(Report(self.plan, self.updates, self.weight, plain, with_lpl, student).text(), flush=True)
 
     def _measured(self, with_lpl: bool) -> Cost | None:
         """The cost of a step, or None where it is out of memory."""
@@ -123,6 +127,7 @@ class Report:
     Args:
         plain: cost of a step without LPL; None: out of memory.
         with_lpl: cost of a step with LPL; None: out of memory, or not measured.
+        student: cost of a step with a student instead; None: likewise.
     """
 
     plan: Plan
@@ -130,6 +135,7 @@ class Report:
     weight: LplWeight
     plain: Cost | None
     with_lpl: Cost | None
+    student: Cost | None = None
 
     def text(self) -> str:
         config = self.plan.config
@@ -199,6 +205,9 @@ class Report:
         rows = [("without LPL", cost_in_words(plain))]
         if self.plan.config.lpl.enabled and plain:
             rows.append(("with LPL", cost_in_words(with_lpl)))
+            if self.plan.config.lpl.lpl_student:
+                rows.append(("with the student", cost_in_words(self.student)))
+        with_lpl = self.student or with_lpl
         if not with_lpl or not plain:
             return rows
         if not with_lpl.inside:
@@ -210,7 +219,7 @@ class Report:
             memory = f", {with_lpl.memory / plain.memory:.2f} x the peak memory"
         return [
             *rows,
-            ("LPL costs", f"{ratio:.2f} x the time{average}{memory}"),
+            ("the student costs" if self.student else "LPL costs", f"{ratio:.2f} x the time{average}{memory}"),
             ("", f"({with_lpl.inside:.0%} of the timed samples were inside; memory: all of a batch)"),
         ]
 
@@ -224,7 +233,7 @@ class Report:
         if config.lpl.enabled and config.lpl.lpl_start_step:
             ramp = f", ramped up over {config.lpl.lpl_ramp_steps} steps" if config.lpl.lpl_ramp_steps else ""
             rows.append(("LPL", f"from step {config.lpl.lpl_start_step + 1} on{ramp}"))
-        cost = self.with_lpl if config.lpl.enabled else self.plain
+        cost = (self.student or self.with_lpl) if config.lpl.enabled else self.plain
         if cost and self.plain:
             seconds = whole_run_seconds(
                 config.lpl, plan.run.step, plan.max_steps, without_lpl=self.plain.seconds, with_lpl=cost.seconds

@@ -42,7 +42,7 @@ from lpl.families.description import Description, read_pipeline
 from lpl.families.resolve import resolve, with_decoder_dtype
 from lpl.objectives import FlowMatching, Objective
 from lpl.tools.machine import DTYPES
-from lpl.tools.words import Rows, counted, pixels, short_count, size, table
+from lpl.tools.words import Rows, counted, pixels, short_count, size, table, warn
 from lpl.training.loading import denoiser_class, precisions
 from lpl.training.losses import lpl_weight, perceptual_loss
 from lpl.training.parts import TrainedParts
@@ -285,6 +285,15 @@ class Rehearsal:
         for parameter in self.trained.weights():
             parameter.grad = torch.empty_like(parameter)
 
+    def measure_a_sample(self) -> None:
+        """Let LPL find out how many samples it decodes at a time, which it does once and not in each step."""
+        assert self.lpl_loss is not None
+        config, factor = self.config, LatentSpace(*self.description.space).factor
+        shape = LatentSpace(*self.description.space).shape(*config.data.size)
+        side = config.lpl.lpl_crop and config.lpl.lpl_crop // factor
+        window = (0, 0, side, side) if side else None
+        self.lpl_loss.samples_at_once(torch.empty(config.optimization.train_batch_size, *shape), window)
+
     def step(self, batch: Batch, with_lpl: bool) -> None:
         """The last micro-batch of an optimizer step, and the update."""
         if self.config.optimization.gradient_accumulation_steps > 1:
@@ -401,6 +410,8 @@ def estimate(
         for stage in stages:
             if stage is Stage.LPL_STEP and not lpl.enabled:
                 continue
+            if stage is Stage.LPL_STEP:
+                run.measure_a_sample()
             counting.reset()
             if stage is Stage.SAMPLES:
                 run.draw(run.batch(timesteps[:2], torch.empty(2, 2)))
@@ -506,6 +517,8 @@ def print_estimate(config: Config, method: Method) -> None:
     """
     if int(os.environ.get("RANK", 0)):
         return  # the first process tells
+    if config.lpl.lpl_student is not None:
+        warn("--for_gpu counts LPL itself, which the first steps with --lpl_student and its corrections compute")
     description = read_pipeline(config.model, config.lpl.lpl_blocks, weights=False)
     config = resolve(config, description)
     precision = config.optimization.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")

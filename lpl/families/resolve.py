@@ -5,7 +5,7 @@ Flags that default to None get the family's or the pipeline's value. Afterwards 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,8 +21,10 @@ from lpl.config.groups import Data
 from lpl.families import FAMILIES
 from lpl.families.description import Description, check_vae_dtype, other_vae_config
 from lpl.gate import SMALLEST_CROP, accepted_crops
+from lpl.loss import LatentPerceptualLoss
 from lpl.objectives import OBJECTIVES, DiffusionObjective, Epsilon, FlowMatching, is_flow, own_objective
-from lpl.tools.words import warn
+from lpl.student import Student, check_configuration
+from lpl.tools.words import first_line, warn
 
 
 def resolve(config: Config, description: Description) -> Config:
@@ -281,6 +283,23 @@ def _check_features(config: Config, description: Description) -> None:
             )
     check_vae_dtype(config.lpl.lpl_vae_dtype, vae)
     check_loss_options(config.lpl, tuple(decoder_blocks(skeleton(vae), blocks)) or (RGB,))
+    if config.lpl.enabled and config.lpl.lpl_student is not None:
+        _check_student(config, config.lpl.lpl_student, vae)
+
+
+def _check_student(config: Config, path: str, vae: Mapping[str, Any]) -> None:
+    try:
+        student: Any = Student.load_config(path, cache_dir=config.model.cache_dir)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--lpl_student {path}: there is no student ({first_line(error)})") from error
+    loss = LatentPerceptualLoss(skeleton(vae), config.lpl.lpl_blocks, **config.lpl.loss_options())
+    check_configuration(f"--lpl_student {path}", student, loss)
+    made_at, side = student.get("resolution"), config.data.size[0]
+    if made_at not in (None, side):
+        warn(
+            f"--lpl_student {path}: it was made from images of {made_at} px, and the run's have {side} px, where it "
+            "may be another loss; the log has its fidelity (student_cosine, student_error)"
+        )
 
 
 def _check_crop(config: Config, description: Description) -> None:

@@ -31,7 +31,7 @@ from lpl.publishing.public_recipe import left_to_give, rerun_command
 from lpl.tools import layout, words
 from lpl.tools.files import write_whole
 from lpl.tools.machine import peak_memory
-from lpl.tools.privacy import is_hub_id, is_local, local_name, public_command, shown, without_secrets
+from lpl.tools.privacy import hide_paths, is_hub_id, is_local, local_name, public_command, shown, without_secrets
 from lpl.tools.results import missing_components
 from lpl.training.loading import weight_dtype
 from lpl.training.provenance import installed_versions
@@ -211,7 +211,7 @@ def _asked_for(plan: Plan) -> dict[str, Any]:
         "lora_rank": config.lora.rank if config.lora.lora else None,
         "lpl_target": parse_weight(config.lpl.lpl_weight)[1],
         "lpl_start_step": config.lpl.lpl_start_step,
-        "lpl_options": loss_words(config),
+        "lpl_options": hide_paths(loss_words(config)),
         "command": [sys.argv[0], *words_of(found_out, lambda name: not is_own(name))],
     }
 

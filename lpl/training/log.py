@@ -35,6 +35,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lpl.config.groups import Output, Validation
+from lpl.student import FAITHFUL
 from lpl.tools import layout
 from lpl.tools.files import entries, lines, write_text
 from lpl.training.losses import BatchLosses
@@ -52,7 +53,8 @@ class Log:
 
     Args:
         lpl_every: every how many optimizer steps LPL is on.
-        blocks: names of the decoder blocks that LPL compares.
+        blocks: names of the decoder blocks that LPL compares, or of the student's depths.
+        student: a student takes LPL's place.
     """
 
     def __init__(
@@ -63,7 +65,9 @@ class Log:
         output: Output,
         lpl_every: int = 1,
         blocks: Sequence[str] = (),
+        student: bool = False,
     ) -> None:
+        self.student = student
         self.accelerator, self.length, self.lpl_every, self.blocks = run.accelerator, length, lpl_every, blocks
         self.every = (validation.logging_steps, output.checkpointing_steps)
         self.debug_loss = validation.debug_loss
@@ -126,6 +130,8 @@ class Log:
             gradients = losses.gradients(weight)  # an entry comes before the next step with LPL
             self._squares += _where(gradients.isfinite().all(), gradients)
             self._seen = True
+        if losses.fidelity is not None:
+            self._fidelity += losses.fidelity.summed()
         if self.debug_loss:
             self._samples.append((step, batch["index"], losses.errors.detach()))
 
@@ -139,6 +145,13 @@ class Log:
         speed = (step - self._last_step) * self.length.global_batch / (now - self._since)
         record |= {"inside": sums[8] / self._count, "lr": lr, "images_per_second": speed}
         self._reset()
+        if record.get("student_cosine", 1.0) < FAITHFUL or record.get("student_error", 0.0) > 1.0:
+            logger.warning(
+                f"--lpl_student: at step {step} its gradient has a cosine of {record['student_cosine']:.2f} with "
+                f"LPL's and a relative error of {record['student_error']:.2f}; below {FAITHFUL} or above 1 it does "
+                "not fit these images or this denoiser: make one from them by python -m lpl.distill, or correct it "
+                "more often (--lpl_correct_every)"
+            )
         self._append(step, record)
         self._write_samples()
         self._last_step, self._since = step, time.perf_counter()
@@ -148,7 +161,8 @@ class Log:
 
     def _means(self, sums: Sequence[float]) -> dict[str, float]:
         """The numbers of an entry from the sums of :meth:`_summed`."""
-        loss, diffusion_loss, lpl, weighted, count, with_lpl, of_lpl, of_diffusion, _, rows, *by_block = sums
+        loss, diffusion_loss, lpl, weighted, count, with_lpl, of_lpl, of_diffusion, _, rows, *rest = sums
+        fidelity, by_block = rest[: len(self._fidelity)], rest[len(self._fidelity) :]
         record: dict[str, float] = {}
         if count:  # else no loss was finite
             diffusion_loss /= count
@@ -164,11 +178,14 @@ class Log:
             parts, kept = by_block[: len(self.blocks)], by_block[len(self.blocks) :]
             record |= {f"lpl/{name}": part / max(with_lpl, 1) for name, part in zip(self.blocks, parts, strict=True)}
             record |= {f"kept/{name}": share / rows for name, share in zip(self.blocks, kept, strict=True)}
+        if self.student and fidelity[2]:
+            cosine, error, corrected = fidelity
+            record |= {"student_cosine": cosine / corrected, "student_error": math.sqrt(error / corrected)}
         return record
 
     def state(self) -> list[list[float]]:
         """The sums since the last entry, a list for each process. Every process calls it; waits for the device."""
-        sums = torch.cat([self._sums, self._squares, self._by_block.flatten()])
+        sums = torch.cat([self._sums, self._squares, self._fidelity, self._by_block.flatten()])
         host = [self._count, self._rows, self._inside, self._seen]
         exact = torch.float32 if sums.device.type == "mps" else torch.float64
         mine = torch.cat([sums.to(exact), torch.tensor(host, dtype=exact, device=sums.device)])
@@ -178,12 +195,13 @@ class Log:
 
     def _resume(self, state: list[list[float]]) -> None:
         """Continue from what :meth:`state` returned; with another number of processes or blocks, from zero."""
-        device, blocks = self.accelerator.device, len(self.blocks)
-        if len(state) != self.accelerator.num_processes or len(state[0]) != 14 + 2 * blocks:
+        device, blocks, fidelity = self.accelerator.device, len(self.blocks), len(self._fidelity)
+        if len(state) != self.accelerator.num_processes or len(state[0]) != 14 + fidelity + 2 * blocks:
             return
         step, seconds, *sums, count, rows, inside, seen = state[self.accelerator.process_index]
         self._last_step = int(step)
-        self._sums, self._squares, by_block = torch.tensor(sums, device=device).split([6, 2, 2 * blocks])
+        parts = torch.tensor(sums, device=device).split([6, 2, fidelity, 2 * blocks])
+        self._sums, self._squares, self._fidelity, by_block = parts
         self._by_block = by_block.view(2, blocks)
         self._count, self._rows = int(count), int(rows)
         self._inside, self._seen = inside, bool(seen)
@@ -195,13 +213,15 @@ class Log:
         # Of the micro-batches with finite losses: the losses, their number, the number with LPL.
         self._sums, self._squares = torch.zeros(6, device=device), torch.zeros(2, device=device)
         self._by_block = torch.zeros(2, len(self.blocks), device=device)  # as in BatchLosses
+        # Of the samples that a student was corrected on: cosine, squared relative error, and their number
+        self._fidelity = torch.zeros(3 if self.student else 0, device=device)
         self._count = self._rows = 0  # micro-batches, and samples that LPL has seen
         self._inside, self._seen = 0.0, False
 
     def _summed(self) -> Tensor:
         """The sums of this process as one vector."""
         host = self._sums.new_tensor([self._inside, self._rows])
-        return torch.cat([self._sums, self._squares, host, self._by_block.flatten()])
+        return torch.cat([self._sums, self._squares, host, self._fidelity, self._by_block.flatten()])
 
     def validation(self, step: int, numbers: Mapping[str, float]) -> None:
         """An entry of its own for what a validation has measured after a step."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from lpl.autoencoders import feature_vae
 from lpl.config.groups import Lpl
 from lpl.loss import LatentPerceptualLoss
+from lpl.student import Fidelity, StudentLoss, load_student
 from lpl.tools.machine import DTYPES
 from lpl.weighting import LplWeight
 
@@ -27,8 +28,10 @@ class BatchLosses:
     rows: int = 0  # samples that LPL was computed on
     by_block: Tensor | None = None  # (2, L): the parts of ``lpl``, and the kept shares summed over ``rows``
     by_row: tuple[Tensor, Tensor] | None = None  # places in the batch, and their LPL, both (rows,)
+    corrected: tuple[Tensor, Tensor] | None = None  # places in the batch, and LPL less the student's value there
+    fidelity: Fidelity | None = None  # of a student, on the samples that it was corrected on
 
-    def take(self, rows: Tensor, lpl: Tensor, share: float, lpl_loss: LatentPerceptualLoss) -> None:
+    def take(self, rows: Tensor, lpl: Tensor, share: float, lpl_loss: LatentPerceptualLoss | StudentLoss) -> None:
         """Record LPL of some rows, both (n,), which stand for that share of the batch."""
         self.rows = len(lpl)
         self.by_row = rows, lpl.detach()
@@ -39,6 +42,11 @@ class BatchLosses:
         )
         self.by_block = torch.stack([share / self.rows * parts, kept])
 
+    def correct(self, rows: Tensor, difference: Tensor, factor: float) -> None:
+        """Add a factor times the mean difference of LPL and a student on some rows, both (n,)."""
+        self.lpl = self.lpl + factor * difference.mean()
+        self.corrected = rows, difference.detach()
+
     @property
     def diffusion_loss(self) -> Tensor:
         return self.errors.mean()
@@ -47,9 +55,8 @@ class BatchLosses:
         """Whether each sample's diffusion loss, and its LPL, is NaN or infinite, (B, 2)."""
         found = self.errors.detach().isfinite().logical_not()[:, None].repeat(1, 2)
         found[:, 1] = False
-        if self.by_row is not None:
-            rows, lpl = self.by_row
-            found[rows, 1] = lpl.isfinite().logical_not()
+        for rows, values in filter(None, (self.by_row, self.corrected)):
+            found[rows, 1] |= values.isfinite().logical_not()
         return found
 
     def gradients(self, weight: Tensor) -> Tensor:
@@ -74,7 +81,19 @@ def perceptual_loss(vae: ModelMixin, lpl: Lpl, cache_dir: str | None) -> LatentP
     )
 
 
+def student_of(lpl: Lpl, lpl_loss: LatentPerceptualLoss | None, cache_dir: str | None) -> StudentLoss | None:
+    """The student of --lpl_student; None: LPL is computed by the decoder, or not at all.
+
+    Raises:
+        OSError, ValueError: if it cannot be loaded, or is none for this VAE and loss.
+    """
+    if lpl.lpl_student is None or not lpl.enabled:
+        return None
+    assert lpl_loss is not None
+    return load_student(lpl.lpl_student, lpl_loss, cache_dir)
+
+
 def lpl_weight(lpl: Lpl, device: torch.device) -> LplWeight:
     """w of Eq. 3 as the flags ask for it."""
-    schedule = lpl.lpl_start_step, lpl.lpl_ramp_steps, lpl.lpl_every
+    schedule = lpl.lpl_start_step, lpl.lpl_ramp_steps, lpl.lpl_every, lpl.lpl_correct_every
     return LplWeight(lpl.lpl_weight, lpl.lpl_measuring_steps, device, *schedule)

@@ -137,6 +137,8 @@ OWN = {  # SPEC.md, and what this project adds
     "lpl_measuring_steps": 50,
     "lpl_every": 1,
     "lpl_max_samples": None,
+    "lpl_student": None,
+    "lpl_correct_every": 0,
     "lpl_crop": None,
     "lpl_chunk_size": None,
     "lpl_outlier_quantile": 0.02,

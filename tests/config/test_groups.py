@@ -43,6 +43,7 @@ dataloader_num_workers            silent
 lpl_variant                                                         'paper'
 lpl_max_samples                                                     None
 lpl_crop                                                            None
+lpl_student                                 on_the_hub              None
 lpl_vae_name_or_path                        on_the_hub
 
 snr_gamma                                                           None

@@ -205,6 +205,7 @@ def test_the_command_line_says_it_still(hub, tmp_path):
         ("pretrained_vae_model_name_or_path", "~/vae"),
         ("pretrained_vae_model_name_or_path", "lpl/families"),  # a folder that is here
         ("lpl_vae_name_or_path", "vae"),
+        ("lpl_student", "student"),
         ("dataset_name", "/root"),
         ("dataset_name", "imagefolder"),
         ("dataset_name", "lpl/evaluation"),

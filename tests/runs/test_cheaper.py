@@ -141,6 +141,8 @@ TRAINING_ONLY = {
     "lpl_max_samples": 2,
     "lpl_crop": 16,
     "lpl_gradient_checkpointing": True,
+    "lpl_student": "user/student",
+    "lpl_correct_every": 4,
 }
 
 

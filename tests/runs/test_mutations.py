@@ -250,7 +250,7 @@ WORDS = {
         lambda: gradients(True),
     ),
     "all samples' gradients alike": (
-        lpl.loss._Formed.backward,
+        lpl.loss.Formed.backward,
         "outer.view(-1, 1, 1, 1)",
         "outer.mean()",
         lambda: test_loss.test_gradient_of_a_sample_reaches_only_that_sample(),

@@ -23,8 +23,8 @@ def spoilt(monkeypatch, *calls, value=math.nan, term="errors"):
     """Those micro-batches, counted from 0, have a sample whose loss is not finite."""
     original, count = script.Losses.__call__, iter(range(10**6))
 
-    def call(self, model, batch, with_lpl):
-        terms = original(self, model, batch, with_lpl)
+    def call(self, model, batch, with_lpl, correction=0):
+        terms = original(self, model, batch, with_lpl, correction)
         if next(count) in calls:
             if term == "errors":
                 terms.errors = terms.errors * torch.tensor([1.0, value])

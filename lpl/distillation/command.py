@@ -1,0 +1,321 @@
+"""Makes a student of a VAE's decoder, for --lpl_student of the training script.
+
+    python -m lpl.distill --pretrained_model_name_or_path PIPELINE --train_data_dir IMAGES --output_dir student
+
+With a pipeline, the student learns from the denoiser's own estimates of the images' latents, at noise levels inside
+LPL's threshold; with a VAE alone, or ``--pairs_from errors``, from latents with errors of several kinds and sizes. It
+reproduces the loss as the ``--lpl_*`` flags configure it. Every 8th image is held out to measure it.
+
+Files in the output folder: the student (``config.json`` and its weights), its card with ``fidelity.png``, and
+``distill.json``, all numbers; ``pairs/`` and ``fit.*``, from which the same command continues where it was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from datasets import Dataset
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import nn
+
+from lpl.autoencoders import downscaling_factor, feature_vae, latent_channels
+from lpl.config import Config
+from lpl.config.checks import check_outside
+from lpl.config.command_line import add_flags, config_of, given_flags
+from lpl.config.flag import NOT_NEGATIVE, POSITIVE, Range, add_group, built, flag, flags_of
+from lpl.config.parser import Parser
+from lpl.data.dataset import LatentSpace, TrainingImages
+from lpl.data.source import load_images, load_split
+from lpl.distillation.fit import Schedule, fit, measure
+from lpl.distillation.pairs import HELD_OUT, Errors, Predictions, prepare
+from lpl.distillation.report import PICTURE, cost, write_report
+from lpl.families.description import read_pipeline
+from lpl.families.resolve import resolve
+from lpl.gate import sigma_threshold_at
+from lpl.inspection.command import check_vae, find_vae, image_size, load_vae
+from lpl.loss import LatentPerceptualLoss
+from lpl.objectives import Objective, get_objective
+from lpl.publishing import hub
+from lpl.student import GROUPS, Student, probe
+from lpl.tools.files import check_writable, settle, write_text
+from lpl.tools.machine import DTYPES, usable_device
+from lpl.tools.privacy import shown
+from lpl.tools.words import plain_warnings
+from lpl.training.loading import load_family
+from lpl.training.parts import TrainedParts
+
+
+logger = logging.getLogger(__name__)
+PROGRAM = "python -m lpl.distill"
+SHARED_FLAGS = (  # with the training script
+    *("revision", "variant", "cache_dir", "prediction_type", "max_sequence_length", "guidance_scale"),
+    *("train_data_dir", "dataset_name", "dataset_config_name", "train_split", "image_column", "caption_column"),
+    *("resolution", "center_crop", "random_flip", "max_train_samples", "image_interpolation_mode"),
+    *("lpl_blocks", "lpl_normalization", "lpl_detach_statistics", "lpl_depth_weighting", "lpl_no_outlier_mask"),
+    *("lpl_outlier_quantile", "lpl_outlier_margin", "lpl_outlier_dilation", "lpl_outlier_erosion"),
+    *("lpl_outlier_stride", "lpl_distance", "lpl_variant", "lpl_vae_dtype", "lpl_sigma_threshold"),
+    *("lpl_threshold_base_resolution", "push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "verbose"),
+)
+NUMBERS, PAIRS, SETTINGS = "distill.json", "pairs", "settings.json"
+WIDTHS = Range(lambda value: value > 0 and value % GROUPS == 0, f"a multiple of {GROUPS}")
+PUBLISHED = ("config.json", "diffusion_pytorch_model.safetensors", "README.md", PICTURE, NUMBERS)
+OF_THE_HUB = ("push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "verbose", "cache_dir")
+SOURCES = ("predictions", "errors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """The command's own flags; names as in the training script."""
+
+    pretrained_model_name_or_path: str = flag(MISSING, "a pipeline or a VAE: a folder or an id on the Hub", path=True)
+    output_dir: str = flag(MISSING, "where the student, its card and its numbers go", path=True)
+    pairs_from: str | None = flag(
+        None,
+        "what the student learns from: the denoiser's predictions, or errors that are made; default: predictions of a "
+        "pipeline, errors for a VAE alone",
+        choices=SOURCES,
+    )
+    num_pairs: int = flag(3000, "pairs of latents and estimates", range=POSITIVE)
+    steps: int = flag(700, "optimizer steps of the student", range=POSITIVE)
+    batch_size: int = flag(32, "pairs in a step", range=POSITIVE)
+    decode_batch_size: int = flag(8, "pairs whose LPL is computed at a time", range=POSITIVE)
+    learning_rate: float = flag(2e-3, "of the student, at its highest", range=POSITIVE)
+    width: int | None = flag(
+        None,
+        "channels of the student's blocks; default: half of the decoder's widest block, at least 96",
+        range=WIDTHS,
+    )
+    depth: int = flag(4, "residual blocks of the student", range=POSITIVE)
+    measure_steps: int = flag(
+        100, "steps between two measurements, from which a stopped command continues", range=POSITIVE
+    )
+    device: str | None = flag(None, "e.g. cpu or cuda:1; default: a GPU if there is one")
+    seed: int = flag(0, "of the pairs and the student", range=NOT_NEGATIVE)
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog=PROGRAM,
+        usage="%(prog)s --pretrained_model_name_or_path PIPELINE --train_data_dir IMAGES --output_dir FOLDER [flags]",
+        description="Make a student of a VAE's decoder, which stands in for the latent perceptual loss.",
+    )
+    add_group(parser, Distillation)
+    add_flags(parser, SHARED_FLAGS)
+    return parser
+
+
+def parsed(words: Sequence[str]) -> tuple[Distillation, Config]:
+    """The command's own flags, and the shared ones as a configuration of the training script.
+
+    Raises:
+        ValueError: with what was given, what is accepted, and the flag to change.
+    """
+    values = vars(build_parser().parse_args(words))
+    own = flags_of(Distillation)
+    for name, declared in own.items():
+        declared.check(name, values[name])
+    given = given_flags(build_parser(), words) - own.keys()
+    shared = {name: value for name, value in values.items() if name in SHARED_FLAGS}
+    both = {name: values[name] for name in ("pretrained_model_name_or_path", "output_dir", "seed")}
+    config = config_of(shared | both | {"report_to": "none"}, given)
+    if not config.data.train_data_dir and not config.data.dataset_name:
+        raise ValueError("--train_data_dir or --dataset_name is missing: the images that the student learns from")
+    if config.data.train_data_dir:
+        check_outside("--output_dir", config.output.output_dir, "--train_data_dir", config.data.train_data_dir)
+    check_writable(f"--output_dir {config.output.output_dir}", config.output.output_dir)
+    return built(Distillation, values), config
+
+
+# What the student learns from ----------------------------------------------------------------------------------------
+
+
+def pipeline_source(config: Config, device: torch.device) -> tuple[Predictions, Config]:
+    """The denoiser's own estimates, and the complete configuration.
+
+    Raises:
+        ValueError: where pipeline, data and flags do not fit one another.
+    """
+    description = read_pipeline(config.model, config.lpl.lpl_blocks)
+    config = resolve(config, description)
+    data = config.data
+    dataset = load_split(data, data.train_split, config.model.cache_dir, description.num_classes)
+    objective, space = description.objective(config.model.objective), LatentSpace(*description.space)
+    images = _images(config, dataset, objective, space, description.empty_caption)
+    family = load_family(config.model, config.lora, description, torch.float32)
+    for part in (family.vae, family.denoiser, *family.text_encoders):
+        cast(nn.Module, part).to(device)
+    model = TrainedParts(family, config.lora).requires_grad_(False).eval()
+    lpl = config.lpl
+    tau = sigma_threshold_at(lpl.lpl_sigma_threshold, *data.size, lpl.lpl_threshold_base_resolution)
+    return Predictions(images, model, tau), config
+
+
+def vae_source(config: Config, device: torch.device) -> tuple[Errors, Config]:
+    """Errors that are made, on images that need no captions, and the complete configuration.
+
+    Raises:
+        ValueError: where VAE, data and flags do not fit one another.
+    """
+    subfolder, vae_config = find_vae(config.model, config.lpl.lpl_blocks)
+    check_vae(config.lpl, vae_config)
+    config = config.changed(resolution=image_size(config.data.resolution, vae_config)[0])
+    data = config.data
+    dataset = load_images(data, data.train_split, config.model.cache_dir)
+    dataset = dataset.add_column(data.caption_column, [0] * len(dataset))
+    objective = get_objective("flow_matching", FlowMatchEulerDiscreteScheduler())  # whose noise is not used
+    space = LatentSpace(latent_channels(vae_config), downscaling_factor(vae_config))
+    images = _images(config, dataset, objective, space, empty_caption=0)
+    return Errors(images, load_vae(config.model, subfolder, device)), config
+
+
+def _images(
+    config: Config, dataset: Any, objective: Objective, space: LatentSpace, empty_caption: str | int
+) -> TrainingImages:
+    assert isinstance(dataset, Dataset), "nothing is streamed"
+    data, seed = config.data, config.optimization.seed or 0
+    if data.max_train_samples is not None:
+        dataset = dataset.shuffle(seed=seed).select(range(min(data.max_train_samples, len(dataset))))
+    if len(dataset) < HELD_OUT:
+        raise ValueError(f"{HELD_OUT} images or more are needed, since every {HELD_OUT}th is held out")
+    rest = (config.diffusion, seed, empty_caption, config.model.cache_dir)
+    images = TrainingImages(dataset, objective, space, data, *rest)
+    images.check()
+    return images
+
+
+def source_of(own: Distillation, config: Config, device: torch.device) -> tuple[Predictions | Errors, Config]:
+    """What makes the estimates, and the complete configuration.
+
+    Raises:
+        ValueError: where pipeline, VAE, data and flags do not fit one another.
+    """
+    kind = own.pairs_from or ("errors" if find_vae(config.model, config.lpl.lpl_blocks)[0] is None else "predictions")
+    if kind == "errors":
+        return vae_source(config, device)
+    return pipeline_source(config, device)
+
+
+# The command ---------------------------------------------------------------------------------------------------------
+
+
+def run(own: Distillation, config: Config) -> dict[str, Any]:
+    """Make the pairs, train the student, measure it, and write all of it; returns the numbers.
+
+    Raises:
+        ValueError: if flags, model and images do not fit one another, or the folder holds pairs of other ones.
+    """
+    device, folder = usable_device(own.device), Path(own.output_dir)
+    source, config = source_of(own, config, device)
+    decoder = feature_vae(source.vae, None, DTYPES[config.lpl.decoder_dtype()])
+    loss = LatentPerceptualLoss(decoder, config.lpl.lpl_blocks, **config.lpl.loss_options())
+    facts = {
+        "model": shown(own.pretrained_model_name_or_path),
+        "data": shown(config.data.dataset_name or config.data.folder),
+        "images": len(source.images),
+        "resolution": config.data.size[0],
+        "pairs": own.num_pairs,
+        "pairs_from": "errors" if isinstance(source, Errors) else "predictions",
+        "seed": own.seed,
+        "loss": loss.options,
+    }
+    values = config.values()
+    asked = {name: values[name] for name in SHARED_FLAGS if name not in OF_THE_HUB}
+    made = {"model": own.pretrained_model_name_or_path, "decoder": probe(source.vae), "loss": loss.options}
+    made |= {"images": len(source.images), "pairs": own.num_pairs, "pairs_from": facts["pairs_from"], "seed": own.seed}
+    check_settings(folder, json.loads(json.dumps(asked | made)))
+    pairs = prepare(folder / PAIRS, source, loss, own.num_pairs, own.decode_batch_size).usable()
+    train, held_out = pairs.split()
+    torch.manual_seed(own.seed)
+    width = own.width or default_width(source.vae)
+    student = Student(
+        latent_channels(source.vae.config),
+        width,
+        own.depth,
+        loss=loss.options,
+        decoder=probe(source.vae),
+        resolution=config.data.size[0],
+    )
+    schedule = Schedule(own.steps, own.batch_size, own.learning_rate, own.seed, own.measure_steps, width, own.depth)
+    fit(student, train, held_out, schedule, folder, device)
+    found = measure(student, held_out, own.batch_size, device)
+    numbers = facts | {"steps": own.steps, "width": width, "depth": own.depth} | found.summary()
+    numbers |= {"held_out": len(held_out), "cost": cost(student, loss, held_out, device)}
+    student.register_to_config(fidelity=found.summary())
+    student.save_pretrained(folder)
+    settle(folder)
+    write_text(folder / NUMBERS, json.dumps(numbers, indent=2) + "\n")
+    write_report(folder, numbers, found, held_out)
+    return numbers
+
+
+def default_width(vae: nn.Module) -> int:
+    """Half of the channels of the decoder's widest block, at least 96."""
+    maps = [weight.shape[0] for weight in getattr(vae, "decoder", vae).parameters() if weight.ndim == 4]
+    return max(96, max(maps) // 2 // GROUPS * GROUPS)
+
+
+def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse a folder that holds pairs of other settings; write these.
+
+    Raises:
+        ValueError: with the setting that differs.
+    """
+    place = folder / PAIRS / SETTINGS
+    if place.is_file():
+        earlier = json.loads(place.read_text(encoding="utf-8"))
+        for name, value in settings.items():
+            if earlier.get(name) != value:
+                known = name in ("decoder", "loss")  # too long for a sentence
+                change = f"another {name}" if known else f"{name} {earlier.get(name)}, and now it is {value}"
+                raise ValueError(
+                    f"--output_dir {folder}: it holds pairs that were made with {change}; give another folder, or "
+                    f"delete this one's {PAIRS}"
+                )
+    write_text(place, json.dumps(settings, indent=2) + "\n")
+
+
+def push(config: Config, numbers: Mapping[str, Any]) -> str:
+    """Publish the student in one commit; returns the page's address.
+
+    Raises:
+        hub.HubError: with the reason.
+    """
+    output = config.output
+    repository = hub.prepare_repository(output)
+    commit = hub.api(output.hub_token).upload_folder(
+        repo_id=repository,
+        folder_path=output.output_dir,
+        allow_patterns=list(PUBLISHED),
+        revision=output.hub_revision,
+        commit_message=f"A student of LPL's decoder, cosine {numbers['cosine']:.3f}",
+    )
+    return str(commit.repo_url)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    plain_warnings(PROGRAM)
+    try:
+        own, config = parsed(sys.argv[1:] if argv is None else argv)
+        numbers = run(own, config)
+        print(
+            f"the student's gradient has a cosine of {numbers['cosine']:.3f} with LPL's and a relative error of "
+            f"{numbers['relative_error']:.3f} on held-out images; it, its card and its numbers are in {own.output_dir}"
+        )
+        if config.output.push_to_hub:
+            print(f"published at {push(config, numbers)}")
+    except (OSError, ValueError, hub.HubError) as error:
+        sys.exit(f"{PROGRAM}: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""A student of the decoder: a small network at the latents' resolution that stands in for LPL (SPEC, "A student").
+
+Vocabulary. f is the student, f_k its features at depth k, projected; z0 and z0_hat are scaled latents, (B, C, h, w).
+
+    S_b = sum_k mean_chw (f_k(z0_hat) - f_k(z0))^2
+
+It is trained (``lpl/distillation``) so that S and its gradient with respect to z0_hat reproduce LPL and its gradient,
+for one VAE and one configuration of the loss, which its own configuration records.
+
+*Corrections* add n times the difference of the two gradients on every n-th step (:func:`difference`). For fixed
+parameters the mean gradient over n steps is then that of LPL, whatever f is; the variance that this adds is n - 1
+times the squared relative error of the student's gradient.
+
+Invariants. One value per sample, in float32. The gradient is formed in the forward pass, as LPL's is, so that the
+denoiser's backward pass keeps nothing of the student.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lpl.autoencoders import exact_precision, latent_channels
+from lpl.loss import Formed, LatentPerceptualLoss, Measured
+from lpl.objectives import at_least_float32
+
+
+GROUPS = 8  # of the group norms
+PROBED = 4  # values of each of the decoder's parameters that identify it
+FAITHFUL = 0.8  # mean cosine below which a run warns
+SAME_DECODER = 0.02  # largest relative difference of two probes; half precision is within 0.001
+
+
+class Student(ModelMixin, ConfigMixin):
+    """f: residual blocks of 3 x 3 convolutions at the latents' resolution, and a 1 x 1 projection at each depth.
+
+    ``student(latents)`` gives the projected features of each depth, depth + 1 maps of (B, P, h, w); the first is
+    before the first block. It saves and loads as diffusers' models do.
+
+    Args:
+        latent_channels: C.
+        width: channels of the blocks, a multiple of GROUPS.
+        depth: number of residual blocks; each sees 2 positions further on every side.
+        projection: channels P that are compared at each depth; None = ``width``.
+        loss: :attr:`LatentPerceptualLoss.options` of the loss that it reproduces.
+        decoder: :func:`probe` of the VAE.
+        resolution: side in pixels of the images that it was made from; LPL's statistics are over whole images.
+        fidelity: what was measured on held-out images.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        latent_channels: int = 4,
+        width: int = 96,
+        depth: int = 4,
+        projection: int | None = None,
+        loss: Mapping[str, Any] | None = None,
+        decoder: Mapping[str, list[float]] | None = None,
+        resolution: int | None = None,
+        fidelity: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(latent_channels, width, 3, padding=1)
+        self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
+        self.projections = nn.ModuleList(nn.Conv2d(width, projection or width, 1) for _ in range(depth + 1))
+        self.log_scale = nn.Parameter(torch.zeros(()))  # of S, since LPL's own scale is far from 1
+
+    def forward(self, latents: Tensor) -> list[Tensor]:
+        x = self.stem(latents)
+        found = [self.projections[0](x)]
+        for block, projection in zip(self.blocks, self.projections[1:]):
+            x = block(x)
+            found.append(projection(x))
+        return found
+
+    def terms(self, predicted_latents: Tensor, latents: Tensor) -> Tensor:
+        """The parts of S by depth, (depth + 1, B)."""
+        predicted, target = self(predicted_latents), self(latents)
+        parts = [(x - y).square().flatten(1).mean(1) for x, y in zip(predicted, target)]
+        return torch.stack(parts) * self.log_scale.exp()
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.GroupNorm(GROUPS, width) for _ in range(2))
+        self.convolutions = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for norm, convolution in zip(self.norms, self.convolutions):
+            y = convolution(F.silu(norm(y)))
+        return x + y
+
+
+class StudentLoss:
+    """``loss_fn(predicted_latents, latents) -> (B,)``, in place of :class:`LatentPerceptualLoss`.
+
+    After a call, ``last`` holds the parts of each depth.
+    """
+
+    def __init__(self, student: Student) -> None:
+        self.student = student.requires_grad_(False).eval()
+        self.block_names = tuple(f"student_{depth}" for depth in range(len(student.projections)))
+        self.last = Measured()
+
+    def __call__(self, predicted_latents: Tensor, latents: Tensor) -> Tensor:
+        """Scaled latents, two of (B, C, h, w) -> S_b, (B,); only the prediction receives a gradient."""
+        wanted = torch.is_grad_enabled() and predicted_latents.requires_grad
+        predicted = at_least_float32(predicted_latents.detach()).requires_grad_(wanted)
+        with exact_precision(latents.device), torch.set_grad_enabled(wanted):
+            terms = self.student.terms(predicted, at_least_float32(latents.detach()))
+        value = terms.detach().sum(0)
+        self.last = Measured(
+            dict(zip(self.block_names, terms.detach())), dict.fromkeys(self.block_names, torch.ones_like(value))
+        )
+        if not wanted:
+            return value
+        with exact_precision(latents.device):
+            (gradient,) = torch.autograd.grad(terms.sum(), predicted)
+        return Formed.apply(predicted_latents, value, gradient)
+
+
+# Corrections ---------------------------------------------------------------------------------------------------------
+
+
+class Fidelity(NamedTuple):
+    """How well the student's gradient at z0_hat reproduces LPL's, per sample, (B,) each."""
+
+    cosine: Tensor
+    relative_error: Tensor  # |g_S - g_LPL| / |g_LPL|
+
+    def summed(self) -> Tensor:
+        """Sums of cosine and squared relative error over the samples with a gradient, and their number, (3,)."""
+        known = self.relative_error.isfinite()
+        found = torch.stack([self.cosine, self.relative_error.square(), known.to(self.cosine.dtype)])
+        return torch.where(known, found, torch.zeros_like(found)).sum(1)
+
+
+def difference(
+    student: StudentLoss, loss: LatentPerceptualLoss, predicted_latents: Tensor, latents: Tensor
+) -> tuple[Tensor, Fidelity]:
+    """LPL - S of each sample, (B,), whose gradient is g_LPL - g_S; and the student's fidelity there.
+
+    Added n-fold on every n-th step, it corrects the student.
+    """
+    (value, gradient), (exact, exact_gradient) = (
+        _value_and_gradient(term, predicted_latents, latents) for term in (student, loss)
+    )
+    correction = Formed.apply(predicted_latents, exact - value, exact_gradient - gradient)
+    return correction, fidelity(gradient, exact_gradient)
+
+
+def fidelity(gradient: Tensor, exact: Tensor) -> Fidelity:
+    """Compare two gradients, (B, C, h, w)."""
+    ours, theirs = gradient.flatten(1), exact.flatten(1)
+    error = (ours - theirs).norm(dim=1) / theirs.norm(dim=1)
+    return Fidelity(F.cosine_similarity(ours, theirs, dim=1), error)
+
+
+def _value_and_gradient(
+    loss: StudentLoss | LatentPerceptualLoss, predicted_latents: Tensor, latents: Tensor
+) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        predicted = at_least_float32(predicted_latents.detach()).requires_grad_()
+        value = loss(predicted, latents)
+    return value.detach(), torch.autograd.grad(value.sum(), predicted)[0]
+
+
+# Whose student it is -------------------------------------------------------------------------------------------------
+
+
+def probe(vae: nn.Module) -> dict[str, list[float]]:
+    """A few values of each parameter of the decoder, which tell it from another, whatever the precision."""
+    decoder = getattr(vae, "decoder", vae)
+    return {name: value.detach().flatten()[:PROBED].float().tolist() for name, value in decoder.named_parameters()}
+
+
+def check_configuration(what: str, config: Mapping[str, Any], loss: LatentPerceptualLoss) -> None:
+    """Refuse a student of another latent space, or another configuration of the loss; needs no weights.
+
+    Args:
+        what: the flag and its value.
+        config: the student's.
+        loss: the run's; its VAE may be without weights.
+
+    Raises:
+        ValueError: with what differs.
+    """
+    channels, made_for = latent_channels(loss.vae.config), config.get("loss")
+    if config.get("_class_name") != Student.__name__ or not isinstance(made_for, Mapping):
+        raise ValueError(f"{what}: it is no student; make one by python -m lpl.distill")
+    if config["latent_channels"] != channels:
+        raise ValueError(
+            f"{what}: it takes latents of {config['latent_channels']} channels, and this VAE's have {channels}"
+        )
+    for name, value in loss.options.items():
+        if made_for.get(name) != value:
+            raise ValueError(
+                f"{what}: it was made for {name} {made_for.get(name)} of the loss, and the run has {value}; change "
+                "the flag, or make a student for it by python -m lpl.distill"
+            )
+
+
+def check_decoder(what: str, config: Mapping[str, Any], vae: nn.Module) -> None:
+    """Refuse a student of another VAE's decoder.
+
+    Raises:
+        ValueError: saying so.
+    """
+    made_for, own = dict(config.get("decoder") or {}), probe(vae)
+    ours, theirs = (
+        torch.tensor([x for name in sorted(own) for x in values.get(name, ())]) for values in (own, made_for)
+    )
+    if len(ours) != len(theirs) or (ours - theirs).norm() > SAME_DECODER * ours.norm():
+        raise ValueError(f"{what}: it is the student of another VAE's decoder; make one by python -m lpl.distill")
+
+
+def load_student(path: str, loss: LatentPerceptualLoss, cache_dir: str | None = None) -> StudentLoss:
+    """A student from a folder or the Hub, in float32, on the device of the loss's decoder.
+
+    Raises:
+        OSError, ValueError: if it cannot be loaded, or is none for this loss.
+    """
+    student = Student.from_pretrained(path, cache_dir=cache_dir, use_safetensors=True)
+    check_configuration(f"--lpl_student {path}", student.config, loss)
+    check_decoder(f"--lpl_student {path}", student.config, loss.vae)
+    nn.Module.to(student, loss.vae.device)
+    return StudentLoss(student)

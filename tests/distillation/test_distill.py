@@ -1,0 +1,243 @@
+"""python -m lpl.distill: pairs, the fit, the command, and a training with the student that it makes."""
+
+import json
+import math
+
+import pytest
+import torch
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file
+from trainer import arguments, metrics, resolved, same, train, weights
+
+from lpl.distillation import command
+from lpl.distillation.fit import Schedule, fit
+from lpl.distillation.pairs import KINDS, Pairs
+from lpl.student import Student
+from lpl.tools.files import entries
+
+
+SMALL = [
+    "--num_pairs",
+    "80",
+    "--steps",
+    "6",
+    "--measure_steps",
+    "2",
+    "--width",
+    "8",
+    "--depth",
+    "1",
+    "--batch_size",
+    "8",
+]
+SMALL += ["--resolution", "32", "--lpl_threshold_base_resolution", "0", "--device", "cpu"]
+
+
+def words(model, images, folder, *more):
+    place = [
+        "--pretrained_model_name_or_path",
+        str(model),
+        "--train_data_dir",
+        str(images),
+        "--output_dir",
+        str(folder),
+    ]
+    return [*place, "--cache_dir", str(images.with_name("cache")), *SMALL, *more]
+
+
+@pytest.fixture(scope="module")
+def made(sd_pipeline, image_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("distilled") / "student"
+    command.main(words(sd_pipeline, image_folder, folder))
+    return folder
+
+
+def test_it_leaves_a_student_its_card_and_its_numbers(made):
+    assert {"config.json", "diffusion_pytorch_model.safetensors", "README.md", "fidelity.png"} < {
+        path.name for path in made.iterdir()
+    }
+    numbers = json.loads((made / "distill.json").read_text())
+    assert numbers["held_out"] == 10 and numbers["pairs_from"] == "predictions"  # the 8th of 8 images
+    assert numbers["cost"]["operations"] > 0 and -1 <= numbers["cosine"] <= 1
+    student = Student.from_pretrained(made)
+    assert student.config.loss["normalization"] == "shared"
+    assert student.config.fidelity["cosine"] == numbers["cosine"]
+    assert f"{numbers['cosine']:.3f}" in (made / "README.md").read_text()
+
+
+def test_an_interrupted_command_continues_to_the_same_student(made, sd_pipeline, image_folder, tmp_path, monkeypatch):
+    """It ends among the pairs, then after the second measurement of the fit."""
+    save, left = command.prepare.__globals__["write_whole"], []
+
+    def killed(path, write):
+        if left:
+            raise KeyboardInterrupt
+        left.append(path)
+        return save(path, write)
+
+    monkeypatch.setitem(command.prepare.__globals__, "write_whole", killed)
+    with pytest.raises(KeyboardInterrupt):
+        command.main(words(sd_pipeline, image_folder, tmp_path / "s"))
+    monkeypatch.undo()
+    shards = list((tmp_path / "s/pairs").glob("*.safetensors"))
+    assert len(shards) == 1
+    rate = Schedule.rate
+
+    def stopped(schedule, step):
+        if step == 3:
+            raise KeyboardInterrupt
+        return rate(schedule, step)
+
+    monkeypatch.setattr(Schedule, "rate", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        command.main(words(sd_pipeline, image_folder, tmp_path / "s"))
+    monkeypatch.undo()
+    assert [entry["step"] for entry in entries(tmp_path / "s/fit.jsonl")] == [0, 2]
+    command.main(words(sd_pipeline, image_folder, tmp_path / "s"))
+    name = "diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "s" / name).read_bytes() == (made / name).read_bytes()
+
+
+def test_other_settings_in_the_same_folder_are_refused(made, sd_pipeline, image_folder, capsys):
+    with pytest.raises(SystemExit, match="made with seed 0, and now it is 1"):
+        command.main(words(sd_pipeline, image_folder, made, "--seed", "1"))
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--width", "12"], "--width 12: it must be a multiple of 8"),
+        (["--steps", "0"], "--steps 0: it must be more than 0"),
+        (["--max_train_samples", "4"], "8 images or more are needed"),
+        (["--lpl_blocks", "up_9"], "--lpl_blocks up_9: there is no up_9"),
+        (["--train_data_dir", "no/such"], "--train_data_dir no/such: "),
+    ],
+)
+def test_wrong_flags_are_refused(more, said, sd_pipeline, image_folder, tmp_path):
+    with pytest.raises(SystemExit) as left:
+        command.main(words(sd_pipeline, image_folder, tmp_path / "s", *more))
+    assert said in str(left.value.code) and not (tmp_path / "s").exists()
+
+
+def test_a_vae_alone_needs_no_captions(sd_pipeline, image_folder, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for file in image_folder.iterdir():
+        if file.suffix in (".png", ".jpg", ".webp"):
+            (images / file.name).write_bytes(file.read_bytes())
+    command.main(words(sd_pipeline / "vae", images, tmp_path / "s", "--num_pairs", "16", "--steps", "2"))
+    numbers = json.loads((tmp_path / "s/distill.json").read_text())
+    assert numbers["pairs_from"] == "errors" and math.isfinite(numbers["relative_error"])
+
+
+def test_kinds_of_errors_differ():
+    latents, other = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    errors = [kind(latents, other, torch.Generator().manual_seed(1)) for kind in KINDS]
+    assert all(error.shape == latents.shape and error.any() for error in errors)
+    assert len({round(error.std().item(), 4) for error in errors}) == len(KINDS)
+
+
+def test_a_student_learns_the_gradient_of_another(tmp_path):
+    """LPL is a student here, so that its gradient can be learnt in a few steps."""
+    torch.manual_seed(0)
+    teacher = Student(4, width=8, depth=1)
+    latents = torch.randn(64, 4, 8, 8)
+    predicted = (latents + 0.2 * torch.randn_like(latents)).requires_grad_()
+    value = teacher.terms(predicted, latents).sum(0)
+    (gradient,) = torch.autograd.grad(value.sum(), predicted)
+    pairs = Pairs(latents, predicted.detach(), value.detach(), gradient, torch.zeros(64), torch.arange(64))
+    fit(Student(4, 16, 1), *pairs.split(), Schedule(60, 16, 5e-3, 0, 20, 16, 1), tmp_path, torch.device("cpu"))
+    log = entries(tmp_path / "fit.jsonl")
+    assert log[-1]["step"] == 60 and log[-1]["relative_error"] < 0.7 * log[0]["relative_error"]
+    assert log[-1]["cosine"] > log[0]["cosine"]
+
+
+# In training ---------------------------------------------------------------------------------------------------------
+
+
+RUN = {"max_train_steps": 5, "lpl_measuring_steps": 1, "checkpointing_steps": 3, "lpl_correct_every": 2}
+
+
+@pytest.fixture(scope="module")
+def trained(made, sd_pipeline, image_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("with") / "run"
+    return train(sd_pipeline, image_folder, folder, lpl_student=made, lpl_sigma_threshold=1e6, **RUN)
+
+
+def test_the_log_tells_how_faithful_the_student_is(trained, caplog):
+    log = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    corrected = [entry["step"] for entry in log if "student_cosine" in entry]
+    assert corrected == [1, 3, 5]  # while w is measured, then on every 2nd step
+    assert {"lpl/student_0", "lpl/student_1"} < log[1].keys() and log[1]["lpl"] > 0
+
+
+def test_the_weight_is_measured_on_lpl_itself(trained, sd_pipeline, image_folder, tmp_path):
+    plain = {name: RUN[name] for name in RUN if name != "lpl_correct_every"} | {"max_train_steps": 1}
+    alone = train(sd_pipeline, image_folder, tmp_path / "run", lpl_sigma_threshold=1e6, **plain)
+    assert metrics(alone, "lpl")[0] == pytest.approx(metrics(trained, "lpl")[0][:1], rel=1e-4)
+
+
+def test_a_resumed_run_with_a_student_equals_the_uninterrupted_one(trained, made, sd_pipeline, image_folder, tmp_path):
+    flags = RUN | {"lpl_student": made, "lpl_sigma_threshold": 1e6}
+    folder = train(sd_pipeline, image_folder, tmp_path / "run", **flags | {"max_train_steps": 3})
+    train(sd_pipeline, image_folder, folder, resume_from_checkpoint="latest", **flags)
+    assert same(weights(folder), weights(trained))
+
+
+def test_a_student_of_another_loss_is_refused(made, sd_pipeline, image_folder, tmp_path):
+    with pytest.raises(SystemExit, match="it was made for normalization shared"):
+        train(sd_pipeline, image_folder, tmp_path, lpl_student=made, lpl_normalization="none", max_train_steps=1)
+
+
+def test_a_student_that_does_not_fit_is_warned_of(trained, made, sd_pipeline, image_folder, tmp_path, caplog):
+    folder = train(sd_pipeline, image_folder, tmp_path, lpl_student=made, lpl_sigma_threshold=1e6, max_train_steps=1)
+    ((cosine, error),) = metrics(folder, "student_cosine", "student_error")
+    warned = "python -m lpl.distill" in caplog.text
+    assert warned == (cosine < 0.8 or error > 1.0)
+
+
+def test_a_student_made_at_another_resolution_is_warned_of(made, sd_pipeline, image_folder, tmp_path, recwarn):
+    resolved(arguments(sd_pipeline, image_folder, tmp_path / "run", lpl_student=made, resolution=64))
+    assert any("made from images of 32 px, and the run's have 64 px" in str(warning.message) for warning in recwarn)
+
+
+def test_a_dry_run_tells_what_the_student_costs(made, sd_pipeline, image_folder, tmp_path, capsys):
+    train(sd_pipeline, image_folder, tmp_path / "run", lpl_student=made, dry_run=True)
+    assert "with the student" in capsys.readouterr().out
+
+
+# What others see -----------------------------------------------------------------------------------------------------
+
+
+def test_neither_pairs_nor_local_paths_are_published(made, trained):
+    """The pairs hold the images' latents, which the VAE decodes."""
+    files = [str(path.relative_to(made)) for path in made.rglob("*") if path.is_file()]
+    assert any(name.startswith("pairs/") for name in files) and "fit.safetensors" in files
+    published = set(filter_repo_objects(files, allow_patterns=list(command.PUBLISHED)))
+    weights_file = "diffusion_pytorch_model.safetensors"
+    assert published == {"config.json", weights_file, "README.md", "fidelity.png", "distill.json"}
+    for name in published - {weights_file, "fidelity.png"}:
+        assert str(made.parent) not in (made / name).read_text(), name
+    card = (trained / "README.md").read_text()
+    assert str(made.parent) not in card and "student_0" not in card and "--lpl_student path/to/student" in card
+
+
+def test_another_schedule_is_refused(made, sd_pipeline, image_folder):
+    with pytest.raises(SystemExit, match="trained with steps 6, and now it is 8"):
+        command.main(words(sd_pipeline, image_folder, made, "--steps", "8"))
+
+
+def test_a_threshold_with_nothing_inside_is_refused(sd_pipeline, image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("lpl.distillation.pairs.DRAWS", 20)
+    with pytest.raises(SystemExit, match="none is inside"):
+        command.main(words(sd_pipeline, image_folder, tmp_path / "s", "--lpl_sigma_threshold", "1e-9"))
+
+
+def test_pairs_do_not_depend_on_the_batch(sd_pipeline, image_folder, tmp_path):
+    found = []
+    for size in ("1", "5"):
+        more = ("--num_pairs", "16", "--steps", "1", "--pairs_from", "errors", "--decode_batch_size", size)
+        command.main(words(sd_pipeline, image_folder, tmp_path / size, *more))
+        (shard,) = (tmp_path / size / "pairs").glob("*.safetensors")
+        found.append(load_file(shard)["predicted"])
+    assert torch.allclose(*found, atol=1e-5)

@@ -1,0 +1,99 @@
+"""The student of the decoder: its value and gradient, its corrections, and whose student it is."""
+
+import pytest
+import torch
+from tiny import tiny_vae
+
+from lpl import LatentPerceptualLoss
+from lpl.student import Student, StudentLoss, check_configuration, check_decoder, difference, load_student, probe
+
+
+@pytest.fixture(scope="module")
+def loss():
+    return LatentPerceptualLoss(tiny_vae("sd"))
+
+
+@pytest.fixture(scope="module")
+def student(loss):
+    torch.manual_seed(0)
+    return Student(4, width=16, depth=2, loss=loss.options, decoder=probe(loss.vae))
+
+
+@pytest.fixture(scope="module")
+def pair():
+    generator = torch.Generator().manual_seed(0)
+    latents, error = torch.randn(2, 3, 4, 8, 8, generator=generator)
+    return latents + 0.2 * error, latents
+
+
+def gradient_of(function, predicted):
+    predicted = predicted.clone().requires_grad_()
+    return torch.autograd.grad(function(predicted), predicted)[0]
+
+
+def test_value_and_gradient_are_those_of_the_formula(student, pair):
+    """S_b = sum_k mean_chw (f_k(z0_hat) - f_k(z0))^2, with a factor that is learnt."""
+    predicted, latents = pair
+    ours = StudentLoss(student)
+
+    def formula(z):
+        maps = zip(student(z), student(latents))
+        return student.log_scale.exp() * sum((x - y).square().mean((1, 2, 3)) for x, y in maps)
+
+    weights = torch.tensor([1.0, 2.0, 0.5])
+    assert torch.allclose(ours(predicted, latents), formula(predicted), rtol=1e-5)
+    expected = gradient_of(lambda z: (weights * formula(z)).sum(), predicted)
+    assert torch.allclose(gradient_of(lambda z: (weights * ours(z, latents)).sum(), predicted), expected, rtol=1e-4)
+    assert torch.equal(ours(latents, latents), torch.zeros(3))
+    assert torch.allclose(ours(predicted[1:2], latents[1:2]), ours(predicted, latents)[1:2], rtol=1e-5)
+    assert torch.allclose(sum(ours.last.terms.values()), ours(predicted, latents))
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_with_corrections_the_mean_gradient_is_that_of_lpl(every, student, loss, pair):
+    predicted, latents = pair
+    ours = StudentLoss(student)
+    plain = gradient_of(lambda z: ours(z, latents).sum(), predicted)
+    correction = gradient_of(lambda z: every * difference(ours, loss, z, latents)[0].sum(), predicted)
+    mean = sum([plain + correction, *[plain] * (every - 1)]) / every
+    whole = gradient_of(lambda z: loss(z, latents).sum(), predicted)
+    assert torch.allclose(mean, whole, atol=1e-5 * whole.abs().max().item())
+    assert not torch.allclose(plain, whole, rtol=0.1)
+    value = ours(predicted, latents) + difference(ours, loss, predicted, latents)[0]
+    assert torch.allclose(value, loss(predicted, latents), rtol=1e-5)
+
+
+def test_fidelity_compares_the_gradients(student, loss, pair):
+    predicted, latents = pair
+    ours = StudentLoss(student)
+    (one, other) = (gradient_of(lambda z, f=f: f(z, latents).sum(), predicted).flatten(1) for f in (ours, loss))
+    _, found = difference(ours, loss, predicted, latents)
+    assert torch.allclose(found.cosine, (one * other).sum(1) / one.norm(dim=1) / other.norm(dim=1), atol=1e-5)
+    assert torch.allclose(found.relative_error, (one - other).norm(dim=1) / other.norm(dim=1), rtol=1e-4)
+    _, of_equal = difference(ours, loss, latents, latents)  # no gradient, so no direction to compare
+    assert torch.equal(of_equal.summed(), torch.zeros(3)) and found.summed()[2] == 3
+
+
+def test_it_loads_as_it_was_saved(student, loss, pair, tmp_path):
+    student.save_pretrained(tmp_path)
+    assert torch.equal(load_student(str(tmp_path), loss)(*pair), StudentLoss(student)(*pair))
+
+
+def test_half_precision_is_the_same_decoder(student, loss):
+    check_decoder("it", student.config, tiny_vae("sd").to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    "other, words",
+    [
+        (lambda: LatentPerceptualLoss(tiny_vae("sd3")), "it takes latents of 4 channels, and this VAE's have 16"),
+        (lambda: LatentPerceptualLoss(tiny_vae("sd", seed=1)), "another VAE's decoder"),
+        (lambda: LatentPerceptualLoss(tiny_vae("sd"), normalization="none"), "normalization shared of the loss"),
+        (lambda: LatentPerceptualLoss(tiny_vae("sd"), blocks=("mid",)), "blocks"),
+        (lambda: LatentPerceptualLoss(tiny_vae("sd"), outliers={"margin": 3.0}), "outliers"),
+    ],
+)
+def test_a_student_of_something_else_is_refused(other, words, student):
+    with pytest.raises(ValueError, match=words):
+        check_configuration("it", {"_class_name": "Student", **student.config}, other())
+        check_decoder("it", student.config, other().vae)
