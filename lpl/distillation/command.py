@@ -30,6 +30,7 @@ from lpl.config import Config
 from lpl.config.checks import check_outside
 from lpl.config.command_line import add_flags, config_of, given_flags
 from lpl.config.flag import NOT_NEGATIVE, POSITIVE, Range, add_group, built, flag, flags_of
+from lpl.config.groups import Output
 from lpl.config.parser import Parser
 from lpl.data.dataset import LatentSpace, TrainingImages
 from lpl.data.source import load_images, load_split
@@ -43,6 +44,8 @@ from lpl.inspection.command import check_vae, find_vae, image_size, load_vae
 from lpl.loss import LatentPerceptualLoss
 from lpl.objectives import Objective, get_objective
 from lpl.publishing import hub
+from lpl.publishing.publication import take
+from lpl.publishing.uploads import Snapshot, Uploads
 from lpl.student import GROUPS, Student, probe
 from lpl.tools.files import check_writable, settle, write_text
 from lpl.tools.machine import DTYPES, usable_device
@@ -281,22 +284,23 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     write_text(place, json.dumps(settings, indent=2) + "\n")
 
 
-def push(config: Config, numbers: Mapping[str, Any]) -> str:
+def push(output: Output, repository: str, numbers: Mapping[str, Any]) -> str:
     """Publish the student in one commit; returns the page's address.
 
     Raises:
         hub.HubError: with the reason.
     """
-    output = config.output
-    repository = hub.prepare_repository(output)
-    commit = hub.api(output.hub_token).upload_folder(
-        repo_id=repository,
-        folder_path=output.output_dir,
-        allow_patterns=list(PUBLISHED),
-        revision=output.hub_revision,
-        commit_message=f"A student of LPL's decoder, cosine {numbers['cosine']:.3f}",
-    )
-    return str(commit.repo_url)
+    uploads = Uploads(output, repository)
+    try:
+        snapshot = uploads.new()
+        for name in PUBLISHED:
+            take(Path(output.output_dir, name), snapshot / name)
+        uploads.add(Snapshot(snapshot, f"A student of LPL's decoder, cosine {numbers['cosine']:.3f}"))
+        if not uploads.wait():
+            raise hub.HubError(f"the upload to {repository} failed ({uploads.problem}); run the same command again.")
+        return uploads.url
+    finally:
+        uploads.remove()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -306,13 +310,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     plain_warnings(PROGRAM)
     try:
         own, config = parsed(sys.argv[1:] if argv is None else argv)
+        output = config.output
+        repository = hub.prepare_repository(output) if output.push_to_hub else None  # before an hour's work
         numbers = run(own, config)
         print(
             f"the student's gradient has a cosine of {numbers['cosine']:.3f} with LPL's and a relative error of "
             f"{numbers['relative_error']:.3f} on held-out images; it, its card and its numbers are in {own.output_dir}"
         )
-        if config.output.push_to_hub:
-            print(f"published at {push(config, numbers)}")
+        if repository is not None:
+            print(f"published at {push(output, repository, numbers)}")
     except (OSError, ValueError, hub.HubError) as error:
         sys.exit(f"{PROGRAM}: error: {error}")
 

@@ -58,6 +58,15 @@ def cross_attention(unet: Mapping[str, Any], width: int, why: str) -> list[Relat
     return [Relation(name, value, (width,), why) for value in dict.fromkeys(found) if value is not None]
 
 
+def captions(transformer: Mapping[str, Any], width: int) -> list[Relation]:
+    """A transformer that projects the text encoder's embeddings to its own width, and attends to them there."""
+    own = transformer["num_attention_heads"] * transformer["attention_head_dim"]
+    return [
+        Relation("caption_channels", transformer["caption_channels"], (width,), "width of the text encoder"),
+        Relation("cross_attention_dim", transformer["cross_attention_dim"], (own,), "width of its own attention"),
+    ]
+
+
 def check_relations(what: str, denoiser: str, relations: Iterable[Relation]) -> None:
     """Refuse a pipeline whose components do not fit one another.
 

@@ -10,7 +10,7 @@ from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline
 from torch import Tensor, nn
 
 from lpl.families.base import Conditions, Configs, Family
-from lpl.families.fit import Relation, latents
+from lpl.families.fit import Relation, captions, latents
 from lpl.families.tokens import Tokens, with_tokens
 
 
@@ -60,12 +60,7 @@ class PixArtSigma(Family):
     @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:
         transformer, width = configs["transformer"], configs["text_encoder"]["hidden_size"]
-        own = transformer["num_attention_heads"] * transformer["attention_head_dim"]
-        return [
-            *latents(transformer, configs["vae"], variance=True),
-            Relation("caption_channels", transformer["caption_channels"], (width,), "width of the text encoder"),
-            Relation("cross_attention_dim", transformer["cross_attention_dim"], (own,), "width of its own attention"),
-        ]
+        return [*latents(transformer, configs["vae"], variance=True), *captions(transformer, width)]
 
     @classmethod
     def identity_layers(cls, denoiser: nn.Module) -> list[nn.Module]:

@@ -13,7 +13,7 @@ from diffusers import SanaPipeline
 from torch import Tensor, nn
 
 from lpl.families.base import Conditions, Configs, Family
-from lpl.families.fit import Relation, latents
+from lpl.families.fit import Relation, captions, latents
 from lpl.families.tokens import Tokenize, Tokens, with_tokens
 
 
@@ -123,12 +123,7 @@ class Sana(Family):
     @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:
         transformer, width = configs["transformer"], configs["text_encoder"]["hidden_size"]
-        own = transformer["num_attention_heads"] * transformer["attention_head_dim"]
-        return [
-            *latents(transformer, configs["vae"]),
-            Relation("caption_channels", transformer["caption_channels"], (width,), "width of the text encoder"),
-            Relation("cross_attention_dim", transformer["cross_attention_dim"], (own,), "width of its own attention"),
-        ]
+        return [*latents(transformer, configs["vae"]), *captions(transformer, width)]
 
     @classmethod
     def resolution_multiple(cls, configs: Configs) -> int:

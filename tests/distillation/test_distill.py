@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from trainer import arguments, metrics, resolved, same, train, weights
 
@@ -14,6 +13,7 @@ from lpl.distillation.fit import Schedule, fit
 from lpl.distillation.pairs import KINDS, Pairs
 from lpl.student import Student
 from lpl.tools.files import entries
+from tests.publishing.conftest import TOKEN, hub  # noqa: F401
 
 
 SMALL = [
@@ -209,17 +209,22 @@ def test_a_dry_run_tells_what_the_student_costs(made, sd_pipeline, image_folder,
 # What others see -----------------------------------------------------------------------------------------------------
 
 
-def test_neither_pairs_nor_local_paths_are_published(made, trained):
-    """The pairs hold the images' latents, which the VAE decodes."""
-    files = [str(path.relative_to(made)) for path in made.rglob("*") if path.is_file()]
-    assert any(name.startswith("pairs/") for name in files) and "fit.safetensors" in files
-    published = set(filter_repo_objects(files, allow_patterns=list(command.PUBLISHED)))
-    weights_file = "diffusion_pytorch_model.safetensors"
-    assert published == {"config.json", weights_file, "README.md", "fidelity.png", "distill.json"}
-    for name in published - {weights_file, "fidelity.png"}:
-        assert str(made.parent) not in (made / name).read_text(), name
+def test_neither_pairs_nor_local_paths_are_published(hub, made, trained, sd_pipeline, image_folder):  # noqa: F811
+    """The pairs hold the images' latents, which the VAE decodes. The same command publishes what it has made."""
+    more = ("--push_to_hub", "--hub_model_id", "user/student", "--hub_token", TOKEN)
+    command.main(words(sd_pipeline, image_folder, made, *more))
+    files = hub.repos["user/student"].files
+    assert (made / "pairs").is_dir() and files.keys() - {".gitattributes"} == set(command.PUBLISHED)
+    texts = [files[name].decode() for name in ("config.json", "distill.json", "README.md")]
     card = (trained / "README.md").read_text()
-    assert str(made.parent) not in card and "student_0" not in card and "--lpl_student path/to/student" in card
+    assert not any(str(made.parent) in text or str(image_folder.parent) in text for text in (*texts, card))
+    assert "student_0" not in card and "--lpl_student path/to/student" in card
+
+
+def test_a_hub_that_cannot_be_written_to_is_told_of_first(hub, sd_pipeline, image_folder, tmp_path):  # noqa: F811
+    with pytest.raises(SystemExit, match="--hub_token"):
+        command.main(words(sd_pipeline, image_folder, tmp_path / "s", "--push_to_hub", "--hub_token", "hf_wrong"))
+    assert not (tmp_path / "s").exists()
 
 
 def test_another_schedule_is_refused(made, sd_pipeline, image_folder):

@@ -11,12 +11,15 @@ import sys
 import fake_cuda_library
 import known_waits
 import pytest
+from diffusers import AutoencoderKL
 from faults import FAULTS
 from gpu_loops import KINDS, words
 from tiny_families import FAMILY_OF, TINY, data_fixture
 from trainer import ROOT
 
+from lpl import LatentPerceptualLoss
 from lpl.families import FAMILIES
+from lpl.student import Student, probe
 
 
 SHORT = {"max_train_steps": 1, "gradient_accumulation_steps": 1, "mixed_precision": "bf16"}
@@ -90,6 +93,17 @@ def test_no_step_waits_with_other_flags(results_of, family):
     results = results_of(loops)
     check({"flags": results.pop("flags")}, updates=2 * groups + 2)
     check(results, updates=4)
+
+
+@pytest.mark.slow
+def test_no_step_waits_with_a_student(results_of, sd_pipeline, tmp_path):
+    """In the first step, which measures the weight on LPL, with a correction, and without."""
+    loss = LatentPerceptualLoss(AutoencoderKL.from_pretrained(sd_pipeline / "vae"))
+    decoder = {name: [0.0] * len(values) for name, values in probe(loss.vae).items()}  # what is read without data
+    Student(4, 16, 1, loss=loss.options, decoder=decoder).save_pretrained(tmp_path / "student")
+    flags = {"mixed_precision": "bf16", "lpl_student": tmp_path / "student", "lpl_vae_dtype": "float32"}
+    kinds = [flags | of | {"max_train_steps": 3, "lpl_correct_every": 2} for of in KINDS.values()]
+    check(results_of({"student": (FAMILY_OF["stable-diffusion"], kinds, None)}), updates=3 * len(kinds))
 
 
 def test_faults_are_found(results_of):
