@@ -56,6 +56,7 @@ SETS = {  # of floor.py
     "gaussian": "two samples of one Gaussian",
     "reconstructions": "the reference through the autoencoder",
 }
+HEADLINE = ("flow_lpl", "epsilon_lpl", "v_lpl", "flow_longer")  # the rows of README's picture
 SHOWN = 10  # images in a row of the pictures
 
 Runs = Mapping[str, Mapping[str, float]]  # seed -> column -> number
@@ -281,12 +282,12 @@ def filled(page: str, results: Mapping[str, Any]) -> str:
 # Pictures ------------------------------------------------------------------------------------------------------------
 
 
-def overview(found: Mapping[str, Runs], path: Path) -> None:
-    """Each row's Fréchet distance relative to the same objective and seed without LPL, a point for each seed."""
+def overview(found: Mapping[str, Runs], path: Path, rows: Iterable[str] = tuple(ROWS)) -> None:
+    """Fréchet distances of rows relative to the same objective and seed without LPL, a point for each seed."""
     from matplotlib.figure import Figure
 
     values = {name: [run["change"] for run in runs.values() if "change" in run] for name, runs in found.items()}
-    names = [name for name in reversed(ROWS) if values.get(name)]
+    names = [name for name in reversed(ROWS) if name in rows and values.get(name)]
     figure = Figure(figsize=(8, 0.8 + 0.28 * len(names)), dpi=120, layout="constrained")
     axes = figure.subplots()
     for place, name in enumerate(names):
@@ -297,7 +298,7 @@ def overview(found: Mapping[str, Runs], path: Path) -> None:
     axes.set_yticks(range(len(names)), [ROWS[name].label for name in names])
     axes.axvline(0, color="#555753", linewidth=0.8, linestyle=":")
     axes.xaxis.set_major_formatter("{x:+.0%}")
-    label_axes(axes, "Fréchet distance, to the same seed without LPL (lower is better)", "", "")
+    label_axes(axes, "Change of the Fréchet distance against the same seed without LPL (left is better)", "", "")
     save_figure(figure, path)
 
 
@@ -372,6 +373,7 @@ def main() -> None:
     page.write_text(filled(page.read_text(encoding="utf-8"), results), encoding="utf-8")
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     overview(found, DOCS / "study_rows.png")
+    overview(found, DOCS / "study_headline.png", HEADLINE)
     pictures(args.study, gather(args.study), DOCS)
 
 
