@@ -14,7 +14,7 @@ TESTS ?=
 # Number of kills in test-faults.
 KILLS ?= 100
 
-.PHONY: help install quickstart quickstart-weights test test-slow test-faults test-gpu benchmark style quality clean
+.PHONY: help install site quickstart quickstart-weights test test-slow test-faults test-gpu benchmark style quality clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
@@ -59,5 +59,9 @@ quality: $(READY)  ## check format, types, and that no import runs upwards
 	$(BIN)/lint-imports
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+site: $(READY)  ## build the site of README and docs/ in build/site; fails on a broken link
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "See build/site/index.html, or run $(BIN)/mkdocs serve"
+
 clean:  ## remove the output of quickstart and tests
-	rm -rf $(QUICKSTART) .pytest_cache .ruff_cache
+	rm -rf $(QUICKSTART) build/site .pytest_cache .ruff_cache

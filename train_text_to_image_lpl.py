@@ -301,7 +301,7 @@ class Losses:
     """Both terms of Eq. 3 for a batch: the method, line by line.
 
     With --lpl_max_samples LPL looks at a random subset of the samples inside the threshold and counts it for all of
-    them, the same in expectation; with --lpl_crop at a random part of their images, which is nearly so (docs/lpl.md).
+    them, the same in expectation; with --lpl_crop at a random part of their images, which is nearly so (docs/cost.md).
     A student sees all of them, and only its corrections the subset.
     """
 

@@ -1,7 +1,7 @@
-"""How many operations LPL adds to a step, counted for public models; writes the table of docs/lpl.md.
+"""How many operations LPL adds to a step, counted for public models; writes the table of docs/cost.md.
 
     python -m benchmarks.operations           # print it
-    python -m benchmarks.operations --write   # write it between the markers of docs/lpl.md
+    python -m benchmarks.operations --write   # write it between the markers of docs/cost.md
 
 TFLOP per sample of a forward and backward pass of the whole denoiser with the encoding of the image, without gradient
 checkpointing, text encoders and optimizer. A way's share of LPL is what is left of LPL's operations.
@@ -31,7 +31,7 @@ from lpl.gate import is_inside, sigma_threshold_at
 from lpl.student import Student, StudentLoss
 
 
-DOCS = Path(__file__).resolve().parent.parent / "docs" / "lpl.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "cost.md"
 START, END = "<!-- python -m benchmarks.operations -->", "<!-- end -->"
 MODELS = {  # name -> title, side in pixels
     "sd15": ("Stable Diffusion 1.5", 512),
@@ -135,7 +135,7 @@ def table(lines: Sequence[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--write", action="store_true", help="write the table into docs/lpl.md")
+    parser.add_argument("--write", action="store_true", help="write the table into docs/cost.md")
     args = parser.parse_args()
     text = table([line(name, count(name)) for name in MODELS])
     print(text)

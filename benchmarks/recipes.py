@@ -1,7 +1,8 @@
 """The memory and the operations that recipes name in their heads, counted (``--dry_run --for_gpu``).
 
     python -m benchmarks.recipes                       # print them
-    python -m benchmarks.recipes --write               # write them into examples/recipes/*.yaml and its README.md
+    python -m benchmarks.recipes --write               # write them into examples/recipes/*.yaml, its README.md, and
+                                                       # docs/hardware.md, which has recipes on smaller GPUs too
     python -m benchmarks.recipes --names sd15_lora     # of some recipes only
 
 GiB of the largest stage, with what is assumed for CUDA. Operations are those of an optimizer step on one GPU, with all
@@ -24,9 +25,20 @@ from lpl.diagnosis.estimate import CONTEXT
 from lpl.diagnosis.status import Stage
 
 
-FOLDER = Path(__file__).resolve().parent.parent / "examples" / "recipes"
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER, HARDWARE = ROOT / "examples" / "recipes", ROOT / "docs" / "hardware.md"
 NAMES = sorted(file.stem for file in FOLDER.glob("*.yaml"))
 GIB = 2**30
+SMALLER = (  # recipe, flags that save memory, GB of the GPU that has room for it then
+    ("sdxl_lora", "--quantize_base 4bit --resolution 512", 8),
+    ("sdxl_lora", "--quantize_base 4bit", 12),
+    ("sdxl_lora", "--resolution 768", 12),
+    ("sd15_full", "--use_8bit_adam --train_batch_size 1 --gradient_accumulation_steps 16", 16),
+    ("flux_lora", "--quantize_base 4bit", 24),
+    ("pixart_sigma", "--use_8bit_adam", 24),
+    ("sd35_medium_full", "--use_8bit_adam --train_batch_size 1 --gradient_accumulation_steps 16", 48),
+)
+START, END = "<!-- smaller -->", "<!-- end of smaller -->"
 
 
 @dataclass(frozen=True)
@@ -125,6 +137,24 @@ def write(name: str, found: Needs) -> None:
     readme.write_text(row.sub(lambda match: f"{match[1]} | {found.cells()} |", readme.read_text()))
 
 
+def smaller_row(name: str, flags: str, gigabytes: int, found: Needs) -> str:
+    """A row of docs/hardware.md."""
+    memory = " | ".join("-" if value is None else f"{value:.1f} GiB" for value in (found.lpl, found.plain))
+    return f"| `{name}` | `{flags}` | {gigabytes} GB | {memory} |"
+
+
+def write_hardware(names: Sequence[str]) -> None:
+    """Put the figures of recipes into docs/hardware.md."""
+    page = HARDWARE.read_text()
+    for name in names:
+        cells = re.search(rf"^\| \[{name}\.yaml\].*? GB \| (.*)$", (FOLDER / "README.md").read_text(), re.MULTILINE)
+        assert cells is not None
+        page = re.sub(rf"^(\| `{name}` \|.*? \| 1 x \d+ GB \|) .*$", rf"\1 {cells[1]}", page, flags=re.MULTILINE)
+    rows = [smaller_row(*row, needs(row[0], flags=row[1].split())) for row in SMALLER]
+    table = "\n".join(["| recipe | with | GPU | with LPL | without |", "|---|---|---|---|---|", *rows])
+    HARDWARE.write_text(re.sub(f"{START}.*?{END}", f"{START}\n{table}\n{END}", page, flags=re.DOTALL))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--names", nargs="+", choices=NAMES, default=NAMES)
@@ -135,6 +165,8 @@ def main() -> None:
         print(f"{name}: {found.cells()}", flush=True)
         if args.write:
             write(name, found)
+    if args.write:
+        write_hardware(args.names)
 
 
 if __name__ == "__main__":

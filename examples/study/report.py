@@ -44,6 +44,7 @@ COLUMNS = {
     "seconds": ("training, s", "{:.0f}"),
     "time": ("time of a step", "{:.2f}"),
 }
+TIMES = ("seconds", "time")
 BANDS = {"band_1": (0, 1 / 8), "band_2": (1 / 8, 1 / 4), "band_3": (1 / 4, 3 / 8), "band_4": (3 / 8, 1 / 2)}
 SPECTRUM = {band: (f"{low:g} to {high:g}", "{:.2f}") for band, (low, high) in BANDS.items()}  # cycles per pixel
 TABLES = ("objective", "weight", "statistics", "masks", "depth", "blocks", "threshold", "time")
@@ -223,7 +224,9 @@ def table(kind: str, found: Mapping[str, Runs]) -> str:
     for name in names:
         runs = found.get(name, {})
         label = {WITHOUT: "without LPL", WITH: "LPL, all defaults"}.get(name) if kind != "objective" else None
-        numbers = cells(runs, COLUMNS) if runs else ["not run", *[""] * (len(COLUMNS) - 1)]
+        columns = {key: column for key, column in COLUMNS.items() if ROWS[name].timed or key not in TIMES}
+        found_here = dict(zip(columns, cells(runs, columns), strict=True)) if runs else {"change": "not run"}
+        numbers = [found_here.get(key, "") for key in COLUMNS]
         lines.append([label or ROWS[name].label, *numbers, ", ".join(runs), ROWS[name].paper, f"`{name}`"])
     return f"{markdown(lines)}\n\n`python examples/study/run.py --rows {' '.join(own)} --seeds 0 1 2`"
 

@@ -78,7 +78,7 @@ def _activations(status: Status) -> list[Remedy]:
         Remedy(f"--lpl_max_samples {decoded // 2}", LPL, decoded > 1,
                "half of the activations of LPL's decoder; LPL stays the same in expectation"),
         Remedy(f"--lpl_crop {crop}", LPL, crop is not None,
-               "activations of LPL's decoder, in proportion to the area; a different LPL (docs/lpl.md)"),
+               "activations of LPL's decoder, in proportion to the area; a different LPL (docs/cost.md)"),
     ]
 
 
