@@ -301,7 +301,7 @@ def overview(found: Mapping[str, Runs], path: Path, rows: Iterable[str] = tuple(
     axes.set_yticks(range(len(names)), [ROWS[name].label for name in names])
     axes.axvline(0, color="#555753", linewidth=0.8, linestyle=":")
     axes.xaxis.set_major_formatter("{x:+.0%}")
-    label_axes(axes, "Change of the Fréchet distance against the same seed without LPL (left is better)", "", "")
+    label_axes(axes, "Change of the Fréchet distance, by seed (left is better)", "", "")
     save_figure(figure, path)
 
 

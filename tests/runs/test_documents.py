@@ -76,7 +76,9 @@ def test_readme_is_short():
 def test_lines_are_short(page):
     """But rows of tables, and what cannot be broken."""
     for line in text_of(page).splitlines():
-        breakable = " " in re.sub(r"\[[^\]]*\]\([^)]*\)", "", line.strip()) and not line.lstrip().startswith(("|", "$$"))
+        breakable = " " in re.sub(r"\[[^\]]*\]\([^)]*\)", "", line.strip()) and not line.lstrip().startswith(
+            ("|", "$$")
+        )
         assert len(line) <= LONGEST or not breakable, line
 
 
@@ -88,7 +90,9 @@ def test_a_page_begins_with_the_command_that_answers_it(page):
 
 def test_every_page_is_in_readme_and_on_the_site():
     menu = yaml.safe_load(re.sub(r"!!python/\S+", "", text_of(ROOT / "mkdocs.yml")))["nav"]
-    listed = [file for part in menu for entry in part.values() for file in (entry if isinstance(entry, list) else [entry])]
+    listed = [
+        file for part in menu for entry in part.values() for file in (entry if isinstance(entry, list) else [entry])
+    ]
     listed = {next(iter(file.values())) if isinstance(file, dict) else file for file in listed}
     for page in DOCS:
         assert f"(docs/{page.name})" in text_of(README) and page.name in listed, page.name
@@ -127,9 +131,12 @@ def test_commands_parse(name):
     for words in commands(ROOT / name):
         if SCRIPT in words and words[:3] != ["python", "-m", "lpl.compare"]:
             args = build_parser().parse_args([word for word in training_flags(words) if word not in ("...", "--help")])
-            assert args.config is None or "/" not in args.config or not args.config.startswith("examples") or (
-                ROOT / args.config
-            ).is_file()
+            assert (
+                args.config is None
+                or "/" not in args.config
+                or not args.config.startswith("examples")
+                or (ROOT / args.config).is_file()
+            )
         elif words[:2] == ["python", "-m"] and words[2].startswith("lpl."):
             own = words[3 : words.index("--")] if "--" in words else words[3:]
             parser_of(words[2].removeprefix("lpl.")).parse_args(own)
@@ -166,13 +173,17 @@ def test_flags_have_the_defaults_that_are_stated():
 
 
 def test_every_flag_of_lpl_is_explained():
-    ours = {option for option in options(build_parser()) if option.startswith("--lpl_")} - {f"--{name}" for name in FOREIGN}
+    ours = {option for option in options(build_parser()) if option.startswith("--lpl_")} - {
+        f"--{name}" for name in FOREIGN
+    }
     assert ours <= told_flags(ROOT / "docs/flags.md")
 
 
 def test_the_flags_of_the_research_script_are_translated():
     page = text_of(ROOT / "docs/migrate.md")
-    assert all(f"`--{name}" in page for name in FOREIGN - {"local_rank"} if name.startswith(("lpl_", "use_", "enable_")))
+    assert all(
+        f"`--{name}" in page for name in FOREIGN - {"local_rank"} if name.startswith(("lpl_", "use_", "enable_"))
+    )
 
 
 # Runs ----------------------------------------------------------------------------------------------------------------
@@ -198,7 +209,17 @@ def lora(tmp_path_factory, request):
         words = [str(images) if word == "path/to/images" else word for word in words]
         words = [str(ROOT / word) if word.startswith("examples/") else word for word in words]
         pipeline = ["--pretrained_model_name_or_path", str(request.getfixturevalue("sdxl_pipeline"))]
-        run([*words, *pipeline, *SMALL, "--output_dir", str(folder / "sdxl-lora"), "--cache_dir", str(folder / "cache")])
+        run(
+            [
+                *words,
+                *pipeline,
+                *SMALL,
+                "--output_dir",
+                str(folder / "sdxl-lora"),
+                "--cache_dir",
+                str(folder / "cache"),
+            ]
+        )
     return folder / "sdxl-lora"
 
 
@@ -211,7 +232,9 @@ def replaced(code, changes):
 
 @pytest.mark.parametrize("page", [README, ROOT / "docs/first-lora.md"], ids=lambda page: page.name)
 def test_the_lora_is_used_as_shown(page, lora, sdxl_pipeline, tmp_path):
-    assert (lora / "sdxl-lora_comfyui.safetensors").is_file() and "sdxl-lora/sdxl-lora_comfyui.safetensors" in text_of(page)
+    assert (lora / "sdxl-lora_comfyui.safetensors").is_file() and "sdxl-lora/sdxl-lora_comfyui.safetensors" in text_of(
+        page
+    )
     code = replaced(
         blocks(page, "python")[0],
         {
@@ -268,7 +291,14 @@ def test_trainings_in_the_docs_resolve(request, image_folder, class_folder, no_w
             config = ["--config", str(ROOT / recipe)] if values else []
             changes = {"path/to/images": data, "path/to/imagenet/train": data, "PIPELINE": pipeline}
             words = [str(changes.get(word, word)) for word in words]
-            more = ["--pretrained_model_name_or_path", str(pipeline), "--train_data_dir", str(data), "--resolution", "32"]
+            more = [
+                "--pretrained_model_name_or_path",
+                str(pipeline),
+                "--train_data_dir",
+                str(data),
+                "--resolution",
+                "32",
+            ]
             resolved([*config, *words, *more])
     assert count >= 10
 
@@ -324,7 +354,9 @@ def test_smaller_gpus_have_the_memory_that_is_counted(place):
 
 def operations():
     """The table of docs/cost.md: the cells of each model."""
-    (table,) = re.findall(r"<!-- python -m benchmarks.operations -->\n(.*?)\n<!-- end -->", text_of(ROOT / "docs/cost.md"), re.DOTALL)
+    (table,) = re.findall(
+        r"<!-- python -m benchmarks.operations -->\n(.*?)\n<!-- end -->", text_of(ROOT / "docs/cost.md"), re.DOTALL
+    )
     heads, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
     return [dict(zip(heads, row, strict=True)) for row in rows]
 
@@ -336,12 +368,18 @@ def test_readme_has_the_cost_that_is_counted():
     text = " ".join(text_of(README).split())
     assert f"up to {more:.1f} GiB more memory and {min(ratios):.1f} to {max(ratios):.1f} times the operations" in text
     table = operations()
-    for key, digits, words in (("`--lpl_every 4`", 1, "with `--lpl_every 4` {} to {} times"), ("a student", 2, "{} to {} times. [All")):
+    for key, digits, words in (
+        ("`--lpl_every 4`", 1, "with `--lpl_every 4` {} to {} times"),
+        ("a student", 2, "{} to {} times. [All"),
+    ):
         found = [float(row[key]) for row in table]
         assert words.format(f"{min(found):.{digits}f}", f"{max(found):.{digits}f}") in text
     student = " ".join(text_of(ROOT / "docs/student.md").split())
     sd15 = table[0]
-    assert f"takes {sd15['a student']} times the operations of one without LPL instead of {sd15['x, at that share']}" in student
+    assert (
+        f"takes {sd15['a student']} times the operations of one without LPL instead of {sd15['x, at that share']}"
+        in student
+    )
     assert f"up to {max(ratios):.1f} times the operations" in text_of(ROOT / "docs/questions.md")
 
 
@@ -350,7 +388,9 @@ def study():
 
 
 def test_readme_has_the_results_of_the_study():
-    change = {name: mean(run["change"] for run in study()[name].values()) for name in ("flow_lpl", "v_lpl", "epsilon_lpl")}
+    change = {
+        name: mean(run["change"] for run in study()[name].values()) for name in ("flow_lpl", "v_lpl", "epsilon_lpl")
+    }
     lower = [f"{-value:.0%}" for value in change.values()]
     text = " ".join(text_of(README).split())
     assert "by {} with flow matching, {} with v prediction and {} with epsilon, in each seed".format(*lower) in text
