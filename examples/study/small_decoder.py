@@ -57,9 +57,8 @@ def main() -> None:
     folder, part = args.study / "small_decoder", args.study / "small_decoder.part"
     small.save_pretrained(part)
     part.rename(folder)
-    print(
-        f"{folder}: {sum(weight.numel() for weight in small.decoder.parameters()):,} parameters, loss {loss.item():.3f}"
-    )
+    count = sum(weight.numel() for weight in small.decoder.parameters())
+    print(f"{folder}: {count:,} parameters, loss {loss.item():.3f}")
 
 
 if __name__ == "__main__":
