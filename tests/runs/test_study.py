@@ -182,12 +182,15 @@ def test_what_a_row_needs_is_made_once_after_the_base(tmp_path, monkeypatch, com
     run.main()
     made = [command for command in commands if "lpl.distill" in command or "small_decoder" in command[1]]
     assert len(made) == 2 and commands[1:3] == made and commands[0][1] == str(run.SCRIPT)
-    own, config = distill.parsed(made[0][3:])
+    (distillation,) = (command[3:] for command in made if "lpl.distill" in command)
+    own, config = distill.parsed(distillation)
     assert own.pretrained_model_name_or_path == f"{tmp_path}/bases/flow_matching"
     assert (config.data.resolution, config.data.caption_column) == (64, "label")
     trainings = [build_parser().parse_args(command[2:]) for command in commands if command[1] == str(run.SCRIPT)]
-    assert [args.lpl_student for args in trainings] == [None, f"{tmp_path}/student", None]
-    assert trainings[2].lpl_vae_name_or_path == f"{tmp_path}/small_decoder"
+    of = {Path(args.output_dir).parent.name: args for args in trainings}
+    assert of["bases"].lpl_student is None and of["bases"].lpl_vae_name_or_path is None
+    assert of["cheap_flow_student"].lpl_student == f"{tmp_path}/student"
+    assert of["cheap_flow_tiny"].lpl_vae_name_or_path == f"{tmp_path}/small_decoder"
 
 
 def test_the_time_of_a_row_is_the_mean_over_its_finished_seeds(tmp_path):
