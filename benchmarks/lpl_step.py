@@ -5,8 +5,9 @@
 
 A step is forward and backward of Stable Diffusion 1.x's UNet at its real size (random weights, all of them trained, no
 optimizer) on every sample, and LPL with its VAE on the samples inside the threshold: here all of them, the most
-expensive case. All ways are timed in one process, interleaved; figures are relative to the step without LPL, those of
---lpl_every averaged over the steps. Writes a JSON file.
+expensive case. All ways are timed in one process, interleaved; figures are relative to the step without LPL, times of
+--lpl_every and --lpl_correct_every averaged over the steps, memory that of the step that needs most. The student has
+random weights, and the width that `python -m lpl.distill` gives it. Writes a JSON file.
 """
 
 from __future__ import annotations
@@ -27,12 +28,19 @@ from tqdm import tqdm
 
 from benchmarks.lpl_cost import KL, peak_memory, seconds
 from lpl import LatentPerceptualLoss, get_objective
+from lpl.distillation.command import default_width
+from lpl.student import Student, StudentLoss, difference
+
+
+CORRECT_EVERY = 16
 
 
 def ways(vae: AutoencoderKL, tiny: AutoencoderTiny, side: int, batch_size: int) -> dict[str, dict[str, Any]]:
     """Flags -> the loss, and how it is computed."""
     whole, half = LatentPerceptualLoss(vae), side // 2
     tile = (half, half, half, half)
+    student = StudentLoss(Student(vae.config.latent_channels, default_width(vae)))
+    student.student.to(vae.device)
     return {
         "without LPL": {"loss": None},
         "LPL": {"loss": whole},
@@ -46,6 +54,8 @@ def ways(vae: AutoencoderKL, tiny: AutoencoderTiny, side: int, batch_size: int) 
         "--lpl_chunk_size 1": {"loss": LatentPerceptualLoss(vae, chunk_size=1)},
         "--lpl_gradient_checkpointing": {"loss": LatentPerceptualLoss(vae, gradient_checkpointing=True)},
         "--lpl_vae_name_or_path, AutoencoderTiny": {"loss": LatentPerceptualLoss(tiny)},
+        "--lpl_student": {"loss": student},
+        f"--lpl_correct_every {CORRECT_EVERY}": {"loss": student, "corrected_by": whole, "every": CORRECT_EVERY},
     }
 
 
@@ -76,13 +86,22 @@ def main() -> None:
     embeddings = torch.randn(args.batch_size, 77, 768, device=device)
     noisy = objective.add_noise(latents, noise, timesteps)
 
-    def step(loss: LatentPerceptualLoss | None, rows: int | None = None, window: Any = None, every: int = 1) -> Tensor:
+    def step(
+        loss: LatentPerceptualLoss | StudentLoss | None,
+        rows: int | None = None,
+        window: Any = None,
+        every: int = 1,
+        corrected_by: LatentPerceptualLoss | None = None,
+    ) -> Tensor:
         with torch.autocast(device.type, dtype, enabled=args.dtype != "float32"):
             output = unet(noisy, timesteps, embeddings).sample.float()
         total = F.mse_loss(output, noise)
         if loss is not None:
             predicted = objective.clean_latents(output, noisy, timesteps)[:rows]
-            total = total + 0.1 * loss(predicted, latents[:rows], window).mean()
+            windows = () if window is None else (window,)
+            total = total + 0.1 * loss(predicted, latents[:rows], *windows).mean()
+            if corrected_by is not None:
+                total = total + 0.1 * every * difference(loss, corrected_by, predicted, latents[:rows])[0].mean()
         total.backward()
         unet.zero_grad(set_to_none=False)  # keep the gradients' memory, so that it counts for no way
         return total
@@ -104,8 +123,9 @@ def main() -> None:
     results = {}
     for name, given in options.items():
         every = given.get("every", 1)
+        between = middle["--lpl_student"] if "corrected_by" in given else plain
         results[name] = {
-            "time": round(((every - 1) * plain + middle[name]) / every / plain, 3),
+            "time": round(((every - 1) * between + middle[name]) / every / plain, 3),
             "memory": round(memory[name] / memory["without LPL"], 3),
         }
         print(f"{name:42s} time {results[name]['time']:6.3f}  memory {results[name]['memory']:6.3f}")

@@ -11,12 +11,12 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from rows import BASE, ROW, ROWS, SETTINGS
+from rows import BASE, ROW, ROWS, SETTINGS, without
 
 from lpl.evaluation import ImageSet, Preprocessing, folder_images
 from lpl.evaluation.figures import paired_grid, spectrum_figure, zoomed_crops
@@ -45,10 +45,11 @@ COLUMNS = {
     "time": ("time of a step", "{:.2f}"),
 }
 TIMES = ("seconds", "time")
+CHEAP_COLUMNS = {"change": COLUMNS["change"], "kept": ("of LPL's gain", "{:.0%}"), **COLUMNS}
 BANDS = {"band_1": (0, 1 / 8), "band_2": (1 / 8, 1 / 4), "band_3": (1 / 4, 3 / 8), "band_4": (3 / 8, 1 / 2)}
 SPECTRUM = {band: (f"{low:g} to {high:g}", "{:.2f}") for band, (low, high) in BANDS.items()}  # cycles per pixel
-TABLES = ("objective", "weight", "statistics", "masks", "depth", "blocks", "threshold", "time")
-PLAIN = {"flow_matching": "flow", "epsilon": "epsilon", "v_prediction": "v"}  # the row without LPL, by objective
+TABLES = ("objective", "weight", "statistics", "masks", "depth", "blocks", "threshold", "time", "cheap")
+WHOLE = ("objective", "cheap")  # tables with rows without LPL of their own
 WITHOUT, WITH = "flow", "flow_lpl"  # what every other table is compared with
 PAIRS = ((WITHOUT, WITH), ("v", "v_lpl"), ("epsilon", "epsilon_lpl"))  # the first one with images is shown
 SETS = {  # of floor.py
@@ -86,7 +87,7 @@ def read_run(folder: Path) -> dict[str, float]:
         "images": result["images"],
         "steps": records[-1]["step"],
         "seconds": float((SETTINGS["train_batch_size"] * steps / speeds).sum()),
-        "images_per_second": median(speeds),
+        "images_per_second": max(speeds),  # other jobs disturb the others
         "lpl_weight": records[-1]["lpl_weight"],
         **({"lpl_share": mean(shares)} if shares else {}),
     }
@@ -118,11 +119,15 @@ def gather(study: Path) -> dict[str, dict[str, dict[str, float]]]:
             if (folder / "evaluation/evaluation.json").is_file():
                 found.setdefault(name, {})[folder.name] = read_run(folder)
     for name, seeds in found.items():
-        without = PLAIN[ROWS[name].objective]
-        for seed in seeds.keys() & found.get(without, {}).keys() if name != without else ():
-            numbers, plain = seeds[seed], found[without][seed]
+        other = without(ROWS[name])
+        for seed in seeds.keys() & found.get(other, {}).keys() if name != other else ():
+            numbers, plain = seeds[seed], found[other][seed]
             numbers["change"] = numbers["fid"] / plain["fid"] - 1
             numbers["time"] = plain["images_per_second"] / numbers["images_per_second"]
+        with_lpl = found.get(other.replace("plain", "lpl"), {}) if ROWS[name].table == "cheap" else {}
+        for seed in seeds.keys() & with_lpl.keys() if not name.endswith(("plain", "lpl")) else ():
+            plain = found[other][seed]["fid"]
+            seeds[seed]["kept"] = (plain - seeds[seed]["fid"]) / (plain - with_lpl[seed]["fid"])
     return found
 
 
@@ -219,14 +224,15 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
 def table(kind: str, found: Mapping[str, Runs]) -> str:
     """One of TABLES, and the command that runs its rows."""
     own = [name for name, row in ROWS.items() if row.table == kind]
-    names = own if kind == "objective" else [WITHOUT, WITH, *own]
-    lines = [["", *(heading for heading, _ in COLUMNS.values()), "seeds", "the paper", "row"]]
+    names = own if kind in WHOLE else [WITHOUT, WITH, *own]
+    columns = CHEAP_COLUMNS if kind == "cheap" else COLUMNS
+    lines = [["", *(heading for heading, _ in columns.values()), "seeds", "the paper", "row"]]
     for name in names:
         runs = found.get(name, {})
-        label = {WITHOUT: "without LPL", WITH: "LPL, all defaults"}.get(name) if kind != "objective" else None
-        columns = {key: column for key, column in COLUMNS.items() if ROWS[name].timed or key not in TIMES}
-        found_here = dict(zip(columns, cells(runs, columns), strict=True)) if runs else {"change": "not run"}
-        numbers = [found_here.get(key, "") for key in COLUMNS]
+        label = {WITHOUT: "without LPL", WITH: "LPL, all defaults"}.get(name) if kind not in WHOLE else None
+        shown = {key: column for key, column in columns.items() if ROWS[name].timed or key not in TIMES}
+        here = dict(zip(shown, cells(runs, shown), strict=True)) if runs else {"change": "not run"}
+        numbers = [here.get(key, "") for key in columns]
         lines.append([label or ROWS[name].label, *numbers, ", ".join(runs), ROWS[name].paper, f"`{name}`"])
     return f"{markdown(lines)}\n\n`python examples/study/run.py --rows {' '.join(own)} --seeds 0 1 2`"
 

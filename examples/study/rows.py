@@ -41,9 +41,11 @@ class Row:
     objective: str = "flow_matching"
     paper: str = ""  # what the paper reports for it: FID on ImageNet-1k at 512 px, and words
     timed: bool = True  # False: other jobs ran beside it, so its times tell nothing
+    without: str | None = None  # the row that its change is relative to; None: its objective's without LPL
 
 
 LPL = {"lpl_weight": "auto:0.2"}
+STUDENT = LPL | {"lpl_student": "{study}/student"}
 ROWS = {
     # Table 3: with LPL or without, by objective
     "flow": Row("objective", "flow matching", {"lpl_weight": "0"}, paper="4.54"),
@@ -90,3 +92,36 @@ ROWS = {
     "samples_4": Row("time", "4 samples of a batch", LPL | {"lpl_max_samples": 4}),
     "flow_longer": Row("time", "without LPL, for as long", {"lpl_weight": "0", "max_train_steps": "as flow_lpl"}),
 }
+# LPL for less: what a student, its corrections, a small decoder and fewer steps with LPL keep of its gain
+CHEAP: dict[str, tuple[str, dict[str, object]]] = {
+    "plain": ("without LPL", {"lpl_weight": "0"}),
+    "lpl": ("LPL", LPL),
+    "student": ("student", LPL | {"lpl_student": "{study}/student"}),
+    "corrected": (
+        "student, corrected every 8th step",
+        LPL | {"lpl_student": "{study}/student", "lpl_correct_every": 8},
+    ),
+    "tiny": ("small distilled decoder", LPL | {"lpl_vae_name_or_path": "{study}/small_decoder"}),
+    "every_4": ("every 4th step", LPL | {"lpl_every": 4}),
+    "every_8": ("every 8th step", LPL | {"lpl_every": 8}),
+    "longer": ("without LPL, for as long as LPL", {"lpl_weight": "0", "max_train_steps": "as {kind}_lpl"}),
+    "longer_student": (
+        "without LPL, for as long as the student",
+        {"lpl_weight": "0", "max_train_steps": "as {kind}_student"},
+    ),
+}
+for objective, kind in (("flow_matching", "cheap_flow"), ("epsilon", "cheap_epsilon")):
+    for name, (label, flags) in CHEAP.items():
+        own = {
+            flag: value.replace("{kind}", kind) if isinstance(value, str) else value for flag, value in flags.items()
+        }
+        words = f"{objective.replace('_', ' ')}, {label}"
+        ROWS[f"{kind}_{name}"] = Row("cheap", words, own, objective, without=f"{kind}_plain")
+
+
+PLAIN = {"flow_matching": "flow", "epsilon": "epsilon", "v_prediction": "v"}  # the row without LPL, by objective
+
+
+def without(row: Row) -> str:
+    """The row without LPL that a row is compared with."""
+    return row.without or PLAIN[row.objective]

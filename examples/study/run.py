@@ -5,9 +5,10 @@ Finished rows are not run again, and interrupted ones resume from their last che
     python examples/study/run.py --rows flow flow_lpl --seeds 0 1 2
     python examples/study/run.py --list
 
-Needs the output of `examples/study/prepare.sh`. Several runs are trained at a time, with one thread each.
-`metrics.jsonl` and the trained pipeline are written to `study/rows/NAME/SEED/`, the measurements to `evaluation/` in
-there. A row that gets as much time as another one needs the times of that row and of `flow`, so these are run first.
+Needs the output of `examples/study/prepare.sh`. A student and a small decoder are made when a row needs them. Several
+runs are trained at a time, with one thread each. `metrics.jsonl` and the trained pipeline are written to
+`study/rows/NAME/SEED/`, the measurements to `evaluation/` in there. A row that gets as much time as another one needs
+the times of that row and of the one without LPL, so these are run first.
 """
 
 import argparse
@@ -16,20 +17,27 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 
-from rows import BASE, OBJECTIVES, ROW, ROWS, SETTINGS, Row
+from rows import BASE, OBJECTIVES, ROW, ROWS, SETTINGS, Row, without
 
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = HERE.parents[1] / "train_text_to_image_lpl.py"
 AS = "as "  # before the row whose time is given, in the place of a number of steps
-PLAIN = "flow"  # whose steps that time is counted in
 METRICS = ("fid", "kid", "precision", "recall", "density", "coverage")
 IMAGES = 1280
+MADE = {  # by which command, from the trained base of flow matching; rows name them as {study}/NAME
+    "student": (
+        *("-m", "lpl.distill", "--pretrained_model_name_or_path", "{study}/bases/flow_matching"),
+        *("--train_data_dir", "{study}/data/train", "--caption_column", "label", "--resolution", "64"),
+        *("--output_dir", "{study}/student"),
+    ),
+    "small_decoder": (str(HERE / "small_decoder.py"), "--study", "{study}"),
+}
 RESUMING = {"checkpointing_steps": 200, "checkpoints_total_limit": 1, "resume_from_checkpoint": "latest"}
 
 
@@ -63,7 +71,8 @@ def train(study: Path, source: Path, folder: Path, flags: Mapping[str, object]) 
         "caption_column": "label",
         "output_dir": folder,
     }
-    call([sys.executable, str(SCRIPT), *arguments(where | SETTINGS | RESUMING | flags)], folder.with_suffix(".log"))
+    line = [word.replace("{study}", str(study)) for word in arguments(where | SETTINGS | RESUMING | flags)]
+    call([sys.executable, str(SCRIPT), *line], folder.with_suffix(".log"))
     for checkpoint in folder.glob("checkpoint-*"):  # otherwise they would be measured as well
         shutil.rmtree(checkpoint)
 
@@ -75,6 +84,19 @@ def train_base(study: Path, objective: str) -> None:
         print(f"{folder} is trained", flush=True)
 
 
+def make(study: Path, name: str) -> None:
+    """What rows need besides the base; both commands continue where they were stopped, and end with `config.json`."""
+    if not (study / name / "config.json").is_file():
+        call([sys.executable, *(word.replace("{study}", str(study)) for word in MADE[name])], study / f"{name}.log")
+        print(f"{study / name} is made", flush=True)
+
+
+def needed(rows: Iterable[Row]) -> list[str]:
+    """Names in MADE."""
+    values = {value for row in rows for value in row.flags.values()}
+    return [name for name in MADE if "{study}/" + name in values]
+
+
 def given_time_of(row: Row) -> str | None:
     """The row whose time that row is given, if it is given one's."""
     steps = str(row.flags.get("max_train_steps", ""))
@@ -83,14 +105,15 @@ def given_time_of(row: Row) -> str | None:
 
 def steps_for_the_time_of(study: Path, name: str) -> int:
     """Steps without LPL that take as long as all of that row's; the same for all seeds."""
-    ratio = time_of_a_step(study / "rows" / name) / time_of_a_step(study / "rows" / PLAIN)
+    ratio = time_of_a_step(study / "rows" / name) / time_of_a_step(study / "rows" / without(ROWS[name]))
     return round(ROW["max_train_steps"] * ratio)
 
 
 def time_of_a_step(row: Path) -> float:
-    """Seconds per image: the mean over the row's finished seeds of the median over each one's log."""
+    """Seconds per image: the mean over the row's finished seeds of the least of each one's log, as other jobs disturb
+    the others."""
     finished = [folder for folder in sorted(row.glob("*/")) if (folder / "model_index.json").is_file()]
-    return mean(median(1 / speed for speed in speeds(folder)) for folder in finished)
+    return mean(1 / max(speeds(folder)) for folder in finished)
 
 
 def speeds(folder: Path) -> list[float]:
@@ -144,11 +167,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.list:
         for name, row in ROWS.items():
-            print(f"{name:12s} {row.table:12s} {row.label:28s} {' '.join(arguments(row.flags))}")
+            print(f"{name:28s} {row.table:12s} {row.label:55s} {' '.join(arguments(row.flags))}")
         return
     os.environ["STUDY"] = str(args.study)  # features.py finds its weights there
     others = [other for row in args.rows if (other := given_time_of(ROWS[row]))]
-    rows = list(dict.fromkeys([PLAIN, *others, *args.rows] if others else args.rows))
+    plain = [without(ROWS[other]) for other in others]
+    rows = list(dict.fromkeys([*plain, *others, *args.rows]))
     stages = [row for row in rows if not given_time_of(ROWS[row])], [row for row in rows if given_time_of(ROWS[row])]
     objectives = [name for name in OBJECTIVES if any(ROWS[row].objective == name for row in rows)]
     with ThreadPoolExecutor(args.workers) as pool:
@@ -156,6 +180,8 @@ def main() -> None:
             list(pool.map(lambda name: train_base(args.study, name), objectives))
         if args.only == "bases":
             return
+        if args.only != "measure":
+            list(pool.map(lambda name: make(args.study, name), needed(ROWS[row] for row in rows)))
 
         def do(name: str, seed: int) -> None:
             if args.only in (None, "train"):

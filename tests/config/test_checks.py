@@ -296,6 +296,14 @@ def test_a_flag_without_effect_warns(flags, word, sd_pipeline, image_folder, tmp
     assert len(said) == 1 and said[0].startswith(word)
 
 
+@pytest.mark.parametrize("flags", [{"lpl_correct_every": 1}, {"lpl_max_samples": 1}])
+def test_what_makes_no_sense_with_a_student_warns(flags, sd_pipeline, image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("lpl.families.resolve._check_student", lambda *_: None)
+    (said,) = warned(sd_pipeline, image_folder, tmp_path, lpl_student="user/student", **flags)
+    assert said.startswith(f"--{next(iter(flags))}")
+    assert warned(sd_pipeline, image_folder, tmp_path, lpl_student="user/student", lpl_correct_every=8) == []
+
+
 EFFECTIVE = [
     ("sd_pipeline", {"use_ema": True, "foreach_ema": True, "offload_ema": True, "ema_decay": 0.9}),
     ("sd_pipeline", {"lr_scheduler": "polynomial", "lr_power": 2.0, "lr_warmup_steps": 1}),

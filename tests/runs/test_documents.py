@@ -75,8 +75,9 @@ def test_readme_is_short():
 
 @pytest.mark.parametrize("page", SHOWN, ids=lambda page: page.name)
 def test_lines_are_short(page):
-    """But rows of tables, and what cannot be broken."""
-    for line in text_of(page).splitlines():
+    """But rows of tables, what a program writes between marks, and what cannot be broken."""
+    written = re.sub(r"^<!-- .*? -->\n.*?^<!-- end.*? -->$", "", text_of(page), flags=re.MULTILINE | re.DOTALL)
+    for line in written.splitlines():
         breakable = " " in re.sub(r"\[[^\]]*\]\([^)]*\)", "", line.strip()) and not line.lstrip().startswith(
             ("|", "$$")
         )
@@ -377,6 +378,30 @@ def test_readme_has_the_cost_that_is_counted():
         in student
     )
     assert f"up to {max(ratios):.1f} times the operations" in text_of(ROOT / "docs/questions.md")
+
+
+def measured(name):
+    return json.loads(text_of(ROOT / f"benchmarks/results/{name}.json"))
+
+
+def test_the_cheaper_ways_have_what_was_measured():
+    """docs/cost.md: bias and variance; time and memory."""
+    estimators, steps = measured("lpl_estimators"), measured("lpl_step_cpu")["results"]
+    found = {name.removeprefix("--lpl_student, "): numbers for name, numbers in estimators.items()}
+    page, compared = text_of(ROOT / "docs/cost.md"), 0
+    for name, *cells in re.findall(
+        r"^\| `(--lpl_[^`]+)`[^|]*\| [^|]+ \| ([\d.]*) \| ([\d.]*) \| ([\d.]*) \| ([\d.]*) \|$", page, re.MULTILINE
+    ):
+        numbers = found.get(name) or found.get(f"{name}, margin 8")
+        if cells[0] and numbers:
+            compared += 1
+            assert float(cells[0]) == pytest.approx(numbers["bias"], abs=0.00051), name
+            assert float(cells[1]) == pytest.approx(numbers["added_variance"], abs=0.0051), name
+        if cells[2] and name in steps:
+            compared += 1
+            wanted = [steps[name]["time"], steps[name]["memory"]]
+            assert [float(cell) for cell in cells[2:]] == pytest.approx(wanted, abs=0.0051), name
+    assert compared >= 15
 
 
 def study():

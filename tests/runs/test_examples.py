@@ -1,4 +1,4 @@
-"""What README and examples/ show is run here, not admired."""
+"""What examples/ shows is run here, not admired; README and docs/ in test_documents.py."""
 
 import json
 import os
@@ -18,28 +18,18 @@ from lpl.config.command_line import build_parser
 
 
 def commands_in(text):
-    """The flags of every call of the training script in a Markdown or shell text; a number for a shell's argument."""
+    """The flags of every call of the training script in a shell text; a number for a shell's argument."""
     for block in re.findall(r"train_text_to_image_lpl\.py\"? \\\n(?:.*\\\n)*.*$", text, re.MULTILINE):
         words = shlex.split(block.partition("\\\n")[2].replace("\\\n", " "))
         yield ["7" if re.fullmatch(r"\$\d", word) else word for word in words if not word.startswith("${@")]
 
 
-@pytest.mark.parametrize(
-    "name", ["README.md", "examples/quickstart/finetune.sh", "examples/quickstart/train_denoiser.sh"]
-)
+@pytest.mark.parametrize("name", ["examples/quickstart/finetune.sh", "examples/quickstart/train_denoiser.sh"])
 def test_the_commands_that_are_shown_parse(name):
     commands = list(commands_in((ROOT / name).read_text()))
     assert commands
     for words in commands:
         build_parser().parse_args(words)
-
-
-def test_readme_flags_have_the_defaults_that_it_states():
-    table = re.findall(r"^\| `--(\w+)` \| `([^`]+)`", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert len(table) >= 2
-    parser = build_parser()
-    for name, default in table:
-        assert getattr(parser.parse_args([f"--{name}", *default.split()]), name) == parser.get_default(name), name
 
 
 class TestOwnLoop:

@@ -12,6 +12,7 @@ from PIL import Image
 from trainer import ROOT
 
 from lpl.config.command_line import build_parser
+from lpl.distillation import command as distill
 from lpl.evaluation import Preprocessing, listed_images
 from lpl.evaluation import command as evaluate
 
@@ -131,7 +132,13 @@ def commands(monkeypatch):
 
     def call(command, log):
         started.append(command)
-        if command[1] == str(run.SCRIPT):
+        if "{study}" in " ".join(command):
+            raise AssertionError(command)
+        if command[2] == "lpl.distill" or "small_decoder" in command[1]:
+            made = command[command.index("--output_dir") + 1] if command[1] == "-m" else f"{command[-1]}/small_decoder"
+            Path(made).mkdir()
+            Path(made, "config.json").write_text("{}")
+        elif command[1] == str(run.SCRIPT):
             folder = Path(command[command.index("--output_dir") + 1])
             slower = 1 if command[command.index("--lpl_weight") + 1] == "0" else 2
             trained(folder, [PLAIN_SPEED / slower] * 2)
@@ -169,8 +176,25 @@ def test_a_row_is_run_after_those_whose_time_it_is_given(tmp_path, monkeypatch, 
     assert not commands
 
 
+def test_what_a_row_needs_is_made_once_after_the_base(tmp_path, monkeypatch, commands):
+    rows = ["cheap_flow_student", "cheap_flow_tiny"]
+    monkeypatch.setattr(sys, "argv", ["run.py", "--rows", *rows, "--seeds", "0", "--study", str(tmp_path)])
+    run.main()
+    made = [command for command in commands if "lpl.distill" in command or "small_decoder" in command[1]]
+    assert len(made) == 2 and commands[1:3] == made and commands[0][1] == str(run.SCRIPT)
+    (distillation,) = (command[3:] for command in made if "lpl.distill" in command)
+    own, config = distill.parsed(distillation)
+    assert own.pretrained_model_name_or_path == f"{tmp_path}/bases/flow_matching"
+    assert (config.data.resolution, config.data.caption_column) == (64, "label")
+    trainings = [build_parser().parse_args(command[2:]) for command in commands if command[1] == str(run.SCRIPT)]
+    of = {Path(args.output_dir).parent.name: args for args in trainings}
+    assert of["bases"].lpl_student is None and of["bases"].lpl_vae_name_or_path is None
+    assert of["cheap_flow_student"].lpl_student == f"{tmp_path}/student"
+    assert of["cheap_flow_tiny"].lpl_vae_name_or_path == f"{tmp_path}/small_decoder"
+
+
 def test_the_time_of_a_row_is_the_mean_over_its_finished_seeds(tmp_path):
-    trained(tmp_path / "rows/flow/0", [100.0, 100.0, 1.0])
+    trained(tmp_path / "rows/flow/0", [100.0, 90.0, 1.0])  # a job that runs beside it makes it slower
     trained(tmp_path / "rows/flow_lpl/0", [50.0, 50.0, 50.0])
     trained(tmp_path / "rows/flow_lpl/1", [25.0, 25.0, 25.0])
     assert run.steps_for_the_time_of(tmp_path, "flow_lpl") == 1800  # (2 + 4) / 2 times as long
@@ -204,6 +228,18 @@ def test_rows_are_compared_with_the_same_seed(tmp_path):
     assert lines[2][:3] == ["| flow matching", "", "6.00 ± 2.83"] and lines[3][1:3] == ["-25.0%", "6.00"]
     assert lines[4][1] == "not run" and {len(line) for line in lines[:8]} == {len(lines[0])}
     assert "--rows share_5 share_50 share_80 weight_3 " in report.table("weight", found)
+
+
+def test_what_is_kept_of_the_gain(tmp_path):
+    for name, fid in (("plain", 4.0), ("lpl", 3.0), ("student", 3.25)):
+        trained(tmp_path / f"rows/cheap_flow_{name}/0", [100.0])
+        measured(tmp_path / f"rows/cheap_flow_{name}/0", fid)
+    trained(tmp_path / "rows/flow/0", [100.0])
+    measured(tmp_path / "rows/flow/0", 1.0)  # of another study
+    found = report.gather(tmp_path)
+    numbers = found["cheap_flow_student"]["0"]
+    assert (numbers["kept"], numbers["change"]) == (0.75, 3.25 / 4 - 1)
+    assert "kept" not in found["cheap_flow_lpl"]["0"] and "75%" in report.table("cheap", found)
 
 
 def test_a_cell_is_mean_and_deviation():
