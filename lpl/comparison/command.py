@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 import shutil
 import sys
@@ -33,7 +34,7 @@ from lpl.comparison import report
 from lpl.comparison.measures import measures_of
 from lpl.comparison.runs import LONGER, WITH, WITHOUT, Run, call, check_alike, steps_for_equal_time
 from lpl.config import Config
-from lpl.config.checks import check_outside, check_words
+from lpl.config.checks import check_words
 from lpl.config.choices import EMA_DECAY
 from lpl.config.command_line import add_flags, parse, recipe
 from lpl.config.config import FLAGS
@@ -53,6 +54,7 @@ from lpl.families.resolve import resolve
 from lpl.tools.files import check_writable, write_text
 from lpl.tools.layout import EVALUATION, RECIPE
 from lpl.tools.pictures import save_picture
+from lpl.tools.places import lies_within
 from lpl.tools.privacy import without_secrets
 from lpl.tools.words import plain_warnings, warn
 from lpl.training.preemption import EXIT_CODE
@@ -255,9 +257,15 @@ def reference_folder(command: Command, description: Description) -> str:
     """
     config = command.training
     given = command.request.reference or config.evaluation.eval_data_dir
-    if given:
-        return given
     data = config.data
+    if given:
+        for name, place in (("train_data_dir", data.train_data_dir), ("dataset_name", data.dataset_name)):
+            if place and os.path.isdir(place) and (lies_within(given, place) or lies_within(place, given)):
+                raise ValueError(
+                    f"--reference {given}: it shares images with --{name} {place}, which are trained on; give images "
+                    "that are not, or hold out a part by --validation_every_nth 10 in the training command"
+                )
+        return given
     if not data.holds_out:
         raise ValueError(
             "--reference is missing: a folder of real images with captions that are not trained on; or hold out a "
@@ -328,7 +336,6 @@ def prepare(command: Command) -> tuple[Command, evaluate.Command]:
     """Complete the training's configuration, check everything, and take a dry run; returns the completed command and
     the evaluation of the runs."""
     config = command.training
-    check_outside("--output_dir", command.request.output_dir, "--train_data_dir", config.data.train_data_dir or "\0")
     check_words(config)
     description = read_pipeline(config.model, config.lpl.lpl_blocks)
     command = replace(command, training=resolve(config, description))

@@ -123,8 +123,9 @@ def test_the_run_without_lpl_differs_in_nothing_else(compared, sd_pipeline, imag
 
 
 def test_runs_are_equal_where_lpl_never_begins(sd_pipeline, image_folder, photos, tmp_path, monkeypatch):
+    """Of a LoRA."""
     monkeypatch.setattr(command, "call", called([]))
-    line = training(sd_pipeline, image_folder, use_ema=True, lpl_start_step=STEPS)
+    line = training(sd_pipeline, image_folder, use_ema=True, lpl_start_step=STEPS, rank=2)
     command.main(words(tmp_path / "c", line, "--reference", str(photos), "--metrics", "fid"))
     assert same(weights(tmp_path / "c/runs/with-0"), weights(tmp_path / "c/runs/without-0"))
     (found,) = json.loads((tmp_path / "c/comparison.json").read_text())["measures"].values()
@@ -298,6 +299,13 @@ def test_a_reference_without_captions_is_refused(column, sd_pipeline, image_fold
     with pytest.raises(SystemExit, match="no captions"):
         line = training(sd_pipeline, image_folder, **flags)
         command.main(words(tmp_path / "c", line, "--reference", str(reference)))
+
+
+@pytest.mark.parametrize("reference", ["{}", "{}/.."])
+def test_a_reference_that_is_trained_on_is_refused(reference, sd_pipeline, image_folder, tmp_path):
+    line = words(tmp_path / "c", training(sd_pipeline, image_folder), "--reference", reference.format(image_folder))
+    with pytest.raises(SystemExit, match="it shares images with --train_data_dir"):
+        command.main(line)
 
 
 def test_the_folder_of_another_comparison_is_refused(compared, monkeypatch):
