@@ -239,7 +239,9 @@ def check_folder(command: Command) -> None:
         raise ValueError(f"{what}: this is a training run's folder; give another one")
     if not any(folder.glob(f"{RUNS}/*")):
         return
-    earlier = read_entries(command.recipe) if command.recipe.is_file() else {}
+    if not command.recipe.is_file():
+        raise ValueError(f"{what}: it has a folder {RUNS} that is of no comparison; give another folder")
+    earlier = read_entries(command.recipe)
     for name, value in recipe(command.training).items():
         declared = FLAGS[name]
         if not (declared.own or declared.on_resume is OnResume.SILENT) and earlier.get(name) != value:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,6 +22,7 @@ from trainer import ROOT, arguments, metrics, run, same, train, weights
 from lpl.comparison import command, measures, report, runs
 from lpl.comparison.measures import Measure, verdict
 from lpl.comparison.runs import LONGER, WITH, WITHOUT, Run
+from lpl.config import command_line
 from lpl.tools.files import lines
 
 
@@ -314,6 +317,12 @@ def test_the_folder_of_another_comparison_is_refused(compared, monkeypatch):
         command.main([*compared.words, "--learning_rate", "0.002"])
 
 
+def test_a_folder_with_other_runs_is_refused(sd_pipeline, image_folder, photos, tmp_path):
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="a folder runs that is of no comparison"):
+        command.main(words(tmp_path, training(sd_pipeline, image_folder), "--reference", str(photos)))
+
+
 def test_the_folder_of_a_training_is_refused(compared, sd_pipeline, image_folder, photos):
     line = words(place(compared, "with-3"), training(sd_pipeline, image_folder), "--reference", str(photos))
     with pytest.raises(SystemExit, match="this is a training run's folder"):
@@ -376,6 +385,32 @@ def test_a_verdict_says_no_more_than_the_seeds_do():
 
 def test_equal_values_are_no_agreement():
     assert verdict([measure("distance", "lower", [2.0] * 2, [2.0] * 2)], WITHOUT).startswith("Not distinguishable")
+
+
+# The page of the documentation
+
+PAGE = (ROOT / "docs/compare.md").read_text()
+RESULTS = json.loads((ROOT / "benchmarks/results/compare_quickstart.json").read_text())
+
+
+def test_the_commands_that_are_shown_parse():
+    blocks = re.findall(r"^python -m lpl\.compare (.*\\\n(?:.*\\\n)*.*)$", PAGE, re.MULTILINE)
+    assert len(blocks) == 2
+    for block in blocks:
+        own, _, line = command._split(shlex.split(block.replace("\\\n", " ")))
+        command.build_parser().parse_args(own)
+        _, flags = command._training_words(line)
+        command_line.build_parser().parse_args(flags)
+
+
+@pytest.mark.parametrize("title", RESULTS["measures"])
+def test_the_example_has_the_numbers_of_its_result_file(title):
+    for name, row in RESULTS["measures"][title].items():
+        found = Measure(name, row["better"], {WITHOUT: row["without"], WITH: row["with"]})
+        difference = measures.shown(row["differences"], "+")
+        cells = [found.name, measures.shown(row["without"]), measures.shown(row["with"]), difference]
+        assert " | ".join(cells) in PAGE
+    assert RESULTS["verdict"][title] in PAGE
 
 
 @pytest.mark.slow
