@@ -449,4 +449,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\n{title}. {words}")
     for base in comparison.bases:
         print(f"\n{evaluate.aligned(report.table(comparison, base))}")
+    for words in comparison.all_warnings:
+        print(f"\nwarning: {words}")
     print(f"\nthe page with the picture is {command.folder / report.PAGE}")

@@ -46,9 +46,10 @@ class Measure:
         return [value - other for value, other in zip(self.values[WITH], self.values[base], strict=True)]
 
     def changes(self, base: str) -> list[float] | None:
-        """The differences as shares of the base's value, by seed; None if one of these is not above 0."""
+        """The differences as shares of the base's value, by seed; None if a value is not above 0, as a kernel distance
+        may be."""
         others = self.values[base]
-        if min(others) <= 0:
+        if min(*others, *self.values[WITH]) <= 0:
             return None
         return [difference / other for difference, other in zip(self.differences(base), others)]
 
@@ -115,8 +116,10 @@ def agreement(measure: Measure, base: str) -> str:
     """In how many seeds LPL is better, or its value lower."""
     seeds, better, worse = len(measure.values[WITH]), measure.better_in(base), measure.worse_in(base)
     good, bad = ("better", "worse") if measure.better else ("lower", "higher")
+    if not better and not worse:
+        return "equal"
     if seeds == 1:
-        return good if better else bad if worse else "equal"
+        return good if better else bad
     return f"{good} in {better} of {seeds}"
 
 

@@ -30,6 +30,7 @@ from lpl.tools.words import duration
 
 PAGE, NUMBERS, PICTURE = "comparison.md", "comparison.json", "comparison.png"
 SHOWN = 4  # columns of the picture
+SAME_TIME = 0.1  # relative difference of two times that count as equal
 BASES = {WITHOUT: "Equal steps", LONGER: "Equal time"}  # what the runs with LPL are compared with
 
 
@@ -59,6 +60,18 @@ class Comparison:
 
     def of(self, kind: str) -> list[Run]:
         return [run for run in self.runs if run.kind == kind]
+
+    @property
+    def all_warnings(self) -> list[str]:
+        """Those of the evaluation, and that equal time was missed, as on a busy machine."""
+        seconds = {kind: mean(run.seconds for run in self.of(kind)) for kind in (WITH, LONGER) if self.of(kind)}
+        if LONGER in seconds and abs(seconds[LONGER] / seconds[WITH] - 1) > SAME_TIME:
+            missed = (
+                f"equal time was missed: {_time(seconds[LONGER])} without LPL and {_time(seconds[WITH])} with it; "
+                "other programs may have kept the machine busy"
+            )
+            return [*self.warnings, missed]
+        return list(self.warnings)
 
     @property
     def verdicts(self) -> dict[str, str]:
@@ -91,7 +104,7 @@ def numbers(comparison: Comparison) -> dict[str, Any]:
             for base in comparison.bases
         },
         "settings": dict(comparison.settings),
-        "warnings": list(comparison.warnings),
+        "warnings": comparison.all_warnings,
         "commands": dict(comparison.commands),
     }
 
@@ -107,7 +120,7 @@ def page(comparison: Comparison) -> str:
     several = "; ±: standard deviation over the seeds" if len(comparison.seeds) > 1 else ""
     lines.append(f"- Difference: with LPL minus without, seed by seed (seeds {seeds}){several}.")
     lines += [f"- {name}: {value}" for name, value in comparison.settings.items()]
-    lines += [f"- Warning: {words}." for words in comparison.warnings]
+    lines += [f"- Warning: {words}." for words in comparison.all_warnings]
     for name, command in comparison.commands.items():
         lines += ["", f"{name}:", "", f"```bash\n{command}\n```"]
     return "\n".join([*lines, ""])
@@ -125,8 +138,12 @@ def table(comparison: Comparison, base: str) -> list[list[str]]:
     steps = [mean(run.steps for run in runs) for runs in kinds]
     seconds = [mean(run.seconds for run in runs) for runs in kinds]
     rows.append(["training steps", *(f"{count:g}" for count in steps), "", ""])
-    rows.append(["training time", *map(duration, seconds), f"{seconds[1] / seconds[0]:.2f} x", ""])
+    rows.append(["training time", *map(_time, seconds), f"{seconds[1] / seconds[0]:.2f} x", ""])
     return rows
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 600 else duration(seconds)
 
 
 # The picture ---------------------------------------------------------------------------------------------------------

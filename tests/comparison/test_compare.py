@@ -358,6 +358,17 @@ def test_runs_of_unlike_batches_are_refused(tmp_path):
     runs.check_alike([Run(WITH, 0, tmp_path / "a"), Run(WITHOUT, 1, tmp_path / "b")])
 
 
+@pytest.mark.parametrize("speed, missed", [(20, []), (18.5, []), (40, ["equal time was missed: 2 s without LPL"])])
+def test_a_time_that_was_missed_is_warned_of(speed, missed, tmp_path):
+    """20 steps of 4 images in 4 s with LPL."""
+    found = []
+    for kind, its_speed in ((WITHOUT, 20), (WITH, 20), (LONGER, speed)):
+        folder_with(tmp_path / kind, [its_speed] * 2, 4)
+        found.append(Run(kind, 0, tmp_path / kind))
+    said = report.Comparison(found, [], {}, {}, ["few images"]).all_warnings
+    assert said[0] == "few images" and [words[:38] for words in said[1:]] == [words[:38] for words in missed]
+
+
 def measure(title, better, without, with_lpl):
     return Measure(title, better, {WITHOUT: without, WITH: with_lpl, LONGER: without})
 
@@ -368,7 +379,9 @@ def test_differences_and_signs():
     assert distance.better_in(WITHOUT) == 1 and distance.worse_in(WITHOUT) == 1
     recall = measure("recall", "higher", [0.5], [0.6])
     assert recall.better_in(WITHOUT) == 1 and measures.agreement(recall, WITHOUT) == "better"
-    assert measure("kid", "lower", [-0.1], [0.1]).changes(WITHOUT) is None
+    for values in ([-0.1], [0.1]), ([0.1], [-0.1]):
+        assert measure("kid", "lower", *values).changes(WITHOUT) is None
+    assert measures.agreement(measure("recall", "higher", [0.5] * 2, [0.5] * 2), WITHOUT) == "equal"
 
 
 def test_a_verdict_says_no_more_than_the_seeds_do():
