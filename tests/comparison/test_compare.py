@@ -434,6 +434,7 @@ def test_the_command_itself(sd_pipeline, image_folder, photos, tmp_path):
     command_line = [sys.executable, "-m", "lpl.compare", *words(tmp_path / "c", [], "--reference", str(photos))]
     command_line = [*command_line[: command_line.index("--") + 1], *launcher, *line]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(ROOT / "tests/support")  # for the feature network
     done = subprocess.run(command_line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "Equal steps. Not distinguishable with one seed" in done.stdout
