@@ -18,8 +18,10 @@ import numpy as np
 from PIL import Image
 from rows import BASE, ROW, ROWS, SETTINGS, without
 
+from lpl.comparison.runs import training_seconds
 from lpl.evaluation import ImageSet, Preprocessing, folder_images
 from lpl.evaluation.figures import paired_grid, spectrum_figure, zoomed_crops
+from lpl.evaluation.report import markdown_rows
 from lpl.evaluation.results import REAL
 from lpl.tools.pictures import label_axes, save_figure, save_picture
 
@@ -78,7 +80,6 @@ def read_run(folder: Path) -> dict[str, float]:
     evaluation, result = read_evaluation(folder)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     shares = [record["lpl_share"] for record in records if record.get("lpl_share")]
-    steps = np.diff([0, *(record["step"] for record in records)])
     speeds = [record["images_per_second"] for record in records]
     return {
         **{name: estimate["value"] for name, estimate in result["metrics"][NETWORK].items()},
@@ -86,7 +87,7 @@ def read_run(folder: Path) -> dict[str, float]:
         **bands(*(spectra(evaluation)[name] for name in (drawn_name(evaluation), REAL))),
         "images": result["images"],
         "steps": records[-1]["step"],
-        "seconds": float((SETTINGS["train_batch_size"] * steps / speeds).sum()),
+        "seconds": training_seconds(records, SETTINGS["train_batch_size"]),
         "images_per_second": max(speeds),  # other jobs disturb the others
         "lpl_weight": records[-1]["lpl_weight"],
         **({"lpl_share": mean(shares)} if shares else {}),
@@ -215,12 +216,6 @@ def cells(runs: Runs, columns: Mapping[str, tuple[str, str]]) -> list[str]:
     return [cell(form, [run[name] for run in runs.values() if name in run]) for name, (_, form) in columns.items()]
 
 
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A table; the heading is the first line."""
-    heading, *others = lines
-    return "\n".join(f"| {' | '.join(line)} |" for line in (heading, ["---"] * len(heading), *others))
-
-
 def table(kind: str, found: Mapping[str, Runs]) -> str:
     """One of TABLES, and the command that runs its rows."""
     own = [name for name, row in ROWS.items() if row.table == kind]
@@ -234,7 +229,7 @@ def table(kind: str, found: Mapping[str, Runs]) -> str:
         here = dict(zip(shown, cells(runs, shown), strict=True)) if runs else {"change": "not run"}
         numbers = [here.get(key, "") for key in columns]
         lines.append([label or ROWS[name].label, *numbers, ", ".join(runs), ROWS[name].paper, f"`{name}`"])
-    return f"{markdown(lines)}\n\n`python examples/study/run.py --rows {' '.join(own)} --seeds 0 1 2`"
+    return f"{markdown_rows(lines)}\n\n`python examples/study/run.py --rows {' '.join(own)} --seeds 0 1 2`"
 
 
 def floor_table(found: Mapping[str, Runs], floor: Mapping[str, Runs]) -> str:
@@ -242,7 +237,7 @@ def floor_table(found: Mapping[str, Runs], floor: Mapping[str, Runs]) -> str:
     labelled = {SETS[name]: floor[name] for name in SETS}
     labelled |= {ROWS[name].label: found[name] for name in (WITHOUT, WITH) if name in found}
     heading = ["", *(heading for heading, _ in METRICS.values())]
-    return markdown([heading, *([label, *cells(runs, METRICS)] for label, runs in labelled.items())])
+    return markdown_rows([heading, *([label, *cells(runs, METRICS)] for label, runs in labelled.items())])
 
 
 def spectrum_table(found: Mapping[str, Runs], floor: Mapping[str, Runs]) -> str:
@@ -250,7 +245,7 @@ def spectrum_table(found: Mapping[str, Runs], floor: Mapping[str, Runs]) -> str:
     labelled = {SETS[name]: floor[name] for name in ("training", "reconstructions")}
     labelled |= {f"`{name}`": found[name] for name in ROWS if name in found}
     heading = ["cycles per pixel", *(heading for heading, _ in SPECTRUM.values())]
-    return markdown([heading, *([label, *cells(runs, SPECTRUM)] for label, runs in labelled.items())])
+    return markdown_rows([heading, *([label, *cells(runs, SPECTRUM)] for label, runs in labelled.items())])
 
 
 def settings_line(settings: Mapping[str, Any]) -> str:

@@ -57,11 +57,15 @@ def given_flags(parser: Parser, words: Sequence[str]) -> set[str]:
 # Words -> configuration ----------------------------------------------------------------------------------------------
 
 
-def parse(argv: Sequence[str] | None = None) -> Config:
-    """Parse and check the command line; exits with a one-line error if it is invalid."""
-    plain_warnings(build_parser().prog)
-    with usage_errors():
-        config = _read(build_parser(), sys.argv[1:] if argv is None else argv)
+def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> Config:
+    """Parse and check the command line; exits with a one-line error if it is invalid.
+
+    Args:
+        prog: what errors and warnings begin with; default: the name of the running script.
+    """
+    plain_warnings(build_parser(prog).prog)
+    with usage_errors(prog):
+        config = _read(build_parser(prog), sys.argv[1:] if argv is None else argv)
         check_words(config)
     if argv is None and config.output.hub_token:  # trackers upload the command line
         sys.argv = [word.replace(config.output.hub_token, "hf_...") for word in sys.argv]
@@ -69,12 +73,12 @@ def parse(argv: Sequence[str] | None = None) -> Config:
 
 
 @contextmanager
-def usage_errors() -> Iterator[None]:
+def usage_errors(prog: str | None = None) -> Iterator[None]:
     """Report a ValueError as argparse reports a wrong flag, and exit with code 2."""
     try:
         yield
     except ValueError as error:
-        build_parser().error(str(error))
+        build_parser(prog).error(str(error))
 
 
 def config_of(values: Mapping[str, Any], given: Collection[str] = (), **rest: Any) -> Config:

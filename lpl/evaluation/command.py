@@ -404,6 +404,11 @@ def run(command: Command) -> dict[str, Any]:
     Raises:
         ValueError: for flags that do not fit, before anything is loaded.
     """
+    return evaluated(command)[0]
+
+
+def evaluated(command: Command) -> tuple[dict[str, Any], list[State], ImageSet]:
+    """The same, the states with their images, and the real images."""
     request = command.request
     check_command(command)
     states = find_states(command)
@@ -431,7 +436,7 @@ def run(command: Command) -> dict[str, Any]:
     results = measure(states, reference)
     evaluation = write(request, results, states, reference) if workers.is_main_process else {}
     workers.wait_for_everyone()
-    return evaluation
+    return evaluation, states, real
 
 
 def write(

@@ -81,21 +81,25 @@ def paired_grid(rows: Mapping[str, Sequence[Image.Image]], captions: Sequence[st
 
 
 def zoomed_crops(
-    rows: Mapping[str, Sequence[Image.Image]], captions: Sequence[str], apart: str | None = None
+    rows: Mapping[str, Sequence[Image.Image]],
+    captions: Sequence[str],
+    apart: str | None = None,
+    corners: Sequence[tuple[int, int]] | None = None,
 ) -> Image.Image:
     """Each image with a framed square, and that square enlarged beside it.
 
-    A column's square is where the first row's image has the most local energy (:func:`busiest_square`), and the same
-    in all rows; make the first row the baseline.
+    A column's square is the same in all rows.
 
     Args:
         apart: a row of unrelated images, each of which gets its own square.
+        corners: left and top of each column's square; default: where the first row's image has the most local energy
+            (:func:`busiest_square`); make the first row the baseline.
 
     Raises:
         ValueError: as for :func:`paired_grid`, and if the images of a column differ in size.
     """
     first = next(iter(rows.values()), [])
-    corners = [busiest_square(image, crop_side(image)) for image in first]
+    corners = corners or [busiest_square(image, crop_side(image)) for image in first]
     for label, images in rows.items():
         for number, (image, other) in enumerate(zip(images, first)):
             if image.size != other.size:
@@ -117,13 +121,24 @@ def crop_side(image: Image.Image) -> int:
 
 def busiest_square(image: Image.Image, side: int) -> tuple[int, int]:
     """Left and top of the square with the largest local energy, the mean squared gradient of the luminance."""
+    across, down = np.gradient(np.asarray(image.convert("L"), np.float64), axis=(1, 0))
+    return _largest_square(np.asarray(across**2 + down**2), side)
+
+
+def most_different_square(image: Image.Image, other: Image.Image, side: int) -> tuple[int, int]:
+    """Left and top of the square with the largest mean squared difference of the colours."""
+    difference = np.asarray(image.convert("RGB"), np.float64) - np.asarray(other.convert("RGB"), np.float64)
+    return _largest_square((difference**2).mean(-1), side)
+
+
+def _largest_square(values: np.ndarray, side: int) -> tuple[int, int]:
+    """Left and top of the square with the largest mean of (height, width) values."""
     from scipy.ndimage import uniform_filter
 
-    across, down = np.gradient(np.asarray(image.convert("L"), np.float64), axis=(1, 0))
-    energy = uniform_filter(across**2 + down**2, size=side, mode="constant")
+    means = uniform_filter(values, size=side, mode="constant")
     # The filter's window around (y, x) begins at (y - side // 2, x - side // 2); only full windows count.
-    begin = side // 2
-    inside = energy[begin : begin + image.height - side + 1, begin : begin + image.width - side + 1]
+    begin, (height, width) = side // 2, values.shape
+    inside = means[begin : begin + height - side + 1, begin : begin + width - side + 1]
     top, left = np.unravel_index(inside.argmax(), inside.shape)
     return int(left), int(top)
 

@@ -268,8 +268,13 @@ def _enlarged(found: Mapping[str, Any]) -> str:
 
 
 def markdown_table(evaluation: Mapping[str, Any]) -> str:
-    heading, *rows = [[word.replace("|", r"\|") for word in row] for row in table(evaluation)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (heading, ["---"] * len(heading), *rows))
+    return markdown_rows(table(evaluation))
+
+
+def markdown_rows(rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; the heading is the first row."""
+    heading, *others = [[word.replace("|", r"\|") for word in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heading, ["---"] * len(heading), *others))
 
 
 def model_index(evaluation: Mapping[str, Any], model_name: str, dataset_name: str) -> list[EvalResult]:

@@ -1,0 +1,454 @@
+"""Tells whether LPL helps *you*: trains with and without it, and measures both against held-out images.
+
+    python -m lpl.compare --output_dir comparison --reference IMAGES --seeds 0 1 2 -- \\
+        accelerate launch train_text_to_image_lpl.py --config recipe.yaml --train_data_dir DATA
+
+Behind ``--`` stands the training command as you would type it, with its launcher. That way nothing is configured
+twice, and what is compared is the training that you want. The command is read once, completed, and written to
+``training.yaml``, from which all runs start; they differ in ``--output_dir``, ``--seed`` and ``--lpl_weight`` alone.
+One default depends on LPL, that of ``--ema_decay``; it is written there as well, so that both kinds of runs have the
+one with LPL. ``--equal_time`` adds a run without LPL, of as many steps as take the time of those with LPL.
+
+A dry run comes first, with all refusals of the training script. Then the runs follow one another, so that their times
+compare. The same command continues where it was stopped, with finished runs left alone; with more ``--seeds`` it adds
+runs. The reference defaults to the images that the training command holds out.
+
+Files in the output folder: ``comparison.md`` (verdict, tables, picture), ``comparison.json``, ``comparison.png``;
+``runs/``, the runs without checkpoints; ``evaluation/``, as of ``python -m lpl.evaluate``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lpl.comparison import report
+from lpl.comparison.measures import measures_of
+from lpl.comparison.runs import LONGER, WITH, WITHOUT, Run, call, check_alike, steps_for_equal_time
+from lpl.config import Config
+from lpl.config.checks import check_words
+from lpl.config.choices import EMA_DECAY
+from lpl.config.command_line import add_flags, parse, recipe
+from lpl.config.config import FLAGS
+from lpl.config.flag import NOT_NEGATIVE, OnResume, add_group, at_most, built, flag, flags_of
+from lpl.config.parser import Parser
+from lpl.config.recipes import read_entries, recipe_text
+from lpl.data.dataset import LatentSpace, TrainingImages
+from lpl.data.folder import image_files
+from lpl.data.source import load_training_images
+from lpl.evaluation import MOST_BY_DEFAULT
+from lpl.evaluation import command as evaluate
+from lpl.evaluation.images import METADATA, has_captions
+from lpl.evaluation.metrics import check_counts
+from lpl.evaluation.report import SAMPLING, short_names
+from lpl.families.description import Description, read_pipeline
+from lpl.families.resolve import resolve
+from lpl.tools.files import check_writable, write_text
+from lpl.tools.layout import EVALUATION, RECIPE
+from lpl.tools.pictures import save_picture
+from lpl.tools.places import lies_within
+from lpl.tools.privacy import without_secrets
+from lpl.tools.words import plain_warnings, warn
+from lpl.training.preemption import EXIT_CODE
+
+
+logger = logging.getLogger(__name__)
+PROGRAM = "python -m lpl.compare"
+SCRIPT = "train_text_to_image_lpl"
+EXAMPLE = f"-- accelerate launch {SCRIPT}.py --pretrained_model_name_or_path PIPELINE --train_data_dir IMAGES"
+TRAINING, RUNS, REFERENCE = "training.yaml", "runs", "reference"
+EVALUATION_FLAGS = (  # of python -m lpl.evaluate
+    *("metrics", "features", "clip", "num_images", "batch_size", "num_inference_steps", "guidance_scale"),
+    *("prompts_file", "nearest_k", "device", "dtype"),
+)
+OF_THE_TRAINING = ("caption_column", "image_interpolation_mode", "cache_dir")  # what the evaluation takes from it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The command's own flags."""
+
+    output_dir: str = flag(MISSING, "where the runs, the page, its picture and its numbers go", path=True)
+    reference: str | None = flag(
+        None,
+        "folder of real images with captions that are not trained on; default: --eval_data_dir of the training "
+        "command, or what its --validation_every_nth or --validation_split holds out",
+        path=True,
+    )
+    seeds: tuple[int, ...] | None = flag(
+        None, "seeds that are trained with and without LPL; default: --seed of the training command, or 0"
+    )
+    equal_time: bool = flag(False, "also train without LPL for as many steps as take the time of those with LPL")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A parsed command line.
+
+    Args:
+        evaluation: words for ``python -m lpl.evaluate``, without sources, reference and folder.
+        launcher: the training command's words up to the script, and --verbose.
+        training: its configuration.
+        words: the command itself.
+    """
+
+    request: Request
+    evaluation: tuple[str, ...]
+    launcher: tuple[str, ...]
+    training: Config
+    words: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.request.output_dir)
+
+    @property
+    def recipe(self) -> Path:
+        return self.folder / TRAINING
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        seeds = self.request.seeds or (self.training.optimization.seed or 0,)
+        return tuple(dict.fromkeys(seeds))
+
+    def run(self, kind: str, seed: int) -> Run:
+        return Run(kind, seed, self.folder / RUNS / f"{kind}-{seed}")
+
+    def runs(self, *kinds: str) -> list[Run]:
+        return [self.run(kind, seed) for seed in self.seeds for kind in kinds]
+
+
+# The command line ----------------------------------------------------------------------------------------------------
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog=PROGRAM,
+        usage="%(prog)s --output_dir FOLDER [flags] -- accelerate launch train_text_to_image_lpl.py [its flags]",
+        description="Train with and without the latent perceptual loss, and measure both against held-out images.",
+    )
+    add_group(parser, Request)
+    add_group(parser, evaluate.Request, EVALUATION_FLAGS)
+    add_flags(parser, ("verbose",))
+    return parser
+
+
+def parsed(words: Sequence[str]) -> Command:
+    """
+    Raises:
+        ValueError: with what was given, what is accepted, and the flag to change.
+    """
+    own, dashes, training = _split(words)
+    values = vars(build_parser().parse_args(own))
+    if not dashes:
+        raise ValueError(f"the training command is missing; write it at the end: {EXAMPLE}")
+    request = built(Request, values)
+    for seed in request.seeds or ():
+        for accepts, said in (NOT_NEGATIVE, at_most(2**32 - 1)):
+            if not accepts(seed):
+                raise ValueError(f"--seeds {seed}: it must be {said}")
+    for name, declared in flags_of(evaluate.Request).items():
+        if name in values:
+            declared.check(name, values[name])
+    launcher, flags = _training_words(training)
+    config = parse(flags, f"{SCRIPT}.py")
+    plain_warnings(PROGRAM)
+    _check_training(config)
+    ignored = [name for name in ("output_dir", *(["seed"] if request.seeds else [])) if name in config.given]
+    if ignored:
+        warn(f"--{' and --'.join(ignored)} of the training command: the comparison sets its own")
+    config = config.changed(
+        output_dir=str(Path(request.output_dir, RUNS)), checkpoints_total_limit=1, resume_from_checkpoint=None
+    )
+    launcher += ("--verbose",) if config.validation.verbose else ()  # which no recipe has
+    return Command(request, tuple(_evaluation_words(values)), launcher, config, (*PROGRAM.split(), *words))
+
+
+def _split(words: Sequence[str]) -> tuple[list[str], bool, list[str]]:
+    """The words before the first ``--``, whether there is one, and those behind it."""
+    place = words.index("--") if "--" in words else len(words)
+    return list(words[:place]), place < len(words), list(words[place + 1 :])
+
+
+def _training_words(words: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
+    """The launcher with the script, and the script's flags.
+
+    >>> _training_words(["accelerate", "launch", "train_text_to_image_lpl.py", "--rank", "4"])
+    (('accelerate', 'launch', 'train_text_to_image_lpl.py'), ['--rank', '4'])
+    """
+    place = next((place for place, word in enumerate(words) if Path(word).name.removesuffix(".py") == SCRIPT), None)
+    if place is None:
+        raise ValueError(f"-- {shlex.join(words)}: this command does not run {SCRIPT}.py; an example: {EXAMPLE}")
+    if place == 0 and words[0].endswith(".py"):
+        raise ValueError(f"-- {words[0]} ...: write the launcher too: -- accelerate launch {words[0]} ...")
+    return tuple(words[: place + 1]), list(words[place + 1 :])
+
+
+def _check_training(config: Config) -> None:
+    """Refuse flags of a training command that a comparison cannot have."""
+    output = config.output
+    if not config.lpl.enabled:
+        raise ValueError(
+            "--lpl_weight 0: give the training command with LPL; the comparison makes the run without LPL itself"
+        )
+    for name in ("dry_run", "for_gpu"):
+        if config.values()[name]:
+            raise ValueError(f"--{name}: leave it out of the training command; a comparison begins with a dry run")
+    if output.push_to_hub:
+        raise ValueError(
+            "--push_to_hub: a comparison publishes nothing; leave it out (of a recipe by --without push_to_hub), and "
+            "publish a run afterwards by python -m lpl.publish"
+        )
+    if output.resume_from_checkpoint not in (None, "latest"):
+        raise ValueError(
+            f"--resume_from_checkpoint {output.resume_from_checkpoint}: the runs of a comparison begin anew and "
+            "resume by themselves; leave it out"
+        )
+
+
+def _evaluation_words(values: dict[str, Any]) -> list[str]:
+    """The flags for python -m lpl.evaluate that are not at their defaults."""
+    parser, words = build_parser(), []
+    for name in EVALUATION_FLAGS:
+        value = values[name]
+        if value != parser.get_default(name):
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+# What is refused before a run ----------------------------------------------------------------------------------------
+
+
+def check_folder(command: Command) -> None:
+    """Refuse a folder that cannot be written to, or that holds something else.
+
+    Raises:
+        ValueError: with the flag that differs.
+    """
+    folder, what = command.folder, f"--output_dir {command.folder}"
+    check_writable(what, folder, [RUNS, EVALUATION], [TRAINING, report.PAGE])
+    if (folder / RECIPE).is_file():
+        raise ValueError(f"{what}: this is a training run's folder; give another one")
+    if not any(folder.glob(f"{RUNS}/*")):
+        return
+    if not command.recipe.is_file():
+        raise ValueError(f"{what}: it has a folder {RUNS} that is of no comparison; give another folder")
+    earlier = read_entries(command.recipe)
+    for name, value in recipe(command.training).items():
+        declared = FLAGS[name]
+        if not (declared.own or declared.on_resume is OnResume.SILENT) and earlier.get(name) != value:
+            raise ValueError(
+                f"{what}: it holds a comparison of another training command, with {name} {earlier.get(name)}, and now "
+                f"it is {value}; give another folder"
+            )
+
+
+def reference_folder(command: Command, description: Description) -> str:
+    """The folder of held-out images; those that the training command holds out are written to one.
+
+    Raises:
+        ValueError: without any.
+    """
+    config = command.training
+    given = command.request.reference or config.evaluation.eval_data_dir
+    data = config.data
+    if given:
+        for name, place in (("train_data_dir", data.train_data_dir), ("dataset_name", data.dataset_name)):
+            if place and os.path.isdir(place) and (lies_within(given, place) or lies_within(place, given)):
+                raise ValueError(
+                    f"--reference {given}: it shares images with --{name} {place}, which are trained on; give images "
+                    "that are not, or hold out a part by --validation_every_nth 10 in the training command"
+                )
+        return given
+    if not data.holds_out:
+        raise ValueError(
+            "--reference is missing: a folder of real images with captions that are not trained on; or hold out a "
+            "part of the training images by --validation_every_nth 10 in the training command"
+        )
+    if data.streaming or data.max_train_samples is not None:
+        name = "streaming" if data.streaming else "max_train_samples"
+        raise ValueError(f"--{name}: what a run holds out depends on its seed; give --reference")
+    folder = command.folder / REFERENCE
+    if not (folder / METADATA).is_file() or not any(command.folder.glob(f"{RUNS}/*")):
+        write_held_out(config, description, folder)
+    return str(folder)
+
+
+def write_held_out(config: Config, description: Description, folder: Path) -> None:
+    """Write the images that a run holds out, all of them, with their captions."""
+    shutil.rmtree(folder, ignore_errors=True)
+    data, cache_dir = replace(config.data, num_validation_samples=MOST_BY_DEFAULT), config.model.cache_dir
+    _, held_out = load_training_images(data, 0, cache_dir, description.num_classes)
+    assert held_out is not None
+    objective, space = description.objective(config.model.objective), LatentSpace(*description.space)
+    rest = (config.diffusion, 0, description.empty_caption, cache_dir)
+    images = TrainingImages(held_out, objective, space, data, *rest)
+    lines = []
+    for index in range(len(images)):
+        image, caption, bad = images.readable(images.candidates(index))
+        if not bad:  # otherwise it is another image, which is written by itself
+            save_picture(image, folder / f"{index:05d}.png")
+            lines.append(json.dumps({"file_name": f"{index:05d}.png", data.caption_column: caption}))
+    write_text(folder / METADATA, "\n".join(lines) + "\n")
+
+
+def evaluation_of(command: Command, runs: Sequence[Run], reference: str) -> evaluate.Command:
+    """The command that measures the runs."""
+    values = command.training.values()
+    shared = {name: values[name] for name in OF_THE_TRAINING}
+    defaults = evaluate.build_parser()
+    words = ["--generated", *(f"{run.label}={run.folder}" for run in runs), "--reference", reference]
+    words += ["--output_dir", str(command.folder / EVALUATION), *command.evaluation]
+    for name, value in shared.items():
+        words += [] if value == defaults.get_default(name) else [f"--{name}", str(value)]
+    return evaluate.parse(words)
+
+
+def check_evaluation(evaluation: evaluate.Command, description: Description) -> None:
+    """Refuse what would end the evaluation, hours later. The device is not touched: the trainings need it.
+
+    Raises:
+        ValueError: with what was given, what is accepted, and the flag to change.
+    """
+    request = evaluation.request
+    evaluate.check_command(replace(evaluation, request=replace(request, device="cpu", dtype="float32")))
+    there = len(image_files(request.reference))
+    check_counts(request.metrics, evaluate.number_drawn(request, there), there, request.nearest_k)
+    if request.prompts_file is None and not description.family.class_conditional:
+        column = evaluation.data.caption_column
+        if not has_captions(request.reference, column):
+            raise ValueError(
+                f"--reference {request.reference}: its images have no captions ({column!r}) to draw from; put a "
+                f"{METADATA} beside them, or give --prompts_file"
+            )
+
+
+# The whole -----------------------------------------------------------------------------------------------------------
+
+
+def prepare(command: Command) -> tuple[Command, evaluate.Command]:
+    """Complete the training's configuration, check everything, and take a dry run; returns the completed command and
+    the evaluation of the runs."""
+    config = command.training
+    check_words(config)
+    description = read_pipeline(config.model, config.lpl.lpl_blocks)
+    command = replace(command, training=resolve(config, description))
+    check_folder(command)
+    kinds = (WITH, WITHOUT, *([LONGER] if command.request.equal_time else []))
+    reference = reference_folder(command, description)
+    evaluation = evaluation_of(command, command.runs(*kinds), reference)
+    check_evaluation(evaluation, description)
+    begun = any(command.folder.glob(f"{RUNS}/*"))
+    write_text(command.recipe, recipe_text(recipe(command.training)))
+    if not begun:
+        words = [*command.run(WITH, command.seeds[0]).words(command.launcher, command.recipe), "--dry_run"]
+        show("a dry run first", words)
+        if code := call(words):
+            sys.exit(f"{PROGRAM}: the dry run ended with exit code {code}; its message is above, and nothing was run")
+    return command, evaluation
+
+
+def train(command: Command) -> list[Run]:
+    """Train all runs that are not done; returns all of them. Ends the process if one does not end well."""
+    equal_steps = command.runs(WITHOUT, WITH)
+    total = len(equal_steps) + (len(command.seeds) if command.request.equal_time else 0)
+    for number, run in enumerate(equal_steps, start=1):
+        train_run(command, run, f"{number} of {total}")
+    check_alike(equal_steps)
+    if not command.request.equal_time:
+        return equal_steps
+    longer = command.runs(LONGER)
+    steps = next((run.max_steps for run in longer if run.max_steps), None) or steps_for_equal_time(equal_steps)
+    for number, run in enumerate(longer, start=len(equal_steps) + 1):
+        train_run(command, run, f"{number} of {total}", steps)
+    check_alike([*equal_steps, *longer])
+    return [*equal_steps, *longer]
+
+
+def train_run(command: Command, run: Run, number: str, steps: int | None = None) -> None:
+    if run.is_done:
+        print(f"{number}: {run.label}: done already", flush=True)
+        return
+    words = run.words(command.launcher, command.recipe, steps)
+    show(f"{number}: {run.label}", words)
+    code = call(words)
+    if not code and run.finish():
+        return
+    how = "was stopped" if code == EXIT_CODE else f"ended with exit code {code} before it was done"
+    again = "run the same command again to go on from its last checkpoint"
+    print(f"\n{PROGRAM}: {run.label} {how}; {again}", file=sys.stderr)
+    sys.exit(EXIT_CODE if code == EXIT_CODE else 1)
+
+
+def show(title: str, words: Sequence[str]) -> None:
+    print(f"\n=== {title}\n{shlex.join(words)}\n", flush=True)
+
+
+def compare(command: Command) -> report.Comparison:
+    """Train, measure, and write everything."""
+    command, evaluation = prepare(command)
+    runs = train(command)
+    show("measures", evaluation.words)
+    found, states, real = evaluate.evaluated(evaluation)
+    commands = {"The comparison": command.words}
+    steps = {run.kind: run.max_steps for run in command.runs(LONGER)}
+    for run in runs:
+        if run.seed == command.seeds[0]:
+            words = run.words(command.launcher, command.recipe, steps.get(run.kind))
+            commands[f"Its run {run.label}"] = tuple(words)
+    comparison = report.Comparison(
+        runs,
+        measures_of(found, runs),
+        settings(command, found, runs[0]),
+        {name: without_secrets(shlex.join(words)) for name, words in commands.items()},
+        list(found["warnings"]),
+    )
+    report.write_comparison(comparison, report.draw(comparison, states, real), command.folder)
+    return comparison
+
+
+def settings(command: Command, evaluation: Mapping[str, Any], run: Run) -> dict[str, str]:
+    """What all runs share, in words."""
+    optimization, reference, facts = command.training.optimization, evaluation["reference"], run.facts
+    result = evaluation["results"][0]
+    sampling = ", ".join(f"{name} {result['drawn'][name]}" for name in SAMPLING if result["drawn"][name] is not None)
+    found = {
+        "Reference": f"{reference['images']} real images at {reference['preprocessing']['resolution']} px",
+        "Images of each run": f"{result['images']}, the same prompts and seeds for all runs; {sampling}",
+        "Features": ", ".join(short_names(evaluation).values()),
+        "Images in a step": str(facts["global_batch"]),
+    }
+    if optimization.use_ema:
+        found["EMA decay"] = f"{optimization.ema_decay} in all runs"
+        if "ema_decay" not in command.training.given:
+            found["EMA decay"] += f", the default with LPL (without LPL it would be {EMA_DECAY})"
+    libraries = ", ".join(f"{name} {version}" for name, version in facts["libraries"].items())
+    return found | {"Hardware": facts["hardware"], "Libraries": libraries}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
+    for library in ("httpx", "httpx2", "diffusers", "transformers"):  # they report each file and truncated caption
+        logging.getLogger(library).setLevel(logging.ERROR)
+    plain_warnings(PROGRAM)
+    try:
+        command = parsed(sys.argv[1:] if argv is None else argv)
+        comparison = compare(command)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{PROGRAM}: error: {error}")
+    for title, words in comparison.verdicts.items():
+        print(f"\n{title}. {words}")
+    for base in comparison.bases:
+        print(f"\n{evaluate.aligned(report.table(comparison, base))}")
+    for words in comparison.all_warnings:
+        print(f"\nwarning: {words}")
+    print(f"\nthe page with the picture is {command.folder / report.PAGE}")
