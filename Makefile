@@ -14,7 +14,7 @@ TESTS ?=
 # Number of kills in test-faults.
 KILLS ?= 100
 
-.PHONY: help install site quickstart quickstart-weights test test-slow test-faults test-gpu benchmark style quality clean
+.PHONY: help install site quickstart quickstart-weights test test-slow test-faults test-package test-gpu benchmark style quality clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
@@ -41,6 +41,9 @@ test-slow: $(READY)  ## run the long tests
 
 test-faults: $(READY)  ## kill a training run at KILLS random moments, and resume it each time
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 KILLS=$(KILLS) $(BIN)/python -m pytest tests/runs/test_killed.py -m slow
+
+test-package: $(READY)  ## build the wheel, train with it outside the repository, and run the notebook
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/packaging -m slow
 
 test-gpu:  ## run the tests and measurements that need a GPU; PYTHON=... needs a torch with CUDA
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest tests/gpu

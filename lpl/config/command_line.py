@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from importlib.util import find_spec
 from typing import Any
 
 from lpl.config.checks import check_words, idle_without_lpl
@@ -24,6 +25,9 @@ from lpl.config.recipes import read_recipe
 from lpl.config.rules import holds_out
 from lpl.options import parse_weight
 from lpl.tools.words import plain_warnings, warn
+
+
+PACKAGES = ("accelerate", "datasets", "peft", "transformers")  # imported by every run; the loss alone needs none
 
 
 # The parser ----------------------------------------------------------------------------------------------------------
@@ -67,9 +71,18 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> Config:
     with usage_errors(prog):
         config = _read(build_parser(prog), sys.argv[1:] if argv is None else argv)
         check_words(config)
+        _check_installed()
     if argv is None and config.output.hub_token:  # trackers upload the command line
         sys.argv = [word.replace(config.output.hub_token, "hf_...") for word in sys.argv]
     return config
+
+
+def _check_installed() -> None:
+    if absent := [name for name in PACKAGES if find_spec(name) is None]:
+        raise ValueError(
+            f"not installed: {', '.join(absent)}; install the wheel with its extra [train], or give pip install "
+            "-r requirements.txt in the repository"
+        )
 
 
 @contextmanager

@@ -62,16 +62,32 @@ class TestOwnLoop:
         assert all(parameter.grad is None for parameter in loss_fn.vae.parameters())
 
 
-def test_the_loss_alone_needs_no_trainer(tmp_path):
-    """`from lpl import LatentPerceptualLoss` where nothing but torch, diffusers and what they need is installed."""
+@pytest.fixture(scope="module")
+def loss_alone(tmp_path_factory):
+    """Runs Python where nothing but torch, diffusers and what they need is installed."""
+    packages = tmp_path_factory.mktemp("packages")
     absent = ("accelerate", "transformers", "datasets", "peft", "bitsandbytes", "matplotlib")
     for entry in Path(torch.__file__).parent.parent.iterdir():
         if not entry.name.lower().startswith(absent):
-            (tmp_path / entry.name).symlink_to(entry)
-    code = "import sys; from lpl import LatentPerceptualLoss; print('accelerate' in sys.modules)"
-    environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": os.environ["PATH"]}
-    done = subprocess.run([sys.executable, "-S", "-c", code], env=environment, capture_output=True, text=True)
+            (packages / entry.name).symlink_to(entry)
+    environment = {"PYTHONPATH": f"{packages}:{ROOT}", "PATH": os.environ["PATH"]}
+
+    def python(*words):
+        return subprocess.run([sys.executable, "-S", *words], env=environment, capture_output=True, text=True)
+
+    return python
+
+
+def test_the_loss_alone_needs_no_trainer(loss_alone):
+    done = loss_alone("-c", "import sys; from lpl import LatentPerceptualLoss; print('accelerate' in sys.modules)")
     assert done.stdout.strip() == "False", done.stdout + done.stderr
+
+
+def test_training_without_the_extra_is_refused_in_a_line(loss_alone):
+    words = ["--pretrained_model_name_or_path", "a/b", "--train_data_dir", str(ROOT / "docs")]
+    done = loss_alone(str(ROOT / "train_text_to_image_lpl.py"), *words)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "not installed: accelerate, datasets, peft, transformers; install the wheel with its extra" in done.stderr
 
 
 def test_the_quickstart_data(tmp_path):
