@@ -125,10 +125,13 @@ def gather(study: Path) -> dict[str, dict[str, dict[str, float]]]:
             numbers, plain = seeds[seed], found[other][seed]
             numbers["change"] = numbers["fid"] / plain["fid"] - 1
             numbers["time"] = plain["images_per_second"] / numbers["images_per_second"]
-        with_lpl = found.get(other.replace("plain", "lpl"), {}) if ROWS[name].table == "cheap" else {}
-        for seed in seeds.keys() & with_lpl.keys() if not name.endswith(("plain", "lpl")) else ():
-            plain = found[other][seed]["fid"]
-            seeds[seed]["kept"] = (plain - seeds[seed]["fid"]) / (plain - with_lpl[seed]["fid"])
+    for name in (name for name in found if ROWS[name].table == "cheap"):
+        plain = without(ROWS[name])
+        lpl = plain.removesuffix("plain") + "lpl"
+        for seed in set.intersection(*(set(found.get(row, {})) for row in (name, plain, lpl))):
+            fid, best, least = (found[row][seed]["fid"] for row in (name, lpl, plain))
+            if name not in (plain, lpl):
+                found[name][seed]["kept"] = (least - fid) / (least - best)
     return found
 
 

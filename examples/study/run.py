@@ -30,13 +30,14 @@ SCRIPT = HERE.parents[1] / "train_text_to_image_lpl.py"
 AS = "as "  # before the row whose time is given, in the place of a number of steps
 METRICS = ("fid", "kid", "precision", "recall", "density", "coverage")
 IMAGES = 1280
-MADE = {  # by which command, from the trained base of flow matching; rows name them as {study}/NAME
-    "student": (
-        *("-m", "lpl.distill", "--pretrained_model_name_or_path", "{study}/bases/flow_matching"),
-        *("--train_data_dir", "{study}/data/train", "--caption_column", "label", "--resolution", "64"),
-        *("--output_dir", "{study}/student"),
-    ),
-    "small_decoder": (str(HERE / "small_decoder.py"), "--study", "{study}"),
+DISTILL = (
+    *("-m", "lpl.distill", "--pretrained_model_name_or_path", "{study}/bases/flow_matching"),
+    *("--train_data_dir", "{study}/data/train", "--caption_column", "label", "--resolution", "64"),
+    *("--output_dir", "{study}/student"),
+)
+MADE = {  # what rows name as {study}/NAME: its command, and the file that this writes last
+    "student": (DISTILL, "README.md"),
+    "small_decoder": ((str(HERE / "small_decoder.py"), "--study", "{study}"), "config.json"),
 }
 RESUMING = {"checkpointing_steps": 200, "checkpoints_total_limit": 1, "resume_from_checkpoint": "latest"}
 
@@ -85,9 +86,10 @@ def train_base(study: Path, objective: str) -> None:
 
 
 def make(study: Path, name: str) -> None:
-    """What rows need besides the base; both commands continue where they were stopped, and end with `config.json`."""
-    if not (study / name / "config.json").is_file():
-        call([sys.executable, *(word.replace("{study}", str(study)) for word in MADE[name])], study / f"{name}.log")
+    """What rows need besides the base; a command that is stopped is called again."""
+    command, last = MADE[name]
+    if not (study / name / last).is_file():
+        call([sys.executable, *(word.replace("{study}", str(study)) for word in command)], study / f"{name}.log")
         print(f"{study / name} is made", flush=True)
 
 
@@ -110,8 +112,8 @@ def steps_for_the_time_of(study: Path, name: str) -> int:
 
 
 def time_of_a_step(row: Path) -> float:
-    """Seconds per image: the mean over the row's finished seeds of the least of each one's log, as other jobs disturb
-    the others."""
+    """Seconds per image, a mean over the row's finished seeds: of each one the fastest entry of its log, which other
+    jobs disturbed least."""
     finished = [folder for folder in sorted(row.glob("*/")) if (folder / "model_index.json").is_file()]
     return mean(1 / max(speeds(folder)) for folder in finished)
 

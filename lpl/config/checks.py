@@ -183,10 +183,12 @@ def _check_lpl(config: Config) -> None:
         raise ValueError(f"--lpl_weight 0 turns the loss off, so --{idle[0]} has no effect; leave one of them out")
     if config.lpl.lpl_student is not None and config.lpl.lpl_crop is not None:
         raise ValueError("--lpl_student sees whole images at little cost, so leave --lpl_crop out")
-    if config.lpl.lpl_student is not None and config.lpl.lpl_correct_every == 1:
-        warn("--lpl_correct_every 1 computes LPL itself at every step; leave out --lpl_student, or give 8 or more")
-    if config.lpl.lpl_student is not None and not config.lpl.lpl_correct_every and "lpl_max_samples" in config.given:
-        warn("--lpl_max_samples is for LPL's corrections, since a student sees all samples; add --lpl_correct_every")
+    if config.lpl.lpl_student is not None:
+        every, subset = config.lpl.lpl_correct_every, config.lpl.lpl_max_samples is not None
+        if every == 1 and not subset:
+            warn("--lpl_correct_every 1 computes LPL itself at every step; leave out --lpl_student, or give more")
+        if every == 0 and subset:
+            warn("--lpl_max_samples is for LPL's corrections, as a student sees all samples; add --lpl_correct_every")
     check_loss_options(config.lpl, config.lpl.lpl_blocks)
 
 

@@ -72,7 +72,8 @@ class DryRun:
     def report(self) -> None:
         """Measure the costs, and print the report on the main process."""
         logger.info(f"dry run: takes {MEASURED_STEPS + 1} steps of each kind and writes nothing")
-        if self.weight.measuring or self.plan.config.lpl.lpl_student:  # a resumed run's steps have the student else
+        # A run that is resumed behind the measurement has the student in its steps, where LPL itself is to be timed
+        if self.weight.measuring or self.plan.config.lpl.lpl_student:
             self.weight.measuring_steps = self.weight.steps + MEASURED_STEPS
         plain = self._measured(with_lpl=False)
         with_lpl = self._measured(with_lpl=True) if self.plan.config.lpl.enabled and plain else None

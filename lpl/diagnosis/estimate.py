@@ -22,7 +22,7 @@ import diffusers
 import torch
 import transformers
 from accelerate.utils.operations import convert_outputs_to_fp32
-from diffusers import AutoModel
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import BatchEncoding
 
@@ -350,7 +350,8 @@ def _decoder(family: Family, lpl: Lpl, cache_dir: str | None) -> tuple[Any, Lpl,
     path, dtype = lpl.lpl_vae_name_or_path, DTYPES[lpl.decoder_dtype()]
     if path is None and family.vae.dtype == dtype:
         return family.vae, lpl, cache_dir
-    settings: Any = family.vae.config if path is None else AutoModel.load_config(path, cache_dir=cache_dir)
+    # Any class's file is read so; AutoModel's name for it changes with what it has loaded before
+    settings: Any = family.vae.config if path is None else AutoencoderKL.load_config(path, cache_dir=cache_dir)
     other = _made(getattr(diffusers, settings["_class_name"]), settings, dtype).requires_grad_(False).eval()
     if path is None and hasattr(other, "encoder"):  # a copy has no encoder
         cast(Any, other).encoder = None

@@ -301,7 +301,8 @@ def test_what_makes_no_sense_with_a_student_warns(flags, sd_pipeline, image_fold
     monkeypatch.setattr("lpl.families.resolve._check_student", lambda *_: None)
     (said,) = warned(sd_pipeline, image_folder, tmp_path, lpl_student="user/student", **flags)
     assert said.startswith(f"--{next(iter(flags))}")
-    assert warned(sd_pipeline, image_folder, tmp_path, lpl_student="user/student", lpl_correct_every=8) == []
+    for useful in ({"lpl_correct_every": 8}, {"lpl_correct_every": 1, "lpl_max_samples": 1}):
+        assert warned(sd_pipeline, image_folder, tmp_path, lpl_student="user/student", **useful) == []
 
 
 EFFECTIVE = [

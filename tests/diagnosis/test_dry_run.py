@@ -34,6 +34,7 @@ class Steps:
     def __init__(self, weight, lpl=1.0, memory=2):
         self.weight, self.lpl, self.memory = weight, lpl, memory
         self.calls = []  # (with LPL, largest timestep)
+        self.corrections = []  # factors on LPL less the student, of the steps with LPL
 
     def __call__(self, batches, with_lpl):
         timesteps = next(batches)["timestep"]
@@ -41,6 +42,7 @@ class Steps:
         if self.memory < 1 + with_lpl:
             raise torch.OutOfMemoryError("too small a machine")
         if with_lpl:
+            self.corrections.append(self.weight.correction(1))
             lpl = self.lpl * (1 if timesteps.any() else 1000)  # the warm-up's losses are no measure of a run
             self.weight.observe(torch.tensor(2.0), torch.tensor(lpl))
             self.weight.end_step(lambda sums: sums)
@@ -266,6 +268,20 @@ def test_a_resumed_run_has_fewer_steps_to_go(planned):
     plan = planned(max_train_steps=10)
     plan.run.step = 4
     assert dry_run(plan)[0]["steps"].endswith("; 6 to go")
+
+
+@pytest.mark.parametrize("measured", [0, 50])
+def test_lpl_itself_is_timed_before_the_student(measured, planned, monkeypatch):
+    """Also where a resumed run's weight is measured already, so that its steps have the student."""
+    monkeypatch.setattr("lpl.families.resolve._check_student", lambda *_: None)
+    plan, weight = planned(lpl_student="user/student"), LplWeight("auto:0.2", 50, CPU)
+    weight.steps = measured
+    steps = Steps(weight)
+    batches = itertools.repeat({"timestep": torch.tensor([400, 900])})
+    with redirect_stdout(io.StringIO()):
+        DryRun(plan, steps, batches, SimpleNamespace(optimizer=plan.schedule.optimizer), weight).report()
+    half = len(steps.corrections) // 2
+    assert steps.corrections == [1] * half + [0] * half and half > MEASURED_STEPS
 
 
 def test_warnings_of_the_plan_are_in_the_report(planned):

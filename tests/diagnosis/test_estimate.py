@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderTiny, AutoModel
 from tiny_families import FAMILY_OF, TINY, data_fixture
 from torch.utils.checkpoint import checkpoint
 from trainer import parsed, script
@@ -119,6 +120,15 @@ def test_everything_is_as_before_afterwards():
 
 
 # Families and flags --------------------------------------------------------------------------------------------------
+
+
+def test_another_decoder_whatever_was_loaded_before(counted, tmp_path, monkeypatch):
+    """A model that AutoModel loads from a pipeline changes where it looks for configurations."""
+    widths, blocks = (8,) * 3, (1,) * 3
+    AutoencoderTiny(3, 3, widths, widths, num_encoder_blocks=blocks, num_decoder_blocks=blocks).save_config(tmp_path)
+    monkeypatch.setattr(AutoModel, "config_name", "model_index.json")
+    own, tiny = counted(), counted(lpl_vae_name_or_path=str(tmp_path))
+    assert tiny.operations[Stage.LPL_STEP] != own.operations[Stage.LPL_STEP]
 
 
 @pytest.mark.parametrize("name", TINY)

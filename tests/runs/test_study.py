@@ -136,8 +136,9 @@ def commands(monkeypatch):
             raise AssertionError(command)
         if command[2] == "lpl.distill" or "small_decoder" in command[1]:
             made = command[command.index("--output_dir") + 1] if command[1] == "-m" else f"{command[-1]}/small_decoder"
-            Path(made).mkdir()
-            Path(made, "config.json").write_text("{}")
+            Path(made).mkdir(exist_ok=True)
+            for name in ("config.json", "README.md"):
+                Path(made, name).write_text("{}")
         elif command[1] == str(run.SCRIPT):
             folder = Path(command[command.index("--output_dir") + 1])
             slower = 1 if command[command.index("--lpl_weight") + 1] == "0" else 2
@@ -191,6 +192,10 @@ def test_what_a_row_needs_is_made_once_after_the_base(tmp_path, monkeypatch, com
     assert of["bases"].lpl_student is None and of["bases"].lpl_vae_name_or_path is None
     assert of["cheap_flow_student"].lpl_student == f"{tmp_path}/student"
     assert of["cheap_flow_tiny"].lpl_vae_name_or_path == f"{tmp_path}/small_decoder"
+    (tmp_path / "student/README.md").unlink()  # killed while it was written
+    commands.clear()
+    run.main()
+    assert [command[2] for command in commands] == ["lpl.distill"]
 
 
 def test_the_time_of_a_row_is_the_mean_over_its_finished_seeds(tmp_path):
