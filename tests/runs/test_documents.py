@@ -32,7 +32,7 @@ DOORS = {  # python -m lpl.NAME -> the module that has its parser
     if (match := re.search(r"^from (lpl\.\w+\.command) import main$", door.read_text(), re.MULTILINE))
 }
 OF_OTHERS = {  # of accelerate, Docker, and this repository's own scripts
-    *("--multi_gpu", "--num_processes", "--shm-size", "--rows", "--seeds", "--write", "--scale"),
+    *("--cpu", "--multi_gpu", "--num_processes", "--shm-size", "--rows", "--seeds", "--write", "--scale"),
 }
 LONGEST = 110
 
