@@ -60,7 +60,7 @@ class LatentPerceptualLoss:
             2^(-r_l / r_1) (its formula as printed), "uniform", or one number per block.
         mask_outliers: exclude outliers of the predicted features (Sec. 8).
         distance: "l2", squared differences, or "l1", absolute ones.
-        variant: "reference" gives the values of the authors' released code; it accepts no other options of the loss
+        variant: "reference" gives the values of diffusers' LPL research project; it accepts no options of the loss
             but ``blocks`` and ``gradient_checkpointing``.
         gradient_checkpointing: recompute each resnet in the backward pass, to save memory.
         outliers: parameters of the masks, see :func:`outlier_mask`.

@@ -135,7 +135,7 @@ def block_term(
 def reference_block_term(
     predicted: Tensor, target: Tensor, index: int, weight: float = 1.0, form_gradient: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """One block's term as in the authors' released code, with its depth weight; see :func:`block_term`.
+    """One block's term as in diffusers' LPL research project, with its depth weight; see :func:`block_term`.
 
     From the third block on, the mask is the *target's*, with kernels that do not scale with the resolution. Each
     position is divided by the norm of the target's channels there.

@@ -22,17 +22,22 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import MISSING, dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lpl.comparison import report
 from lpl.comparison.measures import measures_of
-from lpl.comparison.runs import LONGER, WITH, WITHOUT, Run, call, check_alike, steps_for_equal_time
+from lpl.comparison.runs import LONGER, WITH, WITHOUT, Run, call, check_alike, locked, steps_for_equal_time
 from lpl.config import Config
 from lpl.config.checks import check_words
 from lpl.config.choices import EMA_DECAY
@@ -46,7 +51,7 @@ from lpl.data.folder import image_files
 from lpl.data.source import load_training_images
 from lpl.evaluation import MOST_BY_DEFAULT
 from lpl.evaluation import command as evaluate
-from lpl.evaluation.images import METADATA, has_captions
+from lpl.evaluation.images import METADATA, Preprocessing, has_captions
 from lpl.evaluation.metrics import check_counts
 from lpl.evaluation.report import SAMPLING, short_names
 from lpl.families.description import Description, read_pipeline
@@ -62,13 +67,19 @@ from lpl.training.preemption import EXIT_CODE
 
 logger = logging.getLogger(__name__)
 PROGRAM = "python -m lpl.compare"
-SCRIPT = "train_text_to_image_lpl"
+SCRIPT, INSTALLED = "train_text_to_image_lpl", "lpl-train"  # the second one is the wheel's command
 EXAMPLE = f"-- accelerate launch {SCRIPT}.py --pretrained_model_name_or_path PIPELINE --train_data_dir IMAGES"
 TRAINING, RUNS, REFERENCE = "training.yaml", "runs", "reference"
+WRITTEN = re.compile(r"\d{5}\.png")  # the held-out images
 EVALUATION_FLAGS = (  # of python -m lpl.evaluate
     *("metrics", "features", "clip", "num_images", "batch_size", "num_inference_steps", "guidance_scale"),
     *("prompts_file", "nearest_k", "device", "dtype"),
 )
+DTYPES = {"bf16": "bfloat16", "fp16": "float16"}  # --mixed_precision -> --dtype
+KEEPING = {  # flags that change no result
+    *("gradient_checkpointing", "lpl_gradient_checkpointing", "lpl_chunk_size", "offload_ema"),
+    *("max_bad_samples", "max_skipped_steps"),
+}
 OF_THE_TRAINING = ("caption_column", "image_interpolation_mode", "cache_dir")  # what the evaluation takes from it
 
 
@@ -184,7 +195,8 @@ def _training_words(words: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
     >>> _training_words(["accelerate", "launch", "train_text_to_image_lpl.py", "--rank", "4"])
     (('accelerate', 'launch', 'train_text_to_image_lpl.py'), ['--rank', '4'])
     """
-    place = next((place for place, word in enumerate(words) if Path(word).name.removesuffix(".py") == SCRIPT), None)
+    names = [Path(word).name.removesuffix(".py") for word in words]
+    place = next((place for place, name in enumerate(names) if name in (SCRIPT, INSTALLED)), None)
     if place is None:
         raise ValueError(f"-- {shlex.join(words)}: this command does not run {SCRIPT}.py; an example: {EXAMPLE}")
     if place == 0 and words[0].endswith(".py"):
@@ -244,7 +256,8 @@ def check_folder(command: Command) -> None:
     earlier = read_entries(command.recipe)
     for name, value in recipe(command.training).items():
         declared = FLAGS[name]
-        if not (declared.own or declared.on_resume is OnResume.SILENT) and earlier.get(name) != value:
+        free = declared.own or declared.on_resume is OnResume.SILENT or name in KEEPING
+        if not free and earlier.get(name) != value:
             raise ValueError(
                 f"{what}: it holds a comparison of another training command, with {name} {earlier.get(name)}, and now "
                 f"it is {value}; give another folder"
@@ -283,7 +296,16 @@ def reference_folder(command: Command, description: Description) -> str:
 
 
 def write_held_out(config: Config, description: Description, folder: Path) -> None:
-    """Write the images that a run holds out, all of them, with their captions."""
+    """Write the images that a run holds out, all of them, with their captions.
+
+    Raises:
+        ValueError: if the folder holds anything else than an earlier call has written.
+    """
+    if any(file.name != METADATA and not WRITTEN.fullmatch(file.name) for file in folder.glob("*")):
+        raise ValueError(
+            f"--output_dir {folder.parent}: its folder {REFERENCE}, in which the held-out images are written, holds "
+            "other files; move them, give the folder as --reference, or give another --output_dir"
+        )
     shutil.rmtree(folder, ignore_errors=True)
     data, cache_dir = replace(config.data, num_validation_samples=MOST_BY_DEFAULT), config.model.cache_dir
     _, held_out = load_training_images(data, 0, cache_dir, description.num_classes)
@@ -304,39 +326,49 @@ def evaluation_of(command: Command, runs: Sequence[Run], reference: str) -> eval
     """The command that measures the runs."""
     values = command.training.values()
     shared = {name: values[name] for name in OF_THE_TRAINING}
-    defaults = evaluate.build_parser()
+    defaults, dtype = evaluate.build_parser(), DTYPES.get(command.training.optimization.mixed_precision or "")
     words = ["--generated", *(f"{run.label}={run.folder}" for run in runs), "--reference", reference]
     words += ["--output_dir", str(command.folder / EVALUATION), *command.evaluation]
+    words += ["--dtype", dtype] if dtype and "--dtype" not in words else []
     for name, value in shared.items():
         words += [] if value == defaults.get_default(name) else [f"--{name}", str(value)]
     return evaluate.parse(words)
 
 
-def check_evaluation(evaluation: evaluate.Command, description: Description) -> None:
-    """Refuse what would end the evaluation, hours later. The device is not touched: the trainings need it.
+def check_evaluation(evaluation: evaluate.Command, description: Description, resolution: int) -> None:
+    """Refuse what would end the evaluation, hours later.
+
+    The device is tried in another process, since the trainings need all of its memory.
 
     Raises:
         ValueError: with what was given, what is accepted, and the flag to change.
     """
     request = evaluation.request
-    evaluate.check_command(replace(evaluation, request=replace(request, device="cpu", dtype="float32")))
+    evaluate.check_command(evaluation)
+    if request.device == "cpu":
+        evaluate.check_device(request.device, request.dtype)
+    else:
+        with ProcessPoolExecutor(1, get_context("spawn")) as other:
+            other.submit(evaluate.check_device, request.device, request.dtype).result()
     there = len(image_files(request.reference))
     check_counts(request.metrics, evaluate.number_drawn(request, there), there, request.nearest_k)
-    if request.prompts_file is None and not description.family.class_conditional:
-        column = evaluation.data.caption_column
-        if not has_captions(request.reference, column):
-            raise ValueError(
-                f"--reference {request.reference}: its images have no captions ({column!r}) to draw from; put a "
-                f"{METADATA} beside them, or give --prompts_file"
-            )
+    column = evaluation.data.caption_column
+    if description.family.class_conditional or request.prompts_file is not None:
+        preprocessing = Preprocessing(resolution, evaluation.data.image_interpolation_mode)
+        evaluate.prompts_for(description, request, evaluation.folder_images(request.reference, preprocessing))
+    elif not has_captions(request.reference, column):
+        raise ValueError(
+            f"--reference {request.reference}: its images have no captions ({column!r}) to draw from; put a "
+            f"{METADATA} beside them, or give --prompts_file"
+        )
 
 
 # The whole -----------------------------------------------------------------------------------------------------------
 
 
 def prepare(command: Command) -> tuple[Command, evaluate.Command]:
-    """Complete the training's configuration, check everything, and take a dry run; returns the completed command and
-    the evaluation of the runs."""
+    """Complete the training's configuration, and check everything; returns the completed command and the evaluation of
+    the runs."""
     config = command.training
     check_words(config)
     description = read_pipeline(config.model, config.lpl.lpl_blocks)
@@ -345,41 +377,45 @@ def prepare(command: Command) -> tuple[Command, evaluate.Command]:
     kinds = (WITH, WITHOUT, *([LONGER] if command.request.equal_time else []))
     reference = reference_folder(command, description)
     evaluation = evaluation_of(command, command.runs(*kinds), reference)
-    check_evaluation(evaluation, description)
+    check_evaluation(evaluation, description, command.training.data.size)
+    return command, evaluation
+
+
+def begin(command: Command, lock: int) -> None:
+    """Write the recipe of all runs and, before the first one, take a dry run; ends the process if that fails."""
     begun = any(command.folder.glob(f"{RUNS}/*"))
     write_text(command.recipe, recipe_text(recipe(command.training)))
     if not begun:
         words = [*command.run(WITH, command.seeds[0]).words(command.launcher, command.recipe), "--dry_run"]
         show("a dry run first", words)
-        if code := call(words):
+        if code := call(words, lock):
             sys.exit(f"{PROGRAM}: the dry run ended with exit code {code}; its message is above, and nothing was run")
-    return command, evaluation
 
 
-def train(command: Command) -> list[Run]:
+def train(command: Command, lock: int) -> list[Run]:
     """Train all runs that are not done; returns all of them. Ends the process if one does not end well."""
     equal_steps = command.runs(WITHOUT, WITH)
     total = len(equal_steps) + (len(command.seeds) if command.request.equal_time else 0)
     for number, run in enumerate(equal_steps, start=1):
-        train_run(command, run, f"{number} of {total}")
-    check_alike(equal_steps)
+        train_run(command, run, f"{number} of {total}", lock)
+        check_alike(equal_steps[:number])
     if not command.request.equal_time:
         return equal_steps
     longer = command.runs(LONGER)
     steps = next((run.max_steps for run in longer if run.max_steps), None) or steps_for_equal_time(equal_steps)
     for number, run in enumerate(longer, start=len(equal_steps) + 1):
-        train_run(command, run, f"{number} of {total}", steps)
-    check_alike([*equal_steps, *longer])
+        train_run(command, run, f"{number} of {total}", lock, steps)
+        check_alike([*equal_steps, *longer[: number - len(equal_steps)]])
     return [*equal_steps, *longer]
 
 
-def train_run(command: Command, run: Run, number: str, steps: int | None = None) -> None:
+def train_run(command: Command, run: Run, number: str, lock: int, steps: int | None = None) -> None:
     if run.is_done:
         print(f"{number}: {run.label}: done already", flush=True)
         return
     words = run.words(command.launcher, command.recipe, steps)
     show(f"{number}: {run.label}", words)
-    code = call(words)
+    code = call(words, lock)
     if not code and run.finish():
         return
     how = "was stopped" if code == EXIT_CODE else f"ended with exit code {code} before it was done"
@@ -395,9 +431,22 @@ def show(title: str, words: Sequence[str]) -> None:
 def compare(command: Command) -> report.Comparison:
     """Train, measure, and write everything."""
     command, evaluation = prepare(command)
-    runs = train(command)
+    with locked(command.folder) as lock:
+        begin(command, lock)
+        runs = train(command, lock)
+        return measure(command, evaluation, runs)
+
+
+def measure(command: Command, evaluation: evaluate.Command, runs: Sequence[Run]) -> report.Comparison:
+    """Measure the runs, and write everything."""
     show("measures", evaluation.words)
-    found, states, real = evaluate.evaluated(evaluation)
+    try:
+        found, states, real = evaluate.evaluated(evaluation)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            "memory ran out while drawing or measuring; the runs are done and kept: run the same command again with a "
+            f"smaller --batch_size than {evaluation.request.batch_size}, or with --dtype bfloat16"
+        ) from error
     commands = {"The comparison": command.words}
     steps = {run.kind: run.max_steps for run in command.runs(LONGER)}
     for run in runs:
@@ -406,7 +455,7 @@ def compare(command: Command) -> report.Comparison:
             commands[f"Its run {run.label}"] = tuple(words)
     comparison = report.Comparison(
         runs,
-        measures_of(found, runs),
+        measures_of(found, runs, evaluation.request.metrics[0]),
         settings(command, found, runs[0]),
         {name: without_secrets(shlex.join(words)) for name, words in commands.items()},
         list(found["warnings"]),

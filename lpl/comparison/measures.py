@@ -1,14 +1,15 @@
 """The numbers of a comparison: measures of each run, their differences seed by seed, and what these tell.
 
 The runs of a seed share data, noise and initial weights, so that a *difference* is that of one seed: with LPL minus
-without. Several seeds *agree* in a measure if all their differences have one sign. If LPL made no difference, each
-sign would be a coin's throw, and N seeds would agree in 1 of 2^(N - 1) cases.
+without. If LPL made no difference, each sign would be a coin's throw; *chance* is the probability that so many signs,
+or more, are alike (the sign test, two-sided, ties left out).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import comb
 from statistics import mean, stdev
 from typing import Any
 
@@ -20,8 +21,9 @@ from lpl.tools import layout
 from lpl.tools.files import entries
 
 
-ENOUGH = 6  # seeds that agree in 1 of 32 cases by chance
+UNLIKELY = 0.05  # 6 seeds that agree, or 8 of 9
 HELD_OUT = {"validation_loss": "diffusion loss on held-out images", "validation_lpl": "LPL on held-out images"}
+CHANCE = "If LPL made no difference, so many seeds or more would be alike with a probability of {:.2g}%."
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,23 @@ class Measure:
         sign = 1 if self.better == "higher" else -1
         return sum(sign * difference < 0 for difference in self.differences(base))
 
+    def chance(self, base: str) -> float:
+        """Of so many seeds alike, if LPL made no difference."""
+        better, worse = self.better_in(base), self.worse_in(base)
+        count = better + worse
+        return min(1.0, sum(comb(count, many) for many in range(max(better, worse), count + 1)) * 2 / 2**count)
 
-def measures_of(evaluation: Mapping[str, Any], runs: Sequence[Run]) -> list[Measure]:
-    """All measures of the runs, whose labels are those of the evaluation's results."""
+
+def measures_of(evaluation: Mapping[str, Any], runs: Sequence[Run], first: str | None = None) -> list[Measure]:
+    """All measures of the runs, whose labels are those of the evaluation's results.
+
+    Args:
+        first: the metric that comes first.
+    """
     results = {result["label"]: result for result in evaluation["results"]}
     names, kinds = short_names(evaluation), dict.fromkeys(run.kind for run in runs)
     of_kind = {kind: [run for run in runs if run.kind == kind] for kind in kinds}
-    found = []
+    found, place = [], 0
     for network, metrics in results[runs[0].label]["metrics"].items():
         for metric in metrics:
             values = {
@@ -77,7 +89,9 @@ def measures_of(evaluation: Mapping[str, Any], runs: Sequence[Run]) -> list[Meas
             }
             several = f", {names[network]}" if len(names) > 1 and metric in SET_METRICS else ""
             better = "lower" if metric in SMALLER_IS_BETTER else "higher"
+            place = len(found) if metric == first and not place else place
             found.append(Measure(title(metric, network) + several, better, values))
+    found.insert(0, found.pop(place))
     energy = {kind: [results[run.label]["high_frequency_energy"] for run in those] for kind, those in of_kind.items()}
     real = evaluation["reference"]["high_frequency_energy"]
     found.append(Measure(f"{ENERGY} (real images: {real:.4f})", None, energy))
@@ -124,7 +138,7 @@ def agreement(measure: Measure, base: str) -> str:
 
 
 def verdict(measures: Sequence[Measure], base: str) -> str:
-    """What the differences to the base tell: the first measure, then the others, then what chance would do."""
+    """What the differences to the base tell: the first measure, what chance would do, then the others."""
     judged = [measure for measure in measures if measure.better]
     first, seeds = judged[0], len(judged[0].values[WITH])
     better = [measure.title for measure in judged if measure.better_in(base) == seeds]
@@ -135,20 +149,19 @@ def verdict(measures: Sequence[Measure], base: str) -> str:
             "Not distinguishable with one seed: another seed changes these numbers too, and one pair of runs does not "
             f"show by how much. In this seed {lists}. Give three or more --seeds."
         )
-    if first.title not in better + worse:
-        count = first.better_in(base)
-        head = f"Not distinguishable by the {first.title}: with LPL it is better in {count} of {seeds} seeds."
+    counted, chance = first.better_in(base), first.chance(base)
+    shares = first.changes(base)
+    by = shown(first.differences(base), "+") if shares is None else percent(shares)
+    way = "better" if counted > first.worse_in(base) else "worse"
+    count = counted if way == "better" else first.worse_in(base)
+    if count == seeds or chance <= UNLIKELY:
+        how = f"all {seeds}" if count == seeds else f"{count} of {seeds}"
+        head = f"The {first.title} is {way} with LPL in {how} seeds ({by})."
+        if chance > UNLIKELY:
+            head += " This is a hint: it takes 6 seeds that agree to make chance unlikely."
     else:
-        shares = first.changes(base)
-        by = shown(first.differences(base), "+") if shares is None else percent(shares)
-        way = "better" if first.title in better else "worse"
-        head = f"The {first.title} is {way} with LPL in all {seeds} seeds ({by})."
-        if seeds < ENOUGH:
-            head += f" This is a hint: it takes {ENOUGH} seeds that agree to make chance unlikely."
-    return (
-        f"{head} In all seeds {lists}. If LPL made no difference, {seeds} seeds would agree in 1 of "
-        f"{2 ** (seeds - 1)} cases, for each measure."
-    )
+        head = f"Not distinguishable by the {first.title}: with LPL it is better in {counted} of {seeds} seeds."
+    return f"{head} {CHANCE.format(100 * chance)} In all seeds {lists}."
 
 
 def as_json(measure: Measure, base: str) -> dict[str, Any]:

@@ -62,20 +62,28 @@ class Comparison:
         return [run for run in self.runs if run.kind == kind]
 
     @property
-    def all_warnings(self) -> list[str]:
-        """Those of the evaluation, and that equal time was missed, as on a busy machine."""
+    def missed(self) -> str:
+        """That equal time was missed, as on a busy machine; else empty."""
         seconds = {kind: mean(run.seconds for run in self.of(kind)) for kind in (WITH, LONGER) if self.of(kind)}
-        if LONGER in seconds and abs(seconds[LONGER] / seconds[WITH] - 1) > SAME_TIME:
-            missed = (
-                f"equal time was missed: {_time(seconds[LONGER])} without LPL and {_time(seconds[WITH])} with it; "
-                "other programs may have kept the machine busy"
-            )
-            return [*self.warnings, missed]
-        return list(self.warnings)
+        if LONGER not in seconds or abs(seconds[LONGER] / seconds[WITH] - 1) <= SAME_TIME:
+            return ""
+        favours = "the run with LPL" if seconds[LONGER] < seconds[WITH] else "the run without LPL"
+        return (
+            f"equal time was missed, which favours {favours}: {_time(seconds[LONGER])} without LPL and "
+            f"{_time(seconds[WITH])} with it; other programs may have kept the machine busy"
+        )
+
+    @property
+    def all_warnings(self) -> list[str]:
+        """Those of the evaluation, and one of a missed time."""
+        return [*self.warnings, *([self.missed] if self.missed else [])]
 
     @property
     def verdicts(self) -> dict[str, str]:
-        return {BASES[base]: verdict(self.measures, base) for base in self.bases}
+        found = {BASES[base]: verdict(self.measures, base) for base in self.bases}
+        if self.missed:
+            found[BASES[LONGER]] += f" But {self.missed}."
+        return found
 
 
 # The page ------------------------------------------------------------------------------------------------------------

@@ -7,13 +7,14 @@ holds a result and no checkpoint: the checkpoints of a finished run are deleted.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,17 @@ from lpl.tools import layout
 from lpl.tools.files import entries
 from lpl.tools.process import SIGNALS
 from lpl.tools.results import lora_entries, pipeline_entries
+from lpl.tools.words import warn
 from lpl.training.checkpoints import find_checkpoints
 from lpl.training.preemption import EXIT_CODE
 
 
 WITHOUT, WITH, LONGER = "without", "with", "longer"
+LOCK = ".lock"
 LABELS = {WITHOUT: "without LPL", WITH: "with LPL", LONGER: "without LPL, equal time"}
-FIXED = ("data", "global_batch", "num_processes")  # facts in which the runs of a seed may not differ
+FIXED = ("data", "base", "commits", "global_batch", "num_processes")  # facts that the runs of a seed share
+PRECISION = "mixed_precision"  # a flag, whose default is accelerate's
+MACHINE = ("hardware", "libraries")  # facts in which they should not
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,9 @@ class Run:
 
     @property
     def has_result(self) -> bool:
-        return bool(pipeline_entries(self.folder) or lora_entries(self.folder))
+        """Whether all of it is there; the card is written last."""
+        result = pipeline_entries(self.folder) or lora_entries(self.folder)
+        return bool(result) and (self.folder / layout.CARD).is_file()
 
     @property
     def is_done(self) -> bool:
@@ -53,7 +60,7 @@ class Run:
     @property
     def steps(self) -> int:
         """Optimizer steps in the log."""
-        return max(entry["step"] for entry in entries(self.folder / layout.LOG))
+        return max((entry["step"] for entry in entries(self.folder / layout.LOG)), default=0)
 
     @property
     def seconds(self) -> float:
@@ -68,8 +75,12 @@ class Run:
     @property
     def max_steps(self) -> int | None:
         """--max_train_steps of a run that has begun."""
+        return self.flag("max_train_steps")
+
+    def flag(self, name: str) -> Any:
+        """A flag's value in the recipe of a run that has begun."""
         recipe = self.folder / layout.RECIPE
-        return read_entries(recipe)["max_train_steps"] if recipe.is_file() else None
+        return read_entries(recipe)[name] if recipe.is_file() else None
 
     def words(self, launcher: Sequence[str], recipe: Path, steps: int | None = None) -> list[str]:
         """The training command.
@@ -109,7 +120,7 @@ def steps_for_equal_time(runs: Sequence[Run]) -> int:
 
 
 def check_alike(runs: Sequence[Run]) -> None:
-    """Refuse to compare finished runs of a seed with unlike data or batches.
+    """Refuse to compare finished runs of a seed with unlike data, base, batches or precision; warn of unlike machines.
 
     Raises:
         ValueError: with both runs and what to delete.
@@ -117,29 +128,52 @@ def check_alike(runs: Sequence[Run]) -> None:
     first: dict[int, Run] = {}
     for run in runs:
         other = first.setdefault(run.seed, run)
-        for name in FIXED:
-            if run.facts.get(name) != other.facts.get(name):
-                raise ValueError(
-                    f"{run.folder} and {other.folder} had unlike {name.replace('_', ' ')}, so they do not compare; "
-                    "delete one of them, and run the same command again"
-                )
+        ours, others = run.facts | {PRECISION: run.flag(PRECISION)}, other.facts | {PRECISION: other.flag(PRECISION)}
+        if name := next((name for name in (*FIXED, PRECISION) if ours.get(name) != others.get(name)), None):
+            raise ValueError(
+                f"{run.folder} and {other.folder} had unlike {name.replace('_', ' ')}, so they do not compare; "
+                "delete one of them, and run the same command again"
+            )
+        if names := [name for name in MACHINE if run is runs[-1] and ours.get(name) != others.get(name)]:
+            warn(f"{run.folder} and {other.folder} had unlike {' and '.join(names)}, which may tell in the result")
 
 
-def call(words: Sequence[str]) -> int:
+@contextmanager
+def locked(folder: Path) -> Iterator[int]:
+    """Holds a folder for one comparison, and for the training that it runs, which may outlive it; gives the lock.
+
+    Raises:
+        ValueError: if the folder is held already.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(
+                f"--output_dir {folder}: another comparison, or a training that it has left behind, still writes to "
+                "it; wait for its end or stop it, or give another folder"
+            ) from error
+        yield file.fileno()
+
+
+def call(words: Sequence[str], lock: int) -> int:
     """Run a command, and return its exit code; after a signal, that of an interrupted training.
+
+    The command holds the lock until it ends, too.
 
     Signals are passed on to all its processes, which are waited for: accelerate's launcher passes none on, and leaves
     before the training has saved its checkpoint.
     """
-    process = subprocess.Popen(words, process_group=0)
+    process = subprocess.Popen(words, process_group=0, pass_fds=[lock])
     received: list[int] = []
 
     def pass_on(number: int, _: object) -> None:
         received.append(number)
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
+            os.killpg(process.pid, signal.SIGTERM if number == signal.SIGHUP else number)
 
-    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    before = {number: signal.signal(number, pass_on) for number in (*SIGNALS, signal.SIGHUP)}
     try:
         code = process.wait()
         while received and _is_there(process.pid):
@@ -152,6 +186,8 @@ def call(words: Sequence[str]) -> int:
 
 def _is_there(group: int) -> bool:
     """Whether a process of the group still runs."""
+    with suppress(ChildProcessError):  # the first process of a container is the parent of all that have lost theirs
+        os.waitpid(-group, os.WNOHANG)
     try:
         os.killpg(group, 0)
     except ProcessLookupError:

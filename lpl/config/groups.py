@@ -291,7 +291,7 @@ class Lpl:
     lpl_distance: str = flag("l2", "squared (l2) or absolute (l1) difference of features", choices=DISTANCES)
     lpl_variant: str = flag(
         "paper",
-        "the loss of the paper, or exactly that of the authors' released code (reference)",
+        "the loss of the paper, or exactly that of the released code, diffusers' LPL research project (reference)",
         choices=VARIANTS,
         held_out="paper",
     )

@@ -51,7 +51,8 @@ from lpl.evaluation.networks import check_networks, load_networks, wanted_networ
 from lpl.evaluation.processes import processes
 from lpl.evaluation.report import aligned, on_card, summary, table, write_evaluation
 from lpl.evaluation.results import REAL, Reference, Settings, State, class_labels, measure, prompts_of, shown_states
-from lpl.evaluation.sources import Model, find_models, is_model, is_run
+from lpl.evaluation.sources import find_models, is_model, is_run
+from lpl.families.description import Description
 from lpl.publishing.card_edits import add_results
 from lpl.tools.files import check_writable
 from lpl.tools.layout import CARD, EVALUATION_IMAGES
@@ -215,6 +216,7 @@ def check_command(command: Command) -> None:
     if request.prompts_file is not None and not Path(request.prompts_file).is_file():
         what = "this is a folder; give a file" if Path(request.prompts_file).is_dir() else "there is no such file"
         raise ValueError(f"--prompts_file {request.prompts_file}: {what}")
+    read_prompts(request)
     if request.clip is not None and CLIP_SCORE not in request.metrics:
         raise ValueError(f"--clip {request.clip} is for clip_score, which --metrics does not name; leave one out")
     check_outside("--output_dir", request.output_dir, "--reference", request.reference)
@@ -227,9 +229,30 @@ def check_command(command: Command) -> None:
         raise ValueError(f"--generated: two sources are called {repeated}; name them, LABEL=SOURCE")
     if REAL in labels:
         raise ValueError(f"--generated {REAL}=...: that is the reference's name; give another label")
-    if usable_device(request.device).type == "cpu" and request.dtype == "float16":
-        raise ValueError("--dtype float16 needs a GPU; use bfloat16 or float32")
     check_networks(command.networks, command.model.cache_dir)
+
+
+def check_device(device: str | None, dtype: str) -> None:
+    """
+    Raises:
+        ValueError: for a device that cannot be used, or that cannot compute in this type.
+    """
+    if usable_device(device).type == "cpu" and dtype == "float16":
+        raise ValueError("--dtype float16 needs a GPU; use bfloat16 or float32")
+
+
+def read_prompts(request: Request) -> list[str]:
+    """The lines of --prompts_file; empty without it.
+
+    Raises:
+        ValueError: if the file has none.
+    """
+    if request.prompts_file is None:
+        return []
+    lines = Path(request.prompts_file).read_text(encoding="utf-8").splitlines()
+    if not (prompts := [line.strip() for line in lines if line.strip()]):
+        raise ValueError(f"--prompts_file {request.prompts_file}: the file has no prompts")
+    return prompts
 
 
 def labelled_sources(words: Sequence[str]) -> list[tuple[str, str]]:
@@ -341,19 +364,15 @@ def cards(request: Request) -> list[tuple[str, Path]]:
 # Their images --------------------------------------------------------------------------------------------------------
 
 
-def prompts_for(model: Model, request: Request, reference: ImageSet) -> list[str] | list[int]:
+def prompts_for(description: Description, request: Request, reference: ImageSet) -> list[str] | list[int]:
     """The prompts that a model takes in turn: those of --prompts_file in their order, else the reference's.
 
     Raises:
         ValueError: if there are none, or if they are no classes of a class-conditional model.
     """
-    family, names = model.description.family, model.class_names()
-    if request.prompts_file is not None:
+    family, names = description.family, description.class_names({})
+    if pool := read_prompts(request):
         where = f"--prompts_file {request.prompts_file}"
-        lines = Path(request.prompts_file).read_text(encoding="utf-8").splitlines()
-        pool = [line.strip() for line in lines if line.strip()]
-        if not pool:
-            raise ValueError(f"{where}: the file has no prompts")
         return class_labels(family, pool, names, where) if family.class_conditional else pool
     try:
         return prompts_of(reference, request.reference, family, names, "--reference", request.seed)
@@ -365,7 +384,7 @@ def draw_state(state: State, request: Request, device: torch.device, reference: 
     """Draw the images of a model, into a folder whose name changes with everything that decides them."""
     model = state.model
     assert model is not None
-    names, pool = model.class_names(), prompts_for(model, request, reference)
+    names, pool = model.class_names(), prompts_for(model.description, request, reference)
     count = number_drawn(request, len(reference))
     prompts = [pool[number % len(pool)] for number in range(count)]
     state.drawn = model.settings(request.dtype)
@@ -410,6 +429,7 @@ def run(command: Command) -> dict[str, Any]:
 def evaluated(command: Command) -> tuple[dict[str, Any], list[State], ImageSet]:
     """The same, the states with their images, and the real images."""
     request = command.request
+    check_device(request.device, request.dtype)
     check_command(command)
     states = find_states(command)
     preprocessing = Preprocessing(common_resolution(request, states), command.data.image_interpolation_mode)
@@ -426,7 +446,7 @@ def evaluated(command: Command) -> tuple[dict[str, Any], list[State], ImageSet]:
         if state.model is None:
             read_state(state, command, preprocessing)
         else:
-            prompts_for(state.model, request, real)
+            prompts_for(state.model.description, request, real)
     check_sizes(states, request, len(real))
     networks = load_networks(command.networks, real[0], device, command.model.cache_dir)
     reference = Reference(real, networks, command.settings)

@@ -218,8 +218,11 @@ def generate(
     mine = missing[state.process_index :: state.num_processes]
     if mine:
         validation = model.config.validation
+        family = load_model(model, device or cast(torch.device, state.device), dtype)
+        if slicing := getattr(family.vae, "enable_slicing", None):  # images are decoded one at a time
+            slicing()
         images = draw(
-            load_model(model, device or cast(torch.device, state.device), dtype),
+            family,
             [prompts[number] for number in mine],
             [seeds[number] for number in mine],
             model.config.data.size,

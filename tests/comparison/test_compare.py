@@ -57,7 +57,7 @@ def training(pipeline, images, **flags):
 def called(calls, stop=()):
     """In the place of a new process: the script in this one; a run in `stop` ends after two steps, by a signal."""
 
-    def call(line):
+    def call(line, lock):
         calls.append(line)
         flags = line[line.index(SCRIPT) + 1 :]
         name = os.path.basename(flags[flags.index("--output_dir") + 1])
@@ -153,7 +153,7 @@ def test_seeds_that_are_added_leave_the_others_alone(compared, monkeypatch, tmp_
 
 def test_a_run_that_fails_ends_the_command(sd_pipeline, image_folder, photos, tmp_path, monkeypatch, capsys):
     codes = iter([0, 1])
-    monkeypatch.setattr(command, "call", lambda line: next(codes))
+    monkeypatch.setattr(command, "call", lambda *_: next(codes))
     line = words(tmp_path / "c", training(sd_pipeline, image_folder), "--reference", str(photos))
     with pytest.raises(SystemExit) as left:
         command.main(line)
@@ -161,7 +161,7 @@ def test_a_run_that_fails_ends_the_command(sd_pipeline, image_folder, photos, tm
 
 
 def test_a_refusal_of_the_training_script_comes_first(sd_pipeline, image_folder, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "call", lambda line: 2)
+    monkeypatch.setattr(command, "call", lambda *_: 2)
     line = words(tmp_path / "c", training(sd_pipeline, image_folder), "--reference", str(photos))
     with pytest.raises(SystemExit, match="the dry run ended with exit code 2"):
         command.main(line)
@@ -180,7 +180,13 @@ time.sleep(60)
 LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
 
 
-def test_signals_reach_the_training_behind_its_launcher(tmp_path):
+@pytest.fixture
+def lock(tmp_path):
+    with runs.locked(tmp_path / "locked") as held:
+        yield held
+
+
+def test_signals_reach_the_training_behind_its_launcher(tmp_path, lock):
     """The launcher leaves at once, as accelerate's does; the command waits until the training has saved."""
     file, before = tmp_path / "state", signal.getsignal(signal.SIGTERM)
 
@@ -191,14 +197,25 @@ def test_signals_reach_the_training_behind_its_launcher(tmp_path):
 
     thread = threading.Thread(target=end)
     thread.start()
-    assert runs.call([sys.executable, "-c", LAUNCHER, TRAINING, str(file)]) == 75
+    assert runs.call([sys.executable, "-c", LAUNCHER, TRAINING, str(file)], lock) == 75
     assert file.read_text() == "saved"
     thread.join()
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_command_that_ends_by_itself_has_its_exit_code():
-    assert runs.call([sys.executable, "-c", "raise SystemExit(3)"]) == 3
+def test_a_command_that_ends_by_itself_has_its_exit_code(lock):
+    assert runs.call([sys.executable, "-c", "raise SystemExit(3)"], lock) == 3
+
+
+def test_a_folder_is_held_by_one_comparison_and_its_training(tmp_path):
+    """The training holds the lock too, so that it is not started twice if the comparison is killed."""
+    holds = [sys.executable, "-c", "import os, sys; os.fstat(int(sys.argv[1]))"]
+    with runs.locked(tmp_path) as lock:
+        assert runs.call([*holds, str(lock)], lock) == 0
+        with pytest.raises(ValueError, match="still writes to it"), runs.locked(tmp_path):
+            pass
+    with runs.locked(tmp_path):
+        pass
 
 
 # What it leaves
@@ -232,7 +249,7 @@ def test_the_numbers_are_those_of_the_evaluation(compared):
 
 def test_what_the_training_holds_out_is_the_reference(sd_pipeline, image_folder, tmp_path, monkeypatch):
     """--validation_every_nth 2: the 1st, 3rd, ... of the data set's images, in full."""
-    monkeypatch.setattr(command, "call", lambda line: 1)
+    monkeypatch.setattr(command, "call", lambda *_: 1)
     line = training(sd_pipeline, image_folder, validation_every_nth=2, num_validation_samples=1)
     with pytest.raises(SystemExit, match="the dry run"):
         command.main(words(tmp_path / "c", line, "--metrics", "fid"))
@@ -242,6 +259,10 @@ def test_what_the_training_holds_out_is_the_reference(sd_pipeline, image_folder,
     captions = {row["text"] if isinstance(row["text"], str) else row["text"][0] for row in data}
     assert {row["text"] for row in rows} <= captions
     assert all((tmp_path / "c/reference" / row["file_name"]).is_file() for row in rows)
+    (tmp_path / "c/reference/mine.jpg").write_text("a photo")
+    with pytest.raises(SystemExit, match="its folder reference.* holds other files; move them"):
+        command.main(words(tmp_path / "c", line, "--metrics", "fid"))
+    assert (tmp_path / "c/reference/mine.jpg").read_text() == "a photo"
 
 
 # Refusals
@@ -260,11 +281,14 @@ def test_what_the_training_holds_out_is_the_reference(sd_pipeline, image_folder,
         ({}, ("--features", "tests.evaluation.test_command:no_such"), "no_such"),
         ({"max_train_samples": 4, "validation_every_nth": 2}, (None,), "what a run holds out depends on its seed"),
         ({}, (None,), "--reference is missing"),
+        ({}, ("--device", "nonsense"), "--device nonsense"),
+        ({}, ("--dtype", "float16"), "--dtype float16 needs a GPU"),
+        ({}, ("--prompts_file", __file__.replace("test_compare", "__init__")), "the file has no prompts"),
     ],
 )
 def test_wrong_commands_are_refused(flags, more, said, sd_pipeline, image_folder, photos, tmp_path, monkeypatch):
     """None: without --reference."""
-    monkeypatch.setattr(command, "call", lambda line: pytest.fail("something was run"))
+    monkeypatch.setattr(command, "call", lambda *_: pytest.fail("something was run"))
     given = () if None in more else ("--reference", str(photos), *more)
     with pytest.raises(SystemExit) as left:
         command.main(words(tmp_path / "c", training(sd_pipeline, image_folder, **flags), *given))
@@ -298,7 +322,7 @@ def test_a_reference_without_captions_is_refused(column, sd_pipeline, image_fold
     if column is None:
         (reference / "metadata.jsonl").unlink()
     flags = {} if column is None else {"caption_column": "words"}
-    monkeypatch.setattr(command, "call", lambda line: pytest.fail("something was run"))
+    monkeypatch.setattr(command, "call", lambda *_: pytest.fail("something was run"))
     with pytest.raises(SystemExit, match="no captions"):
         line = training(sd_pipeline, image_folder, **flags)
         command.main(words(tmp_path / "c", line, "--reference", str(reference)))
@@ -312,9 +336,22 @@ def test_a_reference_that_is_trained_on_is_refused(reference, sd_pipeline, image
 
 
 def test_the_folder_of_another_comparison_is_refused(compared, monkeypatch):
-    monkeypatch.setattr(command, "call", lambda line: pytest.fail("something was run"))
+    monkeypatch.setattr(command, "call", lambda *_: pytest.fail("something was run"))
     with pytest.raises(SystemExit, match="with learning_rate 0.001, and now it is 0.002; give another folder"):
         command.main([*compared.words, "--learning_rate", "0.002"])
+
+
+def test_flags_that_change_no_result_may_be_added(compared, monkeypatch):
+    """Such as those that save memory, after a run that ended without it."""
+    monkeypatch.setattr(command, "call", lambda *_: pytest.fail("something was run"))
+    with pytest.raises(SystemExit, match="and now it is 0.002"):
+        command.main(
+            [*compared.words, "--gradient_checkpointing", "--lpl_chunk_size", "1", "--learning_rate", "0.002"]
+        )
+
+
+def test_the_command_of_the_wheel_is_a_training():
+    assert command._training_words(["lpl-train", "--rank", "4"]) == (("lpl-train",), ["--rank", "4"])
 
 
 def test_a_folder_with_other_runs_is_refused(sd_pipeline, image_folder, photos, tmp_path):
@@ -337,7 +374,7 @@ def folder_with(folder, speeds, batch, **facts):
     folder.mkdir(parents=True)
     log = [{"step": 10 * (number + 1), "images_per_second": speed} for number, speed in enumerate(speeds)]
     (folder / "metrics.jsonl").write_text(lines([*log, {"step": log[-1]["step"], "validation_loss": 1.0}]))
-    recipe = {"max_train_steps": log[-1]["step"], "measured": {"global_batch": batch} | facts}
+    recipe = {"max_train_steps": log[-1]["step"], "mixed_precision": None, "measured": {"global_batch": batch} | facts}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
 
 
@@ -355,10 +392,16 @@ def test_runs_of_unlike_batches_are_refused(tmp_path):
     folder_with(tmp_path / "b", [10], 8)
     with pytest.raises(ValueError, match="had unlike global batch"):
         runs.check_alike([Run(WITH, 0, tmp_path / "a"), Run(WITHOUT, 0, tmp_path / "b")])
+    folder_with(tmp_path / "c", [10], 4, libraries={"torch": "1"})
+    with pytest.warns(match="had unlike libraries"):
+        runs.check_alike([Run(WITH, 0, tmp_path / "a"), Run(WITHOUT, 0, tmp_path / "c")])
     runs.check_alike([Run(WITH, 0, tmp_path / "a"), Run(WITHOUT, 1, tmp_path / "b")])
 
 
-@pytest.mark.parametrize("speed, missed", [(20, []), (18.5, []), (40, ["equal time was missed: 2 s without LPL"])])
+@pytest.mark.parametrize(
+    "speed, missed",
+    [(20, []), (18.5, []), (40, ["equal time was missed, which favours the run with LPL: 2 s"])],
+)
 def test_a_time_that_was_missed_is_warned_of(speed, missed, tmp_path):
     """20 steps of 4 images in 4 s with LPL."""
     found = []
@@ -391,9 +434,13 @@ def test_a_verdict_says_no_more_than_the_seeds_do():
     mixed = verdict([measure("distance", "lower", [2.0, 2.0], [1.0, 3.0])], WITHOUT)
     assert mixed.startswith("Not distinguishable by the distance: with LPL it is better in 1 of 2 seeds")
     hint = verdict([measure("distance", "lower", [2.0] * 3, [1.0] * 3)], WITHOUT)
-    assert "is better with LPL in all 3 seeds (-50.0 ± 0.0%). This is a hint" in hint and "1 of 4 cases" in hint
+    assert (
+        "is better with LPL in all 3 seeds (-50.0 ± 0.0%). This is a hint" in hint and "a probability of 25%" in hint
+    )
     worse = verdict([measure("distance", "lower", [2.0] * 6, [3.0] * 6)], WITHOUT)
-    assert "is worse with LPL in all 6 seeds" in worse and "hint" not in worse and "1 of 32 cases" in worse
+    assert "is worse with LPL in all 6 seeds" in worse and "hint" not in worse and "of 3.1%" in worse
+    many = verdict([measure("distance", "lower", [2.0] * 9, [1.0] * 8 + [3.0])], WITHOUT)
+    assert "is better with LPL in 8 of 9 seeds" in many and "of 3.9%" in many  # 2 (9 + 1) / 2^9
 
 
 def test_equal_values_are_no_agreement():
