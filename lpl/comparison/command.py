@@ -41,7 +41,8 @@ from lpl.comparison.runs import LONGER, WITH, WITHOUT, Run, call, check_alike, l
 from lpl.config import Config
 from lpl.config.checks import check_words
 from lpl.config.choices import EMA_DECAY
-from lpl.config.command_line import add_flags, parse, recipe
+from lpl.config.command_line import add_flags, given_flags, parse, recipe
+from lpl.config.command_line import build_parser as training_parser
 from lpl.config.config import FLAGS
 from lpl.config.flag import NOT_NEGATIVE, OnResume, add_group, at_most, built, flag, flags_of
 from lpl.config.parser import Parser
@@ -61,7 +62,7 @@ from lpl.tools.layout import EVALUATION, RECIPE
 from lpl.tools.pictures import save_picture
 from lpl.tools.places import lies_within
 from lpl.tools.privacy import without_secrets
-from lpl.tools.words import plain_warnings, warn
+from lpl.tools.words import counted, plain_warnings, warn
 from lpl.training.preemption import EXIT_CODE
 
 
@@ -158,6 +159,8 @@ def parsed(words: Sequence[str]) -> Command:
         ValueError: with what was given, what is accepted, and the flag to change.
     """
     own, dashes, training = _split(words)
+    if not dashes and any(Path(word).name.removesuffix(".py") in (SCRIPT, INSTALLED) for word in own):
+        raise ValueError(f"write -- before the training command: {EXAMPLE}")
     values = vars(build_parser().parse_args(own))
     if not dashes:
         raise ValueError(f"the training command is missing; write it at the end: {EXAMPLE}")
@@ -173,7 +176,8 @@ def parsed(words: Sequence[str]) -> Command:
     config = parse(flags, f"{SCRIPT}.py")
     plain_warnings(PROGRAM)
     _check_training(config)
-    ignored = [name for name in ("output_dir", *(["seed"] if request.seeds else [])) if name in config.given]
+    typed = given_flags(training_parser(), flags)
+    ignored = [name for name in ("output_dir", *(["seed"] if request.seeds else [])) if name in typed]
     if ignored:
         warn(f"--{' and --'.join(ignored)} of the training command: the comparison sets its own")
     config = config.changed(
@@ -201,6 +205,8 @@ def _training_words(words: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
         raise ValueError(f"-- {shlex.join(words)}: this command does not run {SCRIPT}.py; an example: {EXAMPLE}")
     if place == 0 and words[0].endswith(".py"):
         raise ValueError(f"-- {words[0]} ...: write the launcher too: -- accelerate launch {words[0]} ...")
+    if shutil.which(words[0]) is None:
+        raise ValueError(f"-- {words[0]} ...: there is no such program")
     return tuple(words[: place + 1]), list(words[place + 1 :])
 
 
@@ -218,6 +224,12 @@ def _check_training(config: Config) -> None:
         raise ValueError(
             "--push_to_hub: a comparison publishes nothing; leave it out (of a recipe by --without push_to_hub), and "
             "publish a run afterwards by python -m lpl.publish"
+        )
+    steps = config.optimization.max_train_steps
+    if steps is not None and config.lpl.lpl_start_step >= steps:
+        raise ValueError(
+            f"--lpl_start_step {config.lpl.lpl_start_step}: the training ends after {steps} steps, so both runs would "
+            "be without LPL; add --lpl_start_step 0 to the training command, or train longer"
         )
     if output.resume_from_checkpoint not in (None, "latest"):
         raise ValueError(
@@ -351,7 +363,13 @@ def check_evaluation(evaluation: evaluate.Command, description: Description, res
         with ProcessPoolExecutor(1, get_context("spawn")) as other:
             other.submit(evaluate.check_device, request.device, request.dtype).result()
     there = len(image_files(request.reference))
-    check_counts(request.metrics, evaluate.number_drawn(request, there), there, request.nearest_k)
+    try:
+        check_counts(request.metrics, evaluate.number_drawn(request, there), there, request.nearest_k)
+    except ValueError as error:
+        raise ValueError(
+            f"the reference {request.reference} has {counted(there, 'image')}. {error}; or give another --reference, "
+            "or hold out more images (--validation_every_nth in the training command)"
+        ) from error
     column = evaluation.data.caption_column
     if description.family.class_conditional or request.prompts_file is not None:
         preprocessing = Preprocessing(resolution, evaluation.data.image_interpolation_mode)

@@ -57,12 +57,15 @@ class Measure:
 
     def better_in(self, base: str) -> int:
         """In how many seeds LPL is better; without a good direction, in how many its value is lower."""
-        sign = 1 if self.better == "higher" else -1
-        return sum(sign * difference > 0 for difference in self.differences(base))
+        return self._signs(base).count(1)
 
     def worse_in(self, base: str) -> int:
-        sign = 1 if self.better == "higher" else -1
-        return sum(sign * difference < 0 for difference in self.differences(base))
+        return self._signs(base).count(-1)
+
+    def _signs(self, base: str) -> list[int]:
+        """By seed: 1 where LPL is better, -1 where it is worse, 0 where both are the same to the digits shown."""
+        sign, pairs = 1 if self.better == "higher" else -1, zip(self.values[WITH], self.values[base], strict=True)
+        return [0 if shown([value]) == shown([other]) else sign if value > other else -sign for value, other in pairs]
 
     def chance(self, base: str) -> float:
         """Of so many seeds alike, if LPL made no difference."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import re
+from collections.abc import Collection
 from typing import Any, NoReturn
 
 from lpl.config.flag import boolean, number
-from lpl.config.foreign import FOREIGN
+from lpl.config.foreign import FOREIGN, OTHERS
 from lpl.config.rules import count_or_auto
 from lpl.options import AUTO
 from lpl.tools.words import close_match
@@ -39,8 +40,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         unknown, _, words = message.partition("unrecognized arguments: ")
         if words and not unknown:
+            word = words.split()[0].partition("=")[0]
             known = [action.dest for action in self._actions if action.dest not in FOREIGN]
-            message += close_match(words.split()[0].partition("=")[0], known, "--")
+            message += _of_others(word, known) or close_match(word, known, "--")
+            if not word.startswith("-"):
+                message += "; several words as one value need quotes"
         message = " ".join(message.split())  # one line
         self.exit(2, f"{self.prog}: error: {self.source}{message} (all flags: --help)\n")
 
@@ -48,6 +52,14 @@ class Parser(argparse.ArgumentParser):
         if action.option_strings and arg_strings == ["--"]:  # Python before 3.13 silently drops it
             raise argparse.ArgumentError(action, "-- is no value")
         return super()._get_values(action, arg_strings)  # type: ignore[misc]
+
+
+def _of_others(word: str, known: Collection[str]) -> str:
+    """What another trainer's flag is called here; empty for any other word."""
+    name = word.lstrip("-").replace("-", "_")
+    if name not in OTHERS or "max_train_steps" not in known:  # another command than the training
+        return ""
+    return f"; here: {OTHERS[name] or 'there is no such thing'} (docs/migrate.md)"
 
 
 class HelpFormatter(argparse.MetavarTypeHelpFormatter):

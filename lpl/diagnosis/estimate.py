@@ -486,10 +486,35 @@ def attempts(
         precision = "bf16" if "mixed_precision bf16" in row else mixed_precision
         another = changed(config, row)
         better = estimate(another, description, method, precision, processes, _stages(found))
-        if better.peak < found.peak:
-            config, found, mixed_precision = another, better, precision
-            taken.append(Attempt(row, better))
+        if better.peak >= found.peak:
+            continue
+        batch, smaller = (each.optimization.train_batch_size for each in (config, another))
+        if smaller < batch and not better.fits(capacity):
+            accumulated = smaller * another.optimization.gradient_accumulation_steps
+            smaller = _fitting_batch({batch: found.peak, smaller: better.peak}, capacity - CONTEXT)
+            row = f"--train_batch_size {smaller} --gradient_accumulation_steps {accumulated // smaller}"
+            another = changed(config, row)
+            better = estimate(another, description, method, precision, processes, _stages(found))
+        if smaller < batch and taken and taken[-1].flags.startswith("--train_batch_size"):
+            taken.pop()
+        config, found, mixed_precision = another, better, precision
+        taken.append(Attempt(row, better))
     return taken
+
+
+def _fitting_batch(peaks: Mapping[int, int], capacity: int) -> int:
+    """The largest divisor of the smaller batch whose memory is at most the capacity; 1 if there is none.
+
+    Args:
+        peaks: bytes by batch, of two batches; others lie on the line through them.
+
+    >>> _fitting_batch({16: 180, 8: 100}, 40), _fitting_batch({16: 180, 8: 100}, 0)
+    (2, 1)
+    """
+    (larger, most), (smaller, least) = sorted(peaks.items(), reverse=True)
+    each = (most - least) / (larger - smaller)
+    sizes = [size for size in range(1, smaller) if smaller % size == 0]
+    return max((size for size in sizes if least - each * (smaller - size) <= capacity), default=1)
 
 
 def _stages(found: Estimate) -> tuple[Stage, ...]:
@@ -534,8 +559,11 @@ def print_estimate(config: Config, method: Method) -> None:
     print(_report(config, found, name, capacity, precision, processes), flush=True)
     if found.fits(capacity):
         return
+    print("\nLooking for flags that make it fit, for a minute or so ...", flush=True)
+    started = time.monotonic()
     tried = attempts(config, description, method, precision, capacity, found, processes)
-    print(f"\n{table({'What would make it fit': _remedies(tried, capacity)})}", flush=True)
+    rows = _remedies(tried, capacity, time.monotonic() - started >= LONGEST)
+    print(f"\n{table({'What would make it fit': rows})}", flush=True)
 
 
 STAGES = {
@@ -585,10 +613,11 @@ def _report(config: Config, found: Estimate, name: str, capacity: int, precision
     )
 
 
-def _remedies(tried: Sequence[Attempt], capacity: int) -> Rows:
+def _remedies(tried: Sequence[Attempt], capacity: int, in_time_only: bool) -> Rows:
     rows = [(attempt.flags, f"{size(attempt.found.peak)} with these and the ones above") for attempt in tried]
     if not tried or not tried[-1].found.fits(capacity):
-        rows.append(("in the end", "no flags were found that make it fit; give a larger GPU"))
+        ended = f"the search ended after {LONGEST:.0f} s" if in_time_only else "no other flags save memory"
+        rows.append(("in the end", f"{ended}; see docs/hardware.md, give the flags above, or a larger GPU"))
     return rows
 
 

@@ -1,7 +1,8 @@
 """Flags that need less memory, as an ordered table.
 
 A row applies at some *stages*, and only where its flags are not in use and go with all the others. The first rows keep
-the numbers of the run, the last ones train something else. No row predicts bytes: ``--dry_run`` measures them.
+the numbers of the run, but for bf16, which most runs have; the last ones train something else. No row predicts bytes:
+``--dry_run`` measures them.
 """
 
 from __future__ import annotations
@@ -63,10 +64,12 @@ def _activations(status: Status) -> list[Remedy]:
     parts = next((count for count in range(2, batch + 1) if batch % count == 0), 1)
     smaller = f"--train_batch_size {batch // parts} " \
               f"--gradient_accumulation_steps {parts * optimization.gradient_accumulation_steps}"
-    decoded, crop = _decoded_at_once(status), _smaller_crop(status)
+    decoded = _decoded_at_once(status)
     return [
         Remedy("--gradient_checkpointing", STEPS, not optimization.gradient_checkpointing,
                "most activations of what is trained; a step takes about a third longer"),
+        Remedy("--mixed_precision bf16", MODELS, _bf16_saves(status),
+               "half of the frozen weights and of most activations, for copies of what is trained"),
         Remedy(smaller, STEPS | LOSSES, batch > 1,
                "activations, in proportion to the batch; as many images per step"),
         Remedy(f"--eval_batch_size {drawn // 2}", EVALUATION, drawn > 1,
@@ -77,14 +80,12 @@ def _activations(status: Status) -> list[Remedy]:
                f"activations of LPL's decoder, which sees up to {decoded} samples at a time now"),
         Remedy(f"--lpl_max_samples {decoded // 2}", LPL, decoded > 1,
                "half of the activations of LPL's decoder; LPL stays the same in expectation"),
-        Remedy(f"--lpl_crop {crop}", LPL, crop is not None,
-               "activations of LPL's decoder, in proportion to the area; a different LPL (docs/cost.md)"),
     ]
 
 
 def _weights(status: Status) -> list[Remedy]:
     config, lora, optimization = status.config, status.config.lora, status.config.optimization
-    text_encoders = config.model.train_text_encoder
+    text_encoders, crop = config.model.train_text_encoder, _smaller_crop(status)
     ema_on_gpu = optimization.use_ema and not optimization.offload_ema and status.device.type != "cpu"
     bits = not missing("bitsandbytes")
     adam = optimization.optimizer == "AdamW" and not optimization.use_8bit_adam and bits
@@ -97,12 +98,12 @@ def _weights(status: Status) -> list[Remedy]:
     return [
         Remedy("--offload_ema", LOADED, ema_on_gpu,  # which is made on the device and then leaves it
                "the EMA on the device; it is copied there and back in each step"),
-        Remedy("--mixed_precision bf16", MODELS, _bf16_saves(status),
-               "half of the frozen weights and of most activations, for copies of what is trained"),
         Remedy("--use_8bit_adam", LOADED, adam and has_state,
                "three quarters of the optimizer's state"),
         Remedy("--quantize_base 4bit", MODELS, packs,
                "most of the frozen denoiser's weights"),
+        Remedy(f"--lpl_crop {crop}", LPL, crop is not None,
+               "activations of LPL's decoder, in proportion to the area; a different LPL (docs/cost.md)"),
         Remedy("without --train_text_encoder", MODELS, text_encoders and trains,
                "gradients, optimizer state, EMA and activations of the text encoders"),
         Remedy("--lora", MODELS, not lora.lora and not config.model.from_scratch and trains,

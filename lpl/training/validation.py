@@ -114,7 +114,7 @@ class HeldOutLosses:
 
     @torch.no_grad()
     def compute(self, run: Run, trained: TrainedParts, average: MovingAverage | None) -> dict[str, float]:
-        """``validation_loss`` and ``validation_lpl``; each process computes its part."""
+        """``validation_loss`` and, if a sample is inside, ``validation_lpl``; each process computes its part."""
         accelerator = run.accelerator
         sums = torch.zeros(3, device=accelerator.device)
         trained.eval()
@@ -128,7 +128,8 @@ class HeldOutLosses:
                 )
         trained.train()
         diffusion_loss, lpl, count = cast(Tensor, accelerator.reduce(sums, "sum")).tolist()
-        return {"validation_loss": diffusion_loss / count, "validation_lpl": lpl / count}
+        found = {"validation_loss": diffusion_loss / count}
+        return found | ({"validation_lpl": lpl / count} if lpl else {})  # 0: no sample is inside
 
 
 # Samples -------------------------------------------------------------------------------------------------------------

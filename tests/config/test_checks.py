@@ -1,13 +1,15 @@
 """A bad command gets one sentence, with what to change, before anything is loaded; an idle flag gets a warning."""
 
+import re
 from contextlib import nullcontext
 
 import pytest
 from commands import cases, refusal, warned
-from trainer import arguments, run
+from trainer import ROOT, arguments, run
 
 from lpl.config.command_line import build_parser, parse
 from lpl.config.config import FLAGS
+from lpl.config.foreign import OTHERS
 
 
 # The script itself ---------------------------------------------------------------------------------------------------
@@ -369,3 +371,13 @@ def test_pictures_of_wandb_are_not_written_into_the_data(sd_pipeline, image_fold
 def test_real_images_that_are_trained_on_are_said(sd_pipeline, image_folder, tmp_path):
     said = warned(sd_pipeline, image_folder, tmp_path / "out", eval_data_dir=image_folder, eval_steps=1)
     assert any(words.startswith("--eval_data_dir: its images are trained on too") for words in said)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_flags_of_other_trainers_are_translated(name, sd_pipeline, image_folder, tmp_path, capsys, no_weights):
+    """As docs/migrate.md has them; what does the same here exists."""
+    said = refusal(capsys, [*arguments(sd_pipeline, image_folder, tmp_path), f"--{name}", "1"])
+    assert f"; here: {OTHERS[name] or 'there is no such thing'} (docs/migrate.md)" in said
+    known = {f"--{action.dest}" for action in build_parser().flags}
+    assert set(re.findall(r"--\w+", OTHERS[name] or "")) <= known and f"--{name}" not in known
+    assert re.search(rf"\b{name}\b", (ROOT / "docs/migrate.md").read_text())
