@@ -373,15 +373,22 @@ def mean_spectrum(study: Path, name: str, seeds: Iterable[str]) -> tuple[np.ndar
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", type=Path, default=Path("study"))
+    parser.add_argument(
+        "--add", action="store_true", help="add rows only: of a study of another autoencoder, with a floor of its own"
+    )
     args = parser.parse_args()
     found = with_earlier(gather(args.study))
-    results = {"settings": gather_settings(args.study), "floor": gather_floor(args.study), "rows": found}
+    if args.add:
+        results = json.loads((HERE / "results.json").read_text()) | {"rows": found}
+    else:
+        results = {"settings": gather_settings(args.study), "floor": gather_floor(args.study), "rows": found}
     page = DOCS / "results.md"
     page.write_text(filled(page.read_text(encoding="utf-8"), results), encoding="utf-8")
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     overview(found, DOCS / "study_rows.png")
     overview(found, DOCS / "study_headline.png", HEADLINE)
-    pictures(args.study, gather(args.study), DOCS)
+    if not args.add:
+        pictures(args.study, gather(args.study), DOCS)
 
 
 if __name__ == "__main__":

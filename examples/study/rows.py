@@ -101,6 +101,11 @@ CHEAP: dict[str, tuple[str, dict[str, object]]] = {
         "student, corrected every 8th step",
         LPL | {"lpl_student": "{study}/student", "lpl_correct_every": 8},
     ),
+    "brief": ("less faithful student", LPL | {"lpl_student": "{study}/brief_student"}),
+    "brief_corrected": (
+        "less faithful student, corrected every 8th step",
+        LPL | {"lpl_student": "{study}/brief_student", "lpl_correct_every": 8},
+    ),
     "tiny": ("small distilled decoder", LPL | {"lpl_vae_name_or_path": "{study}/small_decoder"}),
     "every_4": ("every 4th step", LPL | {"lpl_every": 4}),
     "every_8": ("every 8th step", LPL | {"lpl_every": 8}),

@@ -33,10 +33,11 @@ IMAGES = 1280
 DISTILL = (
     *("-m", "lpl.distill", "--pretrained_model_name_or_path", "{study}/bases/flow_matching"),
     *("--train_data_dir", "{study}/data/train", "--caption_column", "label", "--resolution", "64"),
-    *("--output_dir", "{study}/student"),
+    *("--output_dir", "{study}/{name}"),
 )
 MADE = {  # what rows name as {study}/NAME: its command, and the file that this writes last
-    "student": (DISTILL, "README.md"),
+    "student": ((*DISTILL, "--num_pairs", "6000", "--steps", "2000"), "README.md"),
+    "brief_student": (DISTILL, "README.md"),
     "small_decoder": ((str(HERE / "small_decoder.py"), "--study", "{study}"), "config.json"),
 }
 RESUMING = {"checkpointing_steps": 200, "checkpoints_total_limit": 1, "resume_from_checkpoint": "latest"}
@@ -89,7 +90,8 @@ def make(study: Path, name: str) -> None:
     """What rows need besides the base; a command that is stopped is called again."""
     command, last = MADE[name]
     if not (study / name / last).is_file():
-        call([sys.executable, *(word.replace("{study}", str(study)) for word in command)], study / f"{name}.log")
+        words = [word.format(study=study, name=name) for word in command]
+        call([sys.executable, *words], study / f"{name}.log")
         print(f"{study / name} is made", flush=True)
 
 

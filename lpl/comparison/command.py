@@ -173,6 +173,8 @@ def parsed(words: Sequence[str]) -> Command:
         if name in values:
             declared.check(name, values[name])
     launcher, flags = _training_words(training)
+    if shutil.which(launcher[0]) is None:
+        raise ValueError(f"-- {launcher[0]} ...: there is no such program")
     config = parse(flags, f"{SCRIPT}.py")
     plain_warnings(PROGRAM)
     _check_training(config)
@@ -205,8 +207,6 @@ def _training_words(words: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
         raise ValueError(f"-- {shlex.join(words)}: this command does not run {SCRIPT}.py; an example: {EXAMPLE}")
     if place == 0 and words[0].endswith(".py"):
         raise ValueError(f"-- {words[0]} ...: write the launcher too: -- accelerate launch {words[0]} ...")
-    if shutil.which(words[0]) is None:
-        raise ValueError(f"-- {words[0]} ...: there is no such program")
     return tuple(words[: place + 1]), list(words[place + 1 :])
 
 
@@ -395,7 +395,7 @@ def prepare(command: Command) -> tuple[Command, evaluate.Command]:
     kinds = (WITH, WITHOUT, *([LONGER] if command.request.equal_time else []))
     reference = reference_folder(command, description)
     evaluation = evaluation_of(command, command.runs(*kinds), reference)
-    check_evaluation(evaluation, description, command.training.data.size)
+    check_evaluation(evaluation, description, command.training.data.size[0])
     return command, evaluation
 
 

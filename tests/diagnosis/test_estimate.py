@@ -222,7 +222,7 @@ def test_what_does_not_fit_is_told_with_what_would(configurations, tmp_path, cap
     monkeypatch.setattr(script, "CONFIG", command_line.parse(words))
     script.main()
     text = capsys.readouterr().out
-    assert "does not fit" in text and "--gradient_checkpointing" in text and "give a larger GPU" in text
+    assert "does not fit" in text and "--gradient_checkpointing" in text and "or a larger GPU" in text
 
 
 def test_an_estimate_fits_with_what_cuda_takes():
