@@ -283,7 +283,7 @@ def test_what_the_training_holds_out_is_the_reference(sd_pipeline, image_folder,
         ({}, ("--features", "tests.evaluation.test_command:no_such"), "no_such"),
         ({"max_train_samples": 4, "validation_every_nth": 2}, (None,), "what a run holds out depends on its seed"),
         ({}, (None,), "--reference is missing"),
-        ({}, ("--device", "nonsense"), "--device nonsense"),
+        pytest.param({}, ("--device", "nonsense"), "--device nonsense", marks=pytest.mark.slow),  # in another process
         ({}, ("--dtype", "float16"), "--dtype float16 needs a GPU"),
         ({}, ("--prompts_file", __file__.replace("test_compare", "__init__")), "the file has no prompts"),
     ],
