@@ -68,15 +68,14 @@ class LplWeight:
     def correction(self, step: int) -> int:
         """The factor on the difference between LPL and a student at an optimizer step with LPL, counted from 0.
 
-        It is 1, which gives LPL itself, while w is measured, since the share is LPL's; then n on every n-th step with
-        LPL, else 0.
+        It is 1, which gives LPL itself, while w is measured for a share, since that is LPL's; then n on every n-th
+        step with LPL, else 0.
 
         >>> weight = LplWeight("0.3", 1, torch.device("cpu"), every=2, correct_every=2)
-        >>> weight.steps = 1  # the measurement is over
         >>> [weight.correction(step) for step in range(0, 10, 2)]
         [2, 0, 2, 0, 2]
         """
-        if self.measuring:
+        if self.measuring and self.share is not None:
             return 1
         number = (step - self.start_step) // self.every
         return self.correct_every if self.correct_every and number % self.correct_every == 0 else 0

@@ -72,13 +72,13 @@ class DryRun:
     def report(self) -> None:
         """Measure the costs, and print the report on the main process."""
         logger.info(f"dry run: takes {MEASURED_STEPS + 1} steps of each kind and writes nothing")
-        # A run that is resumed behind the measurement has the student in its steps, where LPL itself is to be timed
         if self.weight.measuring or self.plan.config.lpl.lpl_student:
             self.weight.measuring_steps = self.weight.steps + MEASURED_STEPS
+        self.weight.correct_every = 1  # with a student, LPL itself is timed first
         plain = self._measured(with_lpl=False)
         with_lpl = self._measured(with_lpl=True) if self.plan.config.lpl.enabled and plain else None
         student = None
-        if with_lpl and self.plan.config.lpl.lpl_student:  # w is measured, which takes LPL itself; now without
+        if with_lpl and self.plan.config.lpl.lpl_student:
             self.weight.correct_every = self.weight.measuring_steps = 0
             student = self._measured(with_lpl=True)
         if self.plan.run.accelerator.is_main_process:

@@ -41,8 +41,9 @@ from lpl.families import Family
 from lpl.families.description import Description, read_pipeline
 from lpl.families.resolve import resolve, with_decoder_dtype
 from lpl.objectives import FlowMatching, Objective
+from lpl.student import Student, StudentLoss
 from lpl.tools.machine import DTYPES
-from lpl.tools.words import Rows, counted, pixels, short_count, size, table, warn
+from lpl.tools.words import Rows, counted, pixels, short_count, size, table
 from lpl.training.loading import denoiser_class, precisions
 from lpl.training.losses import lpl_weight, perceptual_loss
 from lpl.training.parts import TrainedParts
@@ -81,6 +82,7 @@ class Estimate:
         memory: bytes at the peak of each stage.
         operations: of an optimizer step, of one whose samples are all inside, and of the text encoders alone.
         host: bytes of the EMA in the memory of the CPU, with --offload_ema.
+        student_operations: of a step with --lpl_student without a correction; 0 without a student.
     """
 
     parameters: Mapping[str, tuple[int, int]]
@@ -88,6 +90,7 @@ class Estimate:
     operations: Mapping[Stage, int]
     text_encoder_operations: int = 0
     host: int = 0
+    student_operations: int = 0
 
     @property
     def peak(self) -> int:
@@ -262,6 +265,7 @@ class Rehearsal:
         batch = optimization.train_batch_size * accelerator.num_processes
         self.model, self.updates = prepare(stands_in, self.trained, self.average, plain, batch, STEPS)
         self.losses = method.losses(family, objective, self.lpl_loss, config.lpl, config.diffusion)
+        self.student = _student(config.lpl, config.model.cache_dir) if config.lpl.enabled else None
         self.state: list[Tensor] = []
 
     @property
@@ -294,8 +298,13 @@ class Rehearsal:
         window = (0, 0, side, side) if side else None
         self.lpl_loss.samples_at_once(torch.empty(config.optimization.train_batch_size, *shape), window)
 
-    def step(self, batch: Batch, with_lpl: bool) -> None:
-        """The last micro-batch of an optimizer step, and the update."""
+    def step(self, batch: Batch, with_lpl: bool, student: StudentLoss | None = None) -> None:
+        """The last micro-batch of an optimizer step, and the update.
+
+        Args:
+            student: computes LPL, without a correction.
+        """
+        lpl = replace(self.config.lpl, lpl_weight="1", lpl_correct_every=0)  # w is not measured
         if self.config.optimization.gradient_accumulation_steps > 1:
             self._fill_gradients()  # those of the micro-batches before
         self.method.step(
@@ -303,8 +312,8 @@ class Rehearsal:
             with_lpl,
             number=self.config.lpl.lpl_start_step,
             model=self.model,
-            losses=self.losses,
-            weight=self.weight,
+            losses=replace(self.losses, student=student),
+            weight=lpl_weight(lpl, self.accelerator.device) if student else self.weight,
             updates=self.updates,
         )
 
@@ -356,6 +365,13 @@ def _decoder(family: Family, lpl: Lpl, cache_dir: str | None) -> tuple[Any, Lpl,
     if path is None and hasattr(other, "encoder"):  # a copy has no encoder
         cast(Any, other).encoder = None
     return other, replace(lpl, lpl_vae_name_or_path=None), cache_dir
+
+
+def _student(lpl: Lpl, cache_dir: str | None) -> StudentLoss | None:
+    """The student of --lpl_student, without weights."""
+    if lpl.lpl_student is None:
+        return None
+    return StudentLoss(_made(Student, Student.load_config(lpl.lpl_student, cache_dir=cache_dir), torch.float32))
 
 
 def _pack(denoiser: nn.Module, quantize_base: str | None) -> list[Tensor]:
@@ -420,12 +436,19 @@ def estimate(
                 run.step(run.batch(timesteps[:batch_size], choice), stage is Stage.LPL_STEP)
                 operations[stage] = counting.operations * optimization.gradient_accumulation_steps
             memory[stage] = counting.peak
+        student_operations = 0
+        if run.student is not None:
+            counting.reset()
+            run.step(run.batch(timesteps[:batch_size], choice), True, run.student)
+            student_operations = counting.operations * optimization.gradient_accumulation_steps
+            if run.weight.share is None and not lpl.lpl_correct_every:  # LPL itself is never computed
+                memory[Stage.LPL_STEP] = counting.peak
         parameters = {
             name: (count_parameters(part), count_parameters(part, False)) for name, part in _parts(run.trained)
         }
         host = bytes_of(run.offloaded)
     text_encoders *= optimization.gradient_accumulation_steps
-    return Estimate(parameters, memory, operations, text_encoders, host)
+    return Estimate(parameters, memory, operations, text_encoders, host, student_operations)
 
 
 def _parts(trained: TrainedParts) -> list[tuple[str, nn.Module]]:
@@ -543,8 +566,6 @@ def print_estimate(config: Config, method: Method) -> None:
     """
     if int(os.environ.get("RANK", 0)):
         return  # the first process tells
-    if config.lpl.lpl_student is not None:
-        warn("--for_gpu counts LPL itself, which the first steps with --lpl_student and its corrections compute")
     description = read_pipeline(config.model, config.lpl.lpl_blocks, weights=False)
     config = resolve(config, description)
     precision = config.optimization.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -596,6 +617,11 @@ def _report(config: Config, found: Estimate, name: str, capacity: int, precision
         ratio = 1 + (with_lpl / plain - 1) / every
         operations.insert(1, ("step with LPL", f"{tera(with_lpl)}, LPL is {tera(with_lpl - plain)}"))
         average = f", on average over {every} steps" if every > 1 else ""
+        if found.student_operations:
+            corrected = (with_lpl - plain) / config.lpl.lpl_correct_every if config.lpl.lpl_correct_every else 0
+            ratio = 1 + ((found.student_operations - plain + corrected) / plain) / every
+            average = f"{average}, corrections included" if corrected else average
+            operations.insert(2, ("step with the student", f"{tera(found.student_operations)}"))
         operations.append(("LPL costs", f"{ratio:.2f} x the operations{average}, at most: with all samples inside"))
     step = (
         f"{optimization.train_batch_size} samples x {optimization.gradient_accumulation_steps} at "

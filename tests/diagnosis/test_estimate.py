@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderTiny, AutoModel
+from diffusers import AutoencoderKL, AutoencoderTiny, AutoModel
 from tiny_families import FAMILY_OF, TINY, data_fixture
 from torch.utils.checkpoint import checkpoint
 from trainer import parsed, script
@@ -16,6 +16,8 @@ from lpl.diagnosis.counting import GPU, HOST, Counting, as_on_gpu
 from lpl.diagnosis.estimate import CONTEXT, Estimate, Method, OneGpu, attempts, estimate
 from lpl.diagnosis.needs import bytes_of, optimizer_bytes
 from lpl.diagnosis.status import Stage
+from lpl.loss import LatentPerceptualLoss
+from lpl.student import Student
 from tests.diagnosis.conftest import trained_parts
 
 
@@ -129,6 +131,21 @@ def test_another_decoder_whatever_was_loaded_before(counted, tmp_path, monkeypat
     monkeypatch.setattr(AutoModel, "config_name", "model_index.json")
     own, tiny = counted(), counted(lpl_vae_name_or_path=str(tmp_path))
     assert tiny.operations[Stage.LPL_STEP] != own.operations[Stage.LPL_STEP]
+
+
+def test_a_student_is_counted(counted, sd_pipeline, tmp_path):
+    """It takes the place of LPL, whose memory is needed only while w is measured, and for corrections."""
+    loss = LatentPerceptualLoss(AutoencoderKL.from_pretrained(sd_pipeline, subfolder="vae", use_safetensors=True))
+    Student(latent_channels=4, width=8, depth=1, loss=loss.options).save_config(tmp_path)
+    usual = {"precision": "bf16", "resolution": 64, "train_batch_size": 4}
+    flags = usual | {"lpl_student": str(tmp_path)}
+    own, measured = counted(**usual), counted(**flags)
+    alone, corrected = counted(lpl_weight="1", **flags), counted(lpl_weight="1", lpl_correct_every=8, **flags)
+    for found in (measured, alone, corrected):
+        assert own.operations[Stage.STEP] < found.student_operations
+        assert found.operations == own.operations  # the steps that measure, and the corrections, have both
+    assert own.student_operations == 0
+    assert alone.memory[Stage.LPL_STEP] < measured.memory[Stage.LPL_STEP] == corrected.memory[Stage.LPL_STEP]
 
 
 @pytest.mark.parametrize("name", TINY)
