@@ -492,9 +492,12 @@ def save(
     if weight.measuring and weight.steps:
         weight.report()
     if weight.enabled and not log.has_lpl():
-        logger.warning("no step was trained with LPL: no sample was inside the threshold, or the run was too short")
+        logger.warning(
+            "no step was trained with LPL: no sample was inside the threshold (raise --lpl_sigma_threshold), or the "
+            "run was too short (lower --lpl_start_step)"
+        )
     write_model_card(run.folder, card())
-    logger.info(f"the {'LoRA' if result.trained.lora else 'pipeline'}, its samples and its card are in {run.folder}")
+    logger.info(f"the {'LoRA' if result.trained.lora else 'pipeline'} and its card are in {run.folder}")
 
 
 if __name__ == "__main__":

@@ -68,7 +68,9 @@ def read_recipe(
     try:
         entries = _entries_on_the_hub(*repository, token, cache_dir) if repository else read_entries(source)
     except (OSError, ValueError) as error:
-        why = error if repository else f"it cannot be read ({error})"
+        there = sorted(file.name for file in Path(source).parent.glob("*.yaml")) if not repository else []
+        beside = f"; beside it are {', '.join(there)}" if there and isinstance(error, FileNotFoundError) else ""
+        why = error if repository else f"it cannot be read ({error}){beside}"
         raise ValueError(f"--config {source}: {why}") from error
     measured = take_measured(entries)
     values = _values(parser, source, entries, without, strict)

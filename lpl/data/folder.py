@@ -282,32 +282,41 @@ def _warn_of_files(contents: Contents, files: Sequence[str | None]) -> None:
 
 
 def text_captions(contents: Contents) -> list[str | None]:
-    """The caption beside each image; None where the text file is missing, empty, not in UTF-8, or a link out."""
-
-    def read(image: str) -> str | None:
-        file = contents.texts.get(os.path.splitext(image)[0])
-        if file is None or not os.path.isfile(file) or not lies_in(file, contents.folder):  # a pipe would block
-            return None
-        try:
-            return " ".join(read_text(file).split()) or None
-        except (OSError, ValueError):
-            return None
-
+    """The caption beside each image; None where there is none (:func:`_text_beside`)."""
     with ThreadPoolExecutor(READERS) as readers:
-        return list(readers.map(read, contents.images))
+        return list(readers.map(lambda image: _text_beside(image, contents)[0], contents.images))
+
+
+def _text_beside(image: str, contents: Contents) -> tuple[str | None, str]:
+    """The caption beside an image, or None and why there is none."""
+    file = contents.texts.get(os.path.splitext(image)[0])
+    if file is None:
+        return None, "without a text file of the same name"
+    if not os.path.isfile(file) or not lies_in(file, contents.folder):  # a pipe would block
+        return None, "with a link out of the folder"
+    try:
+        return " ".join(read_text(file).split()) or None, "with an empty text file"
+    except ValueError:
+        return None, "with a text file that is not in UTF-8"
+    except OSError:
+        return None, "with a text file that cannot be read"
 
 
 def _warn_of_missing_texts(contents: Contents, captions: Sequence[str | None]) -> None:
-    lacking = [image for image, caption in zip(contents.images, captions) if caption is None]
-    if len(lacking) == len(captions):
-        raise ValueError(
-            "the text files beside the images are empty, not in UTF-8, or links that lead out of the folder"
-        )
+    causes: dict[str, list[str]] = {}
+    for image, caption in zip(contents.images, captions):
+        if caption is None:
+            causes.setdefault(_text_beside(image, contents)[1], []).append(image)
+    lacking = sum(map(len, causes.values()))
+    found = ", ".join(
+        f"{len(images)} {cause} ({os.path.relpath(images[0], contents.folder)})" for cause, images in causes.items()
+    )
+    if lacking == len(captions):
+        raise ValueError(f"no image has a caption: {found}")
     if lacking:
         logger.warning(
-            "--train_data_dir %s: %d of %d images have no text file of the same name, or one that is empty, not in "
-            "UTF-8, or a link out of the folder, %s for example; other images replace them",
-            *(contents.folder, len(lacking), len(captions), os.path.relpath(lacking[0], contents.folder)),
+            "--train_data_dir %s: %d of %d images have no caption: %s; other images replace them",
+            *(contents.folder, lacking, len(captions), found),
         )
 
 

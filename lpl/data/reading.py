@@ -171,7 +171,7 @@ def choose_caption(caption: object, choice: float) -> str:
     if isinstance(caption, list | tuple) and caption:
         caption = caption[int(choice * len(caption))]
     if caption is None:
-        raise ValueError("there is no caption in this row, or in a text file beside the image (--caption_column)")
+        raise ValueError("it has no caption: an empty --caption_column, or no text file beside it that can be used")
     if not isinstance(caption, str):
         raise ValueError(f"a caption must be a string or a list of strings, but one is {caption!r} (--caption_column)")
     return caption

@@ -244,7 +244,10 @@ def start_or_resume(config: Config, accelerator: Accelerator, download: Callable
                 "this run starts afresh and moves them aside; to resume it, add --resume_from_checkpoint latest"
             )
         elif pipeline_entries(folder := Path(output.output_dir)) or lora_entries(folder):
-            logger.warning(f"--output_dir {output.output_dir} has the result of an earlier run, which is moved aside")
+            logger.warning(
+                f"--output_dir {output.output_dir} has the result of an earlier run, which a run moves aside as soon "
+                "as it writes"
+            )
         drawn = broadcast_object_list([secrets.randbelow(2**31)])[0]
         progress = Progress(step=0, seed=drawn if seed is None else seed)
     set_seed(progress.seed)

@@ -65,9 +65,10 @@ def test_an_image_without_a_text_file_is_a_bad_sample(tmp_path, caplog):
     folder = also(images(tmp_path / "data", "a.png", "b.png", "c.png"), {"a.txt": "a", "b.txt": " \n"})
     sample = loaded(folder)[0, 1]
     assert sample["caption"] == "a" and [place for place, _ in sample["bad"]] == [1, 2]
-    assert "text file" in sample["bad"][0][1] and "2 of 3 images have no text file" in caplog.text
+    assert "text file" in sample["bad"][0][1] and "2 of 3 images have no caption" in caplog.text
+    assert "1 with an empty text file (b.png), 1 without a text file of the same name (c.png)" in caplog.text
     (folder / "a.txt").write_bytes("K\xe4fer".encode("latin-1"))
-    assert "empty, not in UTF-8" in why(folder)
+    assert "1 with a text file that is not in UTF-8 (a.png), 1 with an empty text file (b.png)" in why(folder)
 
 
 def test_text_files_cannot_lead_out_of_the_folder(tmp_path):

@@ -116,10 +116,10 @@ def metrics(folder, *names):
 
 
 def validation_metrics(folder):
-    """[step, validation loss, validation LPL] of each time that the held-out samples were looked at."""
+    """[step, validation loss, validation LPL or None] of each time that the held-out samples were looked at."""
     records = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     names = ("step", "validation_loss", "validation_lpl")
-    return [[record[name] for name in names] for record in records if "validation_loss" in record]
+    return [[record.get(name) for name in names] for record in records if "validation_loss" in record]
 
 
 def weights(folder):
