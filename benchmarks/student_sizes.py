@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+from lpl.distillation.command import main as distill
 from lpl.tools.files import entries, write_text
 
 
@@ -35,7 +35,7 @@ def train(pairs: Path, folder: Path, size: tuple[int, int], steps: int, words: l
     width, depth = map(str, size)
     own = ["--output_dir", str(folder), "--width", width, "--depth", depth, "--steps", str(steps)]
     number = json.loads((pairs / "distill.json").read_text())["pairs"]
-    subprocess.run([sys.executable, "-m", "lpl.distill", *words, *own, "--num_pairs", str(number)], check=True)
+    distill([*words, *own, "--num_pairs", str(number)])
 
 
 def read(folder: Path) -> dict[str, object]:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from trainer import arguments, metrics, resolved, same, train, weights
 
+from benchmarks import student_sizes
 from lpl.distillation import command
 from lpl.distillation.fit import Schedule, fit
 from lpl.distillation.pairs import KINDS, Pairs
@@ -246,3 +247,21 @@ def test_pairs_do_not_depend_on_the_batch(sd_pipeline, image_folder, tmp_path):
         (shard,) = (tmp_path / size / "pairs").glob("*.safetensors")
         found.append(load_file(shard)["predicted"])
     assert torch.allclose(*found, atol=1e-5)
+
+
+def test_students_of_several_sizes_share_their_pairs(made, sd_pipeline, image_folder, tmp_path):
+    """benchmarks/student_sizes.py; a size that is there is not made again."""
+    own = ["--pairs", str(made), "--output_dir", str(tmp_path / "sizes"), "--results", str(tmp_path / "sizes.json")]
+    line = [*own, "--steps", "2", "--sizes", "8x1", "16x2", "--", *words(sd_pipeline, image_folder, tmp_path)]
+    student_sizes.main(line)
+    found = json.loads((tmp_path / "sizes.json").read_text())
+    small, large = found["8x1"], found["16x2"]
+    assert (small["width"], small["depth"], small["pairs"]) == (8, 1, 80) and (large["width"], large["depth"]) == (
+        16,
+        2,
+    )
+    assert small["cost"]["parameters"] < large["cost"]["parameters"]
+    assert list(small["relative_error_by_step"]) == ["0", "2"]
+    before = (tmp_path / "sizes/8x1/distill.json").stat().st_mtime_ns
+    student_sizes.main(line)
+    assert (tmp_path / "sizes/8x1/distill.json").stat().st_mtime_ns == before
