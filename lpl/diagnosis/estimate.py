@@ -371,7 +371,8 @@ def _student(lpl: Lpl, cache_dir: str | None) -> StudentLoss | None:
     """The student of --lpl_student, without weights."""
     if lpl.lpl_student is None:
         return None
-    return StudentLoss(_made(Student, Student.load_config(lpl.lpl_student, cache_dir=cache_dir), torch.float32))
+    empty = _made(Student, Student.load_config(lpl.lpl_student, cache_dir=cache_dir), torch.float32)
+    return StudentLoss(cast(Student, empty))
 
 
 def _pack(denoiser: nn.Module, quantize_base: str | None) -> list[Tensor]:
