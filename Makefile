@@ -43,7 +43,7 @@ test-faults: $(READY)  ## kill a training run at KILLS random moments, and resum
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 KILLS=$(KILLS) $(BIN)/python -m pytest tests/runs/test_killed.py -m slow
 
 test-package: $(READY)  ## build the wheel, train with it outside the repository, and run the notebook
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/packaging -m slow
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/installation -m slow
 
 test-gpu:  ## run the tests and measurements that need a GPU; PYTHON=... needs a torch with CUDA
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest tests/gpu

@@ -125,6 +125,7 @@ def test_the_run_without_lpl_differs_in_nothing_else(compared, sd_pipeline, imag
     assert differing - of_lpl <= {"output_dir", "measured"} and "lpl_weight" in of_lpl
 
 
+@pytest.mark.slow
 def test_runs_are_equal_where_lpl_never_begins(sd_pipeline, image_folder, photos, tmp_path, monkeypatch):
     """Of a LoRA."""
     monkeypatch.setattr(command, "call", called([]))
@@ -140,6 +141,7 @@ def test_finished_runs_keep_no_checkpoint(compared):
     assert not list(compared.folder.glob("runs/*/checkpoint-*"))
 
 
+@pytest.mark.slow
 def test_seeds_that_are_added_leave_the_others_alone(compared, monkeypatch, tmp_path):
     folder = shutil.copytree(compared.folder, tmp_path / "c")
     calls = []

@@ -241,7 +241,7 @@ def test_all_processes_agree_on_the_step():
     workers = [context.Process(target=agree, args=(rank, free_port, queue)) for rank in range(2)]
     for worker in workers:
         worker.start()
-    answers = dict(queue.get(timeout=400) for _ in workers)  # each imports everything first
+    answers = dict(queue.get(timeout=180) for _ in workers)  # each imports everything first
     for worker in workers:
         worker.join(60)
     assert answers[0] == answers[1] == [False, False, False, True, True]
