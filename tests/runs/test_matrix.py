@@ -114,7 +114,12 @@ def run_card(folder, base):
     return Image.open(image)
 
 
-@pytest.mark.parametrize("family", FAMILY)
+LAUNCHED = ("stable-diffusion-xl", "stable-diffusion-3", "dit")  # the others in the long tests
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=() if name in LAUNCHED else pytest.mark.slow) for name in FAMILY]
+)
 def test_launched(family, request, tmp_path):
     """By accelerate, in bf16, with everything that a run leaves behind; whole and LoRA in turn over the families."""
     lora = list(FAMILY).index(family) % 2 == 1
