@@ -35,6 +35,7 @@ from lpl import LatentPerceptualLoss, evaluation
 from lpl.autoencoders import encode
 from lpl.config import Config, held_out
 from lpl.config.groups import Diffusion, Lpl
+from lpl.config.sizes import parse_sizes
 from lpl.data.bad_samples import BadSamples
 from lpl.data.dataset import Batch, TrainingImages, real_images
 from lpl.data.loader import training_batches
@@ -83,7 +84,7 @@ from lpl.training.start import (
     trained_parts,
 )
 from lpl.training.updates import Updates, prepare
-from lpl.training.validation import HeldOutLosses, Samples, Validation
+from lpl.training.validation import HeldOutLosses, Samples, Validation, at_sizes
 from lpl.weighting import LplWeight
 
 
@@ -122,8 +123,9 @@ def train(config: Config, status: Status) -> None:
     # Optimizer, data, and all that a checkpoint holds; the same command resumes where the checkpoint stands
     length = Length.of(config.optimization, images.length, accelerator.num_processes)
     model, updates = prepare(accelerator, trained, average, config.optimization, length.global_batch, length.max_steps)
-    order = order_of(images, config.optimization, run)
-    batches = training_batches(images, order, family.tokenize)
+    trained_on = images.largest() if config.validation.dry_run else images  # which need most time and memory
+    order = order_of(trained_on, config.optimization, run)
+    batches = training_batches(trained_on, order, family.tokenize)
     state = TrainingState(accelerator, trained, average, updates, weight)
     if run.resumed is not None:
         with run_errors(SCRIPT):
@@ -406,16 +408,18 @@ def make_validation(
     """Samples of the prompts, the losses on what is held out, and the metrics of --eval_steps."""
     config, run, family, validation = plan.config, plan.run, plan.trained.family, plan.config.validation
     prompts, classes, held_out_images = inputs.prompts, inputs.classes, inputs.held_out_images
+    sizes = parse_sizes(validation.validation_sizes) if validation.validation_sizes else (config.data.size,)
+    names = [classes.get(prompt, str(prompt)) if isinstance(prompt, int) else prompt for prompt in prompts]
     samples = Samples(
         folder=run.folder / layout.SAMPLES,
         family=family,
         scheduler=inputs.scheduler,
         validation=validation,
-        size=config.data.size,
+        sizes=sizes,
         seed=run.seed,
         prompts=prompts,
-        names=[classes.get(prompt, str(prompt)) if isinstance(prompt, int) else prompt for prompt in prompts],
-        real=real_images(plan.images, prompts) if prompts and run.is_main else None,
+        names=at_sizes(names, sizes),
+        real=real_images(plan.images, prompts, sizes) if prompts and run.is_main else None,
         stop=preemption.received_here,
     )
     held_out_losses = metrics = None

@@ -63,17 +63,27 @@ def accepted_crops(height: int, width: int, factor: int) -> list[int]:
 def random_window(height: int, width: int, part: int, choice: Tensor) -> tuple[int, int, int, int]:
     """A uniformly random tile of latents of height x width positions: (top, left, height, width).
 
+    The tiles cover the latents. Where these do not divide into tiles, neighbours overlap.
+
     Args:
-        part: the tile's side in latent positions.
+        part: the tile's side in latent positions; a shorter side of the latents is taken whole.
         choice: a uniform random number in [0, 1), ().
 
     >>> import torch
     >>> random_window(8, 8, 2, torch.tensor(0.4))  # the 7th of 16
     (2, 4, 2, 2)
+    >>> random_window(6, 3, 4, torch.tensor(0.9))  # the last of 2
+    (2, 0, 4, 3)
     """
-    rows, columns = height // part, width // part
+    rows, columns = math.ceil(height / part), math.ceil(width / part)
     row, column = divmod(int(float(choice) * rows * columns), columns)
-    return row * part, column * part, part, part
+    high, wide = min(part, height), min(part, width)
+    return _start(row, rows, height - high), _start(column, columns, width - wide), high, wide
+
+
+def _start(number: int, count: int, last: int) -> int:
+    """Where one of ``count`` evenly spaced tiles begins, of which the last begins at ``last``."""
+    return round(number * last / (count - 1)) if count > 1 else 0
 
 
 # Steps ---------------------------------------------------------------------------------------------------------------

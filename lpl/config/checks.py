@@ -20,6 +20,7 @@ from lpl.config.config import FLAGS, Config
 from lpl.config.flag import flags_of
 from lpl.config.foreign import FOREIGN
 from lpl.config.groups import Lora, Lpl
+from lpl.config.sizes import AUTO
 from lpl.options import check_options, parse_weight
 from lpl.tools.places import lies_within
 from lpl.tools.privacy import HUB_ID
@@ -37,6 +38,7 @@ def check_words(config: Config) -> None:
             for place in value if isinstance(value, tuple) else (value,):
                 _check_place(name, place)
     _check_sources(config)
+    _check_sizes(config)
     _check_streaming(config)
     _check_lora(config)
     _check_lpl(config)
@@ -121,6 +123,22 @@ def why_no_pipeline(path: str) -> str | None:
     if not HUB_ID.fullmatch(path):
         return "there is no such folder, and no repository on the Hub has such a name"
     return None
+
+
+def _check_sizes(config: Config) -> None:
+    data = config.data
+    several = "," in str(data.resolution)
+    if data.streaming and (several or data.aspect_ratio_buckets):
+        flag = "--aspect_ratio_buckets" if data.aspect_ratio_buckets else f"--resolution {data.resolution}"
+        raise ValueError(
+            f"{flag} needs the sizes of all images before the training, which --streaming does not know; leave one "
+            "of them out"
+        )
+    if several and data.aspect_ratio_buckets not in (None, AUTO):
+        raise ValueError(
+            f"--resolution {data.resolution}: with several sides, sizes are made from each of them by "
+            f"--aspect_ratio_buckets {AUTO}; or give one side, and all sizes in --aspect_ratio_buckets"
+        )
 
 
 def _check_streaming(config: Config) -> None:
@@ -341,6 +359,7 @@ def _check_written(config: Config) -> None:
     written = {
         "output_dir": output.output_dir,
         "cache_dir": config.model.cache_dir,
+        "data_cache_dir": data.data_cache_dir,
         "logging_dir": os.path.join(output.output_dir, config.validation.logging_dir),
         "report_to": None,
     }

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from lpl.config import rules
+from lpl.config import rules, sizes
 from lpl.config.choices import (
     ALL_LINEAR,
     CLIP,
@@ -179,8 +179,35 @@ class Data:
     num_validation_samples: int = flag(
         64, "maximum number of images for the validation loss", range=POSITIVE, used=rules.holds_out
     )
-    resolution: int | None = flag(
-        None, "side of the square training images in pixels; default: the family's", range=POSITIVE
+    resolution: int | str | None = flag(
+        None,
+        "side of the square training images in pixels; several with commas, 512,768, train each image at each of them "
+        "that it is large enough for; default: the family's",
+        word=sizes.resolutions,
+    )
+    aspect_ratio_buckets: str | None = flag(
+        None,
+        "train each image at the size that is nearest to its aspect ratio: auto makes the sizes from --resolution, "
+        'or give them, "HEIGHT,WIDTH;HEIGHT,WIDTH"',
+        word=sizes.sizes,
+    )
+    data_cache_dir: str | None = own_flag(
+        None,
+        "folder of what is known of the data: sizes of images, cached latents and text embeddings; runs may share it; "
+        "default: lpl in Hugging Face's cache",
+        path=True,
+    )
+    bucket_step: int | None = flag(
+        None,
+        "sides of --aspect_ratio_buckets auto are multiples of this; default: an eighth of --resolution, at most "
+        f"{sizes.LARGEST_STEP}",
+        range=POSITIVE,
+        used=rules.when("aspect_ratio_buckets", sizes.AUTO),
+    )
+    bucket_upscale: bool = flag(
+        False,
+        "enlarge images that are smaller than their bucket instead of training them at a smaller size",
+        used=rules.has("aspect_ratio_buckets"),
     )
     center_crop: bool = flag(False, "crop images at the centre instead of at random", held_out=True)
     random_flip: bool = flag(False, "flip images horizontally with probability 0.5", held_out=False)
@@ -209,10 +236,33 @@ class Data:
         return self.validation_split is not None or self.validation_every_nth is not None
 
     @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the training images in pixels; available after ``resolve``."""
+    def sides(self) -> tuple[int, ...]:
+        """The sides that --resolution gives, ascending; available after ``resolve``."""
         assert self.resolution is not None
-        return self.resolution, self.resolution
+        return sizes.sides_of(self.resolution)
+
+    @property
+    def size(self) -> sizes.Size:
+        """Height and width of square training images in pixels, the largest if there are several; after ``resolve``.
+
+        Samples are drawn, and metrics computed, at this size.
+        """
+        return self.sides[-1], self.sides[-1]
+
+    @property
+    def buckets(self) -> tuple[tuple[sizes.Size, ...], ...]:
+        """The sizes of training images: one group of sizes per resolution; available after ``resolve``."""
+        if self.aspect_ratio_buckets is None:
+            return tuple(((side, side),) for side in self.sides)
+        if self.aspect_ratio_buckets != sizes.AUTO:
+            return (sizes.parse_sizes(self.aspect_ratio_buckets),)
+        assert self.bucket_step is not None
+        return tuple(sizes.made_sizes(side, self.bucket_step) for side in self.sides)
+
+    @property
+    def one_size(self) -> bool:
+        """Whether all images are trained at one size; available after ``resolve``."""
+        return sum(map(len, self.buckets)) == 1 and self.aspect_ratio_buckets is None
 
 
 @dataclass(frozen=True)
@@ -622,6 +672,12 @@ class Validation:
         "run validation every N optimizer steps; overrides --validation_epochs",
         range=POSITIVE,
         used=rules.validates,
+    )
+    validation_sizes: str | None = silent_flag(
+        None,
+        'sizes to draw each validation prompt at, "HEIGHT,WIDTH;HEIGHT,WIDTH"; default: the square of --resolution',
+        word=sizes.some_sizes,
+        used=rules.when("validation_prompts"),
     )
     validation_inference_steps: int = silent_flag(25, "number of sampling steps for validation images", range=POSITIVE)
     validation_guidance_scale: float | None = silent_flag(

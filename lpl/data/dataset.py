@@ -4,7 +4,8 @@ A sample is known by its *key*, (epoch, index). Crop, flip, caption, empty capti
 and the samples and window that LPL uses are drawn from generators keyed by (seed, epoch, index, stream). So a run is
 the same after a resume, with any number of loader workers, and on one process or several.
 
-Sizes are (height, width) in pixels. :meth:`TrainingImages.size_of` alone decides the size of a sample.
+Sizes are (height, width) in pixels. :meth:`TrainingImages.size_of` alone decides the size of a sample. An index is a
+row of the data set, or with several sizes an item, an image at a size (``buckets.py``).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +28,8 @@ from torch.utils.data import Dataset as TorchDataset
 
 from lpl.config import held_out
 from lpl.config.groups import Data, Diffusion
+from lpl.config.sizes import Size
+from lpl.data.buckets import BucketBatches, Items
 from lpl.data.order import KeyedBatches, Stream, keyed_generator
 from lpl.data.reading import choose_caption, cropped, open_image, to_rgb
 from lpl.data.source import class_names, data_folders
@@ -38,6 +42,7 @@ logger = logging.getLogger(__name__)
 Sample = dict[str, Any]
 Batch = dict[str, Any]
 Row = dict[str, Any]  # of a data set, by column
+Batches = KeyedBatches | BucketBatches
 Candidates = Iterable[tuple[int, Callable[[], Row]]]  # indices, and functions that read their rows
 
 
@@ -69,6 +74,7 @@ class TrainingImages(TorchDataset[Sample]):
     Args:
         empty_caption: stands for a dropped caption; an integer if captions are class labels from 0 to below it.
         cache_dir: where downloaded data sets are kept.
+        items: the images and their sizes; None: each image is trained at ``data.size``.
         readings: files that the loader's workers are reading.
         given_up: reasons of samples that took too long, by place in the data set.
     """
@@ -81,16 +87,22 @@ class TrainingImages(TorchDataset[Sample]):
     seed: int
     empty_caption: str | int = ""
     cache_dir: str | None = None
+    items: Items | None = None
     readings: Readings = field(default_factory=Readings)
     given_up: dict[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.dataset if self.items is None else self.items)
 
     @property
     def length(self) -> int | None:
-        """Images per epoch; None if unknown."""
+        """Samples per epoch; None if unknown."""
         return len(self)
+
+    @property
+    def count(self) -> int | None:
+        """Images of the data set; None if unknown."""
+        return len(self.dataset)
 
     @property
     def class_names(self) -> dict[int, str]:
@@ -99,7 +111,11 @@ class TrainingImages(TorchDataset[Sample]):
 
     def size_of(self, index: int) -> tuple[int, int]:
         """Height and width that a sample is trained at."""
-        return self.data.size
+        return self.data.size if self.items is None else self.items.size(index)
+
+    def largest(self) -> TrainingImages:
+        """Only the samples of the largest size."""
+        return self if self.items is None else replace(self, items=self.items.largest())
 
     def batches(
         self,
@@ -108,9 +124,10 @@ class TrainingImages(TorchDataset[Sample]):
         num_processes: int,
         first_batch: int,
         positions: Sequence[list[int]] = (),
-    ) -> KeyedBatches:
+    ) -> Batches:
         """The order of one process. ``positions`` are for :class:`lpl.data.streaming.StreamedImages` only."""
-        return KeyedBatches(len(self), batch_size, self.seed, process_index, num_processes, first_batch)
+        place = batch_size, self.seed, process_index, num_processes, first_batch
+        return KeyedBatches(len(self), *place) if self.items is None else BucketBatches(self.items, *place)
 
     def check(self) -> None:
         """Reads an image.
@@ -125,9 +142,14 @@ class TrainingImages(TorchDataset[Sample]):
         return self.sample(epoch, index, self.candidates(index))
 
     def candidates(self, index: int) -> Candidates:
-        """The row at ``index``, then the rows that replace it if it cannot be read: the next ones, in order."""
-        for candidate in range(index, index + len(self)):
-            candidate %= len(self)
+        """The row of a sample, then the rows that replace it if it cannot be read: the next ones, in order."""
+        return self.rows_from(index if self.items is None else int(self.items.rows[index]))
+
+    def rows_from(self, row: int) -> Candidates:
+        """A row, and all others behind it."""
+        count = len(self.dataset)
+        for candidate in range(row, row + count):
+            candidate %= count
             yield candidate, partial(self.dataset.__getitem__, candidate)
 
     def sample(self, epoch: int, index: int, candidates: Candidates) -> Sample:
@@ -257,18 +279,24 @@ def held_out_batches(images: TrainingImages, batch_size: int, first: int = 0, st
     count = len(images)
     # Neighbours in a data set are often alike; a stride without a common factor with N spreads their timesteps.
     spread = next(step for step in range(max(1, round(count * 0.618)), count + 1) if math.gcd(step, count) == 1)
-    mine = range(first, count, stride)
-    for start in range(0, len(mine), batch_size):
-        samples = []
-        for number in mine[start : start + batch_size]:
-            quantile = torch.tensor([(number * spread % count + 0.5) / count])
-            samples.append(fixed[0, number] | {"timestep": images.objective.sample_timesteps(quantile)[0]})
-        yield collate(samples)
+    mine = sorted(range(first, count, stride), key=images.size_of)
+    for _, numbers in groupby(mine, images.size_of):
+        while some := list(islice(numbers, batch_size)):
+            samples = []
+            for number in some:
+                quantile = torch.tensor([(number * spread % count + 0.5) / count])
+                samples.append(fixed[0, number] | {"timestep": images.objective.sample_timesteps(quantile)[0]})
+            yield collate(samples)
 
 
-def real_images(images: TrainingImages, captions: Sequence[str | int]) -> list[Image.Image] | None:
-    """A training image for each caption, centre-cropped; None if a caption has no image, or the data is streamed."""
-    if images.length is None:
+def real_images(
+    images: TrainingImages, captions: Sequence[str | int], sizes: Sequence[Size]
+) -> list[Image.Image] | None:
+    """A training image for each caption, centre-cropped to the first size, then to the next, ...
+
+    None if a caption has no image, or the data is streamed.
+    """
+    if images.count is None:
         return None
     caption_column = list(images.dataset[images.data.caption_column])
     if not set(captions) <= {caption for caption in caption_column if isinstance(caption, str | int)}:
@@ -276,8 +304,8 @@ def real_images(images: TrainingImages, captions: Sequence[str | int]) -> list[I
     found = []
     for number, caption in enumerate(captions):
         matches = [index for index, text in enumerate(caption_column) if text == caption]
-        index = matches[number % len(matches)]
-        image, *_ = images.readable(images.candidates(index))
-        height, width = images.size_of(index)
-        found.append(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
-    return found
+        image, *_ = images.readable(images.rows_from(matches[number % len(matches)]))
+        found.append(image)
+    return [
+        ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS) for height, width in sizes for image in found
+    ]

@@ -28,7 +28,7 @@ from lpl.diagnosis.plan import DRAWS, Plan
 from lpl.diagnosis.remedies import remedies
 from lpl.diagnosis.status import Stage, Status
 from lpl.tools.machine import free_space, is_out_of_memory, peak_memory, reset_peak_memory
-from lpl.tools.words import Rows, counted, duration, pixels, short_count, size, table
+from lpl.tools.words import Rows, counted, duration, short_count, size, table
 from lpl.training.checkpoints import find_checkpoints
 from lpl.training.parts import TrainedParts
 from lpl.training.updates import Updates
@@ -227,7 +227,7 @@ class Report:
     def _run(self) -> Rows:
         plan, config = self.plan, self.plan.config
         rows = [
-            ("images", f"{plan.count()} at {pixels(*config.data.size)}"),
+            ("images", f"{plan.count()} at {plan.sizes()}"),
             ("samples per step", _batch_in_words(plan)),
             ("steps", f"{plan.max_steps}{plan.epochs(', which is ')}; {plan.steps_to_go} to go"),
         ]

@@ -21,12 +21,13 @@ from lpl.data.fingerprint import spaced
 from lpl.diagnosis.needs import check_disk, count_parameters
 from lpl.gate import is_inside, sigma_threshold_at
 from lpl.objectives import FlowMatching, Objective, own_objective, training_scheduler
-from lpl.tools.words import percent, pixels, short_count
+from lpl.tools.words import counted, percent, pixels, short_count
 from lpl.training.parts import TrainedParts
 from lpl.training.start import Length, Run
 
 
 logger = logging.getLogger(__name__)
+SIZES = 6  # listed where a run begins
 FEW_INSIDE = 0.05  # share of the samples inside the threshold under which the run warns
 CAPTIONS = 2000  # samples whose captions are counted
 DRAWS = 2000  # timesteps drawn to estimate that share
@@ -68,7 +69,7 @@ class Plan:
         logger.info(f"{self.count()} images, {self.max_steps} steps of {self.global_batch}{self.epochs(': ')}")
         logger.info(f"training {self.what()}, in {self.precision_of(self.trained.weights())}{self.autocast()}")
         logger.info(
-            f"objective {config.model.prediction_type}, {pixels(*config.data.size)}, seed {run.seed}, "
+            f"objective {config.model.prediction_type}, {self.sizes(SIZES)}, seed {run.seed}, "
             f"results in {config.output.output_dir}"
         )
         if lpl.enabled:
@@ -105,7 +106,16 @@ class Plan:
 
     def count(self) -> str:
         """The number of images in words."""
-        return "streamed" if self.images.length is None else str(self.images.length)
+        return "streamed" if self.images.count is None else str(self.images.count)
+
+    def sizes(self, most: int | None = None) -> str:
+        """The sizes of the images in words, with the number of their samples in an epoch if there are several.
+
+        Args:
+            most: how many sizes are listed; None: all.
+        """
+        items = self.images.items
+        return pixels(*self.config.data.size) if items is None else items.in_words(most)
 
     def epochs(self, before: str) -> str:
         """The number of epochs in words, after the words ``before``; empty where it is not known."""
@@ -165,7 +175,7 @@ class Plan:
 
     def warnings(self) -> list[str]:
         """Why the run may do something else than intended."""
-        found = [self._warmup_warning(), self._caption_warning()]
+        found = [self._warmup_warning(), self._caption_warning(), self._bucket_warning()]
         return [*filter(None, found), *(self._lpl_warnings() if self.config.lpl.enabled else ())]
 
     def _warmup_warning(self) -> str | None:
@@ -178,18 +188,31 @@ class Plan:
             f"{percent(self.max_steps / steps)} of --learning_rate; give fewer, or a share of the run, such as 0.1"
         )
 
+    def _bucket_warning(self) -> str | None:
+        """How many sizes have too few images for a batch."""
+        batch = self.config.optimization.train_batch_size * self.run.accelerator.num_processes
+        sizes = self.images.items.buckets.values() if self.images.items is not None else ()
+        counts = [len(items) for items in sizes if len(items) < batch]
+        if not counts:
+            return None
+        return (
+            f"{counted(len(counts), 'size')} of images, with {counted(sum(counts), 'image')} in all, "
+            f"{'has' if len(counts) == 1 else 'have'} fewer than the {batch} of a batch: the same image comes several "
+            "times in their batches; a smaller --train_batch_size or a larger --bucket_step avoids it"
+        )
+
     def _caption_warning(self) -> str | None:
         """How many captions the text encoder does not take whole, of CAPTIONS samples at most."""
-        if self.images.length is None:
+        if self.images.count is None:
             return None
-        family, places = self.trained.family, spaced(self.images.length, CAPTIONS)
+        family, places = self.trained.family, spaced(self.images.count, CAPTIONS)
         rows = self.images.dataset.select(places)[self.config.data.caption_column]
         listed = (row if isinstance(row, list) else [row] for row in rows)
         captions = [caption for row in listed for caption in row if isinstance(caption, str)]
         counts, limit = family.caption_lengths(captions)
         if not (cut := sum(count > limit for count in counts)):
             return None
-        looked_at = " looked at" if len(places) < self.images.length else ""
+        looked_at = " looked at" if len(places) < self.images.count else ""
         most = math.inf if family.max_sequence_length is None else family.max_sequence_length
         longer = "; --max_sequence_length can be raised" if family.sequence_length and limit < most else ""
         return (

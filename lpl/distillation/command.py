@@ -168,7 +168,8 @@ def vae_source(config: Config, device: torch.device) -> tuple[Errors, Config]:
     """
     subfolder, vae_config = find_vae(config.model, config.lpl.lpl_blocks)
     check_vae(config.lpl, vae_config)
-    config = config.changed(resolution=image_size(config.data.resolution, vae_config)[0])
+    side = config.data.size[0] if config.data.resolution else None
+    config = config.changed(resolution=image_size(side, vae_config)[0])
     data = config.data
     dataset = load_images(data, data.train_split, config.model.cache_dir)
     dataset = dataset.add_column(data.caption_column, [0] * len(dataset))

@@ -115,7 +115,7 @@ def sampling_settings(
         "guidance_scale": validation.validation_guidance_scale,
     }
     return {
-        "resolution": data.resolution,
+        "resolution": data.size[0],
         **{name: defaults[name].default if value is None else value for name, value in given.items()},
         "max_sequence_length": model.max_sequence_length,
         "dtype": dtype,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import diffusers
@@ -18,6 +19,7 @@ from lpl.config import Config
 from lpl.config.checks import check_loss_options, warn_idle, warn_of_idle_flags
 from lpl.config.choices import ALL_LINEAR
 from lpl.config.groups import Data
+from lpl.config.sizes import AUTO, default_step, parse_sizes, sides_of
 from lpl.families import FAMILIES
 from lpl.families.description import Description, check_vae_dtype, other_vae_config
 from lpl.gate import SMALLEST_CROP, accepted_crops
@@ -37,7 +39,7 @@ def resolve(config: Config, description: Description) -> Config:
     config = _with_timesteps(config, description)
     config = _with_captions(config, description)
     config = _with_text_encoders(config, description)
-    config = config.changed(resolution=resolved_resolution(config.data, description))
+    config = _with_sizes(config, description)
     config = _with_lora_targets(config, description)
     config = _with_sigma_threshold(config, description)
     if config.lpl.enabled or config.data.holds_out:
@@ -178,30 +180,61 @@ def _with_text_encoders(config: Config, description: Description) -> Config:
     return config.changed(text_encoder_lr=rate, adam_weight_decay_text_encoder=decay)
 
 
-def resolved_resolution(data: Data, description: Description) -> int:
-    """The side of the images in pixels: --resolution, or the family's default.
+def _with_sizes(config: Config, description: Description) -> Config:
+    """The sizes of training images and of samples, which the pipeline must accept."""
+    data, multiple = config.data, description.family.resolution_multiple(description.parts)
+    side = resolved_resolution(data, description)
+    values: dict[str, Any] = {"resolution": side}
+    if data.aspect_ratio_buckets == AUTO:
+        step = data.bucket_step or default_step(sides_of(side)[0], multiple)
+        if step % multiple:
+            raise ValueError(f"--bucket_step {step}: this pipeline takes sides that are multiples of {multiple}")
+        values["bucket_step"] = step
+    config = config.changed(**values)
+    given = (
+        (config.data.aspect_ratio_buckets, "aspect_ratio_buckets"),
+        (
+            config.validation.validation_sizes,
+            "validation_sizes",
+        ),
+    )
+    for text, name in given:
+        made = config.data.buckets if text == AUTO else () if text is None else (parse_sizes(text),)
+        for height, width in chain(*made):
+            _check_side(f"--{name}, {height} x {width}", height, description)
+            _check_side(f"--{name}, {height} x {width}", width, description)
+    return config
+
+
+def resolved_resolution(data: Data, description: Description) -> int | str:
+    """--resolution, or the family's default side of images in pixels.
 
     Raises:
         ValueError: if the pipeline does not accept it.
     """
+    family, parts, resolution = description.family, description.parts, data.resolution
+    if resolution is None:
+        resolution, (_, largest) = family.default_resolution(parts), family.resolution_range(parts)
+        if largest is not None and resolution > largest:  # a small model of a family of larger ones
+            resolution = family.native_resolution(parts)
+    for side in sides_of(resolution):
+        _check_side(f"--resolution {side}", side, description)
+    return resolution
+
+
+def _check_side(what: str, side: int, description: Description) -> None:
+    """Refuse a side in pixels that the pipeline does not accept; ``what`` is the flag and its value."""
     family, parts = description.family, description.parts
     multiple, (smallest, largest) = family.resolution_multiple(parts), family.resolution_range(parts)
-    side = data.resolution
-    if side is None:
-        side = family.default_resolution(parts)
-        if largest is not None and side > largest:  # a small model of a family of larger ones
-            side = family.native_resolution(parts)
     if side % multiple:
         below = side // multiple * multiple
         raise ValueError(
-            f"--resolution {side}: this pipeline takes multiples of {multiple}, "
-            f"such as {below or multiple} or {below + multiple}"
+            f"{what}: this pipeline takes multiples of {multiple}, such as {below or multiple} or {below + multiple}"
         )
     if largest is not None and side > largest:
-        raise ValueError(f"--resolution {side}: this pipeline takes {largest} at most")
+        raise ValueError(f"{what}: this pipeline takes {largest} at most")
     if side < smallest:
-        raise ValueError(f"--resolution {side}: this pipeline takes {smallest} at least")
-    return side
+        raise ValueError(f"{what}: this pipeline takes {smallest} at least")
 
 
 ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -309,6 +342,12 @@ def _check_crop(config: Config, description: Description) -> None:
         return
     height, width = config.data.size
     factor = downscaling_factor(description.vae)
+    if not config.data.one_size:  # tiles overlap where the image does not divide into them
+        if side % factor or side < SMALLEST_CROP * factor:
+            raise ValueError(
+                f"--lpl_crop {side}: accepted are multiples of {factor} pixels from {SMALLEST_CROP * factor} on"
+            )
+        return
     accepted = accepted_crops(height, width, factor)
     if side not in accepted:
         raise ValueError(

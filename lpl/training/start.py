@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,9 @@ from accelerate.utils import (
 from lpl.config import Config
 from lpl.config.command_line import recipe
 from lpl.config.groups import Optimization, Output
-from lpl.data.dataset import LatentSpace, TrainingImages
+from lpl.data.buckets import bucketed
+from lpl.data.dataset import Batches, LatentSpace, TrainingImages
 from lpl.data.fingerprint import data_facts
-from lpl.data.order import KeyedBatches
 from lpl.data.source import SHOWN, class_names, load_training_images
 from lpl.data.streaming import StreamedBatches, load_streamed_images, training_images
 from lpl.families import Family
@@ -267,6 +267,7 @@ def open_images(config: Config, description: Description, run: Run) -> tuple[Tra
     load = load_streamed_images if data.streaming else load_training_images
     with run.accelerator.main_process_first():
         dataset, held_out = load(data, run.seed, cache_dir, description.num_classes, run.progress.classes)
+        items, held_out_items = (bucketed(part, data, cache_dir) for part in (dataset, held_out))
     common = (
         description.objective(config.model.objective),
         LatentSpace(*description.space),
@@ -276,7 +277,7 @@ def open_images(config: Config, description: Description, run: Run) -> tuple[Tra
         description.empty_caption,
         cache_dir,
     )
-    images = training_images(dataset, *common)
+    images = replace(training_images(dataset, *common), items=items)
     images.check()
     if description.num_classes is not None:
         run.progress.classes = class_names(dataset, data)
@@ -284,7 +285,7 @@ def open_images(config: Config, description: Description, run: Run) -> tuple[Tra
     if run.resumed is not None and run.is_main:
         run.facts["data"] = data_facts(dataset, data, cache_dir)
         check_data(run.resumed, run.facts["data"])
-    return images, None if held_out is None else TrainingImages(held_out, *common)
+    return images, None if held_out is None else TrainingImages(held_out, *common, held_out_items)
 
 
 def _compare_labels(run: Run, description: Description) -> None:
@@ -303,7 +304,7 @@ def _compare_labels(run: Run, description: Description) -> None:
         )
 
 
-def order_of(images: TrainingImages, optimization: Optimization, run: Run) -> KeyedBatches | StreamedBatches:
+def order_of(images: TrainingImages, optimization: Optimization, run: Run) -> Batches | StreamedBatches:
     """The batches of this process, from where the run stands on."""
     accelerator = run.accelerator
     first_batch = run.step * optimization.gradient_accumulation_steps

@@ -21,11 +21,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lpl.config import groups
+from lpl.config.sizes import Size
 from lpl.data.dataset import Batch, TrainingImages, held_out_batches
 from lpl.families import Family
 from lpl.tools import layout
 from lpl.tools.files import write_text
 from lpl.tools.pictures import labelled_grid, save_picture
+from lpl.tools.words import pixels
 from lpl.training.average import MovingAverage, averaged
 from lpl.training.log import Log, log_image
 from lpl.training.losses import BatchLosses
@@ -132,6 +134,13 @@ class HeldOutLosses:
         return found | ({"validation_lpl": lpl / count} if lpl else {})  # 0: no sample is inside
 
 
+def at_sizes(names: Sequence[str], sizes: Sequence[Size]) -> list[str]:
+    """The headings of samples: all names at the first size, then at the next."""
+    if len(sizes) == 1:
+        return list(names)
+    return [f"{name}, {pixels(*size)}" for size in sizes for name in names]
+
+
 # Samples -------------------------------------------------------------------------------------------------------------
 
 
@@ -141,10 +150,10 @@ class Samples:
 
     Args:
         scheduler: one that samples the objective in training.
-        size: height and width in pixels.
+        sizes: height and width in pixels; every prompt is drawn at each of them.
         prompts: captions; class labels in a class-conditional family.
-        names: headings of the grid's columns.
-        real: training images that bear the prompts, for the grid's last row.
+        names: headings of the grid's columns: of all prompts at the first size, then at the next.
+        real: training images that bear the prompts, for the grid's last row, in the same order.
         stop: called before each image; True ends the sampling, and no grid is made.
     """
 
@@ -152,7 +161,7 @@ class Samples:
     family: Family
     scheduler: Any
     validation: groups.Validation
-    size: tuple[int, int]
+    sizes: Sequence[Size]
     seed: int
     prompts: Sequence[str | int]
     names: Sequence[str]
@@ -169,7 +178,8 @@ class Samples:
             name = f"step-{run.step:06d}"
             for stale in self.folder.glob(f"{name}*/"):  # of an earlier run in the same folder
                 shutil.rmtree(stale)
-            logger.info(f"drawing {len(self.prompts)} samples{' before the training' if run.step == 0 else ''}")
+            count = len(self.prompts) * len(self.sizes)
+            logger.info(f"drawing {count} samples{' before the training' if run.step == 0 else ''}")
             rows = {f"step {run.step}": self._sampled(run, trained, name)}
             if average is not None and run.step:
                 with averaged(average, trained):
@@ -205,26 +215,29 @@ class Samples:
         return {
             "prompts": list(self.prompts),
             "seed": self.seed,
-            "resolution": min(self.size),
+            "resolution": min(self.sizes[0]),
             "validation_inference_steps": self.validation.validation_inference_steps,
             "validation_guidance_scale": self.validation.validation_guidance_scale,
+            **({"sizes": self.validation.validation_sizes} if self.validation.validation_sizes else {}),
         }
 
     def _sampled(self, run: Run, trained: TrainedParts, name: str) -> list[Image.Image]:
         trained.eval()
-        images = sample(
-            self.family,
-            self.scheduler,
-            self.prompts,
-            self.validation,
-            self.size,
-            self.seed,
-            run.accelerator,
-            self.stop,
-        )
+        images: list[Image.Image] = []
+        for size in self.sizes:
+            images += sample(
+                self.family,
+                self.scheduler,
+                self.prompts,
+                self.validation,
+                size,
+                self.seed,
+                run.accelerator,
+                self.stop,
+            )
         trained.train()
         for number, image in enumerate(images):
             save_picture(image, self.folder / name / f"{number:02d}.png")
-        if len(images) == len(self.prompts):
+        if len(images) == len(self.prompts) * len(self.sizes):
             write_text(self.folder / name / layout.SETTINGS, json.dumps(self._settings()))
         return images

@@ -11,6 +11,7 @@ from lpl.config.choices import EMA_DECAY, EMA_DECAY_WITH_LPL
 from lpl.config.command_line import build_parser, parse
 from lpl.config.config import FLAGS as DECLARED
 from lpl.config.flag import boolean, number
+from lpl.config.sizes import resolutions
 from lpl.data.reading import RESAMPLING
 from lpl.families import FAMILIES
 
@@ -141,6 +142,11 @@ OWN = {  # SPEC.md, and what this project adds
     "lpl_correct_every": 0,
     "lpl_crop": None,
     "lpl_chunk_size": None,
+    "aspect_ratio_buckets": None,
+    "bucket_step": None,
+    "bucket_upscale": False,
+    "data_cache_dir": None,
+    "validation_sizes": None,
     "lpl_outlier_quantile": 0.02,
     "lpl_outlier_margin": 2.0,
     "lpl_outlier_dilation": 3,
@@ -219,6 +225,7 @@ def test_every_flag_of_diffusers_with_its_type_and_default(kind, name):
         assert action.nargs == 0 and action.const is True
     else:
         kind = os.path.expanduser if name in DECLARED and DECLARED[name].path else kind
+        kind = resolutions if name == "resolution" else kind  # takes several numbers, too
         assert action.type is kind and action.nargs == ("+" if name == "validation_prompts" else None)
 
 

@@ -35,6 +35,7 @@ use_rslora                        refused
 
 dataset_name                                on_the_hub
 train_data_dir                              within_the_data_set
+data_cache_dir                    silent    own
 center_crop                                                         True
 random_flip                                                         False
 proportion_empty_prompts                                            0.0
@@ -66,6 +67,7 @@ validation_prompts                silent
 num_validation_images             silent
 validation_epochs                 silent
 validation_steps                  silent
+validation_sizes                  silent
 validation_inference_steps        silent
 validation_guidance_scale         silent
 report_to                         silent    own

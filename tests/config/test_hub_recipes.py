@@ -155,6 +155,7 @@ HARMFUL = {  # what a stranger would like to say
     "output_dir": "../../etc",
     "logging_dir": "/root",
     "cache_dir": "/root/.cache",
+    "data_cache_dir": "/root/.ssh",
     "report_to": "wandb",
     "tracker_project_name": "../../../root/.ssh",
     "push_to_hub": True,
@@ -178,7 +179,7 @@ HARMFUL = {  # what a stranger would like to say
 
 def test_a_stranger_does_not_say_what_is_done_on_this_machine(hub):
     published(hub, BASE | HARMFUL)
-    with pytest.warns(UserWarning, match="--config user/run: cache_dir, dry_run, .* are this machine's bus") as warned:
+    with pytest.warns(UserWarning, match="--config user/run: cache_dir, data_cache_dir, dry_run, .* are this machine's bus") as warned:
         args = rerun()
     assert all(name in str(warned[0].message) for name in HARMFUL)
     assert all(args.values()[name] == Config().values()[name] for name in HARMFUL)
@@ -264,6 +265,7 @@ NUMBERS = {
     *("quantize_base", "dataset_config_name", "streaming", "shuffle_buffer_size", "image_column"),
     *("caption_column", "max_train_samples", "max_bad_samples", "train_split", "validation_split"),
     *("validation_every_nth", "num_validation_samples", "resolution", "center_crop", "random_flip"),
+    *("aspect_ratio_buckets", "bucket_step", "bucket_upscale", "validation_sizes"),
     *("image_interpolation_mode", "proportion_empty_prompts", "dataloader_num_workers"),
     *("dataloader_timeout", "snr_gamma", "noise_offset", "input_perturbation", "dream_training"),
     *("dream_detail_preservation", "timestep_bias_strategy", "timestep_bias_multiplier"),

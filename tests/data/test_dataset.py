@@ -160,11 +160,11 @@ def test_collate_stacks_tensors_and_lists_captions():
 def test_real_images_bear_their_captions():
     images = images_of(coordinates(32, 32), static(32, 32), static(32, 32, seed=1), captions=["x", "noise", "noise"])
     images.dataset = {"text": ["x", "noise", "noise"]} | dict(enumerate(images.dataset))
-    found = real_images(images, ["noise", "x", "noise"])
+    found = real_images(images, ["noise", "x", "noise"], [(32, 32)])
     assert [np.asarray(image).tobytes() for image in found] == [
         np.asarray(picture).tobytes() for picture in (static(32, 32), coordinates(32, 32), static(32, 32))
     ]
-    assert real_images(images, ["noise", "unheard of"]) is None
+    assert real_images(images, ["noise", "unheard of"], [(32, 32)]) is None
 
 
 # What cannot be trained on ------------------------------------------------------------------------------------------

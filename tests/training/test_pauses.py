@@ -44,7 +44,7 @@ def pausing(state, sd_pipeline, image_folder, tmp_path):
         run = run_of(config, step, state.accelerator, looked=True)  # as after an earlier validation
         length = Length(2, 10, 4)
         log = Log(run, length, config.validation, config.output)
-        samples = Samples(run.folder / "samples", None, None, config.validation, (32, 32), 0, (), ())
+        samples = Samples(run.folder / "samples", None, None, config.validation, ((32, 32),), 0, (), ())
         validation = Validation(
             samples=samples,
             held_out=None,

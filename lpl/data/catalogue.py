@@ -1,0 +1,235 @@
+"""The size and the digest of each image of a data set, kept in an index on disk, so that a file is opened once.
+
+A file is known by its *stamp*: length, time of its last change (``mtime``), time of its last change of any kind
+(``ctime``, which no program can set), and inode. A file of the same name with another stamp is read anew. A file that
+has changed within the last ``RACY`` seconds could change again under the same stamp; it is read, and not indexed.
+Images that a data set holds as bytes are known by their row, and the data set by its fingerprint and its files.
+
+A *size* is that of the upright image, (height, width); (0, 0) stands for an image that cannot be opened. A *digest* is
+the sha256 of the file; "" for one that cannot be read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, NamedTuple, cast
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+from datasets import Dataset
+from datasets import Image as ImageFeature
+from huggingface_hub.constants import HF_HOME
+from PIL import Image
+from tqdm.auto import tqdm
+
+from lpl.config.groups import Data
+from lpl.data.reading import FORMATS, open_image
+from lpl.tools.files import write_whole
+
+
+logger = logging.getLogger(__name__)
+
+READERS = 8  # threads, since files may lie on a network disk
+PART = 4096  # images between two looks at the clock
+SAVED_EVERY = 60.0  # seconds between two writes of the index, which a killed run continues from
+RACY = 2.0  # seconds; coarser than the clock of any file system
+TURNED = {5, 6, 7, 8}  # EXIF orientations that swap height and width
+ORIENTATION = 0x0112  # EXIF's tag
+
+
+def cache_root(data: Data) -> Path:
+    """--data_cache_dir, or its default."""
+    return Path(data.data_cache_dir or Path(HF_HOME, "lpl"))
+
+
+class Entry(NamedTuple):
+    """What the index holds of an image; the stamp is four zeros for an image that has no file."""
+
+    name: str  # the file's path, or the row
+    length: int
+    mtime: int  # nanoseconds
+    ctime: int
+    inode: int
+    height: int
+    width: int
+    digest: str | None  # None: not computed yet
+
+    @property
+    def stamp(self) -> tuple[int, int, int, int]:
+        return self.length, self.mtime, self.ctime, self.inode
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """What is known of the images of a data set, by row.
+
+    Args:
+        sizes: height and width, (N, 2).
+        digests: empty unless they were asked for.
+    """
+
+    sizes: np.ndarray
+    digests: Sequence[str]
+
+    @classmethod
+    def of(
+        cls, dataset: Dataset, column: str, folders: Sequence[str], root: str | Path, *, digests: bool = False
+    ) -> Catalogue:
+        """Read the images that the index does not know, and index them. One process at a time should call this.
+
+        Args:
+            column: of the images, undecoded.
+            folders: where the data set's files may lie, see :func:`lpl.data.source.data_folders`.
+            root: folder of the index, which may serve several data sets and runs.
+        """
+        index = _index_file(dataset, column, Path(root, "images"))
+        known, fresh, saved = _read(index), {}, time.monotonic()
+        found: list[Entry] = []
+        with (
+            ThreadPoolExecutor(READERS) as readers,
+            tqdm(desc="reading sizes", total=len(dataset), delay=2, leave=False, unit=" images") as progress,
+        ):
+            for part in _parts(_images(dataset, column)):
+                entry_of = partial(_entry, known=known, folders=folders, digests=digests)
+                for entry, trusted in readers.map(entry_of, part):
+                    found.append(entry)
+                    if trusted and known.get(entry.name) != entry:
+                        fresh[entry.name] = entry
+                progress.update(len(part))
+                if fresh and time.monotonic() - saved > SAVED_EVERY:
+                    known, fresh, saved = _write(index, known, fresh), {}, time.monotonic()
+        if fresh:
+            _write(index, known, fresh)
+        sizes = np.array([(entry.height, entry.width) for entry in found], dtype=np.int32).reshape(-1, 2)
+        return cls(sizes, [entry.digest or "" for entry in found] if digests else ())
+
+
+# Images --------------------------------------------------------------------------------------------------------------
+
+
+def _images(dataset: Dataset, column: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the name and the undecoded image of each row; bytes are not copied."""
+    table = dataset.select_columns([column]).cast_column(column, ImageFeature(decode=False)).with_format("arrow")
+    row = 0
+    for batch in cast(Iterator[pyarrow.Table], table.iter(1000)):
+        images = batch[column].combine_chunks()
+        contents = images.field("bytes")
+        for place, path in enumerate(images.field("path").to_pylist()):
+            content = contents[place] if contents[place].is_valid and images[place].is_valid else None
+            yield (str(row) if content is not None else path or ""), {"bytes": content, "path": path}
+            row += 1
+
+
+def _parts(images: Iterator[Any]) -> Iterator[list[Any]]:
+    part = []
+    for image in images:
+        part.append(image)
+        if len(part) == PART:
+            yield part
+            part = []
+    yield part
+
+
+def _entry(
+    named: tuple[str, dict[str, Any]], known: dict[str, Entry], folders: Sequence[str], digests: bool
+) -> tuple[Entry, bool]:
+    """The entry of an image, and whether the index may keep it."""
+    name, image = named
+    stamp = (0, 0, 0, 0) if image["bytes"] is not None else _stamp(image["path"])
+    entry = known.get(name)
+    if stamp and entry and entry.stamp == stamp and not (digests and entry.digest is None):
+        return entry, True
+    begun = time.time()
+    size, digest = _looked_at(image, folders, digests)
+    entry = Entry(name, *(stamp or (0, 0, 0, 0)), *size, digest)
+    if image["bytes"] is not None:
+        return entry, True
+    settled = stamp is not None and max(stamp[1:3]) / 1e9 < begun - RACY
+    return entry, settled and _stamp(image["path"]) == stamp  # it has not changed while it was read
+
+
+def _stamp(path: str | None) -> tuple[int, int, int, int] | None:
+    """None: there is no such local file."""
+    if path is None or "://" in path:
+        return None
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+
+def _looked_at(image: dict[str, Any], folders: Sequence[str], digests: bool) -> tuple[tuple[int, int], str | None]:
+    try:
+        content = image["bytes"]
+        if content is not None:
+            content = content.as_buffer()
+            opened = Image.open(cast(IO[bytes], pyarrow.BufferReader(content)), formats=FORMATS)
+        else:
+            opened = open_image(image, folders)
+            assert opened is not None
+        with opened:
+            size = upright_size(opened)
+        if not digests:
+            return size, None
+        if content is not None:
+            return size, hashlib.sha256(content).hexdigest()
+        with open(image["path"], "rb") as file:
+            return size, hashlib.file_digest(file, "sha256").hexdigest()
+    except Exception:  # broken files raise a dozen kinds; the run itself says which it is
+        return (0, 0), "" if digests else None
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Height and width of an image with its EXIF orientation applied; does not decode it.
+
+    A PNG whose EXIF follows its pixels is taken as it lies.
+    """
+    width, height = image.size
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):  # PIL has turned a TIFF
+        return height, width
+    turned = image.getexif().get(ORIENTATION) in TURNED
+    return (width, height) if turned else (height, width)
+
+
+# The index -----------------------------------------------------------------------------------------------------------
+
+
+def _index_file(dataset: Dataset, column: str, root: Path) -> Path:
+    """The index of a data set: of its folder of images, or of the data set itself if it holds their bytes."""
+    first = next(_images(dataset.select(range(min(1, len(dataset)))), column), ("", {}))
+    if first[1].get("bytes") is not None:
+        files = [(file["filename"], _stamp(file["filename"])) for file in dataset.cache_files]
+        key = repr((dataset._fingerprint, column, files))
+    else:
+        key = os.path.dirname(os.path.abspath(first[0]))
+    return root / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.parquet"
+
+
+def _read(index: Path) -> dict[str, Entry]:
+    """The entries of an index; none if there is none, or if it is damaged or of another version."""
+    try:
+        columns = pyarrow.parquet.read_table(index, columns=list(Entry._fields)).to_pydict()
+    except (OSError, ValueError, KeyError, pyarrow.ArrowException):
+        return {}
+    return {values[0]: Entry(*values) for values in zip(*columns.values())}
+
+
+def _write(index: Path, known: dict[str, Entry], fresh: dict[str, Entry]) -> dict[str, Entry]:
+    """Write both parts, and return them."""
+    entries = known | fresh
+    table = pyarrow.table(dict(zip(Entry._fields, map(list, zip(*entries.values())))))
+    try:
+        write_whole(index, lambda unfinished: pyarrow.parquet.write_table(table, unfinished))
+    except OSError as error:
+        logger.warning("the index of images %s cannot be written (%s); they are read again next time", index, error)
+    return entries
