@@ -349,13 +349,21 @@ def unscale(vae: ModelMixin, latents: Tensor) -> Tensor:
     return F.pixel_shuffle(latents / scale + shift, _latent_patch(vae.config))
 
 
-@torch.no_grad()
 def encode(vae: ModelMixin, pixels: Tensor, posterior_noise: Tensor) -> Tensor:
     """Pixels [-1, 1], (B, 3, H, W) -> scaled latents z0, (B, C, h, w).
 
     Args:
         posterior_noise: N(0, I), (B, C, h, w); the sample of the posterior is mean + std * posterior_noise. Without a
             posterior (AutoencoderDC, AutoencoderTiny, VQModel, AutoencoderKLCosmos) it is not used.
+    """
+    return sampled_latents(vae, *posterior(vae, pixels), posterior_noise)
+
+
+@torch.no_grad()
+def posterior(vae: ModelMixin, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Pixels [-1, 1], (B, 3, H, W) -> mean and std of the raw latents, (B, C, h, w) each in the layout of scaled ones.
+
+    The std is None for a VAE without a posterior.
     """
     pixels = pixels.to(vae.dtype)
     if 4 in (vae.config.get("in_channels"), vae.config.get("input_channels")):  # the fourth is alpha
@@ -369,8 +377,14 @@ def encode(vae: ModelMixin, pixels: Tensor, posterior_noise: Tensor) -> Tensor:
     raw = encoded if isinstance(encoded, Tensor) else encoded.mode()  # the mode of the posterior is its mean
     patch = _latent_patch(vae.config)
     raw = F.pixel_unshuffle(at_least_float32(feature_map(raw)), patch)
-    if isinstance(encoded, DiagonalGaussianDistribution):
-        raw = raw + F.pixel_unshuffle(at_least_float32(feature_map(encoded.std)), patch) * posterior_noise
+    if not isinstance(encoded, DiagonalGaussianDistribution):
+        return raw, None
+    return raw, F.pixel_unshuffle(at_least_float32(feature_map(encoded.std)), patch)
+
+
+def sampled_latents(vae: ModelMixin, mean: Tensor, std: Tensor | None, posterior_noise: Tensor) -> Tensor:
+    """A sample of the posterior as scaled latents z0, (B, C, h, w); arguments as :func:`posterior` returns them."""
+    raw = mean if std is None else mean + std * posterior_noise
     shift, scale = _affine(vae, raw)
     return (raw - shift) * scale
 

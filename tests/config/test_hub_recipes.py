@@ -179,7 +179,9 @@ HARMFUL = {  # what a stranger would like to say
 
 def test_a_stranger_does_not_say_what_is_done_on_this_machine(hub):
     published(hub, BASE | HARMFUL)
-    with pytest.warns(UserWarning, match="--config user/run: cache_dir, data_cache_dir, dry_run, .* are this machine's bus") as warned:
+    with pytest.warns(
+        UserWarning, match="--config user/run: cache_dir, data_cache_dir, dry_run, .* are this machine's bus"
+    ) as warned:
         args = rerun()
     assert all(name in str(warned[0].message) for name in HARMFUL)
     assert all(args.values()[name] == Config().values()[name] for name in HARMFUL)

@@ -1,0 +1,115 @@
+"""What the caches know: the latents of an image's crop, and the embeddings of a caption.
+
+A key is made of content: for latents the digest of the image file, its crop and interpolation, and the fingerprint of
+the VAE's weights; for embeddings the caption, and the fingerprint of the text encoders, their tokenizers and their
+precision. So what is trained on never changes: another learning rate finds everything again, and a changed image finds
+nothing. What is random stays random: of an image the *posterior* is kept, its mean and standard deviation, and of a
+row the embeddings of each caption that it can get; crops, flips, captions and dropout are drawn in training, from the
+same generators as without caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lpl.config.sizes import Size
+from lpl.data.catalogue import Catalogue
+from lpl.data.store import Entry, Store, key_of
+
+
+TRANSFORM = 1  # raised when the same flags make other pixels of an image
+
+
+class Crop(NamedTuple):
+    """Which part of an image is trained on.
+
+    Args:
+        size: height and width of the crop.
+        place: top and left of the crop in the resized and mirrored image, as :func:`lpl.data.reading.place_of` says.
+        flip: whether the image is mirrored.
+    """
+
+    size: Size
+    place: tuple[int, int]
+    flip: bool
+
+
+@dataclass
+class CachedLatents:
+    """The posterior of each crop, by row.
+
+    Args:
+        encoder: fingerprint of the VAE.
+        interpolation: of resizing.
+        bad: reasons of the rows that could not be encoded.
+    """
+
+    store: Store
+    catalogue: Catalogue
+    encoder: str
+    interpolation: str
+    bad: dict[int, str] = field(default_factory=dict)
+
+    def key(self, row: int, crop: Crop) -> str:
+        digest = self.catalogue.digests[row]
+        return key_of("latents", TRANSFORM, self.encoder, digest, self.interpolation, *crop)
+
+    def size(self, row: int) -> Size:
+        """Height and width of an image.
+
+        Raises:
+            ValueError: if it is bad.
+        """
+        height, width = map(int, self.catalogue.sizes[row])
+        if row in self.bad or not height or not self.catalogue.digests[row]:
+            raise ValueError(self.bad.get(row, "it cannot be opened"))
+        return height, width
+
+    def posterior(self, row: int, crop: Crop) -> Entry:
+        """``mean`` and, if the VAE has one, ``std``, (C, h, w) each."""
+        return self.store[self.key(row, crop)]
+
+
+@dataclass
+class CachedEmbeddings:
+    """The conditions of each caption.
+
+    Args:
+        encoders: fingerprint of the text encoders and their tokenizers.
+        droppable: which text encoders --text_encoder_dropout may drop; empty without the flag.
+    """
+
+    store: Store
+    encoders: str
+    droppable: tuple[bool, ...] = ()
+
+    def key(self, caption: str, dropped: tuple[bool, ...] = ()) -> str:
+        return key_of("embeddings", self.encoders, caption, list(dropped) if any(dropped) else [])
+
+    def variants(self) -> Iterator[tuple[bool, ...]]:
+        """The ways in which text encoders can be dropped."""
+        return product(*((False, True) if may else (False,) for may in self.droppable))
+
+    def conditions(self, caption: str, dropped: Tensor | None = None) -> Entry:
+        """The conditions of a caption, without the batch dimension."""
+        return self.store[self.key(caption, () if dropped is None else tuple(dropped.tolist()))]
+
+
+def fingerprint_of(*values: Any) -> str:
+    """A fingerprint of tensors, by their bytes, shapes and types, and of what JSON can hold."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for value in values:
+        if isinstance(value, Tensor):
+            digest.update(repr((value.dtype, tuple(value.shape))).encode())
+            digest.update(memoryview(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        else:
+            digest.update(key_of(value).encode())
+    return digest.hexdigest()
