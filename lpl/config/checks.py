@@ -23,7 +23,7 @@ from lpl.config.groups import Lora, Lpl
 from lpl.options import check_options, parse_weight
 from lpl.tools.places import lies_within
 from lpl.tools.privacy import HUB_ID
-from lpl.tools.words import warn, why_no_folder
+from lpl.tools.words import has_word, warn, why_no_folder
 
 
 def check_words(config: Config) -> None:
@@ -38,6 +38,7 @@ def check_words(config: Config) -> None:
                 _check_place(name, place)
     _check_sources(config)
     _check_streaming(config)
+    _check_captions(config)
     _check_lora(config)
     _check_lpl(config)
     _check_timesteps(config)
@@ -121,6 +122,25 @@ def why_no_pipeline(path: str) -> str | None:
     if not HUB_ID.fullmatch(path):
         return "there is no such folder, and no repository on the Hub has such a name"
     return None
+
+
+def _check_captions(config: Config) -> None:
+    data = config.data
+    for name, text in (
+        ("trigger_word", data.trigger_word),
+        ("tag_separator", data.tag_separator),
+        ("keep_tags_separator", data.keep_tags_separator),
+    ):
+        if text == "" or (name == "trigger_word" and text is not None and not text.strip()):
+            raise ValueError(f"--{name}: it is empty; give one, or leave the flag out")
+    if wrong := [share for share in data.text_encoder_dropout or () if not 0 <= share <= 1]:
+        raise ValueError(f"--text_encoder_dropout {wrong[0]}: it must be between 0 and 1")
+    word, prompts = data.trigger_word, config.validation.validation_prompts or ()
+    if word and (without := [prompt for prompt in prompts if not has_word(prompt, word)]):
+        warn(
+            f"--validation_prompts: {reprlib.repr(without[0])} is without --trigger_word {word}, so its samples may "
+            "not show what is learned"
+        )
 
 
 def _check_streaming(config: Config) -> None:
