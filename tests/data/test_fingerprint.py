@@ -93,7 +93,7 @@ def test_how_the_data_is_loaded_does_not_count(folder, tmp_path):
 
 def test_other_columns_do_not_count(folder):
     dataset = Dataset.from_dict({"image": [b"x"], "text": ["a"], "else": [1]})
-    assert fingerprint(dataset, "image", ["text"]) == fingerprint(dataset.remove_columns("else"), "image", "text")
+    assert fingerprint(dataset, "image", ["text"]) == fingerprint(dataset.remove_columns("else"), "image", ["text"])
 
 
 # Another -------------------------------------------------------------------------------------------------------------
