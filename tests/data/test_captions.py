@@ -7,13 +7,14 @@ from collections import Counter
 import pytest
 import torch
 from datasets import Dataset
-from trainer import settings
+from trainer import same, settings, train, validation_metrics, weights
 
 from lpl.config import held_out
 from lpl.data.captions import Captions, caption_columns, caption_rows, columns_of, report_instance_prompt
 from lpl.data.dataset import collate, held_out_batches, real_images
 from lpl.data.order import Stream, keyed_generator
 from tests.data.test_dataset import RANDOM, images_of, over, static
+from tests.data.test_folder import also, images
 
 
 TAGS = "sks, a, b, c, d, e"
@@ -324,3 +325,25 @@ def test_a_batch_tokenizes_what_is_dropped():
     captions, dropped = collate([images[0, 0], images[0, 1]], tokenize)["tokens"]
     assert captions == ["picture 0", "picture 1"] and dropped.tolist() == [[True, False]] * 2
     assert collate([images_of(static())[0, 0]], tokenize)["tokens"] == (["picture 0"], None)
+
+
+# A run ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_with_all_of_it_is_the_same_with_workers_and_after_a_resume(sdxl_pipeline, tmp_path):
+    folder = images(tmp_path / "data", "a.png", "b.png", "c.png")
+    also(folder, {"a.txt": TAGS, "b.txt": "[trigger] ||| x, y, z"})
+    flags = {"train_batch_size": 2, "max_train_steps": 3, "lpl_weight": 0, "checkpointing_steps": 1, "seed": 3}
+    flags |= {"instance_prompt": "dog", "trigger_word": "sks", "shuffle_tags": True, "tag_dropout": 0.3}
+    flags |= {"keep_tags_separator": "|||", "text_encoder_dropout": [0.5, 0.5], "validation_every_nth": 3}
+    whole = train(sdxl_pipeline, folder, tmp_path / "whole", **flags)
+    card = (whole / "README.md").read_text()
+    assert "instance_prompt: sks" in card and "Put `sks` into the prompt" in card and 'prompt="sks"' in card
+    train(sdxl_pipeline, folder, tmp_path / "parts", **flags | {"max_train_steps": 1})
+    again = {"resume_from_checkpoint": "latest", "dataloader_num_workers": 1}
+    parts = train(sdxl_pipeline, folder, tmp_path / "parts", **flags | again)
+    assert same(weights(parts / "unet"), weights(whole / "unet"))
+    assert validation_metrics(parts)[-1] == validation_metrics(whole)[-1]
+    del flags["text_encoder_dropout"]
+    other = train(sdxl_pipeline, folder, tmp_path / "other", **flags)
+    assert not same(weights(other / "unet"), weights(whole / "unet"))
