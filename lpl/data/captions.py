@@ -68,6 +68,11 @@ class Captions:
             kept_separator=data.keep_tags_separator,
         )
 
+    @property
+    def drawn(self) -> bool:
+        """Whether a caption depends on more random numbers than the choice in a list."""
+        return self.shuffle or self.dropout > 0 or "," in self.columns
+
     def caption(self, row: Row, choice: float = 0.0, generator: torch.Generator | None = None) -> str:
         """A caption of a row.
 
@@ -117,10 +122,9 @@ class Captions:
             return text
         first, middle, last = self._parts(text)
         if generator is not None:
-            stays = torch.rand(len(middle), generator=generator) >= self.dropout
-            order = torch.randperm(len(middle), generator=generator)
-            places = (order if self.shuffle else order.sort().values).tolist()
-            middle = [middle[place] for place in places if stays[place]]
+            stays = (torch.rand(len(middle), generator=generator) >= self.dropout).tolist()
+            order = torch.randperm(len(middle), generator=generator).tolist()
+            middle = [middle[place] for place in (order if self.shuffle else sorted(order)) if stays[place]]
         return self._mark.join([*first, *middle, *last])
 
     def _parts(self, text: str) -> tuple[list[str], list[str], list[str]]:

@@ -201,7 +201,8 @@ class TrainingImages(TorchDataset[Sample]):
     def _caption(self, row: Row, choice: float, key: tuple[int, int] | None) -> str | int:
         if (label := self._label(row)) is not None:
             return label
-        return self.captions.caption(row, choice, key and keyed_generator(self.seed, *key, Stream.CAPTION))
+        drawn = keyed_generator(self.seed, *key, Stream.CAPTION) if key is not None and self.captions.drawn else None
+        return self.captions.caption(row, choice, drawn)
 
     def _label(self, row: Mapping[str, Any]) -> int | None:
         """The class label of a row; None if captions are texts."""

@@ -221,7 +221,7 @@ def check_columns(
         captions = list(caption_columns(caption_column, columns))
     for flag, column in (("--image_column", image_column), *(("--caption_column", name) for name in captions)):
         if column not in columns:
-            hint = _other_column(flag, column, columns, num_classes)
+            hint = _other_column(flag, column, [name for name in columns if name not in captions], num_classes)
             hint = hint or _folder_hint(dataset, flag, column, num_classes)
             raise ValueError(
                 f"{where}: there is no column {column!r} ({flag}); its columns are {', '.join(columns)}{hint}"

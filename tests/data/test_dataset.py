@@ -78,7 +78,10 @@ def test_each_purpose_has_a_generator_of_its_own(monkeypatch):
     keys = []
     monkeypatch.setattr("lpl.data.dataset.keyed_generator", lambda *key: keys.append(key) or keyed_generator(*key))
     images_of(static(), noise_offset=0.1, seed=7)[2, 0]
-    assert len(keys) == len(set(keys)) == 5 and {key[:3] for key in keys} == {(7, 2, 0)}
+    assert len(keys) == len(set(keys)) == 4 and {key[:3] for key in keys} == {(7, 2, 0)}
+    keys.clear()
+    images_of(static(), seed=7, shuffle_tags=True, text_encoder_dropout=[0.5])[2, 0]
+    assert len(keys) == len(set(keys)) == 6 and {key[:3] for key in keys} == {(7, 2, 0)}
 
 
 def test_the_two_noises_are_independent():
