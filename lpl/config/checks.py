@@ -24,7 +24,7 @@ from lpl.config.sizes import AUTO
 from lpl.options import check_options, parse_weight
 from lpl.tools.places import lies_within
 from lpl.tools.privacy import HUB_ID
-from lpl.tools.words import warn, why_no_folder
+from lpl.tools.words import has_word, warn, why_no_folder
 
 
 def check_words(config: Config) -> None:
@@ -40,6 +40,7 @@ def check_words(config: Config) -> None:
     _check_sources(config)
     _check_sizes(config)
     _check_streaming(config)
+    _check_captions(config)
     _check_lora(config)
     _check_lpl(config)
     _check_timesteps(config)
@@ -138,6 +139,25 @@ def _check_sizes(config: Config) -> None:
         raise ValueError(
             f"--resolution {data.resolution}: with several sides, sizes are made from each of them by "
             f"--aspect_ratio_buckets {AUTO}; or give one side, and all sizes in --aspect_ratio_buckets"
+        )
+
+
+def _check_captions(config: Config) -> None:
+    data = config.data
+    for name, text in (
+        ("trigger_word", data.trigger_word),
+        ("tag_separator", data.tag_separator),
+        ("keep_tags_separator", data.keep_tags_separator),
+    ):
+        if text == "" or (name == "trigger_word" and text is not None and not text.strip()):
+            raise ValueError(f"--{name}: it is empty; give one, or leave the flag out")
+    if wrong := [share for share in data.text_encoder_dropout or () if not 0 <= share <= 1]:
+        raise ValueError(f"--text_encoder_dropout {wrong[0]}: it must be between 0 and 1")
+    word, prompts = data.trigger_word, config.validation.validation_prompts or ()
+    if word and (without := [prompt for prompt in prompts if not has_word(prompt, word)]):
+        warn(
+            f"--validation_prompts: {reprlib.repr(without[0])} is without --trigger_word {word}, so its samples may "
+            "not show what is learned"
         )
 
 

@@ -51,7 +51,8 @@ IGNORED = {
     "lpl_scale": "LPL is weighted by --lpl_weight and applies below --lpl_sigma_threshold",
 }
 
-# Flags of SimpleTuner and of kohya's scripts, as in docs/migrate.md, and what does the same here; None: nothing does.
+# Flags of SimpleTuner, of kohya's scripts and of diffusers' for DreamBooth, as in docs/migrate.md, and what does the
+# same here; None: nothing does.
 OTHERS = {
     "lora_rank": "--rank",
     "network_dim": "--rank",
@@ -79,12 +80,15 @@ OTHERS = {
     "data_backend_config": "--train_data_dir or --dataset_name",
     "dataset_config": "--train_data_dir and --resolution",
     "flip_aug": "--random_flip",
-    "shuffle_caption": None,
-    "keep_tokens": None,
+    "caption_separator": "--tag_separator",
+    "caption_tag_dropout_rate": "--tag_dropout",
+    "shuffle_caption": "--shuffle_tags",
+    "keep_tokens": "--keep_tags",
+    "keep_tokens_separator": "--keep_tags_separator",
+    "instance_data_dir": "--train_data_dir",
     "cache_latents": None,
     "cache_text_encoder_outputs": None,
     "enable_bucket": None,
-    "instance_prompt": None,
     "with_prior_preservation": None,
     "flow_schedule_shift": "not needed, the shift is that of the pipeline's scheduler",
     "save_every_n_steps": "--checkpointing_steps",

@@ -162,7 +162,31 @@ class Data:
     )
     image_column: str = flag("image", "column of the images")
     caption_column: str = flag(
-        "text", "column of the captions, one or several per image; for DiT, of the class labels, label by default"
+        "text",
+        "column of the captions, one or several per image, or several columns with shares, such as text:0.7,tags:0.3; "
+        "for DiT, of the class labels, label by default",
+    )
+    instance_prompt: str | None = flag(None, "caption of the images that have none, e.g. a photo of sks dog")
+    caption_prefix: str | None = flag(None, "text before each caption")
+    caption_suffix: str | None = flag(None, "text after each caption")
+    trigger_word: str | None = flag(
+        None, "word that is put in front of each caption without it, and on the model card"
+    )
+    shuffle_tags: bool = flag(False, "shuffle the tags of each caption anew in every epoch", held_out=False)
+    tag_dropout: float = flag(
+        0.0, "probability with which each tag of a caption is left out", range=SHARE, held_out=0.0
+    )
+    tag_separator: str = flag(
+        ",", "what separates tags in captions, for --shuffle_tags and --tag_dropout", used=rules.divides_tags
+    )
+    keep_tags: int = flag(
+        0,
+        "number of first tags that --shuffle_tags and --tag_dropout leave as they are",
+        range=NOT_NEGATIVE,
+        used=rules.changes_tags,
+    )
+    keep_tags_separator: str | None = flag(
+        None, "mark in captions, such as |||: the tags before it, and behind a second one, are kept; it is removed"
     )
     max_train_samples: int | None = flag(
         None, "train on at most N images: a random subset, or with --streaming the first N", range=POSITIVE
@@ -215,6 +239,11 @@ class Data:
     proportion_empty_prompts: float | None = flag(
         None, "share of captions replaced by the empty caption; default: the family's", range=SHARE, held_out=0.0
     )
+    text_encoder_dropout: tuple[float, ...] | None = flag(
+        None,
+        "probabilities, one per text encoder, with which that encoder alone gets the empty caption",
+        held_out=None,
+    )
     dataloader_num_workers: int = silent_flag(
         0, "number of data loading processes; 0 = load in the main process", range=NOT_NEGATIVE
     )
@@ -229,6 +258,11 @@ class Data:
         """--train_data_dir, if no --dataset_name is given; available after the checks."""
         assert self.train_data_dir is not None
         return self.train_data_dir
+
+    @property
+    def trigger(self) -> str | None:
+        """What prompts need to show what is trained: the trigger word, or else --instance_prompt."""
+        return (self.trigger_word or self.instance_prompt or "").strip() or None
 
     @property
     def holds_out(self) -> bool:

@@ -96,6 +96,14 @@ def shuffles_a_stream(flags: Values) -> bool:
     return flags["streaming"] and flags["max_train_samples"] is None
 
 
+def changes_tags(flags: Values) -> bool:
+    return flags["shuffle_tags"] or flags["tag_dropout"] > 0
+
+
+def divides_tags(flags: Values) -> bool:
+    return changes_tags(flags) or flags["keep_tags_separator"] is not None
+
+
 def less_than(name: str, other: str) -> Condition:
     """The flag ``name`` has a smaller value than another one."""
     return lambda flags: (flags[name] or 0) < flags[other]

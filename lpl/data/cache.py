@@ -10,6 +10,7 @@ same generators as without caches.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
@@ -103,13 +104,12 @@ class CachedEmbeddings:
 
 def fingerprint_of(*values: Any) -> str:
     """A fingerprint of tensors, by their bytes, shapes and types, and of what JSON can hold."""
-    import hashlib
 
     digest = hashlib.sha256()
     for value in values:
         if isinstance(value, Tensor):
             digest.update(repr((value.dtype, tuple(value.shape))).encode())
-            digest.update(memoryview(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         else:
             digest.update(key_of(value).encode())
     return digest.hexdigest()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import groupby, islice
@@ -30,8 +30,9 @@ from lpl.config import held_out
 from lpl.config.groups import Data, Diffusion
 from lpl.config.sizes import Size
 from lpl.data.buckets import BucketBatches, Items
+from lpl.data.captions import Captions, caption_rows, columns_of
 from lpl.data.order import KeyedBatches, Stream, keyed_generator
-from lpl.data.reading import choose_caption, cropped, open_image, to_rgb
+from lpl.data.reading import cropped, open_image, to_rgb
 from lpl.data.source import class_names, data_folders
 from lpl.data.timeouts import Readings, TookTooLong, at_most
 from lpl.objectives import Objective, timestep_density, timestep_weights
@@ -69,7 +70,8 @@ class TrainingImages(TorchDataset[Sample]):
     ``target_size`` and ``crop_top_left``, (2,), height or top first, in pixels, the crop's place in the resized and
     mirrored image; ``posterior_noise``, ``noise`` and ``input_noise`` (C, h, w), the last None without
     --input_perturbation; ``timestep`` (); ``lpl_choice`` (2,), uniform in [0, 1), which selects LPL's samples and
-    window; ``index``; ``bad``, places and reasons of the unreadable samples that this one replaces.
+    window; ``index``; ``bad``, places and reasons of the unreadable samples that this one replaces; with
+    --text_encoder_dropout ``dropped`` (E,), whether each text encoder gets the empty caption instead.
 
     Args:
         empty_caption: stands for a dropped caption; an integer if captions are class labels from 0 to below it.
@@ -159,13 +161,13 @@ class TrainingImages(TorchDataset[Sample]):
             for stream in (Stream.AUGMENTATION, Stream.NOISE, Stream.LPL)
         )
         vertical, horizontal, flip, choice, drop = torch.rand(5, generator=augmentation).tolist()
-        image, caption, bad = self.readable(candidates, choice)
+        image, caption, bad = self.readable(candidates, choice, (epoch, index))
         shares = (0.5, 0.5) if self.data.center_crop else (vertical, horizontal)
         mirrored = self.data.random_flip and flip < 0.5
         size = self.size_of(index)
         shape = self.space.shape(*size)
         pixels, crop_top_left = cropped(image, size, shares, mirrored, self.data.image_interpolation_mode)
-        return {
+        sample = {
             "index": torch.tensor(index),
             "bad": bad,
             "pixels": pixels,
@@ -179,11 +181,19 @@ class TrainingImages(TorchDataset[Sample]):
             "input_noise": torch.randn(shape, generator=noise) if self.diffusion.input_perturbation else None,
             "lpl_choice": torch.rand(2, generator=lpl),
         }
+        if (shares := self.data.text_encoder_dropout) is not None:
+            encoders = keyed_generator(self.seed, epoch, index, Stream.TEXT_ENCODERS)
+            sample["dropped"] = torch.rand(len(shares), generator=encoders) < torch.tensor(shares)
+        return sample
 
     def readable(
-        self, candidates: Candidates, choice: float = 0.0
+        self, candidates: Candidates, choice: float = 0.0, key: tuple[int, int] | None = None
     ) -> tuple[Image.Image, str | int, list[tuple[int, str]]]:
         """Reads the first candidate with a readable image and a caption.
+
+        Args:
+            choice: draws one of a list of captions, in [0, 1).
+            key: (epoch, index), which decides what else is drawn of a caption; None: nothing is.
 
         Returns:
             image, caption, and places and reasons of the candidates before it.
@@ -196,9 +206,7 @@ class TrainingImages(TorchDataset[Sample]):
             try:
                 with self.readings.noted(candidate), at_most(self.data.dataloader_timeout):
                     row = read()
-                    caption = row[self.data.caption_column]
-                    if not isinstance(self.empty_caption, int) or caption is None:  # otherwise it is a class label
-                        caption = choose_caption(caption, choice)
+                    caption = self._caption(row, choice, key)
                     return to_rgb(open_image(row[self.data.image_column], self._folders)), caption, bad
             except Exception as error:  # broken files raise a dozen kinds, in PIL and in the data set's library
                 bad.append((candidate, first_line(error)))
@@ -207,6 +215,27 @@ class TrainingImages(TorchDataset[Sample]):
         raise ValueError(
             f"--train_data_dir, --dataset_name: no image of the data set can be read (the first: {bad[0][1]})"
         )
+
+    @cached_property
+    def captions(self) -> Captions:
+        return Captions.of(self.data)
+
+    def _caption(self, row: Row, choice: float, key: tuple[int, int] | None) -> str | int:
+        if (label := self._label(row)) is not None:
+            return label
+        drawn = keyed_generator(self.seed, *key, Stream.CAPTION) if key is not None and self.captions.drawn else None
+        return self.captions.caption(row, choice, drawn)
+
+    def _label(self, row: Mapping[str, Any]) -> int | None:
+        """The class label of a row; None if captions are texts."""
+        return row.get(self.data.caption_column) if isinstance(self.empty_caption, int) else None
+
+    def captions_at(self, places: Sequence[int] | None = None) -> Iterator[Sequence[str | int]]:
+        """Yields the captions that each row can get, with their tags in order; reads no image. None: of all rows."""
+        dataset = self.dataset if places is None else self.dataset.select(places)
+        for row in caption_rows(dataset, columns_of(self.data, dataset.column_names)):
+            label = self._label(row)
+            yield self.captions.in_order(row) if label is None else [label]
 
     def file_names(self, places: Sequence[int]) -> dict[int, str | None]:
         """Names of the samples' files by place in the data set, None where unknown. Reads no file."""
@@ -252,20 +281,20 @@ class TrainingImages(TorchDataset[Sample]):
         return noise
 
 
-def collate(samples: list[Sample], tokenize: Callable[[Sequence[Any]], dict[str, Any]] | None = None) -> Batch:
+def collate(samples: list[Sample], tokenize: Callable[..., dict[str, Any]] | None = None) -> Batch:
     """Stacks tensors, (B, ...), and lists all other values; a value of None stays None.
 
     ``bad`` becomes one list for the whole batch.
 
     Args:
-        tokenize: makes the batch's ``tokens`` of its captions.
+        tokenize: makes the batch's ``tokens`` of its captions, and of what is ``dropped`` if anything may be.
     """
     batch: Batch = {"bad": [found for sample in samples for found in sample.pop("bad")]}
     for name, first in samples[0].items():
         values = [sample[name] for sample in samples]
         batch[name] = torch.stack(values) if isinstance(first, Tensor) else None if first is None else values
     if tokenize is not None:
-        batch["tokens"] = tokenize(batch["caption"])
+        batch["tokens"] = tokenize(batch["caption"], *([batch["dropped"]] if "dropped" in batch else []))
     return batch
 
 
@@ -298,13 +327,16 @@ def real_images(
     """
     if images.count is None:
         return None
-    caption_column = list(images.dataset[images.data.caption_column])
-    if not set(captions) <= {caption for caption in caption_column if isinstance(caption, str | int)}:
+    places: dict[str | int, list[int]] = {caption: [] for caption in captions}
+    for index, own in enumerate(images.captions_at()):
+        for caption in places.keys() & set(own):
+            places[caption].append(index)
+    if not all(places.values()):
         return None
     found = []
     for number, caption in enumerate(captions):
-        matches = [index for index, text in enumerate(caption_column) if text == caption]
-        image, *_ = images.readable(images.rows_from(matches[number % len(matches)]))
+        index = places[caption][number % len(places[caption])]
+        image, *_ = images.readable(images.rows_from(index))
         found.append(image)
     return [
         ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS) for height, width in sizes for image in found

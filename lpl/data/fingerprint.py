@@ -29,6 +29,7 @@ from datasets import Dataset, IterableDataset
 from datasets import Image as ImageFeature
 
 from lpl.config.groups import Data
+from lpl.data.captions import caption_rows, columns_of
 from lpl.data.reading import LARGEST_FILE, lies_in
 from lpl.data.source import data_folders
 
@@ -41,18 +42,19 @@ MISSING = "missing"  # stands for the digest of a file that cannot be read
 
 
 def fingerprint(
-    dataset: Dataset | IterableDataset, image_column: str, caption_column: str, folders: Sequence[str] = ()
+    dataset: Dataset | IterableDataset, image_column: str, columns: Sequence[str], folders: Sequence[str] = ()
 ) -> str:
     """Returns ``sha256:`` and 64 hex digits.
 
     Args:
+        columns: of the captions, see :func:`lpl.data.captions.columns_of`.
         folders: where the data set's files may lie, see :func:`lpl.data.source.data_folders`; images embedded in the
             data set need none.
     """
     if isinstance(dataset, IterableDataset):
-        parts = _streamed(dataset, image_column, caption_column, folders)
+        parts = _streamed(dataset, image_column, columns, folders)
     else:
-        parts = _loaded(dataset, image_column, caption_column, folders)
+        parts = _loaded(dataset, image_column, columns, folders)
     digest = hashlib.sha256()
     for part in parts:  # a line of JSON each, so that parts cannot run into each other
         digest.update(json.dumps(part, default=str).encode() + b"\n")
@@ -61,8 +63,8 @@ def fingerprint(
 
 def data_facts(dataset: Dataset | IterableDataset, data: Data, cache_dir: str | None) -> dict[str, Any]:
     """What a recipe records of the data: its fingerprint, and the number of images if known."""
-    folders = data_folders(data, cache_dir)
-    facts: dict[str, Any] = {"fingerprint": fingerprint(dataset, data.image_column, data.caption_column, folders)}
+    folders, columns = data_folders(data, cache_dir), columns_of(data, dataset.column_names or [])
+    facts: dict[str, Any] = {"fingerprint": fingerprint(dataset, data.image_column, columns, folders)}
     return facts | ({"images": len(dataset)} if isinstance(dataset, Dataset) else {})
 
 
@@ -80,11 +82,10 @@ def other_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     return "other images or captions, or in another order"
 
 
-def _loaded(dataset: Dataset, image_column: str, caption_column: str, folders: Sequence[str]) -> Iterator[Any]:
+def _loaded(dataset: Dataset, image_column: str, columns: Sequence[str], folders: Sequence[str]) -> Iterator[Any]:
     yield "loaded", len(dataset)
-    batches = cast(Iterator[dict[str, Any]], dataset.select_columns([caption_column]).iter(1000))
-    for batch in batches:
-        yield from batch[caption_column]
+    for row in caption_rows(dataset, columns):
+        yield _caption(row, columns)
     images = dataset.select_columns([image_column]).cast_column(image_column, ImageFeature(decode=False))
 
     def digest(place: int) -> str:
@@ -98,15 +99,20 @@ def _loaded(dataset: Dataset, image_column: str, caption_column: str, folders: S
 
 
 def _streamed(
-    dataset: IterableDataset, image_column: str, caption_column: str, folders: Sequence[str]
+    dataset: IterableDataset, image_column: str, columns: Sequence[str], folders: Sequence[str]
 ) -> Iterator[Any]:
     yield "streamed", dataset.num_shards, dataset.column_names
     yield [os.path.basename(path) for path in shard_paths(dataset)]
     try:
         for row in islice(dataset.decode(False).shard(dataset.num_shards, 0), FIRST_ROWS):
-            yield row[caption_column], image_digest(row[image_column], folders)
+            yield _caption(row, columns), image_digest(row[image_column], folders)
     except Exception:  # a broken shard, or a network that is gone
         yield MISSING
+
+
+def _caption(row: Mapping[str, Any], columns: Sequence[str]) -> Any:
+    """What a row has for a caption; of several columns a list."""
+    return row[columns[0]] if len(columns) == 1 else [row[column] for column in columns]
 
 
 def spaced(length: int, count: int) -> list[int]:

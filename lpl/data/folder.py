@@ -29,6 +29,7 @@ from datasets import ClassLabel, Dataset, DatasetInfo, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from lpl.data.captions import caption_columns
 from lpl.data.reading import FORMATS, lies_in
 from lpl.tools.words import counted
 
@@ -189,10 +190,15 @@ def why_no_images(folder: str | os.PathLike[str]) -> str | None:
 # Captions ------------------------------------------------------------------------------------------------------------
 
 
-def folder_dataset(folder: str, caption_column: str, class_conditional: bool) -> Dataset:
+def folder_dataset(
+    folder: str, caption_column: str, class_conditional: bool, instance_prompt: str | None = None
+) -> Dataset:
     """The images of a folder in the column ``image``, undecoded, with captions or class labels.
 
-    Columns of a metadata file that are neither images nor ``caption_column`` are left empty.
+    Columns of a metadata file that are neither images nor named by ``caption_column`` are left empty.
+
+    Args:
+        instance_prompt: stands for missing captions; None: nothing does.
 
     Raises:
         ValueError: if a metadata file cannot be read, or names nothing that is there.
@@ -217,8 +223,9 @@ def folder_dataset(folder: str, caption_column: str, class_conditional: bool) ->
         return Dataset.from_dict(columns, features, DatasetInfo(features=features, builder_name=BUILDER))
     if contents.captioned:
         captions = text_captions(contents)
-        _warn_of_missing_texts(contents, captions)
-        columns = {caption_column: captions} | columns
+        _warn_of_missing_texts(contents, captions, instance_prompt)
+        if any(captions):
+            columns = {next(iter(caption_columns(caption_column, ()))): captions} | columns
     return Dataset.from_dict(columns, info=info).cast_column("image", ImageFeature(decode=False))
 
 
@@ -237,6 +244,7 @@ def _from_metadata(contents: Contents, caption_column: str, class_conditional: b
             f"{FILE_NAME}"
         )
     columns: dict[str, Any] = {}
+    wanted = [caption_column] if class_conditional else list(caption_columns(caption_column, named))
     for column in named:
         values = [row.get(column) for _, _, row in rows]
         if column == FILE_NAME or column.endswith(f"_{FILE_NAME}"):
@@ -244,12 +252,13 @@ def _from_metadata(contents: Contents, caption_column: str, class_conditional: b
             files = (contents.named(value, file) if value else None for (file, _, _), value in zip(rows, values))
             columns[name] = _Files(files)
         elif column not in columns:
-            columns[column] = values if column == caption_column else [None] * len(rows)
+            columns[column] = values if column in wanted else [None] * len(rows)
+    for column in wanted:
+        kinds = {type(value): value for value in columns.get(column, []) if value is not None}
+        if len(kinds) > 1:
+            values = " and ".join(map(repr, kinds.values()))
+            raise ValueError(f"column {column!r} (--caption_column) has values of several kinds, such as {values}")
     labels = columns.get(caption_column, [])
-    kinds = {type(label): label for label in labels if label is not None}
-    if len(kinds) > 1:
-        values = " and ".join(map(repr, kinds.values()))
-        raise ValueError(f"column {caption_column!r} (--caption_column) has values of several kinds, such as {values}")
     if class_conditional and labels and all(map(_is_label, labels)):
         columns[caption_column] = list(map(int, labels))
     _warn_of_files(contents, [file for values in columns.values() if isinstance(values, _Files) for file in values])
@@ -302,7 +311,7 @@ def _text_beside(image: str, contents: Contents) -> tuple[str | None, str]:
         return None, "with a text file that cannot be read"
 
 
-def _warn_of_missing_texts(contents: Contents, captions: Sequence[str | None]) -> None:
+def _warn_of_missing_texts(contents: Contents, captions: Sequence[str | None], instance_prompt: str | None) -> None:
     causes: dict[str, list[str]] = {}
     for image, caption in zip(contents.images, captions):
         if caption is None:
@@ -311,12 +320,13 @@ def _warn_of_missing_texts(contents: Contents, captions: Sequence[str | None]) -
     found = ", ".join(
         f"{len(images)} {cause} ({os.path.relpath(images[0], contents.folder)})" for cause, images in causes.items()
     )
-    if lacking == len(captions):
+    if lacking == len(captions) and instance_prompt is None:
         raise ValueError(f"no image has a caption: {found}")
     if lacking:
         logger.warning(
-            "--train_data_dir %s: %d of %d images have no caption: %s; other images replace them",
+            "--train_data_dir %s: %d of %d images have no caption: %s; %s",
             *(contents.folder, lacking, len(captions), found),
+            "other images replace them" if instance_prompt is None else "they get --instance_prompt",
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -18,7 +18,7 @@ from lpl.tools.process import leave_signals_alone
 def training_batches(
     images: TrainingImages,
     batches: Sampler[list],
-    tokenize: Callable[[Sequence[Any]], dict[str, Any]] | None = None,
+    tokenize: Callable[..., dict[str, Any]] | None = None,
 ) -> Iterator[Batch]:
     """Yields endless batches on the CPU, in pinned memory if there is a GPU.
 

@@ -22,6 +22,8 @@ class Stream(IntEnum):
     TIMESTEP = 2
     NOISE = 3
     LPL = 4
+    CAPTION = 5
+    TEXT_ENCODERS = 6
 
 
 def keyed_generator(seed: int, *key: int) -> torch.Generator:

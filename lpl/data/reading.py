@@ -1,4 +1,4 @@
-"""Reads one image and its caption, safely, and crops the image to its training size.
+"""Reads one image, safely, and crops it to its training size.
 
 Data sets come from strangers: a path may point outside the data set's folder, and a file may unpack to any size. PIL
 opens images in the formats it decodes itself, from the data set's own folders only.
@@ -160,18 +160,3 @@ def cropped(
         image = ImageOps.mirror(image) if flip else image
         image = image.crop((left, top, left + width, top + height))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1, (top, left)
-
-
-def choose_caption(caption: object, choice: float) -> str:
-    """Returns the caption, or one of a list of captions, chosen by a number in [0, 1).
-
-    Raises:
-        ValueError: if the caption is neither a string nor a list of strings.
-    """
-    if isinstance(caption, list | tuple) and caption:
-        caption = caption[int(choice * len(caption))]
-    if caption is None:
-        raise ValueError("it has no caption: an empty --caption_column, or no text file beside it that can be used")
-    if not isinstance(caption, str):
-        raise ValueError(f"a caption must be a string or a list of strings, but one is {caption!r} (--caption_column)")
-    return caption

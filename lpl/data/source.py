@@ -34,6 +34,7 @@ from datasets.packaged_modules.folder_based_builder import folder_based_builder
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from lpl.config.groups import Data
+from lpl.data.captions import caption_columns, columns_of, report_instance_prompt
 from lpl.data.folder import Contents, folder_dataset, suffix
 from lpl.tools.words import close_match, first_line
 
@@ -77,6 +78,7 @@ def load_training_images(
         dataset = dataset.select(sorted(set(range(len(dataset))) - set(every_nth)))
         if len(dataset) == 0:
             raise ValueError(f"--validation_every_nth {data.validation_every_nth}: nothing is left to train on")
+    report_instance_prompt(dataset, data)
     if held_out is not None:
         held_out = held_out.select(range(min(data.num_validation_samples, len(held_out))))
     return dataset, held_out
@@ -100,8 +102,9 @@ def load_split(
     """
     where = _named(data)
     dataset = _opened(data, split, cache_dir, num_classes is not None)
-    check_columns(dataset, data.image_column, data.caption_column, where, num_classes)
-    dataset = dataset.select_columns([data.image_column, data.caption_column])
+    columns = columns_of(data, dataset.column_names or [])
+    check_columns(dataset, data.image_column, data.caption_column if columns else None, where, num_classes)
+    dataset = dataset.select_columns([data.image_column, *columns])
     if num_classes is not None and classes:
         dataset = _with_labels_of(dataset, data.caption_column, classes, num_classes, where)
     if isinstance(dataset, IterableDataset):
@@ -153,7 +156,7 @@ def _loaded(data: Data, split: str, cache_dir: str | None, class_conditional: bo
         # All files under one name: by default, the library takes "test" in a file's name for a split.
         dataset = load_dataset(kind, data_files={"train": files}, **options)
     else:
-        return folder_dataset(data.folder, data.caption_column, class_conditional)
+        return folder_dataset(data.folder, data.caption_column, class_conditional, data.instance_prompt)
     if isinstance(dataset, IterableDataset):
         return dataset.decode(False)
     assert isinstance(dataset, Dataset)  # with a split, it is no dictionary of splits
@@ -204,7 +207,7 @@ def check_columns(
     """Refuses a data set that is empty, lacks a named column, or has a column of the wrong type.
 
     Args:
-        caption_column: None: no captions are needed.
+        caption_column: --caption_column; None: no captions are needed.
         where: the flag that names the data set and its value, for messages.
 
     Raises:
@@ -213,21 +216,23 @@ def check_columns(
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError(f"{where}: the data set has no images")
     columns = dataset.column_names or []
-    for flag, column in (("--image_column", image_column), ("--caption_column", caption_column)):
-        if column is not None and column not in columns:
-            hint = _other_column(flag, column, columns, num_classes)
-            hint = hint or _folder_hint(dataset, flag, caption_column, num_classes)
+    captions = [] if caption_column is None else [caption_column]  # of class labels there is one column
+    if caption_column is not None and num_classes is None:
+        captions = list(caption_columns(caption_column, columns))
+    for flag, column in (("--image_column", image_column), *(("--caption_column", name) for name in captions)):
+        if column not in columns:
+            hint = _other_column(flag, column, [name for name in columns if name not in captions], num_classes)
+            hint = hint or _folder_hint(dataset, flag, column, num_classes)
             raise ValueError(
                 f"{where}: there is no column {column!r} ({flag}); its columns are {', '.join(columns)}{hint}"
             )
     if not isinstance(_feature(dataset, image_column), ImageFeature):
         raise ValueError(f"{where}: column {image_column!r} (--image_column) holds no images")
-    if caption_column is None:
-        return
-    if num_classes is None:
-        _check_captions(dataset, caption_column, where)
-    else:
-        _check_labels(dataset, caption_column, where, num_classes)
+    for column in captions:
+        if num_classes is None:
+            _check_captions(dataset, column, where)
+        else:
+            _check_labels(dataset, column, where, num_classes)
 
 
 def _feature(dataset: Dataset | IterableDataset, column: str) -> Any:
@@ -244,9 +249,7 @@ def _other_column(flag: str, column: str, columns: Sequence[str], num_classes: i
     return f"; did you mean {flag} {likely[0]}?" if likely else close
 
 
-def _folder_hint(
-    dataset: Dataset | IterableDataset, flag: str, caption_column: str | None, num_classes: int | None
-) -> str:
+def _folder_hint(dataset: Dataset | IterableDataset, flag: str, column: str, num_classes: int | None) -> str:
     if "imagefolder" not in str(dataset.info.builder_name):
         return ""
     if flag == "--image_column":
@@ -257,8 +260,8 @@ def _folder_hint(
             "depth, or from a metadata.jsonl"
         )
     return (
-        f"; a folder of images takes its captions from a metadata.jsonl with the keys file_name and {caption_column}, "
-        "or, as --train_data_dir, from .txt files with the images' names"
+        f"; a folder of images takes its captions from a metadata.jsonl with the keys file_name and {column}, "
+        "or, as --train_data_dir, from .txt files with the images' names; --instance_prompt gives all the same one"
     )
 
 

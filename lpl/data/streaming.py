@@ -383,9 +383,9 @@ class StreamedImages(TrainingImages):
         """
         if isinstance(row, ValueError):
             raise row
-        caption = row[self.data.caption_column]
-        if isinstance(self.empty_caption, int) and caption is not None and not 0 <= caption < self.empty_caption:
-            raise ValueError(f"the class label is {caption}, but this model's are from 0 to {self.empty_caption - 1}")
+        label = self._label(row)
+        if isinstance(self.empty_caption, int) and label is not None and not 0 <= label < self.empty_caption:
+            raise ValueError(f"the class label is {label}, but this model's are from 0 to {self.empty_caption - 1}")
         return row
 
 

@@ -206,9 +206,7 @@ class Plan:
         if self.images.count is None:
             return None
         family, places = self.trained.family, spaced(self.images.count, CAPTIONS)
-        rows = self.images.dataset.select(places)[self.config.data.caption_column]
-        listed = (row if isinstance(row, list) else [row] for row in rows)
-        captions = [caption for row in listed for caption in row if isinstance(caption, str)]
+        captions = [str(caption) for listed in self.images.captions_at(places) for caption in listed]
         counts, limit = family.caption_lengths(captions)
         if not (cut := sum(count > limit for count in counts)):
             return None

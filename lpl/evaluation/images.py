@@ -18,8 +18,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from lpl.data.captions import caption_columns, texts_of
 from lpl.data.folder import FILE_NAME, Contents, described, image_files, text_captions
-from lpl.data.reading import FORMATS, RESAMPLING, choose_caption, lies_in, to_rgb, why_outside
+from lpl.data.reading import FORMATS, RESAMPLING, lies_in, to_rgb, why_outside
 from lpl.evaluation.processes import in_parts, threaded
 from lpl.tools.words import first_line
 
@@ -151,12 +152,12 @@ def folder_images(
     """The images in a folder and the folders below it, sorted by path.
 
     Captions come from metadata or text files, see :mod:`lpl.data.folder`; metadata files list the set's images; of
-    several captions of an image the first is used. Sub-folders are not classes. Every file is read once here, each
-    process reading a part; unreadable files are left out with one warning, and another counts the images that are
-    smaller than the resolution.
+    several captions of an image the first is used, and of several columns the first that has one. Sub-folders are not
+    classes. Every file is read once here, each process reading a part; unreadable files are left out with one
+    warning, and another counts the images that are smaller than the resolution.
 
     Args:
-        caption_column: the column of the captions in metadata files.
+        caption_column: the column of the captions in metadata files, or several, as for training.
 
     Raises:
         ValueError: if there is no such folder or no readable image in it, or for a broken metadata file.
@@ -243,10 +244,10 @@ def _read_captions(folder: Path, caption_column: str) -> dict[Path, str | None] 
             file = os.path.relpath(contents.named(name, place), contents.folder)
         except ValueError:  # it leads out of the folder; who reads the file says so
             file = os.path.join(os.path.dirname(os.path.relpath(place, contents.folder)), name)
-        caption = row.get(caption_column)
-        label = isinstance(caption, int)  # of a class-conditional data set
-        caption = str(caption) if label else caption if caption is None else choose_caption(caption, 0.0)
-        captions[Path(folder, file)] = caption
+        label = row.get(caption_column)
+        columns = [] if isinstance(label, int) else caption_columns(caption_column, row)  # or a class label
+        texts = [text for name in columns for text in texts_of(row.get(name))]
+        captions[Path(folder, file)] = str(label) if isinstance(label, int) else next(iter(texts), None)
     if lacking := sum(caption is None for caption in captions.values()):
         logger.warning(
             "%s: %d of %d lines have no %r, so the captions are not used",

@@ -20,13 +20,19 @@ from lpl.config.checks import check_loss_options, warn_idle, warn_of_idle_flags
 from lpl.config.choices import ALL_LINEAR
 from lpl.config.groups import Data
 from lpl.config.sizes import AUTO, default_step, parse_sizes, sides_of
-from lpl.families import FAMILIES
+from lpl.families import FAMILIES, Family
 from lpl.families.description import Description, check_vae_dtype, other_vae_config
 from lpl.gate import SMALLEST_CROP, accepted_crops
 from lpl.loss import LatentPerceptualLoss
 from lpl.objectives import OBJECTIVES, DiffusionObjective, Epsilon, FlowMatching, is_flow, own_objective
 from lpl.student import Student, check_configuration
 from lpl.tools.words import first_line, warn
+
+
+OF_TEXTS = (  # flags that have no meaning for class labels
+    *("instance_prompt", "caption_prefix", "caption_suffix", "trigger_word", "shuffle_tags", "tag_dropout"),
+    *("tag_separator", "keep_tags", "keep_tags_separator", "text_encoder_dropout"),
+)
 
 
 def resolve(config: Config, description: Description) -> Config:
@@ -147,6 +153,9 @@ def _with_captions(config: Config, description: Description) -> Config:
     values: dict[str, Any] = {}
     if family.class_conditional and "caption_column" not in config.given:
         values["caption_column"] = "label"
+    if family.class_conditional and (given := [name for name in OF_TEXTS if name in config.given]):
+        raise ValueError(f"--{given[0]} is for captions, and {family.name} is trained on class labels; leave it out")
+    _check_encoder_dropout(config, description)
     if config.data.proportion_empty_prompts is None:
         values["proportion_empty_prompts"] = family.empty_share
     length, limit = config.model.max_sequence_length, family.max_sequence_length
@@ -158,6 +167,23 @@ def _with_captions(config: Config, description: Description) -> Config:
     if limit is not None and length > limit:
         raise ValueError(f"--max_sequence_length {length}: this pipeline takes {limit} at most")
     return config.changed(max_sequence_length=length, **values)
+
+
+def _check_encoder_dropout(config: Config, description: Description) -> None:
+    shares, family = config.data.text_encoder_dropout, description.family
+    if shares is None:
+        return
+    if family.token_lengths is Family.token_lengths:  # its tokens are not made for each text encoder
+        raise ValueError(
+            f"--text_encoder_dropout: {family.name} has one text encoder only, so --proportion_empty_prompts does the "
+            "same; give that instead"
+        )
+    encoders = [name for name in family.text_encoder_names if name not in description.absent]
+    if len(shares) != len(encoders):
+        raise ValueError(
+            f"--text_encoder_dropout {' '.join(map(str, shares))}: this pipeline has {len(encoders)}, "
+            f"{', '.join(encoders)}; give a probability for each, in this order"
+        )
 
 
 def _with_text_encoders(config: Config, description: Description) -> Config:

@@ -43,14 +43,28 @@ class Tokenize:
     lengths: Mapping[str, int | None]
     texts: Callable[[Sequence[str]], list[str]] = list
 
-    def __call__(self, captions: Sequence[str]) -> Tokens:
+    def __call__(self, captions: Sequence[str], dropped: Tensor | None = None) -> Tokens:
+        """The tokens of B captions.
+
+        Args:
+            dropped: whether each tokenizer gets the empty text instead, (B, tokenizers); ``texts`` stay, by which
+                :class:`Tokenized` knows the call. None: none does.
+        """
         texts, tokens = self.texts(captions), {}
-        for name, tokenizer in self.tokenizers.items():
-            length = self.lengths[name]
-            found = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-            ids, mask = found["input_ids"], found.get("attention_mask")
-            tokens[name] = {"texts": texts, "input_ids": ids, "attention_mask": mask}
+        for number, name in enumerate(self.tokenizers):
+            encoded = self._encoded(name, texts)
+            if dropped is not None:
+                empty, rows = self._encoded(name, self.texts([""])), dropped[:, number, None]  # (1, tokens), (B, 1)
+                encoded = {part: torch.where(rows, empty[part], ids) for part, ids in encoded.items()}
+            tokens[name] = {"texts": texts, "attention_mask": None} | encoded
         return tokens
+
+    def _encoded(self, name: str, texts: list[str]) -> dict[str, Tensor]:
+        length = self.lengths[name]
+        found = self.tokenizers[name](
+            texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+        return {part: found[part] for part in ("input_ids", "attention_mask") if found.get(part) is not None}
 
 
 def with_tokens(pipeline: Any, tokens: Tokens | None, device: torch.device) -> Any:

@@ -63,6 +63,7 @@ class RunCard:
     size: tuple[int, int]  # height and width in pixels
     prompt: str | int = "a photo of a lighthouse at dusk"  # an int is a class label, for class-conditional models
     classes: Mapping[int, str] = field(default_factory=dict)  # names of the data's classes by label
+    trigger: str | None = None  # the trigger word, or else the prompt of images without captions
     dtype: str = "float16"  # torch dtype for inference
     inference_steps: int | None = None  # None: the pipeline's default
     guidance_scale: float | None = None  # None: the pipeline's default
@@ -132,7 +133,7 @@ class RunCard:
             results: metrics of the run's samples, as metadata and as Markdown.
         """
         run, family = plan.run, plan.trained.family
-        example = 0 if family.num_classes is not None else "a photo"
+        example = 0 if family.num_classes is not None else plan.config.data.trigger or "a photo"
         return cls(
             **_asked_for(plan),
             pipeline_class=family.pipeline_class.__name__,
@@ -202,6 +203,7 @@ def _asked_for(plan: Plan) -> dict[str, Any]:
         "redrawn": config.lora.quantize_base is None,
         "from_scratch": model.from_scratch,
         "size": data.size,
+        "trigger": data.trigger,
         "inference_steps": config.validation.validation_inference_steps,
         "guidance_scale": config.validation.validation_guidance_scale,
         "learning_rate": optimization.learning_rate * (plan.global_batch if optimization.scale_lr else 1),
@@ -262,7 +264,7 @@ def write_model_card(folder: str | os.PathLike, card: RunCard) -> Path:
     values: dict[str, Any] = {function.__name__: function for function in functions}
     values |= {"size": words.size, "duration": words.duration, "layout": layout, "card": card, "result": result}
     content = ModelCard.from_template(result.metadata(), str(TEMPLATE), **values).content
-    content = without_secrets(content).encode(errors="replace").decode()  # a prompt may hold bytes that are no UTF-8
+    content = encodable(without_secrets(content))
     return write_whole(result.folder / layout.CARD, ModelCard(content).save)
 
 
@@ -319,6 +321,7 @@ class Result:
             model_name=self.title if card.results else None,
             datasets=[card.dataset] if is_hub_id(card.dataset) else None,
             inference=True,
+            instance_prompt=None if card.trigger is None else encodable(card.trigger),  # shown as the trigger words
             library_name="diffusers",
             pipeline_tag=task,
             tags=tags + (["latent-perceptual-loss"] if card.lpl else []),
@@ -355,7 +358,7 @@ class Result:
             return []
         images = [(str(prompt), self.samples.image(number)) for number, prompt in enumerate(self.samples.prompts)]
         examples = [
-            {"text": prompt.encode(errors="replace").decode(), "output": {"url": image}}
+            {"text": encodable(prompt), "output": {"url": image}}
             for prompt, image in images
             if prompt.strip() and self.has(image)
         ]
@@ -450,6 +453,11 @@ class Result:
 
 
 # Functions of the template -------------------------------------------------------------------------------------------
+
+
+def encodable(text: str) -> str:
+    """Without what UTF-8 cannot hold: a prompt may hold any bytes."""
+    return text.encode(errors="replace").decode()
 
 
 def literal(value: object) -> str:

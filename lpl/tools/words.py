@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -55,6 +56,15 @@ def _shortens(name: str, word: str) -> bool:
     """
     parts = iter(word.split("_"))
     return bool(name) and all(any(part.startswith(short) for part in parts) for short in name.split("_"))
+
+
+def has_word(text: str, word: str) -> bool:
+    """Whether a text has a word, or several, as they are and not as a part of others.
+
+    >>> has_word("a photo of sks dog", "sks"), has_word("a photo of sksdog", "sks")
+    (True, False)
+    """
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) is not None
 
 
 def why_no_folder(path: str) -> str | None:

@@ -43,7 +43,7 @@ def check_captions(data: Data, family: type[Family]) -> None:
     Raises:
         ValueError: with an example of what is missing.
     """
-    if data.dataset_name or data.streaming:
+    if data.dataset_name or data.streaming or (data.instance_prompt is not None and not family.class_conditional):
         return
     folder, column, contents = data.folder, data.caption_column, Contents.of(data.folder)
     if contents.metadata or (contents.captioned and not family.class_conditional):
@@ -52,7 +52,8 @@ def check_captions(data: Data, family: type[Family]) -> None:
         raise ValueError(
             f"--train_data_dir {folder}: there are no captions{_other_metadata(contents)}; put a metadata.jsonl "
             f'beside the images, a line each, such as {{"file_name": "cat.png", "{column}": "a photo of a cat"}}, or '
-            "beside each image a text file of its name, cat.txt; only DiT takes class folders"
+            "beside each image a text file of its name, cat.txt; or give all the same caption by --instance_prompt; "
+            "only DiT takes class folders"
         )
     if runs := [file.parent for file in Path(folder).rglob(layout.RECIPE) if (file.parent / layout.LOG).is_file()]:
         raise ValueError(

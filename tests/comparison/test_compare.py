@@ -17,13 +17,15 @@ import pytest
 import yaml
 from PIL import Image
 from tiny import tiny_image_folder
-from trainer import ROOT, arguments, metrics, run, same, train, weights
+from trainer import ROOT, arguments, metrics, parsed, run, same, train, weights
 
 from lpl.comparison import command, measures, report, runs
 from lpl.comparison.measures import Measure, verdict
 from lpl.comparison.runs import LONGER, WITH, WITHOUT, Run
 from lpl.config import command_line
+from lpl.evaluation import Preprocessing, folder_images
 from lpl.tools.files import lines
+from tests.data.test_folder import also, images
 
 
 SCRIPT = str(ROOT / "train_text_to_image_lpl.py")
@@ -330,6 +332,16 @@ def test_a_reference_without_captions_is_refused(column, sd_pipeline, image_fold
     with pytest.raises(SystemExit, match="no captions"):
         line = training(sd_pipeline, image_folder, **flags)
         command.main(words(tmp_path / "c", line, "--reference", str(reference)))
+
+
+def test_what_a_run_holds_out_has_its_captions_in_order(sd_pipeline, tmp_path):
+    """Of several columns, with the trigger word, where the evaluation looks for them."""
+    folder = also(images(tmp_path / "data", "a.png", "b.png"), {"a.txt": "x, y, z", "b.txt": "x"})
+    flags = {"caption_column": "text:1", "shuffle_tags": True, "trigger_word": "sks", "validation_every_nth": 2}
+    config, description = parsed(sd_pipeline, folder, tmp_path / "out", **flags)
+    command.write_held_out(config, description, tmp_path / "reference")
+    found = folder_images(tmp_path / "reference", Preprocessing(32), "text:1")
+    assert found.captions == ["sks, x, y, z"]
 
 
 @pytest.mark.parametrize("reference", ["{}", "{}/.."])

@@ -31,6 +31,12 @@ ALONE = cases(  # wrong whatever the pipeline: what is given, what the sentence 
     ({"train_data_dir": None}, ["--dataset_name", "--train_data_dir", "neither"]),
     ({"dataset_config_name": "de"}, ["--dataset_config_name", "--dataset_name"]),
     ({"output_dir": __file__}, ["--output_dir", __file__]),
+    ({"trigger_word": " "}, ["--trigger_word: it is empty"]),
+    ({"shuffle_tags": True, "tag_separator": ""}, ["--tag_separator: it is empty"]),
+    ({"keep_tags_separator": ""}, ["--keep_tags_separator: it is empty"]),
+    ({"text_encoder_dropout": [0.1, 1.1]}, ["--text_encoder_dropout 1.1", "between 0 and 1"]),
+    ({"text_encoder_dropout": "nan"}, ["--text_encoder_dropout nan", "between 0 and 1"]),
+    ({"tag_dropout": 1.1}, ["--tag_dropout 1.1", "between 0 and 1"]),
     ({"prediction_type": "noise"}, ["--prediction_type", "noise", "epsilon", "flow_matching"]),
     ({"lr_scheduler": "sine"}, ["--lr_scheduler", "sine", "cosine"]),
     ({"lr_warmup_steps": 1.5}, ["--lr_warmup_steps 1.5", "a whole number, or a share below 1"]),
@@ -285,6 +291,10 @@ def test_negative_numbers_are_numbers(number, sd_pipeline, image_folder, tmp_pat
         ({"adam_weight_decay_text_encoder": 0.1}, "--adam_weight_decay_text_encoder"),
         ({"guidance_scale": 2.0}, "--guidance_scale"),
         ({"prodigy_beta3": 0.9}, "--prodigy_beta3"),
+        ({"keep_tags": 1}, "--keep_tags"),
+        ({"keep_tags_separator": "|||", "keep_tags": 1}, "--keep_tags"),
+        ({"tag_separator": ";"}, "--tag_separator"),
+        ({"trigger_word": "sks", "validation_prompts": ["a dog", "sks dog", "cat"]}, "--validation_prompts: 'a dog'"),
         ({"prodigy_decouple": False}, "--prodigy_decouple"),
         ({"revision": "main"}, "--revision"),
         ({"non_ema_revision": "main"}, "--non_ema_revision"),
@@ -328,6 +338,9 @@ EFFECTIVE = [
     ("sd3_pipeline", {"max_sequence_length": 128, "logit_std": 2.0, "logit_mean": 0.5}),
     ("sd3_pipeline", {"weighting_scheme": "mode", "mode_scale": 1.0}),
     ("flux_pipeline", {"guidance_scale": 2.0}),
+    ("flux_pipeline", {"text_encoder_dropout": [0, 1], "tag_dropout": 0.1, "keep_tags": 1, "tag_separator": ";"}),
+    ("sd_pipeline", {"trigger_word": "sks", "validation_prompts": ["a sks dog"], "keep_tags_separator": "|"}),
+    ("sd_pipeline", {"tag_separator": ";", "keep_tags_separator": "|", "instance_prompt": "a", "caption_suffix": "b"}),
 ]
 
 

@@ -35,10 +35,13 @@ use_rslora                        refused
 
 dataset_name                                on_the_hub
 train_data_dir                              within_the_data_set
+shuffle_tags                                                        False
+tag_dropout                                                         0.0
 data_cache_dir                    silent    own
 center_crop                                                         True
 random_flip                                                         False
 proportion_empty_prompts                                            0.0
+text_encoder_dropout                                                None
 dataloader_num_workers            silent
 
 lpl_variant                                                         'paper'

@@ -269,6 +269,8 @@ NUMBERS = {
     *("validation_every_nth", "num_validation_samples", "resolution", "center_crop", "random_flip"),
     *("aspect_ratio_buckets", "bucket_step", "bucket_upscale", "validation_sizes"),
     *("image_interpolation_mode", "proportion_empty_prompts", "dataloader_num_workers"),
+    *("instance_prompt", "caption_prefix", "caption_suffix", "trigger_word", "shuffle_tags", "tag_dropout"),
+    *("tag_separator", "keep_tags", "keep_tags_separator", "text_encoder_dropout"),
     *("dataloader_timeout", "snr_gamma", "noise_offset", "input_perturbation", "dream_training"),
     *("dream_detail_preservation", "timestep_bias_strategy", "timestep_bias_multiplier"),
     *("timestep_bias_begin", "timestep_bias_end", "timestep_bias_portion", "weighting_scheme"),

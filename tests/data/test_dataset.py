@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from trainer import settings
@@ -78,6 +79,9 @@ def test_each_purpose_has_a_generator_of_its_own(monkeypatch):
     monkeypatch.setattr("lpl.data.dataset.keyed_generator", lambda *key: keys.append(key) or keyed_generator(*key))
     images_of(static(), noise_offset=0.1, seed=7)[2, 0]
     assert len(keys) == len(set(keys)) == 4 and {key[:3] for key in keys} == {(7, 2, 0)}
+    keys.clear()
+    images_of(static(), seed=7, shuffle_tags=True, text_encoder_dropout=[0.5])[2, 0]
+    assert len(keys) == len(set(keys)) == 6 and {key[:3] for key in keys} == {(7, 2, 0)}
 
 
 def test_the_two_noises_are_independent():
@@ -159,7 +163,7 @@ def test_collate_stacks_tensors_and_lists_captions():
 
 def test_real_images_bear_their_captions():
     images = images_of(coordinates(32, 32), static(32, 32), static(32, 32, seed=1), captions=["x", "noise", "noise"])
-    images.dataset = {"text": ["x", "noise", "noise"]} | dict(enumerate(images.dataset))
+    images.dataset = Dataset.from_list(images.dataset)
     found = real_images(images, ["noise", "x", "noise"], [(32, 32)])
     assert [np.asarray(image).tobytes() for image in found] == [
         np.asarray(picture).tobytes() for picture in (static(32, 32), coordinates(32, 32), static(32, 32))

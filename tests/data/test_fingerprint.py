@@ -12,6 +12,7 @@ from datasets.table import embed_table_storage
 from trainer import settings
 
 from lpl.data import fingerprint as module
+from lpl.data.captions import columns_of
 from lpl.data.fingerprint import fingerprint, shard_paths
 from lpl.data.source import data_folders, load_training_images
 from lpl.data.streaming import load_streamed_images
@@ -43,14 +44,15 @@ def of_folder(folder, **changes):
     load = load_streamed_images if data.streaming else load_training_images
     dataset, _ = load(data, config.optimization.seed, cache_dir)
     shutil.rmtree(folder.with_name("cache"), ignore_errors=True)
-    return fingerprint(dataset, data.image_column, data.caption_column, data_folders(data, cache_dir))
+    columns = columns_of(data, dataset.column_names)
+    return fingerprint(dataset, data.image_column, columns, data_folders(data, cache_dir))
 
 
 def of_rows(images, captions=None):
     """The fingerprint of a data set that holds its images' bytes; None is a row without one."""
     rows = [content if isinstance(content, dict) else {"bytes": content, "path": None} for content in images]
     columns = {"image": rows, "text": captions or [str(number) for number in range(len(images))]}
-    return fingerprint(Dataset.from_dict(columns).cast_column("image", ImageFeature(decode=False)), "image", "text")
+    return fingerprint(Dataset.from_dict(columns).cast_column("image", ImageFeature(decode=False)), "image", ["text"])
 
 
 # The same ------------------------------------------------------------------------------------------------------------
@@ -83,15 +85,15 @@ def test_how_the_data_is_loaded_does_not_count(folder, tmp_path):
     data = settings(dataset_name=str(tmp_path / "parquet")).data
     loaded, _ = load_training_images(data, 0, str(tmp_path / "cache"))
     assert loaded[0]["image"]["bytes"] == (folder / "0.png").read_bytes()
-    assert fingerprint(loaded, "image", "text") == of_folder(folder)
+    assert fingerprint(loaded, "image", ["text"]) == of_folder(folder)
     decoded = loaded.cast_column("image", ImageFeature())
-    assert fingerprint(decoded, "image", "text") == of_folder(folder)
-    assert fingerprint(loaded.select(range(6)), "image", "text") == of_folder(folder)
+    assert fingerprint(decoded, "image", ["text"]) == of_folder(folder)
+    assert fingerprint(loaded.select(range(6)), "image", ["text"]) == of_folder(folder)
 
 
 def test_other_columns_do_not_count(folder):
     dataset = Dataset.from_dict({"image": [b"x"], "text": ["a"], "else": [1]})
-    assert fingerprint(dataset, "image", "text") == fingerprint(dataset.remove_columns("else"), "image", "text")
+    assert fingerprint(dataset, "image", ["text"]) == fingerprint(dataset.remove_columns("else"), "image", ["text"])
 
 
 # Another -------------------------------------------------------------------------------------------------------------
@@ -156,10 +158,10 @@ def test_a_file_that_is_missing_or_no_image_counts_as_such(folder):
     bad = of_folder(folder)
     dataset, _ = load_training_images(settings(train_data_dir=str(folder)).data, 0, str(folder.with_name("cache")))
     (folder / "3.png").unlink()
-    missing = fingerprint(dataset, "image", "text", [str(folder)])
+    missing = fingerprint(dataset, "image", ["text"], [str(folder)])
     (folder / "3.png").mkdir()
     assert len({whole, bad, missing}) == 3
-    assert fingerprint(dataset, "image", "text", [str(folder)]) == missing
+    assert fingerprint(dataset, "image", ["text"], [str(folder)]) == missing
 
 
 def test_nothing_outside_of_the_data_set_is_read(tmp_path, monkeypatch):
@@ -229,7 +231,7 @@ def test_a_broken_shard_has_a_fingerprint_too(tmp_path):
     data = settings(streaming=True, train_data_dir=str(broken), image_column="jpg", caption_column="txt").data
     dataset, _ = load_streamed_images(data, 0, None)
     (broken / "000.tar").write_bytes((broken / "000.tar").read_bytes()[:2000])
-    found = fingerprint(dataset, "jpg", "txt", data_folders(data, None))
+    found = fingerprint(dataset, "jpg", ["txt"], data_folders(data, None))
     assert found.startswith("sha256:") and found != whole
 
 

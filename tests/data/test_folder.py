@@ -71,6 +71,50 @@ def test_an_image_without_a_text_file_is_a_bad_sample(tmp_path, caplog):
     assert "1 with a text file that is not in UTF-8 (a.png), 1 with an empty text file (b.png)" in why(folder)
 
 
+def test_the_instance_prompt_is_of_images_without_a_text_file(tmp_path, caplog):
+    flags = {"instance_prompt": "sks dog"}
+    folder = also(images(tmp_path / "data", "a.png", "b.png", "c.png"), {"b.txt": " "})
+    assert [loaded(folder, **flags)[0, place]["caption"] for place in range(3)] == ["sks dog"] * 3
+    assert "they get --instance_prompt" in caplog.text
+    also(folder, {"a.txt": "a"})
+    found = loaded(folder, **flags)
+    assert [found[0, place]["caption"] for place in range(3)] == ["a", "sks dog", "sks dog"]
+    assert "1 of 3 images have captions of their own" in caplog.text
+    bare = loaded(images(tmp_path / "bare", "a.png", "b.png"), **flags)
+    assert bare.dataset.column_names == ["image"] and bare[0, 1]["caption"] == "sks dog"
+    assert of_folder(tmp_path / "bare", **flags) != of_folder(folder, **flags)
+
+
+def test_several_columns_of_a_metadata_file(tmp_path):
+    folder = images(tmp_path / "data", "a.png", "b.png", "c.png")
+    rows = [
+        {"file_name": "a.png", "text": "x", "tags": None, "else": 1},
+        {"file_name": "b.png", "text": " ", "tags": ["y"]},
+        {"file_name": "c.png"},
+    ]
+    also(folder, {"metadata.jsonl": "\n".join(map(json.dumps, rows))})
+    found = loaded(folder, caption_column="text:0.5,tags:0.5")
+    assert found.dataset.column_names == ["image", "text", "tags"]
+    assert [found[0, place]["caption"] for place in range(3)] == ["x", "y", "x"]  # the next one replaces the last
+    assert "there is no column 'words' (--caption_column)" in why(folder, caption_column="text,words")
+    assert "'x' is no share" in why(folder, caption_column="text:x,tags")
+    one, other, both = (of_folder(folder, caption_column=words) for words in ("text", "tags", "text,tags"))
+    assert len({one, other, both}) == 3 and of_folder(folder, caption_column="text:9,tags:1") == both
+
+
+def test_a_column_of_exactly_that_name_is_taken(tmp_path):
+    row = {"file_name": "a.png", "text:0.5,tags:0.5": "exactly", "text": "x", "tags": "y"}
+    folder = also(images(tmp_path / "data", "a.png"), {"metadata.jsonl": json.dumps(row)})
+    assert loaded(folder, caption_column="text:0.5,tags:0.5")[0, 0]["caption"] == "exactly"
+
+
+def test_metadata_without_captions_and_an_instance_prompt(tmp_path):
+    folder = also(images(tmp_path / "data", "a.png"), {"metadata.jsonl": '{"file_name": "a.png", "words": "x"}'})
+    assert loaded(folder, instance_prompt="sks dog")[0, 0]["caption"] == "sks dog"
+    assert "'text'" in why(folder)
+    assert "'other'" in why(folder, instance_prompt="sks dog", caption_column="other")
+
+
 def test_text_files_cannot_lead_out_of_the_folder(tmp_path):
     folder = also(images(tmp_path / "data", "a.png", "b.png", "c.png"), {"a.txt": "a"})
     (folder / "b.txt").symlink_to(also(tmp_path, {"secret": "my own"}) / "secret")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lpl.data.reading import choose_caption, cropped, to_rgb
+from lpl.data.reading import cropped, to_rgb
 from tests.data.test_dataset import coordinates, images_of, levels, static
 
 
@@ -142,9 +142,3 @@ def test_pixels_without_a_known_white_are_a_bad_sample(name):
     ((place, why),) = sample["bad"]
     assert place == 0 and reason in why and "save it with 8 or 16 bits" in why
     assert sample["caption"] == "picture 1"
-
-
-@pytest.mark.parametrize("caption", [None, 3, [], [None], {"en": "a cat"}])
-def test_what_is_no_caption_is_refused(caption):
-    with pytest.raises(ValueError, match="--caption_column"):
-        choose_caption(caption, 0.5)

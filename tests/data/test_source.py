@@ -41,6 +41,12 @@ def test_wrong_columns_are_named(tmp_path, flags, words):
     refused(lambda: loaded(folder, **flags), str(folder), *words)
 
 
+def test_of_several_columns_the_missing_one_is_named(tmp_path):
+    folder = folder_of(tmp_path / "data", {"a.png": static()})
+    refused(lambda: loaded(folder, caption_column="text:1,txt:2"), "no column 'txt' (--caption_column)", "image, text")
+    refused(lambda: loaded(folder, caption_column="text,image"), "'image'", "--caption_column", "strings")
+
+
 def test_a_folder_without_captions(tmp_path):
     folder = folder_of(tmp_path / "data", {"a.png": static()}, captions=False)
     refused(lambda: loaded(folder), str(folder), "'text'", "--caption_column", "metadata.jsonl", "file_name")

@@ -96,6 +96,23 @@ def folders(tmp_path_factory):
 EVERY = sorted(shard * ROWS + row for shard, length in enumerate(UNEVEN) for row in range(length))
 
 
+# Captions ------------------------------------------------------------------------------------------------------------
+
+
+def test_captions_of_a_stream_come_from_several_columns_or_the_instance_prompt(folders, tmp_path):
+    features = Features({"image": ImageFeature(), "text": Value("string"), "tags": Value("string")})
+    rows = {"image": [{"bytes": encoded(0), "path": None}] * 3, "text": ["x", "", None], "tags": ["y", "z", " "]}
+    folder = tmp_path / "data"
+    folder.mkdir()
+    Dataset.from_dict(rows, features).to_parquet(folder / "000.parquet")
+    images, _ = streamed(folder, caption_column="text:1,tags:0", instance_prompt="sks dog", trigger_word="sks")
+    batches = [images[key] for keys in islice(order(images), 3) for key in keys]
+    expected = {0: "sks, x", 1: "sks, z", 2: "sks dog"}
+    assert {int(sample["index"]): sample["caption"] for sample in batches} == expected
+    images, _ = streamed(folders["tar"], "tar", caption_column="text", instance_prompt="sks dog")
+    assert images[next(iter(order(images)))[0]]["caption"] == "sks dog"
+
+
 # Order ---------------------------------------------------------------------------------------------------------------
 
 

@@ -164,6 +164,15 @@ def test_other_captions_and_lists_of_them(folder):
     assert folder_images(folder, Preprocessing(16), caption_column="label").captions == ["x", "y"]
 
 
+def test_captions_of_several_columns_are_the_first_ones_that_there_are(folder):
+    rows = [{"file_name": "a.png", "text": " ", "tags": ["x"]}, {"file_name": "b.png", "text": "y", "tags": "z"}]
+    write_metadata(folder, rows)
+    assert folder_images(folder, Preprocessing(16), caption_column="text:0.1,tags:0.9").captions == ["x", "y"]
+    rows = [{"file_name": "a.png", "text:0.1,tags:0.9": "x"}]  # as lpl.compare writes what a run holds out
+    write_metadata(folder, rows)
+    assert folder_images(folder, Preprocessing(16), caption_column="text:0.1,tags:0.9").captions == ["x"]
+
+
 def test_what_metadata_does_not_name_is_left_out_with_a_word(folder, caplog):
     write_metadata(folder, [{"file_name": "b.png"}])
     with caplog.at_level(logging.WARNING):

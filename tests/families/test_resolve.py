@@ -13,6 +13,7 @@ from tests.families.test_description import OF_FACTOR_2
 
 
 WITH_SD = cases(
+    ({"text_encoder_dropout": [0.1, 0.1]}, ["--text_encoder_dropout 0.1 0.1", "has 1, text_encoder;"]),
     ({"lpl_blocks": ["up_9"]}, ["--lpl_blocks up_9", "no up_9, did you mean up_2?", "mid, up_0, up_1, up_2", "rgb"]),
     ({"lpl_num_blocks": 9}, ["--lpl_blocks", "up_8", "mid, up_0, up_1, up_2"]),
     ({"lpl_blocks": ["mid", "mid"]}, ["--lpl_blocks mid mid", "once"]),
@@ -53,6 +54,7 @@ WITH_SD = cases(
     ),
 )
 WITH_SD3 = cases(
+    ({"text_encoder_dropout": [0.1, 0.1]}, ["--text_encoder_dropout 0.1 0.1", "has 3", "text_encoder_3; give a"]),
     ({"resolution": 36}, ["--resolution 36", "multiples of 8", "32 or 40"]),
     ({"resolution": 264}, ["--resolution 264", "256 at most"]),
     ({"max_sequence_length": 600}, ["--max_sequence_length 600", "512 at most"]),
@@ -74,6 +76,28 @@ def test_refused_with_sd(flags, words, sd_pipeline, image_folder, tmp_path, caps
 def test_refused_with_sd3(flags, words, sd3_pipeline, image_folder, tmp_path, capsys, no_weights):
     message = refusal(capsys, arguments(sd3_pipeline, image_folder, tmp_path, **flags))
     assert all(word in message for word in words), message
+
+
+def test_a_text_encoder_that_is_absent_has_no_probability(sd3_without_t5, image_folder, tmp_path):
+    config, _ = parsed(sd3_without_t5, image_folder, tmp_path, text_encoder_dropout=[0.1, 0])
+    assert config.data.text_encoder_dropout == (0.1, 0.0)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *(("instance_prompt", "x"), ("caption_prefix", "x"), ("caption_suffix", "x"), ("trigger_word", "x")),
+        *(("shuffle_tags", True), ("tag_dropout", 0.1), ("text_encoder_dropout", 0.1)),
+    ],
+)
+def test_class_labels_are_no_captions(name, value, dit_pipeline, class_folder, tmp_path, capsys, no_weights):
+    message = refusal(capsys, arguments(dit_pipeline, class_folder, tmp_path, caption_column=None, **{name: value}))
+    assert f"--{name} is for captions, and dit is trained on class labels" in message
+
+
+def test_dropout_of_sanas_only_text_encoder(sana_pipeline, image_folder, tmp_path, capsys, no_weights):
+    message = refusal(capsys, arguments(sana_pipeline, image_folder, tmp_path, text_encoder_dropout=0.1))
+    assert "--text_encoder_dropout: sana" in message and "--proportion_empty_prompts" in message
 
 
 def test_a_small_sd3_has_its_own_default_resolution(sd3_pipeline, image_folder, tmp_path):

@@ -38,6 +38,40 @@ def test_tokens_of_the_loader_change_nothing(folder, monkeypatch, captions):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@torch.no_grad()
+def test_a_text_encoder_that_is_dropped_gets_the_empty_caption(folder, monkeypatch):
+    """The others get theirs. The pipeline is told of captions that each tokenizer reads as it should."""
+    family = load(folder)
+    names = list(family.token_lengths())
+    if not names:
+        pytest.skip("refuses --text_encoder_dropout")
+    captions, count = ["A cat ", "the dog", ""], len(names)
+    dropped = torch.tensor([[True] * count, [number == 0 for number in range(count)], [False] * count])
+    tokens = pickle.loads(pickle.dumps(family.tokenize))(captions, dropped)
+    for column, name in enumerate(names):
+        said = ["" if dropped[row, column] else caption for row, caption in enumerate(captions)]
+        expected = family.tokenize(said)[name]
+        assert tokens[name]["texts"] == family.texts(captions)
+        for part in ("input_ids", "attention_mask"):
+            assert expected[part] is tokens[name][part] is None or torch.equal(expected[part], tokens[name][part])
+    for name, component in family.pipeline.components.items():
+        if name.startswith("tokenizer") and component is not None:
+            monkeypatch.setattr(type(component), "__call__", refuse)  # none of the captions is read again
+    found = family.conditions(batch_of(family, captions) | {"tokens": tokens}, CPU)
+    monkeypatch.undo()
+    whole = family.conditions(batch_of(family, captions), CPU)
+    empty = family.conditions(batch_of(family, ["", "", ""]), CPU)
+    for part in {"encoder_hidden_states", "text_embeds", "pooled_projections"} & found.keys():
+        assert torch.equal(found[part][0], empty[part][0]) and torch.equal(found[part][2], whole[part][2])
+        assert torch.equal(found[part][1], empty[part][1]) == (count == 1 or (part, family.name) in OF_ONE_ENCODER)
+        assert torch.equal(found[part][1], whole[part][1]) == ((part, family.name) in OF_THE_LAST)
+
+
+# Conditions that come from the first text encoder alone, and from others than the first
+OF_ONE_ENCODER = {("pooled_projections", "flux")}
+OF_THE_LAST = {("encoder_hidden_states", "flux"), ("text_embeds", "stable-diffusion-xl")}
+
+
 def test_what_is_sent_to_the_loader_has_no_models(folder):
     family = load(folder)
     assert b"torch" in pickle.dumps(family.denoiser) and b"torch" not in pickle.dumps(family.tokenize)

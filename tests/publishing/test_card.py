@@ -126,6 +126,14 @@ def test_class_conditional_models(tmp_path):
     assert "widget" not in card.data.to_dict() and "| Classes | 0 cats, 1 do gs |" in card.text
 
 
+def test_the_trigger_word_is_on_the_card(tmp_path):
+    card = written(tmp_path, trigger="a photo of `sks`\ndog")
+    assert card.data.instance_prompt == "a photo of `sks`\ndog"
+    assert "Put `a photo of 'sks' dog` into the prompt" in card.text
+    card = written(tmp_path)
+    assert "instance_prompt" not in card.content and "into the prompt" not in card.content
+
+
 def test_the_widget_shows_the_last_samples(tmp_path):
     prompts = ["a fox: red", "", "狐 \udcff"]
     for name in ("step-000500", "step-001000", "step-001000-ema", "step-002000"):  # the last is of an earlier run
@@ -353,7 +361,7 @@ def test_neither_path_nor_token_is_shown(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("prompt", ["a: b # c\n---\n", "```", "\udcff", "| a | b", "{{ x }}"])
 def test_odd_texts_leave_a_card_that_reads(tmp_path, prompt):
-    card = written(tmp_path, prompt=prompt, dataset=prompt, command=["train.py", "--prompt", prompt])
+    card = written(tmp_path, prompt=prompt, trigger=prompt, dataset=prompt, command=["train.py", "--prompt", prompt])
     assert card.data.library_name == "diffusers" and card.text.count("\n## ") == 5
     yaml.safe_load(card.data.to_yaml())
 

@@ -27,7 +27,8 @@ from trainer import settings as flags_of
 from lpl.config import Config
 from lpl.config.command_line import build_parser, recipe
 from lpl.config.flag import boolean
-from lpl.data.reading import RESAMPLING, choose_caption, lies_in, to_rgb
+from lpl.data.captions import Captions
+from lpl.data.reading import RESAMPLING, lies_in, to_rgb
 from lpl.evaluation import Preprocessing, folder_images
 from lpl.publishing.card import write_model_card
 from lpl.tools.pictures import labelled_grid
@@ -196,7 +197,7 @@ def test_a_caption_is_a_string_or_refused(for_all):
     @for_all(200, caption=ANYTHING, choice=st.floats(0, 1, exclude_max=True))
     def _(caption, choice):
         try:
-            chosen = choose_caption(caption, choice)
+            chosen = Captions("text").caption({"text": caption}, choice)
         except ValueError as error:
             assert "--caption_column" in str(error)
         else:

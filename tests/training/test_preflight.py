@@ -59,6 +59,15 @@ def test_a_data_folder_without_images_or_captions(sd_pipeline, tmp_path, capsys,
     assert "metadata.jsonl" in message and '"prompt"' in message and str(folder) in message
 
 
+def test_a_folder_without_captions_takes_an_instance_prompt(sd_pipeline, dit_pipeline, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/a.png").write_bytes(b"")
+    words = arguments(sd_pipeline, tmp_path / "data", tmp_path / "out")
+    assert "--instance_prompt" in refusal(capsys, words)
+    config, _ = parsed(sd_pipeline, tmp_path / "data", tmp_path / "out", instance_prompt="a photo of sks dog")
+    assert config.data.instance_prompt == "a photo of sks dog"
+
+
 def test_no_images_is_said_before_the_pipeline_is_looked_for(tmp_path, capsys):
     assert "no images" in refusal(capsys, arguments("no/where", tmp_path, tmp_path.with_name("out")))
 
