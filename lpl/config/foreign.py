@@ -79,6 +79,7 @@ OTHERS = {
     "data_backend_config": "--train_data_dir or --dataset_name",
     "dataset_config": "--train_data_dir and --resolution",
     "flip_aug": "--random_flip",
+    "masked_loss": "--mask_column mask, with NAME.mask.png beside NAME.png, or --alpha_mask",
     "shuffle_caption": None,
     "keep_tokens": None,
     "cache_latents": None,

@@ -161,6 +161,13 @@ class Data:
         1000, "number of images in the shuffle buffer of --streaming", range=POSITIVE, used=rules.shuffles_a_stream
     )
     image_column: str = flag("image", "column of the images")
+    mask_column: str | None = flag(
+        None, "column of loss masks, images whose white parts are trained on; in a folder of NAME-masklabel.png: mask"
+    )
+    alpha_mask: bool = flag(False, "take the images' transparency for loss masks: opaque parts are trained on")
+    unmasked_weight: float = flag(
+        0.0, "share of the loss that remains where a loss mask is black", range=SHARE, used=rules.masks_the_loss
+    )
     caption_column: str = flag(
         "text", "column of the captions, one or several per image; for DiT, of the class labels, label by default"
     )

@@ -26,8 +26,9 @@ from torch.utils.data import Dataset as TorchDataset
 
 from lpl.config import held_out
 from lpl.config.groups import Data, Diffusion
+from lpl.data.masks import cropped_with, image_and_mask
 from lpl.data.order import KeyedBatches, Stream, keyed_generator
-from lpl.data.reading import choose_caption, cropped, open_image, to_rgb
+from lpl.data.reading import choose_caption, open_image
 from lpl.data.source import class_names, data_folders
 from lpl.data.timeouts import Readings, TookTooLong, at_most
 from lpl.objectives import Objective, timestep_density, timestep_weights
@@ -64,7 +65,8 @@ class TrainingImages(TorchDataset[Sample]):
     ``target_size`` and ``crop_top_left``, (2,), height or top first, in pixels, the crop's place in the resized and
     mirrored image; ``posterior_noise``, ``noise`` and ``input_noise`` (C, h, w), the last None without
     --input_perturbation; ``timestep`` (); ``lpl_choice`` (2,), uniform in [0, 1), which selects LPL's samples and
-    window; ``index``; ``bad``, places and reasons of the unreadable samples that this one replaces.
+    window; ``index``; ``bad``, places and reasons of the unreadable samples that this one replaces; and, with
+    --alpha_mask or --mask_column, ``mask`` (1, H, W) in [0, 1], 1 = train here.
 
     Args:
         empty_caption: stands for a dropped caption; an integer if captions are class labels from 0 to below it.
@@ -137,12 +139,13 @@ class TrainingImages(TorchDataset[Sample]):
             for stream in (Stream.AUGMENTATION, Stream.NOISE, Stream.LPL)
         )
         vertical, horizontal, flip, choice, drop = torch.rand(5, generator=augmentation).tolist()
-        image, caption, bad = self.readable(candidates, choice)
+        image, caption, bad, mask = self.readable(candidates, choice)
         shares = (0.5, 0.5) if self.data.center_crop else (vertical, horizontal)
         mirrored = self.data.random_flip and flip < 0.5
         size = self.size_of(index)
         shape = self.space.shape(*size)
-        pixels, crop_top_left = cropped(image, size, shares, mirrored, self.data.image_interpolation_mode)
+        interpolation = self.data.image_interpolation_mode
+        pixels, crop_top_left, masked = cropped_with(mask, image, size, shares, mirrored, interpolation)
         return {
             "index": torch.tensor(index),
             "bad": bad,
@@ -156,15 +159,16 @@ class TrainingImages(TorchDataset[Sample]):
             "noise": self._noise(shape, noise),
             "input_noise": torch.randn(shape, generator=noise) if self.diffusion.input_perturbation else None,
             "lpl_choice": torch.rand(2, generator=lpl),
+            **masked,
         }
 
     def readable(
         self, candidates: Candidates, choice: float = 0.0
-    ) -> tuple[Image.Image, str | int, list[tuple[int, str]]]:
+    ) -> tuple[Image.Image, str | int, list[tuple[int, str]], Image.Image | None]:
         """Reads the first candidate with a readable image and a caption.
 
         Returns:
-            image, caption, and places and reasons of the candidates before it.
+            image, caption, places and reasons of the candidates before it, and the loss mask (None without the flags).
         """
         bad: list[tuple[int, str]] = []
         for candidate, read in candidates:
@@ -177,7 +181,9 @@ class TrainingImages(TorchDataset[Sample]):
                     caption = row[self.data.caption_column]
                     if not isinstance(self.empty_caption, int) or caption is None:  # otherwise it is a class label
                         caption = choose_caption(caption, choice)
-                    return to_rgb(open_image(row[self.data.image_column], self._folders)), caption, bad
+                    opened = open_image(row[self.data.image_column], self._folders)
+                    image, mask = image_and_mask(opened, row, self.data, self._folders)
+                    return image, caption, bad, mask
             except Exception as error:  # broken files raise a dozen kinds, in PIL and in the data set's library
                 bad.append((candidate, first_line(error)))
                 if isinstance(error, TookTooLong):  # this process does not wait for it again

@@ -21,6 +21,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from typing import IO, Any, cast
 
@@ -41,18 +42,24 @@ MISSING = "missing"  # stands for the digest of a file that cannot be read
 
 
 def fingerprint(
-    dataset: Dataset | IterableDataset, image_column: str, caption_column: str, folders: Sequence[str] = ()
+    dataset: Dataset | IterableDataset,
+    image_column: str,
+    caption_column: str,
+    folders: Sequence[str] = (),
+    mask_column: str | None = None,
 ) -> str:
     """Returns ``sha256:`` and 64 hex digits.
 
     Args:
         folders: where the data set's files may lie, see :func:`lpl.data.source.data_folders`; images embedded in the
             data set need none.
+        mask_column: of the loss masks, which count as the images do.
     """
+    pictures = [image_column] if mask_column is None else [image_column, mask_column]
     if isinstance(dataset, IterableDataset):
-        parts = _streamed(dataset, image_column, caption_column, folders)
+        parts = _streamed(dataset, pictures, caption_column, folders)
     else:
-        parts = _loaded(dataset, image_column, caption_column, folders)
+        parts = _loaded(dataset, pictures, caption_column, folders)
     digest = hashlib.sha256()
     for part in parts:  # a line of JSON each, so that parts cannot run into each other
         digest.update(json.dumps(part, default=str).encode() + b"\n")
@@ -62,7 +69,8 @@ def fingerprint(
 def data_facts(dataset: Dataset | IterableDataset, data: Data, cache_dir: str | None) -> dict[str, Any]:
     """What a recipe records of the data: its fingerprint, and the number of images if known."""
     folders = data_folders(data, cache_dir)
-    facts: dict[str, Any] = {"fingerprint": fingerprint(dataset, data.image_column, data.caption_column, folders)}
+    columns = data.image_column, data.caption_column
+    facts: dict[str, Any] = {"fingerprint": fingerprint(dataset, *columns, folders, data.mask_column)}
     return facts | ({"images": len(dataset)} if isinstance(dataset, Dataset) else {})
 
 
@@ -80,31 +88,32 @@ def other_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     return "other images or captions, or in another order"
 
 
-def _loaded(dataset: Dataset, image_column: str, caption_column: str, folders: Sequence[str]) -> Iterator[Any]:
+def _loaded(dataset: Dataset, pictures: Sequence[str], caption_column: str, folders: Sequence[str]) -> Iterator[Any]:
     yield "loaded", len(dataset)
     batches = cast(Iterator[dict[str, Any]], dataset.select_columns([caption_column]).iter(1000))
     for batch in batches:
         yield from batch[caption_column]
-    images = dataset.select_columns([image_column]).cast_column(image_column, ImageFeature(decode=False))
+    for column in pictures:
+        images = dataset.select_columns([column]).cast_column(column, ImageFeature(decode=False))
+        with ThreadPoolExecutor(READERS) as readers:
+            yield from readers.map(partial(_digest, images, column, folders), spaced(len(dataset), IMAGES))
 
-    def digest(place: int) -> str:
-        try:
-            return image_digest(images[place][image_column], folders)
-        except Exception:  # of the data set's library, for a broken file of its own
-            return MISSING
 
-    with ThreadPoolExecutor(READERS) as readers:
-        yield from readers.map(digest, spaced(len(dataset), IMAGES))
+def _digest(images: Dataset, column: str, folders: Sequence[str], place: int) -> str:
+    try:
+        return image_digest(images[place][column], folders)
+    except Exception:  # of the data set's library, for a broken file of its own
+        return MISSING
 
 
 def _streamed(
-    dataset: IterableDataset, image_column: str, caption_column: str, folders: Sequence[str]
+    dataset: IterableDataset, pictures: Sequence[str], caption_column: str, folders: Sequence[str]
 ) -> Iterator[Any]:
     yield "streamed", dataset.num_shards, dataset.column_names
     yield [os.path.basename(path) for path in shard_paths(dataset)]
     try:
         for row in islice(dataset.decode(False).shard(dataset.num_shards, 0), FIRST_ROWS):
-            yield row[caption_column], image_digest(row[image_column], folders)
+            yield row[caption_column], *(image_digest(row[column], folders) for column in pictures)
     except Exception:  # a broken shard, or a network that is gone
         yield MISSING
 
