@@ -216,6 +216,16 @@ class Data:
         return self.validation_split is not None or self.validation_every_nth is not None
 
     @property
+    def masks(self) -> str | None:
+        """Where loss masks come from, in words; None: there are none."""
+        if not self.alpha_mask and self.mask_column is None:
+            return None
+        source = "the images' transparency" if self.alpha_mask else f"column {self.mask_column}"
+        return f"loss masks from {source}" + (
+            f", weight {self.unmasked_weight:g} outside" * (self.unmasked_weight > 0)
+        )
+
+    @property
     def size(self) -> tuple[int, int]:
         """Height and width of the training images in pixels; available after ``resolve``."""
         assert self.resolution is not None
