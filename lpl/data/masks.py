@@ -79,9 +79,11 @@ def image_and_mask(
 
 
 def _opened(mask: Any, folders: Sequence[str]) -> Image.Image | None:
-    found = open_image(mask, folders)
     try:
+        found = open_image(mask, folders)
         return None if found is None else to_rgb(found).convert("L")
+    except TimeoutError:  # of --dataloader_timeout
+        raise
     except (ValueError, OSError) as error:
         raise ValueError(f"its mask: {error}") from error
 
