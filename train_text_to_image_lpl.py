@@ -47,6 +47,7 @@ from lpl.families import Family
 from lpl.families.description import Description, read_pipeline
 from lpl.families.resolve import resolve, with_decoder_dtype
 from lpl.gate import random_window, rows_inside, sigma_threshold_at, subset
+from lpl.masking import LossMask
 from lpl.objectives import Objective, diffusion_weight, dream_shift
 from lpl.publishing import hub
 from lpl.publishing.card import RunCard, write_model_card
@@ -117,7 +118,8 @@ def train(config: Config, status: Status) -> None:
         needs_decoder = config.lpl.enabled or inputs.held_out_images is not None
         lpl_loss = perceptual_loss(family.vae, config.lpl, config.model.cache_dir) if needs_decoder else None
         student = student_of(config.lpl, lpl_loss, config.model.cache_dir)
-    losses = Losses(family, images.objective, lpl_loss, config.lpl, config.diffusion, student)
+    settings = config.lpl, config.diffusion, student, config.data.unmasked_weight
+    losses = Losses(family, images.objective, lpl_loss, *settings)
     weight = lpl_weight(config.lpl, accelerator.device)  # w of Eq. 3
 
     # Optimizer, data, and all that a checkpoint holds; the same command resumes where the checkpoint stands
@@ -305,6 +307,8 @@ class Losses:
     With --lpl_max_samples LPL looks at a random subset of the samples inside the threshold and counts it for all of
     them, the same in expectation; with --lpl_crop at a random part of their images, which is nearly so (docs/cost.md).
     A student sees all of them, and only its corrections the subset.
+
+    Loss masks weigh the positions of both terms (``lpl/masking.py``).
     """
 
     family: Family
@@ -313,6 +317,7 @@ class Losses:
     lpl: Lpl
     diffusion: Diffusion
     student: StudentLoss | None = None
+    unmasked_weight: float = 0.0
 
     def __call__(self, model: nn.Module, batch: Batch, with_lpl: bool, correction: int = 0) -> BatchLosses:
         family, objective, diffusion, device = self.family, self.objective, self.diffusion, self.family.vae.device
@@ -323,6 +328,7 @@ class Losses:
             x.to(device, non_blocking=True)
             for x in (batch["pixels"], batch["noise"], batch["posterior_noise"], batch["timestep"], chosen)
         )
+        mask = self.mask(batch, device)
         # z0, z_t and D
         latents = encode(family.vae, pixels, posterior_noise)  # pixels [-1, 1] -> scaled (B, C, h, w)
         input_noise = noise
@@ -343,10 +349,13 @@ class Losses:
             error = objective.clean_latents(model_output, noisy_latents, timesteps) - latents
         else:
             error = model_output - objective.target(latents, noise, timesteps)
+        squares = error.square()
+        if mask is not None:
+            squares = mask.weights(squares.shape[-2:]) * squares
         loss_weight = diffusion_weight(
             objective, timesteps, weighting_scheme=diffusion.weighting_scheme, snr_gamma=diffusion.snr_gamma
         )
-        errors = loss_weight * error.square().flatten(1).mean(1)  # (B,)
+        errors = loss_weight * squares.flatten(1).mean(1)  # (B,)
 
         # LPL, averaged over the whole batch: rows outside the threshold count as 0 (Eq. 2)
         found = BatchLosses(errors, torch.zeros((), device=device), model_output, len(inside), with_lpl)
@@ -354,9 +363,10 @@ class Losses:
             assert self.lpl_loss is not None
             predicted_latents = objective.clean_latents(model_output[rows], noisy_latents[rows], timesteps[rows])
             window = self.window(batch, *latents.shape[-2:])
+            masks = mask and mask.rows(rows)
             share = 1.0 if self.lpl.lpl_variant == "reference" else len(inside) / len(latents)
             if self.student is None:
-                lpl = self.lpl_loss(predicted_latents, latents[rows], window)  # (n,)
+                lpl = self.lpl_loss(predicted_latents, latents[rows], window, masks)  # (n,)
                 found.take(rows, lpl, share, self.lpl_loss)  # share * their mean: they stand for all inside
                 return found
 
@@ -365,9 +375,10 @@ class Losses:
             estimates = objective.clean_latents(
                 model_output[every_row], noisy_latents[every_row], timesteps[every_row]
             )
-            found.take(every_row, self.student(estimates, latents[every_row]), share, self.student)
+            every_mask = mask and mask.rows(every_row)
+            found.take(every_row, self.student(estimates, latents[every_row], every_mask), share, self.student)
             if correction:
-                off, found.fidelity = difference(self.student, self.lpl_loss, predicted_latents, latents[rows])
+                off, found.fidelity = difference(self.student, self.lpl_loss, predicted_latents, latents[rows], masks)
                 found.correct(rows, off, share * correction)
         return found
 
@@ -384,6 +395,11 @@ class Losses:
     def threshold(self, height: int, width: int) -> float:
         """tau for images of that size in pixels."""
         return sigma_threshold_at(self.lpl.lpl_sigma_threshold, height, width, self.lpl.lpl_threshold_base_resolution)
+
+    def mask(self, batch: Batch, device: torch.device) -> LossMask | None:
+        """The loss masks of the batch; None: there are none."""
+        pixels = batch.get("mask")
+        return None if pixels is None else LossMask(pixels.to(device, non_blocking=True), self.unmasked_weight)
 
     def window(self, batch: Batch, height: int, width: int) -> tuple[int, int, int, int] | None:
         """The part of the latents, height x width, that LPL looks at; None: all of them."""

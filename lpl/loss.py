@@ -19,7 +19,7 @@ Differences and statistics are float32 (float64 for a float64 VAE). Only the pre
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field
@@ -34,6 +34,7 @@ from torch.autograd.function import once_differentiable
 from lpl.autoencoders import decoder_levels, downscaling_factor, exact_precision, without_weights
 from lpl.features import DecoderFeatureExtractor
 from lpl.footprint import Footprint, footprint
+from lpl.masking import LossMask
 from lpl.objectives import at_least_float32
 from lpl.options import MASK_DEFAULTS, check_mask_and_chunks, check_options
 from lpl.outliers import outlier_mask
@@ -112,7 +113,11 @@ class LatentPerceptualLoss:
         self._footprints: dict[Any, Footprint | None] = {}  # of one sample, by what it depends on
 
     def __call__(
-        self, predicted_latents: Tensor, latents: Tensor, window: tuple[int, int, int, int] | None = None
+        self,
+        predicted_latents: Tensor,
+        latents: Tensor,
+        window: tuple[int, int, int, int] | None = None,
+        mask: LossMask | None = None,
     ) -> Tensor:
         """Scaled latents, two of (B, C, h, w) -> LPL_b, (B,) (Eq. 2).
 
@@ -122,17 +127,23 @@ class LatentPerceptualLoss:
         Args:
             window: (top, left, height, width) in latent positions: compare only this part of the image, and decode
                 only it and MARGIN positions around it.
+            mask: of the whole images, at their pixels: compare only where it is white, see :mod:`lpl.masking`.
 
         Raises:
-            ValueError: if the shapes differ or are not (B, C, h, w), or the window exceeds them.
+            ValueError: if the shapes differ or are not (B, C, h, w), the window exceeds them, or there is not one mask
+                per sample.
         """
-        self._check_latents(predicted_latents, latents, window)
+        self._check_latents(predicted_latents, latents, window, mask)
         self.last = Measured()
         if len(latents) == 0:  # no sample was inside the threshold
             return at_least_float32(predicted_latents).flatten(1).sum(1)
         wanted = torch.is_grad_enabled() and predicted_latents.requires_grad
         size = self.samples_at_once(latents, window, wanted)
-        chunks = zip(predicted_latents.detach().split(size), latents.detach().split(size))
+        if mask is not None and window is not None:
+            mask = mask.within(window, latents.shape[-2:])
+        starts = range(0, len(latents), size)
+        masks = [mask and mask.rows(slice(start, start + size)) for start in starts]
+        chunks = zip(predicted_latents.detach().split(size), latents.detach().split(size), masks)
         compared = [self._compare(*chunk, window, wanted) for chunk in chunks]
         values, gradients, measured = zip(*compared)
         self.last = Measured.joined(measured)
@@ -198,14 +209,23 @@ class LatentPerceptualLoss:
             given = [predicted, latents, *vae.parameters(), *vae.buffers()]
             self._footprints[key] = None
             with suppress(RuntimeError):
-                run = partial(twin._compare, predicted, latents, None, form_gradient)
+                run = partial(twin._compare, predicted, latents, None, None, form_gradient)
                 self._footprints[key] = footprint(run, given)
         return self._footprints[key]
 
     def _compare(
-        self, predicted_latents: Tensor, latents: Tensor, window: tuple[int, int, int, int] | None, wanted: bool
+        self,
+        predicted_latents: Tensor,
+        latents: Tensor,
+        mask: LossMask | None,
+        window: tuple[int, int, int, int] | None,
+        wanted: bool,
     ) -> tuple[Tensor, Tensor | None, Measured]:
-        """LPL_b, (B,), and its gradient, (B, C, h, w), for samples that are decoded together (Eq. 2)."""
+        """LPL_b, (B,), and its gradient, (B, C, h, w), for samples that are decoded together (Eq. 2).
+
+        Args:
+            mask: of the window.
+        """
         decoded, inner = with_margin(window, latents.shape[-2:])
         with torch.no_grad():
             target = unshared(self.extractor(latents[decoded]))
@@ -214,7 +234,9 @@ class LatentPerceptualLoss:
 
         def compare(name: str, predicted: Tensor) -> None:
             features = target.pop(name)
-            measured.terms[name], measured.kept[name] = self._term(name, predicted.detach(), features, inner, wanted)
+            measured.terms[name], measured.kept[name] = self._term(
+                name, predicted.detach(), features, mask, inner, wanted
+            )
             if wanted:
                 gradients.append(features)  # overwritten by the gradient
                 seeds.append(_Given.apply(predicted, [features]))
@@ -231,7 +253,13 @@ class LatentPerceptualLoss:
         return value, gradient / scale, measured
 
     def _term(
-        self, name: str, predicted: Tensor, target: Tensor, inner: Window | None, wanted: bool
+        self,
+        name: str,
+        predicted: Tensor,
+        target: Tensor,
+        mask: LossMask | None,
+        inner: Window | None,
+        wanted: bool,
     ) -> tuple[Tensor, Tensor]:
         """A block's weighted term and kept share, (B,) each (Eq. 2); ``target`` becomes the gradient if ``wanted``."""
         part, outliers, place = target, self.outliers, None
@@ -244,24 +272,28 @@ class LatentPerceptualLoss:
             outliers = settings | {kernel: settings[kernel] * inner.side for kernel in ("dilation", "erosion")}
         if self.variant == "reference":
             index = list(decoder_levels(self.vae)).index(name)
-            result = reference_block_term(predicted, part, index, 1 / len(self.block_names), wanted)
+            term = partial(reference_block_term, index=index, weight=1 / len(self.block_names), form_gradient=wanted)
         else:
-            result = block_term(
-                predicted,
-                part,
-                partial(outlier_mask, **outliers) if self.mask_outliers else None,
-                self.normalization,
-                self.distance,
-                self.detach_statistics,
-                depth_weight(self.depth_weighting, relative_side, name),
-                wanted,
+            term = partial(
+                block_term,
+                mask=partial(outlier_mask, **outliers) if self.mask_outliers else None,
+                normalization=self.normalization,
+                distance=self.distance,
+                detach_statistics=self.detach_statistics,
+                weight=depth_weight(self.depth_weighting, relative_side, name),
+                form_gradient=wanted,
             )
+        result = term(predicted, part) if mask is None else masked_term(term, predicted, part, mask)
         if place is not None and wanted:
             target.zero_()[place] = part
         return result
 
     def _check_latents(
-        self, predicted_latents: Tensor, latents: Tensor, window: tuple[int, int, int, int] | None
+        self,
+        predicted_latents: Tensor,
+        latents: Tensor,
+        window: tuple[int, int, int, int] | None,
+        mask: LossMask | None,
     ) -> None:
         self.extractor.check_latents(latents)
         if predicted_latents.shape != latents.shape:
@@ -269,11 +301,33 @@ class LatentPerceptualLoss:
                 "predicted_latents and latents must have one shape, but have "
                 f"{tuple(predicted_latents.shape)} and {tuple(latents.shape)}"
             )
+        if mask is not None and mask.pixels.shape[:2] != (len(latents), 1):
+            raise ValueError(
+                f"the mask must be (B, 1, H, W) with B = {len(latents)}, but is {tuple(mask.pixels.shape)}"
+            )
         if window is not None:
             top, left, height, width = window
             rows, columns = latents.shape[-2:]
             if min(top, left) < 0 or min(height, width) < 1 or top + height > rows or left + width > columns:
                 raise ValueError(f"window {window} is not inside latents of {rows} x {columns} positions")
+
+
+def masked_term(
+    term: Callable[..., tuple[Tensor, Tensor]], predicted: Tensor, target: Tensor, mask: LossMask
+) -> tuple[Tensor, Tensor]:
+    """A block's term under a loss mask, and the share of positions that the outlier mask and it keep, (B,) each.
+
+    Args:
+        term: :func:`block_term` with its options; ``target`` becomes the gradient if it forms one.
+    """
+    region, share = mask.region(target.shape[-2:]), mask.unmasked_weight
+    if share == 0:
+        return term(predicted, target, region=region)
+    of_whole = target.clone()
+    whole, _ = term(predicted, of_whole)
+    value, kept = term(predicted, target, region=region)
+    target.lerp_(of_whole, share)
+    return value.lerp(whole, share), kept
 
 
 class _Given(torch.autograd.Function):

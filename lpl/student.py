@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from lpl.autoencoders import exact_precision, latent_channels
 from lpl.loss import Formed, LatentPerceptualLoss, Measured
+from lpl.masking import LossMask, masked_mean
 from lpl.objectives import at_least_float32
 
 
@@ -80,10 +81,10 @@ class Student(ModelMixin, ConfigMixin):
             found.append(projection(x))
         return found
 
-    def terms(self, predicted_latents: Tensor, latents: Tensor) -> Tensor:
-        """The parts of S by depth, (depth + 1, B)."""
+    def terms(self, predicted_latents: Tensor, latents: Tensor, mask: LossMask | None = None) -> Tensor:
+        """The parts of S by depth, (depth + 1, B); under a mask, means over the part of the image that it keeps."""
         predicted, target = self(predicted_latents), self(latents)
-        parts = [(x - y).square().flatten(1).mean(1) for x, y in zip(predicted, target)]
+        parts = [masked_mean((x - y).square(), mask) for x, y in zip(predicted, target)]
         return torch.stack(parts) * self.log_scale.exp()
 
 
@@ -111,12 +112,12 @@ class StudentLoss:
         self.block_names = tuple(f"student_{depth}" for depth in range(len(student.projections)))
         self.last = Measured()
 
-    def __call__(self, predicted_latents: Tensor, latents: Tensor) -> Tensor:
+    def __call__(self, predicted_latents: Tensor, latents: Tensor, mask: LossMask | None = None) -> Tensor:
         """Scaled latents, two of (B, C, h, w) -> S_b, (B,); only the prediction receives a gradient."""
         wanted = torch.is_grad_enabled() and predicted_latents.requires_grad
         predicted = at_least_float32(predicted_latents.detach()).requires_grad_(wanted)
         with exact_precision(latents.device), torch.set_grad_enabled(wanted):
-            terms = self.student.terms(predicted, at_least_float32(latents.detach()))
+            terms = self.student.terms(predicted, at_least_float32(latents.detach()), mask)
         value = terms.detach().sum(0)
         self.last = Measured(
             dict(zip(self.block_names, terms.detach())), dict.fromkeys(self.block_names, torch.ones_like(value))
@@ -145,14 +146,18 @@ class Fidelity(NamedTuple):
 
 
 def difference(
-    student: StudentLoss, loss: LatentPerceptualLoss, predicted_latents: Tensor, latents: Tensor
+    student: StudentLoss,
+    loss: LatentPerceptualLoss,
+    predicted_latents: Tensor,
+    latents: Tensor,
+    mask: LossMask | None = None,
 ) -> tuple[Tensor, Fidelity]:
     """LPL - S of each sample, (B,), whose gradient is g_LPL - g_S; and the student's fidelity there.
 
     Added n-fold on every n-th step, it corrects the student.
     """
     (value, gradient), (exact, exact_gradient) = (
-        _value_and_gradient(term, predicted_latents, latents) for term in (student, loss)
+        _value_and_gradient(term, predicted_latents, latents, mask) for term in (student, loss)
     )
     correction = Formed.apply(predicted_latents, exact - value, exact_gradient - gradient)
     return correction, fidelity(gradient, exact_gradient)
@@ -166,11 +171,11 @@ def fidelity(gradient: Tensor, exact: Tensor) -> Fidelity:
 
 
 def _value_and_gradient(
-    loss: StudentLoss | LatentPerceptualLoss, predicted_latents: Tensor, latents: Tensor
+    loss: StudentLoss | LatentPerceptualLoss, predicted_latents: Tensor, latents: Tensor, mask: LossMask | None
 ) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         predicted = at_least_float32(predicted_latents.detach()).requires_grad_()
-        value = loss(predicted, latents)
+        value = loss(predicted, latents, mask=mask)
     return value.detach(), torch.autograd.grad(value.sum(), predicted)[0]
 
 

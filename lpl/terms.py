@@ -50,13 +50,15 @@ def block_term(
     detach_statistics: bool = False,
     weight: float = 1.0,
     form_gradient: bool = True,
+    region: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One block's term and the share of positions that the mask keeps, (B,) each (Eq. 2, Sec. 3.2).
+    """One block's term and the share of positions that the masks keep, (B,) each (Eq. 2, Sec. 3.2).
 
     Args:
         predicted, target: features, (B, C, H, W). ``target`` must be contiguous; with ``form_gradient`` it is
             overwritten by GRADIENT_SCALE times the gradient with respect to ``predicted``.
         weight: omega_l.
+        region: of a loss mask, bool, (B, 1, H, W); no other position is kept.
 
     By hand: two positions, both off by one. The prediction's variance is 1, so e = 1e-4, and L = 1 / (1 + e).
 
@@ -84,9 +86,11 @@ def block_term(
     )
     for part in _parts(maps, count, phi.device):
         x = phi_hat[part].to(dtype)
-        keep = None
-        if mask is not None:
-            keep = mask(x.view(1, -1, *side)).view(x.shape)
+        keep = None if mask is None else mask(x.view(1, -1, *side)).view(x.shape)
+        if region is not None:
+            inside = _rows_of(region, part, channels)
+            keep = inside if keep is None else keep & inside
+        if keep is not None:
             kept[part] = keep.sum(-1, keepdim=True).to(dtype)
             if x.device.type != "cpu" or not keep.all():  # keep.all() would wait for a GPU
                 masks[part.start] = keep
@@ -133,7 +137,12 @@ def block_term(
 
 @torch.no_grad()
 def reference_block_term(
-    predicted: Tensor, target: Tensor, index: int, weight: float = 1.0, form_gradient: bool = True
+    predicted: Tensor,
+    target: Tensor,
+    index: int,
+    weight: float = 1.0,
+    form_gradient: bool = True,
+    region: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One block's term as in diffusers' LPL research project, with its depth weight; see :func:`block_term`.
 
@@ -149,6 +158,8 @@ def reference_block_term(
     else:
         dilation, erosion = (1, 3) if index == 2 else (3, 5)
         mask = morphology(within_bounds(phi), dilation, erosion).to(phi.dtype)
+    if region is not None:
+        mask = mask * region
     kept = mask.sum((2, 3), keepdim=True)  # (B, C, 1, 1)
     phi = mask * phi
     norm = phi.square().sum(1, keepdim=True).sqrt() + 1e-6  # (B, 1, H, W)
@@ -159,6 +170,12 @@ def reference_block_term(
         factor = 2.0 * weight / phi.shape[1] * GRADIENT_SCALE
         target.copy_(_within_range(difference / norm * (factor / kept.clamp(min=1)), target.dtype))
     return value.mean((1, 2, 3)) * weight, mask.mean((1, 2, 3))
+
+
+def _rows_of(region: Tensor, part: slice, channels: int) -> Tensor:
+    """The region of each map of a part, (B, 1, H, W) -> (maps, N); a map's sample is its number // channels."""
+    samples = torch.arange(part.start, part.stop, device=region.device) // channels
+    return region.flatten(1)[samples]
 
 
 def _within_range(gradient: Tensor, dtype: torch.dtype) -> Tensor:

@@ -41,6 +41,7 @@ def check_words(config: Config) -> None:
     _check_sizes(config)
     _check_streaming(config)
     _check_captions(config)
+    _check_masks(config)
     _check_lora(config)
     _check_lpl(config)
     _check_timesteps(config)
@@ -178,6 +179,17 @@ def _check_streaming(config: Config) -> None:
             f"--max_bad_samples {data.max_bad_samples}: how many images --streaming has is not known, so a share has "
             "no meaning; give a number"
         )
+
+
+def _check_masks(config: Config) -> None:
+    data = config.data
+    if data.alpha_mask and data.mask_column is not None:
+        raise ValueError(
+            f"--alpha_mask takes the images' transparency for masks, and --mask_column {data.mask_column} other "
+            "images; leave one of them out"
+        )
+    if data.unmasked_weight == 1 and rules.masks_the_loss(config.values()):
+        warn("--unmasked_weight 1 counts all pixels alike, so the masks have no effect; give less")
 
 
 def parse_limit(text: str | None) -> float | None:

@@ -86,6 +86,7 @@ OTHERS = {
     "keep_tokens": "--keep_tags",
     "keep_tokens_separator": "--keep_tags_separator",
     "instance_data_dir": "--train_data_dir",
+    "masked_loss": "--mask_column mask, with NAME.mask.png beside NAME.png, or --alpha_mask",
     "cache_latents": None,
     "cache_text_encoder_outputs": None,
     "enable_bucket": None,

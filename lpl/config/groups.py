@@ -161,6 +161,13 @@ class Data:
         1000, "number of images in the shuffle buffer of --streaming", range=POSITIVE, used=rules.shuffles_a_stream
     )
     image_column: str = flag("image", "column of the images")
+    mask_column: str | None = flag(
+        None, "column of loss masks, images whose white parts are trained on; in a folder of NAME-masklabel.png: mask"
+    )
+    alpha_mask: bool = flag(False, "take the images' transparency for loss masks: opaque parts are trained on")
+    unmasked_weight: float = flag(
+        0.0, "share of the loss that remains where a loss mask is black", range=SHARE, used=rules.masks_the_loss
+    )
     caption_column: str = flag(
         "text",
         "column of the captions, one or several per image, or several columns with shares, such as text:0.7,tags:0.3; "
@@ -268,6 +275,16 @@ class Data:
     def holds_out(self) -> bool:
         """Whether a part of the data is held out for the validation loss."""
         return self.validation_split is not None or self.validation_every_nth is not None
+
+    @property
+    def masks(self) -> str | None:
+        """Where loss masks come from, in words; None: there are none."""
+        if not self.alpha_mask and self.mask_column is None:
+            return None
+        source = "the images' transparency" if self.alpha_mask else f"column {self.mask_column}"
+        return f"loss masks from {source}" + (
+            f", weight {self.unmasked_weight:g} outside" * (self.unmasked_weight > 0)
+        )
 
     @property
     def sides(self) -> tuple[int, ...]:

@@ -80,6 +80,10 @@ def holds_out(flags: Values) -> bool:
     return flags["validation_split"] is not None or flags["validation_every_nth"] is not None
 
 
+def masks_the_loss(flags: Values) -> bool:
+    return flags["alpha_mask"] or flags["mask_column"] is not None
+
+
 def validates(flags: Values) -> bool:
     return bool(flags["validation_prompts"]) or holds_out(flags)
 

@@ -31,8 +31,9 @@ from lpl.config.groups import Data, Diffusion
 from lpl.config.sizes import Size
 from lpl.data.buckets import BucketBatches, Items
 from lpl.data.captions import Captions, caption_rows, columns_of
+from lpl.data.masks import cropped_with, image_and_mask
 from lpl.data.order import KeyedBatches, Stream, keyed_generator
-from lpl.data.reading import cropped, open_image, to_rgb
+from lpl.data.reading import open_image
 from lpl.data.source import class_names, data_folders
 from lpl.data.timeouts import Readings, TookTooLong, at_most
 from lpl.objectives import Objective, timestep_density, timestep_weights
@@ -71,7 +72,8 @@ class TrainingImages(TorchDataset[Sample]):
     mirrored image; ``posterior_noise``, ``noise`` and ``input_noise`` (C, h, w), the last None without
     --input_perturbation; ``timestep`` (); ``lpl_choice`` (2,), uniform in [0, 1), which selects LPL's samples and
     window; ``index``; ``bad``, places and reasons of the unreadable samples that this one replaces; with
-    --text_encoder_dropout ``dropped`` (E,), whether each text encoder gets the empty caption instead.
+    --text_encoder_dropout ``dropped`` (E,), whether each text encoder gets the empty caption instead; with
+    --alpha_mask or --mask_column ``mask`` (1, H, W) in [0, 1], 1 = train here.
 
     Args:
         empty_caption: stands for a dropped caption; an integer if captions are class labels from 0 to below it.
@@ -161,12 +163,13 @@ class TrainingImages(TorchDataset[Sample]):
             for stream in (Stream.AUGMENTATION, Stream.NOISE, Stream.LPL)
         )
         vertical, horizontal, flip, choice, drop = torch.rand(5, generator=augmentation).tolist()
-        image, caption, bad = self.readable(candidates, choice, (epoch, index))
+        image, caption, bad, mask = self.readable(candidates, choice, (epoch, index))
         shares = (0.5, 0.5) if self.data.center_crop else (vertical, horizontal)
         mirrored = self.data.random_flip and flip < 0.5
         size = self.size_of(index)
         shape = self.space.shape(*size)
-        pixels, crop_top_left = cropped(image, size, shares, mirrored, self.data.image_interpolation_mode)
+        interpolation = self.data.image_interpolation_mode
+        pixels, crop_top_left, masked = cropped_with(mask, image, size, shares, mirrored, interpolation)
         sample = {
             "index": torch.tensor(index),
             "bad": bad,
@@ -180,6 +183,7 @@ class TrainingImages(TorchDataset[Sample]):
             "noise": self._noise(shape, noise),
             "input_noise": torch.randn(shape, generator=noise) if self.diffusion.input_perturbation else None,
             "lpl_choice": torch.rand(2, generator=lpl),
+            **masked,
         }
         if (shares := self.data.text_encoder_dropout) is not None:
             encoders = keyed_generator(self.seed, epoch, index, Stream.TEXT_ENCODERS)
@@ -188,7 +192,7 @@ class TrainingImages(TorchDataset[Sample]):
 
     def readable(
         self, candidates: Candidates, choice: float = 0.0, key: tuple[int, int] | None = None
-    ) -> tuple[Image.Image, str | int, list[tuple[int, str]]]:
+    ) -> tuple[Image.Image, str | int, list[tuple[int, str]], Image.Image | None]:
         """Reads the first candidate with a readable image and a caption.
 
         Args:
@@ -196,7 +200,7 @@ class TrainingImages(TorchDataset[Sample]):
             key: (epoch, index), which decides what else is drawn of a caption; None: nothing is.
 
         Returns:
-            image, caption, and places and reasons of the candidates before it.
+            image, caption, places and reasons of the candidates before it, and the loss mask (None without the flags).
         """
         bad: list[tuple[int, str]] = []
         for candidate, read in candidates:
@@ -207,7 +211,9 @@ class TrainingImages(TorchDataset[Sample]):
                 with self.readings.noted(candidate), at_most(self.data.dataloader_timeout):
                     row = read()
                     caption = self._caption(row, choice, key)
-                    return to_rgb(open_image(row[self.data.image_column], self._folders)), caption, bad
+                    opened = open_image(row[self.data.image_column], self._folders)
+                    image, mask = image_and_mask(opened, row, self.data, self._folders)
+                    return image, caption, bad, mask
             except Exception as error:  # broken files raise a dozen kinds, in PIL and in the data set's library
                 bad.append((candidate, first_line(error)))
                 if isinstance(error, TookTooLong):  # this process does not wait for it again

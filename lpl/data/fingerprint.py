@@ -21,6 +21,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from typing import IO, Any, cast
 
@@ -42,7 +43,11 @@ MISSING = "missing"  # stands for the digest of a file that cannot be read
 
 
 def fingerprint(
-    dataset: Dataset | IterableDataset, image_column: str, columns: Sequence[str], folders: Sequence[str] = ()
+    dataset: Dataset | IterableDataset,
+    image_column: str,
+    columns: Sequence[str],
+    folders: Sequence[str] = (),
+    mask_column: str | None = None,
 ) -> str:
     """Returns ``sha256:`` and 64 hex digits.
 
@@ -50,11 +55,13 @@ def fingerprint(
         columns: of the captions, see :func:`lpl.data.captions.columns_of`.
         folders: where the data set's files may lie, see :func:`lpl.data.source.data_folders`; images embedded in the
             data set need none.
+        mask_column: of the loss masks, which count as the images do.
     """
+    pictures = [image_column] if mask_column is None else [image_column, mask_column]
     if isinstance(dataset, IterableDataset):
-        parts = _streamed(dataset, image_column, columns, folders)
+        parts = _streamed(dataset, pictures, columns, folders)
     else:
-        parts = _loaded(dataset, image_column, columns, folders)
+        parts = _loaded(dataset, pictures, columns, folders)
     digest = hashlib.sha256()
     for part in parts:  # a line of JSON each, so that parts cannot run into each other
         digest.update(json.dumps(part, default=str).encode() + b"\n")
@@ -64,7 +71,9 @@ def fingerprint(
 def data_facts(dataset: Dataset | IterableDataset, data: Data, cache_dir: str | None) -> dict[str, Any]:
     """What a recipe records of the data: its fingerprint, and the number of images if known."""
     folders, columns = data_folders(data, cache_dir), columns_of(data, dataset.column_names or [])
-    facts: dict[str, Any] = {"fingerprint": fingerprint(dataset, data.image_column, columns, folders)}
+    facts: dict[str, Any] = {
+        "fingerprint": fingerprint(dataset, data.image_column, columns, folders, data.mask_column)
+    }
     return facts | ({"images": len(dataset)} if isinstance(dataset, Dataset) else {})
 
 
@@ -82,30 +91,33 @@ def other_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     return "other images or captions, or in another order"
 
 
-def _loaded(dataset: Dataset, image_column: str, columns: Sequence[str], folders: Sequence[str]) -> Iterator[Any]:
+def _loaded(
+    dataset: Dataset, pictures: Sequence[str], columns: Sequence[str], folders: Sequence[str]
+) -> Iterator[Any]:
     yield "loaded", len(dataset)
     for row in caption_rows(dataset, columns):
         yield _caption(row, columns)
-    images = dataset.select_columns([image_column]).cast_column(image_column, ImageFeature(decode=False))
+    for column in pictures:
+        images = dataset.select_columns([column]).cast_column(column, ImageFeature(decode=False))
+        with ThreadPoolExecutor(READERS) as readers:
+            yield from readers.map(partial(_digest, images, column, folders), spaced(len(dataset), IMAGES))
 
-    def digest(place: int) -> str:
-        try:
-            return image_digest(images[place][image_column], folders)
-        except Exception:  # of the data set's library, for a broken file of its own
-            return MISSING
 
-    with ThreadPoolExecutor(READERS) as readers:
-        yield from readers.map(digest, spaced(len(dataset), IMAGES))
+def _digest(images: Dataset, column: str, folders: Sequence[str], place: int) -> str:
+    try:
+        return image_digest(images[place][column], folders)
+    except Exception:  # of the data set's library, for a broken file of its own
+        return MISSING
 
 
 def _streamed(
-    dataset: IterableDataset, image_column: str, columns: Sequence[str], folders: Sequence[str]
+    dataset: IterableDataset, pictures: Sequence[str], columns: Sequence[str], folders: Sequence[str]
 ) -> Iterator[Any]:
     yield "streamed", dataset.num_shards, dataset.column_names
     yield [os.path.basename(path) for path in shard_paths(dataset)]
     try:
         for row in islice(dataset.decode(False).shard(dataset.num_shards, 0), FIRST_ROWS):
-            yield _caption(row, columns), image_digest(row[image_column], folders)
+            yield _caption(row, columns), *(image_digest(row[column], folders) for column in pictures)
     except Exception:  # a broken shard, or a network that is gone
         yield MISSING
 

@@ -29,6 +29,7 @@ from datasets import ClassLabel, Dataset, DatasetInfo, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from lpl.data import masks
 from lpl.data.captions import caption_columns
 from lpl.data.reading import FORMATS, lies_in
 from lpl.tools.words import counted
@@ -86,8 +87,14 @@ class Contents:
 
     @cached_property
     def images(self) -> list[str]:
-        """Files that have the name of an image."""
-        return [file for file in self.files if suffix(file) in SUFFIXES]
+        """Files that have the name of an image, and not that of a loss mask."""
+        of_masks = set(self.masks.values())
+        return [file for file in self.files if suffix(file) in SUFFIXES and file not in of_masks]
+
+    @cached_property
+    def masks(self) -> dict[str, str]:
+        """Loss masks by the path of their image without suffix."""
+        return masks.beside(file for file in self.files if suffix(file) in SUFFIXES)
 
     @cached_property
     def metadata(self) -> list[str]:
@@ -193,7 +200,7 @@ def why_no_images(folder: str | os.PathLike[str]) -> str | None:
 def folder_dataset(
     folder: str, caption_column: str, class_conditional: bool, instance_prompt: str | None = None
 ) -> Dataset:
-    """The images of a folder in the column ``image``, undecoded, with captions or class labels.
+    """The images of a folder in the column ``image``, undecoded, with captions or class labels, and loss masks if any.
 
     Columns of a metadata file that are neither images nor named by ``caption_column`` are left empty.
 
@@ -209,12 +216,18 @@ def folder_dataset(
     info = DatasetInfo(builder_name=BUILDER)
     if contents.metadata:
         columns = _from_metadata(contents, caption_column, class_conditional)
+        if contents.masks and "image" in columns and masks.COLUMN not in columns:
+            columns[masks.COLUMN] = _Files(masks.of_images(columns["image"], contents.masks))
         images = [name for name, values in columns.items() if isinstance(values, _Files)]
         dataset = Dataset.from_dict({name: list(values) for name, values in columns.items()}, info=info)
         for name in images:
             dataset = dataset.cast_column(name, ImageFeature(decode=False))
         return dataset
-    features, columns = Features({"image": ImageFeature(decode=False)}), {"image": contents.images}
+    features = Features({"image": ImageFeature(decode=False)})
+    columns: dict[str, Any] = {"image": contents.images}
+    if contents.masks:
+        features[masks.COLUMN] = ImageFeature(decode=False)
+        columns[masks.COLUMN] = masks.of_images(contents.images, contents.masks)
     if class_conditional:
         labels = [os.path.basename(os.path.dirname(file)) for file in contents.images]
         if len(set(labels)) > 1 and len({file.count(os.sep) for file in contents.images}) == 1:
@@ -226,7 +239,10 @@ def folder_dataset(
         _warn_of_missing_texts(contents, captions, instance_prompt)
         if any(captions):
             columns = {next(iter(caption_columns(caption_column, ()))): captions} | columns
-    return Dataset.from_dict(columns, info=info).cast_column("image", ImageFeature(decode=False))
+    dataset = Dataset.from_dict(columns, info=info)
+    for name, feature in features.items():
+        dataset = dataset.cast_column(name, feature)
+    return dataset
 
 
 class _Files(list):

@@ -34,6 +34,7 @@ from datasets.packaged_modules.folder_based_builder import folder_based_builder
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from lpl.config.groups import Data
+from lpl.data import masks
 from lpl.data.captions import caption_columns, columns_of, report_instance_prompt
 from lpl.data.folder import Contents, folder_dataset, suffix
 from lpl.tools.words import close_match, first_line
@@ -104,12 +105,20 @@ def load_split(
     dataset = _opened(data, split, cache_dir, num_classes is not None)
     columns = columns_of(data, dataset.column_names or [])
     check_columns(dataset, data.image_column, data.caption_column if columns else None, where, num_classes)
-    dataset = dataset.select_columns([data.image_column, *columns])
+    pictures = [data.image_column]
+    if data.mask_column is not None:
+        _check_masks(dataset, data.mask_column, where)
+        pictures.append(data.mask_column)
+    elif masks.COLUMN in (dataset.column_names or ()) and not data.dataset_name and not data.streaming:
+        logger.warning("%s: its loss masks have no effect without --mask_column %s", where, masks.COLUMN)
+    dataset = dataset.select_columns([*pictures, *columns])
     if num_classes is not None and classes:
         dataset = _with_labels_of(dataset, data.caption_column, classes, num_classes, where)
     if isinstance(dataset, IterableDataset):
         return dataset
-    return dataset.cast_column(data.image_column, ImageFeature(decode=False))
+    for column in pictures:
+        dataset = dataset.cast_column(column, ImageFeature(decode=False))
+    return dataset
 
 
 def load_images(data: Data, split: str, cache_dir: str | None) -> Dataset:
@@ -136,8 +145,9 @@ def _opened(data: Data, split: str, cache_dir: str | None, class_conditional: bo
         _check_split(data, split, _named(data))
         why = first_line(error.__cause__ or error)
         raise ValueError(f"{_named(data)}: the data set cannot be loaded: {why}") from error
-    if _holds_bytes(dataset, data.image_column):
-        dataset = dataset.cast_column(data.image_column, ImageFeature(decode=False))
+    for column in filter(None, (data.image_column, data.mask_column)):
+        if _holds_bytes(dataset, column):
+            dataset = dataset.cast_column(column, ImageFeature(decode=False))
     return dataset
 
 
@@ -233,6 +243,19 @@ def check_columns(
             _check_captions(dataset, column, where)
         else:
             _check_labels(dataset, column, where, num_classes)
+
+
+def _check_masks(dataset: Dataset | IterableDataset, column: str, where: str) -> None:
+    columns = dataset.column_names or []
+    if column not in columns:
+        hint = close_match(column, columns, "--mask_column ")
+        if "imagefolder" in str(dataset.info.builder_name):
+            hint = f"; beside cat.png, cat{masks.ENDINGS[0]} or cat{masks.ENDINGS[1]} is its mask, in the column mask"
+        raise ValueError(
+            f"{where}: there is no column {column!r} (--mask_column); its columns are {', '.join(columns)}{hint}"
+        )
+    if not isinstance(_feature(dataset, column), ImageFeature):
+        raise ValueError(f"{where}: column {column!r} (--mask_column) holds no images")
 
 
 def _feature(dataset: Dataset | IterableDataset, column: str) -> Any:

@@ -101,8 +101,10 @@ def fetched(dataset: IterableDataset, rows: Iterable[Indexed], count: int, data:
     found = list(islice((row for _, row in rows if not isinstance(row, ValueError)), count))
     if not found:
         raise ValueError("--train_data_dir, --dataset_name: the data set has no images")
-    undecoded = ImageFeature(decode=False)
-    return Dataset.from_list(found, features=dataset.features).cast_column(data.image_column, undecoded)
+    fetched = Dataset.from_list(found, features=dataset.features)
+    for column in filter(None, (data.image_column, data.mask_column)):
+        fetched = fetched.cast_column(column, ImageFeature(decode=False))
+    return fetched
 
 
 # Rows ----------------------------------------------------------------------------------------------------------------

@@ -226,8 +226,9 @@ class Report:
 
     def _run(self) -> Rows:
         plan, config = self.plan, self.plan.config
+        masks = config.data.masks
         rows = [
-            ("images", f"{plan.count()} at {plan.sizes()}"),
+            ("images", f"{plan.count()} at {plan.sizes()}" + (f", {masks}" if masks else "")),
             ("samples per step", _batch_in_words(plan)),
             ("steps", f"{plan.max_steps}{plan.epochs(', which is ')}; {plan.steps_to_go} to go"),
         ]

@@ -67,6 +67,8 @@ class Plan:
             to_go = max(0, self.max_steps - run.step)
             logger.info(f"resumed from {run.resumed}, {to_go} of {self.max_steps} steps to go")
         logger.info(f"{self.count()} images, {self.max_steps} steps of {self.global_batch}{self.epochs(': ')}")
+        if config.data.masks is not None:
+            logger.info(config.data.masks)
         logger.info(f"training {self.what()}, in {self.precision_of(self.trained.weights())}{self.autocast()}")
         logger.info(
             f"objective {config.model.prediction_type}, {self.sizes(SIZES)}, seed {run.seed}, "

@@ -76,6 +76,7 @@ class RunCard:
     # What it was trained on
     images: int | None = None  # None: unknown, as in a stream
     fingerprint: str | None = None  # of the data, "sha256:..."
+    masks: str | None = None  # where loss masks come from, in words
     # How it was trained
     steps: int  # optimizer steps so far
     max_steps: int | None = None  # steps of the whole run; None: the run is over
@@ -202,6 +203,7 @@ def _asked_for(plan: Plan) -> dict[str, Any]:
         "vae": model.pretrained_vae_model_name_or_path,
         "redrawn": config.lora.quantize_base is None,
         "from_scratch": model.from_scratch,
+        "masks": data.masks,
         "size": data.size,
         "trigger": data.trigger,
         "inference_steps": config.validation.validation_inference_steps,

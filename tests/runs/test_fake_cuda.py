@@ -88,6 +88,7 @@ def test_no_step_waits_with_other_flags(results_of, family):
     }
     bf16 = {"mixed_precision": "bf16", "use_ema": True}
     foreach = bf16 | {"foreach_ema": True, "offload_ema": True, "lpl_max_samples": 1}
+    foreach |= {"alpha_mask": True, "unmasked_weight": 0.1}
     loops["flags"] = family, [bf16 | others | {"offload_ema": True}, foreach], None
     groups = 2 if family.trainable_text_encoders else 1
     results = results_of(loops)
@@ -101,7 +102,12 @@ def test_no_step_waits_with_a_student(results_of, sd_pipeline, tmp_path):
     loss = LatentPerceptualLoss(AutoencoderKL.from_pretrained(sd_pipeline / "vae"))
     decoder = {name: [0.0] * len(values) for name, values in probe(loss.vae).items()}  # what is read without data
     Student(4, 16, 1, loss=loss.options, decoder=decoder).save_pretrained(tmp_path / "student")
-    flags = {"mixed_precision": "bf16", "lpl_student": tmp_path / "student", "lpl_vae_dtype": "float32"}
+    flags = {
+        "mixed_precision": "bf16",
+        "lpl_student": tmp_path / "student",
+        "lpl_vae_dtype": "float32",
+        "alpha_mask": True,
+    }
     kinds = [flags | of | {"max_train_steps": 3, "lpl_correct_every": 2} for of in KINDS.values()]
     check(results_of({"student": (FAMILY_OF["stable-diffusion"], kinds, None)}), updates=3 * len(kinds))
 
