@@ -27,9 +27,9 @@ from typing import Any
 import pyarrow.parquet
 from datasets import ClassLabel, Dataset, DatasetInfo, Features
 from datasets import Image as ImageFeature
-from PIL import Image
 
-from lpl.data.reading import FORMATS, lies_in
+from lpl.data.formats import SUFFIXES, not_read
+from lpl.data.reading import lies_in
 from lpl.tools.words import counted
 
 
@@ -39,12 +39,6 @@ METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 FILE_NAME = "file_name"  # the column that names the images
 TEXTS = (".txt", ".caption")
 ARCHIVES = {".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar"}
-NOT_READ = {  # pictures that PIL does not decode, and films
-    *(".heic", ".heif", ".jxl", ".svg", ".eps", ".ps", ".ai", ".pdf", ".exr", ".hdr"),
-    *(".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"),
-    *(".mp4", ".mov", ".webm", ".mkv", ".avi"),
-}
-SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
 BUILDER = "imagefolder"  # the library's name for such data sets
 READERS = 8  # threads, since files may lie on a network disk
 NAMED = 3  # a sentence names at most this many files
@@ -151,10 +145,7 @@ class Contents:
                 f"{counted(len(archives), 'archive')} that must be unpacked first ({names}); .tar files of "
                 "WebDataset are read by --streaming"
             )
-        if kinds := Counter(suffix(file) for file in self.files if suffix(file) in NOT_READ):
-            files = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-            found.append(f"files of kinds that are not read ({files}); convert them to .png or .jpg")
-        return found
+        return found + not_read(Counter(map(suffix, self.files)))
 
 
 def suffix(file: str | os.PathLike[str]) -> str:

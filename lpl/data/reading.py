@@ -1,7 +1,7 @@
 """Reads one image and its caption, safely, and crops the image to its training size.
 
-Data sets come from strangers: a path may point outside the data set's folder, and a file may unpack to any size. PIL
-opens images in the formats it decodes itself, from the data set's own folders only.
+Data sets come from strangers: a path may point outside the data set's folder, and a file may unpack to any size.
+Images are opened in the formats of ``formats.py``, from the data set's own folders only.
 """
 
 from __future__ import annotations
@@ -18,18 +18,17 @@ import torch
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 from torch import Tensor
 
+from lpl.data.formats import FORMATS
 from lpl.tools.pictures import on_white
 
 
 # torchvision's names, as in diffusers' scripts -> PIL's filters
 RESAMPLING = {mode.name.lower(): mode for mode in Image.Resampling} | {"nearest_exact": Image.Resampling.NEAREST}
-Image.init()  # registers all of PIL's formats
-FORMATS = [kind for kind in Image.ID if kind != "EPS"]  # an EPS file is a program, which PIL runs in Ghostscript
 # A text or colour profile of over 1 MiB would cost the image; the limit for all texts of an image stays.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 LARGEST_FILE = 2**30  # bytes read of a file in an archive, which may unpack to any size
 # Formats that say which value is white, if there are more than 8 bits; None: of no file
-DEEP = ("TIFF", "PNG", "PPM", "JPEG2000", None)
+DEEP = ("TIFF", "PNG", "PPM", "JPEG2000", "HEIF", None)
 ACCEPTED = "save it with 8 or 16 bits, or as floating-point numbers from 0 to 1"
 BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # TIFF's tags
 WHITE_IS_ZERO, SIGNED = 0, 2  # values of the last two
