@@ -359,8 +359,8 @@ def shard_files(folder: str) -> tuple[str, list[Path]]:
 def held_out_names(folder: str, files: Iterable[str | os.PathLike[str]]) -> list[str]:
     """Sub-folders named like a split that is not trained on, beside other files; also of shards the first word of the
     name, as in ``test-00000-of-00002.parquet``."""
-    paths = map(os.fspath, files)
-    places = {(os.path.dirname(path), _first_word(path) if suffix(path) in SHARDS else "") for path in paths}
+    paths, shards = [os.fspath(file) for file in files], tuple(SHARDS)
+    places = {(os.path.dirname(path), _first_word(path) if path.endswith(shards) else "") for path in paths}
     found = set()
     for parent, first in places:
         parts = (*Path(os.path.relpath(parent, folder)).parts, first)

@@ -95,13 +95,13 @@ def _kept(index: Path, names: pyarrow.Array, states: np.ndarray) -> list[Content
     """The bytes that an index has of files whose state is the same; None of the others."""
     try:
         table = pyarrow.parquet.read_table(index, page_checksum_verification=True)
-        rows = pyarrow.compute.index_in(names, value_set=table["name"].combine_chunks())
+        rows = pyarrow.compute.index_in(names, value_set=table["name"].combine_chunks())  # type: ignore[attr-defined]
         there = np.flatnonzero(~np.asarray(rows.is_null()))
         rows = rows.drop_null()
         before = np.stack([table[column].combine_chunks().take(rows).to_numpy() for column in STATE], 1)
         same = (before == states[there]).all(1)
         contents = table["content"].combine_chunks().take(rows.filter(pyarrow.array(same))).to_pylist()
-    except (OSError, pyarrow.ArrowException, KeyError):  # no index, a broken one, or another version's
+    except Exception:  # no index, or a broken one, which raises a dozen kinds
         return [None] * len(names)
     found: list[Content | None] = [None] * len(names)
     for place, content in zip(there[same], contents):
