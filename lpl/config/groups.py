@@ -188,8 +188,10 @@ class Data:
     proportion_empty_prompts: float | None = flag(
         None, "share of captions replaced by the empty caption; default: the family's", range=SHARE, held_out=0.0
     )
-    dataloader_num_workers: int = silent_flag(
-        0, "number of data loading processes; 0 = load in the main process", range=NOT_NEGATIVE
+    dataloader_num_workers: int | None = silent_flag(
+        None,
+        "number of data loading processes; 0 = load in the main process; default: one per free core, at most 8",
+        range=NOT_NEGATIVE,
     )
     dataloader_timeout: float = flag(
         600.0,

@@ -27,7 +27,7 @@ from torch.utils.data import Dataset as TorchDataset
 from lpl.config import held_out
 from lpl.config.groups import Data, Diffusion
 from lpl.data.order import KeyedBatches, Stream, keyed_generator
-from lpl.data.reading import choose_caption, cropped, open_image, to_rgb
+from lpl.data.reading import Picture, choose_caption, cropped, read_picture
 from lpl.data.source import class_names, data_folders
 from lpl.data.timeouts import Readings, TookTooLong, at_most
 from lpl.objectives import Objective, timestep_density, timestep_weights
@@ -137,18 +137,18 @@ class TrainingImages(TorchDataset[Sample]):
             for stream in (Stream.AUGMENTATION, Stream.NOISE, Stream.LPL)
         )
         vertical, horizontal, flip, choice, drop = torch.rand(5, generator=augmentation).tolist()
-        image, caption, bad = self.readable(candidates, choice)
+        size = self.size_of(index)
+        picture, caption, bad = self.readable(candidates, choice, size)
         shares = (0.5, 0.5) if self.data.center_crop else (vertical, horizontal)
         mirrored = self.data.random_flip and flip < 0.5
-        size = self.size_of(index)
         shape = self.space.shape(*size)
-        pixels, crop_top_left = cropped(image, size, shares, mirrored, self.data.image_interpolation_mode)
+        pixels, crop_top_left = cropped(picture, size, shares, mirrored, self.data.image_interpolation_mode)
         return {
             "index": torch.tensor(index),
             "bad": bad,
             "pixels": pixels,
             "caption": self.empty_caption if drop < (self.data.proportion_empty_prompts or 0.0) else caption,
-            "original_size": torch.tensor([image.height, image.width]),
+            "original_size": torch.tensor([picture.height, picture.width]),
             "crop_top_left": torch.tensor(crop_top_left),
             "target_size": torch.tensor(size),
             "timestep": self.timestep(epoch, index),
@@ -159,12 +159,15 @@ class TrainingImages(TorchDataset[Sample]):
         }
 
     def readable(
-        self, candidates: Candidates, choice: float = 0.0
-    ) -> tuple[Image.Image, str | int, list[tuple[int, str]]]:
+        self, candidates: Candidates, choice: float = 0.0, size: tuple[int, int] | None = None
+    ) -> tuple[Picture, str | int, list[tuple[int, str]]]:
         """Reads the first candidate with a readable image and a caption.
 
+        Args:
+            size: height and width of the crop that the image is read for; None: it is read at its full size.
+
         Returns:
-            image, caption, and places and reasons of the candidates before it.
+            picture, caption, and places and reasons of the candidates before it.
         """
         bad: list[tuple[int, str]] = []
         for candidate, read in candidates:
@@ -177,7 +180,8 @@ class TrainingImages(TorchDataset[Sample]):
                     caption = row[self.data.caption_column]
                     if not isinstance(self.empty_caption, int) or caption is None:  # otherwise it is a class label
                         caption = choose_caption(caption, choice)
-                    return to_rgb(open_image(row[self.data.image_column], self._folders)), caption, bad
+                    mode = self.data.image_interpolation_mode
+                    return read_picture(row[self.data.image_column], self._folders, size, mode), caption, bad
             except Exception as error:  # broken files raise a dozen kinds, in PIL and in the data set's library
                 bad.append((candidate, first_line(error)))
                 if isinstance(error, TookTooLong):  # this process does not wait for it again
@@ -277,7 +281,7 @@ def real_images(images: TrainingImages, captions: Sequence[str | int]) -> list[I
     for number, caption in enumerate(captions):
         matches = [index for index, text in enumerate(caption_column) if text == caption]
         index = matches[number % len(matches)]
-        image, *_ = images.readable(images.candidates(index))
+        picture, *_ = images.readable(images.candidates(index))
         height, width = images.size_of(index)
-        found.append(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
+        found.append(ImageOps.fit(picture.image, (width, height), Image.Resampling.LANCZOS))
     return found

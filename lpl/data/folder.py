@@ -135,7 +135,8 @@ class Contents:
     @cached_property
     def captioned(self) -> list[str]:
         """Images with a text file beside them."""
-        return [file for file in self.images if _stem(file) in self.texts]
+        texts = self.texts
+        return [file for file in self.images if file[: file.rfind(".")] in texts]
 
     @property
     def kinds(self) -> Counter[str]:
@@ -214,11 +215,6 @@ def listed_once() -> Iterator[None]:
 def suffix(file: str | os.PathLike[str]) -> str:
     """In lower case, with its dot."""
     return os.path.splitext(file)[1].lower()
-
-
-def _stem(file: str) -> str:
-    """The path of an image without its suffix."""
-    return file[: file.rfind(".")]
 
 
 def _visible(name: str) -> bool:
@@ -358,7 +354,8 @@ def text_captions(contents: Contents, cache: str | os.PathLike[str] | None = Non
     Args:
         cache: folder for the index of a large folder's text files, see :mod:`lpl.data.texts`.
     """
-    files = [contents.texts.get(_stem(image)) for image in contents.images]
+    texts = contents.texts
+    files = [texts.get(image[: image.rfind(".")]) for image in contents.images]
     inside = [
         file for file in dict.fromkeys(files) if file and (file not in contents.odd or _leads_in(file, contents))
     ]
