@@ -38,6 +38,7 @@ from lpl.config.groups import Diffusion, Lpl
 from lpl.config.sizes import parse_sizes
 from lpl.data.bad_samples import BadSamples
 from lpl.data.dataset import Batch, TrainingImages, real_images
+from lpl.data.folder import listed_once
 from lpl.data.loader import training_batches
 from lpl.diagnosis.dry_run import DryRun
 from lpl.diagnosis.estimate import Method, print_estimate
@@ -217,6 +218,7 @@ class Inputs:
     licence: Mapping[str, Any]
 
 
+@listed_once()
 def start(config: Config, status: Status) -> Inputs:
     """Check everything that the flags, the pipeline's configurations and the data can show to be wrong."""
     evaluates, dry_run = config.evaluation.eval_steps is not None, config.validation.dry_run

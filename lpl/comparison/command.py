@@ -327,9 +327,9 @@ def write_held_out(config: Config, description: Description, folder: Path) -> No
     images = TrainingImages(held_out, objective, space, data, *rest)
     lines = []
     for index in range(len(images)):
-        image, caption, bad, _ = images.readable(images.candidates(index))
+        picture, caption, bad = images.readable(images.candidates(index))
         if not bad:  # otherwise it is another image, which is written by itself
-            save_picture(image, folder / f"{index:05d}.png")
+            save_picture(picture.image.convert("RGB"), folder / f"{index:05d}.png")
             lines.append(json.dumps({"file_name": f"{index:05d}.png", data.caption_column: caption}))
     write_text(folder / METADATA, "\n".join(lines) + "\n")
 

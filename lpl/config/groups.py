@@ -251,8 +251,10 @@ class Data:
         "probabilities, one per text encoder, with which that encoder alone gets the empty caption",
         held_out=None,
     )
-    dataloader_num_workers: int = silent_flag(
-        0, "number of data loading processes; 0 = load in the main process", range=NOT_NEGATIVE
+    dataloader_num_workers: int | None = silent_flag(
+        None,
+        "number of data loading processes; 0 = load in the main process; default: one per free core, at most 8",
+        range=NOT_NEGATIVE,
     )
     dataloader_timeout: float = flag(
         600.0,

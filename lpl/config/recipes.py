@@ -254,7 +254,7 @@ def _entrusted(parser: Parser, source: str, values: Mapping[str, Any], typed: Co
                 f"give your own by --{name}, or leave it out by --without {name}"
             )
     most = os.cpu_count() or 1
-    if taken.get("dataloader_num_workers", 0) > most:  # does not change the results
+    if (taken.get("dataloader_num_workers") or 0) > most:  # does not change the results
         warn(f"--config {source}: dataloader_num_workers {taken['dataloader_num_workers']} is taken for {most}")
         taken["dataloader_num_workers"] = most
     return taken

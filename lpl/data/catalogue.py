@@ -32,7 +32,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from lpl.config.groups import Data
-from lpl.data.reading import FORMATS, open_image
+from lpl.data.formats import FORMATS
+from lpl.data.reading import open_image
 from lpl.tools.files import write_whole
 
 

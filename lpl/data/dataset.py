@@ -31,9 +31,9 @@ from lpl.config.groups import Data, Diffusion
 from lpl.config.sizes import Size
 from lpl.data.buckets import BucketBatches, Items
 from lpl.data.captions import Captions, caption_rows, columns_of
-from lpl.data.masks import cropped_with, image_and_mask
+from lpl.data.masks import cropped_with, picture_in
 from lpl.data.order import KeyedBatches, Stream, keyed_generator
-from lpl.data.reading import open_image
+from lpl.data.reading import Picture
 from lpl.data.source import class_names, data_folders
 from lpl.data.timeouts import Readings, TookTooLong, at_most
 from lpl.objectives import Objective, timestep_density, timestep_weights
@@ -163,19 +163,19 @@ class TrainingImages(TorchDataset[Sample]):
             for stream in (Stream.AUGMENTATION, Stream.NOISE, Stream.LPL)
         )
         vertical, horizontal, flip, choice, drop = torch.rand(5, generator=augmentation).tolist()
-        image, caption, bad, mask = self.readable(candidates, choice, (epoch, index))
+        size = self.size_of(index)
+        picture, caption, bad = self.readable(candidates, choice, (epoch, index), size)
         shares = (0.5, 0.5) if self.data.center_crop else (vertical, horizontal)
         mirrored = self.data.random_flip and flip < 0.5
-        size = self.size_of(index)
         shape = self.space.shape(*size)
         interpolation = self.data.image_interpolation_mode
-        pixels, crop_top_left, masked = cropped_with(mask, image, size, shares, mirrored, interpolation)
+        pixels, crop_top_left, masked = cropped_with(picture, size, shares, mirrored, interpolation)
         sample = {
             "index": torch.tensor(index),
             "bad": bad,
             "pixels": pixels,
             "caption": self.empty_caption if drop < (self.data.proportion_empty_prompts or 0.0) else caption,
-            "original_size": torch.tensor([image.height, image.width]),
+            "original_size": torch.tensor([picture.height, picture.width]),
             "crop_top_left": torch.tensor(crop_top_left),
             "target_size": torch.tensor(size),
             "timestep": self.timestep(epoch, index),
@@ -191,16 +191,21 @@ class TrainingImages(TorchDataset[Sample]):
         return sample
 
     def readable(
-        self, candidates: Candidates, choice: float = 0.0, key: tuple[int, int] | None = None
-    ) -> tuple[Image.Image, str | int, list[tuple[int, str]], Image.Image | None]:
+        self,
+        candidates: Candidates,
+        choice: float = 0.0,
+        key: tuple[int, int] | None = None,
+        size: Size | None = None,
+    ) -> tuple[Picture, str | int, list[tuple[int, str]]]:
         """Reads the first candidate with a readable image and a caption.
 
         Args:
             choice: draws one of a list of captions, in [0, 1).
             key: (epoch, index), which decides what else is drawn of a caption; None: nothing is.
+            size: height and width of the crop that the image is read for; None: it is read at its full size.
 
         Returns:
-            image, caption, places and reasons of the candidates before it, and the loss mask (None without the flags).
+            picture, caption, and places and reasons of the candidates before it.
         """
         bad: list[tuple[int, str]] = []
         for candidate, read in candidates:
@@ -211,9 +216,7 @@ class TrainingImages(TorchDataset[Sample]):
                 with self.readings.noted(candidate), at_most(self.data.dataloader_timeout):
                     row = read()
                     caption = self._caption(row, choice, key)
-                    opened = open_image(row[self.data.image_column], self._folders)
-                    image, mask = image_and_mask(opened, row, self.data, self._folders)
-                    return image, caption, bad, mask
+                    return picture_in(row, self.data, self._folders, size), caption, bad
             except Exception as error:  # broken files raise a dozen kinds, in PIL and in the data set's library
                 bad.append((candidate, first_line(error)))
                 if isinstance(error, TookTooLong):  # this process does not wait for it again
@@ -342,8 +345,8 @@ def real_images(
     found = []
     for number, caption in enumerate(captions):
         index = places[caption][number % len(places[caption])]
-        image, *_ = images.readable(images.rows_from(index))
-        found.append(image)
+        picture, *_ = images.readable(images.rows_from(index))
+        found.append(picture.image.convert("RGB"))
     return [
         ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS) for height, width in sizes for image in found
     ]

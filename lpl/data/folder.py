@@ -18,7 +18,7 @@ import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,11 +27,12 @@ from typing import Any
 import pyarrow.parquet
 from datasets import ClassLabel, Dataset, DatasetInfo, Features
 from datasets import Image as ImageFeature
-from PIL import Image
 
 from lpl.data import masks
 from lpl.data.captions import caption_columns
-from lpl.data.reading import FORMATS, lies_in
+from lpl.data.formats import SUFFIXES, not_read
+from lpl.data.reading import lies_in
+from lpl.data.texts import Content, contents_of
 from lpl.tools.words import counted
 
 
@@ -39,16 +40,9 @@ logger = logging.getLogger(__name__)
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 FILE_NAME = "file_name"  # the column that names the images
-TEXTS = (".txt", ".caption")
+TEXTS = (".caption", ".txt")  # the later one counts
 ARCHIVES = {".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar"}
-NOT_READ = {  # pictures that PIL does not decode, and films
-    *(".heic", ".heif", ".jxl", ".svg", ".eps", ".ps", ".ai", ".pdf", ".exr", ".hdr"),
-    *(".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"),
-    *(".mp4", ".mov", ".webm", ".mkv", ".avi"),
-}
-SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
 BUILDER = "imagefolder"  # the library's name for such data sets
-READERS = 8  # threads, since files may lie on a network disk
 NAMED = 3  # a sentence names at most this many files
 Row = Mapping[str, Any]  # of a metadata file, by column
 
@@ -61,55 +55,109 @@ class Contents:
         folder: its absolute path.
         files: absolute paths, sorted.
         unread: what is not read, and why.
+        odd: files that are links, pipes, or anything else than plain files.
     """
 
     folder: str
     files: list[str]
     unread: dict[str, str]
+    odd: set[str]
 
     @classmethod
     def of(cls, folder: str | os.PathLike[str]) -> Contents:
-        """Looks at names only."""
-        place, files, unread = os.path.abspath(folder), [], {}
-        walk = os.walk(place, onerror=lambda error: unread.update({str(error.filename): str(error.strerror)}))
-        for parent, folders, names in walk:
-            folders[:] = [name for name in folders if _visible(name)]
-            for path in (os.path.join(parent, name) for name in names if not name.startswith(".")):
-                printable = os.fsencode(path).decode(errors="backslashreplace")
-                if printable == path:
-                    files.append(path)
-                else:
-                    unread[printable] = "its name is not in UTF-8"
-            for path in (os.path.join(parent, name) for name in folders):
-                if os.path.islink(path):
-                    unread[path] = f"a link to {os.path.realpath(path)}"
-        return cls(place, sorted(files), unread)
+        """Looks at names only. Within :func:`listed_once`, a folder is looked at once."""
+        place, known = os.path.abspath(folder), {} if _listed is None else _listed
+        if place not in known:
+            known[place] = cls(place, [], {}, set())._filled()
+        return known[place]
+
+    def _filled(self) -> Contents:
+        waiting = [self.folder]
+        while waiting:
+            waiting += self._add(waiting.pop())
+        self.files.sort()
+        return self
+
+    def _add(self, parent: str) -> list[str]:
+        """Adds the files of a folder, and returns its sub-folders."""
+        folders = []
+        try:
+            with os.scandir(parent) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    if not _is_folder(entry):
+                        self._add_file(entry)
+                    elif not _visible(entry.name):
+                        continue
+                    elif entry.is_symlink():
+                        self.unread[entry.path] = f"a link to {os.path.realpath(entry.path)}"
+                    else:
+                        folders.append(entry.path)
+        except OSError as error:
+            self.unread[str(error.filename or parent)] = str(error.strerror)
+        return folders
+
+    def _add_file(self, entry: os.DirEntry[str]) -> None:
+        path = entry.path
+        if not path.isascii() and (printable := os.fsencode(path).decode(errors="backslashreplace")) != path:
+            self.unread[printable] = "its name is not in UTF-8"
+            return
+        self.files.append(path)
+        if not entry.is_file(follow_symlinks=False):
+            self.odd.add(path)
+
+    @cached_property
+    def by_suffix(self) -> dict[str, list[str]]:
+        """Files by their suffix in lower case, sorted."""
+        found: dict[str, list[str]] = {}
+        for file in self.files:
+            found.setdefault(file[file.rfind(".") :], []).append(file)  # a million times: no os.path
+        merged: dict[str, list[str]] = {}
+        for kind, files in found.items():
+            merged.setdefault(kind.lower() if kind[0] == "." and os.sep not in kind else "", []).extend(files)
+        return {kind: sorted(files) for kind, files in merged.items()}
 
     @cached_property
     def images(self) -> list[str]:
         """Files that have the name of an image, and not that of a loss mask."""
         of_masks = set(self.masks.values())
-        return [file for file in self.files if suffix(file) in SUFFIXES and file not in of_masks]
+        return [file for file in self._pictures if file not in of_masks] if of_masks else self._pictures
 
     @cached_property
     def masks(self) -> dict[str, str]:
         """Loss masks by the path of their image without suffix."""
-        return masks.beside(file for file in self.files if suffix(file) in SUFFIXES)
+        return masks.beside(self._pictures)
+
+    @cached_property
+    def _pictures(self) -> list[str]:
+        return sorted(file for kind, files in self.by_suffix.items() if kind in SUFFIXES for file in files)
 
     @cached_property
     def metadata(self) -> list[str]:
-        return [file for file in self.files if os.path.basename(file).lower() in METADATA]
+        kinds = {suffix(name) for name in METADATA}
+        files = [file for kind in kinds for file in self.by_suffix.get(kind, ())]
+        return sorted(file for file in files if os.path.basename(file).lower() in METADATA)
 
     @cached_property
     def texts(self) -> dict[str, str]:
         """Text files by the path without suffix."""
-        files = [file for file in self.files if suffix(file) in TEXTS]
-        return {os.path.splitext(file)[0]: file for file in files}
+        return {file[: -len(kind)]: file for kind in TEXTS for file in self.by_suffix.get(kind, ())}
 
-    @property
+    @cached_property
     def captioned(self) -> list[str]:
         """Images with a text file beside them."""
-        return [file for file in self.images if os.path.splitext(file)[0] in self.texts]
+        texts = self.texts
+        return [file for file in self.images if file[: file.rfind(".")] in texts]
+
+    @property
+    def kinds(self) -> Counter[str]:
+        """Numbers of files by suffix."""
+        return Counter({kind: len(files) for kind, files in self.by_suffix.items()})
+
+    @cached_property
+    def known(self) -> set[str]:
+        return set(self.files)
 
     @cached_property
     def _spellings(self) -> dict[str, list[str]]:
@@ -127,7 +175,7 @@ class Contents:
             ValueError: if it leads out of the folder.
         """
         path = os.path.normpath(os.path.join(os.path.dirname(metadata), name))
-        if not os.path.lexists(path):
+        if path not in self.known and not os.path.lexists(path):
             path = os.path.normpath(os.path.join(os.path.dirname(metadata), name.replace("\\", "/")))
             fitting = self._spellings.get(_spelling(path), [])
             path = fitting[0] if len(fitting) == 1 else path
@@ -137,12 +185,12 @@ class Contents:
 
     def without_images(self) -> str:
         """Why there is nothing to train on, and what to do."""
-        kinds = Counter(suffix(file) or "no suffix" for file in self.files)
+        kinds = self.kinds
         if left := self.left_out():
             return f"the folder has no images, but {'; '.join(left)}"
         if ".parquet" in kinds or ".arrow" in kinds:
             return "the folder has no images, but .parquet or .arrow files; give it as --dataset_name"
-        found = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(NAMED))
+        found = ", ".join(f"{count} x {kind or 'no suffix'}" for kind, count in kinds.most_common(NAMED))
         return f"the folder has no images (it has {found or 'no files'})"
 
     def left_out(self) -> list[str]:
@@ -153,16 +201,27 @@ class Contents:
             else f"{os.path.relpath(place, self.folder)} cannot be read ({why})"
             for place, why in self.unread.items()
         ]
-        if archives := [file for file in self.files if suffix(file) in ARCHIVES]:
+        if archives := sorted(file for kind in ARCHIVES for file in self.by_suffix.get(kind, ())):
             names = ", ".join(os.path.relpath(file, self.folder) for file in archives[:NAMED])
             found.append(
                 f"{counted(len(archives), 'archive')} that must be unpacked first ({names}); .tar files of "
                 "WebDataset are read by --streaming"
             )
-        if kinds := Counter(suffix(file) for file in self.files if suffix(file) in NOT_READ):
-            files = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-            found.append(f"files of kinds that are not read ({files}); convert them to .png or .jpg")
-        return found
+        return found + not_read(self.kinds)
+
+
+_listed: dict[str, Contents] | None = None  # by path, within listed_once
+
+
+@contextmanager
+def listed_once() -> Iterator[None]:
+    """Within, each folder is listed once, however often it is asked for; what changes there meanwhile is not seen."""
+    global _listed
+    _listed = {}
+    try:
+        yield
+    finally:
+        _listed = None
 
 
 def suffix(file: str | os.PathLike[str]) -> str:
@@ -172,6 +231,13 @@ def suffix(file: str | os.PathLike[str]) -> str:
 
 def _visible(name: str) -> bool:
     return not name.startswith((".", "__"))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _spelling(path: str) -> str:
@@ -198,7 +264,11 @@ def why_no_images(folder: str | os.PathLike[str]) -> str | None:
 
 
 def folder_dataset(
-    folder: str, caption_column: str, class_conditional: bool, instance_prompt: str | None = None
+    folder: str,
+    caption_column: str,
+    class_conditional: bool,
+    instance_prompt: str | None = None,
+    cache: str | os.PathLike[str] | None = None,
 ) -> Dataset:
     """The images of a folder in the column ``image``, undecoded, with captions or class labels, and loss masks if any.
 
@@ -206,6 +276,7 @@ def folder_dataset(
 
     Args:
         instance_prompt: stands for missing captions; None: nothing does.
+        cache: see :func:`text_captions`.
 
     Raises:
         ValueError: if a metadata file cannot be read, or names nothing that is there.
@@ -235,10 +306,11 @@ def folder_dataset(
             columns["label"] = labels
         return Dataset.from_dict(columns, features, DatasetInfo(features=features, builder_name=BUILDER))
     if contents.captioned:
-        captions = text_captions(contents)
+        captions = text_captions(contents, cache)
         _warn_of_missing_texts(contents, captions, instance_prompt)
-        if any(captions):
-            columns = {next(iter(caption_columns(caption_column, ()))): captions} | columns
+        if any(caption for caption, _ in captions):
+            name = next(iter(caption_columns(caption_column, ())))
+            columns = {name: [caption for caption, _ in captions]} | columns
     dataset = Dataset.from_dict(columns, info=info)
     for name, feature in features.items():
         dataset = dataset.cast_column(name, feature)
@@ -287,7 +359,7 @@ def _is_label(value: Any) -> bool:
 
 
 def _warn_of_files(contents: Contents, files: Sequence[str | None]) -> None:
-    known = set(contents.files)
+    known = contents.known
     missing = [file for file in files if file is not None and file not in known and not os.path.exists(file)]
     if files and len(missing) == len(files):
         raise ValueError(
@@ -306,32 +378,48 @@ def _warn_of_files(contents: Contents, files: Sequence[str | None]) -> None:
         )
 
 
-def text_captions(contents: Contents) -> list[str | None]:
-    """The caption beside each image; None where there is none (:func:`_text_beside`)."""
-    with ThreadPoolExecutor(READERS) as readers:
-        return list(readers.map(lambda image: _text_beside(image, contents)[0], contents.images))
+def text_captions(contents: Contents, cache: str | os.PathLike[str] | None = None) -> list[tuple[str | None, str]]:
+    """For each image the caption beside it, or None and why there is none.
+
+    Args:
+        cache: folder for the index of a large folder's text files, see :mod:`lpl.data.texts`.
+    """
+    texts = contents.texts
+    files = [texts.get(image[: image.rfind(".")]) for image in contents.images]
+    inside = [
+        file for file in dict.fromkeys(files) if file and (file not in contents.odd or _leads_in(file, contents))
+    ]
+    found = dict(zip(inside, contents_of(inside, contents.folder, cache)))
+    return [
+        (None, "without a text file of the same name") if file is None else _caption(file, found.get(file))
+        for file in files
+    ]
 
 
-def _text_beside(image: str, contents: Contents) -> tuple[str | None, str]:
-    """The caption beside an image, or None and why there is none."""
-    file = contents.texts.get(os.path.splitext(image)[0])
-    if file is None:
-        return None, "without a text file of the same name"
-    if not os.path.isfile(file) or not lies_in(file, contents.folder):  # a pipe would block
+def _leads_in(file: str, contents: Contents) -> bool:
+    """Whether a link leads to a plain file in the folder; a pipe would block."""
+    return os.path.isfile(file) and lies_in(file, contents.folder)
+
+
+def _caption(file: str, content: Content | None) -> tuple[str | None, str]:
+    """The caption in a text file, or None and why there is none."""
+    if content is None:
         return None, "with a link out of the folder"
+    if isinstance(content, OSError):
+        return None, "with a text file that cannot be read"
     try:
-        return " ".join(read_text(file).split()) or None, "with an empty text file"
+        return " ".join(decoded(content, file).split()) or None, "with an empty text file"
     except ValueError:
         return None, "with a text file that is not in UTF-8"
-    except OSError:
-        return None, "with a text file that cannot be read"
 
 
-def _warn_of_missing_texts(contents: Contents, captions: Sequence[str | None], instance_prompt: str | None) -> None:
+def _warn_of_missing_texts(
+    contents: Contents, captions: Sequence[tuple[str | None, str]], instance_prompt: str | None
+) -> None:
     causes: dict[str, list[str]] = {}
-    for image, caption in zip(contents.images, captions):
+    for image, (caption, why) in zip(contents.images, captions):
         if caption is None:
-            causes.setdefault(_text_beside(image, contents)[1], []).append(image)
+            causes.setdefault(why, []).append(image)
     lacking = sum(map(len, causes.values()))
     found = ", ".join(
         f"{len(images)} {cause} ({os.path.relpath(images[0], contents.folder)})" for cause, images in causes.items()
@@ -352,7 +440,11 @@ def read_text(file: str | os.PathLike[str]) -> str:
     Raises:
         ValueError: for another encoding.
     """
-    content = Path(file).read_bytes()
+    return decoded(Path(file).read_bytes(), file)
+
+
+def decoded(content: bytes, file: str | os.PathLike[str]) -> str:
+    """The text of a file's bytes, see :func:`read_text`."""
     try:
         return content.decode("utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
     except UnicodeDecodeError as error:

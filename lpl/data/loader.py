@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
 import torch
+from accelerate.utils import get_int_from_env
 from torch.utils.data import DataLoader, Sampler
 
+from lpl.config.groups import Data
 from lpl.data.dataset import Batch, TrainingImages, collate
 from lpl.data.timeouts import Readings, watched
 from lpl.tools.process import leave_signals_alone
+
+
+# The launchers' names for the number of a run's processes on this machine, or else of all of them
+PROCESSES_HERE = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "WORLD_SIZE")
+MOST_WORKERS = 8  # of a process, unless the flag says more
+
+
+def worker_count(data: Data) -> int:
+    """--dataloader_num_workers; by default the cores that this process may use and does not need itself.
+
+    Where processes do not start by forking, the default is 0: each worker would import all libraries, and get a copy
+    of the data set, before the first step.
+    """
+    if data.dataloader_num_workers is not None:
+        return data.dataloader_num_workers
+    if multiprocessing.get_start_method() != "fork":
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(MOST_WORKERS, cores // get_int_from_env(PROCESSES_HERE, 1) - 1))
 
 
 def training_batches(
@@ -29,7 +52,7 @@ def training_batches(
     Raises:
         HungLoader: from the iterator, if a worker cannot be interrupted while it reads a file.
     """
-    workers = images.data.dataloader_num_workers
+    workers = worker_count(images.data)
     seconds = images.data.dataloader_timeout if workers else 0
     images = replace(images, readings=Readings(workers))
     loader = DataLoader(

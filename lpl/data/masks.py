@@ -22,7 +22,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from lpl.config.groups import Data
-from lpl.data.reading import cropped, open_image, to_rgb
+from lpl.config.sizes import Size
+from lpl.data.reading import Picture, cropped, open_image, read_picture, to_rgb
 
 
 logger = logging.getLogger(__name__)
@@ -48,26 +49,31 @@ def of_images(images: Iterable[str | None], masks: Mapping[str, str]) -> list[st
     return [None if file is None else masks.get(os.path.splitext(file)[0]) for file in images]
 
 
-def image_and_mask(
-    image: Image.Image | None, row: Mapping[str, Any], data: Data, folders: Sequence[str]
-) -> tuple[Image.Image, Image.Image | None]:
-    """An image in RGB, and its mask, grey; None if the flags ask for no masks.
+def picture_in(row: Mapping[str, Any], data: Data, folders: Sequence[str], size: Size | None = None) -> Picture:
+    """The image of a row; if the flags ask for masks, in RGBX, whose fourth channel is its mask.
 
     Args:
-        image: as it was opened.
-        row: of the data set, for the mask.
-        folders: see :func:`lpl.data.reading.open_image`.
+        size: height and width of the crop that the image is read for, see :func:`lpl.data.reading.read_picture`; an
+            image with a mask is always read at its full size.
 
     Raises:
         ValueError, OSError: if one of them cannot be read, or the mask is black everywhere.
     """
-    if data.alpha_mask:
+    if data.masks is None:
+        return read_picture(row[data.image_column], folders, size, data.image_interpolation_mode)
+    image, mask = _image_and_mask(open_image(row[data.image_column], folders), row, data, folders)
+    return Picture.of(Image.merge("RGBX", (*image.split(), mask)))  # that of RGBA would weigh the other channels
+
+
+def _image_and_mask(
+    image: Image.Image | None, row: Mapping[str, Any], data: Data, folders: Sequence[str]
+) -> tuple[Image.Image, Image.Image]:
+    """An image in RGB, and its mask, grey, from the image as it was opened."""
+    if data.mask_column is None:
         image, mask = _without_transparency(image)
         image = to_rgb(image)
-    elif data.mask_column is not None:
-        image, mask = to_rgb(image), _opened(row[data.mask_column], folders)
     else:
-        return to_rgb(image), None
+        image, mask = to_rgb(image), _opened(row[data.mask_column], folders)
     if mask is None:
         return image, Image.new("L", image.size, 255)
     if mask.size != image.size:
@@ -103,20 +109,12 @@ def _warn_of_size(column: str | None) -> None:
 
 
 def cropped_with(
-    mask: Image.Image | None,
-    image: Image.Image,
-    size: tuple[int, int],
-    shares: tuple[float, float],
-    flip: bool,
-    interpolation: str,
+    picture: Picture, size: Size, shares: tuple[float, float], flip: bool, interpolation: str
 ) -> tuple[Tensor, tuple[int, int], dict[str, Tensor]]:
-    """:func:`lpl.data.reading.cropped` of an image with its mask as a fourth channel: both have one geometry.
+    """:func:`lpl.data.reading.cropped` of an image and its mask: both have one geometry.
 
     Returns:
         pixels (3, H, W) in [-1, 1]; the crop's top and left; and ``mask`` (1, H, W) in [0, 1], if there is one.
     """
-    if mask is None:
-        return *cropped(image, size, shares, flip, interpolation), {}
-    together = Image.merge("RGBX", (*image.split(), mask))  # the fourth channel of RGBA would weigh the others
-    found, place = cropped(together, size, shares, flip, interpolation)
-    return found[:3], place, {"mask": (found[3:] + 1) / 2}
+    found, place = cropped(picture, size, shares, flip, interpolation)
+    return found[:3], place, {"mask": (found[3:] + 1) / 2} if len(found) > 3 else {}

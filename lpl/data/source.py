@@ -166,7 +166,8 @@ def _loaded(data: Data, split: str, cache_dir: str | None, class_conditional: bo
         # All files under one name: by default, the library takes "test" in a file's name for a split.
         dataset = load_dataset(kind, data_files={"train": files}, **options)
     else:
-        return folder_dataset(data.folder, data.caption_column, class_conditional, data.instance_prompt)
+        cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE, "lpl-texts")
+        return folder_dataset(data.folder, data.caption_column, class_conditional, data.instance_prompt, cache)
     if isinstance(dataset, IterableDataset):
         return dataset.decode(False)
     assert isinstance(dataset, Dataset)  # with a split, it is no dictionary of splits
@@ -381,12 +382,17 @@ def shard_files(folder: str) -> tuple[str, list[Path]]:
     return kinds.pop(), files
 
 
-def held_out_names(folder: str, files: Iterable[Path]) -> list[str]:
+def held_out_names(folder: str, files: Iterable[str | os.PathLike[str]]) -> list[str]:
     """Sub-folders named like a split that is not trained on, beside other files; also of shards the first word of the
     name, as in ``test-00000-of-00002.parquet``."""
+    paths, shards = [os.fspath(file) for file in files], tuple(SHARDS)
+    places = {(os.path.dirname(path), _first_word(path) if path.endswith(shards) else "") for path in paths}
     found = set()
-    for file in files:
-        *folders, name = file.relative_to(folder).parts
-        first = [re.split(r"[-_.]", name)[0]] if file.suffix in SHARDS else []
-        found.add(next((part for part in (*folders, *first) if part.lower() in HELD_OUT), ""))
+    for parent, first in places:
+        parts = (*Path(os.path.relpath(parent, folder)).parts, first)
+        found.add(next((part for part in parts if part.lower() in HELD_OUT), ""))
     return sorted(found - {""}) if len(found) > 1 else []
+
+
+def _first_word(path: str) -> str:
+    return re.split(r"[-_.]", os.path.basename(path))[0]

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from lpl.config import Config
+from lpl.data.loader import worker_count
 from lpl.data.streaming import LostShard
 from lpl.data.timeouts import HungLoader
 from lpl.diagnosis.needs import DiskNeeds, NoRoom
@@ -109,7 +110,7 @@ def _loader_ended(status: Status, error: BaseException) -> str | None:
         )
     else:
         return None
-    fewer = status.config.data.dataloader_num_workers // 2
+    fewer = worker_count(status.config.data) // 2
     return f"{words}; try --dataloader_num_workers {fewer}\n{_how_to_continue(status, ' with that')}"
 
 

@@ -15,6 +15,7 @@ import torch
 from lpl.autoencoders import decoder_parts, downscaling_factor
 from lpl.config.config import FLAGS
 from lpl.config.groups import REFUSED
+from lpl.data.loader import worker_count
 from lpl.diagnosis.status import Stage, Status
 from lpl.gate import accepted_crops
 from lpl.tools.machine import has_gpu, missing
@@ -112,7 +113,7 @@ def _weights(status: Status) -> list[Remedy]:
 
 
 def _host(status: Status) -> list[Remedy]:
-    workers, optimization = status.config.data.dataloader_num_workers, status.config.optimization
+    workers, optimization = worker_count(status.config.data), status.config.optimization
     ema_on_host = optimization.use_ema and optimization.offload_ema and status.device.type != "cpu"
     return [
         Remedy(f"--dataloader_num_workers {workers // 2}", LOADED, workers > 0,

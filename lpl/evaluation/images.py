@@ -235,7 +235,8 @@ def _read_captions(folder: Path, caption_column: str) -> dict[Path, str | None] 
     contents = Contents.of(folder)
     if not contents.metadata:
         files = [Path(folder, os.path.relpath(file, contents.folder)) for file in contents.images]
-        return dict(zip(files, text_captions(contents), strict=True)) if contents.captioned else None
+        texts = text_captions(contents)
+        return {file: text for file, (text, _) in zip(files, texts)} if contents.captioned else None
     captions: dict[Path, str | None] = {}
     for place, line, row in described(contents):
         if not (name := row.get(FILE_NAME)):

@@ -9,7 +9,7 @@ from pathlib import Path
 from lpl.config import Config
 from lpl.config.choices import TRACKERS
 from lpl.config.groups import Data
-from lpl.data.folder import Contents, image_files, suffix, why_no_images
+from lpl.data.folder import Contents, suffix, why_no_images
 from lpl.data.source import held_out_names, shard_files
 from lpl.families import Family
 from lpl.tools import layout
@@ -55,7 +55,8 @@ def check_captions(data: Data, family: type[Family]) -> None:
             "beside each image a text file of its name, cat.txt; or give all the same caption by --instance_prompt; "
             "only DiT takes class folders"
         )
-    if runs := [file.parent for file in Path(folder).rglob(layout.RECIPE) if (file.parent / layout.LOG).is_file()]:
+    recipes = [Path(file) for file in contents.files if file.endswith(os.sep + layout.RECIPE)]
+    if runs := [file.parent for file in recipes if (file.parent / layout.LOG).is_file()]:
         raise ValueError(
             f"--train_data_dir {folder}: {runs[0]} is the output folder of a run, whose pictures would be a class; "
             "move it elsewhere"
@@ -83,8 +84,8 @@ def _check_data(data: Data) -> None:
     elif why := why_no_images(data.folder):
         raise ValueError(f"--train_data_dir {data.train_data_dir}: {why}")
     else:
-        files = image_files(data.folder)
-    if names := held_out_names(data.folder, map(Path, files)):
+        files = Contents.of(data.folder).images
+    if names := held_out_names(data.folder, files):
         warn(
             f"--train_data_dir {data.train_data_dir}: everything in it is trained on, {' and '.join(names)} too; give "
             "the folder of the training images alone"

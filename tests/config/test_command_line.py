@@ -45,7 +45,7 @@ FLAGS = {
     int: {
         "checkpointing_steps": 500,
         "checkpoints_total_limit": None,
-        "dataloader_num_workers": 0,
+        "dataloader_num_workers": None,  # by the machine's cores
         "gradient_accumulation_steps": 1,
         "local_rank": -1,
         "lpl_num_blocks": 4,

@@ -235,7 +235,7 @@ def test_a_place_without_images_is_described(tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     zipped = also(tmp_path / "zipped", {"a.zip": b""})
-    photos = also(tmp_path / "photos", {"a.heic": b"", "b.HEIC": b""})
+    photos = also(tmp_path / "photos", {"a.cr2": b"", "b.CR2": b""})
     tables = also(tmp_path / "tables", {"a.parquet": b""})
     links = tmp_path / "links"
     links.mkdir()
@@ -243,7 +243,7 @@ def test_a_place_without_images_is_described(tmp_path):
     for place, words in (
         (empty, "no files"),
         (zipped, "unpacked first (a.zip)"),
-        (photos, "2 .heic"),
+        (photos, "2 .cr2); convert them"),
         (tables, "--dataset_name"),
         (links, f"cats is a link to {photos}"),
         (zipped / "a.zip", "this is a file"),
@@ -270,13 +270,11 @@ def test_a_file_is_no_folder(name, words, sd_pipeline, tmp_path, capsys):
 
 def test_what_is_not_read_is_named(tmp_path, caplog):
     folder = also(images(tmp_path / "data", "a.png", "__MACOSX/b.png", ".hidden/c.png", "._a.png"), {"a.txt": "a"})
-    also(folder, {"b.heic": b"", "more.zip": b"", os.fsdecode(b"\xff.png"): b""})
+    also(folder, {"b.cr2": b"", "more.zip": b"", os.fsdecode(b"\xff.png"): b""})
     (folder / "more").symlink_to(images(tmp_path / "elsewhere", "b.png"))
     with caplog.at_level(logging.WARNING):
         assert captions(folder) == ["a"]
-    assert all(
-        words in caplog.text for words in ("more is a link to", "1 .heic", "(more.zip)", "name is not in UTF-8")
-    )
+    assert all(words in caplog.text for words in ("more is a link to", "1 .cr2", "(more.zip)", "name is not in UTF-8"))
     assert [file.name for file in image_files(folder)] == ["a.png"]
 
 

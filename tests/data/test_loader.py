@@ -4,9 +4,10 @@ import os
 from dataclasses import replace
 from itertools import islice
 
+import pytest
 import torch
 
-from lpl.data.loader import training_batches
+from lpl.data.loader import PROCESSES_HERE, training_batches, worker_count
 from lpl.data.order import KeyedBatches
 from tests.data.test_dataset import RANDOM, images_of, static
 
@@ -31,6 +32,30 @@ def test_captions_are_tokenised_in_the_loader():
     for batch in islice(training_batches(images, order, place_and_length), 3):
         process, lengths = batch["tokens"]
         assert process != os.getpid() and lengths == [len(caption) for caption in batch["caption"]]
+
+
+@pytest.mark.parametrize(
+    "cores, environment, method, workers",
+    [
+        (1, {}, "fork", 0),
+        (2, {}, "fork", 1),
+        (64, {}, "fork", 8),
+        (64, {}, "spawn", 0),
+        (16, {"LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "16"}, "fork", 3),
+        (4, {"LOCAL_WORLD_SIZE": "8"}, "fork", 0),
+        (8, {"WORLD_SIZE": "2"}, "fork", 3),  # started by hand
+    ],
+)
+def test_workers_by_default(cores, environment, method, workers, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.setattr("multiprocessing.get_start_method", lambda: method)
+    for name in PROCESSES_HERE:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    data = images_of(static()).data
+    assert worker_count(replace(data, dataloader_num_workers=None)) == workers
+    assert worker_count(replace(data, dataloader_num_workers=5)) == 5
 
 
 def place_and_length(captions):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lpl.data.reading import cropped, to_rgb
+from lpl.data.reading import MARGIN, Picture, cropped, read_picture, to_rgb
 from tests.data.test_dataset import coordinates, images_of, levels, static
 
 
@@ -46,7 +46,7 @@ def test_the_shorter_side_gets_the_resolution_and_the_shape_is_kept(size):
     ],
 )
 def test_a_crop_need_not_be_square(picture, size, corner):
-    pixels, found = cropped(coordinates(*picture), size, (0.5, 0.5), False, "lanczos")
+    pixels, found = cropped(Picture.of(coordinates(*picture)), size, (0.5, 0.5), False, "lanczos")
     crop = levels({"pixels": pixels})
     assert found == corner and crop.shape == (*size, 3)
     assert tuple(crop[0, 0, 1::-1]) == corner
@@ -85,6 +85,72 @@ def test_every_mode_becomes_rgb(mode):
     picture = Image.fromarray(np.full((32, 32), 128 * 257, np.uint16)) if mode == "I;16" else gray.convert(mode)
     assert picture.mode == mode
     assert np.unique(levels(images_of(picture)[0, 0])).tolist() == [255 if mode == "1" else 128]
+
+
+# Reduced sizes -------------------------------------------------------------------------------------------------------
+
+
+def waves(width, height):
+    """A smooth picture, of which a shift by a pixel shows in every place."""
+    y, x = np.indices((height, width)) / max(width, height)
+    numbers = np.stack([x, y, (1 + np.sin(60 * x) * np.cos(40 * y)) / 2], -1)
+    return Image.fromarray((255 * numbers).astype(np.uint8))
+
+
+def jpeg(image, kind="JPEG", orientation=1, **options):
+    """A row's image: the bytes of a file."""
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    image.save(buffer, kind, exif=exif.tobytes(), quality=95, **options)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def both(file, monkeypatch, **changes):
+    """The sample of a JPEG as it is trained on, and as it is if the whole file is decoded."""
+    images = images_of(file, random_flip=True, **changes)
+    samples = [images[epoch, 0] for epoch in range(4)]
+    monkeypatch.setattr("lpl.data.reading.REDUCIBLE", ())
+    return zip(samples, [images[epoch, 0] for epoch in range(4)])
+
+
+@pytest.mark.parametrize("size, mean", [((999, 517), 0.5), ((601, 1199), 0.5), ((640, 640), 0.8), ((1999, 133), 0.3)])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_reduced_jpeg_gives_the_same_crop(orientation, size, mean, monkeypatch):
+    """The mean difference is at least 0.5 if the rounding of reduced sides is forgotten."""
+    file = jpeg(waves(*size), orientation=orientation)
+    for reduced, whole in both(file, monkeypatch):
+        for name in ("original_size", "crop_top_left"):
+            assert torch.equal(reduced[name], whole[name])
+        difference = np.abs(levels(reduced) - levels(whole))
+        assert reduced["bad"] == [] and difference.max() <= 6 and difference.mean() < mean
+
+
+@pytest.mark.parametrize("kind, mode", [("JPEG", "L"), ("JPEG", "CMYK"), ("MPO", "RGB")])
+def test_each_kind_of_jpeg_is_reduced(kind, mode, monkeypatch):
+    file = jpeg(waves(640, 480).convert(mode), kind)
+    assert read_picture(file, [], (32, 32)).image.size == (160, 120)
+    for reduced, whole in both(file, monkeypatch):
+        assert np.abs(levels(reduced) - levels(whole)).max() <= 3
+
+
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (129, 2000), (128, 128), (127, 127), (70, 300)])
+@pytest.mark.parametrize("crop", [(32, 32), (24, 64), (16, 16)])
+def test_no_image_is_decoded_at_less_than_twice_its_size_in_training(size, crop):
+    for orientation in (1, 6):
+        picture = read_picture(jpeg(waves(*size), orientation=orientation), [], crop)
+        assert (picture.width, picture.height) == (size if orientation == 1 else size[::-1])
+        scale = max(crop[0] / picture.height, crop[1] / picture.width)
+        for decoded, whole in zip(picture.image.size, (picture.width, picture.height)):
+            assert decoded == whole or decoded >= MARGIN * round(whole * scale)
+
+
+def test_what_cannot_or_must_not_be_reduced_is_decoded_whole():
+    whole = waves(640, 480)
+    assert read_picture(jpeg(whole), [], (32, 32), "nearest_exact").image.size == whole.size  # takes its own pixels
+    assert read_picture(jpeg(whole), []).image.size == whole.size
+    assert read_picture(jpeg(whole, "PNG"), [], (32, 32)).image.size == whole.size
+    opened = Image.open(io.BytesIO(jpeg(whole)["bytes"]))  # by somebody else, who may use it again
+    assert read_picture(opened, [], (32, 32)).image.size == opened.size == whole.size
 
 
 # Types of pixels -----------------------------------------------------------------------------------------------------

@@ -235,7 +235,7 @@ def test_random_numbers_are_those_of_the_index_whatever_the_order(folders):
 def test_nothing_is_decoded_before_it_is_needed(folders, monkeypatch):
     images, _ = streamed(folders["parquet"])
     decoded = []
-    monkeypatch.setattr("lpl.data.dataset.open_image", lambda *given: decoded.append(1) or open_image(*given))
+    monkeypatch.setattr("lpl.data.reading.open_image", lambda *given: decoded.append(1) or open_image(*given))
     batches = batches_of(images, order(images, 0, 1, 4, [[0, 0, 3]]), 0)
     next(batches)
     assert len(decoded) == 4

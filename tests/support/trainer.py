@@ -32,6 +32,7 @@ DEFAULTS = {
     "learning_rate": 1e-3,
     "seed": 0,
     "report_to": "none",
+    "dataloader_num_workers": 0,  # thousands of runs would start processes
     "logging_steps": 1,
     "validation_inference_steps": 2,
     "lpl_threshold_base_resolution": 0,
@@ -170,6 +171,7 @@ def settings(**changes):
         "validation_split": None,
         "validation_every_nth": None,
         "num_validation_samples": 64,
+        "dataloader_num_workers": 0,
         "dataloader_timeout": 0,
     }
     return config_of(values | changes)

@@ -122,7 +122,7 @@ class Sampling:
             self.scheduler,
             prompts,
             config.validation,
-            (config.data.size,),
+            config.data.size,
             config.optimization.seed,
             Accelerator(),
         )

@@ -51,7 +51,7 @@ def test_the_facts_of_a_run(sd_pipeline, image_folder, tmp_path):
     assert facts.pop("base").startswith("sha256:")
     assert libraries["lpl"] == __version__ and {"torch", "diffusers", "transformers", "pillow"} < set(libraries)
     assert facts == {
-        "data": {"fingerprint": fingerprint(dataset, "image", "text", [str(image_folder)]), "images": 8},
+        "data": {"fingerprint": fingerprint(dataset, "image", ["text"], [str(image_folder)]), "images": 8},
         "num_processes": 4,
         "global_batch": 2 * 4 * 3,
         "commits": {},
@@ -111,7 +111,7 @@ def test_the_commit_of_a_data_set_of_the_hub_loaded_or_streamed(tmp_path, monkey
     assert loaded["commits"] == streamed["commits"] == commit
     assert loaded["data"]["images"] == 5 and "images" not in streamed["data"]
     here, _ = load_training_images(settings(dataset_name=str(tmp_path / "data")).data, 0, str(tmp_path / "cache"))
-    assert loaded["data"]["fingerprint"] == fingerprint(here, "image", "text")  # the same bytes, from elsewhere
+    assert loaded["data"]["fingerprint"] == fingerprint(here, "image", ["text"])  # the same bytes, from elsewhere
     assert loaded["data"]["fingerprint"] != streamed["data"]["fingerprint"]
 
 
