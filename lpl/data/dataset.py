@@ -1,8 +1,9 @@
 """Training samples and batches, and every random number in them.
 
-A sample is known by its *key*, (epoch, index). Crop, flip, caption, empty caption, posterior sample, noise, timestep,
-and the samples and window that LPL uses are drawn from generators keyed by (seed, epoch, index, stream). So a run is
-the same after a resume, with any number of loader workers, and on one process or several.
+A sample is known by its *key*, (epoch, index); the index is an *item* of the epoch, which is a row of the data set
+unless rows are repeated (:mod:`lpl.data.mixture`). Crop, flip, caption, empty caption, posterior sample, noise,
+timestep, and the samples and window that LPL uses are drawn from generators keyed by (seed, epoch, index, stream). So
+a run is the same after a resume, with any number of loader workers, and on one process or several.
 
 Sizes are (height, width) in pixels. :meth:`TrainingImages.size_of` alone decides the size of a sample.
 """
@@ -26,6 +27,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from lpl.config import held_out
 from lpl.config.groups import Data, Diffusion
+from lpl.data.mixture import Mixture
 from lpl.data.order import KeyedBatches, Stream, keyed_generator
 from lpl.data.reading import choose_caption, cropped, open_image, to_rgb
 from lpl.data.source import class_names, data_folders
@@ -64,13 +66,14 @@ class TrainingImages(TorchDataset[Sample]):
     ``target_size`` and ``crop_top_left``, (2,), height or top first, in pixels, the crop's place in the resized and
     mirrored image; ``posterior_noise``, ``noise`` and ``input_noise`` (C, h, w), the last None without
     --input_perturbation; ``timestep`` (); ``lpl_choice`` (2,), uniform in [0, 1), which selects LPL's samples and
-    window; ``index``; ``bad``, places and reasons of the unreadable samples that this one replaces.
+    window; ``index``; ``bad``, rows and reasons of the unreadable samples that this one replaces; ``loss_weight`` (),
+    if some data set's is not 1.
 
     Args:
         empty_caption: stands for a dropped caption; an integer if captions are class labels from 0 to below it.
         cache_dir: where downloaded data sets are kept.
         readings: files that the loader's workers are reading.
-        given_up: reasons of samples that took too long, by place in the data set.
+        given_up: reasons of samples that took too long, by row.
     """
 
     dataset: Dataset
@@ -85,12 +88,26 @@ class TrainingImages(TorchDataset[Sample]):
     given_up: dict[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.dataset) + (0 if self.mixture is None else len(self.mixture.further))
 
     @property
     def length(self) -> int | None:
-        """Images per epoch; None if unknown."""
+        """Items per epoch; None if unknown."""
         return len(self)
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of the data set; None if unknown."""
+        return len(self.dataset)
+
+    @cached_property
+    def mixture(self) -> Mixture | None:
+        """What is known of each row, if there are several data sets or repeats."""
+        return Mixture.of(self.dataset)
+
+    def row_of(self, index: int) -> int:
+        """The row of an item."""
+        return index if self.mixture is None else self.mixture.row_of(index)
 
     @property
     def class_names(self) -> dict[int, str]:
@@ -122,13 +139,16 @@ class TrainingImages(TorchDataset[Sample]):
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
-        return self.sample(epoch, index, self.candidates(index))
+        return self.sample(epoch, index, self.candidates(self.row_of(index)))
 
-    def candidates(self, index: int) -> Candidates:
-        """The row at ``index``, then the rows that replace it if it cannot be read: the next ones, in order."""
-        for candidate in range(index, index + len(self)):
-            candidate %= len(self)
-            yield candidate, partial(self.dataset.__getitem__, candidate)
+    def candidates(self, row: int) -> Candidates:
+        """A row, then those that replace it if it cannot be read: the next ones, in order, of its data set first."""
+        count, mixture = len(self.dataset), self.mixture
+        for own in (True,) if mixture is None else (True, False):
+            for candidate in range(row, row + count):
+                candidate %= count
+                if mixture is None or (mixture.part[candidate] == mixture.part[row]) == own:
+                    yield candidate, partial(self.dataset.__getitem__, candidate)
 
     def sample(self, epoch: int, index: int, candidates: Candidates) -> Sample:
         """The first readable candidate, with the size of ``index`` and the random numbers of (seed, epoch, index)."""
@@ -143,7 +163,7 @@ class TrainingImages(TorchDataset[Sample]):
         size = self.size_of(index)
         shape = self.space.shape(*size)
         pixels, crop_top_left = cropped(image, size, shares, mirrored, self.data.image_interpolation_mode)
-        return {
+        sample = {
             "index": torch.tensor(index),
             "bad": bad,
             "pixels": pixels,
@@ -157,6 +177,9 @@ class TrainingImages(TorchDataset[Sample]):
             "input_noise": torch.randn(shape, generator=noise) if self.diffusion.input_perturbation else None,
             "lpl_choice": torch.rand(2, generator=lpl),
         }
+        if self.mixture is not None and self.mixture.weighted:
+            sample["loss_weight"] = torch.tensor(self.mixture.loss_weights[self.row_of(index)], dtype=torch.float32)
+        return sample
 
     def readable(
         self, candidates: Candidates, choice: float = 0.0
@@ -187,13 +210,16 @@ class TrainingImages(TorchDataset[Sample]):
         )
 
     def file_names(self, places: Sequence[int]) -> dict[int, str | None]:
-        """Names of the samples' files by place in the data set, None where unknown. Reads no file."""
+        """Names of the samples' files by row, None where unknown; of several data sets with theirs. Reads no file."""
         undecoded = self.dataset.cast_column(self.data.image_column, ImageFeature(decode=False))
         paths = {place: (undecoded[place][self.data.image_column] or {}).get("path") for place in places}
-        return {place: Path(path).name if path else None for place, path in paths.items()}
+        names = {place: Path(path).name if path else None for place, path in paths.items()}
+        if (mixture := self.mixture) is None:
+            return names
+        return {place: f"{mixture.name_of(place)}: {name or f'row {place}'}" for place, name in names.items()}
 
     def name(self, place: int) -> str:
-        """A sample's file name, if known, and its place in the data set."""
+        """A sample's file name, if known, and its row."""
         file = self.file_names([place])[place]
         return f"{file or 'the sample'} (number {place} of the data set)"
 

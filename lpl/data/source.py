@@ -33,8 +33,9 @@ from datasets import Image as ImageFeature
 from datasets.packaged_modules.folder_based_builder import folder_based_builder
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from lpl.config.groups import Data
+from lpl.config.groups import Data, Part, naming
 from lpl.data.folder import Contents, folder_dataset, suffix
+from lpl.data.mixture import is_mixture, joined, parts_of, without_marks
 from lpl.tools.words import close_match, first_line
 
 
@@ -66,20 +67,69 @@ def load_training_images(
     Raises:
         ValueError: if there is nothing to train on, or a column is missing or of the wrong type.
     """
-    dataset, held_out = _map_style(data, data.train_split, cache_dir, num_classes, classes), None
-    if data.max_train_samples is not None:
-        dataset = dataset.shuffle(seed=seed).select(range(min(data.max_train_samples, len(dataset))))
-    if data.validation_split is not None:
-        held_out = _map_style(data, data.validation_split, cache_dir, num_classes, class_names(dataset, data))
+    dataset, held_out = _whole(data, "train_split", seed, cache_dir, num_classes, classes), None
+    dataset = _subset(dataset, data.max_train_samples, seed)
+    if data.holds_out_splits:
+        names = class_names(dataset, data)
+        held_out = without_marks(_whole(data, "validation_split", seed, cache_dir, num_classes, names))
     elif data.validation_every_nth is not None:
         every_nth = range(0, len(dataset), data.validation_every_nth)
-        held_out = dataset.select(every_nth)
+        held_out = without_marks(dataset.select(every_nth))
         dataset = dataset.select(sorted(set(range(len(dataset))) - set(every_nth)))
         if len(dataset) == 0:
             raise ValueError(f"--validation_every_nth {data.validation_every_nth}: nothing is left to train on")
     if held_out is not None:
         held_out = held_out.select(range(min(data.num_validation_samples, len(held_out))))
     return dataset, held_out
+
+
+def _whole(
+    data: Data, flag: str, seed: int, cache_dir: str | None, num_classes: int | None, classes: Sequence[str]
+) -> Dataset:
+    """The split that ``flag`` names of each data set that has it, joined if there are several."""
+    parts = [part for part in parts_of(data, num_classes is not None) if getattr(part.data, flag) is not None]
+    if data.datasets is None and not is_mixture(parts):
+        return _map_style(parts[0].data, getattr(parts[0].data, flag), cache_dir, num_classes, classes)
+    loaded = []
+    for part in parts:
+        with naming(part, parts):
+            found = _map_style(part.data, getattr(part.data, flag), cache_dir, num_classes, ())
+        if data.datasets is not None and flag == "train_split":
+            found = _subset(found, part.data.max_train_samples, seed)
+        loaded.append(found)
+    if num_classes is not None:
+        loaded = _with_common_labels(parts, loaded, classes, num_classes)
+    return joined(parts, loaded, data)
+
+
+def _with_common_labels(
+    parts: Sequence[Part], loaded: Sequence[Dataset], classes: Sequence[str], num_classes: int
+) -> list[Dataset]:
+    """Gives a class one label in all data sets, by its name: that of the first one, or of the run to resume.
+
+    Raises:
+        ValueError: if only some have names, or there are more classes than the model has.
+    """
+    names = [class_names(dataset, part.data) for part, dataset in zip(parts, loaded)]
+    if not any(names) and not classes:
+        return list(loaded)
+    if not all(names):
+        unnamed = parts[names.index([])].name
+        raise ValueError(
+            f"data set {unnamed!r}: its class labels are numbers without names, and those of another data set have "
+            "names; give all of them names, or none"
+        )
+    merged = list(dict.fromkeys([*classes, *(name for of_one in names for name in of_one)]))
+    if len(merged) > num_classes:
+        raise ValueError(
+            f"the data sets have {len(merged)} classes together, and the model has {num_classes}: {_some(merged)}"
+        )
+    return [_relabelled(dataset, part.data.caption_column, merged) for part, dataset in zip(parts, loaded)]
+
+
+def _subset(dataset: Dataset, count: int | None, seed: int) -> Dataset:
+    """A random subset of ``count`` rows at most; None: all of them, in order."""
+    return dataset if count is None else dataset.shuffle(seed=seed).select(range(min(count, len(dataset))))
 
 
 def _map_style(
@@ -312,9 +362,15 @@ def _with_labels_of(
             f"({_some(names) or 'numbers without names'}); restore the data, or start another run"
         )
     logger.warning("%s: the classes keep the labels that the checkpoint was trained with: %s", where, _some(merged))
+    return _relabelled(dataset, column, merged)
+
+
+def _relabelled(dataset: Dataset, column: str, merged: Sequence[str]) -> Dataset:
+    """With each class's place in ``merged`` as its label."""
+    names = _feature(dataset, column).names
     places = {name: label for label, name in enumerate(merged)}
     labels = [None if label is None else places[names[label]] for label in dataset[column]]
-    return dataset.remove_columns(column).add_column(column, labels, feature=ClassLabel(names=merged))
+    return dataset.remove_columns(column).add_column(column, labels, feature=ClassLabel(names=list(merged)))
 
 
 def _some(names: Sequence[str]) -> str:
@@ -324,6 +380,8 @@ def _some(names: Sequence[str]) -> str:
 
 def data_folders(data: Data, cache_dir: str | None) -> list[str]:
     """Folders that a data set's files may lie in: its own; for a data set of the Hub also the download caches."""
+    if data.datasets is not None:
+        return list(dict.fromkeys(folder for part in data.parts for folder in data_folders(part.data, cache_dir)))
     if not data.dataset_name:
         return [data.train_data_dir] if data.train_data_dir else []
     downloads = os.path.join(cache_dir or datasets.config.HF_DATASETS_CACHE, "downloads")

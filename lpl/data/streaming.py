@@ -315,6 +315,10 @@ class StreamedImages(TrainingImages):
     def length(self) -> None:
         return None
 
+    @property
+    def rows(self) -> None:
+        return None
+
     def batches(
         self,
         batch_size: int,

@@ -180,16 +180,16 @@ class Plan:
 
     def _caption_warning(self) -> str | None:
         """How many captions the text encoder does not take whole, of CAPTIONS samples at most."""
-        if self.images.length is None:
+        if self.images.rows is None:
             return None
-        family, places = self.trained.family, spaced(self.images.length, CAPTIONS)
+        family, places = self.trained.family, spaced(self.images.rows, CAPTIONS)
         rows = self.images.dataset.select(places)[self.config.data.caption_column]
         listed = (row if isinstance(row, list) else [row] for row in rows)
         captions = [caption for row in listed for caption in row if isinstance(caption, str)]
         counts, limit = family.caption_lengths(captions)
         if not (cut := sum(count > limit for count in counts)):
             return None
-        looked_at = " looked at" if len(places) < self.images.length else ""
+        looked_at = " looked at" if len(places) < self.images.rows else ""
         most = math.inf if family.max_sequence_length is None else family.max_sequence_length
         longer = "; --max_sequence_length can be raised" if family.sequence_length and limit < most else ""
         return (

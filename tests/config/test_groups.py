@@ -35,6 +35,7 @@ use_rslora                        refused
 
 dataset_name                                on_the_hub
 train_data_dir                              within_the_data_set
+datasets                                    are_public
 center_crop                                                         True
 random_flip                                                         False
 proportion_empty_prompts                                            0.0
