@@ -345,9 +345,15 @@ class Losses:
             objective, timesteps, weighting_scheme=diffusion.weighting_scheme, snr_gamma=diffusion.snr_gamma
         )
         errors = loss_weight * error.square().flatten(1).mean(1)  # (B,)
+        weights = batch.get("loss_weight")  # of each sample's data set; None: all 1
+        if weights is not None:
+            weights = weights.to(device, non_blocking=True)  # (B,)
+            errors = weights * errors
 
         # LPL, averaged over the whole batch: rows outside the threshold count as 0 (Eq. 2)
-        found = BatchLosses(errors, torch.zeros((), device=device), model_output, len(inside), with_lpl)
+        found = BatchLosses(
+            errors, torch.zeros((), device=device), model_output, len(inside), with_lpl, weights=weights
+        )
         if len(rows):
             assert self.lpl_loss is not None
             predicted_latents = objective.clean_latents(model_output[rows], noisy_latents[rows], timesteps[rows])

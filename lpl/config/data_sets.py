@@ -12,6 +12,8 @@ from argparse import ArgumentTypeError
 from collections.abc import Mapping
 from typing import Any
 
+from lpl.tools.privacy import shown
+
 
 Entry = Mapping[str, Any]
 
@@ -40,6 +42,17 @@ def entry(word: str) -> dict[str, Any]:
 def as_word(value: Any) -> str:
     """A value as a word of the command line."""
     return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+def place_of(found: Entry) -> str:
+    """Where a data set is: its name on the Hub, or a folder."""
+    return str(found.get("dataset_name") or found.get("train_data_dir") or "")
+
+
+def public_entry(found: Entry) -> dict[str, Any]:
+    """An entry without paths of this machine."""
+    local = {name: shown(str(found[name])) for name in ("dataset_name", "train_data_dir") if name in found}
+    return {**found, **local}
 
 
 def name_of(found: Entry) -> str:

@@ -228,6 +228,7 @@ class Report:
         plan, config = self.plan, self.plan.config
         rows = [
             ("images", f"{plan.count()} at {pixels(*config.data.size)}"),
+            *((f"of {name}", words) for name, words in plan.data_sets()),
             ("samples per step", _batch_in_words(plan)),
             ("steps", f"{plan.max_steps}{plan.epochs(', which is ')}; {plan.steps_to_go} to go"),
         ]

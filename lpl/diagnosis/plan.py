@@ -66,6 +66,8 @@ class Plan:
             to_go = max(0, self.max_steps - run.step)
             logger.info(f"resumed from {run.resumed}, {to_go} of {self.max_steps} steps to go")
         logger.info(f"{self.count()} images, {self.max_steps} steps of {self.global_batch}{self.epochs(': ')}")
+        for name, words in self.data_sets():
+            logger.info(f"data set {name}: {words}")
         logger.info(f"training {self.what()}, in {self.precision_of(self.trained.weights())}{self.autocast()}")
         logger.info(
             f"objective {config.model.prediction_type}, {pixels(*config.data.size)}, seed {run.seed}, "
@@ -105,7 +107,14 @@ class Plan:
 
     def count(self) -> str:
         """The number of images in words."""
-        return "streamed" if self.images.length is None else str(self.images.length)
+        if self.images.length is None:
+            return "streamed"
+        repeated = f" ({self.images.length} an epoch)" if self.images.length != self.images.rows else ""
+        return f"{self.images.rows}{repeated}"
+
+    def data_sets(self) -> list[tuple[str, str]]:
+        """The data sets and what is trained on of each; empty unless there are several or repeats."""
+        return [] if self.images.mixture is None else self.images.mixture.in_words()
 
     def epochs(self, before: str) -> str:
         """The number of epochs in words, after the words ``before``; empty where it is not known."""
