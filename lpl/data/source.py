@@ -6,7 +6,6 @@ Images stay undecoded; :class:`lpl.data.dataset.TrainingImages` opens each one w
 from __future__ import annotations
 
 import glob
-import json
 import logging
 import os
 import re
@@ -36,6 +35,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from lpl.config.groups import Data, Part, naming
 from lpl.data.folder import Contents, folder_dataset, suffix
 from lpl.data.mixture import is_mixture, joined, parts_of, without_marks
+from lpl.data.places import as_read, saved_splits, with_column_of_json, with_paths_of_images
 from lpl.tools.words import close_match, first_line
 
 
@@ -148,8 +148,10 @@ def load_split(
     Raises:
         ValueError: if it cannot be loaded, or a column is missing or of the wrong type.
     """
+    data = as_read(data, num_classes is not None)
     where = _named(data)
     dataset = _opened(data, split, cache_dir, num_classes is not None)
+    dataset = with_column_of_json(dataset, data.caption_column)
     check_columns(dataset, data.image_column, data.caption_column, where, num_classes)
     dataset = dataset.select_columns([data.image_column, data.caption_column])
     if num_classes is not None and classes:
@@ -165,6 +167,7 @@ def load_images(data: Data, split: str, cache_dir: str | None) -> Dataset:
     Raises:
         ValueError: if it cannot be loaded, or has no images.
     """
+    data = as_read(data, class_conditional=True)  # which needs no captions either
     dataset = _opened(data, split, cache_dir, class_conditional=False)
     assert isinstance(dataset, Dataset), "nothing is streamed"
     check_columns(dataset, data.image_column, None, _named(data))
@@ -185,7 +188,7 @@ def _opened(data: Data, split: str, cache_dir: str | None, class_conditional: bo
         raise ValueError(f"{_named(data)}: the data set cannot be loaded: {why}") from error
     if _holds_bytes(dataset, data.image_column):
         dataset = dataset.cast_column(data.image_column, ImageFeature(decode=False))
-    return dataset
+    return with_paths_of_images(dataset, data)
 
 
 def _loaded(data: Data, split: str, cache_dir: str | None, class_conditional: bool) -> Dataset | IterableDataset:
@@ -208,13 +211,6 @@ def _loaded(data: Data, split: str, cache_dir: str | None, class_conditional: bo
         return dataset.decode(False)
     assert isinstance(dataset, Dataset)  # with a split, it is no dictionary of splits
     return dataset
-
-
-def saved_splits(name: str) -> list[str]:
-    """The splits of a folder that ``save_to_disk`` wrote; none if it did not."""
-    if (index := Path(name, "dataset_dict.json")).is_file():
-        return json.loads(index.read_text(encoding="utf-8"))["splits"]
-    return ["train"] if Path(name, "state.json").is_file() else []
 
 
 def _saved(data: Data, split: str) -> Dataset:
@@ -316,9 +312,11 @@ def _check_captions(dataset: Dataset | IterableDataset, column: str, where: str)
     feature = _feature(dataset, column)
     kind = getattr(getattr(feature, "feature", feature), "dtype", None)  # of a list's entries, or of the value itself
     if kind not in ("string", "large_string"):
+        keys = [key for key in feature if key in CAPTION_COLUMNS] if isinstance(feature, dict) else []
+        hint = f"; did you mean --caption_column {column}.{keys[0]}?" if keys else ""
         raise ValueError(
             f"{where}: column {column!r} (--caption_column) must hold strings or lists of strings, "
-            f"but its first value is {next(iter(dataset[column]), None)!r}"
+            f"but its first value is {next(iter(dataset[column]), None)!r}{hint}"
         )
 
 

@@ -11,6 +11,7 @@ from lpl.config.choices import TRACKERS
 from lpl.config.groups import Data, naming
 from lpl.data.folder import Contents, image_files, suffix, why_no_images
 from lpl.data.mixture import parts_of
+from lpl.data.places import as_read
 from lpl.data.source import held_out_names, shard_files
 from lpl.families import Family
 from lpl.tools import layout
@@ -29,7 +30,7 @@ def preflight(config: Config) -> None:
     _check_output(config)
     for part in config.data.parts:
         with naming(part, config.data.parts):
-            _check_data(part.data)
+            _check_data(as_read(part.data))
     _check_packages(config)
     _check_gpu(config)
     if config.evaluation.eval_steps is not None:
@@ -48,7 +49,7 @@ def check_captions(data: Data, family: type[Family]) -> None:
     """
     for part in (parts := parts_of(data, family.class_conditional)):
         with naming(part, parts):
-            _check_captions_of(part.data, family)
+            _check_captions_of(as_read(part.data, family.class_conditional), family)
 
 
 def _check_captions_of(data: Data, family: type[Family]) -> None:
