@@ -18,7 +18,7 @@ from pathlib import Path
 from lpl.config import rules
 from lpl.config.choices import GPUS, METRICS, TRACKERS
 from lpl.config.config import FLAGS, Config
-from lpl.config.data_sets import MOST_REPEATS, OF_ONE, OWN, PLACES, Entry, name_of
+from lpl.config.data_sets import MOST_REPEATS, OF_ONE, OWN, PLACES, Entry, name_of, place_of
 from lpl.config.flag import flags_of, kind_of
 from lpl.config.foreign import FOREIGN
 from lpl.config.groups import Data, Lora, Lpl, naming
@@ -122,6 +122,8 @@ def _check_entry(where: str, found: Entry) -> None:
             declared[name].check(f"datasets, {name}", value)
         if name in declared and declared[name].path:
             _check_place(name, os.path.expanduser(str(value)))
+    if not place_of(found):
+        raise ValueError(f"{where}: it names no data set; give it a train_data_dir or a dataset_name")
     if not 1 <= found.get("repeats", 1) <= MOST_REPEATS:
         raise ValueError(f"{where}: repeats {found['repeats']}: it must be from 1 to {MOST_REPEATS:,}")
     if not 0 <= found.get("loss_weight", 1) < math.inf:

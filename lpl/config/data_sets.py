@@ -12,7 +12,7 @@ from argparse import ArgumentTypeError
 from collections.abc import Mapping
 from typing import Any
 
-from lpl.tools.privacy import shown
+from lpl.tools.privacy import is_local, shown
 
 
 Entry = Mapping[str, Any]
@@ -57,5 +57,5 @@ def public_entry(found: Entry) -> dict[str, Any]:
 
 def name_of(found: Entry) -> str:
     """The name of an entry in messages: its own, or that of its place."""
-    folder = os.path.basename(os.path.abspath(str(found.get("train_data_dir") or "data")))
-    return str(found.get("name") or found.get("dataset_name") or folder)
+    place = place_of(found)
+    return str(found.get("name") or (os.path.basename(os.path.abspath(place)) if is_local(place) else place))

@@ -124,9 +124,8 @@ def shard_rows(dataset: IterableDataset, shard: int, data: Data) -> Iterator[Ind
     try:
         for row in dataset.shard(dataset.num_shards, shard):
             image = row[data.image_column] or {}
-            if image.get("bytes") is None and not _belongs(
-                image.get("path"), data.dataset_name or data.train_data_dir
-            ):
+            place = data.dataset_name or data.train_data_dir
+            if image.get("bytes") is None and not _belongs(image.get("path"), place):
                 row = ValueError("the row holds no image, or a path that leads out of the data set; embed the images")
             yield index, row
             index += 1

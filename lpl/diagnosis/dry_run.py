@@ -227,7 +227,7 @@ class Report:
     def _run(self) -> Rows:
         plan, config = self.plan, self.plan.config
         rows = [
-            ("images", f"{plan.count()} at {pixels(*config.data.size)}"),
+            ("images", f"{plan.count()}{plan.repeated()} at {pixels(*config.data.size)}"),
             *((f"of {name}", words) for name, words in plan.data_sets()),
             ("samples per step", _batch_in_words(plan)),
             ("steps", f"{plan.max_steps}{plan.epochs(', which is ')}; {plan.steps_to_go} to go"),

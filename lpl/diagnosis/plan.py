@@ -65,7 +65,9 @@ class Plan:
         if run.resumed is not None:
             to_go = max(0, self.max_steps - run.step)
             logger.info(f"resumed from {run.resumed}, {to_go} of {self.max_steps} steps to go")
-        logger.info(f"{self.count()} images, {self.max_steps} steps of {self.global_batch}{self.epochs(': ')}")
+        logger.info(
+            f"{self.count()} images{self.repeated()}, {self.max_steps} steps of {self.global_batch}{self.epochs(': ')}"
+        )
         for name, words in self.data_sets():
             logger.info(f"data set {name}: {words}")
         logger.info(f"training {self.what()}, in {self.precision_of(self.trained.weights())}{self.autocast()}")
@@ -109,8 +111,11 @@ class Plan:
         """The number of images in words."""
         if self.images.length is None:
             return "streamed"
-        repeated = f" ({self.images.length} an epoch)" if self.images.length != self.images.rows else ""
-        return f"{self.images.rows}{repeated}"
+        return str(self.images.rows)
+
+    def repeated(self) -> str:
+        """What repeats make of the number of images, in words; empty without."""
+        return f" ({self.images.length} an epoch)" if self.images.length != self.images.rows else ""
 
     def data_sets(self) -> list[tuple[str, str]]:
         """The data sets and what is trained on of each; empty unless there are several or repeats."""

@@ -147,7 +147,7 @@ class RunCard:
             dtype=str(weight_dtype(run.accelerator)).removeprefix("torch."),
             loading_arguments=family.loading_arguments(),
             sampling_arguments=family.sampling_arguments(),
-            images=plan.images.length,
+            images=plan.images.rows,
             fingerprint=facts["data"]["fingerprint"],
             steps=run.step,
             max_steps=plan.max_steps,
