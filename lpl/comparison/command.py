@@ -286,7 +286,9 @@ def reference_folder(command: Command, description: Description) -> str:
     given = command.request.reference or config.evaluation.eval_data_dir
     data = config.data
     if given:
-        for name, place in (("train_data_dir", data.train_data_dir), ("dataset_name", data.dataset_name)):
+        alone = [part.data for part in data.parts]
+        sources = [("train_data_dir", one.train_data_dir) for one in alone]
+        for name, place in [*sources, *(("dataset_name", one.dataset_name) for one in alone)]:
             if place and os.path.isdir(place) and (lies_within(given, place) or lies_within(place, given)):
                 raise ValueError(
                     f"--reference {given}: it shares images with --{name} {place}, which are trained on; give images "
