@@ -86,7 +86,8 @@ def joined(parts: Sequence[Part], loaded: Sequence[Dataset], data: Data) -> Data
     several = any(isinstance(_feature(dataset, data.caption_column), ListFeature) for dataset in renamed)
     marked = []
     for number, (part, dataset) in enumerate(zip(parts, renamed)):
-        dataset = _of_one_type(dataset, data.caption_column, several)
+        prompt = vars(part.data).get("instance_prompt")  # each data set's own, so it is filled in here
+        dataset = _of_one_type(with_prompt(dataset, data.caption_column, prompt), data.caption_column, several)
         values = {NAME: number, REPEATS: part.repeats, LOSS_WEIGHT: float(part.loss_weight)}
         features = {NAME: ClassLabel(names=names), REPEATS: Value("int32"), LOSS_WEIGHT: Value("float64")}
         for name, value in values.items():
@@ -112,6 +113,21 @@ def _renamed(dataset: Dataset, names: dict[str, str]) -> Dataset:
 
 def _feature(dataset: Dataset, column: str) -> object:
     return dataset.features.get(column)
+
+
+def with_prompt(dataset: Dataset, column: str, prompt: str | None) -> Dataset:
+    """With a prompt as the caption of images that have none; unchanged without one."""
+    if prompt is None:
+        return dataset
+    there = column in dataset.column_names
+    captions = list(dataset[column]) if there else [None] * len(dataset)
+    if None not in captions:
+        return dataset
+    feature = dataset.features[column] if there else Value("string")
+    missing = [prompt] if isinstance(feature, ListFeature) else prompt
+    filled = [missing if caption is None else caption for caption in captions]
+    rest = dataset.remove_columns(column) if there else dataset
+    return rest.add_column(column, filled, feature=feature)  # type: ignore[arg-type]
 
 
 def _of_one_type(dataset: Dataset, column: str, several: bool) -> Dataset:

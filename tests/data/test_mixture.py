@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from trainer import settings
 
-from lpl.data.mixture import parts_of
+from lpl.data.mixture import parts_of, with_prompt
 from tests.data.test_dataset import RANDOM, load_data, loaded, over, static
 from tests.data.test_source import refused
 
@@ -151,6 +151,21 @@ def test_a_class_has_one_label_in_all_data_sets(tmp_path):
 def test_an_error_names_its_data_set(two, tmp_path):
     two[1]["caption_column"] = "word"
     refused(lambda: images_of(two, tmp_path), "data set 'others'", "'word'", "did you mean --caption_column words?")
+
+
+@pytest.mark.parametrize(
+    "columns, captions",
+    [
+        ({"text": ["x", None]}, ["x", "a fox"]),
+        ({"text": [["x"], None]}, [["x"], ["a fox"]]),
+        ({}, ["a fox", "a fox"]),
+        ({"text": ["x", "y"]}, ["x", "y"]),
+    ],
+)
+def test_a_prompt_stands_for_missing_captions(columns, captions):
+    dataset = Dataset.from_dict({"image": [1, 2]} | columns)
+    assert list(with_prompt(dataset, "text", "a fox")["text"]) == captions
+    assert with_prompt(dataset, "text", None) is dataset
 
 
 def test_kohyas_folders_are_data_sets(tmp_path):
