@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from lpl import LatentPerceptualLoss, evaluation
-from lpl.autoencoders import encode
+from lpl.autoencoders import downscaling_factor
 from lpl.config import Config, held_out
 from lpl.config.groups import Diffusion, Lpl
 from lpl.config.sizes import parse_sizes
@@ -60,10 +60,11 @@ from lpl.tools.pictures import loss_curves
 from lpl.tools.process import leave_after
 from lpl.training.average import MovingAverage
 from lpl.training.base_model import check_base
+from lpl.training.caching import with_caches
 from lpl.training.checkpoints import TrainingState
 from lpl.training.earlier import set_earlier_aside
 from lpl.training.log import Log
-from lpl.training.losses import BatchLosses, lpl_weight, perceptual_loss, student_of
+from lpl.training.losses import BatchLosses, clean_latents, lpl_weight, perceptual_loss, student_of
 from lpl.training.parts import unwrapped
 from lpl.training.pauses import Pauses
 from lpl.training.preemption import EXIT_CODE, Preemption
@@ -107,13 +108,17 @@ def train(config: Config, status: Status) -> None:
             print_estimate(config, Method(Losses, optimizer_step))
         return
     inputs = start(config, status)  # whatever can be refused is refused here, before any weights are loaded
-    config, description, run, images = inputs.config, inputs.description, inputs.run, inputs.images
+    config, description, run = inputs.config, inputs.description, inputs.run
     accelerator = run.accelerator
 
     # Models: a frozen VAE and frozen text encoders around what is trained
     status.now(Stage.LOADING)
     with run_errors(SCRIPT):
         family = load_weights(config, description, accelerator)
+        if not config.validation.dry_run:
+            pictures = with_caches(config, description, family, accelerator, inputs.images, inputs.held_out_images)
+            inputs = replace(inputs, images=pictures[0], held_out_images=pictures[1])
+        images = inputs.images
         trained = status.trained = trained_parts(family, config)
         average = place_models(trained, config, description, accelerator)
         needs_decoder = config.lpl.enabled or inputs.held_out_images is not None
@@ -324,15 +329,12 @@ class Losses:
     def __call__(self, model: nn.Module, batch: Batch, with_lpl: bool, correction: int = 0) -> BatchLosses:
         family, objective, diffusion, device = self.family, self.objective, self.diffusion, self.family.vae.device
         # Timesteps and gate are known on the CPU: the step never waits to learn which rows to decode.
-        inside = rows_inside(objective.sigma(batch["timestep"]), self.threshold(*batch["pixels"].shape[-2:]))
+        inside = rows_inside(objective.sigma(batch["timestep"]), self.threshold(*self.size(batch)))
         chosen = subset(inside, batch["lpl_choice"][:, 0], self.lpl.lpl_max_samples) if with_lpl else inside[:0]
-        pixels, noise, posterior_noise, timesteps, rows = (
-            x.to(device, non_blocking=True)
-            for x in (batch["pixels"], batch["noise"], batch["posterior_noise"], batch["timestep"], chosen)
-        )
+        noise, timesteps, rows = (x.to(device, non_blocking=True) for x in (batch["noise"], batch["timestep"], chosen))
         mask = self.mask(batch, device)
         # z0, z_t and D
-        latents = encode(family.vae, pixels, posterior_noise)  # pixels [-1, 1] -> scaled (B, C, h, w)
+        latents = clean_latents(family.vae, batch)  # scaled (B, C, h, w)
         input_noise = noise
         if diffusion.input_perturbation:
             input_noise = noise + diffusion.input_perturbation * batch["input_noise"].to(device, non_blocking=True)
@@ -358,9 +360,15 @@ class Losses:
             objective, timesteps, weighting_scheme=diffusion.weighting_scheme, snr_gamma=diffusion.snr_gamma
         )
         errors = loss_weight * squares.flatten(1).mean(1)  # (B,)
+        weights = batch.get("loss_weight")  # of each sample's data set; None: all 1
+        if weights is not None:
+            weights = weights.to(device, non_blocking=True)  # (B,)
+            errors = weights * errors
 
         # LPL, averaged over the whole batch: rows outside the threshold count as 0 (Eq. 2)
-        found = BatchLosses(errors, torch.zeros((), device=device), model_output, len(inside), with_lpl)
+        found = BatchLosses(
+            errors, torch.zeros((), device=device), model_output, len(inside), with_lpl, weights=weights
+        )
         if len(rows):
             assert self.lpl_loss is not None
             predicted_latents = objective.clean_latents(model_output[rows], noisy_latents[rows], timesteps[rows])
@@ -398,6 +406,12 @@ class Losses:
         """tau for images of that size in pixels."""
         return sigma_threshold_at(self.lpl.lpl_sigma_threshold, height, width, self.lpl.lpl_threshold_base_resolution)
 
+    def size(self, batch: Batch) -> tuple[int, int]:
+        """Height and width of a batch's images in pixels."""
+        factor = downscaling_factor(self.family.vae.config)
+        height, width = batch["noise"].shape[-2:]
+        return factor * height, factor * width
+
     def mask(self, batch: Batch, device: torch.device) -> LossMask | None:
         """The loss masks of the batch; None: there are none."""
         pixels = batch.get("mask")
@@ -407,7 +421,7 @@ class Losses:
         """The part of the latents, height x width, that LPL looks at; None: all of them."""
         if self.lpl.lpl_crop is None:
             return None
-        side = self.lpl.lpl_crop * height // batch["pixels"].shape[-2]
+        side = self.lpl.lpl_crop // downscaling_factor(self.family.vae.config)
         return random_window(height, width, side, batch["lpl_choice"][0, 1])
 
 

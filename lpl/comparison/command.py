@@ -31,7 +31,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import MISSING, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -49,6 +49,7 @@ from lpl.config.parser import Parser
 from lpl.config.recipes import read_entries, recipe_text
 from lpl.data.dataset import LatentSpace, TrainingImages
 from lpl.data.folder import image_files
+from lpl.data.reading import Picture
 from lpl.data.source import load_training_images
 from lpl.evaluation import MOST_BY_DEFAULT
 from lpl.evaluation import command as evaluate
@@ -286,7 +287,9 @@ def reference_folder(command: Command, description: Description) -> str:
     given = command.request.reference or config.evaluation.eval_data_dir
     data = config.data
     if given:
-        for name, place in (("train_data_dir", data.train_data_dir), ("dataset_name", data.dataset_name)):
+        alone = [part.data for part in data.parts]
+        sources = [("train_data_dir", one.train_data_dir) for one in alone]
+        for name, place in [*sources, *(("dataset_name", one.dataset_name) for one in alone)]:
             if place and os.path.isdir(place) and (lies_within(given, place) or lies_within(place, given)):
                 raise ValueError(
                     f"--reference {given}: it shares images with --{name} {place}, which are trained on; give images "
@@ -329,7 +332,7 @@ def write_held_out(config: Config, description: Description, folder: Path) -> No
     for index in range(len(images)):
         picture, caption, bad = images.readable(images.candidates(index))
         if not bad:  # otherwise it is another image, which is written by itself
-            save_picture(picture.image.convert("RGB"), folder / f"{index:05d}.png")
+            save_picture(cast(Picture, picture).image.convert("RGB"), folder / f"{index:05d}.png")
             lines.append(json.dumps({"file_name": f"{index:05d}.png", data.caption_column: caption}))
     write_text(folder / METADATA, "\n".join(lines) + "\n")
 

@@ -7,6 +7,7 @@ effect is warned of. Checks that need a folder's content, the machine or the pip
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import reprlib
@@ -17,14 +18,15 @@ from pathlib import Path
 from lpl.config import rules
 from lpl.config.choices import GPUS, METRICS, TRACKERS
 from lpl.config.config import FLAGS, Config
-from lpl.config.flag import flags_of
+from lpl.config.data_sets import MOST_REPEATS, OF_ONE, OWN, PLACES, Entry, name_of, place_of
+from lpl.config.flag import flags_of, kind_of
 from lpl.config.foreign import FOREIGN
-from lpl.config.groups import Lora, Lpl
+from lpl.config.groups import Data, Lora, Lpl, naming
 from lpl.config.sizes import AUTO
 from lpl.options import check_options, parse_weight
 from lpl.tools.places import lies_within
 from lpl.tools.privacy import HUB_ID
-from lpl.tools.words import has_word, warn, why_no_folder
+from lpl.tools.words import close_match, has_word, warn, why_no_folder
 
 
 def check_words(config: Config) -> None:
@@ -37,10 +39,12 @@ def check_words(config: Config) -> None:
         if FLAGS[name].path:
             for place in value if isinstance(value, tuple) else (value,):
                 _check_place(name, place)
+    _check_data_sets(config.data)
     _check_sources(config)
     _check_sizes(config)
     _check_streaming(config)
     _check_captions(config)
+    _check_caches(config)
     _check_masks(config)
     _check_lora(config)
     _check_lpl(config)
@@ -83,6 +87,54 @@ def _check_place(name: str, place: str | None) -> None:
             raise ValueError(f"--{name} {place}: {why(str(place))}")
 
 
+def _check_data_sets(data: Data) -> None:
+    """Refuse a list of data sets that cannot be meant, and flags that do not go with one."""
+    if data.datasets is None:
+        return
+    for number, found in enumerate(data.datasets, 1):
+        _check_entry(f"datasets, entry {number}", found)
+    names = [name_of(found) for found in data.datasets if "name" in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"datasets: {twice[0]} is the name of two entries; give each its own")
+    for name in PLACES:
+        if getattr(data, name) != getattr(Data(), name):
+            raise ValueError(
+                f"--{name} is for one data set, and datasets lists several; write it into the list, or leave one of "
+                "them out (of a recipe, by --without)"
+            )
+    if data.streaming:
+        raise ValueError("--streaming reads one data set, and datasets lists several; leave out one of them")
+    if data.validation_every_nth is not None and data.holds_out_splits:
+        raise ValueError(
+            "--validation_every_nth and validation_split of datasets exclude one another; leave one of them out"
+        )
+
+
+def _check_entry(where: str, found: Entry) -> None:
+    declared = flags_of(Data)
+    kinds = {name: kind_of(Data, name) for name in OF_ONE if name in declared} | OWN
+    for name, value in found.items():
+        if name not in kinds:
+            hint = close_match(name, kinds) or f"; it takes {', '.join(kinds)}"
+            beside = ", which goes beside the list" if name in declared else ""
+            raise ValueError(f"{where}: there is no {reprlib.repr(name)}{beside}{'' if beside else hint}")
+        kind = kinds[name]
+        fits = isinstance(value, int | float if kind is float else kind) and not isinstance(value, bool)
+        if not fits:
+            words = {str: "a word, in quotes if it is a number", int: "a whole number", float: "a number"}[kind]
+            raise ValueError(f"{where}: {name} takes {words}, not {reprlib.repr(value)}")
+        if name in declared:
+            declared[name].check(f"datasets, {name}", value)
+        if name in declared and declared[name].path:
+            _check_place(name, os.path.expanduser(str(value)))
+    if not place_of(found):
+        raise ValueError(f"{where}: it names no data set; give it a train_data_dir or a dataset_name")
+    if not 1 <= found.get("repeats", 1) <= MOST_REPEATS:
+        raise ValueError(f"{where}: repeats {found['repeats']}: it must be from 1 to {MOST_REPEATS:,}")
+    if not 0 <= found.get("loss_weight", 1) < math.inf:
+        raise ValueError(f"{where}: loss_weight {found['loss_weight']}: it must be 0 or more")
+
+
 def _check_sources(config: Config) -> None:
     model, data = config.model, config.data
     parse_limit(data.max_bad_samples)
@@ -90,16 +142,32 @@ def _check_sources(config: Config) -> None:
         raise ValueError("--pretrained_model_name_or_path is missing: a folder with a pipeline, or its id on the Hub")
     if why := why_no_pipeline(model.pretrained_model_name_or_path):
         raise ValueError(f"--pretrained_model_name_or_path {model.pretrained_model_name_or_path}: {why}")
+    if config.validation.for_gpu is None or data.dataset_name or data.train_data_dir:
+        for part in data.parts:
+            with naming(part, data.parts):
+                _check_source(part.data)
+    if model.from_scratch and model.non_ema_revision:
+        raise ValueError("--from_scratch loads no weights, so --non_ema_revision has no effect; leave one of them out")
+
+
+def _check_source(data: Data) -> None:
     if not data.dataset_name and not data.train_data_dir:
-        if config.validation.for_gpu is not None:
-            return
         raise ValueError("--dataset_name or --train_data_dir is needed, but neither is given")
     if data.dataset_config_name and not data.dataset_name:
         raise ValueError("--dataset_config_name has no effect without --dataset_name; leave it out")
     if not data.dataset_name and (why := _why_no_data(data.folder)):
         raise ValueError(f"--train_data_dir {data.train_data_dir}: {why}")
-    if model.from_scratch and model.non_ema_revision:
-        raise ValueError("--from_scratch loads no weights, so --non_ema_revision has no effect; leave one of them out")
+    if data.validation_split is not None and not data.dataset_name:
+        raise ValueError(
+            "--validation_split names a split of --dataset_name; with --train_data_dir use --validation_every_nth"
+        )
+    if data.train_split != "train" and not data.dataset_name:
+        raise ValueError(
+            f"--train_split {data.train_split} names a split of --dataset_name; --train_data_dir has none; give the "
+            "sub-folder itself"
+        )
+    if data.validation_split == data.train_split:
+        raise ValueError(f"--validation_split {data.validation_split}: that is what is trained on; name another split")
 
 
 def _why_no_data(path: str) -> str | None:
@@ -140,6 +208,31 @@ def _check_sizes(config: Config) -> None:
         raise ValueError(
             f"--resolution {data.resolution}: with several sides, sizes are made from each of them by "
             f"--aspect_ratio_buckets {AUTO}; or give one side, and all sizes in --aspect_ratio_buckets"
+        )
+
+
+def _check_caches(config: Config) -> None:
+    data = config.data
+    flags = ("cache_latents", data.cache_latents), ("cache_text_embeddings", data.cache_text_embeddings)
+    for name in (name for name, on in flags if on):
+        if data.streaming:
+            raise ValueError(f"--{name} needs a data set of known length, and --streaming has none; leave one out")
+    if data.cache_latents and not data.center_crop and data.crops_per_image is None:
+        raise ValueError(
+            "--cache_latents cannot keep a new random crop in every epoch; give --center_crop, or --crops_per_image N "
+            "for N random crops of each image, each encoded once"
+        )
+    if not data.cache_text_embeddings:
+        return
+    if config.model.train_text_encoder:
+        raise ValueError(
+            "--cache_text_embeddings: --train_text_encoder changes the embeddings in every step; leave one of them out"
+        )
+    if data.shuffle_tags or data.tag_dropout:
+        name = "shuffle_tags" if data.shuffle_tags else "tag_dropout"
+        raise ValueError(
+            f"--cache_text_embeddings: with --{name} a caption has too many forms to encode each; leave one of them "
+            "out, or write some forms of each caption as a list"
         )
 
 
@@ -316,17 +409,6 @@ def _check_validation(config: Config) -> None:
     data, reported = config.data, config.validation.report_to
     if data.validation_split is not None and data.validation_every_nth is not None:
         raise ValueError("--validation_split and --validation_every_nth exclude one another; give one of them")
-    if data.validation_split is not None and not data.dataset_name:
-        raise ValueError(
-            "--validation_split names a split of --dataset_name; with --train_data_dir use --validation_every_nth"
-        )
-    if data.train_split != "train" and not data.dataset_name:
-        raise ValueError(
-            f"--train_split {data.train_split} names a split of --dataset_name; --train_data_dir has none; give the "
-            "sub-folder itself"
-        )
-    if data.validation_split == data.train_split:
-        raise ValueError(f"--validation_split {data.validation_split}: that is what is trained on; name another split")
     if reported not in (*TRACKERS, "all", "none"):
         raise ValueError(f"--report_to {reported}: accepted are {', '.join(TRACKERS)}, all and none")
 
@@ -383,11 +465,9 @@ def _check_written(config: Config) -> None:
     """Refuse to write where the data is read: pictures of a run would be training images at its next start."""
     data, output, evaluation = config.data, config.output, config.evaluation
     real = None if evaluation.eval_steps is None else evaluation.eval_data_dir
-    read = {
-        "dataset_name": data.dataset_name,
-        "train_data_dir": None if data.dataset_name else data.train_data_dir,
-        "eval_data_dir": real,
-    }
+    trained = [part.data.dataset_name or part.data.train_data_dir for part in data.parts]
+    read = [("dataset_name" if part.data.dataset_name else "train_data_dir") for part in data.parts]
+    sources = [*zip(read, trained), ("eval_data_dir", real)]
     written = {
         "output_dir": output.output_dir,
         "cache_dir": config.model.cache_dir,
@@ -397,13 +477,13 @@ def _check_written(config: Config) -> None:
     }
     if config.validation.report_to in ("wandb", "all"):  # which keeps the logged pictures in the working directory
         written["report_to"] = os.path.join(os.environ.get("WANDB_DIR") or ".", "wandb")
-    for source, folder in read.items():
+    for source, folder in sources:
         if folder is None or not os.path.isdir(folder):
             continue
         for name, place in written.items():
             check_outside(f"--{name}", place, f"--{source}", folder)
-    trained = data.dataset_name or data.train_data_dir
-    if real and trained and os.path.isdir(trained) and (lies_within(real, trained) or lies_within(trained, real)):
+    folders = [folder for folder in trained if folder and os.path.isdir(folder)]
+    if real and any(lies_within(real, folder) or lies_within(folder, real) for folder in folders):
         warn("--eval_data_dir: its images are trained on too, so the metrics look better than they are")
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from lpl.config.checks import check_words, idle_without_lpl
 from lpl.config.choices import EMA_DECAY, EMA_DECAY_WITH_LPL, OPTIMIZERS, RANK
 from lpl.config.config import FLAGS, GROUP_OF, GROUPS, Config
+from lpl.config.data_sets import as_word
 from lpl.config.flag import add_group, built, flags_of
 from lpl.config.foreign import FOREIGN, Foreign, translated
 from lpl.config.parser import Parser
@@ -186,7 +187,7 @@ def words_of(config: Config, wanted: Callable[[str], bool] = lambda name: True) 
         if not wanted(name) or value is None or value == default:
             continue
         listed = [] if default is False else value if isinstance(value, list) else [value]
-        words += [f"--{name}", *map(str, listed)]
+        words += [f"--{name}", *map(as_word, listed)]
     return words
 
 

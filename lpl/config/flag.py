@@ -115,6 +115,11 @@ def flag(default: Any, help: str, *, range: Range | Sequence[Range] = (), **rule
     return field(default=default, metadata={"flag": Flag(help, ranges=ranges, **rules)})
 
 
+def kind_of(group: type, name: str) -> Any:
+    """The type of a flag's value, or of each of its values."""
+    return _kind(get_type_hints(group)[name])[0]
+
+
 def flags_of(group: type) -> dict[str, Flag]:
     """The flags of a group by name."""
     return {item.name: item.metadata["flag"] for item in fields(group)}

@@ -7,11 +7,14 @@ pipeline (:func:`lpl.families.resolve.resolve`). Functions take the groups that 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-from lpl.config import rules, sizes
+from lpl.config import data_sets, rules, sizes
 from lpl.config.choices import (
     ALL_LINEAR,
     CLIP,
@@ -136,6 +139,24 @@ class Lora:
     )
 
 
+class Part(NamedTuple):
+    """One of the data sets that are trained on."""
+
+    name: str  # in messages
+    data: Data  # the flags of this data set alone
+    repeats: int = 1  # how often an image comes in an epoch
+    loss_weight: float = 1.0  # of its samples, for the diffusion loss and LPL
+
+
+@contextmanager
+def naming(part: Part, parts: Sequence[Part]) -> Iterator[None]:
+    """Within, a ValueError names the data set, if there are several."""
+    try:
+        yield
+    except ValueError as error:
+        raise (ValueError(f"data set {part.name!r}: {error}") if len(parts) > 1 else error) from error
+
+
 @dataclass(frozen=True)
 class Data:
     """data"""
@@ -152,6 +173,12 @@ class Data:
         "folder of images with a metadata.jsonl (file_name, text), a .txt per image, or a sub-folder per class",
         public=rules.within_the_data_set,
         path=True,
+    )
+    datasets: tuple[dict[str, Any], ...] | None = flag(
+        None,
+        "several data sets, each as JSON with its own data flags, repeats, loss_weight; easier as a list in --config",
+        public=rules.are_public,
+        word=data_sets.entry,
     )
     streaming: bool = flag(
         False,
@@ -241,6 +268,21 @@ class Data:
         used=rules.has("aspect_ratio_buckets"),
     )
     center_crop: bool = flag(False, "crop images at the centre instead of at random", held_out=True)
+    crops_per_image: int | None = flag(
+        None,
+        "number of different random crops of each image, which its epochs take in turn; default: a new one in every "
+        "epoch",
+        range=POSITIVE,
+        used=rules.unless("center_crop"),
+    )
+    cache_latents: bool = silent_flag(
+        False,
+        "encode each image once, before the training, and keep its latents in --data_cache_dir; needs --center_crop "
+        "or --crops_per_image",
+    )
+    cache_text_embeddings: bool = silent_flag(
+        False, "encode each caption once, before the training, and keep the embeddings in --data_cache_dir"
+    )
     random_flip: bool = flag(False, "flip images horizontally with probability 0.5", held_out=False)
     image_interpolation_mode: str = flag("lanczos", "interpolation for resizing images", choices=INTERPOLATION_MODES)
     proportion_empty_prompts: float | None = flag(
@@ -274,9 +316,29 @@ class Data:
         return (self.trigger_word or self.instance_prompt or "").strip() or None
 
     @property
+    def parts(self) -> list[Part]:
+        """The data sets of ``datasets``, or the one that the flags name; available after the checks."""
+        if self.datasets is None:
+            return [Part(self.dataset_name or self.train_data_dir or "", self)]
+        parts = []
+        for found in self.datasets:
+            values = {name: value for name, value in found.items() if name not in data_sets.OWN}
+            if "train_data_dir" in values:
+                values["train_data_dir"] = os.path.expanduser(values["train_data_dir"])
+            own = {name: found[name] for name in ("repeats", "loss_weight") if name in found}
+            alone = replace(self, datasets=None, max_train_samples=None)
+            parts.append(Part(data_sets.name_of(found), replace(alone, **values), **own))
+        return parts
+
+    @property
+    def holds_out_splits(self) -> bool:
+        """Whether splits of the data are held out for the validation loss."""
+        return any(part.data.validation_split is not None for part in self.parts)
+
+    @property
     def holds_out(self) -> bool:
         """Whether a part of the data is held out for the validation loss."""
-        return self.validation_split is not None or self.validation_every_nth is not None
+        return rules.holds_out(vars(self))
 
     @property
     def masks(self) -> str | None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import os
 import reprlib
 from collections.abc import Collection, Mapping, Sequence
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from lpl.config import data_sets
 from lpl.config.config import FLAGS
 from lpl.config.parser import Parser
 from lpl.config.rules import hub_source
@@ -196,6 +198,8 @@ def _word(source: str, action: argparse.Action, value: Any) -> str:
     Raises:
         ValueError: if it has no such form.
     """
+    if isinstance(value, dict) and action.type is data_sets.entry:
+        return json.dumps(value, default=str)
     if isinstance(value, bool) and not isinstance(action.default, bool):
         if value is False and "no" in (action.choices or ()):  # YAML reads a bare no as false
             return "no"

@@ -53,6 +53,15 @@ def within_the_data_set(value: Any, values: Values) -> bool:
     return inside and is_hub_id(str(values.get("dataset_name") or ""))
 
 
+def are_public(value: Any, values: Values) -> bool:
+    """Whether all data sets of a list are on the Hub."""
+    return all(
+        on_the_hub(found.get("dataset_name"), found)
+        and ("train_data_dir" not in found or within_the_data_set(found["train_data_dir"], found))
+        for found in value
+    )
+
+
 # Conditions under which flags have an effect, given the values of all flags -----------------------------------------
 
 Condition = Callable[[Values], bool]
@@ -77,7 +86,8 @@ def from_the_hub(flags: Values) -> bool:
 
 
 def holds_out(flags: Values) -> bool:
-    return flags["validation_split"] is not None or flags["validation_every_nth"] is not None
+    in_list = any("validation_split" in found for found in flags["datasets"] or ())
+    return in_list or flags["validation_split"] is not None or flags["validation_every_nth"] is not None
 
 
 def masks_the_loss(flags: Values) -> bool:

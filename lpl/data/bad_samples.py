@@ -46,7 +46,7 @@ class BadSamples:
         self.accelerator, self.images = accelerator, images
         self.path = Path(folder, BAD_SAMPLES)
         share = parse_limit(limit)
-        self.limit = share if share is None or share >= 1 else share * (images.count or 0)
+        self.limit = share if share is None or share >= 1 else share * (images.rows or 0)
         if accelerator.is_main_process:
             if resumed and self.path.is_file():
                 write_text(self.path, lines(entries(self.path)))  # without a line that a crash cut short
@@ -58,9 +58,9 @@ class BadSamples:
 
     def _still_there(self, listed: Mapping[int, str | None]) -> set[int]:
         """Without the places that hold another file since the data has changed."""
-        if self.images.count is None:
+        if self.images.rows is None:
             return set(listed)
-        names = self.images.file_names([place for place in listed if place < self.images.count])
+        names = self.images.file_names([place for place in listed if place < self.images.rows])
         return {place for place, name in names.items() if name == listed[place]}
 
     def observe(self, step: int, batch: Mapping[str, Any], *_: Any) -> None:
@@ -97,5 +97,5 @@ class BadSamples:
         )
 
     def _count(self) -> str:
-        total = "" if self.images.count is None else f" of {self.images.count}"
+        total = "" if self.images.rows is None else f" of {self.images.rows}"
         return f"{len(self._known)}{total} samples"

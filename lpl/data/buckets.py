@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from torch.utils.data import Sampler
 from lpl.config.groups import Data
 from lpl.config.sizes import AUTO, Size
 from lpl.data.catalogue import Catalogue, cache_root
+from lpl.data.mixture import Mixture
 from lpl.data.order import Stream, keyed_generator
 from lpl.data.source import data_folders
 from lpl.tools.words import pixels
@@ -152,7 +153,10 @@ def bucketed(dataset: Dataset | IterableDataset | None, data: Data, cache_dir: s
     known = Catalogue.of(dataset, data.image_column, folders, cache_root(data))
     made = data.aspect_ratio_buckets == AUTO
     enlarged = data.bucket_upscale or data.aspect_ratio_buckets is None
-    items = items_of(known.sizes, data.buckets, data.bucket_step if made else None, data.bucket_upscale, enlarged)
+    step, mixture = data.bucket_step if made else None, Mixture.of(dataset)
+    rows = np.arange(len(dataset)) if mixture is None else mixture.rows
+    items = items_of(known.sizes[rows], data.buckets, step, data.bucket_upscale, enlarged)
+    items = replace(items, rows=rows[items.rows], left_out=sorted(set(rows[items.left_out].tolist())))
     if items.left_out:
         words = f"{len(items.left_out)} of {len(dataset)} images are smaller than all --aspect_ratio_buckets"
         if len(items) == 0:

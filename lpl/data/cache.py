@@ -11,7 +11,7 @@ same generators as without caches.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, NamedTuple
@@ -41,6 +41,14 @@ class Crop(NamedTuple):
     flip: bool
 
 
+class CachedPicture(NamedTuple):
+    """An image whose crops are cached."""
+
+    row: int
+    height: int
+    width: int
+
+
 @dataclass
 class CachedLatents:
     """The posterior of each crop, by row.
@@ -48,6 +56,7 @@ class CachedLatents:
     Args:
         encoder: fingerprint of the VAE.
         interpolation: of resizing.
+        masks: what decides the loss masks, and their digests by row; None: there are none.
         bad: reasons of the rows that could not be encoded.
     """
 
@@ -55,26 +64,34 @@ class CachedLatents:
     catalogue: Catalogue
     encoder: str
     interpolation: str
+    masks: tuple[list[Any], Sequence[str]] | None = None
     bad: dict[int, str] = field(default_factory=dict)
 
     def key(self, row: int, crop: Crop) -> str:
         digest = self.catalogue.digests[row]
-        return key_of("latents", TRANSFORM, self.encoder, digest, self.interpolation, *crop)
+        mask = [] if self.masks is None else [*self.masks[0], *self.masks[1][row : row + 1]]
+        return key_of("latents", TRANSFORM, self.encoder, digest, mask, self.interpolation, *crop)
 
-    def size(self, row: int) -> Size:
-        """Height and width of an image.
+    def is_good(self, row: int) -> bool:
+        """Whether an image can be encoded, as far as is known."""
+        return row not in self.bad and bool(self.catalogue.sizes[row].all()) and bool(self.catalogue.digests[row])
+
+    def picture(self, row: int) -> CachedPicture:
+        """The size of an image.
 
         Raises:
-            ValueError: if it is bad.
+            ValueError: if it could not be encoded.
         """
+        if not self.is_good(row):
+            raise ValueError(self.bad.get(row, "it cannot be opened as an image"))
         height, width = map(int, self.catalogue.sizes[row])
-        if row in self.bad or not height or not self.catalogue.digests[row]:
-            raise ValueError(self.bad.get(row, "it cannot be opened"))
-        return height, width
+        return CachedPicture(row, height, width)
 
-    def posterior(self, row: int, crop: Crop) -> Entry:
-        """``mean`` and, if the VAE has one, ``std``, (C, h, w) each."""
-        return self.store[self.key(row, crop)]
+    def sample(self, row: int, crop: Crop) -> dict[str, Any]:
+        """``posterior``: mean and, if there is one, std, (C, h, w) each; and ``mask`` (1, H, W) in [0, 1], if any."""
+        entry = self.store[self.key(row, crop)]
+        mask = entry.pop("mask", None)
+        return {"posterior": entry} | ({} if mask is None else {"mask": mask.float() / 255})
 
 
 @dataclass

@@ -1,11 +1,12 @@
 """Training samples and batches, and every random number in them.
 
-A sample is known by its *key*, (epoch, index). Crop, flip, caption, empty caption, posterior sample, noise, timestep,
-and the samples and window that LPL uses are drawn from generators keyed by (seed, epoch, index, stream). So a run is
-the same after a resume, with any number of loader workers, and on one process or several.
+A sample is known by its *key*, (epoch, index); the index is an *item* of the epoch, which is a row of the data set
+unless rows are repeated (:mod:`lpl.data.mixture`) or trained at several sizes (:mod:`lpl.data.buckets`). Crop, flip,
+caption, empty caption, posterior sample, noise, timestep, and the samples and window that LPL uses are drawn from
+generators keyed by (seed, epoch, index, stream). So a run is the same after a resume, with any number of loader
+workers, and on one process or several.
 
-Sizes are (height, width) in pixels. :meth:`TrainingImages.size_of` alone decides the size of a sample. An index is a
-row of the data set, or with several sizes an item, an image at a size (``buckets.py``).
+Sizes are (height, width) in pixels. :meth:`TrainingImages.size_of` alone decides the size of a sample.
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ from lpl.config import held_out
 from lpl.config.groups import Data, Diffusion
 from lpl.config.sizes import Size
 from lpl.data.buckets import BucketBatches, Items
+from lpl.data.cache import CachedEmbeddings, CachedLatents, CachedPicture, Crop
 from lpl.data.captions import Captions, caption_rows, columns_of
 from lpl.data.masks import cropped_with, picture_in
+from lpl.data.mixture import Mixture
 from lpl.data.order import KeyedBatches, Stream, keyed_generator
-from lpl.data.reading import Picture
+from lpl.data.reading import Picture, place_of
 from lpl.data.source import class_names, data_folders
 from lpl.data.timeouts import Readings, TookTooLong, at_most
 from lpl.objectives import Objective, timestep_density, timestep_weights
@@ -63,6 +66,26 @@ class LatentSpace(NamedTuple):
         return self.channels, height // self.factor, width // self.factor
 
 
+class Draws(NamedTuple):
+    """What is drawn of a sample's image and caption.
+
+    Args:
+        shares: vertical and horizontal position of the crop, in [0, 1).
+        flip: whether the image is mirrored.
+        choice: of the caption, in [0, 1).
+        drop: the caption is dropped if --proportion_empty_prompts is above this.
+    """
+
+    shares: tuple[float, float]
+    flip: bool
+    choice: float
+    drop: float
+
+
+def _uniform(*key: int) -> list[float]:
+    return torch.rand(5, generator=keyed_generator(*key, Stream.AUGMENTATION)).tolist()
+
+
 @dataclass
 class TrainingImages(TorchDataset[Sample]):
     """A map-style data set, ``images[epoch, index] -> sample``, whose samples depend on (seed, epoch, index) only.
@@ -71,16 +94,19 @@ class TrainingImages(TorchDataset[Sample]):
     ``target_size`` and ``crop_top_left``, (2,), height or top first, in pixels, the crop's place in the resized and
     mirrored image; ``posterior_noise``, ``noise`` and ``input_noise`` (C, h, w), the last None without
     --input_perturbation; ``timestep`` (); ``lpl_choice`` (2,), uniform in [0, 1), which selects LPL's samples and
-    window; ``index``; ``bad``, places and reasons of the unreadable samples that this one replaces; with
+    window; ``index``; ``bad``, rows and reasons of the unreadable samples that this one replaces; with
     --text_encoder_dropout ``dropped`` (E,), whether each text encoder gets the empty caption instead; with
-    --alpha_mask or --mask_column ``mask`` (1, H, W) in [0, 1], 1 = train here.
+    --alpha_mask or --mask_column ``mask`` (1, H, W) in [0, 1], 1 = train here; ``loss_weight`` (), if some data set's
+    is not 1.
 
     Args:
         empty_caption: stands for a dropped caption; an integer if captions are class labels from 0 to below it.
         cache_dir: where downloaded data sets are kept.
         items: the images and their sizes; None: each image is trained at ``data.size``.
+        latents: of the images; then a sample holds ``posterior``, mean and std (C, h, w), in place of ``pixels``.
+        embeddings: of the captions; then a sample holds ``embeddings``, the conditions of its caption.
         readings: files that the loader's workers are reading.
-        given_up: reasons of samples that took too long, by place in the data set.
+        given_up: reasons of samples that took too long, by row.
     """
 
     dataset: Dataset
@@ -92,21 +118,36 @@ class TrainingImages(TorchDataset[Sample]):
     empty_caption: str | int = ""
     cache_dir: str | None = None
     items: Items | None = None
+    latents: CachedLatents | None = None
+    embeddings: CachedEmbeddings | None = None
     readings: Readings = field(default_factory=Readings)
     given_up: dict[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.dataset if self.items is None else self.items)
+        if self.items is not None:
+            return len(self.items)
+        return len(self.dataset) + (0 if self.mixture is None else len(self.mixture.further))
 
     @property
     def length(self) -> int | None:
-        """Samples per epoch; None if unknown."""
+        """Items per epoch; None if unknown."""
         return len(self)
 
     @property
-    def count(self) -> int | None:
-        """Images of the data set; None if unknown."""
+    def rows(self) -> int | None:
+        """Rows of the data set; None if unknown."""
         return len(self.dataset)
+
+    @cached_property
+    def mixture(self) -> Mixture | None:
+        """What is known of each row, if there are several data sets or repeats."""
+        return Mixture.of(self.dataset)
+
+    def row_of(self, index: int) -> int:
+        """The row of an item."""
+        if self.items is not None:
+            return int(self.items.rows[index])
+        return index if self.mixture is None else self.mixture.row_of(index)
 
     @property
     def class_names(self) -> dict[int, str]:
@@ -143,38 +184,45 @@ class TrainingImages(TorchDataset[Sample]):
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
-        return self.sample(epoch, index, self.candidates(index))
+        return self.sample(epoch, index, self.candidates(self.row_of(index)))
 
-    def candidates(self, index: int) -> Candidates:
-        """The row of a sample, then the rows that replace it if it cannot be read: the next ones, in order."""
-        return self.rows_from(index if self.items is None else int(self.items.rows[index]))
+    def candidates(self, row: int) -> Candidates:
+        """A row, then those that replace it if it cannot be read: the next ones, in order, of its data set first."""
+        count, mixture = len(self.dataset), self.mixture
+        for own in (True,) if mixture is None else (True, False):
+            for candidate in range(row, row + count):
+                candidate %= count
+                if mixture is None or (mixture.part[candidate] == mixture.part[row]) == own:
+                    yield candidate, partial(self._read.__getitem__, candidate)
 
-    def rows_from(self, row: int) -> Candidates:
-        """A row, and all others behind it."""
-        count = len(self.dataset)
-        for candidate in range(row, row + count):
-            candidate %= count
-            yield candidate, partial(self.dataset.__getitem__, candidate)
+    @cached_property
+    def _read(self) -> Dataset:
+        """What is read of each row: all of it, or only the captions if the images are cached."""
+        if self.latents is None:
+            return self.dataset
+        return self.dataset.select_columns(columns_of(self.data, self.dataset.column_names))
+
+    def draws(self, epoch: int, index: int) -> Draws:
+        """What is drawn of a sample's image and caption."""
+        key = self.seed, epoch, index
+        vertical, horizontal, flip, choice, drop = _uniform(*key)
+        if self.data.center_crop:
+            vertical = horizontal = 0.5
+        elif crops := self.data.crops_per_image:
+            vertical, horizontal, *_ = _uniform(self.seed, epoch % crops, index)
+        return Draws((vertical, horizontal), self.data.random_flip and flip < 0.5, choice, drop)
 
     def sample(self, epoch: int, index: int, candidates: Candidates) -> Sample:
         """The first readable candidate, with the size of ``index`` and the random numbers of (seed, epoch, index)."""
-        augmentation, noise, lpl = (
-            keyed_generator(self.seed, epoch, index, stream)
-            for stream in (Stream.AUGMENTATION, Stream.NOISE, Stream.LPL)
-        )
-        vertical, horizontal, flip, choice, drop = torch.rand(5, generator=augmentation).tolist()
-        size = self.size_of(index)
-        picture, caption, bad = self.readable(candidates, choice, (epoch, index), size)
-        shares = (0.5, 0.5) if self.data.center_crop else (vertical, horizontal)
-        mirrored = self.data.random_flip and flip < 0.5
+        noise, lpl = (keyed_generator(self.seed, epoch, index, stream) for stream in (Stream.NOISE, Stream.LPL))
+        draws, size = self.draws(epoch, index), self.size_of(index)
+        picture, caption, bad = self.readable(candidates, draws.choice, (epoch, index), size)
         shape = self.space.shape(*size)
-        interpolation = self.data.image_interpolation_mode
-        pixels, crop_top_left, masked = cropped_with(picture, size, shares, mirrored, interpolation)
+        of_image, crop_top_left = self._of_image(picture, size, draws)
         sample = {
             "index": torch.tensor(index),
             "bad": bad,
-            "pixels": pixels,
-            "caption": self.empty_caption if drop < (self.data.proportion_empty_prompts or 0.0) else caption,
+            "caption": self.empty_caption if draws.drop < (self.data.proportion_empty_prompts or 0.0) else caption,
             "original_size": torch.tensor([picture.height, picture.width]),
             "crop_top_left": torch.tensor(crop_top_left),
             "target_size": torch.tensor(size),
@@ -183,12 +231,28 @@ class TrainingImages(TorchDataset[Sample]):
             "noise": self._noise(shape, noise),
             "input_noise": torch.randn(shape, generator=noise) if self.diffusion.input_perturbation else None,
             "lpl_choice": torch.rand(2, generator=lpl),
-            **masked,
+            **of_image,
         }
         if (shares := self.data.text_encoder_dropout) is not None:
             encoders = keyed_generator(self.seed, epoch, index, Stream.TEXT_ENCODERS)
             sample["dropped"] = torch.rand(len(shares), generator=encoders) < torch.tensor(shares)
+        if self.mixture is not None and self.mixture.weighted:
+            sample["loss_weight"] = torch.tensor(self.mixture.loss_weights[self.row_of(index)], dtype=torch.float32)
+        if self.embeddings is not None:
+            sample["embeddings"] = self.embeddings.conditions(sample["caption"], sample.get("dropped"))
         return sample
+
+    def _of_image(
+        self, picture: Picture | CachedPicture, size: Size, draws: Draws
+    ) -> tuple[dict[str, Any], tuple[int, int]]:
+        """What a sample holds of its image, pixels or their posterior, and the loss mask; and the crop's place."""
+        if isinstance(picture, CachedPicture):
+            assert self.latents is not None
+            place = place_of(picture.height, picture.width, size, draws.shares)
+            return self.latents.sample(picture.row, Crop(size, place, draws.flip)), place
+        interpolation = self.data.image_interpolation_mode
+        pixels, place, masked = cropped_with(picture, size, draws.shares, draws.flip, interpolation)
+        return {"pixels": pixels, **masked}, place
 
     def readable(
         self,
@@ -196,7 +260,7 @@ class TrainingImages(TorchDataset[Sample]):
         choice: float = 0.0,
         key: tuple[int, int] | None = None,
         size: Size | None = None,
-    ) -> tuple[Picture, str | int, list[tuple[int, str]]]:
+    ) -> tuple[Picture | CachedPicture, str | int, list[tuple[int, str]]]:
         """Reads the first candidate with a readable image and a caption.
 
         Args:
@@ -215,7 +279,9 @@ class TrainingImages(TorchDataset[Sample]):
             try:
                 with self.readings.noted(candidate), at_most(self.data.dataloader_timeout):
                     row = read()
-                    caption = self._caption(row, choice, key)
+                    caption = self.caption(row, choice, key)
+                    if self.latents is not None:
+                        return self.latents.picture(candidate), caption, bad
                     return picture_in(row, self.data, self._folders, size), caption, bad
             except Exception as error:  # broken files raise a dozen kinds, in PIL and in the data set's library
                 bad.append((candidate, first_line(error)))
@@ -229,7 +295,12 @@ class TrainingImages(TorchDataset[Sample]):
     def captions(self) -> Captions:
         return Captions.of(self.data)
 
-    def _caption(self, row: Row, choice: float, key: tuple[int, int] | None) -> str | int:
+    def caption(self, row: Mapping[str, Any], choice: float = 0.0, key: tuple[int, int] | None = None) -> str | int:
+        """The caption of a row, or its class label; see :meth:`readable`.
+
+        Raises:
+            ValueError: if it has none.
+        """
         if (label := self._label(row)) is not None:
             return label
         drawn = keyed_generator(self.seed, *key, Stream.CAPTION) if key is not None and self.captions.drawn else None
@@ -247,13 +318,16 @@ class TrainingImages(TorchDataset[Sample]):
             yield self.captions.in_order(row) if label is None else [label]
 
     def file_names(self, places: Sequence[int]) -> dict[int, str | None]:
-        """Names of the samples' files by place in the data set, None where unknown. Reads no file."""
+        """Names of the samples' files by row, None where unknown; of several data sets with theirs. Reads no file."""
         undecoded = self.dataset.cast_column(self.data.image_column, ImageFeature(decode=False))
         paths = {place: (undecoded[place][self.data.image_column] or {}).get("path") for place in places}
-        return {place: Path(path).name if path else None for place, path in paths.items()}
+        names = {place: Path(path).name if path else None for place, path in paths.items()}
+        if (mixture := self.mixture) is None:
+            return names
+        return {place: f"{mixture.name_of(place)}: {name or f'row {place}'}" for place, name in names.items()}
 
     def name(self, place: int) -> str:
-        """A sample's file name, if known, and its place in the data set."""
+        """A sample's file name, if known, and its row."""
         file = self.file_names([place])[place]
         return f"{file or 'the sample'} (number {place} of the data set)"
 
@@ -301,10 +375,22 @@ def collate(samples: list[Sample], tokenize: Callable[..., dict[str, Any]] | Non
     batch: Batch = {"bad": [found for sample in samples for found in sample.pop("bad")]}
     for name, first in samples[0].items():
         values = [sample[name] for sample in samples]
-        batch[name] = torch.stack(values) if isinstance(first, Tensor) else None if first is None else values
-    if tokenize is not None:
+        batch[name] = _stacked(values) if isinstance(first, Tensor | dict) else None if first is None else values
+    if tokenize is not None and "embeddings" not in batch:
         batch["tokens"] = tokenize(batch["caption"], *([batch["dropped"]] if "dropped" in batch else []))
     return batch
+
+
+def _stacked(values: list[Any]) -> Any:
+    """Tensors, or dictionaries of tensors, of samples as those of a batch."""
+    if isinstance(values[0], Tensor):
+        return torch.stack(values)
+    return {name: torch.stack([value[name] for value in values]) for name in values[0]}
+
+
+def fixed(images: TrainingImages) -> TrainingImages:
+    """Images for the held-out losses: nothing about their samples is random, nor depends on the run's seed."""
+    return replace(images, data=held_out(images.data), diffusion=held_out(images.diffusion), seed=0)
 
 
 def held_out_batches(images: TrainingImages, batch_size: int, first: int = 0, stride: int = 1) -> Iterator[Batch]:
@@ -313,7 +399,7 @@ def held_out_batches(images: TrainingImages, batch_size: int, first: int = 0, st
     Sample n of N is taken at the (n + 1/2) / N quantile of the timesteps, so that all noise levels take part, and two
     runs of the same objective can be compared number by number.
     """
-    fixed = replace(images, data=held_out(images.data), diffusion=held_out(images.diffusion), seed=0)
+    alike = fixed(images)
     count = len(images)
     # Neighbours in a data set are often alike; a stride without a common factor with N spreads their timesteps.
     spread = next(step for step in range(max(1, round(count * 0.618)), count + 1) if math.gcd(step, count) == 1)
@@ -323,7 +409,7 @@ def held_out_batches(images: TrainingImages, batch_size: int, first: int = 0, st
             samples = []
             for number in some:
                 quantile = torch.tensor([(number * spread % count + 0.5) / count])
-                samples.append(fixed[0, number] | {"timestep": images.objective.sample_timesteps(quantile)[0]})
+                samples.append(alike[0, number] | {"timestep": images.objective.sample_timesteps(quantile)[0]})
             yield collate(samples)
 
 
@@ -334,7 +420,7 @@ def real_images(
 
     None if a caption has no image, or the data is streamed.
     """
-    if images.count is None:
+    if images.rows is None:
         return None
     places: dict[str | int, list[int]] = {caption: [] for caption in captions}
     for index, own in enumerate(images.captions_at()):
@@ -342,10 +428,11 @@ def real_images(
             places[caption].append(index)
     if not all(places.values()):
         return None
-    found = []
+    found, whole = [], replace(images, latents=None)
     for number, caption in enumerate(captions):
         index = places[caption][number % len(places[caption])]
-        picture, *_ = images.readable(images.rows_from(index))
+        picture, *_ = whole.readable(whole.candidates(index))
+        assert isinstance(picture, Picture)
         found.append(picture.image.convert("RGB"))
     return [
         ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS) for height, width in sizes for image in found

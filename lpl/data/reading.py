@@ -221,6 +221,12 @@ def _in_8_bits(image: Image.Image, white: float) -> Image.Image:
     return Image.fromarray(levels.astype(np.uint8))
 
 
+def place_of(height: int, width: int, size: tuple[int, int], shares: tuple[float, float]) -> tuple[int, int]:
+    """The crop's top and left in an image of that height and width, resized to cover ``size``; see :func:`cropped`."""
+    across, down = _covering(width, height, size)
+    return int(shares[0] * (down - size[0] + 1)), int(shares[1] * (across - size[1] + 1))
+
+
 def cropped(
     picture: Picture, size: tuple[int, int], shares: tuple[float, float], flip: bool, interpolation: str
 ) -> tuple[Tensor, tuple[int, int]]:
@@ -237,7 +243,7 @@ def cropped(
     height, width = size
     scale = max(height / picture.height, width / picture.width)
     resized = _covering(picture.width, picture.height, size)
-    top, left = int(shares[0] * (resized[1] - height + 1)), int(shares[1] * (resized[0] - width + 1))
+    top, left = place_of(picture.height, picture.width, size, shares)
     resampling = RESAMPLING[interpolation]
     aspects = picture.width * height, picture.height * width  # their ratio: the image's aspect ratio to the crop's
     if max(aspects) > LONGEST * min(aspects):  # the whole image would be huge at this scale

@@ -6,7 +6,6 @@ Images stay undecoded; :class:`lpl.data.dataset.TrainingImages` opens each one w
 from __future__ import annotations
 
 import glob
-import json
 import logging
 import os
 import re
@@ -33,10 +32,12 @@ from datasets import Image as ImageFeature
 from datasets.packaged_modules.folder_based_builder import folder_based_builder
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from lpl.config.groups import Data
+from lpl.config.groups import Data, Part, naming
 from lpl.data import masks
 from lpl.data.captions import caption_columns, columns_of, report_instance_prompt
 from lpl.data.folder import Contents, folder_dataset, suffix
+from lpl.data.mixture import is_mixture, joined, parts_of, without_marks
+from lpl.data.places import as_read, saved_splits, with_column_of_json, with_paths_of_images
 from lpl.tools.words import close_match, first_line
 
 
@@ -68,14 +69,14 @@ def load_training_images(
     Raises:
         ValueError: if there is nothing to train on, or a column is missing or of the wrong type.
     """
-    dataset, held_out = _map_style(data, data.train_split, cache_dir, num_classes, classes), None
-    if data.max_train_samples is not None:
-        dataset = dataset.shuffle(seed=seed).select(range(min(data.max_train_samples, len(dataset))))
-    if data.validation_split is not None:
-        held_out = _map_style(data, data.validation_split, cache_dir, num_classes, class_names(dataset, data))
+    dataset, held_out = _whole(data, "train_split", seed, cache_dir, num_classes, classes), None
+    dataset = _subset(dataset, data.max_train_samples, seed)
+    if data.holds_out_splits:
+        names = class_names(dataset, data)
+        held_out = without_marks(_whole(data, "validation_split", seed, cache_dir, num_classes, names))
     elif data.validation_every_nth is not None:
         every_nth = range(0, len(dataset), data.validation_every_nth)
-        held_out = dataset.select(every_nth)
+        held_out = without_marks(dataset.select(every_nth))
         dataset = dataset.select(sorted(set(range(len(dataset))) - set(every_nth)))
         if len(dataset) == 0:
             raise ValueError(f"--validation_every_nth {data.validation_every_nth}: nothing is left to train on")
@@ -83,6 +84,55 @@ def load_training_images(
     if held_out is not None:
         held_out = held_out.select(range(min(data.num_validation_samples, len(held_out))))
     return dataset, held_out
+
+
+def _whole(
+    data: Data, flag: str, seed: int, cache_dir: str | None, num_classes: int | None, classes: Sequence[str]
+) -> Dataset:
+    """The split that ``flag`` names of each data set that has it, joined if there are several."""
+    parts = [part for part in parts_of(data, num_classes is not None) if getattr(part.data, flag) is not None]
+    if data.datasets is None and not is_mixture(parts):
+        return _map_style(parts[0].data, getattr(parts[0].data, flag), cache_dir, num_classes, classes)
+    loaded = []
+    for part in parts:
+        with naming(part, parts):
+            found = _map_style(part.data, getattr(part.data, flag), cache_dir, num_classes, ())
+        if data.datasets is not None and flag == "train_split":
+            found = _subset(found, part.data.max_train_samples, seed)
+        loaded.append(found)
+    if num_classes is not None:
+        loaded = _with_common_labels(parts, loaded, classes, num_classes)
+    return joined(parts, loaded, data)
+
+
+def _with_common_labels(
+    parts: Sequence[Part], loaded: Sequence[Dataset], classes: Sequence[str], num_classes: int
+) -> list[Dataset]:
+    """Gives a class one label in all data sets, by its name: that of the first one, or of the run to resume.
+
+    Raises:
+        ValueError: if only some have names, or there are more classes than the model has.
+    """
+    names = [class_names(dataset, part.data) for part, dataset in zip(parts, loaded)]
+    if not any(names) and not classes:
+        return list(loaded)
+    if not all(names):
+        unnamed = parts[names.index([])].name
+        raise ValueError(
+            f"data set {unnamed!r}: its class labels are numbers without names, and those of another data set have "
+            "names; give all of them names, or none"
+        )
+    merged = list(dict.fromkeys([*classes, *(name for of_one in names for name in of_one)]))
+    if len(merged) > num_classes:
+        raise ValueError(
+            f"the data sets have {len(merged)} classes together, and the model has {num_classes}: {_some(merged)}"
+        )
+    return [_relabelled(dataset, part.data.caption_column, merged) for part, dataset in zip(parts, loaded)]
+
+
+def _subset(dataset: Dataset, count: int | None, seed: int) -> Dataset:
+    """A random subset of ``count`` rows at most; None: all of them, in order."""
+    return dataset if count is None else dataset.shuffle(seed=seed).select(range(min(count, len(dataset))))
 
 
 def _map_style(
@@ -101,8 +151,10 @@ def load_split(
     Raises:
         ValueError: if it cannot be loaded, or a column is missing or of the wrong type.
     """
+    data = as_read(data, num_classes is not None)
     where = _named(data)
     dataset = _opened(data, split, cache_dir, num_classes is not None)
+    dataset = with_column_of_json(dataset, data.caption_column)
     columns = columns_of(data, dataset.column_names or [])
     check_columns(dataset, data.image_column, data.caption_column if columns else None, where, num_classes)
     pictures = [data.image_column]
@@ -127,6 +179,7 @@ def load_images(data: Data, split: str, cache_dir: str | None) -> Dataset:
     Raises:
         ValueError: if it cannot be loaded, or has no images.
     """
+    data = as_read(data, class_conditional=True)  # which needs no captions either
     dataset = _opened(data, split, cache_dir, class_conditional=False)
     assert isinstance(dataset, Dataset), "nothing is streamed"
     check_columns(dataset, data.image_column, None, _named(data))
@@ -148,7 +201,7 @@ def _opened(data: Data, split: str, cache_dir: str | None, class_conditional: bo
     for column in filter(None, (data.image_column, data.mask_column)):
         if _holds_bytes(dataset, column):
             dataset = dataset.cast_column(column, ImageFeature(decode=False))
-    return dataset
+    return with_paths_of_images(dataset, data)
 
 
 def _loaded(data: Data, split: str, cache_dir: str | None, class_conditional: bool) -> Dataset | IterableDataset:
@@ -172,13 +225,6 @@ def _loaded(data: Data, split: str, cache_dir: str | None, class_conditional: bo
         return dataset.decode(False)
     assert isinstance(dataset, Dataset)  # with a split, it is no dictionary of splits
     return dataset
-
-
-def saved_splits(name: str) -> list[str]:
-    """The splits of a folder that ``save_to_disk`` wrote; none if it did not."""
-    if (index := Path(name, "dataset_dict.json")).is_file():
-        return json.loads(index.read_text(encoding="utf-8"))["splits"]
-    return ["train"] if Path(name, "state.json").is_file() else []
 
 
 def _saved(data: Data, split: str) -> Dataset:
@@ -293,9 +339,11 @@ def _check_captions(dataset: Dataset | IterableDataset, column: str, where: str)
     feature = _feature(dataset, column)
     kind = getattr(getattr(feature, "feature", feature), "dtype", None)  # of a list's entries, or of the value itself
     if kind not in ("string", "large_string"):
+        keys = [key for key in feature if key in CAPTION_COLUMNS] if isinstance(feature, dict) else []
+        hint = f"; did you mean --caption_column {column}.{keys[0]}?" if keys else ""
         raise ValueError(
             f"{where}: column {column!r} (--caption_column) must hold strings or lists of strings, "
-            f"but its first value is {next(iter(dataset[column]), None)!r}"
+            f"but its first value is {next(iter(dataset[column]), None)!r}{hint}"
         )
 
 
@@ -339,9 +387,15 @@ def _with_labels_of(
             f"({_some(names) or 'numbers without names'}); restore the data, or start another run"
         )
     logger.warning("%s: the classes keep the labels that the checkpoint was trained with: %s", where, _some(merged))
+    return _relabelled(dataset, column, merged)
+
+
+def _relabelled(dataset: Dataset, column: str, merged: Sequence[str]) -> Dataset:
+    """With each class's place in ``merged`` as its label."""
+    names = _feature(dataset, column).names
     places = {name: label for label, name in enumerate(merged)}
     labels = [None if label is None else places[names[label]] for label in dataset[column]]
-    return dataset.remove_columns(column).add_column(column, labels, feature=ClassLabel(names=merged))
+    return dataset.remove_columns(column).add_column(column, labels, feature=ClassLabel(names=list(merged)))
 
 
 def _some(names: Sequence[str]) -> str:
@@ -351,6 +405,8 @@ def _some(names: Sequence[str]) -> str:
 
 def data_folders(data: Data, cache_dir: str | None) -> list[str]:
     """Folders that a data set's files may lie in: its own; for a data set of the Hub also the download caches."""
+    if data.datasets is not None:
+        return list(dict.fromkeys(folder for part in data.parts for folder in data_folders(part.data, cache_dir)))
     if not data.dataset_name:
         return [data.train_data_dir] if data.train_data_dir else []
     downloads = os.path.join(cache_dir or datasets.config.HF_DATASETS_CACHE, "downloads")

@@ -126,7 +126,8 @@ def shard_rows(dataset: IterableDataset, shard: int, data: Data) -> Iterator[Ind
     try:
         for row in dataset.shard(dataset.num_shards, shard):
             image = row[data.image_column] or {}
-            if image.get("bytes") is None and not _belongs(image.get("path"), data.dataset_name):
+            place = data.dataset_name or data.train_data_dir
+            if image.get("bytes") is None and not _belongs(image.get("path"), place):
                 row = ValueError("the row holds no image, or a path that leads out of the data set; embed the images")
             yield index, row
             index += 1
@@ -137,13 +138,13 @@ def shard_rows(dataset: IterableDataset, shard: int, data: Data) -> Iterator[Ind
         yield index, ValueError(f"the rest of the shard cannot be read: {first_line(error)}")
 
 
-def _belongs(path: str | None, dataset_name: str | None) -> bool:
-    """Whether the path of an image is within the data set."""
-    if path is None or dataset_name is None:
+def _belongs(path: str | None, place: str | None) -> bool:
+    """Whether the path of an image is within the data set, a folder or a name on the Hub."""
+    if path is None or place is None:
         return False
-    if Path(dataset_name).is_dir():
-        return lies_in(path, dataset_name)
-    return path.rpartition("::")[2].startswith(f"hf://datasets/{dataset_name}@")
+    if Path(place).is_dir():
+        return lies_in(path, place)
+    return path.rpartition("::")[2].startswith(f"hf://datasets/{place}@")
 
 
 def _is_broken(error: Exception) -> bool:
@@ -318,7 +319,7 @@ class StreamedImages(TrainingImages):
         return None
 
     @property
-    def count(self) -> None:
+    def rows(self) -> None:
         return None
 
     def batches(

@@ -228,7 +228,8 @@ class Report:
         plan, config = self.plan, self.plan.config
         masks = config.data.masks
         rows = [
-            ("images", f"{plan.count()} at {plan.sizes()}" + (f", {masks}" if masks else "")),
+            ("images", f"{plan.count()}{plan.repeated()} at {plan.sizes()}" + (f", {masks}" if masks else "")),
+            *((f"of {name}", words) for name, words in plan.data_sets()),
             ("samples per step", _batch_in_words(plan)),
             ("steps", f"{plan.max_steps}{plan.epochs(', which is ')}; {plan.steps_to_go} to go"),
         ]

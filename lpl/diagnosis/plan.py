@@ -66,9 +66,13 @@ class Plan:
         if run.resumed is not None:
             to_go = max(0, self.max_steps - run.step)
             logger.info(f"resumed from {run.resumed}, {to_go} of {self.max_steps} steps to go")
-        logger.info(f"{self.count()} images, {self.max_steps} steps of {self.global_batch}{self.epochs(': ')}")
         if config.data.masks is not None:
             logger.info(config.data.masks)
+        logger.info(
+            f"{self.count()} images{self.repeated()}, {self.max_steps} steps of {self.global_batch}{self.epochs(': ')}"
+        )
+        for name, words in self.data_sets():
+            logger.info(f"data set {name}: {words}")
         logger.info(f"training {self.what()}, in {self.precision_of(self.trained.weights())}{self.autocast()}")
         logger.info(
             f"objective {config.model.prediction_type}, {self.sizes(SIZES)}, seed {run.seed}, "
@@ -108,7 +112,7 @@ class Plan:
 
     def count(self) -> str:
         """The number of images in words."""
-        return "streamed" if self.images.count is None else str(self.images.count)
+        return "streamed" if self.images.rows is None else str(self.images.rows)
 
     def sizes(self, most: int | None = None) -> str:
         """The sizes of the images in words, with the number of their samples in an epoch if there are several.
@@ -118,6 +122,14 @@ class Plan:
         """
         items = self.images.items
         return pixels(*self.config.data.size) if items is None else items.in_words(most)
+
+    def repeated(self) -> str:
+        """What repeats make of the number of images, in words; empty without."""
+        return f" ({self.images.length} an epoch)" if self.images.length != self.images.rows else ""
+
+    def data_sets(self) -> list[tuple[str, str]]:
+        """The data sets and what is trained on of each; empty unless there are several or repeats."""
+        return [] if self.images.mixture is None else self.images.mixture.in_words()
 
     def epochs(self, before: str) -> str:
         """The number of epochs in words, after the words ``before``; empty where it is not known."""
@@ -205,14 +217,14 @@ class Plan:
 
     def _caption_warning(self) -> str | None:
         """How many captions the text encoder does not take whole, of CAPTIONS samples at most."""
-        if self.images.count is None:
+        if self.images.rows is None:
             return None
-        family, places = self.trained.family, spaced(self.images.count, CAPTIONS)
+        family, places = self.trained.family, spaced(self.images.rows, CAPTIONS)
         captions = [str(caption) for listed in self.images.captions_at(places) for caption in listed]
         counts, limit = family.caption_lengths(captions)
         if not (cut := sum(count > limit for count in counts)):
             return None
-        looked_at = " looked at" if len(places) < self.images.count else ""
+        looked_at = " looked at" if len(places) < self.images.rows else ""
         most = math.inf if family.max_sequence_length is None else family.max_sequence_length
         longer = "; --max_sequence_length can be raised" if family.sequence_length and limit < most else ""
         return (

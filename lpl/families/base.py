@@ -11,7 +11,8 @@ loader has ``tokens`` too, made of its captions by :meth:`Family.tokenize`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from lpl.autoencoders import downscaling_factor
 from lpl.families.fit import Relation
 from lpl.families.lora_layout import LoraLayout
-from lpl.families.tokens import Tokenize, Tokens
+from lpl.families.tokens import Tokenize, Tokens, on_device
 from lpl.objectives import OBJECTIVES
 
 
@@ -70,6 +71,7 @@ class Family:
     ) -> None:
         self.pipeline: Any = pipeline  # each class of pipelines has attributes and methods of its own
         self.tokens, self.guidance_scale = max_sequence_length, guidance_scale
+        self._released: dict[str, Callable[[], Any]] = {}
         for component in (self.vae, self.denoiser, *self.text_encoders):
             component.requires_grad_(False).eval()
 
@@ -123,10 +125,29 @@ class Family:
         encoders = (getattr(self.pipeline, name) for name in self.text_encoder_names)
         return [encoder for encoder in encoders if encoder is not None]
 
+    def release(self, load: Mapping[str, Callable[[], Any]]) -> None:
+        """Free components that only sampling needs; ``load`` loads them for :meth:`whole`."""
+        self._released = dict(load)
+        for name in load:
+            setattr(self.pipeline, name, None)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within, the components are there that were released."""
+        for name, load in self._released.items():
+            setattr(self.pipeline, name, load())
+        try:
+            yield
+        finally:
+            for name in self._released:
+                setattr(self.pipeline, name, None)
+
     # In training
 
     def conditions(self, batch: Mapping[str, Any], device: torch.device) -> Conditions:
         """Everything :meth:`predict` needs of a batch, each (B, ...); no gradient unless text encoders are trained."""
+        if "embeddings" in batch:  # of --cache_text_embeddings
+            return on_device(batch["embeddings"], device)
         return self.encode_prompts(batch["caption"], device, batch.get("tokens"))
 
     def encode_prompts(
@@ -180,7 +201,11 @@ class Family:
 
     def loading_arguments(self) -> dict[str, None]:
         """Arguments of ``from_pretrained`` that load a pipeline like this one: the components that it lacks."""
-        return {name: None for name in self.optional_components if getattr(self.pipeline, name) is None}
+        return {
+            name: None
+            for name in self.optional_components
+            if getattr(self.pipeline, name) is None and name not in self._released
+        }
 
     # From the configuration files, before anything is loaded
 

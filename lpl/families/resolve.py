@@ -31,7 +31,7 @@ from lpl.tools.words import first_line, warn
 
 OF_TEXTS = (  # flags that have no meaning for class labels
     *("instance_prompt", "caption_prefix", "caption_suffix", "trigger_word", "shuffle_tags", "tag_dropout"),
-    *("tag_separator", "keep_tags", "keep_tags_separator", "text_encoder_dropout"),
+    *("cache_text_embeddings", "tag_separator", "keep_tags", "keep_tags_separator", "text_encoder_dropout"),
 )
 
 

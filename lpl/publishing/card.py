@@ -23,11 +23,12 @@ from urllib.parse import quote
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from lpl.config.command_line import loss_words, words_of
+from lpl.config.data_sets import public_entry
 from lpl.config.recipes import is_own
 from lpl.diagnosis.plan import Plan
 from lpl.options import parse_weight
 from lpl.publishing.hub import MAIN, address
-from lpl.publishing.public_recipe import left_to_give, rerun_command
+from lpl.publishing.public_recipe import left_to_give, local_sources, rerun_command
 from lpl.tools import layout, words
 from lpl.tools.files import write_whole
 from lpl.tools.machine import peak_memory
@@ -53,7 +54,7 @@ class RunCard:
 
     # What it is
     base_model: str  # Hub id or local folder
-    dataset: str  # Hub id or local folder
+    dataset: str  # Hub id or local folder, of the first one
     pipeline_class: str  # diffusers class that loads the result, "StableDiffusionPipeline"
     repo_id: str | None = None  # None: not on the Hub; the title is the folder's name
     revision: str | None = None  # the repository's branch; None: main
@@ -105,6 +106,7 @@ class RunCard:
     results: Sequence[EvalResult] = ()  # metrics of the trained model
     results_text: str = ""  # the same as Markdown, under a heading of level 3
     # How to run it again
+    other_datasets: Sequence[str] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)  # every flag, resolved
     command: Sequence[str] = ()  # the script and the flags that decide the training's numbers
     versions: Mapping[str, str] = field(default_factory=installed_versions)
@@ -147,7 +149,7 @@ class RunCard:
             dtype=str(weight_dtype(run.accelerator)).removeprefix("torch."),
             loading_arguments=family.loading_arguments(),
             sampling_arguments=family.sampling_arguments(),
-            images=plan.images.count,
+            images=plan.images.rows,
             fingerprint=facts["data"]["fingerprint"],
             steps=run.step,
             max_steps=plan.max_steps,
@@ -192,14 +194,18 @@ def _asked_for(plan: Plan) -> dict[str, Any]:
     """The fields of a card that are flags."""
     config, run = plan.config, plan.run
     model, data, optimization = config.model, config.data, config.optimization
-    found_out = config.changed(seed=run.seed, mixed_precision=run.mixed_precision)
-    places = {"revision": model.revision, "variant": model.variant}
+    listed = None if data.datasets is None else tuple(map(public_entry, data.datasets))
+    found_out = config.changed(seed=run.seed, mixed_precision=run.mixed_precision, datasets=listed)
+    # A folder may look like a Hub id.
+    places = [part.data.dataset_name or os.path.abspath(part.data.train_data_dir or "") for part in data.parts]
+    where = {"revision": model.revision, "variant": model.variant}
     lacking = dict.fromkeys(missing_components(Path(model.pipeline)))
     return {
         "base_model": model.pretrained_model_name_or_path,
-        "dataset": data.dataset_name or os.path.abspath(data.train_data_dir or ""),  # a folder may look like a Hub id
+        "dataset": places[0],
+        "other_datasets": places[1:],
         "revision": config.output.hub_revision if run.repository else None,
-        "base_arguments": {name: value for name, value in places.items() if value} | lacking,
+        "base_arguments": {name: value for name, value in where.items() if value} | lacking,
         "vae": model.pretrained_vae_model_name_or_path,
         "redrawn": config.lora.quantize_base is None,
         "from_scratch": model.from_scratch,
@@ -321,7 +327,7 @@ class Result:
             base_model_relation=("adapter" if card.lora_rank else "finetune") if on_hub else None,
             eval_results=list(card.results) or None,
             model_name=self.title if card.results else None,
-            datasets=[card.dataset] if is_hub_id(card.dataset) else None,
+            datasets=list(filter(is_hub_id, (card.dataset, *card.other_datasets))) or None,
             inference=True,
             instance_prompt=None if card.trigger is None else encodable(card.trigger),  # shown as the trigger words
             library_name="diffusers",
@@ -445,12 +451,12 @@ class Result:
     @property
     def local_sources(self) -> list[str]:
         """Data and models of the run that are not on the Hub."""
-        return list(dict.fromkeys(left_to_give(self.card.recipe).values()))
+        return local_sources(self.card.recipe)
 
     @property
     def local_folders(self) -> set[str]:
         """Arguments of the command that are folders of this machine, though they may look like plain words."""
-        sources = (self.card.base_model, self.card.dataset, self.card.vae)
+        sources = (self.card.base_model, self.card.dataset, *self.card.other_datasets, self.card.vae)
         return {source for source in sources if source and os.path.exists(source)}
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from lpl.config.config import FLAGS
+from lpl.config.data_sets import as_word, place_of, public_entry
 from lpl.config.recipes import MEASURED, is_public, read_entries, recipe_text, take_measured
 from lpl.tools import layout
 from lpl.tools.files import write_text
-from lpl.tools.privacy import HUB_ID, shown, without_secrets
+from lpl.tools.privacy import HUB_ID, is_local, shown, without_secrets
 
 
 PLACES = [name for name, declared in FLAGS.items() if declared.public]  # their values may lead to one's own files
@@ -23,10 +24,24 @@ def public_recipe(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None and is_public(name, values)}
 
 
-def left_to_give(values: Mapping[str, Any]) -> dict[str, str]:
+def left_to_give(values: Mapping[str, Any]) -> dict[str, list[str]]:
     """Flags that a rerun of the public recipe needs besides: data and models that are not on the Hub."""
     local = [name for name in PLACES if values.get(name) is not None and not is_public(name, values)]
-    return {name: " ".join(shown(str(values[name])).split()) for name in local}
+    return {name: _public_words(values[name]) for name in local}
+
+
+def _public_words(value: Any) -> list[str]:
+    if isinstance(value, list):  # of data sets
+        return [as_word(public_entry(found)) for found in value]
+    return [" ".join(shown(str(value)).split())]
+
+
+def local_sources(values: Mapping[str, Any]) -> list[str]:
+    """Data and models of a run that are not on the Hub."""
+    given = left_to_give(values)
+    listed = [place_of(found) for found in values.get("datasets") or () if "datasets" in given]
+    places = [shown(place) for place in listed if is_local(place)]
+    return list(dict.fromkeys([*chain(*(words for name, words in given.items() if name != "datasets")), *places]))
 
 
 def rerun_command(values: Mapping[str, Any], measured: Mapping[str, Any], repository: str | None = None) -> str:
@@ -39,7 +54,7 @@ def rerun_command(values: Mapping[str, Any], measured: Mapping[str, Any], reposi
     processes = measured.get("num_processes")
     alone = not isinstance(processes, int) or processes <= 1
     several = [] if alone else ["--multi_gpu", "--num_processes", str(processes)]
-    given = chain(*((f"--{name}", value) for name, value in left_to_give(values).items()))
+    given = chain(*((f"--{name}", *words) for name, words in left_to_give(values).items()))
     script = ["train_text_to_image_lpl.py", "--config", repository or layout.RECIPE]
     return shlex.join(["accelerate", "launch", *several, *script, *given])
 

@@ -31,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 
 from lpl.config.choices import ENDLESS_SCHEDULERS
 from lpl.config.config import FLAGS
+from lpl.config.data_sets import as_word
 from lpl.config.groups import LENGTH, REFUSED, SILENT
 from lpl.data.fingerprint import other_data
 from lpl.tools import layout
@@ -323,7 +324,9 @@ def _other_processes(measured: Mapping[str, Any], values: Mapping[str, Any], pro
 
 
 def _said(value: Any) -> str:
-    return "none" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value).lower()
+    return (
+        "none" if value is None else " ".join(map(as_word, value)) if isinstance(value, list) else str(value).lower()
+    )
 
 
 def checkpoint_path(output_dir: str | Path, step: int) -> Path:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
-from lpl.autoencoders import feature_vae
+from lpl.autoencoders import encode, feature_vae, sampled_latents
 from lpl.config.groups import Lpl
 from lpl.loss import LatentPerceptualLoss
 from lpl.student import Fidelity, StudentLoss, load_student
@@ -20,7 +22,7 @@ from lpl.weighting import LplWeight
 class BatchLosses:
     """Both terms of Eq. 3 for a micro-batch of B samples, on the device."""
 
-    errors: Tensor  # (B,), the weighted diffusion loss of each sample
+    errors: Tensor  # (B,), the diffusion loss of each sample, times both its weights
     lpl: Tensor  # (), averaged over the batch
     model_output: Tensor  # D, (B, C, h, w)
     inside: int  # samples inside the threshold
@@ -30,22 +32,29 @@ class BatchLosses:
     by_row: tuple[Tensor, Tensor] | None = None  # places in the batch, and their LPL, both (rows,)
     corrected: tuple[Tensor, Tensor] | None = None  # places in the batch, and LPL less the student's value there
     fidelity: Fidelity | None = None  # of a student, on the samples that it was corrected on
+    weights: Tensor | None = None  # (B,), of each sample for both terms, ``errors`` has it already; None: all 1
 
     def take(self, rows: Tensor, lpl: Tensor, share: float, lpl_loss: LatentPerceptualLoss | StudentLoss) -> None:
         """Record LPL of some rows, both (n,), which stand for that share of the batch."""
         self.rows = len(lpl)
+        lpl = self._weighted(lpl, rows)
         self.by_row = rows, lpl.detach()
         self.lpl = share * lpl.mean()
         parts, kept = (
-            torch.stack([of_block[name] for name in lpl_loss.block_names]).sum(1)
+            torch.stack([of_block[name] for name in lpl_loss.block_names])  # (L, n)
             for of_block in (lpl_loss.last.terms, lpl_loss.last.kept)
         )
-        self.by_block = torch.stack([share / self.rows * parts, kept])
+        self.by_block = torch.stack([share / self.rows * self._weighted(parts, rows).sum(1), kept.sum(1)])
 
     def correct(self, rows: Tensor, difference: Tensor, factor: float) -> None:
         """Add a factor times the mean difference of LPL and a student on some rows, both (n,)."""
+        difference = self._weighted(difference, rows)
         self.lpl = self.lpl + factor * difference.mean()
         self.corrected = rows, difference.detach()
+
+    def _weighted(self, values: Tensor, rows: Tensor) -> Tensor:
+        """Values of some rows, (..., n), times the rows' weights."""
+        return values if self.weights is None else self.weights[rows] * values
 
     @property
     def diffusion_loss(self) -> Tensor:
@@ -68,6 +77,15 @@ class BatchLosses:
                 (gradient,) = torch.autograd.grad(term, self.model_output, retain_graph=True)
                 squares[-1] = gradient.square().sum()
         return torch.stack(squares)
+
+
+def clean_latents(vae: ModelMixin, batch: Mapping[str, Any]) -> Tensor:
+    """z0 of a batch, scaled, (B, C, h, w): of its pixels, or of their cached posterior."""
+    noise = batch["posterior_noise"].to(vae.device, non_blocking=True)
+    if "posterior" in batch:
+        cached = {name: value.to(vae.device, non_blocking=True) for name, value in batch["posterior"].items()}
+        return sampled_latents(vae, cached["mean"], cached.get("std"), noise)
+    return encode(vae, batch["pixels"].to(vae.device, non_blocking=True), noise)
 
 
 def perceptual_loss(vae: ModelMixin, lpl: Lpl, cache_dir: str | None) -> LatentPerceptualLoss:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from lpl.config import Config
 from lpl.config.choices import TRACKERS
-from lpl.config.groups import Data
+from lpl.config.groups import Data, naming
 from lpl.data.folder import Contents, suffix, why_no_images
+from lpl.data.mixture import parts_of
+from lpl.data.places import as_read
 from lpl.data.source import held_out_names, shard_files
 from lpl.families import Family
 from lpl.tools import layout
@@ -26,7 +28,9 @@ def preflight(config: Config) -> None:
         ValueError: with what was given, what is accepted, and the flag to change.
     """
     _check_output(config)
-    _check_data(config.data)
+    for part in config.data.parts:
+        with naming(part, config.data.parts):
+            _check_data(as_read(part.data))
     _check_packages(config)
     _check_gpu(config)
     if config.evaluation.eval_steps is not None:
@@ -43,6 +47,12 @@ def check_captions(data: Data, family: type[Family]) -> None:
     Raises:
         ValueError: with an example of what is missing.
     """
+    for part in (parts := parts_of(data, family.class_conditional)):
+        with naming(part, parts):
+            _check_captions_of(as_read(part.data, family.class_conditional), family)
+
+
+def _check_captions_of(data: Data, family: type[Family]) -> None:
     if data.dataset_name or data.streaming or (data.instance_prompt is not None and not family.class_conditional):
         return
     folder, column, contents = data.folder, data.caption_column, Contents.of(data.folder)

@@ -48,6 +48,7 @@ def installed_versions() -> dict[str, str]:
 
 MODELS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "lpl_vae_name_or_path")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+LETTERS = re.compile(r"[^a-z0-9]")  # all else
 
 
 # The facts -----------------------------------------------------------------------------------------------------------
@@ -94,9 +95,13 @@ def commits(config: Config, dataset: Dataset | IterableDataset) -> dict[str, str
             revision = config.model.revision if name == MODELS[0] else None
             path = try_to_load_from_cache(source, file, config.model.cache_dir, revision)
             found[name] = os.path.basename(os.path.dirname(path)) if isinstance(path, str) else None
-    if config.data.dataset_name and is_hub_id(config.data.dataset_name):
-        found["dataset_name"] = _data_commit(dataset, config.data.dataset_name)
-    return {name: f"{values[name]}@{commit}" for name, commit in found.items() if commit}
+    commits = {name: f"{values[name]}@{commit}" for name, commit in found.items() if commit}
+    for part in config.data.parts:
+        source = part.data.dataset_name
+        if source and is_hub_id(source) and (commit := _data_commit(dataset, source)):
+            name = "dataset_name" if config.data.datasets is None else f"dataset_name of {part.name}"
+            commits[name] = f"{source}@{commit}"
+    return commits
 
 
 def _data_commit(dataset: Dataset | IterableDataset, name: str) -> str | None:
@@ -104,8 +109,10 @@ def _data_commit(dataset: Dataset | IterableDataset, name: str) -> str | None:
     if isinstance(dataset, IterableDataset):
         paths = (re.search(rf"hf://datasets/{re.escape(name)}@(\w+)", path) for path in shard_paths(dataset))
         return next((path[1] for path in paths if path), None)
-    folders = (os.path.basename(os.path.dirname(file["filename"])) for file in dataset.cache_files)
-    return next((folder for folder in folders if COMMIT.fullmatch(folder)), None)
+    folders = [os.path.dirname(file["filename"]) for file in dataset.cache_files]
+    # The library's cache writes user___my_pictures for user/MyPictures.
+    own = [folder for folder in folders if LETTERS.sub("", name.lower()) in LETTERS.sub("", folder.lower())]
+    return next((found for found in map(os.path.basename, own) if COMMIT.fullmatch(found)), None)
 
 
 def start_recipe(
@@ -149,7 +156,8 @@ def compare_with(recipe: Mapping[str, Any], now: Mapping[str, Any], train_batch_
         train_batch_size: of this run.
     """
     data = _other_data(recipe, now)
-    sources = [name for name in now["commits"] if data or name != "dataset_name"]  # a commit may change a word only
+    # A commit of a data set may change a word only.
+    sources = [name for name in now["commits"] if data or not name.startswith("dataset_name")]
     sentences = [data, _other_batch(recipe, now, train_batch_size)]
     sentences += [_other_commit(name, recipe, now) for name in sources]
     return [sentence for sentence in (*sentences, _other_libraries(recipe, now)) if sentence]

@@ -38,16 +38,17 @@ def sample(
     pipeline.set_progress_bar_config(disable=True)
     guidance = validation.validation_guidance_scale
     images = []
-    for number, prompt in enumerate(prompts):
-        if stop():
-            break
-        with accelerator.autocast(), decoding_exactly(family.vae):
-            images += pipeline(
-                num_inference_steps=validation.validation_inference_steps,
-                generator=torch.Generator().manual_seed(seed + number),
-                **({} if guidance is None else {"guidance_scale": guidance}),
-                **family.call_arguments(prompt, *size),
-            ).images
+    with family.whole():
+        for number, prompt in enumerate(prompts):
+            if stop():
+                break
+            with accelerator.autocast(), decoding_exactly(family.vae):
+                images += pipeline(
+                    num_inference_steps=validation.validation_inference_steps,
+                    generator=torch.Generator().manual_seed(seed + number),
+                    **({} if guidance is None else {"guidance_scale": guidance}),
+                    **family.call_arguments(prompt, *size),
+                ).images
     return images
 
 

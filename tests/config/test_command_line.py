@@ -157,6 +157,7 @@ OWN = {  # SPEC.md, and what this project adds
     "unmasked_weight": 0.0,
     "max_bad_samples": None,
     "max_skipped_steps": 100,
+    "datasets": None,
     "streaming": False,
     "shuffle_buffer_size": 1000,
     "dataloader_timeout": 600.0,

@@ -35,6 +35,7 @@ use_rslora                        refused
 
 dataset_name                                on_the_hub
 train_data_dir                              within_the_data_set
+datasets                                    are_public
 shuffle_tags                                                        False
 tag_dropout                                                         0.0
 data_cache_dir                    silent    own

@@ -121,7 +121,7 @@ def test_a_list_goes_on_at_a_resume_and_begins_anew_otherwise(sd_pipeline, tmp_p
 def test_a_list_that_a_crash_cut_short_goes_on(tmp_path):
     """Within a letter; what is written next begins a line of its own, and what was cut off comes again."""
     accelerator = SimpleNamespace(is_main_process=True, num_processes=1, wait_for_everyone=lambda: None)
-    images = SimpleNamespace(count=9, file_names=lambda rows: dict.fromkeys(rows, "ä\u2028.png"))
+    images = SimpleNamespace(rows=9, file_names=lambda rows: dict.fromkeys(rows, "ä\u2028.png"))
 
     def resumed(*found):
         listed = BadSamples(accelerator, images, tmp_path, "2", resumed=True)
@@ -162,7 +162,7 @@ def test_places_that_hold_another_file_are_listed_anew(tmp_path):
     """The data has changed before the resume."""
     accelerator = SimpleNamespace(is_main_process=True, num_processes=1, wait_for_everyone=lambda: None)
     for names in (["a.png", "b.png", "c.png"], ["a.png", "new.png"]):
-        images = SimpleNamespace(count=len(names), file_names=lambda rows, names=names: {n: names[n] for n in rows})
+        images = SimpleNamespace(rows=len(names), file_names=lambda rows, names=names: {n: names[n] for n in rows})
         listed = BadSamples(accelerator, images, tmp_path, resumed=True)
         listed.add((row, "no image") for row in range(len(names)))
         listed.write()

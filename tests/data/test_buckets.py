@@ -108,7 +108,7 @@ def trained_on(photos, tmp_path, **flags):
 def test_samples_have_the_size_of_their_bucket(photos, tmp_path, caplog):
     flags = {"resolution": "32,64", "aspect_ratio_buckets": "auto", "bucket_step": 16}
     images = trained_on(photos, tmp_path, **flags)
-    assert images.count == 7 and images.length == len(images.items) == 11
+    assert images.rows == 7 and images.length == len(images.items) == 11
     for batch in islice(images.batches(2, 0, 1, 0), 12):
         found = collate([images[key] for key in batch])
         height, width = found["target_size"][0].tolist()

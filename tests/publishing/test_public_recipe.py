@@ -92,8 +92,8 @@ def test_a_public_recipe_names_nothing_of_the_machine(sd_pipeline, image_folder,
     text = (tmp_path / "out/recipe.yaml").read_text()
     assert "alice" not in text and str(tmp_path) not in text and TOKEN not in text and "mine" not in text
     assert public_recipe.left_to_give(values) == {
-        "pretrained_model_name_or_path": "path/to/model",
-        "train_data_dir": "path/to/my foxes",
+        "pretrained_model_name_or_path": ["path/to/model"],
+        "train_data_dir": ["path/to/my foxes"],
     }
     assert public_recipe.rerun_command(values, {"num_processes": 4}, "team/run@v1") == (
         "accelerate launch --multi_gpu --num_processes 4 train_text_to_image_lpl.py --config team/run@v1 "

@@ -48,3 +48,15 @@ def test_samples_that_are_not_finite_are_found_by_term():
     terms = BatchLosses(torch.tensor([0.0, nan, 1.0, inf]), torch.zeros(()), torch.zeros(4), 2, True)
     terms.by_row = torch.tensor([3, 0]), torch.tensor([1.0, nan])
     assert terms.not_finite().nonzero().tolist() == [[0, 1], [1, 0], [3, 0]]
+
+
+def test_weights_of_samples_weigh_lpl_and_its_parts():
+    last = SimpleNamespace(terms={"mid": torch.tensor([4.0, 6.0])}, kept={"mid": torch.tensor([1.0, 1.0])})
+    found = SimpleNamespace(block_names=("mid",), last=last)
+    terms = BatchLosses(
+        torch.zeros(4), torch.zeros(()), torch.zeros(4), 2, True, weights=torch.tensor([9.0, 0, 0.5, 0])
+    )
+    terms.take(torch.tensor([1, 2]), torch.tensor([4.0, 6.0]), 2 / 4, found)
+    assert terms.lpl.item() == 0.75 and terms.by_block.tolist() == [[0.75], [2.0]]
+    terms.correct(torch.tensor([2]), torch.tensor([8.0]), 0.5)
+    assert terms.lpl.item() == 2.75
