@@ -5,6 +5,7 @@ Flags that default to None get the family's or the pipeline's value. Afterwards 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -239,6 +240,10 @@ def resolved_resolution(data: Data, description: Description) -> int | str:
         ValueError: if the pipeline does not accept it.
     """
     family, parts, resolution = description.family, description.parts, data.resolution
+    if resolution is None and data.aspect_ratio_buckets not in (None, AUTO):
+        sizes, multiple = parse_sizes(data.aspect_ratio_buckets), family.resolution_multiple(parts)
+        area = max(height * width for height, width in sizes)  # samples are drawn at the square of that many pixels
+        resolution = max(1, round(math.sqrt(area) / multiple)) * multiple
     if resolution is None:
         resolution, (_, largest) = family.default_resolution(parts), family.resolution_range(parts)
         if largest is not None and resolution > largest:  # a small model of a family of larger ones

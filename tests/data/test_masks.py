@@ -299,7 +299,7 @@ def test_the_diffusion_loss_under_a_mask(options, vae):
     errors, masked_gradient = losses_of(vae, mask, **options)
     weights = torch.ones(8)
     weights[4], weights[5:] = 0.5, 0
-    expected = gradient[0] * weights
+    expected = gradient[0] * weights * 8 / 4.5
     assert torch.allclose(masked_gradient[0], expected) and not masked_gradient[0, ..., 5:].any()
     assert errors[1] == 0 and not masked_gradient[1].any()
     share = 0.25
@@ -307,12 +307,12 @@ def test_the_diffusion_loss_under_a_mask(options, vae):
     assert torch.allclose(mixed, share * plain + (1 - share) * errors)
 
 
-def test_the_diffusion_loss_is_the_mean_over_all_positions(vae):
-    """It is not divided by the mask's area: both halves sum to the whole."""
+def test_the_diffusion_loss_is_the_mean_over_the_mask(vae):
+    """It does not depend on the mask's area: the whole is the mean of both halves."""
     left = torch.zeros(2, 1, 24, 32)
     left[..., :16] = 1
     (one, _), (other, _), (whole, _) = (losses_of(vae, mask) for mask in (left, 1 - left, None))
-    assert torch.allclose(one + other, whole) and (one > 0).all() and (other > 0).all()
+    assert torch.allclose((one + other) / 2, whole) and (one > 0).all() and (other > 0).all()
 
 
 # Runs ----------------------------------------------------------------------------------------------------------------
@@ -336,8 +336,8 @@ def transparent(tmp_path_factory):
 def test_a_run_with_alpha_masks(sd_pipeline, transparent, tmp_path, monkeypatch):
     """Both losses get them, those of the held-out images too."""
     seen = []
-    weights = LossMask.weights
-    monkeypatch.setattr(LossMask, "weights", lambda mask, size: seen.append(mask) or weights(mask, size))
+    pooled = LossMask.pooled
+    monkeypatch.setattr(LossMask, "pooled", lambda mask, size: seen.append(mask) or pooled(mask, size))
     folder = train(
         sd_pipeline,
         transparent,
