@@ -4,9 +4,8 @@
 
 Two models: the quickstart's, on its data and as its command trains it; and a mid-sized Stable Diffusion with random
 weights, a UNet of 74 million parameters between CLIP's text encoder and the VAE at their full sizes. Each is trained
-without LPL and with it, in interleaved runs of a few steps that differ in the caches alone. What fills the caches comes
-before the first step and is not counted: it encodes each image and caption once, as the first epoch does without them.
-Writes a JSON file.
+without LPL and with it, in interleaved runs of a few steps that differ in the caches alone. Filling the caches is not
+counted: it comes before the first step, and encodes each image and caption once. Writes a JSON file.
 """
 
 from __future__ import annotations
@@ -22,11 +21,14 @@ import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from unittest import mock
 
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+import train_text_to_image_lpl as script
 from benchmarks.lpl_cost import KL
 
 
@@ -72,34 +74,32 @@ def mid_sized(folder: Path) -> Path:
     return folder
 
 
-def images_per_second(pipeline: Path, data: Path, folder: Path, flags: Sequence[str], steps: int) -> float:
-    """Of a run without its first step."""
+def speeds(pipeline: Path, data: Path, folder: Path, flags: Sequence[str], steps: int) -> list[float]:
+    """Images per second in each step of a run but the first."""
     words = ["--pretrained_model_name_or_path", pipeline, "--train_data_dir", data, "--output_dir", folder]
     words += ["--max_train_steps", steps, "--logging_steps", 1, "--checkpointing_steps", 10**6, "--center_crop"]
     words += ["--report_to", "none", "--seed", 0, "--dataloader_num_workers", 0, "--data_cache_dir", folder / "cache"]
-    command = [sys.executable, str(ROOT / "train_text_to_image_lpl.py"), *map(str, words), *flags]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
-    subprocess.run(command, check=True, env=environment, capture_output=True, cwd=ROOT)
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    cpu = mock.patch.dict(os.environ, ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1")
+    with mock.patch.object(sys, "argv", [script.__file__, *map(str, words), *flags]), cpu:
+        script.main()
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    speeds = [record["images_per_second"] for record in records if "loss" in record][1:]
-    return statistics.harmonic_mean(speeds)
+    return [record["images_per_second"] for record in records if "loss" in record][1:]
 
 
 def measured(name: str, pipeline: Path, data: Path, folder: Path, steps: int, repeats: int) -> dict[str, object]:
-    """Images per second of each way, and their ratio with caches and without: medians of interleaved runs."""
+    """Images per second of each way without and with caches, medians over the steps of interleaved runs."""
     found: dict[str, object] = {}
     for way, flags in WAYS.items():
-        pairs = []
+        without, cached = list[float](), list[float]()
         for repeat in range(repeats):
             place = folder / f"{name} {way} {repeat}".replace(" ", "_")
-            pair = []
-            for number, caches in enumerate(((), CACHES)):
-                words = [*MODELS[name], *flags, *caches]
-                pair.append(images_per_second(pipeline, data, place / str(number), words, steps))
-            pairs.append(pair)
-        without, with_caches = (statistics.median(speeds) for speeds in zip(*pairs))
-        ratio = statistics.median(after / before for before, after in pairs)
-        found[way] = {"without": round(without, 3), "with": round(with_caches, 3), "ratio": round(ratio, 3)}
+            words = [*MODELS[name], *flags]
+            without += speeds(pipeline, data, place / "without", words, steps)
+            cached += speeds(pipeline, data, place / "with", [*words, *CACHES], steps)
+        before, after = statistics.median(without), statistics.median(cached)
+        found[way] = {"without": round(before, 3), "with": round(after, 3), "ratio": round(after / before, 3)}
         print(f"{name}, {way}: {found[way]}", flush=True)
     return found
 
@@ -107,8 +107,8 @@ def measured(name: str, pipeline: Path, data: Path, folder: Path, steps: int, re
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "caches.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

@@ -211,11 +211,17 @@ class TrainingImages(TorchDataset[Sample]):
         """What is drawn of a sample's image and caption."""
         key = self.seed, epoch, index
         vertical, horizontal, flip, choice, drop = _uniform(*key)
-        if self.data.center_crop:
-            vertical = horizontal = 0.5
-        elif crops := self.data.crops_per_image:
-            vertical, horizontal, *_ = _uniform(0, epoch % crops, index)  # in all runs, which share a cache
+        if self.data.center_crop or self.data.crops_per_image:
+            vertical, horizontal = self.kept_shares(epoch, index)
         return Draws((vertical, horizontal), self.data.random_flip and flip < 0.5, choice, drop)
+
+    def kept_shares(self, epoch: int, index: int) -> tuple[float, float]:
+        """The position of a crop that comes again: the same in all runs, which may share a cache."""
+        if self.data.center_crop:
+            return 0.5, 0.5
+        assert self.data.crops_per_image is not None
+        vertical, horizontal, *_ = _uniform(0, epoch % self.data.crops_per_image, index)
+        return vertical, horizontal
 
     def sample(self, epoch: int, index: int, candidates: Candidates) -> Sample:
         """The first readable candidate, with the size of ``index`` and the random numbers of (seed, epoch, index)."""

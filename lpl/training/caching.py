@@ -41,7 +41,6 @@ from lpl.tools.words import first_line
 from lpl.training.loading import load_text_encoder, precisions, weight_dtype
 
 
-CENTRE = 0.5, 0.5  # shares of a centred crop
 SHARD = 256  # entries of a shard at most
 SHARD_BYTES = 2**26  # after which it is written too
 SAVED_EVERY = 60.0  # seconds after which a shard is written with fewer entries
@@ -152,7 +151,7 @@ def _missing(images: TrainingImages, latents: CachedLatents) -> list[Work]:
         row, size = _usable_row(images, latents, usable, index), images.size_of(index)
         picture = latents.picture(row)
         for epoch in range(1 if images.data.center_crop else images.data.crops_per_image or 1):
-            shares = CENTRE if images.data.center_crop else images.draws(epoch, index).shares
+            shares = images.kept_shares(epoch, index)
             place = place_of(picture.height, picture.width, size, shares)
             for flip in (False, True) if images.data.random_flip else (False,):
                 key = latents.key(row, Crop(size, place, flip))
