@@ -11,7 +11,7 @@ same generators as without caches.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lpl.config.sizes import Size
-from lpl.data.catalogue import Catalogue
+from lpl.data.catalogue import Catalogue, digest_of
 from lpl.data.store import Entry, Store, key_of
 
 
@@ -56,6 +56,7 @@ class CachedLatents:
     Args:
         encoder: fingerprint of the VAE.
         interpolation: of resizing.
+        columns: of images and of loss masks, if there is one.
         masks: what decides the loss masks, and their digests by row; None: there are none.
         bad: reasons of the rows that could not be encoded.
     """
@@ -64,6 +65,7 @@ class CachedLatents:
     catalogue: Catalogue
     encoder: str
     interpolation: str
+    columns: tuple[str, str | None]
     masks: tuple[list[Any], Sequence[str]] | None = None
     bad: dict[int, str] = field(default_factory=dict)
 
@@ -71,6 +73,13 @@ class CachedLatents:
         digest = self.catalogue.digests[row]
         mask = [] if self.masks is None else [*self.masks[0], *self.masks[1][row : row + 1]]
         return key_of("latents", TRANSFORM, self.encoder, digest, mask, self.interpolation, *crop)
+
+    def is_current(self, row: int, content: Mapping[str, Any]) -> bool:
+        """Whether a row's image and mask, undecoded, are those of the keys."""
+        image, mask = self.columns
+        if digest_of(content[image]) != self.catalogue.digests[row]:
+            return False
+        return self.masks is None or mask is None or digest_of(content[mask]) == self.masks[1][row]
 
     def is_good(self, row: int) -> bool:
         """Whether an image can be encoded, as far as is known."""

@@ -3,10 +3,10 @@
 A file is known by its *stamp*: length, time of its last change (``mtime``), time of its last change of any kind
 (``ctime``, which no program can set), and inode. A file of the same name with another stamp is read anew. A file that
 has changed within the last ``RACY`` seconds could change again under the same stamp; it is read, and not indexed.
-Images that a data set holds as bytes are known by their row, and the data set by its fingerprint and its files.
+Images that a data set holds as bytes are known by their row and by the data set's fingerprint and files.
 
 A *size* is that of the upright image, (height, width); (0, 0) stands for an image that cannot be opened. A *digest* is
-the sha256 of the file; "" for one that cannot be read.
+the sha256 of the file; "" for one that cannot be read, and ``NONE`` where a row has none.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +23,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
+import fsspec
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -47,6 +48,8 @@ SAVED_EVERY = 60.0  # seconds between two writes of the index, which a killed ru
 RACY = 2.0  # seconds; coarser than the clock of any file system
 TURNED = {5, 6, 7, 8}  # EXIF orientations that swap height and width
 ORIENTATION = 0x0112  # EXIF's tag
+OF_A_TURNED_PNG = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}  # what may hold the orientation
+NONE = "none"
 
 
 def cache_root(data: Data) -> Path:
@@ -57,7 +60,7 @@ def cache_root(data: Data) -> Path:
 class Entry(NamedTuple):
     """What the index holds of an image; the stamp is four zeros for an image that has no file."""
 
-    name: str  # the file's path, or the row
+    name: str  # the file's path; of bytes, the data set's fingerprint and the row
     length: int
     mtime: int  # nanoseconds
     ctime: int
@@ -94,14 +97,15 @@ class Catalogue:
             folders: where the data set's files may lie, see :func:`lpl.data.source.data_folders`.
             root: folder of the index, which may serve several data sets and runs.
         """
-        index = _index_file(dataset, column, Path(root, "images"))
+        origin = _origin(dataset, column)
+        index = Path(root, "images", f"{_index_of(dataset, column, origin, folders)}.parquet")
         known, fresh, saved = _read(index), {}, time.monotonic()
         found: list[Entry] = []
         with (
             ThreadPoolExecutor(READERS) as readers,
             tqdm(desc="reading sizes", total=len(dataset), delay=2, leave=False, unit=" images") as progress,
         ):
-            for part in _parts(_images(dataset, column), PART):
+            for part in _parts(_images(dataset, column, origin), PART):
                 entries_of = partial(_entries, known=known, folders=folders, digests=digests)
                 for entry, trusted in chain.from_iterable(readers.map(entries_of, _parts(iter(part), OF_A_THREAD))):
                     found.append(entry)
@@ -119,7 +123,21 @@ class Catalogue:
 # Images --------------------------------------------------------------------------------------------------------------
 
 
-def _images(dataset: Dataset, column: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def digest_of(image: Mapping[str, Any] | None) -> str:
+    """The digest of an undecoded image as it is now.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    if image is not None and image["bytes"] is not None:
+        return hashlib.sha256(image["bytes"]).hexdigest()
+    if image is None or image["path"] is None:
+        return NONE
+    with fsspec.open(image["path"], "rb") if "://" in image["path"] else open(image["path"], "rb") as file:
+        return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
+
+
+def _images(dataset: Dataset, column: str, origin: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the name and the undecoded image of each row; bytes are not copied."""
     table = dataset.select_columns([column]).cast_column(column, ImageFeature(decode=False)).with_format("arrow")
     row = 0
@@ -129,7 +147,7 @@ def _images(dataset: Dataset, column: str) -> Iterator[tuple[str, dict[str, Any]
         held = map(all, zip(images.is_valid().to_pylist(), contents.is_valid().to_pylist()))
         for place, (path, holds) in enumerate(zip(images.field("path").to_pylist(), held)):
             content = contents[place] if holds else None
-            yield (str(row) if holds else path or ""), {"bytes": content, "path": path}
+            yield (f"{origin}/{row}" if holds else path or ""), {"bytes": content, "path": path}
             row += 1
 
 
@@ -172,8 +190,10 @@ def _stamp(path: str | None) -> tuple[int, int, int, int] | None:
 
 
 def _looked_at(image: dict[str, Any], folders: Sequence[str], digests: bool) -> tuple[tuple[int, int], str | None]:
+    content = image["bytes"]
+    if content is None and image["path"] is None:
+        return (0, 0), NONE if digests else None
     try:
-        content = image["bytes"]
         if content is not None:
             content = content.as_buffer()
             opened = Image.open(cast(IO[bytes], pyarrow.BufferReader(content)), formats=FORMATS)
@@ -182,12 +202,7 @@ def _looked_at(image: dict[str, Any], folders: Sequence[str], digests: bool) -> 
             assert opened is not None
         with opened:
             size = upright_size(opened)
-        if not digests:
-            return size, None
-        if content is not None:
-            return size, hashlib.sha256(content).hexdigest()
-        with open(image["path"], "rb") as file:
-            return size, hashlib.file_digest(file, "sha256").hexdigest()
+        return size, digest_of({"bytes": content, "path": image["path"]}) if digests else None
     except Exception:  # broken files raise a dozen kinds; the run itself says which it is
         return (0, 0), "" if digests else None
 
@@ -198,7 +213,8 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     A PNG whose EXIF follows its pixels is taken as it lies.
     """
     width, height = image.size
-    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):  # PIL has turned a TIFF
+    bare = image.format == "PNG" and not OF_A_TURNED_PNG & image.info.keys()
+    if image.format == "TIFF" or bare:  # PIL has turned a TIFF
         return height, width
     turned = image.getexif().get(ORIENTATION) in TURNED
     return (width, height) if turned else (height, width)
@@ -207,15 +223,18 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 # The index -----------------------------------------------------------------------------------------------------------
 
 
-def _index_file(dataset: Dataset, column: str, root: Path) -> Path:
-    """The index of a data set: of its folder of images, or of the data set itself if it holds their bytes."""
-    first = next(_images(dataset.select(range(min(1, len(dataset)))), column), ("", {}))
-    if first[1].get("bytes") is not None:
-        files = [(file["filename"], _stamp(file["filename"])) for file in dataset.cache_files]
-        key = repr((dataset._fingerprint, column, files))
-    else:
-        key = os.path.dirname(os.path.abspath(first[0]))
-    return root / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.parquet"
+def _origin(dataset: Dataset, column: str) -> str:
+    """What decides the bytes that a data set holds; images in files change without it."""
+    files = [(file["filename"], _stamp(file["filename"])) for file in dataset.cache_files]
+    return hashlib.sha256(repr((dataset._fingerprint, column, files)).encode()).hexdigest()[:32]
+
+
+def _index_of(dataset: Dataset, column: str, origin: str, folders: Sequence[str]) -> str:
+    """The name of the index: of the folders of a data set whose images are files, or of the data set itself."""
+    _, first = next(_images(dataset.select(range(min(1, len(dataset)))), column, origin), ("", {}))
+    if first.get("bytes") is not None or not folders:
+        return origin
+    return hashlib.sha256(repr([os.path.realpath(folder) for folder in folders]).encode()).hexdigest()[:32]
 
 
 def _read(index: Path) -> dict[str, Entry]:

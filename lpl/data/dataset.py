@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from datasets import Dataset
@@ -193,24 +193,35 @@ class TrainingImages(TorchDataset[Sample]):
             for candidate in range(row, row + count):
                 candidate %= count
                 if mixture is None or (mixture.part[candidate] == mixture.part[row]) == own:
-                    yield candidate, partial(self._read.__getitem__, candidate)
+                    yield candidate, partial(self._read, candidate)
+
+    def _read(self, row: int) -> Row:
+        """What is needed of a row: all of it, or only the captions if the images are cached."""
+        return self.dataset[row] if self.latents is None else self._texts[row]
 
     @cached_property
-    def _read(self) -> Dataset:
-        """What is read of each row: all of it, or only the captions if the images are cached."""
-        if self.latents is None:
-            return self.dataset
-        return self.dataset.select_columns(columns_of(self.data, self.dataset.column_names))
+    def _texts(self) -> Sequence[Row]:
+        """The columns of the captions."""
+        columns = columns_of(self.data, self.dataset.column_names)
+        if not columns:  # without a column a data set would have no rows
+            return [{}] * len(self.dataset)
+        return cast(Sequence[Row], self.dataset.select_columns(columns))
 
     def draws(self, epoch: int, index: int) -> Draws:
         """What is drawn of a sample's image and caption."""
         key = self.seed, epoch, index
         vertical, horizontal, flip, choice, drop = _uniform(*key)
-        if self.data.center_crop:
-            vertical = horizontal = 0.5
-        elif crops := self.data.crops_per_image:
-            vertical, horizontal, *_ = _uniform(self.seed, epoch % crops, index)
+        if self.data.center_crop or self.data.crops_per_image:
+            vertical, horizontal = self.kept_shares(epoch, index)
         return Draws((vertical, horizontal), self.data.random_flip and flip < 0.5, choice, drop)
+
+    def kept_shares(self, epoch: int, index: int) -> tuple[float, float]:
+        """The position of a crop that comes again: the same in all runs, which may share a cache."""
+        if self.data.center_crop:
+            return 0.5, 0.5
+        assert self.data.crops_per_image is not None
+        vertical, horizontal, *_ = _uniform(0, epoch % self.data.crops_per_image, index)
+        return vertical, horizontal
 
     def sample(self, epoch: int, index: int, candidates: Candidates) -> Sample:
         """The first readable candidate, with the size of ``index`` and the random numbers of (seed, epoch, index)."""

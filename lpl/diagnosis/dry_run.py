@@ -265,12 +265,20 @@ class Report:
         return DiskNeeds.of(plan.trained, plan.config.optimization, output, plan.max_steps, plan.run.step, there)
 
     def _warnings(self) -> list[str]:
-        found: list[str | None] = [*self.plan.warnings()]
+        found: list[str | None] = [*self.plan.warnings(), self._caches()]
         found.append(self.weight.share_warning() if self.plan.config.lpl.enabled and self._share() else None)
         found.append(self._memory_warning())
         needs, free = self._disk_needs(), free_space(self.plan.config.output.output_dir)
         found.append(needs.refusal(free) or needs.warning(free))
         return [warning for warning in found if warning]
+
+    def _caches(self) -> str | None:
+        """That the run's steps will be cheaper: a dry run writes nothing, so it fills no cache."""
+        data = self.plan.config.data
+        given = {"--cache_latents": data.cache_latents, "--cache_text_embeddings": data.cache_text_embeddings}
+        if names := " and ".join(name for name, on in given.items() if on):
+            return f"{names}: these steps were taken without them; those of the run need less time and memory"
+        return None
 
     def _memory_warning(self) -> str | None:
         plan, run = self.plan, self.plan.run

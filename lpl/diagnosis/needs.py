@@ -57,7 +57,8 @@ def result_bytes(trained: TrainedParts) -> int:
         return bytes_of(trained.weights()) * (2 if in_one_file(trained.family.pipeline_class) else 1)
     encoders = [p for encoder in trained.family.text_encoders for p in encoder.parameters()]
     others = [trained.denoiser, trained.family.vae]
-    return sum(4 * count_parameters(model, trained_only=False) for model in others) + bytes_of(encoders)
+    whole = sum(4 * count_parameters(model, trained_only=False) for model in others)
+    return whole + bytes_of(encoders) + trained.family.released_bytes
 
 
 def checkpoint_bytes(trained: TrainedParts, optimization: Optimization) -> int:

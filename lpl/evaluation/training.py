@@ -207,18 +207,19 @@ class TrainingEvaluation:
         pipeline.register_modules(scheduler=type(self.scheduler).from_config(self.scheduler.config))
         mine = range(accelerator.process_index, len(self.prompts), accelerator.num_processes)
         trained.eval()
-        images = draw(
-            self.family,
-            [self.prompts[number] for number in mine],
-            list(mine),
-            self.data.size,
-            self.validation.validation_inference_steps,
-            self.validation.validation_guidance_scale,
-            self.batch_size,
-            DTYPES[dtype],
-        )
-        for number, image in zip(mine, images, strict=True):
-            save_picture(image, image_path(folder, number))
-            if self.preemption.received_here():
-                break
+        with self.family.whole():
+            images = draw(
+                self.family,
+                [self.prompts[number] for number in mine],
+                list(mine),
+                self.data.size,
+                self.validation.validation_inference_steps,
+                self.validation.validation_guidance_scale,
+                self.batch_size,
+                DTYPES[dtype],
+            )
+            for number, image in zip(mine, images, strict=True):
+                save_picture(image, image_path(folder, number))
+                if self.preemption.received_here():
+                    break
         trained.train()

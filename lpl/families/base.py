@@ -72,6 +72,7 @@ class Family:
         self.pipeline: Any = pipeline  # each class of pipelines has attributes and methods of its own
         self.tokens, self.guidance_scale = max_sequence_length, guidance_scale
         self._released: dict[str, Callable[[], Any]] = {}
+        self.released_bytes = 0
         for component in (self.vae, self.denoiser, *self.text_encoders):
             component.requires_grad_(False).eval()
 
@@ -128,6 +129,8 @@ class Family:
     def release(self, load: Mapping[str, Callable[[], Any]]) -> None:
         """Free components that only sampling needs; ``load`` loads them for :meth:`whole`."""
         self._released = dict(load)
+        weights = (weight for name in load for weight in getattr(self.pipeline, name).parameters())
+        self.released_bytes = sum(weight.nbytes for weight in weights)
         for name in load:
             setattr(self.pipeline, name, None)
 

@@ -41,8 +41,8 @@ from lpl.tools.words import first_line
 from lpl.training.loading import load_text_encoder, precisions, weight_dtype
 
 
-CENTRE = 0.5, 0.5  # shares of a centred crop
 SHARD = 256  # entries of a shard at most
+SHARD_BYTES = 2**26  # after which it is written too
 SAVED_EVERY = 60.0  # seconds after which a shard is written with fewer entries
 CAPTIONS_AT_ONCE = 32
 
@@ -68,8 +68,7 @@ def with_caches(
         drawn = [images, *(fixed(part) for part in found[1:])]
         latents = [_latents(part, family, accelerator, batch_size) for part in drawn]
         found = [replace(part, latents=cached) for part, cached in zip(found, latents)]
-        if config.model.pretrained_vae_model_name_or_path is None:  # otherwise the result saves this VAE
-            cast(Any, vae).encoder = None
+        cast(Any, vae).encoder = None
     if data.cache_text_embeddings:
         for encoder in family.text_encoders:
             encoder.to(device)
@@ -95,9 +94,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Pixels(Dataset):
-    """The pixels of crops, and their loss masks; or the reason why there are none."""
+    """The pixels of crops, and their loss masks; or the reason why there are none.
+
+    An image that is not the one in the catalogue any more would be kept under the wrong key; it is left out.
+    """
 
     images: TrainingImages
+    latents: CachedLatents
     work: Sequence[Work]
 
     def __getitem__(self, place: int) -> tuple[Work, dict[str, Tensor] | str]:
@@ -105,7 +108,11 @@ class Pixels(Dataset):
         try:
             with at_most(images.data.dataloader_timeout):
                 folders = data_folders(images.data, images.cache_dir)
-                picture = picture_in(images.dataset[work.row], images.data, folders, work.size)
+                row = images.dataset[work.row]
+                picture = picture_in(row, images.data, folders, work.size)
+                picture.image.load()
+                if not self.latents.is_current(work.row, row):
+                    return work, "it has changed since this run began"
                 mode = images.data.image_interpolation_mode
                 pixels, _, masked = cropped_with(picture, work.size, work.shares, work.flip, mode)
                 return work, {"pixels": pixels} | masked
@@ -126,10 +133,11 @@ def _latents(images: TrainingImages, family: Family, accelerator: Accelerator, b
             masks = [data.alpha_mask, data.unmasked_weight == 0], digests
     state = {name: t for name, t in family.vae.state_dict().items() if not name.startswith("decoder.")}
     encoder = fingerprint_of(_configuration(family.vae), *_named(state))
-    latents = CachedLatents(Store(root / "latents"), known, encoder, data.image_interpolation_mode, masks)
+    columns = data.image_column, data.mask_column
+    latents = CachedLatents(Store(root / "latents"), known, encoder, data.image_interpolation_mode, columns, masks)
     while missing := _agreed(accelerator, lambda: _missing(images, latents)):
         mine = missing[accelerator.process_index :: accelerator.num_processes]
-        bad = _encode(Pixels(images, mine), family.vae, latents.store, accelerator, batch_size, len(missing))
+        bad = _encode(Pixels(images, latents, mine), family.vae, latents.store, accelerator, batch_size, len(missing))
         for found in _gathered(accelerator, bad):
             latents.bad.update(found)
         latents.store.refresh()
@@ -143,7 +151,7 @@ def _missing(images: TrainingImages, latents: CachedLatents) -> list[Work]:
         row, size = _usable_row(images, latents, usable, index), images.size_of(index)
         picture = latents.picture(row)
         for epoch in range(1 if images.data.center_crop else images.data.crops_per_image or 1):
-            shares = CENTRE if images.data.center_crop else images.draws(epoch, index).shares
+            shares = images.kept_shares(epoch, index)
             place = place_of(picture.height, picture.width, size, shares)
             for flip in (False, True) if images.data.random_flip else (False,):
                 key = latents.key(row, Crop(size, place, flip))
@@ -309,7 +317,7 @@ class _Shards:
     """Collects entries, and writes them in shards."""
 
     def __init__(self, store: Store) -> None:
-        self.store, self.entries, self.since = store, cast(dict[str, Entry], {}), time.monotonic()
+        self.store, self.entries, self.bytes, self.since = store, cast(dict[str, Entry], {}), 0, time.monotonic()
 
     def __enter__(self) -> _Shards:
         return self
@@ -320,13 +328,14 @@ class _Shards:
 
     def add(self, key: str, entry: Entry) -> None:
         self.entries[key] = entry
-        if len(self.entries) >= SHARD or time.monotonic() - self.since > SAVED_EVERY:
+        self.bytes += sum(part.nbytes for part in entry.values())
+        if len(self.entries) >= SHARD or self.bytes >= SHARD_BYTES or time.monotonic() - self.since > SAVED_EVERY:
             self.write()
 
     def write(self) -> None:
         if self.entries:
             self.store.write(self.entries)
-        self.entries, self.since = {}, time.monotonic()
+        self.entries, self.bytes, self.since = {}, 0, time.monotonic()
 
 
 def _progress(accelerator: Accelerator, words: str, total: int, unit: str) -> Any:

@@ -16,6 +16,7 @@ from lpl.families.description import Description
 from lpl.tools import layout
 from lpl.tools.files import filled_whole, write_text
 from lpl.training.average import MovingAverage, averaged
+from lpl.training.loading import replaced_components
 from lpl.training.lora import save_for_other_programs
 from lpl.training.parts import TrainedParts
 
@@ -67,8 +68,7 @@ class Result:
         """What is new is saved; all other parts are the base's own files."""
         family, index = self.trained.family, dict(self.description.index)
         new = self._changed | self.trained.models
-        if self.model.pretrained_vae_model_name_or_path:
-            new["vae"] = family.vae
+        new |= replaced_components(self.model)  # the run's own VAE may have lost its encoder to --cache_latents
         for name, component in new.items():
             component.save_pretrained(folder / name)
             index[name] = [type(component).__module__.partition(".")[0], type(component).__name__]

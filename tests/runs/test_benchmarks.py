@@ -7,11 +7,11 @@ import sys
 
 import pytest
 import torch
-from tiny import tiny_vae
+from tiny import tiny_sd, tiny_vae
 from trainer import ROOT
 
 import lpl
-from benchmarks import gpu, lpl_cost, lpl_estimators, lpl_step, operations, recipes
+from benchmarks import caches, gpu, lpl_cost, lpl_estimators, lpl_step, operations, recipes
 
 
 def run(monkeypatch, module, path, *flags):
@@ -81,6 +81,15 @@ def test_estimators(monkeypatch, tmp_path):
     alone, corrected = record["--lpl_student"], record["--lpl_student, --lpl_correct_every 8"]
     assert 0.1 < alone["bias"] < 0.5 and alone["added_variance"] == 0 and corrected["bias"] < 1e-4
     assert corrected["added_variance"] == pytest.approx(7 * alone["bias"] ** 2, rel=0.01)
+
+
+def test_caches(monkeypatch, tmp_path):
+    name = "mid-sized, 128 px"
+    monkeypatch.setattr(caches, "mid_sized", tiny_sd)
+    monkeypatch.setitem(caches.MODELS, name, ("--resolution", "32", "--train_batch_size", "2"))
+    record = run(monkeypatch, caches, tmp_path / "caches.json", "--models", name, "--steps", "2", "--repeats", "1")
+    for row in record["images_per_second"][name].values():
+        assert row["ratio"] == pytest.approx(row["with"] / row["without"], abs=0.01) and row["without"] > 0
 
 
 # What is counted -----------------------------------------------------------------------------------------------------
