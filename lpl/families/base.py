@@ -136,14 +136,16 @@ class Family:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Within, the components are there that were released."""
-        for name, load in self._released.items():
+        """Within, the components are there that were released; nothing is loaded twice if one is within another."""
+        released, self._released = self._released, {}
+        for name, load in released.items():
             setattr(self.pipeline, name, load())
         try:
             yield
         finally:
-            for name in self._released:
+            for name in released:
                 setattr(self.pipeline, name, None)
+            self._released = released
 
     # In training
 

@@ -60,18 +60,15 @@ def with_caches(
     Raises:
         ValueError: if no image can be encoded, or the disk is full.
     """
-    data, device = config.data, accelerator.device
+    data = config.data
     found = [part for part in (images, held_out_images) if part is not None]
     if data.cache_latents:
-        vae = cast(nn.Module, family.vae).to(device)
         batch_size = config.optimization.train_batch_size
         drawn = [images, *(fixed(part) for part in found[1:])]
         latents = [_latents(part, family, accelerator, batch_size) for part in drawn]
         found = [replace(part, latents=cached) for part, cached in zip(found, latents)]
-        cast(Any, vae).encoder = None
+        cast(Any, family.vae).encoder = None
     if data.cache_text_embeddings:
-        for encoder in family.text_encoders:
-            encoder.to(device)
         embeddings = _embeddings(found, config, family, accelerator)
         found = [replace(part, embeddings=embeddings) for part in found]
         _release_text_encoders(config, description, family, accelerator)
@@ -136,11 +133,13 @@ def _latents(images: TrainingImages, family: Family, accelerator: Accelerator, b
     columns = data.image_column, data.mask_column
     latents = CachedLatents(Store(root / "latents"), known, encoder, data.image_interpolation_mode, columns, masks)
     while missing := _agreed(accelerator, lambda: _missing(images, latents)):
+        cast(nn.Module, family.vae).to(accelerator.device)
         mine = missing[accelerator.process_index :: accelerator.num_processes]
         bad = _encode(Pixels(images, latents, mine), family.vae, latents.store, accelerator, batch_size, len(missing))
         for found in _gathered(accelerator, bad):
             latents.bad.update(found)
         latents.store.refresh()
+    _check_shared(accelerator, latents.store, lambda: [work.key for work in _missing(images, latents)])
     return latents
 
 
@@ -239,6 +238,8 @@ def _embeddings(
     }
     missing = _agreed(accelerator, lambda: [(key, *wanted[key]) for key in wanted if key not in store])
     if missing:
+        for encoder in encoders:
+            encoder.to(accelerator.device)
         mine = missing[accelerator.process_index :: accelerator.num_processes]
         with (
             _Shards(store) as shards,
@@ -250,6 +251,7 @@ def _embeddings(
                 progress.update(len(part) * accelerator.num_processes)
         accelerator.wait_for_everyone()
         store.refresh()
+    _check_shared(accelerator, store, lambda: [key for key in wanted if key not in store])
     return cached
 
 
@@ -352,6 +354,18 @@ def _agreed(accelerator: Accelerator, find: Callable[[], list[Any]]) -> list[Any
     """What the main process finds: another run may fill the cache meanwhile."""
     found = [find() if accelerator.is_main_process else None]
     return cast(list[Any], broadcast_object_list(found)[0] if accelerator.num_processes > 1 else found[0])
+
+
+def _check_shared(accelerator: Accelerator, store: Store, missing: Callable[[], list[str]]) -> None:
+    """Refuse a cache whose files not every process sees."""
+    if accelerator.num_processes == 1:
+        return
+    store.refresh()
+    if any(_gathered(accelerator, len(missing()))):
+        raise ValueError(
+            f"--data_cache_dir: some processes do not see what others wrote to {store.folder}; give a folder that all "
+            "machines share"
+        )
 
 
 def _gathered(accelerator: Accelerator, found: Any) -> list[Any]:

@@ -180,10 +180,11 @@ class Samples:
                 shutil.rmtree(stale)
             count = len(self.prompts) * len(self.sizes)
             logger.info(f"drawing {count} samples{' before the training' if run.step == 0 else ''}")
-            rows = {f"step {run.step}": self._sampled(run, trained, name)}
-            if average is not None and run.step:
-                with averaged(average, trained):
-                    rows[f"step {run.step}, EMA"] = self._sampled(run, trained, f"{name}-ema")
+            with self.family.whole():  # for all sizes, and both weights
+                rows = {f"step {run.step}": self._sampled(run, trained, name)}
+                if average is not None and run.step:
+                    with averaged(average, trained):
+                        rows[f"step {run.step}, EMA"] = self._sampled(run, trained, f"{name}-ema")
             if not self.stop():
                 before = {"before training": rows[f"step {run.step}"]}
                 grid = self._grid(rows if run.step else before, f"{name}.png")
