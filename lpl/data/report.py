@@ -160,14 +160,15 @@ def caption_facts(images: TrainingImages) -> Facts:
     """Numbers of captions, with prefix and suffix but all tags in their order, and some as they are drawn."""
     captions: Counter[str] = Counter()
     several = missing = 0
-    for found in images.captions_at():
+    total = len(images.dataset)
+    for found in tqdm(images.captions_at(), "reading captions", total, delay=2, leave=False):
         captions.update(cast(Sequence[str], found))
         several += len(found) > 1
         missing += not found
     lengths = np.repeat([len(caption.split()) for caption in captions], list(captions.values()))
     separators = sum(caption.count(images.data.tag_separator) * count for caption, count in captions.items())
     tags = separators >= TAGS * max(1, captions.total())
-    found = {
+    return {
         "missing": missing,
         "several": several,
         "captions": captions.total(),
@@ -178,7 +179,6 @@ def caption_facts(images: TrainingImages) -> Facts:
         "repeated": [[caption, count] for caption, count in captions.most_common(NAMED) if count > 1],
         "examples": [drawn_caption(images, item) for item in spaced(len(images), EXAMPLES)],
     }
-    return found
 
 
 def _three(lengths: np.ndarray) -> list[int]:
@@ -370,7 +370,11 @@ def _bucket_rows(buckets: Facts, samples: int, images: TrainingImages) -> Rows:
     data = images.data
     sizes = {pixels(*found["size"]): found["samples"] for found in buckets["sizes"]}
     shown = dict(list(sizes.items())[:SIZES])
-    rows = _bars(shown) if len(sizes) > 1 else [(name, f"all {count} samples") for name, count in shown.items()]
+    rows = (
+        _bars(shown)
+        if len(sizes) > 1
+        else [(name, f"all {counted(count, 'sample')}") for name, count in shown.items()]
+    )
     if more := len(sizes) - len(shown):
         rest = samples - sum(shown.values())
         rows.append((f"{more} more", f"{counted(rest, 'sample')}"))
@@ -387,10 +391,12 @@ def _caption_rows(captions: Facts) -> Rows:
     if captions["captions"]:
         least, median, most = (captions["words"][name] for name in ("shortest", "median", "longest"))
         rows = [
-            ("captions", f"{captions['captions']:,}, {captions['different']:,} different ones"),
-            ("length", f"{least} to {most} words, median {median}"),
-            (f"frequent {captions['kind']}", ", ".join(f"{part} ({count})" for part, count in captions["frequent"])),
+            ("captions", f"{captions['captions']:,}, of which {captions['different']:,} different"),
+            ("length", f"{least} to {most} words, median {median}" if most > least else counted(most, "word")),
         ]
+    if captions["frequent"]:
+        frequent = ", ".join(f"{part} ({count})" for part, count in captions["frequent"])
+        rows.append((f"frequent {captions['kind']}", frequent))
     if captions["several"]:
         rows.append(("several", f"{counted(captions['several'], 'image')} with more than one, of which one is drawn"))
     if captions["missing"]:
