@@ -35,6 +35,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from lpl.config.groups import Data, Part, naming
 from lpl.data import masks
 from lpl.data.captions import caption_columns, columns_of, report_instance_prompt
+from lpl.data.catalogue import cache_root
 from lpl.data.folder import Contents, folder_dataset, suffix
 from lpl.data.mixture import is_mixture, joined, parts_of, without_marks
 from lpl.data.places import as_read, saved_splits, with_column_of_json, with_paths_of_images
@@ -219,7 +220,7 @@ def _loaded(data: Data, split: str, cache_dir: str | None, class_conditional: bo
         # All files under one name: by default, the library takes "test" in a file's name for a split.
         dataset = load_dataset(kind, data_files={"train": files}, **options)
     else:
-        cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE, "lpl-texts")
+        cache = cache_root(data) / "texts"
         return folder_dataset(data.folder, data.caption_column, class_conditional, data.instance_prompt, cache)
     if isinstance(dataset, IterableDataset):
         return dataset.decode(False)

@@ -204,9 +204,10 @@ class Plan:
 
     def _bucket_warning(self) -> str | None:
         """How many sizes have too few images for a batch."""
+        if self.images.items is None:
+            return None
         batch = self.config.optimization.train_batch_size * self.run.accelerator.num_processes
-        sizes = self.images.items.buckets.values() if self.images.items is not None else ()
-        counts = [len(items) for items in sizes if len(items) < batch]
+        counts = [len(items) for items in self.images.items.buckets.values() if len(items) < batch]
         if not counts:
             return None
         return (
