@@ -370,11 +370,7 @@ def _bucket_rows(buckets: Facts, samples: int, images: TrainingImages) -> Rows:
     data = images.data
     sizes = {pixels(*found["size"]): found["samples"] for found in buckets["sizes"]}
     shown = dict(list(sizes.items())[:SIZES])
-    rows = (
-        _bars(shown)
-        if len(sizes) > 1
-        else [(name, f"all {counted(count, 'sample')}") for name, count in shown.items()]
-    )
+    rows = _bars(shown) if len(sizes) > 1 else [(name, "all of them") for name in shown]
     if more := len(sizes) - len(shown):
         rest = samples - sum(shown.values())
         rows.append((f"{more} more", f"{counted(rest, 'sample')}"))
@@ -423,8 +419,8 @@ def _class_rows(captions: Facts) -> Rows:
 
 def _file_rows(files: Facts, images: int) -> Rows:
     decoded, bad, same = files["decoded"], files["unreadable"], files["same"]
-    what = f"all {counted(decoded, 'image')}" if same is not None else f"{decoded:,} of {images:,}, evenly spaced"
-    rows = [("decoded", what + ("" if same is not None else "; --read_all decodes all of them"))]
+    some = f"{decoded:,} of {images:,}, evenly spaced; --read_all decodes all of them"
+    rows = [("decoded", some if same is None else "all of them")]
     rows.append(("unreadable", f"{counted(len(bad), 'image')}, which others replace" if bad else "none of them"))
     rows += [("", f"{found['file'] or found['row']}: {shortened(found['reason'])}") for found in bad[:NAMED]]
     if len(bad) > NAMED:

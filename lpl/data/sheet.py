@@ -19,7 +19,7 @@ def sheet_of(images: TrainingImages, name: str, count: int) -> Image.Image:
     """A sheet of ``count`` evenly spaced items."""
     items = spaced(len(images), count)
     total = counted(len(images), "sample")
-    which = f"all {total}" if len(items) == len(images) else f"{len(items)} of {total}, evenly spaced"
+    which = total if len(items) == len(images) else f"{len(items)} of {total}, evenly spaced"
     tiles = [tile_of(images, item) for item in items]
     legend = [(FRAME, "what is trained on: the crop of the first epoch")]
     if images.data.masks:

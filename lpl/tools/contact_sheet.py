@@ -18,7 +18,7 @@ SIDE = 240  # pixels, of the square that each picture is fitted into
 GAP, MARGIN = 20, 28  # pixels between tiles, and around all of them
 FADED = 0.72  # share of paper where a picture fades
 TINTED = 0.5  # share of the tint
-TINT, FRAME, SHADOW, GREY, ALERT = "#d0006f", "#ffc400", "#000000", "#777777", "#b3261e"
+TINT, FRAME, SHADOW, GREY, ALERT = "#d0006f", "#ffc400", "#000000", "#777777", "#b45309"
 TITLE, WORDS, SMALL = 22, 14, 12  # pixels, font sizes
 
 
