@@ -35,10 +35,7 @@ def check_words(config: Config) -> None:
     Raises:
         ValueError: with what was given, what is accepted, and the flag to change.
     """
-    for name, value in config.values().items():
-        if FLAGS[name].path:
-            for place in value if isinstance(value, tuple) else (value,):
-                _check_place(name, place)
+    _check_places(config)
     _check_data_sets(config.data)
     _check_sources(config)
     _check_sizes(config)
@@ -58,6 +55,20 @@ def check_words(config: Config) -> None:
     _warn_of_zeros(config)
 
 
+def check_data(config: Config) -> None:
+    """Run the checks of the data flags alone, for a program without a model.
+
+    Raises:
+        ValueError: with what was given, what is accepted, and the flag to change.
+    """
+    _check_places(config)
+    _check_data_sets(config.data)
+    _check_parts(config.data)
+    _check_sizes(config)
+    _check_captions(config)
+    _check_masks(config)
+
+
 def warn_of_idle_flags(config: Config) -> None:
     """Warn of given flags that have no effect in this run; needs a complete configuration."""
     values = config.values()
@@ -69,6 +80,13 @@ def warn_of_idle_flags(config: Config) -> None:
 
 def warn_idle(name: str) -> None:
     warn(f"--{name} has no effect in this run")
+
+
+def _check_places(config: Config) -> None:
+    for name, value in config.values().items():
+        if FLAGS[name].path:
+            for place in value if isinstance(value, tuple) else (value,):
+                _check_place(name, place)
 
 
 def _check_place(name: str, place: str | None) -> None:
@@ -143,11 +161,15 @@ def _check_sources(config: Config) -> None:
     if why := why_no_pipeline(model.pretrained_model_name_or_path):
         raise ValueError(f"--pretrained_model_name_or_path {model.pretrained_model_name_or_path}: {why}")
     if config.validation.for_gpu is None or data.dataset_name or data.train_data_dir:
-        for part in data.parts:
-            with naming(part, data.parts):
-                _check_source(part.data)
+        _check_parts(data)
     if model.from_scratch and model.non_ema_revision:
         raise ValueError("--from_scratch loads no weights, so --non_ema_revision has no effect; leave one of them out")
+
+
+def _check_parts(data: Data) -> None:
+    for part in data.parts:
+        with naming(part, data.parts):
+            _check_source(part.data)
 
 
 def _check_source(data: Data) -> None:

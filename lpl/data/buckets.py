@@ -142,16 +142,22 @@ def _sizes(
     return list(dict.fromkeys(found))
 
 
-def bucketed(dataset: Dataset | IterableDataset | None, data: Data, cache_dir: str | None) -> Items | None:
+def bucketed(
+    dataset: Dataset | IterableDataset | None, data: Data, cache_dir: str | None, known: Catalogue | None = None
+) -> Items | None:
     """The items of a data set; None: all its images are trained at one size.
+
+    Args:
+        known: of its images, if that has been read already.
 
     Raises:
         ValueError: if all images are too small.
     """
     if data.one_size or not isinstance(dataset, Dataset):
         return None
-    folders = data_folders(data, cache_dir)
-    known = Catalogue.of(dataset, data.image_column, folders, cache_root(data), digests=data.cache_latents)
+    if known is None:
+        folders = data_folders(data, cache_dir)
+        known = Catalogue.of(dataset, data.image_column, folders, cache_root(data), digests=data.cache_latents)
     made = data.aspect_ratio_buckets == AUTO
     enlarged = data.bucket_upscale or data.aspect_ratio_buckets is None
     step, mixture = data.bucket_step if made else None, Mixture.of(dataset)

@@ -18,7 +18,7 @@ from datasets import Dataset, IterableDataset
 from datasets import Image as ImageFeature
 
 from lpl.config.groups import Data
-from lpl.data.folder import Contents, suffix
+from lpl.data.folder import Contents
 
 
 Rows = Dataset | IterableDataset
@@ -50,14 +50,14 @@ def _holds_plain_images(data: Data) -> bool:
     if not one_split or not os.path.isdir(data.dataset_name) or saved_splits(data.dataset_name):
         return False
     contents = Contents.of(data.dataset_name)
-    tables = any(suffix(file) in (*TABLES, ".py", ".yaml") for file in contents.files)
+    tables = any(kind in contents.by_suffix for kind in (*TABLES, ".py", ".yaml"))
     return bool(contents.images) and not contents.metadata and not tables
 
 
 def _holds_tables(folder: str, class_conditional: bool) -> bool:
     """Whether a folder has files for the library, and no images that anything else describes."""
     contents = Contents.of(folder)
-    tables = any(suffix(file) in TABLES for file in contents.files)
+    tables = any(kind in contents.by_suffix for kind in TABLES)
     described = contents.metadata or contents.captioned or (class_conditional and contents.images)
     return tables and not described
 

@@ -22,6 +22,7 @@ from torch import nn
 
 from lpl.config.command_line import loss_words
 from lpl.config.groups import Lpl
+from lpl.data.command import command_of
 from lpl.data.dataset import Batch
 from lpl.diagnosis.needs import DiskNeeds, count_parameters
 from lpl.diagnosis.plan import DRAWS, Plan
@@ -230,6 +231,7 @@ class Report:
         rows = [
             ("images", f"{plan.count()}{plan.repeated()} at {plan.sizes()}" + (f", {masks}" if masks else "")),
             *((f"of {name}", words) for name, words in plan.data_sets()),
+            ("look at them", command_of(config, plan.run.seed, isinstance(plan.images.empty_caption, int))),
             ("samples per step", _batch_in_words(plan)),
             ("steps", f"{plan.max_steps}{plan.epochs(', which is ')}; {plan.steps_to_go} to go"),
         ]

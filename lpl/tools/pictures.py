@@ -70,8 +70,9 @@ def labelled_grid(
     size = _font_size(tile)
     fitted = {label: [_fit(image, tile) for image in row] for label, row in rows.items()}
     cell = max(6 * size, *(image.width for row in fitted.values() for image in row))
-    lines = [[_text("", size, 0), *(_text(caption, size, int(0.95 * cell)) for caption in captions[:columns])]]
-    lines += [[_text(label, size, max(tile // 2, 7 * size), align="right"), *row] for label, row in fitted.items()]
+    width, beside = int(0.95 * cell), max(tile // 2, 7 * size)
+    lines = [[text_image("", size, 0), *(text_image(caption, size, width) for caption in captions[:columns])]]
+    lines += [[text_image(label, size, beside, align="right"), *row] for label, row in fitted.items()]
     return _lay_out(lines, gap=max(8, tile // 24))
 
 
@@ -125,16 +126,28 @@ def on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, PAPER), image).convert("RGB")
 
 
-def _text(text: str, size: int, width: int, align: str = "center", lines: int = 6) -> Image.Image:
-    """Draw text in at most ``lines`` lines of ``width`` pixels, then an ellipsis; empty text is 0 x 0 pixels."""
+def text_image(
+    text: str,
+    size: int,
+    width: int,
+    align: str = "center",
+    lines: int = 6,
+    colours: tuple[str, str] = (INK, PAPER),
+) -> Image.Image:
+    """Draw text in at most ``lines`` lines of ``width`` pixels, then an ellipsis; empty text is 0 x 0 pixels.
+
+    Args:
+        colours: of the text, and of what is behind it.
+    """
     text = " ".join(str(text).encode(errors="replace").decode().split())
     font = _font(size, wide=any(ord(letter) >= WIDE_SCRIPTS for letter in text))
     broken = _break(text, font, width)
     if len(broken) > lines:
         broken = [*broken[: lines - 1], _shorten(broken[lines - 1], font, width)]
-    image = Image.new("RGB", _extent(broken, font, size), PAPER)
+    image = Image.new("RGB", _extent(broken, font, size), colours[1])
     if broken:
-        ImageDraw.Draw(image).multiline_text((0, 0), "\n".join(broken), INK, font, spacing=_spacing(size), align=align)
+        draw = ImageDraw.Draw(image)
+        draw.multiline_text((0, 0), "\n".join(broken), colours[0], font, spacing=_spacing(size), align=align)
     return image
 
 

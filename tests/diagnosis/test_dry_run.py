@@ -310,4 +310,5 @@ def test_streamed_images(flags, images, steps, validation, sd_pipeline, tmp_path
         train(sd_pipeline, data, place, streaming=True, dry_run=True, max_train_steps=4, **flags)
     said = rows(text.getvalue())
     assert said["images"] == f"{images} at 32 px" and said["steps"] == steps and said["validation"] == validation
+    assert said["look at them"].startswith("python -m lpl.data --train_data_dir ")
     assert not place.exists()

@@ -27,8 +27,8 @@ SHOWN = [README, *DOCS]  # what the site shows
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 SCRIPT = "train_text_to_image_lpl.py"
 DOORS = {  # python -m lpl.NAME -> the module that has its parser
-    door.stem: match[1]
-    for door in (ROOT / "lpl").glob("*.py")
+    (door.parent if door.stem == "__main__" else door).stem: match[1]
+    for door in (*(ROOT / "lpl").glob("*.py"), *(ROOT / "lpl").glob("*/__main__.py"))
     if (match := re.search(r"^from (lpl\.\w+\.command) import main$", door.read_text(), re.MULTILINE))
 }
 OF_OTHERS = {  # of accelerate, Docker, and this repository's own scripts

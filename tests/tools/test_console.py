@@ -27,6 +27,7 @@ def said(*words):
         ["lpl.inspect", "--pretrained_model_name_or_path", "no", "--images", "no", "--output_dir", "no"],
         ["lpl.publish", "no"],
         ["lpl.compare", "--output_dir", "no"],
+        ["lpl.data", "no"],
         ["lpl.distill", "--pretrained_model_name_or_path", "no", "--train_data_dir", "no", "--output_dir", "no"],
     ],
     ids=lambda words: words[0],
