@@ -48,7 +48,7 @@ from lpl.families import Family
 from lpl.families.description import Description, read_pipeline
 from lpl.families.resolve import resolve, with_decoder_dtype
 from lpl.gate import random_window, rows_inside, sigma_threshold_at, subset
-from lpl.masking import LossMask
+from lpl.masking import LossMask, pooled_mean
 from lpl.objectives import Objective, diffusion_weight, dream_shift
 from lpl.publishing import hub
 from lpl.publishing.card import RunCard, write_model_card
@@ -353,13 +353,10 @@ class Losses:
             error = objective.clean_latents(model_output, noisy_latents, timesteps) - latents
         else:
             error = model_output - objective.target(latents, noise, timesteps)
-        squares = error.square()
-        if mask is not None:
-            squares = mask.weights(squares.shape[-2:]) * squares
         loss_weight = diffusion_weight(
             objective, timesteps, weighting_scheme=diffusion.weighting_scheme, snr_gamma=diffusion.snr_gamma
         )
-        errors = loss_weight * squares.flatten(1).mean(1)  # (B,)
+        errors = loss_weight * pooled_mean(error.square(), mask)  # (B,)
         weights = batch.get("loss_weight")  # of each sample's data set; None: all 1
         if weights is not None:
             weights = weights.to(device, non_blocking=True)  # (B,)

@@ -6,8 +6,8 @@ of each position of a smaller map.
 
 Both losses have the same form, u times the loss of the whole image plus 1 - u times the loss of the masked part:
 
-- L_diffusion: the mean over all positions of (u + (1 - u) m) times the squared error, with m pooled to the latents.
-  It is not divided by the masked area, as in other trainers: an image with a small mask counts little.
+- L_diffusion: 1 - u times the mean of the squared error over the mask pooled to the latents, whatever its area, plus u
+  times the mean without the mask.
 - LPL, and the student: 1 - u times the mean over the positions that the outlier mask keeps and where the pooled mask
   is above one half, statistics of the normalisation included, plus u times the mean without the mask.
 
@@ -24,13 +24,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+SMALLEST = 1e-6  # positions; less than one faint pixel of a mask
+
+
 class LossMask(NamedTuple):
     """The masks of a batch.
 
     >>> import torch
     >>> mask = LossMask(torch.tensor([1.0, 1.0, 1.0, 0.0]).view(1, 1, 1, 4), unmasked_weight=0.2)
-    >>> mask.region((1, 2)).tolist(), mask.weights((1, 2)).flatten().tolist()
-    ([[[[True, False]]]], [1.0, 0.6000000238418579])
+    >>> mask.region((1, 2)).tolist(), mask.pooled((1, 2)).flatten().tolist()
+    ([[[[True, False]]]], [1.0, 0.5])
     """
 
     pixels: Tensor  # m, (B, 1, H, W)
@@ -40,10 +43,6 @@ class LossMask(NamedTuple):
         """The mask at another resolution, height and width -> (B, 1, h, w)."""
         height, width = size
         return F.adaptive_avg_pool2d(self.pixels, (height, width))
-
-    def weights(self, size: Sequence[int]) -> Tensor:
-        """u + (1 - u) m, (B, 1, h, w); exactly 1 where m is."""
-        return 1 - (1 - self.unmasked_weight) * (1 - self.pooled(size))
 
     def region(self, size: Sequence[int]) -> Tensor:
         """The positions that LPL looks at, bool, (B, 1, h, w)."""
@@ -68,9 +67,18 @@ class LossMask(NamedTuple):
 
 def masked_mean(values: Tensor, mask: LossMask | None) -> Tensor:
     """The mean of each sample's values over the region, (B, C, h, w) -> (B,); 0 if the region is empty."""
-    whole = values.flatten(1).mean(1)
-    if mask is None:
-        return whole
-    region = mask.region(values.shape[-2:])
-    share = values[0, 0].numel() / region.flatten(1).sum(1).clamp(min=1)  # exactly 1 if the region is the whole map
-    return ((values * region).flatten(1).mean(1) * share).lerp(whole, mask.unmasked_weight)
+    return _mean_over(None if mask is None else mask.region(values.shape[-2:]), values, mask)
+
+
+def pooled_mean(values: Tensor, mask: LossMask | None) -> Tensor:
+    """The mean of each sample's values over the pooled mask, (B, C, h, w) -> (B,); 0 if the mask is black."""
+    return _mean_over(None if mask is None else mask.pooled(values.shape[-2:]), values, mask)
+
+
+def _mean_over(part: Tensor | None, values: Tensor, mask: LossMask | None) -> Tensor:
+    """The mean over a part, (B, 1, h, w), mixed with that over all positions as u says."""
+    if part is None or mask is None:
+        return values.flatten(1).mean(1)
+    share = values[0, 0].numel() / part.sum((1, 2, 3), keepdim=True).clamp(min=SMALLEST)  # 1 / the part's area
+    weights = 1 - (1 - mask.unmasked_weight) * (1 - share * part)  # exactly 1 if the part is the whole map
+    return (values * weights).flatten(1).mean(1)

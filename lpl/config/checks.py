@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lpl.config import rules
-from lpl.config.choices import GPUS, METRICS, TRACKERS
+from lpl.config.choices import GPUS, MASK_COLUMN, METRICS, TRACKERS
 from lpl.config.config import FLAGS, Config
 from lpl.config.data_sets import MOST_REPEATS, OF_ONE, OWN, PLACES, Entry, name_of, place_of
 from lpl.config.flag import flags_of, kind_of
@@ -157,6 +157,13 @@ def _check_source(data: Data) -> None:
         raise ValueError("--dataset_config_name has no effect without --dataset_name; leave it out")
     if not data.dataset_name and (why := _why_no_data(data.folder)):
         raise ValueError(f"--train_data_dir {data.train_data_dir}: {why}")
+    if data.mask_data_dir is not None and (data.dataset_name or data.streaming):
+        raise ValueError(
+            "--mask_data_dir has masks for a folder of images, --train_data_dir without --streaming; for other data, "
+            "--mask_column names a column of masks"
+        )
+    if data.mask_data_dir is not None and (why := why_no_folder(data.mask_data_dir)):
+        raise ValueError(f"--mask_data_dir {data.mask_data_dir}: {why}")
     if data.validation_split is not None and not data.dataset_name:
         raise ValueError(
             "--validation_split names a split of --dataset_name; with --train_data_dir use --validation_every_nth"
@@ -281,6 +288,10 @@ def _check_masks(config: Config) -> None:
             f"--alpha_mask takes the images' transparency for masks, and --mask_column {data.mask_column} other "
             "images; leave one of them out"
         )
+    folder = next((part.data.mask_data_dir for part in data.parts if part.data.mask_data_dir is not None), None)
+    if folder is not None and (data.alpha_mask or data.mask_column not in (None, MASK_COLUMN)):
+        other = "--alpha_mask" if data.alpha_mask else f"--mask_column {data.mask_column}"
+        raise ValueError(f"--mask_data_dir {folder} and {other} both say where the masks are; leave one of them out")
     if data.unmasked_weight == 1 and rules.masks_the_loss(config.values()):
         warn("--unmasked_weight 1 counts all pixels alike, so the masks have no effect; give less")
 

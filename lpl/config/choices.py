@@ -32,3 +32,4 @@ GPUS = {  # MiB, as nvidia-smi shows them
     "h200": 143771,
     "b200": 183359,
 }
+MASK_COLUMN = "mask"  # of the loss masks of a folder of images

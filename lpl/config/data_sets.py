@@ -19,7 +19,8 @@ Entry = Mapping[str, Any]
 
 # Flags that say what one data set is; the list stands in place of the first ones.
 PLACES = ("dataset_name", "dataset_config_name", "train_data_dir", "train_split", "validation_split")
-OF_ONE = (*PLACES, "image_column", "caption_column", "max_train_samples", "instance_prompt")
+OF_ONE = (*PLACES, "image_column", "caption_column", "mask_data_dir", "max_train_samples", "instance_prompt")
+FOLDERS = ("dataset_name", "train_data_dir", "mask_data_dir")  # of these that may be paths
 OWN: dict[str, type] = {"name": str, "repeats": int, "loss_weight": float}  # keys that are no flags
 MOST_REPEATS = 10_000
 
@@ -51,7 +52,7 @@ def place_of(found: Entry) -> str:
 
 def public_entry(found: Entry) -> dict[str, Any]:
     """An entry without paths of this machine."""
-    local = {name: shown(str(found[name])) for name in ("dataset_name", "train_data_dir") if name in found}
+    local = {name: shown(str(found[name])) for name in FOLDERS if name in found}
     return {**found, **local}
 
 

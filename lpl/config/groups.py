@@ -191,6 +191,12 @@ class Data:
     mask_column: str | None = flag(
         None, "column of loss masks, images whose white parts are trained on; in a folder of NAME-masklabel.png: mask"
     )
+    mask_data_dir: str | None = flag(
+        None,
+        "folder of loss masks, each with the name of its image in --train_data_dir",
+        public=rules.within_the_data_set,
+        path=True,
+    )
     alpha_mask: bool = flag(False, "take the images' transparency for loss masks: opaque parts are trained on")
     unmasked_weight: float = flag(
         0.0, "share of the loss that remains where a loss mask is black", range=SHARE, used=rules.masks_the_loss
@@ -199,6 +205,9 @@ class Data:
         "text",
         "column of the captions, one or several per image, or several columns with shares, such as text:0.7,tags:0.3; "
         "for DiT, of the class labels, label by default",
+    )
+    caption_per_line: bool = flag(
+        False, "text files beside the images have several captions, one a line; default: all lines are one caption"
     )
     instance_prompt: str | None = flag(None, "caption of the images that have none, e.g. a photo of sks dog")
     caption_prefix: str | None = flag(None, "text before each caption")
@@ -316,6 +325,11 @@ class Data:
         return (self.trigger_word or self.instance_prompt or "").strip() or None
 
     @property
+    def several_caption_columns(self) -> bool:
+        """Whether --caption_column names several, for some data set at least."""
+        return any(mark in part.data.caption_column for part in self.parts for mark in ",:")
+
+    @property
     def parts(self) -> list[Part]:
         """The data sets of ``datasets``, or the one that the flags name; available after the checks."""
         if self.datasets is None:
@@ -323,8 +337,8 @@ class Data:
         parts = []
         for found in self.datasets:
             values = {name: value for name, value in found.items() if name not in data_sets.OWN}
-            if "train_data_dir" in values:
-                values["train_data_dir"] = os.path.expanduser(values["train_data_dir"])
+            for name in {"train_data_dir", "mask_data_dir"} & values.keys():
+                values[name] = os.path.expanduser(values[name])
             own = {name: found[name] for name in ("repeats", "loss_weight") if name in found}
             alone = replace(self, datasets=None, max_train_samples=None)
             parts.append(Part(data_sets.name_of(found), replace(alone, **values), **own))

@@ -72,7 +72,7 @@ def read_recipe(
     except (OSError, ValueError) as error:
         there = sorted(file.name for file in Path(source).parent.glob("*.yaml")) if not repository else []
         beside = f"; beside it are {', '.join(there)}" if there and isinstance(error, FileNotFoundError) else ""
-        why = error if repository else f"it cannot be read ({error}){beside}"
+        why = error if repository else f"it cannot be read ({error}){beside}{_if_of_others(source)}"
         raise ValueError(f"--config {source}: {why}") from error
     measured = take_measured(entries)
     values = _values(parser, source, entries, without, strict)
@@ -107,6 +107,12 @@ class RecipeLoader(yaml.SafeLoader):
         if twice := [key for key in keys if keys.count(key) > 1]:
             raise yaml.YAMLError(f"it has {twice[0]} twice; leave one of them out")
         return super().construct_mapping(node, deep)
+
+
+def _if_of_others(source: str, names: Collection[Any] = ()) -> str:
+    """What to do with the configuration of another trainer: TOML, JSON, or ai-toolkit's YAML."""
+    found = Path(source).suffix.lower() in (".toml", ".json") or "job" in names
+    return "; files of other trainers are not read: docs/data-from-others.md says what to write instead" * found
 
 
 def read_entries(path: str | Path) -> dict[Any, Any]:
@@ -163,6 +169,7 @@ def _values(
         if name not in flags:
             raise ValueError(
                 f"--config {source}: there is no flag {reprlib.repr(name)}{close_match(str(name), flags)}"
+                f"{_if_of_others(source, entries)}"
             )
         value = _value(parser, source, flags[name], value)
         if value is not None:

@@ -91,7 +91,7 @@ def holds_out(flags: Values) -> bool:
 
 
 def masks_the_loss(flags: Values) -> bool:
-    return flags["alpha_mask"] or flags["mask_column"] is not None
+    return flags["alpha_mask"] or flags["mask_column"] is not None or flags["mask_data_dir"] is not None
 
 
 def validates(flags: Values) -> bool:

@@ -135,7 +135,8 @@ def _sizes(
         if fitting:
             found.append(nearest(fitting))
         elif number == 0 and step and min(height, width) >= step:
-            found.append((height // step * step, width // step * step))
+            longest = max(max(size) for size in sizes)  # an image that is long and narrow is cropped to it
+            found.append((min(height, longest) // step * step, min(width, longest) // step * step))
         elif number == 0 and keep_small:
             found.append(nearest(sizes))
     return list(dict.fromkeys(found))
@@ -150,7 +151,7 @@ def bucketed(dataset: Dataset | IterableDataset | None, data: Data, cache_dir: s
     if data.one_size or not isinstance(dataset, Dataset):
         return None
     folders = data_folders(data, cache_dir)
-    known = Catalogue.of(dataset, data.image_column, folders, cache_root(data))
+    known = Catalogue.of(dataset, data.image_column, folders, cache_root(data), digests=data.cache_latents)
     made = data.aspect_ratio_buckets == AUTO
     enlarged = data.bucket_upscale or data.aspect_ratio_buckets is None
     step, mixture = data.bucket_step if made else None, Mixture.of(dataset)
@@ -221,5 +222,5 @@ class BucketBatches(Sampler[list[tuple[int, int]]]):
     def _drawn(self, bucket: int, epoch: int) -> np.ndarray:
         """The items of a bucket in the order of an epoch."""
         items = self.buckets[bucket]
-        key = keyed_generator(self.seed, epoch, int(items[0]), Stream.ORDER)
+        key = keyed_generator(self.seed, epoch, int(items[0]), Stream.BUCKET)
         return items[torch.randperm(len(items), generator=key).numpy()]

@@ -25,6 +25,7 @@ from lpl.tools.words import has_word
 
 logger = logging.getLogger(__name__)
 Row = Mapping[str, Any]  # of a data set, by column
+CAPTION_COLUMNS = "lpl_caption_columns"  # --caption_column of a row, where data sets differ (lpl.data.mixture)
 PLACEHOLDER = "[trigger]"  # ai-toolkit's, which stands for the trigger word in a caption
 CLOSING = ",.;:!?"  # no space comes before these
 
@@ -34,12 +35,13 @@ class Captions:
     """Makes captions as the flags say.
 
     Args:
-        columns: --caption_column.
+        columns: --caption_column, of rows that name no columns of their own in :data:`CAPTION_COLUMNS`.
         instance_prompt: of rows without a text; None: there they are refused.
         shuffle, dropout: of the tags that need not stay in place.
         kept: number of first tags that stay, where a text has no ``kept_separator``.
         separator: between tags.
         kept_separator: once or twice in a text: tags before the first and after the second one stay.
+        several: some rows have several columns.
     """
 
     columns: str
@@ -52,6 +54,7 @@ class Captions:
     kept: int = 0
     separator: str = ","
     kept_separator: str | None = None
+    several: bool = False
 
     @classmethod
     def of(cls, data: Data) -> Captions:
@@ -66,12 +69,13 @@ class Captions:
             kept=data.keep_tags,
             separator=data.tag_separator,
             kept_separator=data.keep_tags_separator,
+            several=data.several_caption_columns,
         )
 
     @property
     def drawn(self) -> bool:
         """Whether a caption depends on more random numbers than the choice in a list."""
-        return self.shuffle or self.dropout > 0 or "," in self.columns
+        return self.shuffle or self.dropout > 0 or self.several or "," in self.columns
 
     def caption(self, row: Row, choice: float = 0.0, generator: torch.Generator | None = None) -> str:
         """A caption of a row.
@@ -107,7 +111,7 @@ class Captions:
 
     def _texts(self, row: Row) -> list[tuple[float, list[str]]]:
         """The shares and texts of the columns that may be drawn. A share of 0 is for rows that have no other text."""
-        columns = caption_columns(self.columns, row)
+        columns = caption_columns(row.get(CAPTION_COLUMNS) or self.columns, row)
         found = [(share, texts) for name, share in columns.items() if (texts := texts_of(row.get(name)))]
         if not found and self.instance_prompt is not None:
             return [(1.0, [self.instance_prompt])]
@@ -241,7 +245,10 @@ def columns_of(data: Data, available: Collection[str]) -> list[str]:
     default = data.caption_column == Data.caption_column
     if default and data.instance_prompt is not None and data.caption_column not in available:
         return []
-    return list(caption_columns(data.caption_column, available))
+    if CAPTION_COLUMNS not in available:
+        return list(caption_columns(data.caption_column, available))
+    found = (name for part in data.parts for name in caption_columns(part.data.caption_column, available))
+    return [CAPTION_COLUMNS, *(name for name in dict.fromkeys(found) if name in available)]
 
 
 def caption_rows(dataset: Dataset, columns: Sequence[str]) -> Iterator[Row]:

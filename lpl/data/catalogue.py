@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
@@ -42,10 +43,12 @@ logger = logging.getLogger(__name__)
 
 READERS = 8  # threads, since files may lie on a network disk
 PART = 4096  # images between two looks at the clock
+OF_A_THREAD = 64  # images that a thread looks at, at a time
 SAVED_EVERY = 60.0  # seconds between two writes of the index, which a killed run continues from
 RACY = 2.0  # seconds; coarser than the clock of any file system
 TURNED = {5, 6, 7, 8}  # EXIF orientations that swap height and width
 ORIENTATION = 0x0112  # EXIF's tag
+OF_A_TURNED_PNG = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}  # what may hold the orientation
 NONE = "none"
 
 
@@ -95,18 +98,18 @@ class Catalogue:
             root: folder of the index, which may serve several data sets and runs.
         """
         origin = _origin(dataset, column)
-        index = _index_file(dataset, column, origin, Path(root, "images"))
+        index = Path(root, "images", f"{_index_of(dataset, column, origin, folders)}.parquet")
         known, fresh, saved = _read(index), {}, time.monotonic()
         found: list[Entry] = []
         with (
             ThreadPoolExecutor(READERS) as readers,
             tqdm(desc="reading sizes", total=len(dataset), delay=2, leave=False, unit=" images") as progress,
         ):
-            for part in _parts(_images(dataset, column, origin)):
-                entry_of = partial(_entry, known=known, folders=folders, digests=digests)
-                for entry, trusted in readers.map(entry_of, part):
+            for part in _parts(_images(dataset, column, origin), PART):
+                entries_of = partial(_entries, known=known, folders=folders, digests=digests)
+                for entry, trusted in chain.from_iterable(readers.map(entries_of, _parts(iter(part), OF_A_THREAD))):
                     found.append(entry)
-                    if trusted and known.get(entry.name) != entry:
+                    if trusted and known.get(entry.name) is not entry:
                         fresh[entry.name] = entry
                 progress.update(len(part))
                 if fresh and time.monotonic() - saved > SAVED_EVERY:
@@ -141,20 +144,20 @@ def _images(dataset: Dataset, column: str, origin: str) -> Iterator[tuple[str, d
     for batch in cast(Iterator[pyarrow.Table], table.iter(1000)):
         images = batch[column].combine_chunks()
         contents = images.field("bytes")
-        for place, path in enumerate(images.field("path").to_pylist()):
-            content = contents[place] if contents[place].is_valid and images[place].is_valid else None
-            yield (f"{origin}/{row}" if content is not None else path or ""), {"bytes": content, "path": path}
+        held = map(all, zip(images.is_valid().to_pylist(), contents.is_valid().to_pylist()))
+        for place, (path, holds) in enumerate(zip(images.field("path").to_pylist(), held)):
+            content = contents[place] if holds else None
+            yield (f"{origin}/{row}" if holds else path or ""), {"bytes": content, "path": path}
             row += 1
 
 
-def _parts(images: Iterator[Any]) -> Iterator[list[Any]]:
-    part = []
-    for image in images:
-        part.append(image)
-        if len(part) == PART:
-            yield part
-            part = []
-    yield part
+def _parts(images: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    while part := list(islice(images, size)):
+        yield part
+
+
+def _entries(images: list[tuple[str, dict[str, Any]]], **options: Any) -> list[tuple[Entry, bool]]:
+    return [_entry(image, **options) for image in images]
 
 
 def _entry(
@@ -210,7 +213,8 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     A PNG whose EXIF follows its pixels is taken as it lies.
     """
     width, height = image.size
-    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):  # PIL has turned a TIFF
+    bare = image.format == "PNG" and not OF_A_TURNED_PNG & image.info.keys()
+    if image.format == "TIFF" or bare:  # PIL has turned a TIFF
         return height, width
     turned = image.getexif().get(ORIENTATION) in TURNED
     return (width, height) if turned else (height, width)
@@ -225,12 +229,12 @@ def _origin(dataset: Dataset, column: str) -> str:
     return hashlib.sha256(repr((dataset._fingerprint, column, files)).encode()).hexdigest()[:32]
 
 
-def _index_file(dataset: Dataset, column: str, origin: str, root: Path) -> Path:
-    """The index of a data set: of its folder of images, or of the data set itself if it holds their bytes."""
-    name, first = next(_images(dataset.select(range(min(1, len(dataset)))), column, origin), ("", {}))
-    if first.get("bytes") is None:
-        origin = hashlib.sha256(os.path.dirname(os.path.abspath(name)).encode()).hexdigest()[:32]
-    return root / f"{origin}.parquet"
+def _index_of(dataset: Dataset, column: str, origin: str, folders: Sequence[str]) -> str:
+    """The name of the index: of the folders of a data set whose images are files, or of the data set itself."""
+    _, first = next(_images(dataset.select(range(min(1, len(dataset)))), column, origin), ("", {}))
+    if first.get("bytes") is not None or not folders:
+        return origin
+    return hashlib.sha256(repr([os.path.realpath(folder) for folder in folders]).encode()).hexdigest()[:32]
 
 
 def _read(index: Path) -> dict[str, Entry]:

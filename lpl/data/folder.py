@@ -2,7 +2,8 @@
 
 Captions come from *metadata files*, ``metadata.jsonl``, ``.csv`` or ``.parquet``, in the folder or below it; their
 ``file_name`` is relative to them. Where there is none, they come from *text files*: ``cat.txt`` or ``cat.caption``
-beside ``cat.png``, whose lines are one caption. Class labels come from a metadata file, or from sub-folders' names.
+beside ``cat.png``, whose lines are one caption, or one each (--caption_per_line). Class labels come from a metadata
+file, or from sub-folders' names.
 
 Hidden files and folders, and those whose name begins with two underscores, are skipped. Linked sub-folders are not
 followed, since they may lead anywhere; they are named instead.
@@ -19,7 +20,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,25 @@ class Contents:
     def masks(self) -> dict[str, str]:
         """Loss masks by the path of their image without suffix."""
         return masks.beside(self._pictures)
+
+    def with_masks(self, folder: str) -> Contents:
+        """With the loss masks of another folder instead of those beside the images.
+
+        Raises:
+            ValueError: if no image has a mask there.
+        """
+        inside = os.path.join(os.path.abspath(folder), "")
+        others = replace(self, files=[file for file in self.files if not file.startswith(inside)])
+        found = masks.in_folder(others.images, self.folder, Contents.of(folder)._pictures, folder)
+        if not found:
+            raise ValueError(
+                f"--mask_data_dir {folder}: no mask there has the name of an image, such as "
+                f"{os.path.splitext(os.path.basename(others.images[0]))[0]}.png"
+                if others.images
+                else ""
+            )
+        vars(others)["masks"] = {**others.masks, **found}
+        return others
 
     @cached_property
     def _pictures(self) -> list[str]:
@@ -269,6 +289,8 @@ def folder_dataset(
     class_conditional: bool,
     instance_prompt: str | None = None,
     cache: str | os.PathLike[str] | None = None,
+    per_line: bool = False,
+    mask_folder: str | None = None,
 ) -> Dataset:
     """The images of a folder in the column ``image``, undecoded, with captions or class labels, and loss masks if any.
 
@@ -277,11 +299,15 @@ def folder_dataset(
     Args:
         instance_prompt: stands for missing captions; None: nothing does.
         cache: see :func:`text_captions`.
+        per_line: each line of a text file is a caption; the column then holds lists.
+        mask_folder: has loss masks with the names of the images, see :func:`lpl.data.masks.in_folder`.
 
     Raises:
         ValueError: if a metadata file cannot be read, or names nothing that is there.
     """
     contents = Contents.of(folder)
+    if mask_folder is not None:
+        contents = contents.with_masks(mask_folder)
     for problem in contents.left_out():
         logger.warning("--train_data_dir %s: %s", folder, problem)
     info = DatasetInfo(builder_name=BUILDER)
@@ -306,11 +332,11 @@ def folder_dataset(
             columns["label"] = labels
         return Dataset.from_dict(columns, features, DatasetInfo(features=features, builder_name=BUILDER))
     if contents.captioned:
-        captions = text_captions(contents, cache)
-        _warn_of_missing_texts(contents, captions, instance_prompt)
-        if any(caption for caption, _ in captions):
+        texts = text_lines(contents, cache)
+        _warn_of_missing_texts(contents, texts, instance_prompt)
+        if any(lines for lines, _ in texts):
             name = next(iter(caption_columns(caption_column, ())))
-            columns = {name: [caption for caption, _ in captions]} | columns
+            columns = {name: [lines if per_line or not lines else " ".join(lines) for lines, _ in texts]} | columns
     dataset = Dataset.from_dict(columns, info=info)
     for name, feature in features.items():
         dataset = dataset.cast_column(name, feature)
@@ -379,11 +405,17 @@ def _warn_of_files(contents: Contents, files: Sequence[str | None]) -> None:
 
 
 def text_captions(contents: Contents, cache: str | os.PathLike[str] | None = None) -> list[tuple[str | None, str]]:
-    """For each image the caption beside it, or None and why there is none.
+    """For each image the caption beside it, all lines of the text file, or None and why there is none.
 
     Args:
         cache: folder for the index of a large folder's text files, see :mod:`lpl.data.texts`.
     """
+    return [(" ".join(lines) if lines else None, why) for lines, why in text_lines(contents, cache)]
+
+
+def text_lines(contents: Contents, cache: str | os.PathLike[str] | None = None) -> list[tuple[list[str] | None, str]]:
+    """For each image the lines of the text file beside it, or None and why there are none; see
+    :func:`text_captions`."""
     texts = contents.texts
     files = [texts.get(image[: image.rfind(".")]) for image in contents.images]
     inside = [
@@ -391,7 +423,7 @@ def text_captions(contents: Contents, cache: str | os.PathLike[str] | None = Non
     ]
     found = dict(zip(inside, contents_of(inside, contents.folder, cache)))
     return [
-        (None, "without a text file of the same name") if file is None else _caption(file, found.get(file))
+        (None, "without a text file of the same name") if file is None else _lines(file, found.get(file))
         for file in files
     ]
 
@@ -401,24 +433,25 @@ def _leads_in(file: str, contents: Contents) -> bool:
     return os.path.isfile(file) and lies_in(file, contents.folder)
 
 
-def _caption(file: str, content: Content | None) -> tuple[str | None, str]:
-    """The caption in a text file, or None and why there is none."""
+def _lines(file: str, content: Content | None) -> tuple[list[str] | None, str]:
+    """The lines of a text file, without empty ones, or None and why there are none."""
     if content is None:
         return None, "with a link out of the folder"
     if isinstance(content, OSError):
         return None, "with a text file that cannot be read"
     try:
-        return " ".join(decoded(content, file).split()) or None, "with an empty text file"
+        lines = (" ".join(line.split()) for line in decoded(content, file).splitlines())
+        return list(filter(None, lines)) or None, "with an empty text file"
     except ValueError:
         return None, "with a text file that is not in UTF-8"
 
 
 def _warn_of_missing_texts(
-    contents: Contents, captions: Sequence[tuple[str | None, str]], instance_prompt: str | None
+    contents: Contents, captions: Sequence[tuple[list[str] | None, str]], instance_prompt: str | None
 ) -> None:
     causes: dict[str, list[str]] = {}
-    for image, (caption, why) in zip(contents.images, captions):
-        if caption is None:
+    for image, (lines, why) in zip(contents.images, captions):
+        if lines is None:
             causes.setdefault(why, []).append(image)
     lacking = sum(map(len, causes.values()))
     found = ", ".join(

@@ -3,7 +3,7 @@
 A *mask* is an image in grey of 8 bits, white = train here, as large as its image; it is resized if it is not, with a
 warning. It is the transparency of the image (--alpha_mask), or another image in the same row (--mask_column). In a
 folder of images the files ``NAME-masklabel.png`` (OneTrainer's) and ``NAME.mask.png`` beside an image NAME are the
-column ``mask`` and no images.
+column ``mask`` and no images; so are the files of --mask_data_dir, with the images' names.
 
 A row without a mask is trained on everywhere. A mask that cannot be read costs the sample, as an image does, and so
 does one that is black everywhere, unless --unmasked_weight is above 0: there is nothing to learn from it. A crop of a
@@ -21,6 +21,7 @@ from typing import Any
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from lpl.config.choices import MASK_COLUMN
 from lpl.config.groups import Data
 from lpl.config.sizes import Size
 from lpl.data.reading import Picture, cropped, open_image, read_picture, to_rgb
@@ -28,7 +29,7 @@ from lpl.data.reading import Picture, cropped, open_image, read_picture, to_rgb
 
 logger = logging.getLogger(__name__)
 
-COLUMN = "mask"  # of a folder's masks
+COLUMN = MASK_COLUMN
 ENDINGS = ("-masklabel.png", ".mask.png")  # of their files' names, behind that of the image
 
 
@@ -41,6 +42,21 @@ def beside(images: Iterable[str]) -> dict[str, str]:
         for ending in ENDINGS:
             if file.lower().endswith(ending) and file[: -len(ending)] in names:
                 found[file[: -len(ending)]] = file
+    return found
+
+
+def in_folder(images: Iterable[str], top: str, pictures: Iterable[str], folder: str) -> dict[str, str]:
+    """The masks that lie in a folder of their own, as :func:`beside` returns them.
+
+    A mask has its image's name, whatever its suffix, and lies in the sub-folder of ``folder`` that the image has in
+    ``top``, or in ``folder`` itself.
+    """
+    by_name = {os.path.splitext(os.path.relpath(file, folder))[0]: file for file in pictures}
+    found = {}
+    for name in (os.path.splitext(file)[0] for file in images):
+        places = os.path.relpath(name, top), os.path.basename(name)
+        if mask := next((by_name[place] for place in places if place in by_name), None):
+            found[name] = mask
     return found
 
 

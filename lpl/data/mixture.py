@@ -20,8 +20,8 @@ import numpy as np
 from datasets import ClassLabel, Dataset, IterableDataset, Value, concatenate_datasets
 from datasets import List as ListFeature
 
-from lpl.config.flag import flags_of
 from lpl.config.groups import Data, Part
+from lpl.data.captions import CAPTION_COLUMNS, caption_columns, caption_rows, texts_of
 from lpl.data.folder import Contents
 from lpl.tools.words import counted
 
@@ -50,9 +50,8 @@ def _kohya_parts(part: Part) -> list[Part]:
     for folder in folders:
         name = os.path.basename(folder)
         repeats, prompt = KOHYA.fullmatch(name).groups()  # type: ignore[union-attr]
-        values = {"train_data_dir": folder}
-        if "instance_prompt" in flags_of(Data) and vars(part.data)["instance_prompt"] is None:
-            values["instance_prompt"] = prompt
+        own = part.data.instance_prompt
+        values = {"train_data_dir": folder, "instance_prompt": prompt if own is None else own}
         parts.append(Part(name, replace(part.data, **values), part.repeats * int(repeats), part.loss_weight))
     return parts
 
@@ -76,20 +75,39 @@ def is_mixture(parts: Sequence[Part]) -> bool:
 
 
 def joined(parts: Sequence[Part], loaded: Sequence[Dataset], data: Data) -> Dataset:
-    """One data set of several, in order, with the column names of ``data``."""
+    """One data set of several, in order, with the column names of ``data``.
+
+    If one of them has several caption columns, each keeps its own, and the column :data:`CAPTION_COLUMNS` names them.
+    """
     names = _unique([part.name for part in parts])
-    columns = [(part.data.image_column, part.data.caption_column) for part in parts]
+    words = [part.data.caption_column for part in parts]
+    apart = data.several_caption_columns
     renamed = [
-        _renamed(dataset, dict(zip(own, (data.image_column, data.caption_column))))
-        for dataset, own in zip(loaded, columns)
+        _renamed(
+            dataset,
+            {part.data.image_column: data.image_column}
+            | ({} if apart else {part.data.caption_column: data.caption_column}),
+        )
+        for part, dataset in zip(parts, loaded)
     ]
-    several = any(isinstance(_feature(dataset, data.caption_column), ListFeature) for dataset in renamed)
+    captions = [
+        list(caption_columns(word, dataset.column_names)) if apart else [data.caption_column]
+        for word, dataset in zip(words, renamed)
+    ]
+    lists = {
+        name
+        for name in {name for of_one in captions for name in of_one}
+        if any(isinstance(_feature(dataset, name), ListFeature) for dataset in renamed)
+    }
     marked = []
-    for number, (part, dataset) in enumerate(zip(parts, renamed)):
-        prompt = vars(part.data).get("instance_prompt")  # each data set's own, so it is filled in here
-        dataset = _of_one_type(with_prompt(dataset, data.caption_column, prompt), data.caption_column, several)
+    for number, (part, dataset, columns) in enumerate(zip(parts, renamed, captions)):
+        dataset = with_prompt(dataset, columns, part.data.instance_prompt)  # each data set's own
+        for name in columns:
+            dataset = _of_one_type(dataset, name, name in lists)
         values = {NAME: number, REPEATS: part.repeats, LOSS_WEIGHT: float(part.loss_weight)}
         features = {NAME: ClassLabel(names=names), REPEATS: Value("int32"), LOSS_WEIGHT: Value("float64")}
+        if apart:
+            values[CAPTION_COLUMNS], features[CAPTION_COLUMNS] = words[number], Value("string")
         for name, value in values.items():
             column = np.full(len(dataset), value)
             dataset = dataset.add_column(name, column, feature=features[name])  # type: ignore[arg-type]
@@ -115,18 +133,19 @@ def _feature(dataset: Dataset, column: str) -> object:
     return dataset.features.get(column)
 
 
-def with_prompt(dataset: Dataset, column: str, prompt: str | None) -> Dataset:
-    """With a prompt as the caption of images that have none; unchanged without one."""
+def with_prompt(dataset: Dataset, columns: Sequence[str], prompt: str | None) -> Dataset:
+    """With a prompt, in the first of the columns, as the caption of images that have none; unchanged without one."""
     if prompt is None:
         return dataset
-    there = column in dataset.column_names
-    captions = list(dataset[column]) if there else [None] * len(dataset)
-    if None not in captions:
+    column, there = columns[0], [name for name in columns if name in dataset.column_names]
+    lacking = [not any(texts_of(value) for value in row.values()) for row in caption_rows(dataset, there)]
+    if not any(lacking):
         return dataset
-    feature = dataset.features[column] if there else Value("string")
+    captions = list(dataset[column]) if column in there else [None] * len(dataset)
+    feature = dataset.features[column] if column in there else Value("string")
     missing = [prompt] if isinstance(feature, ListFeature) else prompt
-    filled = [missing if caption is None else caption for caption in captions]
-    rest = dataset.remove_columns(column) if there else dataset
+    filled = [missing if lacks else caption for lacks, caption in zip(lacking, captions)]
+    rest = dataset.remove_columns(column) if column in there else dataset
     return rest.add_column(column, filled, feature=feature)  # type: ignore[arg-type]
 
 

@@ -24,6 +24,7 @@ class Stream(IntEnum):
     LPL = 4
     CAPTION = 5
     TEXT_ENCODERS = 6
+    BUCKET = 7
 
 
 def keyed_generator(seed: int, *key: int) -> torch.Generator:

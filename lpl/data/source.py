@@ -35,8 +35,9 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from lpl.config.groups import Data, Part, naming
 from lpl.data import masks
 from lpl.data.captions import caption_columns, columns_of, report_instance_prompt
+from lpl.data.catalogue import cache_root
 from lpl.data.folder import Contents, folder_dataset, suffix
-from lpl.data.mixture import is_mixture, joined, parts_of, without_marks
+from lpl.data.mixture import Mixture, is_mixture, joined, parts_of, without_marks
 from lpl.data.places import as_read, saved_splits, with_column_of_json, with_paths_of_images
 from lpl.tools.words import close_match, first_line
 
@@ -80,7 +81,8 @@ def load_training_images(
         dataset = dataset.select(sorted(set(range(len(dataset))) - set(every_nth)))
         if len(dataset) == 0:
             raise ValueError(f"--validation_every_nth {data.validation_every_nth}: nothing is left to train on")
-    report_instance_prompt(dataset, data)
+    if Mixture.of(dataset) is None:  # in which each data set has its own
+        report_instance_prompt(dataset, data)
     if held_out is not None:
         held_out = held_out.select(range(min(data.num_validation_samples, len(held_out))))
     return dataset, held_out
@@ -96,10 +98,12 @@ def _whole(
     loaded = []
     for part in parts:
         with naming(part, parts):
-            found = _map_style(part.data, getattr(part.data, flag), cache_dir, num_classes, ())
+            found = _map_style(part.data, getattr(part.data, flag), cache_dir, num_classes, (), masks_needed=False)
         if data.datasets is not None and flag == "train_split":
             found = _subset(found, part.data.max_train_samples, seed)
         loaded.append(found)
+    if data.mask_column is not None and not any(data.mask_column in dataset.column_names for dataset in loaded):
+        _check_masks(loaded[0], data.mask_column, _named(parts[0].data))
     if num_classes is not None:
         loaded = _with_common_labels(parts, loaded, classes, num_classes)
     return joined(parts, loaded, data)
@@ -136,17 +140,30 @@ def _subset(dataset: Dataset, count: int | None, seed: int) -> Dataset:
 
 
 def _map_style(
-    data: Data, split: str, cache_dir: str | None, num_classes: int | None, classes: Sequence[str]
+    data: Data,
+    split: str,
+    cache_dir: str | None,
+    num_classes: int | None,
+    classes: Sequence[str],
+    masks_needed: bool = True,
 ) -> Dataset:
-    dataset = load_split(data, split, cache_dir, num_classes, classes)
+    dataset = load_split(data, split, cache_dir, num_classes, classes, masks_needed)
     assert isinstance(dataset, Dataset), "a streamed data set is loaded by load_streamed_images"
     return dataset
 
 
 def load_split(
-    data: Data, split: str, cache_dir: str | None, num_classes: int | None = None, classes: Sequence[str] = ()
+    data: Data,
+    split: str,
+    cache_dir: str | None,
+    num_classes: int | None = None,
+    classes: Sequence[str] = (),
+    masks_needed: bool = True,
 ) -> Dataset | IterableDataset:
     """Loads the image and caption column of a split, images undecoded; with --streaming as an ``IterableDataset``.
+
+    Args:
+        masks_needed: whether there must be a --mask_column; of several data sets, some may be without.
 
     Raises:
         ValueError: if it cannot be loaded, or a column is missing or of the wrong type.
@@ -154,14 +171,21 @@ def load_split(
     data = as_read(data, num_classes is not None)
     where = _named(data)
     dataset = _opened(data, split, cache_dir, num_classes is not None)
+    if data.caption_per_line and (data.dataset_name or data.streaming or Contents.of(data.folder).metadata):
+        logger.warning("%s: --caption_per_line has no effect, since captions do not come from text files", where)
     dataset = with_column_of_json(dataset, data.caption_column)
     columns = columns_of(data, dataset.column_names or [])
     check_columns(dataset, data.image_column, data.caption_column if columns else None, where, num_classes)
     pictures = [data.image_column]
-    if data.mask_column is not None:
+    if data.mask_column is not None and (masks_needed or data.mask_column in (dataset.column_names or ())):
         _check_masks(dataset, data.mask_column, where)
         pictures.append(data.mask_column)
-    elif masks.COLUMN in (dataset.column_names or ()) and not data.dataset_name and not data.streaming:
+    elif (
+        data.mask_column is None
+        and masks.COLUMN in (dataset.column_names or ())
+        and not data.dataset_name
+        and not data.streaming
+    ):
         logger.warning("%s: its loss masks have no effect without --mask_column %s", where, masks.COLUMN)
     dataset = dataset.select_columns([*pictures, *columns])
     if num_classes is not None and classes:
@@ -219,8 +243,8 @@ def _loaded(data: Data, split: str, cache_dir: str | None, class_conditional: bo
         # All files under one name: by default, the library takes "test" in a file's name for a split.
         dataset = load_dataset(kind, data_files={"train": files}, **options)
     else:
-        cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE, "lpl-texts")
-        return folder_dataset(data.folder, data.caption_column, class_conditional, data.instance_prompt, cache)
+        captions = data.caption_column, class_conditional, data.instance_prompt, cache_root(data) / "texts"
+        return folder_dataset(data.folder, *captions, data.caption_per_line, data.mask_data_dir)
     if isinstance(dataset, IterableDataset):
         return dataset.decode(False)
     assert isinstance(dataset, Dataset)  # with a split, it is no dictionary of splits
@@ -408,7 +432,7 @@ def data_folders(data: Data, cache_dir: str | None) -> list[str]:
     if data.datasets is not None:
         return list(dict.fromkeys(folder for part in data.parts for folder in data_folders(part.data, cache_dir)))
     if not data.dataset_name:
-        return [data.train_data_dir] if data.train_data_dir else []
+        return [folder for folder in (data.train_data_dir, data.mask_data_dir) if folder]
     downloads = os.path.join(cache_dir or datasets.config.HF_DATASETS_CACHE, "downloads")
     own = (f"hf://datasets/{data.dataset_name}", data.dataset_name, data.train_data_dir)
     return [folder for folder in (*own, HF_HUB_CACHE, downloads) if folder]

@@ -204,13 +204,14 @@ class Plan:
 
     def _bucket_warning(self) -> str | None:
         """How many sizes have too few images for a batch."""
+        if self.images.items is None:
+            return None
         batch = self.config.optimization.train_batch_size * self.run.accelerator.num_processes
-        sizes = self.images.items.buckets.values() if self.images.items is not None else ()
-        counts = [len(items) for items in sizes if len(items) < batch]
+        counts = [len(items) for items in self.images.items.buckets.values() if len(items) < batch]
         if not counts:
             return None
         return (
-            f"{counted(len(counts), 'size')} of images, with {counted(sum(counts), 'image')} in all, "
+            f"{counted(len(counts), 'size')} of images, with {counted(sum(counts), 'sample')} an epoch in all, "
             f"{'has' if len(counts) == 1 else 'have'} fewer than the {batch} of a batch: the same image comes several "
             "times in their batches; a smaller --train_batch_size or a larger --bucket_step avoids it"
         )
@@ -262,7 +263,8 @@ class Plan:
             words.append(f"at most {lpl.lpl_max_samples} of {self.config.optimization.train_batch_size} samples")
         if lpl.lpl_crop is not None:
             parts = (height // lpl.lpl_crop) * (width // lpl.lpl_crop)
-            words.append(f"one of {parts} parts of {pixels(lpl.lpl_crop, lpl.lpl_crop)}")
+            which = f"one of {parts} parts" if self.config.data.one_size else "one part"
+            words.append(f"{which} of {pixels(lpl.lpl_crop, lpl.lpl_crop)}")
         return ", ".join(words)
 
     def _lpl_warnings(self) -> list[str]:

@@ -130,6 +130,11 @@ def parsed(words: Sequence[str]) -> tuple[Distillation, Config]:
     config = config_of(shared | both | {"report_to": "none"}, given)
     if not config.data.train_data_dir and not config.data.dataset_name:
         raise ValueError("--train_data_dir or --dataset_name is missing: the images that the student learns from")
+    if "," in str(config.data.resolution):
+        raise ValueError(
+            f"--resolution {config.data.resolution}: a student is made for one size; give the one that most images "
+            "are trained at"
+        )
     if config.data.train_data_dir:
         check_outside("--output_dir", config.output.output_dir, "--train_data_dir", config.data.train_data_dir)
     check_writable(f"--output_dir {config.output.output_dir}", config.output.output_dir)

@@ -5,6 +5,7 @@ Flags that default to None get the family's or the pipeline's value. Afterwards 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -17,7 +18,7 @@ from torch import nn
 from lpl.autoencoders import RGB, SUPPORTED, decoder_blocks, downscaling_factor, skeleton
 from lpl.config import Config
 from lpl.config.checks import check_loss_options, warn_idle, warn_of_idle_flags
-from lpl.config.choices import ALL_LINEAR
+from lpl.config.choices import ALL_LINEAR, MASK_COLUMN
 from lpl.config.groups import Data
 from lpl.config.sizes import AUTO, default_step, parse_sizes, sides_of
 from lpl.families import FAMILIES, Family
@@ -30,7 +31,8 @@ from lpl.tools.words import first_line, warn
 
 
 OF_TEXTS = (  # flags that have no meaning for class labels
-    *("instance_prompt", "caption_prefix", "caption_suffix", "trigger_word", "shuffle_tags", "tag_dropout"),
+    *("caption_per_line", "instance_prompt", "caption_prefix", "caption_suffix", "trigger_word"),
+    *("shuffle_tags", "tag_dropout"),
     *("cache_text_embeddings", "tag_separator", "keep_tags", "keep_tags_separator", "text_encoder_dropout"),
 )
 
@@ -148,11 +150,13 @@ def _check_diffusion(config: Config, num_train_timesteps: int) -> None:
 
 
 def _with_captions(config: Config, description: Description) -> Config:
-    """The conditions of the denoiser."""
+    """The conditions of the denoiser, and the columns of the data."""
     family = description.family
     values: dict[str, Any] = {}
     if family.class_conditional and "caption_column" not in config.given:
         values["caption_column"] = "label"
+    if any(part.data.mask_data_dir is not None for part in config.data.parts):
+        values["mask_column"] = MASK_COLUMN
     if family.class_conditional and (given := [name for name in OF_TEXTS if name in config.given]):
         raise ValueError(f"--{given[0]} is for captions, and {family.name} is trained on class labels; leave it out")
     _check_encoder_dropout(config, description)
@@ -239,6 +243,10 @@ def resolved_resolution(data: Data, description: Description) -> int | str:
         ValueError: if the pipeline does not accept it.
     """
     family, parts, resolution = description.family, description.parts, data.resolution
+    if resolution is None and data.aspect_ratio_buckets not in (None, AUTO):
+        sizes, multiple = parse_sizes(data.aspect_ratio_buckets), family.resolution_multiple(parts)
+        area = max(height * width for height, width in sizes)  # samples are drawn at the square of that many pixels
+        resolution = max(1, round(math.sqrt(area) / multiple)) * multiple
     if resolution is None:
         resolution, (_, largest) = family.default_resolution(parts), family.resolution_range(parts)
         if largest is not None and resolution > largest:  # a small model of a family of larger ones

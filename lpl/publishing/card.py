@@ -62,6 +62,8 @@ class RunCard:
     licence: Mapping[str, Any] = field(default_factory=dict)  # the base model's, from base_licence
     # How to use it
     size: tuple[int, int]  # height and width in pixels
+    sizes: str = ""  # of training images in words, if there are several
+    epoch: int | None = None  # samples of an epoch, if known
     prompt: str | int = "a photo of a lighthouse at dusk"  # an int is a class label, for class-conditional models
     classes: Mapping[int, str] = field(default_factory=dict)  # names of the data's classes by label
     trigger: str | None = None  # the trigger word, or else the prompt of images without captions
@@ -150,6 +152,8 @@ class RunCard:
             loading_arguments=family.loading_arguments(),
             sampling_arguments=family.sampling_arguments(),
             images=plan.images.rows,
+            epoch=plan.images.length,
+            sizes="" if plan.images.items is None else plan.sizes(3),
             fingerprint=facts["data"]["fingerprint"],
             steps=run.step,
             max_steps=plan.max_steps,

@@ -9,6 +9,7 @@ from pathlib import Path
 from lpl.config import Config
 from lpl.config.choices import TRACKERS
 from lpl.config.groups import Data, naming
+from lpl.data.catalogue import cache_root
 from lpl.data.folder import Contents, suffix, why_no_images
 from lpl.data.mixture import parts_of
 from lpl.data.places import as_read
@@ -106,6 +107,9 @@ def _check_output(config: Config) -> None:
     """Only the first process writes; the others may be on machines that do not see the folder."""
     if os.environ.get("RANK", "0") != "0":
         return
+    data = config.data
+    if data.cache_latents or data.cache_text_embeddings or data.aspect_ratio_buckets or "," in str(data.resolution):
+        check_writable(f"--data_cache_dir {cache_root(data)}", cache_root(data))
     folder, validation = config.output.output_dir, config.validation
     folders = [layout.SAMPLES, *([layout.EVALUATION] if config.evaluation.eval_steps is not None else [])]
     files = (layout.LOG, layout.RECIPE, layout.CURVES, layout.CARD)

@@ -203,3 +203,17 @@ def test_a_command_line_of_each_script_of_diffusers(script, request, image_folde
     assert args.lora.lora is ("lora" in script) and args.lpl.enabled
     again = silently(resolved, ["--config", write(tmp_path, recipe(args))])[0] if not warned else None
     assert again is None or meaning(again) == meaning(args)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("data.toml", "[general]\nshuffle_caption = true\n"),
+        ("multidatabackend.json", '[{"id": "a", "type": "local"}]'),
+        ("train_lora.yaml", "job: extension\nconfig: {name: a}\n"),
+    ],
+)
+def test_files_of_other_trainers_are_told_from_recipes(name, content, sd_pipeline, image_folder, tmp_path, capsys):
+    (tmp_path / name).write_text(content)
+    words = arguments(sd_pipeline, image_folder, tmp_path / "out", config=str(tmp_path / name))
+    assert "files of other trainers are not read: docs/data-from-others.md" in said(capsys, words)

@@ -36,6 +36,7 @@ use_rslora                        refused
 dataset_name                                on_the_hub
 train_data_dir                              within_the_data_set
 datasets                                    are_public
+mask_data_dir                               within_the_data_set
 shuffle_tags                                                        False
 tag_dropout                                                         0.0
 data_cache_dir                    silent    own

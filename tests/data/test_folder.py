@@ -71,6 +71,19 @@ def test_an_image_without_a_text_file_is_a_bad_sample(tmp_path, caplog):
     assert "1 with a text file that is not in UTF-8 (a.png), 1 with an empty text file (b.png)" in why(folder)
 
 
+def test_a_caption_in_each_line(tmp_path, caplog):
+    folder = also(images(tmp_path / "data", "a.png", "b.png"), {"a.txt": "a cat\r\n\n \na  dog\n", "b.txt": "a fox"})
+    found = loaded(folder, caption_per_line=True)
+    assert [{found[epoch, row]["caption"] for epoch in range(20)} for row in range(2)] == [
+        {"a cat", "a dog"},
+        {"a fox"},
+    ]
+    assert "no effect" not in caplog.text
+    also(folder, {"metadata.jsonl": '{"file_name": "a.png", "text": "one\\ntwo"}'})
+    assert loaded(folder, caption_per_line=True)[0, 0]["caption"] == "one\ntwo"
+    assert "--caption_per_line has no effect" in caplog.text
+
+
 def test_the_instance_prompt_is_of_images_without_a_text_file(tmp_path, caplog):
     flags = {"instance_prompt": "sks dog"}
     folder = also(images(tmp_path / "data", "a.png", "b.png", "c.png"), {"b.txt": " "})

@@ -173,6 +173,32 @@ def test_the_masks_of_a_folder_are_no_images(folder):
     assert means == pytest.approx(expected, abs=0.02)
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_masks_in_a_folder_of_their_own(inside, folder, tmp_path_factory):
+    """As in kohya's, ai-toolkit's and diffusion-pipe's data: the name of the image, with any suffix."""
+    masks = folder / "masks" if inside else tmp_path_factory.mktemp("masks")
+    masks.mkdir(exist_ok=True)
+    (folder / "sub").mkdir()
+    for name in ("b.png", "c.jpg"):
+        half(64, 48).save(masks / name)
+    static(seed=9).save(folder / "sub" / "c.png")  # the one in masks/sub goes before that in masks
+    (folder / "sub" / "c.txt").write_text("picture c in sub")
+    (masks / "sub").mkdir()
+    Image.new("L", (64, 48), 255).save(masks / "sub" / "c.png")
+    flags = {"mask_data_dir": str(masks), "mask_column": "mask"}
+    images = over(load(folder, **flags), settings(train_data_dir=str(folder), center_crop=True, **flags))
+    means = {images[0, place]["caption"]: images[0, place]["mask"].mean().item() for place in range(len(images))}
+    expected = {"picture a": 0.5, "picture b": 0.5, "picture c": 0.5, "picture c in sub": 1.0}
+    assert means == pytest.approx(expected, abs=0.02)
+
+
+def test_a_folder_of_masks_with_other_names(folder, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    half(64, 48).save(other / "x.png")
+    with pytest.raises(ValueError, match="no mask there has the name of an image, such as a.png"):
+        load(folder, mask_data_dir=str(other), mask_column="mask")
+
+
 def test_masks_that_are_not_used_are_said(folder, caplog):
     assert load(folder).column_names == ["image", "text"]
     assert "no effect without --mask_column mask" in caplog.text
@@ -299,7 +325,7 @@ def test_the_diffusion_loss_under_a_mask(options, vae):
     errors, masked_gradient = losses_of(vae, mask, **options)
     weights = torch.ones(8)
     weights[4], weights[5:] = 0.5, 0
-    expected = gradient[0] * weights
+    expected = gradient[0] * weights * 8 / 4.5
     assert torch.allclose(masked_gradient[0], expected) and not masked_gradient[0, ..., 5:].any()
     assert errors[1] == 0 and not masked_gradient[1].any()
     share = 0.25
@@ -307,12 +333,12 @@ def test_the_diffusion_loss_under_a_mask(options, vae):
     assert torch.allclose(mixed, share * plain + (1 - share) * errors)
 
 
-def test_the_diffusion_loss_is_the_mean_over_all_positions(vae):
-    """It is not divided by the mask's area: both halves sum to the whole."""
+def test_the_diffusion_loss_is_the_mean_over_the_mask(vae):
+    """It does not depend on the mask's area: the whole is the mean of both halves."""
     left = torch.zeros(2, 1, 24, 32)
     left[..., :16] = 1
     (one, _), (other, _), (whole, _) = (losses_of(vae, mask) for mask in (left, 1 - left, None))
-    assert torch.allclose(one + other, whole) and (one > 0).all() and (other > 0).all()
+    assert torch.allclose((one + other) / 2, whole) and (one > 0).all() and (other > 0).all()
 
 
 # Runs ----------------------------------------------------------------------------------------------------------------
@@ -336,8 +362,8 @@ def transparent(tmp_path_factory):
 def test_a_run_with_alpha_masks(sd_pipeline, transparent, tmp_path, monkeypatch):
     """Both losses get them, those of the held-out images too."""
     seen = []
-    weights = LossMask.weights
-    monkeypatch.setattr(LossMask, "weights", lambda mask, size: seen.append(mask) or weights(mask, size))
+    pooled = LossMask.pooled
+    monkeypatch.setattr(LossMask, "pooled", lambda mask, size: seen.append(mask) or pooled(mask, size))
     folder = train(
         sd_pipeline,
         transparent,
@@ -357,6 +383,20 @@ def test_a_run_with_alpha_masks(sd_pipeline, transparent, tmp_path, monkeypatch)
 def test_two_sources_of_masks_are_refused(sd_pipeline, image_folder, tmp_path, capsys):
     words = arguments(sd_pipeline, image_folder, tmp_path / "out", alpha_mask=True, mask_column="mask")
     assert "--alpha_mask" in (said := refusal(capsys, words)) and "--mask_column mask" in said
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ({"alpha_mask": True}, "and --alpha_mask both say"),
+        ({"mask_column": "other"}, "and --mask_column other both say"),
+        ({"dataset_name": "user/pictures"}, "has masks for a folder of images"),
+        ({"mask_data_dir": "nowhere"}, "--mask_data_dir nowhere: there is no such folder"),
+    ],
+)
+def test_what_a_folder_of_masks_does_not_go_with(flags, words, sd_pipeline, image_folder, tmp_path, capsys):
+    flags = {"mask_data_dir": str(tmp_path), **flags}
+    assert words in refusal(capsys, arguments(sd_pipeline, image_folder, tmp_path / "out", **flags))
 
 
 @pytest.mark.parametrize("flags, words", [({}, "--unmasked_weight has no"), ({"alpha_mask": True}, "masks have no")])

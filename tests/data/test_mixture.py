@@ -101,6 +101,42 @@ def test_a_bad_image_is_replaced_within_its_data_set_and_named(two, tmp_path):
     assert images[0, 0]["caption"] == "x"  # nothing else is left
 
 
+def test_data_sets_with_several_caption_columns_beside_others(two, tmp_path):
+    """Each draws of its own columns, by its own shares; a list in one of them makes no difference."""
+    rows = [{"file_name": f"{name}.png", "text": "words", "tags": ["tag", "other"]} for name in "abc"]
+    (tmp_path / "cats" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    two[0]["caption_column"] = "text:0.5,tags:0.5"
+    images, held_out = images_of(two, tmp_path, validation_every_nth=5, center_crop=True)
+    captions = [{images[epoch, row]["caption"] for epoch in range(24)} for row in range(4)]
+    assert captions == [{"words", "tag", "other"}] * 2 + [{"x"}, {"y"}]
+    assert list(images.captions_at()) == [["words", "tag", "other"]] * 2 + [["x"], ["y"]]
+    assert held_out[0, 0]["caption"] in ("words", "tag", "other")
+    two[0]["caption_column"] = "tags:1,text:0"
+    assert {images_of(two, tmp_path)[0][epoch, 0]["caption"] for epoch in range(9)} == {"tag", "other"}
+
+
+def test_one_list_of_caption_columns_for_all_data_sets_with_their_own_prompts(tmp_path):
+    captions = {"10_sks dog": {"text": "a", "tags": "b"}, "2_sks cat": {"text": "", "tags": " "}}
+    for folder, columns in captions.items():
+        folder_of(tmp_path / "kohya" / folder, "one.png")
+        row = json.dumps({"file_name": "one.png", **columns})
+        (tmp_path / "kohya" / folder / "metadata.jsonl").write_text(row)
+    images = loaded(tmp_path / "kohya", caption_column="text,tags")
+    assert {images[epoch, 0]["caption"] for epoch in range(9)} == {"a", "b"}
+    assert {images[epoch, 1]["caption"] for epoch in range(9)} == {"sks cat"}
+
+
+def test_data_sets_with_masks_beside_others_without(two, tmp_path):
+    (tmp_path / "masks").mkdir()
+    static().save(tmp_path / "masks" / "b.png")
+    two[0]["mask_data_dir"] = str(tmp_path / "masks")
+    images, _ = images_of(two, tmp_path, mask_column="mask")
+    whole = [bool((images[0, row]["mask"] == 1).all()) for row in range(4)]
+    assert whole == [True, False, True, True]
+    del two[0]["mask_data_dir"]
+    refused(lambda: images_of(two, tmp_path, mask_column="mask"), "there is no column 'mask'")
+
+
 def test_numbers_of_images(two, tmp_path):
     two[0]["max_train_samples"] = 1
     images, _ = images_of(two, tmp_path)
@@ -164,8 +200,8 @@ def test_an_error_names_its_data_set(two, tmp_path):
 )
 def test_a_prompt_stands_for_missing_captions(columns, captions):
     dataset = Dataset.from_dict({"image": [1, 2]} | columns)
-    assert list(with_prompt(dataset, "text", "a fox")["text"]) == captions
-    assert with_prompt(dataset, "text", None) is dataset
+    assert list(with_prompt(dataset, ["text"], "a fox")["text"]) == captions
+    assert with_prompt(dataset, ["text"], None) is dataset
 
 
 def test_kohyas_folders_are_data_sets(tmp_path):

@@ -148,10 +148,10 @@ def test_commands_parse(name):
 
 
 def told_flags(page):
-    """Flags that a page gives as its own; of the tables in migrate.md, the right column."""
+    """Flags that a page gives as its own; of the tables of other trainers, the right column."""
     text = prose(page)
-    if page.name == "migrate.md":
-        text = re.sub(r"^\|[^|]*\|", "", text, flags=re.MULTILINE)
+    if page.name in ("migrate.md", "data-from-others.md"):
+        text = re.sub(r"^\|.*\|(?=[^|]*\|$)", "", text, flags=re.MULTILINE)
     return set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
 
 

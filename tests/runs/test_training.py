@@ -19,6 +19,7 @@ from tiny import tiny_vae
 from trainer import arguments, launch, metrics, run, same, script, train, validation_metrics, weights
 from transformers import CLIPConfig, CLIPImageProcessorPil
 
+from lpl.autoencoders import encode
 from lpl.config.groups import Diffusion, Lpl
 from lpl.families.sd3 import StableDiffusion3
 from lpl.objectives import Epsilon
@@ -325,7 +326,7 @@ def test_dream_is_the_diffusion_loss_at_a_noise_moved_by_the_models_own_error(sd
     model = Answer()
     errors = losses(model, batch, with_lpl=False).errors
 
-    latents, noise = script.encode(vae, batch["pixels"], batch["posterior_noise"]), batch["noise"]
+    latents, noise = encode(vae, batch["pixels"], batch["posterior_noise"]), batch["noise"]
     a, b = ((x**0.5).view(3, 1, 1, 1) for x in _signal_and_noise(scheduler, batch["timestep"]))
     noisy = a * latents + b * noise
     moved = noise + b**2 * (noise - 0.5 * noisy)
