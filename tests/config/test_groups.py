@@ -41,6 +41,8 @@ shuffle_tags                                                        False
 tag_dropout                                                         0.0
 data_cache_dir                    silent    own
 center_crop                                                         True
+cache_latents                     silent
+cache_text_embeddings             silent
 random_flip                                                         False
 proportion_empty_prompts                                            0.0
 text_encoder_dropout                                                None

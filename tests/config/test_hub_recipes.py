@@ -266,6 +266,7 @@ NUMBERS = {
     *("lora", "rank", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora", "use_rslora"),
     *("quantize_base", "dataset_config_name", "streaming", "shuffle_buffer_size", "image_column"),
     *("mask_column", "alpha_mask", "unmasked_weight"),
+    *("crops_per_image", "cache_latents", "cache_text_embeddings"),
     *("caption_column", "max_train_samples", "max_bad_samples", "train_split", "validation_split"),
     *("validation_every_nth", "num_validation_samples", "resolution", "center_crop", "random_flip"),
     *("aspect_ratio_buckets", "bucket_step", "bucket_upscale", "validation_sizes"),

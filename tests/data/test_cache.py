@@ -24,8 +24,7 @@ def latents(tmp_path):
 
 
 def test_each_thing_that_changes_latents_changes_their_key(latents, monkeypatch):
-    digests = [["a"] * 3, [NONE] * 3, [""] * 3]
-    masks = [([True, True], ()), ([True, False], ()), *(([False, True], found) for found in digests)]
+    masks = [([True, True], ()), ([True, False], ()), *(([False, True], [of] * 3) for of in ("a", NONE, ""))]
     crops = [CROP._replace(size=(48, 32)), CROP._replace(place=(2, 1)), CROP._replace(flip=True)]
     keys = [
         latents.key(0, CROP),
