@@ -31,6 +31,7 @@ from datasets import Image as ImageFeature
 
 from lpl.config.groups import Data
 from lpl.data.captions import caption_rows, columns_of
+from lpl.data.mixture import Mixture
 from lpl.data.reading import LARGEST_FILE, lies_in
 from lpl.data.source import data_folders
 
@@ -69,12 +70,16 @@ def fingerprint(
 
 
 def data_facts(dataset: Dataset | IterableDataset, data: Data, cache_dir: str | None) -> dict[str, Any]:
-    """What a recipe records of the data: its fingerprint, and the number of images if known."""
+    """What a recipe records of the data: its fingerprint, and the numbers of images, and with repeats of samples."""
     folders, columns = data_folders(data, cache_dir), columns_of(data, dataset.column_names or [])
     facts: dict[str, Any] = {
         "fingerprint": fingerprint(dataset, data.image_column, columns, folders, data.mask_column)
     }
-    return facts | ({"images": len(dataset)} if isinstance(dataset, Dataset) else {})
+    if isinstance(dataset, Dataset):
+        facts["images"], mixture = len(dataset), Mixture.of(dataset)
+        if mixture is not None and len(mixture.further):
+            facts["samples"] = len(mixture.rows)
+    return facts
 
 
 def other_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
@@ -83,8 +88,10 @@ def other_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     Args:
         before, now: :func:`data_facts`; those of a recipe may be anything.
     """
+    samples, were = (facts.get("samples", facts.get("images")) for facts in (now, before))
     if before.get("fingerprint") in (None, now["fingerprint"]):
-        return None
+        known = isinstance(were, int) and before.get("fingerprint") is not None
+        return f"other repeats, {samples} samples an epoch instead of {were}" if known and samples != were else None
     count, images = before.get("images"), now.get("images")
     if isinstance(count, int) and 0 < count < 2**31 and images not in (None, count):
         return f"{images} images instead of {count}"

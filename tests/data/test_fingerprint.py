@@ -13,7 +13,7 @@ from trainer import settings
 
 from lpl.data import fingerprint as module
 from lpl.data.captions import columns_of
-from lpl.data.fingerprint import fingerprint, shard_paths
+from lpl.data.fingerprint import fingerprint, other_data, shard_paths
 from lpl.data.source import data_folders, load_training_images
 from lpl.data.streaming import load_streamed_images
 from tests.data.test_streaming import KINDS, encoded, write, write_shard
@@ -240,3 +240,11 @@ def test_what_is_fetched_of_a_stream_is_a_data_set_as_any(tmp_path):
     some, others = (of_folder(folder, streaming=True, max_train_samples=count) for count in (3, 2))
     assert some != others != streamed(folder)
     assert some == of_rows([encoded(row) for row in range(3)], [f"0-{row}" for row in range(3)])
+
+
+def test_other_repeats_are_other_data():
+    before = {"fingerprint": "sha256:0", "images": 2}
+    assert other_data(before, before) is None and other_data({}, before) is None
+    repeated = before | {"samples": 11}
+    assert other_data(before, repeated) == "other repeats, 11 samples an epoch instead of 2"
+    assert other_data(repeated, repeated) is None
