@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL
 from faults import FAULTS
 from gpu_loops import KINDS, words
 from tiny_families import FAMILY_OF, TINY, data_fixture
-from trainer import ROOT
+from trainer import ROOT, train
 
 from lpl import LatentPerceptualLoss
 from lpl.families import FAMILIES
@@ -110,6 +110,16 @@ def test_no_step_waits_with_a_student(results_of, sd_pipeline, tmp_path):
     }
     kinds = [flags | of | {"max_train_steps": 3, "lpl_correct_every": 2} for of in KINDS.values()]
     check(results_of({"student": (FAMILY_OF["stable-diffusion"], kinds, None)}), updates=3 * len(kinds))
+
+
+@pytest.mark.slow
+def test_no_step_waits_with_caches(results_of, sdxl_pipeline, image_folder, tmp_path):
+    """Of images of several sizes; the caches are filled on the CPU, with the same weights."""
+    flags = {"mixed_precision": "bf16", "data_cache_dir": tmp_path / "cache", "cache_latents": True}
+    flags |= {"cache_text_embeddings": True, "crops_per_image": 2, "aspect_ratio_buckets": "32,32;24,32"}
+    train(sdxl_pipeline, image_folder, tmp_path / "filled", max_train_steps=1, **flags)
+    loops = {"caches": (FAMILY_OF["stable-diffusion-xl"], [flags | of for of in KINDS.values()], None)}
+    check(results_of(loops), updates=2 * len(KINDS))
 
 
 def test_faults_are_found(results_of):
