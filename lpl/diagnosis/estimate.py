@@ -31,13 +31,13 @@ from lpl.config import Config
 from lpl.config.checks import gpu_memory
 from lpl.config.choices import RANK
 from lpl.config.command_line import build_parser, given_flags
-from lpl.config.groups import Lpl
+from lpl.config.groups import Data, Lpl
 from lpl.data.dataset import Batch, LatentSpace
 from lpl.diagnosis.counting import GPU, Counting, as_on_gpu
 from lpl.diagnosis.needs import bytes_of, count_parameters, optimizer_bytes
 from lpl.diagnosis.remedies import remedies
 from lpl.diagnosis.status import Stage, Status
-from lpl.families import Family
+from lpl.families import Conditions, Family
 from lpl.families.description import Description, read_pipeline
 from lpl.families.resolve import resolve, with_decoder_dtype
 from lpl.objectives import FlowMatching, Objective
@@ -253,6 +253,7 @@ class Rehearsal:
         self.config, self.description, self.accelerator, self.method = config, description, accelerator, method
         optimization, stands_in = config.optimization, cast(Any, accelerator)
         family = family_without_weights(config, description, accelerator.mixed_precision)
+        self.cached = _forget_encoders(family, config.data)
         self.packed = _pack(family.denoiser, config.lora.quantize_base)
         self.trained = trained_parts(family, config)
         here = config.changed(offload_ema=False, non_ema_revision=None)  # what is offloaded is left out of the count
@@ -328,8 +329,11 @@ class Rehearsal:
         shape = (count, *LatentSpace(*self.description.space).shape(height, width))
         sizes = torch.tensor([[height, width]]).repeat(count, 1)
         label = self.description.num_classes
+        embeddings = {name: row.new_empty(count, *row.shape) for name, row in self.cached.items()}
+        moments = {"posterior": {name: torch.empty(shape) for name in ("mean", "std")}}
         return {
-            "pixels": torch.empty(count, 3, height, width),
+            **(moments if self.config.data.cache_latents else {"pixels": torch.empty(count, 3, height, width)}),
+            **({"embeddings": embeddings} if embeddings else {}),
             "timestep": timesteps,
             "lpl_choice": choice,
             **{name: torch.empty(shape) for name in ("noise", "posterior_noise", "input_noise")},
@@ -352,6 +356,19 @@ class Rehearsal:
             family.predict(family.denoiser, batch["noise"], batch["timestep"], conditions)
         raw = unscale(family.vae, batch["noise"][:1]).to(family.vae.dtype)
         decode(family.vae, raw)
+
+
+@torch.no_grad()
+def _forget_encoders(family: Family, data: Data) -> Conditions:
+    """Leave out what the caches replace; returns the conditions of a caption that are read instead, if any are."""
+    if data.cache_latents:
+        cast(Any, family.vae).encoder = None
+    if not data.cache_text_embeddings:
+        return {}
+    conditions = family.encode_prompts(["a caption"], cast(Any, family.text_encoders[0]).device)
+    names = [name for name in family.text_encoder_names if getattr(family.pipeline, name) is not None]
+    family.release(dict.fromkeys(names, lambda: None))
+    return {name: value[0] for name, value in conditions.items()}
 
 
 def _decoder(family: Family, lpl: Lpl, cache_dir: str | None) -> tuple[Any, Lpl, str | None]:
@@ -436,7 +453,8 @@ def estimate(
             else:
                 run.step(run.batch(timesteps[:batch_size], choice), stage is Stage.LPL_STEP)
                 operations[stage] = counting.operations * optimization.gradient_accumulation_steps
-            memory[stage] = counting.peak
+            released = run.trained.family.released_bytes if stage is Stage.SAMPLES else 0  # which are loaded for them
+            memory[stage] = counting.peak + released
         student_operations = 0
         if run.student is not None:
             counting.reset()

@@ -158,6 +158,20 @@ def test_every_family_is_estimated(name, flags, counted, request):
     assert found.memory[Stage.SAMPLES] > found.memory[Stage.SAVING] > found.memory[Stage.LOADING]
 
 
+@pytest.mark.parametrize("name", [name for name in TINY if not FAMILY_OF[name].class_conditional])
+def test_cached_encoders_are_not_there(name, counted, request):
+    of = {"pipeline": request.getfixturevalue(TINY[name][0]), "precision": "bf16", "center_crop": True}
+    plain, cached = counted(**of), counted(**of, cache_latents=True, cache_text_embeddings=True)
+    assert cached.text_encoder_operations == 0 < plain.text_encoder_operations
+    encoders = plain.parameters.keys() - cached.parameters.keys()
+    assert encoders == {part for part in plain.parameters if part.startswith("text_encoder")}
+    assert cached.parameters["vae"][1] < plain.parameters["vae"][1]
+    for stage in (Stage.LOADING, Stage.STEP):
+        assert cached.memory[stage] < plain.memory[stage]
+    assert cached.operations[Stage.STEP] < plain.operations[Stage.STEP]
+    assert cached.memory[Stage.SAMPLES] > cached.memory[Stage.LOADING]
+
+
 def test_weights_gradients_and_state_are_those_of_the_flags(counted, sd_pipeline, image_folder, tmp_path):
     config, description = parsed(sd_pipeline, image_folder, tmp_path / "out", use_8bit_adam=True)
     weights = trained_parts(config, description).weights()
