@@ -108,7 +108,9 @@ def test_samples_in_a_chunk_need_no_more_than_counted():
     vae = without_weights(tiny_vae("sd"))
     loss, one = LatentPerceptualLoss(vae), peak(vae)
     predicted, latents = (torch.empty(5, 4, 8, 8, device="meta") for _ in range(2))
-    run = footprint(lambda: loss._compare(predicted, latents, None, True), [predicted, latents, *vae.parameters()])
+    run = footprint(
+        lambda: loss._compare(predicted, latents, None, None, True), [predicted, latents, *vae.parameters()]
+    )
     assert run.peak <= 5 * one
 
 

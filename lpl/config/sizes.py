@@ -70,7 +70,7 @@ def made_sizes(side: int, step: int) -> tuple[Size, ...]:
     """The sizes of ``auto``: multiples of the step, with the pixels of the square or just fewer, up to 4 to 1.
 
     >>> made_sizes(64, 32)
-    ((32, 128), (64, 64), (128, 32))
+    ((32, 96), (32, 128), (64, 64), (96, 32), (128, 32))
     """
     lengths = range(step * max(1, ceil(side / 2 / step)), 2 * side + 1, step)
     pairs = [(length, side * side // length // step * step) for length in lengths]

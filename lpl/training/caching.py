@@ -194,6 +194,7 @@ def _encode(
         collate_fn=list,
         num_workers=worker_count(pixels.images.data),
         worker_init_fn=leave_signals_alone,
+        generator=torch.Generator(),  # the global one draws the first weights of LoRA behind this
     )
     bad: dict[int, str] = {}
     with _Shards(store) as shards, _progress(accelerator, "caching latents", total, " images") as progress:

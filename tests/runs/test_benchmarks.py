@@ -83,6 +83,7 @@ def test_estimators(monkeypatch, tmp_path):
     assert corrected["added_variance"] == pytest.approx(7 * alone["bias"] ** 2, rel=0.01)
 
 
+@pytest.mark.slow
 def test_caches(monkeypatch, tmp_path):
     name = "mid-sized, 128 px"
     monkeypatch.setattr(caches, "mid_sized", tiny_sd)
@@ -95,6 +96,7 @@ def test_caches(monkeypatch, tmp_path):
 # What is counted -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_table_of_operations_is_what_is_counted():
     """After a change, python -m benchmarks.operations --write."""
     found = operations.count("sd15")

@@ -25,6 +25,7 @@ RUN = BUCKETS | {
     "validation_every_nth": 4,
     "validation_steps": 6,
     "lpl_weight": 0.1,
+    "adam_epsilon": 1e-3,  # at its default, AdamW makes whole steps of gradients that are rounding errors
     "seed": 3,
 }
 CACHES = {"cache_latents": True, "cache_text_embeddings": True}
@@ -44,7 +45,7 @@ def test_losses_are_those_without_caches(family, request, image_folder, tmp_path
     folder = train(pipeline, image_folder, tmp_path / "cached", **cached | {"max_train_steps": 3})
     train(pipeline, image_folder, folder, **cached, resume_from_checkpoint="latest")
     losses, same_losses = metrics(plain, "loss", "diffusion_loss"), metrics(folder, "loss", "diffusion_loss")
-    assert len(losses) == 6 and np.allclose(losses, same_losses, rtol=2e-4), (losses, same_losses)
+    assert len(losses) == 6 and np.allclose(losses, same_losses, rtol=2e-5), (losses, same_losses)
     held_out, same = ([row[:2] for row in validation_metrics(run)] for run in (plain, folder))
     assert np.allclose(held_out[-1], same[-1], rtol=1e-3) and held_out[0][0] == same[0][0]
 

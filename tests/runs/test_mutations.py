@@ -82,12 +82,12 @@ def hooks_left_behind(self, features):
     return nullcontext()
 
 
-def target_and_prediction_swapped(predicted, target, *args):
-    return true_block_term(target, predicted, *args)
+def target_and_prediction_swapped(predicted, target, *args, **options):
+    return true_block_term(target, predicted, *args, **options)
 
 
-def mean_over_the_batch(*args):
-    value, kept = true_block_term(*args)
+def mean_over_the_batch(*args, **options):
+    value, kept = true_block_term(*args, **options)
     return value.mean().expand_as(value), kept
 
 

@@ -433,6 +433,7 @@ def test_the_validation_loss_is_the_averages_and_leaves_the_training_alone(sd_pi
     assert last[1:] == pytest.approx(first[1:], rel=1e-3)  # an average that does not move
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_held_out_samples(sd_pipeline, image_folder, tmp_path):
     flags = {"validation_every_nth": 3, "max_train_steps": 1, "lpl_weight": 0}
     launch(sd_pipeline, image_folder, tmp_path / "two", "--multi_gpu", "--num_processes=2", **flags)

@@ -20,15 +20,20 @@ def said(*words):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600).stderr
 
 
+MORE_COMMANDS = [
+    ["lpl.inspect", "--pretrained_model_name_or_path", "no", "--images", "no", "--output_dir", "no"],
+    ["lpl.publish", "no"],
+    ["lpl.compare", "--output_dir", "no"],
+    ["lpl.distill", "--pretrained_model_name_or_path", "no", "--train_data_dir", "no", "--output_dir", "no"],
+]
+
+
 @pytest.mark.parametrize(
     "words",
     [
         ["lpl.evaluate", "--generated", "no", "--reference", "no", "--output_dir", "no"],
-        ["lpl.inspect", "--pretrained_model_name_or_path", "no", "--images", "no", "--output_dir", "no"],
-        ["lpl.publish", "no"],
-        ["lpl.compare", "--output_dir", "no"],
         ["lpl.data", "no"],
-        ["lpl.distill", "--pretrained_model_name_or_path", "no", "--train_data_dir", "no", "--output_dir", "no"],
+        *(pytest.param(words, marks=pytest.mark.slow) for words in MORE_COMMANDS),
     ],
     ids=lambda words: words[0],
 )
