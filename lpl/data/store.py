@@ -75,9 +75,10 @@ class Store:
         """Look for shards that other processes have added."""
         there = {name for name in _names(self.folder) if name.endswith(SUFFIX) and not name.startswith(".")}
         for name in sorted(there - self._shards):
-            for key in _keys(self.folder / name):
+            if keys := _keys(self.folder / name):  # a damaged one may be written anew by another process
+                self._shards.add(name)
+            for key in keys:
                 self._place.setdefault(key, name)
-        self._shards |= there
 
     def write(self, entries: Mapping[str, Entry]) -> None:
         """Add a shard.

@@ -89,7 +89,10 @@ def test_a_damaged_shard_is_not_used(damage, folder, caplog):
     store = Store(folder)
     assert [key_of(number) in store for number in range(4)] == [False, False, False, True]
     assert f"{shard} is damaged and not used" in caplog.text
+    other = Store(folder)  # another process, which has seen it damaged too
     store.write(entries(0, 1, 2))  # under the same name
+    other.refresh()
+    assert all(same(other[key_of(number)], entry(number)) for number in range(4))
     assert all(same(Store(folder)[key_of(number)], entry(number)) for number in range(4))
 
 
