@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.newer_sizes import NEWER
 from benchmarks.real_sizes import MODELS, OTHERS, Model, configurations
 from lpl.config import Config, command_line
 from lpl.diagnosis.estimate import Estimate, Method, estimate
@@ -17,7 +18,7 @@ from train_text_to_image_lpl import Losses, optimizer_step
 
 
 METHOD = Method(Losses, optimizer_step)
-ARCHITECTURES: dict[str, Model] = {**MODELS, **OTHERS}
+ARCHITECTURES: dict[str, Model] = {**MODELS, **OTHERS, **NEWER}
 BY_PUBLIC_NAME = {model.public: name for name, model in ARCHITECTURES.items()}
 
 

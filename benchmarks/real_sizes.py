@@ -507,11 +507,26 @@ GEMMA_2B = {
     "head_dim": 256,
     "vocab_size": 256000,
 }
+QWEN3_4B = {
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+}
+# Kinds that are made from their hidden size alone: class of the configuration, numbers of the public and of the tiny one
+LANGUAGE_MODELS: dict[str, tuple[type[transformers.PretrainedConfig], Config, Config]] = {
+    "gemma": (transformers.Gemma2Config, GEMMA_2B, {"num_key_value_heads": 1, "head_dim": 8}),
+    "qwen3": (transformers.Qwen3Config, QWEN3_4B, {"num_key_value_heads": 1, "head_dim": 8}),
+}
 ENCODERS = {
     "clip": ("CLIPTextModel", "CLIPTokenizer"),
     "clip_projected": ("CLIPTextModelWithProjection", "CLIPTokenizer"),
     "t5": ("T5EncoderModel", "T5Tokenizer"),
     "gemma": ("Gemma2Model", "GemmaTokenizer"),
+    "qwen3": ("Qwen3Model", "Qwen2Tokenizer"),
 }
 
 
@@ -519,8 +534,9 @@ def encoder_config(kind: str, width: int, projection: int) -> transformers.Pretr
     """The configuration of a public text encoder of that kind and hidden size."""
     if kind == "t5":
         return transformers.T5Config(d_model=width, vocab_size=32128, **T5_XXL)
-    if kind == "gemma":
-        return transformers.Gemma2Config(hidden_size=width, **GEMMA_2B)
+    if kind in LANGUAGE_MODELS:
+        config, numbers, _ = LANGUAGE_MODELS[kind]
+        return config(hidden_size=width, **numbers)
     layers, heads, within = CLIP_SIZES[width]
     return transformers.CLIPTextConfig(
         hidden_size=width,
@@ -556,6 +572,7 @@ def _tiny_encoder(kind: str, width: int, projection: int) -> transformers.Pretra
     if kind == "t5":
         return transformers.T5Config(d_model=width, d_ff=8, d_kv=8, num_heads=2, num_layers=1, **small)
     small |= {"hidden_size": width, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    if kind == "gemma":
-        return transformers.Gemma2Config(num_key_value_heads=1, head_dim=8, **small)
+    if kind in LANGUAGE_MODELS:
+        config, _, numbers = LANGUAGE_MODELS[kind]
+        return config(**small | numbers)
     return transformers.CLIPTextConfig(projection_dim=projection, **small)

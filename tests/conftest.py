@@ -113,6 +113,14 @@ def flux_pipeline(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def z_image_pipeline(tmp_path_factory):
+    """Folder of a tiny Z-Image."""
+    from tiny import tiny_z_image
+
+    return tiny_z_image(tmp_path_factory.mktemp("z_image"))
+
+
+@pytest.fixture(scope="session")
 def sana_pipeline(tmp_path_factory):
     """Folder of a tiny Sana."""
     from tiny import tiny_sana

@@ -124,6 +124,9 @@ class Tokenizer:
     def tokenize(self, text: str) -> list[str]:
         return []
 
+    def apply_chat_template(self, messages: Any, **kwargs: Any) -> str:
+        return ""
+
     def batch_decode(self, ids: Any, *args: Any, **kwargs: Any) -> list[str]:
         return [""] * len(ids)
 
@@ -182,7 +185,16 @@ def family_without_weights(config: Config, description: Description, mixed_preci
     needed, options = family.pipeline_class._get_signature_keys(family.pipeline_class)
     quiet = {name: False for name in options if name == "requires_safety_checker"}
     pipeline = family.pipeline_class(**{name: components.get(name) for name in needed}, **quiet)
-    return family(pipeline, model.max_sequence_length, model.guidance_scale)
+    made: Any = family(pipeline, model.max_sequence_length, model.guidance_scale)
+    plain = made.predict
+    made.predict = lambda *inputs: plain(*inputs[:-1], _longest(inputs[-1]))
+    return made
+
+
+def _longest(conditions: Conditions) -> Conditions:
+    """As if each caption had as many tokens as there can be; here no tensor has values that would tell."""
+    count, tokens = next(iter(conditions.values())).shape[:2]
+    return conditions | ({"lengths": (tokens,) * count} if "lengths" in conditions else {})
 
 
 def weight_dtype_of(mixed_precision: str) -> torch.dtype:
@@ -368,7 +380,7 @@ def _forget_encoders(family: Family, data: Data) -> Conditions:
     conditions = family.encode_prompts(["a caption"], cast(Any, family.text_encoders[0]).device)
     names = [name for name in family.text_encoder_names if getattr(family.pipeline, name) is not None]
     family.release(dict.fromkeys(names, lambda: None))
-    return {name: value[0] for name, value in conditions.items()}
+    return {name: torch.as_tensor(value)[0] for name, value in conditions.items()}
 
 
 def _decoder(family: Family, lpl: Lpl, cache_dir: str | None) -> tuple[Any, Lpl, str | None]:

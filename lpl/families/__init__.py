@@ -17,6 +17,7 @@ from lpl.families.sana import Sana
 from lpl.families.sd import StableDiffusion
 from lpl.families.sd3 import StableDiffusion3
 from lpl.families.sdxl import StableDiffusionXL
+from lpl.families.z_image import ZImage
 
 
 FAMILIES: tuple[type[Family], ...] = (
@@ -28,6 +29,7 @@ FAMILIES: tuple[type[Family], ...] = (
     DiT,
     Flux,
     Sana,
+    ZImage,
 )
 
 

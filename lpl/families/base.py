@@ -6,7 +6,9 @@ and where LoRA goes. Everything else (objective, loss, data, saving) is the same
 Vocabulary. *Conditions* are what the denoiser takes beside latents and timesteps. They are computed from a batch's
 ``caption`` (B strings; B class labels in a class-conditional family) and, if the family needs them, from
 ``original_size``, ``crop_top_left`` and ``target_size``, each (B, 2), height or top first, in pixels. A batch of the
-loader has ``tokens`` too, made of its captions by :meth:`Family.tokenize`.
+loader has ``tokens`` too, made of its captions by :meth:`Family.tokenize`. Conditions are tensors, (B, ...), of one
+shape for all captions; where a denoiser must know how many tokens each has, ``lengths`` are B integers on the host,
+of the first tensor's second dimension.
 """
 
 from __future__ import annotations
@@ -23,11 +25,11 @@ from torch import Tensor, nn
 from lpl.autoencoders import downscaling_factor
 from lpl.families.fit import Relation
 from lpl.families.lora_layout import LoraLayout
-from lpl.families.tokens import Tokenize, Tokens, on_device
+from lpl.families.tokens import Tokenize, Tokens, conditions_on_device
 from lpl.objectives import OBJECTIVES
 
 
-Conditions = dict[str, Tensor]
+Conditions = dict[str, Any]
 Configs = Mapping[str, Mapping[str, Any]]  # of the VAE and of the denoiser, by the component's name
 
 
@@ -152,7 +154,7 @@ class Family:
     def conditions(self, batch: Mapping[str, Any], device: torch.device) -> Conditions:
         """Everything :meth:`predict` needs of a batch, each (B, ...); no gradient unless text encoders are trained."""
         if "embeddings" in batch:  # of --cache_text_embeddings
-            return on_device(batch["embeddings"], device)
+            return conditions_on_device(batch["embeddings"], device)
         return self.encode_prompts(batch["caption"], device, batch.get("tokens"))
 
     def encode_prompts(
@@ -175,10 +177,10 @@ class Family:
         """How many tokens ``encode_prompt`` asks each tokenizer for, by its name; those left out run in the step."""
         return {}
 
-    @staticmethod
-    def texts(captions: Sequence[str]) -> list[str]:
-        """What ``encode_prompt`` gives the tokenizers for captions."""
-        return list(captions)
+    @property
+    def texts(self) -> Callable[[Sequence[str]], list[str]]:
+        """B captions -> what ``encode_prompt`` gives the tokenizers. It holds no models either."""
+        return list
 
     def caption_lengths(self, captions: Sequence[str]) -> tuple[list[int], int]:
         """Tokens of each caption, and how many of them the text encoder takes; of several, the one that takes most."""
@@ -268,7 +270,7 @@ class Family:
     @classmethod
     def untrained_config(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """The denoiser's configuration: without a learned variance, which is never trained here."""
-        return dict(config) | {"out_channels": config["in_channels"]}
+        return dict(config) | ({"out_channels": config["in_channels"]} if "out_channels" in config else {})
 
     @classmethod
     def identity_layers(cls, denoiser: nn.Module) -> list[nn.Module]:

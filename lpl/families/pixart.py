@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,11 @@ from torch import Tensor, nn
 from lpl.families.base import Conditions, Configs, Family
 from lpl.families.fit import Relation, captions, latents
 from lpl.families.tokens import Tokens, with_tokens
+
+
+def in_lower_case(captions: Sequence[str]) -> list[str]:
+    """What encode_prompt gives the tokenizer for captions."""
+    return [caption.lower().strip() for caption in captions]
 
 
 class PixArtSigma(Family):
@@ -25,9 +30,9 @@ class PixArtSigma(Family):
     def token_lengths(self) -> dict[str, int | None]:
         return {"tokenizer": self.tokens}
 
-    @staticmethod
-    def texts(captions: Sequence[str]) -> list[str]:
-        return [caption.lower().strip() for caption in captions]
+    @property
+    def texts(self) -> Callable[[Sequence[str]], list[str]]:
+        return in_lower_case
 
     def encode_prompts(
         self, captions: Sequence[str], device: torch.device, tokens: Tokens | None = None

@@ -82,6 +82,26 @@ def on_device(tensors: Mapping[str, Any], device: torch.device) -> dict[str, Ten
     return {name: value.to(device, non_blocking=True) for name, value in tensors.items() if isinstance(value, Tensor)}
 
 
+def conditions_on_device(entries: Mapping[str, Tensor], device: torch.device) -> dict[str, Any]:
+    """Conditions of a batch that come from the cache; ``lengths`` stay here, see :mod:`lpl.families.base`."""
+    lengths = {"lengths": tuple(entries["lengths"].tolist())} if "lengths" in entries else {}
+    return on_device(entries, device) | lengths
+
+
+def lengths_of(mask: Tensor) -> tuple[int, ...]:
+    """How many tokens each caption has, by a mask on the host, (B, tokens)."""
+    return tuple(mask.sum(1).tolist())
+
+
+def in_front(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Embeddings, (B, tokens, dim), with those of the mask, (B, tokens), first in their order, and zeros behind.
+
+    As ``hidden[mask]`` for each caption, for which the device would have to be waited for.
+    """
+    order = mask.int().argsort(dim=1, descending=True, stable=True)[..., None]
+    return hidden.masked_fill(mask[..., None] == 0, 0).take_along_dim(order, 1)
+
+
 class Tokenized:
     """A tokenizer that knows the tokens of some texts already.
 

@@ -265,7 +265,7 @@ def _encoded(
     tokens = cast(Any, family.tokenize)(list(texts), torch.tensor(dropped) if dropped[0] else None)
     with exact_precision(device):
         conditions = family.encode_prompts(list(texts), device, tokens)
-    conditions = {name: value.cpu() for name, value in conditions.items()}
+    conditions = {name: torch.as_tensor(value).cpu() for name, value in conditions.items()}
     for place, key in enumerate(keys):
         entry = {name: value[place].clone() for name, value in conditions.items()}
         for name, value in entry.items():

@@ -1,6 +1,5 @@
 """The contract of every model family, on its tiny pipelines."""
 
-import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -11,15 +10,17 @@ from tiny_families import (
     FAMILY_OF,
     SIZE,
     TINY,
+    VIEWS,
     Calls,
+    View,
+    arguments_of,
     batch_of,
     captions_of,
     configs_of,
-    guidance_off,
     inputs,
     load,
     sample,
-    unpacked,
+    view_of,
 )
 from torch import nn
 
@@ -72,6 +73,7 @@ def test_the_denoiser_is_called_as_the_pipeline_calls_it(folder, length, monkeyp
     """At the first step of sampling these captions without guidance: conditions, latents, timesteps, and its answer
     as the scheduler gets it."""
     family = load(folder, max_sequence_length=length, guidance_scale=3.5)  # 3.5: the default of Flux's pipeline
+    view = view_of(family)
     captions = captions_of(family)
     if family.name == "sana":
         captions = [caption for caption in captions if caption]  # the empty one is guidance's, see below
@@ -80,37 +82,38 @@ def test_the_denoiser_is_called_as_the_pipeline_calls_it(folder, length, monkeyp
         family.pipeline.scheduler, "step", lambda answer, *a, **k: answers.append(answer) or step(answer, *a, **k)
     )
     with Calls(family) as sampling:
-        sample(family, captions, **guidance_off(family))
+        sample(family, captions, **view.guidance_off)
     expected = sampling[0]
-    latents = unpacked(family, expected["hidden_states"])
+    latents = view.latents(expected)
     conditions = family.conditions(batch_of(family, captions), CPU)
     timesteps = family.pipeline.scheduler.timesteps[:1].expand(len(captions))
     with Calls(family) as training:
         answer = family.predict(family.denoiser, latents, timesteps, conditions)
-    torch.testing.assert_close(answer, unpacked(family, answers[0]))
+    torch.testing.assert_close(answer, view.unpacked(answers[0]))
     assert len(training) == 1 and training[0].keys() == expected.keys() and len(expected) >= 3
     for name, value in training[0].items():
         assert torch.equal(value, expected[name].expand_as(value)), name
-        assert value.dtype == expected[name].dtype or name == "timestep", name
+        assert value.dtype == expected[name].dtype or name in ("timestep", "t"), name
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", sorted(set(TINY) - {"flux"}))
+@pytest.mark.parametrize("name", [name for name in sorted(TINY) if VIEWS.get(name, View).guides])
 def test_no_caption_is_what_guidance_starts_from(name, request):
-    """The unconditional half of a guided step; Flux has none."""
+    """The unconditional half of a guided step."""
     family = load(request.getfixturevalue(TINY[name][0]))
+    view = view_of(family)
     if family.name == "stable-diffusion-xl":  # else its pipeline takes zeros for an empty prompt
         family.pipeline.register_to_config(force_zeros_for_empty_prompt=False)
     prompts = [7] if family.class_conditional else ["a cat"]
     with Calls(family) as calls:
         sample(family, prompts, guidance_scale=3.0)
-    empty = family.conditions(batch_of(family, [family.empty_caption(configs_of(family))]), CPU)
-    full = family.conditions(batch_of(family, prompts), CPU)
-    for name, value in empty.items():
-        halves = [calls[0][name][:1], calls[0][name][1:]]
-        if family.class_conditional:  # there the conditional half comes first
-            halves.reverse()
-        assert torch.equal(halves[0], value) and torch.equal(halves[1], full[name]), name
+    captions = [family.empty_caption(configs_of(family)), *prompts]
+    conditions = family.conditions(batch_of(family, captions if view.empty_first else captions[::-1]), CPU)
+    latents, timesteps = view.latents(calls[0]), view.timesteps(calls[0]).float()
+    with Calls(family) as training:
+        family.predict(family.denoiser, latents, timesteps.expand(2), conditions)
+    for name, value in training[0].items():
+        torch.testing.assert_close(value, calls[0][name].expand_as(value), check_dtype=False), name
 
 
 @torch.no_grad()
@@ -158,7 +161,10 @@ def test_a_denoiser_in_half_precision_under_autocast(folder):
     """The frozen base of LoRA in bfloat16; latents and timesteps stay float32."""
     family = load(folder, dtype=torch.bfloat16)
     latents, timesteps, conditions = inputs(family)
-    in_float32 = {name: value.float() if value.is_floating_point() else value for name, value in conditions.items()}
+    in_float32 = {
+        name: value.float() if torch.is_tensor(value) and value.is_floating_point() else value
+        for name, value in conditions.items()
+    }
     exact = family.predict(family.denoiser, latents, timesteps, in_float32)
     nn.Module.to(family.denoiser, torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -171,7 +177,8 @@ def test_a_denoiser_in_half_precision_under_autocast(folder):
 
 def test_gradients_stay_out_of_frozen_text_encoders(folder):
     family = load(folder)
-    assert not any(value.requires_grad for value in family.conditions(batch_of(family), CPU).values())
+    conditions = family.conditions(batch_of(family), CPU)
+    assert not any(value.requires_grad for value in conditions.values() if torch.is_tensor(value))
 
 
 @pytest.mark.parametrize("name", [name for name in TINY if FAMILY_OF[name].trainable_text_encoders])
@@ -219,6 +226,7 @@ REAL_SIZES = [  # the denoiser's and the VAE's configuration in the published mo
     ("flux", {"patch_size": 1}, 4, (1024, 16, (1, None))),
     ("sana", {"sample_size": 32, "patch_size": 1}, 6, (1024, 32, (1, None))),
     ("sana", {"sample_size": 64, "patch_size": 1}, 5, (1024, 32, (1, None))),  # whatever its autoencoder is
+    ("z-image", {}, 4, (1024, 16, (1, None))),
 ]
 
 
@@ -273,23 +281,17 @@ def test_identity_layers_start_at_zero(folder):
 
 def oracle(family, objective, clean):
     """A denoiser's forward that knows z0: its exact answer to whatever z_t the pipeline hands it."""
-    flux, channels = family.name == "flux", clean.shape[1]
-    out = family.denoiser.config.out_channels or channels
+    view = view_of(family)
 
     def forward(*args, **kwargs):
-        names = list(inspect.signature(type(family.denoiser).forward).parameters)[1:]
-        call = dict(zip(names, args)) | kwargs
-        noisy = unpacked(family, call["sample"] if "sample" in call else call["hidden_states"])
-        timesteps = call["timestep"].reshape(-1).expand(len(noisy)).double()
-        timesteps = timesteps * 1000 if flux else timesteps / family.denoiser.config.get("timestep_scale", 1.0)
+        call = arguments_of(family.denoiser, args, kwargs)
+        noisy = view.latents(call)
+        timesteps = view.timesteps(call).expand(len(noisy))
         a, b = (value.view(-1, 1, 1, 1) for value in objective.coefficients(timesteps))
         z0 = clean.double().expand_as(noisy)
         noise = (noisy - a * z0) / b
-        answer = objective.target(z0, noise, timesteps).float()
-        if flux:
-            return (family.pipeline._pack_latents(answer, *answer.shape),)
-        answer = torch.cat([answer, torch.full_like(answer, 7.0)], 1) if out == 2 * channels else answer
-        return (answer,) if call.get("return_dict") is False else SimpleNamespace(sample=answer)
+        answer = view.answer(objective.target(z0, noise, timesteps).float())
+        return (answer,) if kwargs.get("return_dict") is False else SimpleNamespace(sample=answer)
 
     return forward
 

@@ -50,6 +50,11 @@ BROKEN = {  # family -> component -> numbers that another component depends on
         "vae": ["latent_channels"],
         "text_encoder": ["hidden_size"],
     },
+    "z-image": {
+        "transformer": ["in_channels", "cap_feat_dim", "dim"],
+        "vae": ["latent_channels"],
+        "text_encoder": ["hidden_size"],
+    },
 }
 NUMBERS = [
     (family, part, number) for family, parts in BROKEN.items() for part, numbers in parts.items() for number in numbers

@@ -45,7 +45,10 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     VQModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
+from tokenizers import pre_tokenizers
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -54,6 +57,9 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -333,6 +339,35 @@ def _gemma_config(tokenizer, hidden_size):
     )
 
 
+CHAT = (  # as Qwen3's, without what tools and thinking add
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _qwen_tokenizer():
+    pieces = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Qwen2Tokenizer(
+        vocab={piece: place for place, piece in enumerate(pieces)}, merges=[], model_max_length=8192
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def _qwen3_config(tokenizer, hidden_size, layers=2):
+    return Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=8192,
+    )
+
+
 # --- pipelines -------------------------------------------------------------------------------------------------------
 
 
@@ -575,6 +610,27 @@ def tiny_sana(folder):
         scheduler=DPMSolverMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, solver_order=2
         ),
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return Path(folder)
+
+
+def tiny_z_image(folder):
+    """ZImagePipeline with a Qwen3."""
+    tokenizer = _qwen_tokenizer()
+    with seeded(8):
+        text_encoder = Qwen3Model(_qwen3_config(tokenizer, hidden_size=16))
+        transformer = ZImageTransformer2DModel(
+            dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16, axes_dims=[4, 6, 6],
+        )  # fmt: skip
+        for value in (transformer.x_pad_token, transformer.cap_pad_token):
+            value.data.normal_()
+    pipeline = ZImagePipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=tiny_vae("sd3", scaling_factor=0.3611, shift_factor=0.1159),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
     return Path(folder)

@@ -20,6 +20,7 @@ TINY = {  # family -> fixtures of tests/conftest.py
     "dit": ["dit_pipeline"],
     "flux": ["flux_pipeline"],
     "sana": ["sana_pipeline"],
+    "z-image": ["z_image_pipeline"],
 }
 FAMILY_OF = {family.name: family for family in FAMILIES}
 CAPTIONS = ["a cat", "", "the dog, and a very long caption " * 8]
@@ -70,7 +71,7 @@ def inputs(family, batch=3, side=8):
 
 
 class Calls:
-    """What the denoiser is called with while the context lasts, by argument; nested dictionaries are flattened."""
+    """What the denoiser is called with while the context lasts, see :func:`arguments_of`."""
 
     def __init__(self, family):
         self.family, self.calls = family, []
@@ -83,11 +84,19 @@ class Calls:
         self.handle.remove()
 
     def note(self, module, args, kwargs):
-        names = list(inspect.signature(type(module).forward).parameters)[1:]
-        call = dict(zip(names, args)) | kwargs
-        call |= call.pop("added_cond_kwargs", None) or {}
-        call = {name: value for name, value in call.items() if isinstance(value, torch.Tensor)}
-        self.calls.append({{"sample": "hidden_states"}.get(name, name): value for name, value in call.items()})
+        self.calls.append(arguments_of(module, args, kwargs))
+
+
+def arguments_of(denoiser, args, kwargs):
+    """The tensors of a call by argument; those of nested dictionaries and lists too."""
+    names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
+    call = dict(zip(names, args)) | kwargs
+    call |= call.pop("added_cond_kwargs", None) or {}
+    for name, value in list(call.items()):
+        if isinstance(value, list | tuple):
+            call |= {f"{name}.{place}": part for place, part in enumerate(value)}
+    call = {name: value for name, value in call.items() if isinstance(value, torch.Tensor)}
+    return {{"sample": "hidden_states"}.get(name, name): value for name, value in call.items()}
 
 
 def sample(family, prompts, **arguments):
@@ -98,13 +107,69 @@ def sample(family, prompts, **arguments):
     return family.pipeline(**{**calls[0], **merged, "num_inference_steps": 2, **arguments}).images
 
 
-def unpacked(family, hidden_states):
-    """The latents, (B, C, h, w), in the way that the denoiser is given them."""
-    if family.name != "flux":
-        return hidden_states
-    return family.pipeline._unpack_latents(hidden_states, SIZE, SIZE, family.pipeline.vae_scale_factor)
+class View:
+    """How a family's pipeline and its denoiser see what training sees as latents, timesteps and D.
+
+    Whoever adds a family states it here by the pipeline's own means, so that the family's file is not its own proof.
+    """
+
+    guidance_off = {"guidance_scale": 1.0}
+    guides = True  # by a second answer, for no caption
+    empty_first = True  # of both halves of a guided step
+
+    def __init__(self, family):
+        self.family, self.pipeline = family, family.pipeline
+
+    def latents(self, call):
+        """z_t, (B, C, h, w), in a call of the denoiser."""
+        return self.unpacked(call["hidden_states"])
+
+    def timesteps(self, call):
+        """Training's timesteps, (B,), in a call of the denoiser."""
+        return call["timestep"].reshape(-1).double() / self.family.denoiser.config.get("timestep_scale", 1.0)
+
+    def unpacked(self, value):
+        """What the pipeline calls latents, as (B, C, h, w)."""
+        return value
+
+    def answer(self, output):
+        """D, (B, C, h, w), as the denoiser returns it, with a learned variance if it has one."""
+        channels = self.family.denoiser.config.get("out_channels") or output.shape[1]
+        return torch.cat([output, torch.full_like(output, 7.0)], 1) if channels == 2 * output.shape[1] else output
 
 
-def guidance_off(family):
-    """Flux's `guidance_scale` is told to the denoiser, and guides nothing."""
-    return {} if family.name == "flux" else {"guidance_scale": 1.0}
+class DiTView(View):
+    empty_first = False
+
+
+class FluxView(View):
+    guidance_off, guides = {}, False  # its `guidance_scale` is told to the denoiser
+
+    def timesteps(self, call):
+        return call["timestep"].double() * 1000
+
+    def unpacked(self, value):
+        return self.pipeline._unpack_latents(value, SIZE, SIZE, self.pipeline.vae_scale_factor)
+
+    def answer(self, output):
+        return self.pipeline._pack_latents(output, *output.shape)
+
+
+class ZImageView(View):
+    guidance_off, empty_first = {"guidance_scale": 0.0}, False
+
+    def latents(self, call):
+        return torch.stack([value for name, value in call.items() if name.startswith("x.")]).squeeze(2)
+
+    def timesteps(self, call):
+        return 1000 - call["t"].double() * 1000
+
+    def answer(self, output):
+        return list(-output.unsqueeze(2))
+
+
+VIEWS = {"dit": DiTView, "flux": FluxView, "z-image": ZImageView}
+
+
+def view_of(family):
+    return VIEWS.get(family.name, View)(family)

@@ -1,0 +1,112 @@
+"""Z-Image: a single-stream flow transformer over 2 x 2 patches of latents, which a Qwen3's embeddings join."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import ZImagePipeline
+from torch import Tensor, nn
+
+from lpl.autoencoders import downscaling_factor
+from lpl.families.base import Conditions, Configs, Family
+from lpl.families.fit import Relation, latents
+from lpl.families.lora_layout import QKV, LoraLayout, Table, by_table
+from lpl.families.tokens import Tokens, in_front, lengths_of, on_device
+
+
+PATCH = 2  # side of a patch in latents, of all published models
+TIMESTEPS = 1000  # the pipeline divides by it, whatever the scheduler has
+
+# Layers by their names in the original model
+LAYERS: Mapping[str, tuple[str, ...]] = {
+    "attention.qkv": tuple(name.replace("attn.", "attention.") for name in QKV),
+    "attention.out": ("attention.to_out.0",),
+}
+BLOCKS = ("layers", "noise_refiner", "context_refiner")
+ORIGINAL: Table = {name: (name, LAYERS) for name in BLOCKS}
+
+
+def chat_texts(tokenizer: Any, captions: Sequence[str]) -> list[str]:
+    """What the pipeline gives the tokenizer: each caption as a user's message."""
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": caption}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
+        for caption in captions
+    ]
+
+
+class ZImage(Family):
+    name = "z-image"
+    pipeline_class = ZImagePipeline
+    denoiser_name = "transformer"
+    text_encoder_names = ("text_encoder",)
+    objectives = ("flow_matching",)  # the pipeline passes sigmas to the scheduler, which DDIM does not take
+    sequence_length, max_sequence_length = 512, 512
+    lora_targets = (
+        *("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"),
+        *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+    )
+    lora_layout = LoraLayout({"transformer": "lora_unet"}, partial(by_table, ORIGINAL))
+
+    def token_lengths(self) -> dict[str, int | None]:
+        return {"tokenizer": self.tokens}
+
+    @property
+    def texts(self) -> Callable[[Sequence[str]], list[str]]:
+        return partial(chat_texts, self.pipeline.tokenizer)
+
+    def encode_prompts(
+        self, captions: Sequence[str], device: torch.device, tokens: Tokens | None = None
+    ) -> Conditions:
+        """As ``encode_prompt``, which selects each caption's tokens and waits for the device."""
+        found = (tokens or self.tokenize(captions))["tokenizer"]
+        lengths = lengths_of(found["attention_mask"])
+        found = on_device(found, device)
+        mask = found["attention_mask"].bool()
+        encoded = self.pipeline.text_encoder(found["input_ids"], attention_mask=mask, output_hidden_states=True)
+        return {"embeddings": in_front(encoded.hidden_states[-2], mask), "lengths": lengths}  # (B, tokens, dim)
+
+    def predict(self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        """The transformer's time runs from noise, 0, to images, 1, and its output is z0 - noise."""
+        captions = [
+            all_[:length] for all_, length in zip(conditions["embeddings"], conditions["lengths"], strict=True)
+        ]
+        output = denoiser(
+            list(noisy_latents.unsqueeze(2)), (TIMESTEPS - timesteps) / TIMESTEPS, captions, return_dict=False
+        )[0]
+        return -torch.stack(output).squeeze(2)
+
+    @classmethod
+    def relations(cls, configs: Configs) -> list[Relation]:
+        transformer = configs["transformer"]
+        heads, width = transformer["n_heads"], configs["text_encoder"]["hidden_size"]
+        return [
+            *latents(transformer, configs["vae"]),
+            Relation("cap_feat_dim", transformer["cap_feat_dim"], (width,), "width of the text encoder"),
+            Relation(
+                *("dim", transformer["dim"], (heads * sum(transformer["axes_dims"]),)),
+                why="its n_heads times the sum of its axes_dims",
+            ),
+        ]
+
+    @classmethod
+    def default_resolution(cls, configs: Configs) -> int:
+        return 128 * downscaling_factor(configs["vae"])  # the pipeline's default
+
+    @classmethod
+    def resolution_multiple(cls, configs: Configs) -> int:
+        return PATCH * downscaling_factor(configs["vae"])
+
+    @classmethod
+    def identity_layers(cls, denoiser: nn.Module) -> list[nn.Module]:
+        """The blocks of the captions alone are not modulated; they start as diffusers initialises them."""
+        own: Any = denoiser
+        blocks = (*own.noise_refiner, *own.layers)
+        return [
+            *(block.adaLN_modulation[0] for block in blocks),
+            *(last.linear for last in own.all_final_layer.values()),
+        ]
