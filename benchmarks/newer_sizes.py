@@ -14,6 +14,14 @@ FLUX_VAE = kl_vae(
     latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, sample_size=1024, **WITHOUT_QUANT_CONVS
 )
 
+FLUX2_VAE = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "latent_channels": 32,
+    "sample_size": 1024,
+}
+
 NEWER = {
     "z-image": Model(
         public="Tongyi-MAI/Z-Image",
@@ -32,6 +40,64 @@ NEWER = {
                 "n_kv_heads": 2,
                 "cap_feat_dim": 16,
                 "axes_dims": (4, 6, 6),
+            },
+            TINY_KL_VAE,
+            ((16, 0),),
+        ),
+        resolution=(1024, 64),
+        batch=1,
+        kinds=("lora",),
+        flags=CHECKPOINTING,
+    ),
+    "qwen-image": Model(
+        public="Qwen/Qwen-Image",
+        pipeline=diffusers.QwenImagePipeline,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02),
+        denoiser=(diffusers.QwenImageTransformer2DModel, {}),  # the class's defaults are its numbers
+        vae=(diffusers.AutoencoderKLQwenImage, {}),
+        parameters=(20_430_401_088, 126_892_531),
+        encoders=(("", "qwen2_5_vl", 3584, 0),),
+        tiny=(
+            {
+                "num_layers": 1,
+                "num_attention_heads": 2,
+                "attention_head_dim": 16,
+                "joint_attention_dim": 16,
+                "axes_dims_rope": (4, 6, 6),
+            },
+            {"base_dim": 8, "num_res_blocks": 1},
+            ((16, 0),),
+        ),
+        resolution=(1024, 64),
+        batch=1,
+        kinds=("lora",),
+        flags=CHECKPOINTING,
+    ),
+    "ernie-image": Model(
+        public="baidu/ERNIE-Image",
+        pipeline=diffusers.ErnieImagePipeline,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=4.0),
+        denoiser=(
+            diffusers.ErnieImageTransformer2DModel,
+            {
+                "hidden_size": 4096,
+                "num_attention_heads": 32,
+                "num_layers": 36,
+                "ffn_hidden_size": 12288,
+                "text_in_dim": 3072,
+            },
+        ),
+        vae=(diffusers.AutoencoderKLFlux2, FLUX2_VAE),
+        parameters=(8_033_490_048, 84_046_115),
+        encoders=(("", "mistral3", 3072, 0),),
+        tiny=(
+            {
+                "hidden_size": 32,
+                "num_attention_heads": 2,
+                "num_layers": 1,
+                "ffn_hidden_size": 32,
+                "text_in_dim": 16,
+                "rope_axes_dim": (4, 6, 6),
             },
             TINY_KL_VAE,
             ((16, 0),),

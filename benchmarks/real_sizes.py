@@ -7,7 +7,7 @@ reads. ``tests/gpu/real_sizes.py`` and ``benchmarks/gpu.py`` give them random we
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -516,10 +516,48 @@ QWEN3_4B = {
     "vocab_size": 151936,
     "max_position_embeddings": 40960,
 }
-# Kinds that are made from their hidden size alone: class of the configuration, numbers of the public and of the tiny one
-LANGUAGE_MODELS: dict[str, tuple[type[transformers.PretrainedConfig], Config, Config]] = {
+
+
+def _mrope(*sections: int) -> Config:
+    return {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
+
+
+QWEN2_5_VL_7B = {
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "rope_parameters": _mrope(16, 24, 24),
+}
+
+
+def qwen2_5_vl(hidden_size: int, **numbers: Any) -> transformers.PretrainedConfig:
+    vision = {"out_hidden_size": hidden_size, "hidden_size": 1280, "intermediate_size": 3420}
+    return transformers.Qwen2_5_VLConfig(text_config={"hidden_size": hidden_size, **numbers}, vision_config=vision)
+
+
+MINISTRAL_3B = {
+    "model_type": "ministral3",
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 131072,
+}
+
+
+def mistral3(hidden_size: int, **numbers: Any) -> transformers.PretrainedConfig:
+    return transformers.Mistral3Config(text_config={"hidden_size": hidden_size, **numbers})
+
+
+# Kinds that are made from their hidden size alone: the configuration, numbers of the public model and of a tiny one
+LANGUAGE_MODELS: dict[str, tuple[Callable[..., transformers.PretrainedConfig], Config, Config]] = {
     "gemma": (transformers.Gemma2Config, GEMMA_2B, {"num_key_value_heads": 1, "head_dim": 8}),
     "qwen3": (transformers.Qwen3Config, QWEN3_4B, {"num_key_value_heads": 1, "head_dim": 8}),
+    "mistral3": (mistral3, MINISTRAL_3B, {"model_type": "ministral3", "num_key_value_heads": 1, "head_dim": 8}),
+    "qwen2_5_vl": (qwen2_5_vl, QWEN2_5_VL_7B, {"num_key_value_heads": 1, "rope_parameters": _mrope(1, 1, 2)}),
 }
 ENCODERS = {
     "clip": ("CLIPTextModel", "CLIPTokenizer"),
@@ -527,6 +565,8 @@ ENCODERS = {
     "t5": ("T5EncoderModel", "T5Tokenizer"),
     "gemma": ("Gemma2Model", "GemmaTokenizer"),
     "qwen3": ("Qwen3Model", "Qwen2Tokenizer"),
+    "mistral3": ("Mistral3Model", "PreTrainedTokenizerFast"),
+    "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", "Qwen2Tokenizer"),
 }
 
 

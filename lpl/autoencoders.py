@@ -389,6 +389,12 @@ def sampled_latents(vae: ModelMixin, mean: Tensor, std: Tensor | None, posterior
     return (raw - shift) * scale
 
 
+def drop_encoder(vae: Any) -> None:
+    """Free the encoder. An empty module stays: some classes look through it when they decode."""
+    if hasattr(vae, "encoder"):
+        vae.encoder = nn.Identity()
+
+
 def feature_vae(
     vae: ModelMixin, name_or_path: str | None, dtype: torch.dtype, cache_dir: str | None = None
 ) -> ModelMixin:
@@ -396,7 +402,7 @@ def feature_vae(
     if name_or_path is None:  # a copy has no encoder
         if vae.dtype == dtype:
             return vae
-        decoder: Any = deepcopy(vae, {id(getattr(vae, "encoder", None)): None})
+        decoder: Any = deepcopy(vae, {id(getattr(vae, "encoder", None)): nn.Identity()})
         return decoder.to(dtype)
     other = AutoModel.from_pretrained(name_or_path, dtype=dtype, cache_dir=cache_dir, use_safetensors=True)
     return other.requires_grad_(False).eval().to(vae.device)

@@ -121,6 +121,22 @@ def z_image_pipeline(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def qwen_image_pipeline(tmp_path_factory):
+    """Folder of a tiny Qwen-Image."""
+    from tiny import tiny_qwen_image
+
+    return tiny_qwen_image(tmp_path_factory.mktemp("qwen_image"))
+
+
+@pytest.fixture(scope="session")
+def ernie_image_pipeline(tmp_path_factory):
+    """Folder of a tiny ERNIE-Image."""
+    from tiny import tiny_ernie_image
+
+    return tiny_ernie_image(tmp_path_factory.mktemp("ernie_image"))
+
+
+@pytest.fixture(scope="session")
 def sana_pipeline(tmp_path_factory):
     """Folder of a tiny Sana."""
     from tiny import tiny_sana

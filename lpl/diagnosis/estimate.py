@@ -26,7 +26,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import BatchEncoding
 
-from lpl.autoencoders import decode, unscale
+from lpl.autoencoders import decode, drop_encoder, unscale
 from lpl.config import Config
 from lpl.config.checks import gpu_memory
 from lpl.config.choices import RANK
@@ -193,8 +193,10 @@ def family_without_weights(config: Config, description: Description, mixed_preci
 
 def _longest(conditions: Conditions) -> Conditions:
     """As if each caption had as many tokens as there can be; here no tensor has values that would tell."""
+    if "lengths" not in conditions:
+        return conditions
     count, tokens = next(iter(conditions.values())).shape[:2]
-    return conditions | ({"lengths": (tokens,) * count} if "lengths" in conditions else {})
+    return conditions | {"lengths": (tokens,) * count}
 
 
 def weight_dtype_of(mixed_precision: str) -> torch.dtype:
@@ -374,7 +376,7 @@ class Rehearsal:
 def _forget_encoders(family: Family, data: Data) -> Conditions:
     """Leave out what the caches replace; returns the conditions of a caption that are read instead, if any are."""
     if data.cache_latents:
-        cast(Any, family.vae).encoder = None
+        drop_encoder(family.vae)
     if not data.cache_text_embeddings:
         return {}
     conditions = family.encode_prompts(["a caption"], cast(Any, family.text_encoders[0]).device)
@@ -391,8 +393,8 @@ def _decoder(family: Family, lpl: Lpl, cache_dir: str | None) -> tuple[Any, Lpl,
     # Any class's file is read so; AutoModel's name for it changes with what it has loaded before
     settings: Any = family.vae.config if path is None else AutoencoderKL.load_config(path, cache_dir=cache_dir)
     other = _made(getattr(diffusers, settings["_class_name"]), settings, dtype).requires_grad_(False).eval()
-    if path is None and hasattr(other, "encoder"):  # a copy has no encoder
-        cast(Any, other).encoder = None
+    if path is None:  # a copy has no encoder
+        drop_encoder(other)
     return other, replace(lpl, lpl_vae_name_or_path=None), cache_dir
 
 

@@ -146,7 +146,7 @@ def draw(
         dtype: of autocast; float32 turns it off.
     """
     family.pipeline.set_progress_bar_config(disable=True)
-    sampling = {"num_inference_steps": steps, "guidance_scale": guidance}
+    sampling = {"num_inference_steps": steps, family.guidance_argument: guidance}
     sampling = {name: value for name, value in sampling.items() if value is not None}
     device = _device(family)
     for first in range(0, len(prompts), batch_size):
@@ -170,7 +170,8 @@ def _batched(family: Family, prompts: Sequence[str | int], size: tuple[int, int]
     calls = [family.call_arguments(prompt, *size) for prompt in prompts]
     if family.class_conditional:
         return calls[0] | {"class_labels": [label for call in calls for label in call["class_labels"]]}
-    return calls[0] | {"prompt": [call["prompt"] for call in calls]}
+    texts = [name for name in ("prompt", "negative_prompt") if name in calls[0]]
+    return calls[0] | {name: [call[name] for call in calls] for name in texts}
 
 
 def generate(

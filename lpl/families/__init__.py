@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from lpl.families.base import Conditions, Family
 from lpl.families.dit import DiT
+from lpl.families.ernie_image import ErnieImage
 from lpl.families.flux import Flux
 from lpl.families.pixart import PixArtAlpha, PixArtSigma
+from lpl.families.qwen_image import QwenImage
 from lpl.families.sana import Sana
 from lpl.families.sd import StableDiffusion
 from lpl.families.sd3 import StableDiffusion3
@@ -30,6 +32,8 @@ FAMILIES: tuple[type[Family], ...] = (
     Flux,
     Sana,
     ZImage,
+    QwenImage,
+    ErnieImage,
 )
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
@@ -56,6 +57,7 @@ class Family:
     num_classes: ClassVar[int | None] = None  # captions are class labels from 0; None: captions are text
     class_conditional: ClassVar[bool] = False  # follows from ``num_classes``
     empty_share: ClassVar[float] = 0.0  # default of --proportion_empty_prompts
+    guidance_argument: ClassVar[str] = "guidance_scale"  # of the pipeline's call, which guides by it
     sequence_length: ClassVar[int | None] = None  # default of --max_sequence_length; None: it has no effect
     max_sequence_length: ClassVar[int | None] = None
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
@@ -282,3 +284,14 @@ class Family:
 def modulations(denoiser: nn.Module, *kinds: type[nn.Module]) -> list[nn.Module]:
     """The linear layers of a transformer's adaptive normalisations of those classes."""
     return [module.get_submodule("linear") for module in denoiser.modules() if isinstance(module, kinds)]
+
+
+def packed(noisy_latents: Tensor, patch: int) -> Tensor:
+    """Latents, (B, C, h, w), as patches in reading order, (B, h w / patch^2, C patch^2)."""
+    return F.pixel_unshuffle(noisy_latents, patch).flatten(2).mT
+
+
+def unpacked(patches: Tensor, patch: int, size: Sequence[int]) -> Tensor:
+    """Patches in reading order as latents of a size, (..., h, w)."""
+    rows, columns = (side // patch for side in size[-2:])
+    return F.pixel_shuffle(patches.mT.unflatten(2, (rows, columns)), patch)

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from diffusers import FluxPipeline
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle
 from torch import Tensor, nn
 
 from lpl.autoencoders import downscaling_factor
-from lpl.families.base import Conditions, Configs, Family, modulations
+from lpl.families.base import Conditions, Configs, Family, modulations, packed, unpacked
 from lpl.families.fit import Relation, latents
 from lpl.families.lora_layout import ADDED_QKV, QKV, TRANSFORMER, LoraLayout, Table, by_table
 from lpl.families.tokens import Tokens, with_tokens
@@ -93,7 +92,7 @@ class Flux(Family):
         rows, columns = (side // PATCH for side in noisy_latents.shape[2:])
         tokens = conditions["encoder_hidden_states"].shape[1]
         output = denoiser(
-            hidden_states=F.pixel_unshuffle(noisy_latents, PATCH).flatten(2).mT,  # (B, rows * columns, 4 C)
+            hidden_states=packed(noisy_latents, PATCH),
             timestep=timesteps.to(noisy_latents.dtype) / TIMESTEPS,
             guidance=self._guidance(noisy_latents),
             txt_ids=noisy_latents.new_zeros(tokens, 3),  # text has no position
@@ -101,7 +100,7 @@ class Flux(Family):
             **conditions,
             return_dict=False,
         )[0]
-        return F.pixel_shuffle(output.mT.unflatten(2, (rows, columns)), PATCH)
+        return unpacked(output, PATCH, noisy_latents.shape)
 
     def _guidance(self, noisy_latents: Tensor) -> Tensor | None:
         """The guidance scale of a distilled model, (B,); other models take none."""

@@ -70,6 +70,7 @@ class RunCard:
     dtype: str = "float16"  # torch dtype for inference
     inference_steps: int | None = None  # None: the pipeline's default
     guidance_scale: float | None = None  # None: the pipeline's default
+    guidance_argument: str = "guidance_scale"  # of the pipeline's call
     loading_arguments: Mapping[str, None] = field(default_factory=dict)  # components that the pipeline does without
     base_arguments: Mapping[str, Any] = field(default_factory=dict)  # revision and variant; None: what the base lacks
     vae: str | None = None  # Hub id or local folder of a VAE that replaces the base model's
@@ -151,6 +152,7 @@ class RunCard:
             dtype=str(weight_dtype(run.accelerator)).removeprefix("torch."),
             loading_arguments=family.loading_arguments(),
             sampling_arguments=family.sampling_arguments(),
+            guidance_argument=family.guidance_argument,
             images=plan.images.rows,
             epoch=plan.images.length,
             sizes="" if plan.images.items is None else plan.sizes(3),
@@ -436,7 +438,7 @@ class Result:
         arguments: dict[str, object] = {"prompt": card.prompt, "height": card.size[0], "width": card.size[1]}
         if card.class_conditional:
             arguments = {"class_labels": [card.prompt]}
-        arguments |= {"num_inference_steps": card.inference_steps, "guidance_scale": card.guidance_scale}
+        arguments |= {"num_inference_steps": card.inference_steps, card.guidance_argument: card.guidance_scale}
         arguments |= dict(card.sampling_arguments)
         return {name: value for name, value in arguments.items() if value is not None}
 

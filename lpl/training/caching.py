@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from lpl.autoencoders import exact_precision, posterior
+from lpl.autoencoders import drop_encoder, exact_precision, posterior
 from lpl.config import Config
 from lpl.config.sizes import Size
 from lpl.data.cache import CachedEmbeddings, CachedLatents, Crop, fingerprint_of
@@ -67,7 +67,7 @@ def with_caches(
         drawn = [images, *(fixed(part) for part in found[1:])]
         latents = [_latents(part, family, accelerator, batch_size) for part in drawn]
         found = [replace(part, latents=cached) for part, cached in zip(found, latents)]
-        cast(Any, family.vae).encoder = None
+        drop_encoder(family.vae)
     if data.cache_text_embeddings:
         embeddings = _embeddings(found, config, family, accelerator)
         found = [replace(part, embeddings=embeddings) for part in found]

@@ -46,7 +46,7 @@ def sample(
                 images += pipeline(
                     num_inference_steps=validation.validation_inference_steps,
                     generator=torch.Generator().manual_seed(seed + number),
-                    **({} if guidance is None else {"guidance_scale": guidance}),
+                    **({} if guidance is None else {family.guidance_argument: guidance}),
                     **family.call_arguments(prompt, *size),
                 ).images
     return images

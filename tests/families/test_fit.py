@@ -50,6 +50,8 @@ BROKEN = {  # family -> component -> numbers that another component depends on
         "vae": ["latent_channels"],
         "text_encoder": ["hidden_size"],
     },
+    "qwen-image": {"transformer": ["in_channels", "out_channels", "joint_attention_dim"], "vae": ["z_dim"]},
+    "ernie-image": {"transformer": ["in_channels", "out_channels", "text_in_dim"], "vae": ["latent_channels"]},
     "z-image": {
         "transformer": ["in_channels", "cap_feat_dim", "dim"],
         "vae": ["latent_channels"],

@@ -29,6 +29,8 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
+    ErnieImagePipeline,
+    ErnieImageTransformer2DModel,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -37,6 +39,8 @@ from diffusers import (
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     PNDMScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
@@ -48,7 +52,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from tokenizers import pre_tokenizers
+from tokenizers import pre_tokenizers, processors
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -57,6 +61,11 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Mistral3Config,
+    Mistral3Model,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3Model,
@@ -344,6 +353,11 @@ CHAT = (  # as Qwen3's, without what tools and thinking add
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+INSTRUCTION = [  # one token each in Qwen's vocabulary; Qwen-Image's instruction has 34 tokens there, and here
+    *("system", "user", "assistant", "Describe", " the", " image", " by", " detailing", " color", " shape", " size"),
+    *(" texture", " quantity", " text", " spatial", " relationships", " of", " objects", " and", " background"),
+]
+
 
 def _qwen_tokenizer():
     pieces = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
@@ -351,8 +365,19 @@ def _qwen_tokenizer():
         vocab={piece: place for place, piece in enumerate(pieces)}, merges=[], model_max_length=8192
     )
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.add_tokens(INSTRUCTION)
     tokenizer.chat_template = CHAT
     return tokenizer
+
+
+def _mistral_tokenizer():
+    """Puts <s> before each text, so that the empty one has a token too."""
+    backend = _qwen_tokenizer().backend_tokenizer
+    backend.add_special_tokens(["<s>"])
+    place = backend.token_to_id("<s>")
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", place)])
+    names = {"bos_token": "<s>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=8192, **names)
 
 
 def _qwen3_config(tokenizer, hidden_size, layers=2):
@@ -632,6 +657,81 @@ def tiny_z_image(folder):
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return Path(folder)
+
+
+def tiny_qwen_image(folder):
+    """QwenImagePipeline with a Qwen2.5-VL and a VAE with a time axis."""
+    tokenizer = _qwen_tokenizer()
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
+    }
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": 16}
+    with seeded(9):
+        text_encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+        transformer = QwenImageTransformer2DModel(
+            in_channels=16,
+            out_channels=4,
+            num_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            axes_dims_rope=(4, 6, 6),
+        )
+    pipeline = QwenImagePipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=tiny_vae("qwen"),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02),
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return Path(folder)
+
+
+def tiny_ernie_image(folder):
+    """ErnieImagePipeline with a Ministral 3, without the model that rewrites prompts."""
+    tokenizer = _mistral_tokenizer()
+    text = {
+        "model_type": "ministral3",
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+    }
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    with seeded(10):
+        text_encoder = Mistral3Model(Mistral3Config(text_config=text, vision_config=vision))
+        transformer = ErnieImageTransformer2DModel(
+            hidden_size=32,
+            num_attention_heads=2,
+            num_layers=1,
+            ffn_hidden_size=32,
+            in_channels=16,
+            out_channels=16,
+            text_in_dim=16,
+            rope_axes_dim=(4, 6, 6),
+        )
+        for layer in (transformer.adaLN_modulation[-1], transformer.final_linear):  # which start at zero
+            layer.weight.data.normal_(std=0.2)
+    pipeline = ErnieImagePipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=tiny_vae("flux2", block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
+                     up_block_types=("UpDecoderBlock2D",) * 2, decoder_block_out_channels=(8, 16)),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=4.0),
+    )  # fmt: skip
     pipeline.save_pretrained(folder, safe_serialization=True)
     return Path(folder)
 

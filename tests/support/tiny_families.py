@@ -8,6 +8,7 @@ import json
 
 import torch
 
+from lpl.autoencoders import latent_channels
 from lpl.families import FAMILIES, find_family
 
 
@@ -21,6 +22,8 @@ TINY = {  # family -> fixtures of tests/conftest.py
     "flux": ["flux_pipeline"],
     "sana": ["sana_pipeline"],
     "z-image": ["z_image_pipeline"],
+    "qwen-image": ["qwen_image_pipeline"],
+    "ernie-image": ["ernie_image_pipeline"],
 }
 FAMILY_OF = {family.name: family for family in FAMILIES}
 CAPTIONS = ["a cat", "", "the dog, and a very long caption " * 8]
@@ -65,7 +68,7 @@ def batch_of(family, captions=None, **sizes):
 def inputs(family, batch=3, side=8):
     """Latents, timesteps and conditions of a batch; no two samples are alike."""
     generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(batch, family.vae.config.latent_channels, side, side, generator=generator)
+    latents = torch.randn(batch, latent_channels(family.vae.config), side, side, generator=generator)
     conditions = family.conditions(batch_of(family, captions_of(family, batch)), CPU)
     return latents, torch.tensor([1.0, 500.0, 900.0])[:batch], conditions
 
@@ -103,7 +106,7 @@ def sample(family, prompts, **arguments):
     """What the pipeline draws, for the call that the family gives; of several prompts at once."""
     calls = [family.call_arguments(prompt, SIZE, SIZE) for prompt in prompts]
     merged = {key: [x for call in calls for x in call[key]] for key in ("class_labels",) if key in calls[0]}
-    merged |= {key: [call[key] for call in calls] for key in ("prompt",) if key in calls[0]}
+    merged |= {key: [call[key] for call in calls] for key in ("prompt", "negative_prompt") if key in calls[0]}
     return family.pipeline(**{**calls[0], **merged, "num_inference_steps": 2, **arguments}).images
 
 
@@ -116,9 +119,15 @@ class View:
     guidance_off = {"guidance_scale": 1.0}
     guides = True  # by a second answer, for no caption
     empty_first = True  # of both halves of a guided step
+    exact = True  # conditions are equal bit for bit; False: captions are padded to another length
+    calls_a_step = 1  # of the denoiser; 2: the halves come one after the other
 
     def __init__(self, family):
         self.family, self.pipeline = family, family.pipeline
+
+    def captions(self, captions):
+        """Those that the pipeline takes as training does, without guidance."""
+        return captions
 
     def latents(self, call):
         """z_t, (B, C, h, w), in a call of the denoiser."""
@@ -168,7 +177,39 @@ class ZImageView(View):
         return list(-output.unsqueeze(2))
 
 
-VIEWS = {"dit": DiTView, "flux": FluxView, "z-image": ZImageView}
+class SanaView(View):
+    def captions(self, captions):
+        return [caption for caption in captions if caption]  # the empty one is guidance's
+
+
+class ErnieImageView(View):
+    exact = False
+
+    def captions(self, captions):
+        return [caption for caption in captions if len(caption) < 15]  # it cuts none
+
+
+class QwenImageView(View):
+    guidance_off, empty_first, calls_a_step, exact = {"true_cfg_scale": 1.0}, False, 2, False
+
+    def timesteps(self, call):
+        return call["timestep"].double() * 1000
+
+    def unpacked(self, value):
+        return self.pipeline._unpack_latents(value, SIZE, SIZE, self.pipeline.vae_scale_factor).squeeze(2)
+
+    def answer(self, output):
+        return self.pipeline._pack_latents(output, *output.shape)
+
+
+VIEWS = {
+    "sana": SanaView,
+    "ernie-image": ErnieImageView,
+    "qwen-image": QwenImageView,
+    "dit": DiTView,
+    "flux": FluxView,
+    "z-image": ZImageView,
+}
 
 
 def view_of(family):

@@ -1,0 +1,139 @@
+"""Qwen-Image: a flow transformer (MM-DiT) over 2 x 2 patches of latents, with a Qwen2.5-VL as text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import QwenImagePipeline
+from torch import Tensor, nn
+
+from lpl.autoencoders import downscaling_factor, latent_channels
+from lpl.families.base import Conditions, Configs, Family, packed, unpacked
+from lpl.families.fit import Relation
+from lpl.families.lora_layout import LoraLayout, own_names
+from lpl.families.tokens import Tokens, in_front, lengths_of, on_device
+
+
+PATCH = 2  # side of a patch in latents, of all published models
+TIMESTEPS = 1000  # the pipeline divides by it, whatever the scheduler has
+
+
+def filled_in(template: str, captions: Sequence[str]) -> list[str]:
+    return [template.format(caption) for caption in captions]
+
+
+class QwenImage(Family):
+    name = "qwen-image"
+    pipeline_class = QwenImagePipeline
+    denoiser_name = "transformer"
+    text_encoder_names = ("text_encoder",)
+    vaes = ("AutoencoderKLQwenImage",)
+    objectives = ("flow_matching",)  # the pipeline passes sigmas to the scheduler, which DDIM does not take
+    sequence_length, max_sequence_length = 512, 1024
+    guidance_argument = "true_cfg_scale"
+    lora_targets = (
+        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+    )
+    lora_layout = LoraLayout({"transformer": "lora_unet"}, own_names)
+
+    @property
+    def _instruction(self) -> int:
+        """Tokens of the template before the caption, whose embeddings are dropped."""
+        return self.pipeline.prompt_template_encode_start_idx
+
+    def token_lengths(self) -> dict[str, int | None]:
+        return {"tokenizer": (self.tokens or self.pipeline.tokenizer_max_length) + self._instruction}
+
+    @property
+    def texts(self) -> Callable[[Sequence[str]], list[str]]:
+        return partial(filled_in, self.pipeline.prompt_template_encode)
+
+    def encode_prompts(
+        self, captions: Sequence[str], device: torch.device, tokens: Tokens | None = None
+    ) -> Conditions:
+        """As ``encode_prompt``, which waits for the device to select each caption's tokens, and computes logits."""
+        found = (tokens or self.tokenize(captions))["tokenizer"]
+        lengths = tuple(length - self._instruction for length in lengths_of(found["attention_mask"]))
+        found = on_device(found, device)
+        ids, mask = found["input_ids"], found["attention_mask"]
+        hidden = self.pipeline.text_encoder.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        embeddings, there = (in_front(value, mask)[:, self._instruction :] for value in (hidden, mask[..., None]))
+        return {
+            "encoder_hidden_states": embeddings,  # (B, tokens, dim)
+            "encoder_hidden_states_mask": there.squeeze(2),  # (B, tokens)
+            "lengths": lengths,
+        }
+
+    def predict(self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        lengths, (rows, columns) = conditions["lengths"], (side // PATCH for side in noisy_latents.shape[2:])
+        longest = max(lengths)
+        output = denoiser(
+            hidden_states=packed(noisy_latents, PATCH),
+            timestep=timesteps.to(noisy_latents.dtype) / TIMESTEPS,
+            guidance=self._guidance(noisy_latents),
+            encoder_hidden_states=conditions["encoder_hidden_states"][:, :longest],
+            encoder_hidden_states_mask=(
+                conditions["encoder_hidden_states_mask"][:, :longest] if min(lengths) < longest else None
+            ),
+            img_shapes=[[(1, rows, columns)]] * len(noisy_latents),
+            return_dict=False,
+        )[0]
+        return unpacked(output, PATCH, noisy_latents.shape)
+
+    def _guidance(self, noisy_latents: Tensor) -> Tensor | None:
+        """The guidance scale of a distilled model, (B,); other models take none."""
+        if not self.pipeline.transformer.config.guidance_embeds:
+            return None
+        size = (len(noisy_latents),)
+        return torch.full(size, self.guidance_scale, dtype=torch.float32, device=noisy_latents.device)
+
+    def sampling_arguments(self) -> dict[str, Any]:
+        return super().sampling_arguments() | {"negative_prompt": " "}  # without one, the pipeline does not guide
+
+    @classmethod
+    def empty_caption(cls, configs: Configs) -> str:
+        return " "  # as the model's authors write it
+
+    @classmethod
+    def relations(cls, configs: Configs) -> list[Relation]:
+        transformer, channels = configs["transformer"], latent_channels(configs["vae"])
+        joint, width = transformer["joint_attention_dim"], configs["text_encoder"]["hidden_size"]
+        why = f"channels of the VAE's latents in patches of {PATCH} x {PATCH}"
+        return [
+            Relation("in_channels", transformer["in_channels"], (channels * PATCH**2,), why),
+            Relation("out_channels", transformer["out_channels"], (channels,), "channels of the VAE's latents"),
+            Relation("joint_attention_dim", joint, (width,), "width of text_encoder"),
+            Relation(
+                "attention_head_dim",
+                transformer["attention_head_dim"],
+                (sum(transformer["axes_dims_rope"]),),
+                "sum of its axes_dims_rope",
+            ),
+        ]
+
+    @classmethod
+    def untrained_config(cls, config: Any) -> dict[str, Any]:
+        return dict(config)
+
+    @classmethod
+    def takes_guidance(cls, configs: Configs) -> bool:
+        return bool(configs[cls.denoiser_name].get("guidance_embeds"))
+
+    @classmethod
+    def default_resolution(cls, configs: Configs) -> int:
+        return 128 * downscaling_factor(configs["vae"])  # the pipeline's default
+
+    @classmethod
+    def resolution_multiple(cls, configs: Configs) -> int:
+        return PATCH * downscaling_factor(configs["vae"])
+
+    @classmethod
+    def identity_layers(cls, denoiser: nn.Module) -> list[nn.Module]:
+        own: Any = denoiser
+        blocks = own.transformer_blocks
+        modulation = [layer for block in blocks for layer in (block.img_mod[1], block.txt_mod[1])]
+        return [*modulation, own.norm_out.linear, own.proj_out]
