@@ -10,7 +10,7 @@ from datasets import Dataset, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image, ImageOps
 
-from lpl.data import catalogue
+from lpl.data import catalogue, index
 from lpl.data.catalogue import Catalogue, upright_size
 
 
@@ -24,7 +24,7 @@ def folder(tmp_path, monkeypatch):
     place.mkdir()
     for number in range(3):
         Image.new("RGB", (40 + number, 30)).save(place / f"{number}.png")
-    monkeypatch.setattr(catalogue, "RACY", -1000.0)  # ctime cannot be set
+    monkeypatch.setattr(index, "RACY", -(10**12))  # ctime cannot be set
     return place
 
 
@@ -66,7 +66,7 @@ def test_a_changed_image_alone_is_read_anew(folder, tmp_path, opened):
 
 
 def test_a_file_that_has_just_changed_is_not_indexed(folder, tmp_path, opened, monkeypatch):
-    monkeypatch.setattr(catalogue, "RACY", 2.0)
+    monkeypatch.setattr(index, "RACY", 2 * 10**9)
     looked_up(folder, tmp_path)
     looked_up(folder, tmp_path)
     assert len(opened) == 6
