@@ -110,7 +110,7 @@ def contents_of(files: Sequence[str], folder: str, cache: str | os.PathLike[str]
     found = np.full(len(files), None, object)
     found[places] = rows["content"].to_numpy()
     unread = np.setdiff1d(np.arange(len(files)), places, assume_unique=True)
-    read = list(chain.from_iterable(in_threads(_contents, [files[place] for place in unread.tolist()])))
+    read = list(chain.from_iterable(in_threads(_contents, [files[int(place)] for place in unread])))
     found[unread] = read
     kept = unread[[_can_be_kept(content, size) for content, size in zip(read, index.stamps[unread, 0])]]
     with suppress(OSError):  # a disk that is full, or another's folder: it is read again next time
