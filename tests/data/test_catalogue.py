@@ -125,3 +125,18 @@ def test_the_orientation_of_exif_counts(tmp_path, kind):
     Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(file, kind, exif=exif)
     with Image.open(file) as image:
         assert upright_size(image) == ImageOps.exif_transpose(image).size[::-1] == (30, 20)
+
+
+def test_what_is_known_of_other_images_stays(folder, tmp_path, opened):
+    """Training images and held-out ones have one index."""
+    for names in (["0.png", "2.png"], ["1.png", "1.png"], ["2.png", "0.png", "1.png"]):
+        found = Catalogue.of(listed(folder, names), "image", [str(folder)], tmp_path / "cache")
+        assert found.sizes.tolist() == [[30, 40 + int(name[0])] for name in names]
+    assert sorted(opened) == ["0.png", "1.png", "1.png", "2.png"]
+
+
+def test_rows_without_an_image_have_no_size(folder, tmp_path):
+    dataset = Dataset.from_dict({"image": [str(folder / "0.png"), None]}).cast_column("image", ImageFeature())
+    for _ in range(2):
+        found = Catalogue.of(dataset, "image", [str(folder)], tmp_path / "cache", digests=True)
+        assert found.sizes.tolist() == [[30, 40], [0, 0]] and found.digests[1] == catalogue.NONE
