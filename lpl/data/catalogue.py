@@ -1,9 +1,7 @@
 """The size and the digest of each image of a data set, kept in an index on disk, so that a file is opened once.
 
-A file is known by its *stamp*: length, time of its last change (``mtime``), time of its last change of any kind
-(``ctime``, which no program can set), and inode. A file of the same name with another stamp is read anew. A file that
-has changed within the last ``RACY`` seconds could change again under the same stamp; it is read, and not indexed.
-Images that a data set holds as bytes are known by their row and by the data set's fingerprint and files.
+Images in files are known by their paths and stamps (:mod:`lpl.data.index`), those that a data set holds as bytes by
+their row and by the data set's fingerprint and files.
 
 A *size* is that of the upright image, (height, width); (0, 0) stands for an image that cannot be opened. A *digest* is
 the sha256 of the file; "" for one that cannot be read, and ``NONE`` where a row has none.
@@ -16,17 +14,15 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, groupby
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, cast
 
 import fsspec
 import numpy as np
 import pyarrow
-import pyarrow.parquet
 from datasets import Dataset
 from datasets import Image as ImageFeature
 from huggingface_hub.constants import HF_HOME
@@ -35,43 +31,26 @@ from tqdm.auto import tqdm
 
 from lpl.config.groups import Data
 from lpl.data.formats import FORMATS
+from lpl.data.index import Index, compute, in_threads, name_of, stamp_of
 from lpl.data.reading import open_image
-from lpl.tools.files import write_whole
 
 
 logger = logging.getLogger(__name__)
 
-READERS = 8  # threads, since files may lie on a network disk
+ROWS = 1000  # of a data set, taken together
 PART = 4096  # images between two looks at the clock
 OF_A_THREAD = 64  # images that a thread looks at, at a time
 SAVED_EVERY = 60.0  # seconds between two writes of the index, which a killed run continues from
-RACY = 2.0  # seconds; coarser than the clock of any file system
 TURNED = {5, 6, 7, 8}  # EXIF orientations that swap height and width
 ORIENTATION = 0x0112  # EXIF's tag
 OF_A_TURNED_PNG = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}  # what may hold the orientation
 NONE = "none"
+FOUND = {"height": pyarrow.int32(), "width": pyarrow.int32(), "digest": pyarrow.string()}  # null: not computed yet
 
 
 def cache_root(data: Data) -> Path:
     """--data_cache_dir, or its default."""
     return Path(data.data_cache_dir or Path(HF_HOME, "lpl"))
-
-
-class Entry(NamedTuple):
-    """What the index holds of an image; the stamp is four zeros for an image that has no file."""
-
-    name: str  # the file's path; of bytes, the data set's fingerprint and the row
-    length: int
-    mtime: int  # nanoseconds
-    ctime: int
-    inode: int
-    height: int
-    width: int
-    digest: str | None  # None: not computed yet
-
-    @property
-    def stamp(self) -> tuple[int, int, int, int]:
-        return self.length, self.mtime, self.ctime, self.inode
 
 
 @dataclass(frozen=True)
@@ -97,27 +76,34 @@ class Catalogue:
             folders: where the data set's files may lie, see :func:`lpl.data.source.data_folders`.
             root: folder of the index, which may serve several data sets and runs.
         """
+        images = dataset.select_columns([column]).cast_column(column, ImageFeature(decode=False)).with_format("arrow")
         origin = _origin(dataset, column)
-        index = Path(root, "images", f"{_index_of(dataset, column, origin, folders)}.parquet")
-        known, fresh, saved = _read(index), {}, time.monotonic()
-        found: list[Entry] = []
-        with (
-            ThreadPoolExecutor(READERS) as readers,
-            tqdm(desc="reading sizes", total=len(dataset), delay=2, leave=False, unit=" images") as progress,
-        ):
-            for part in _parts(_images(dataset, column, origin), PART):
-                entries_of = partial(_entries, known=known, folders=folders, digests=digests)
-                for entry, trusted in chain.from_iterable(readers.map(entries_of, _parts(iter(part), OF_A_THREAD))):
-                    found.append(entry)
-                    if trusted and known.get(entry.name) is not entry:
-                        fresh[entry.name] = entry
+        files = [file for part in _parts_of(images, column) for file in _files(part).to_pylist()]
+        names = pyarrow.array([f"{origin}/{row}" if file is None else file for row, file in enumerate(files)])
+        of_files = folders and any(file is not None for file in files)
+        place = name_of(*map(os.path.realpath, folders)) if of_files else name_of(origin)
+        index = Index(Path(root, "images", place), names, files, FOUND)
+        known, rows = index.known()
+        if digests:
+            computed = rows["digest"].is_valid()
+            known, rows = known[computed.to_numpy()], rows.filter(computed)
+        sizes, found = np.zeros((len(files), 2), np.int32), np.full(len(files), None, object)
+        sizes[known] = np.stack([rows["height"].to_numpy(), rows["width"].to_numpy()], 1)
+        found[known] = rows["digest"].to_numpy()
+        unread = np.setdiff1d(np.arange(len(files)), known, assume_unique=True)
+        looked_at = partial(_all_looked_at, folders=folders, digests=digests)
+        fresh, saved = 0, time.monotonic()
+        with tqdm(desc="reading sizes", total=len(unread), delay=2, leave=False, unit=" images") as progress:
+            for end in range(PART, len(unread) + PART, PART):
+                part = unread[end - PART : end]
+                looked = in_threads(looked_at, list(_images(images, column, part.tolist())), OF_A_THREAD)
+                for row, (size, digest) in zip(part, chain.from_iterable(looked)):
+                    sizes[row], found[row] = size, digest
                 progress.update(len(part))
-                if fresh and time.monotonic() - saved > SAVED_EVERY:
-                    known, fresh, saved = _write(index, known, fresh), {}, time.monotonic()
-        if fresh:
-            _write(index, known, fresh)
-        sizes = np.array([(entry.height, entry.width) for entry in found], dtype=np.int32).reshape(-1, 2)
-        return cls(sizes, [entry.digest or "" for entry in found] if digests else ())
+                if end >= len(unread) or time.monotonic() - saved > SAVED_EVERY:
+                    _keep(index, unread[fresh:end], sizes, found)
+                    fresh, saved = end, time.monotonic()
+        return cls(sizes, found.tolist() if digests else ())
 
 
 # Images --------------------------------------------------------------------------------------------------------------
@@ -137,56 +123,32 @@ def digest_of(image: Mapping[str, Any] | None) -> str:
         return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
 
 
-def _images(dataset: Dataset, column: str, origin: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the name and the undecoded image of each row; bytes are not copied."""
-    table = dataset.select_columns([column]).cast_column(column, ImageFeature(decode=False)).with_format("arrow")
-    row = 0
-    for batch in cast(Iterator[pyarrow.Table], table.iter(1000)):
-        images = batch[column].combine_chunks()
-        contents = images.field("bytes")
-        held = map(all, zip(images.is_valid().to_pylist(), contents.is_valid().to_pylist()))
-        for place, (path, holds) in enumerate(zip(images.field("path").to_pylist(), held)):
-            content = contents[place] if holds else None
-            yield (f"{origin}/{row}" if holds else path or ""), {"bytes": content, "path": path}
-            row += 1
+def _parts_of(images: Dataset, column: str) -> Iterator[pyarrow.StructArray]:
+    """Yields ROWS undecoded images at a time; bytes are not copied."""
+    for start in range(0, len(images), ROWS):
+        yield images[start : start + ROWS][column].combine_chunks()
 
 
-def _parts(images: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    while part := list(islice(images, size)):
-        yield part
+def _files(images: pyarrow.StructArray) -> pyarrow.StringArray:
+    """The paths of images in files."""
+    held = compute.struct_field(images, "bytes").is_valid()
+    return compute.if_else(held, None, compute.struct_field(images, "path"))
 
 
-def _entries(images: list[tuple[str, dict[str, Any]]], **options: Any) -> list[tuple[Entry, bool]]:
-    return [_entry(image, **options) for image in images]
+def _images(images: Dataset, column: str, rows: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Yields the undecoded images of rows in order; bytes are not copied."""
+    for start, group in groupby(rows, lambda row: row // ROWS * ROWS):
+        part = images[start : start + ROWS][column].combine_chunks()
+        contents, paths = (compute.struct_field(part, name) for name in ("bytes", "path"))
+        for row in group:
+            content = contents[row - start]
+            yield {"bytes": content if content.is_valid else None, "path": paths[row - start].as_py()}
 
 
-def _entry(
-    named: tuple[str, dict[str, Any]], known: dict[str, Entry], folders: Sequence[str], digests: bool
-) -> tuple[Entry, bool]:
-    """The entry of an image, and whether the index may keep it."""
-    name, image = named
-    stamp = (0, 0, 0, 0) if image["bytes"] is not None else _stamp(image["path"])
-    entry = known.get(name)
-    if stamp and entry and entry.stamp == stamp and not (digests and entry.digest is None):
-        return entry, True
-    begun = time.time()
-    size, digest = _looked_at(image, folders, digests)
-    entry = Entry(name, *(stamp or (0, 0, 0, 0)), *size, digest)
-    if image["bytes"] is not None:
-        return entry, True
-    settled = stamp is not None and max(stamp[1:3]) / 1e9 < begun - RACY
-    return entry, settled and _stamp(image["path"]) == stamp  # it has not changed while it was read
-
-
-def _stamp(path: str | None) -> tuple[int, int, int, int] | None:
-    """None: there is no such local file."""
-    if path is None or "://" in path:
-        return None
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+def _all_looked_at(
+    images: Sequence[dict[str, Any]], folders: Sequence[str], digests: bool
+) -> list[tuple[tuple[int, int], str | None]]:
+    return [_looked_at(image, folders, digests) for image in images]
 
 
 def _looked_at(image: dict[str, Any], folders: Sequence[str], digests: bool) -> tuple[tuple[int, int], str | None]:
@@ -225,33 +187,15 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 def _origin(dataset: Dataset, column: str) -> str:
     """What decides the bytes that a data set holds; images in files change without it."""
-    files = [(file["filename"], _stamp(file["filename"])) for file in dataset.cache_files]
+    files = [(file["filename"], stamp_of(file["filename"])) for file in dataset.cache_files]
     return hashlib.sha256(repr((dataset._fingerprint, column, files)).encode()).hexdigest()[:32]
 
 
-def _index_of(dataset: Dataset, column: str, origin: str, folders: Sequence[str]) -> str:
-    """The name of the index: of the folders of a data set whose images are files, or of the data set itself."""
-    _, first = next(_images(dataset.select(range(min(1, len(dataset)))), column, origin), ("", {}))
-    if first.get("bytes") is not None or not folders:
-        return origin
-    return hashlib.sha256(repr([os.path.realpath(folder) for folder in folders]).encode()).hexdigest()[:32]
-
-
-def _read(index: Path) -> dict[str, Entry]:
-    """The entries of an index; none if there is none, or if it is damaged or of another version."""
+def _keep(index: Index, rows: np.ndarray, sizes: np.ndarray, digests: np.ndarray) -> None:
+    height, width = sizes[rows].T
     try:
-        columns = pyarrow.parquet.read_table(index, columns=list(Entry._fields)).to_pydict()
-    except (OSError, ValueError, KeyError, pyarrow.ArrowException):
-        return {}
-    return {values[0]: Entry(*values) for values in zip(*columns.values())}
-
-
-def _write(index: Path, known: dict[str, Entry], fresh: dict[str, Entry]) -> dict[str, Entry]:
-    """Write both parts, and return them."""
-    entries = known | fresh
-    table = pyarrow.table(dict(zip(Entry._fields, map(list, zip(*entries.values())))))
-    try:
-        write_whole(index, lambda unfinished: pyarrow.parquet.write_table(table, unfinished))
+        index.add(rows, {"height": height.copy(), "width": width.copy(), "digest": digests[rows]})
     except OSError as error:
-        logger.warning("the index of images %s cannot be written (%s); they are read again next time", index, error)
-    return entries
+        logger.warning(
+            "the index of images %s cannot be written (%s); they are read again next time", index.place, error
+        )

@@ -63,9 +63,9 @@ def fingerprint(
         parts = _streamed(dataset, pictures, columns, folders)
     else:
         parts = _loaded(dataset, pictures, columns, folders)
-    digest = hashlib.sha256()
+    digest, encode = hashlib.sha256(), json.JSONEncoder(default=str).encode
     for part in parts:  # a line of JSON each, so that parts cannot run into each other
-        digest.update(json.dumps(part, default=str).encode() + b"\n")
+        digest.update(encode(part).encode() + b"\n")
     return f"sha256:{digest.hexdigest()}"
 
 

@@ -36,9 +36,10 @@ ENDINGS = ("-masklabel.png", ".mask.png")  # of their files' names, behind that 
 def beside(images: Iterable[str]) -> dict[str, str]:
     """The masks among files with the names of images: {NAME without its suffix: mask}."""
     files = list(images)
-    names = {os.path.splitext(file)[0] for file in files}
+    likely = [file for file in files if file.lower().endswith(ENDINGS)]
+    names = {os.path.splitext(file)[0] for file in files} if likely else set()
     found = {}
-    for file in files:
+    for file in likely:
         for ending in ENDINGS:
             if file.lower().endswith(ending) and file[: -len(ending)] in names:
                 found[file[: -len(ending)]] = file

@@ -61,9 +61,10 @@ def kohya_folders(data: Data) -> list[str]:
     if data.dataset_name or data.streaming or not data.train_data_dir:
         return []
     contents = Contents.of(data.train_data_dir)
-    if any(os.path.dirname(file) == contents.folder for file in (*contents.metadata, *contents.images)):
+    places = contents.image_folders
+    if contents.folder in (*places, *map(os.path.dirname, contents.metadata)):
         return []
-    folders = {os.path.relpath(file, contents.folder).split(os.sep)[0] for file in contents.images}
+    folders = {os.path.relpath(place, contents.folder).split(os.sep)[0] for place in places}
     if not all(map(KOHYA.fullmatch, folders)):
         return []
     return [os.path.join(data.train_data_dir, name) for name in sorted(folders)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,10 @@ class Stream(IntEnum):
 
 def keyed_generator(seed: int, *key: int) -> torch.Generator:
     """A CPU generator that depends on seed and key only."""
-    state = np.random.SeedSequence([seed, *key]).generate_state(1, np.uint64)
+    words: Any = (seed, *key)
+    if max(words) < 2**32:
+        words = np.array(words, np.uint32)  # the same to numpy, which takes longer to see it
+    state = np.random.SeedSequence(words).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
 
 

@@ -34,9 +34,10 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from lpl.config.groups import Data, Part, naming
 from lpl.data import masks
+from lpl.data.captioned import folder_dataset
 from lpl.data.captions import caption_columns, columns_of, report_instance_prompt
 from lpl.data.catalogue import cache_root
-from lpl.data.folder import Contents, folder_dataset, suffix
+from lpl.data.folder import Contents, suffix
 from lpl.data.mixture import Mixture, is_mixture, joined, parts_of, without_marks
 from lpl.data.places import as_read, saved_splits, with_column_of_json, with_paths_of_images
 from lpl.tools.words import close_match, first_line

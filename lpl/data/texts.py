@@ -1,40 +1,96 @@
-"""The bytes of many small text files: read by threads, and of a large folder kept in an index on disk.
+"""Text files beside images, whose lines are one caption, or one each (--caption_per_line).
 
-A million captions in a million files take minutes to read, and seconds to read from one file. The *index* of a folder
-is that file: a parquet table in the cache folder, with a row per text file: its name, its *state*, and its bytes. A
-state is what the system says of a file: size, times of the last modification and of the last change of the inode in
-nanoseconds, inode. A row holds while the state is the same. Since two changes within one tick of a disk's clock look
-alike, a file that had just changed when its state was looked at is not kept, as in git's index (``RACY``).
+A million captions in a million files take minutes to read, and seconds from one file: those of a large folder are kept
+in an index (:mod:`lpl.data.index`) in the cache folder.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import cast
 
 import numpy as np
 import pyarrow
-import pyarrow.compute
-import pyarrow.parquet
 
-from lpl.tools.files import write_whole
+from lpl.data.folder import Contents
+from lpl.data.index import Index, in_threads, name_of
+from lpl.data.reading import lies_in
 
 
-READERS = 8  # threads, since files may lie on a network disk
-PART = 256  # files that a thread reads at a time
 WORTH = 10_000  # files; fewer are read faster than it is worth an index
 LARGEST = 2**14  # bytes; larger files are not kept
-RACY = 2 * 10**9  # nanoseconds: the coarsest clock of a disk, FAT's
-STATE = ("size", "mtime_ns", "ctime_ns", "inode")
 Content = bytes | OSError  # of a file, or why it cannot be read
-Result = TypeVar("Result")
+Caption = str | list[str] | None
+
+
+def text_captions(
+    contents: Contents, cache: str | os.PathLike[str] | None = None, per_line: bool = False
+) -> list[tuple[Caption, str]]:
+    """For each image the caption beside it, or None and why there is none.
+
+    Args:
+        cache: folder for the index of a large folder's text files.
+        per_line: the caption is a list of the file's lines, and not all of them joined.
+    """
+    texts = contents.texts
+    files = [texts.get(image[: image.rfind(".")]) for image in contents.images]
+    inside = [
+        file for file in dict.fromkeys(files) if file and (file not in contents.odd or _leads_in(file, contents))
+    ]
+    found = dict(zip(inside, contents_of(inside, contents.folder, cache)))
+    return [
+        (None, "without a text file of the same name") if file is None else _caption(file, found.get(file), per_line)
+        for file in files
+    ]
+
+
+def _leads_in(file: str, contents: Contents) -> bool:
+    """Whether a link leads to a plain file in the folder; a pipe would block."""
+    return os.path.isfile(file) and lies_in(file, contents.folder)
+
+
+def _caption(file: str, content: Content | None, per_line: bool) -> tuple[Caption, str]:
+    """The caption in a text file, without superfluous space, or None and why there is none."""
+    if content is None:
+        return None, "with a link out of the folder"
+    if isinstance(content, OSError):
+        return None, "with a text file that cannot be read"
+    try:
+        text = decoded(content, file)
+    except ValueError:
+        return None, "with a text file that is not in UTF-8"
+    caption = [line for part in text.splitlines() if (line := _squeezed(part))] if per_line else _squeezed(text)
+    return caption or None, "with an empty text file"
+
+
+def _squeezed(text: str) -> str:
+    return " ".join(text.split())
+
+
+def read_text(file: str | os.PathLike[str]) -> str:
+    """The text of a file in UTF-8, or in UTF-16 with a byte-order mark, as Windows writes it.
+
+    Raises:
+        ValueError: for another encoding.
+    """
+    return decoded(Path(file).read_bytes(), file)
+
+
+def decoded(content: bytes, file: str | os.PathLike[str]) -> str:
+    """The text of a file's bytes, see :func:`read_text`."""
+    try:
+        if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+            return content.decode("utf-16")
+        return content.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not in UTF-8; save it in that encoding ({error})") from None
+
+
+# Their bytes ---------------------------------------------------------------------------------------------------------
 
 
 def contents_of(files: Sequence[str], folder: str, cache: str | os.PathLike[str] | None) -> list[Content]:
@@ -46,27 +102,24 @@ def contents_of(files: Sequence[str], folder: str, cache: str | os.PathLike[str]
         cache: folder for the index; None: there is none.
     """
     if cache is None or len(files) < WORTH:
-        return in_threads(_content, files)
-    now = time.time_ns()
-    index = Path(cache, f"{hashlib.sha256(os.path.realpath(folder).encode()).hexdigest()[:32]}.parquet")
+        return list(chain.from_iterable(in_threads(_contents, files)))
     names = pyarrow.array([file[len(folder) :] for file in files], pyarrow.large_string())
-    states = np.array(in_threads(_state, files), np.int64)  # (N, 4), looked at before the file is read
-    found = _kept(index, names, states)
-    unread = [place for place, content in enumerate(found) if content is None]
-    for place, content in zip(unread, in_threads(_content, [files[place] for place in unread])):
-        found[place] = content
-    contents = cast(list[Content], found)
-    if any(_can_be_kept(contents[place], states[place], now) for place in unread):
-        with suppress(OSError):  # a disk that is full, or another's folder: it is read again next time
-            _write(index, names, states, [_can_be_kept(*row, now) for row in zip(contents, states)], contents)
-    return contents
+    place = Path(cache, name_of(os.path.realpath(folder)))
+    index = Index(place, names, files, {"content": pyarrow.large_binary()})
+    places, rows = index.known()
+    found = np.full(len(files), None, object)
+    found[places] = rows["content"].to_numpy()
+    unread = np.setdiff1d(np.arange(len(files)), places, assume_unique=True)
+    read = list(chain.from_iterable(in_threads(_contents, [files[int(place)] for place in unread])))
+    found[unread] = read
+    kept = unread[[_can_be_kept(content, size) for content, size in zip(read, index.stamps[unread, 0])]]
+    with suppress(OSError):  # a disk that is full, or another's folder: it is read again next time
+        index.add(kept, {"content": found[kept]})
+    return cast(list[Content], found.tolist())
 
 
-def in_threads(read: Callable[[str], Result], files: Sequence[str]) -> list[Result]:
-    """``read`` of each file, in order. A thread takes many at a time: to hand over one costs more than to read it."""
-    parts = [files[start : start + PART] for start in range(0, len(files), PART)]
-    with ThreadPoolExecutor(READERS) as readers:
-        return list(chain.from_iterable(readers.map(lambda part: [read(file) for file in part], parts)))
+def _contents(files: Sequence[str]) -> list[Content]:
+    return [_content(file) for file in files]
 
 
 def _content(file: str) -> Content:
@@ -77,45 +130,5 @@ def _content(file: str) -> Content:
         return error
 
 
-def _state(file: str) -> tuple[int, int, int, int]:
-    try:
-        found = os.stat(file)
-    except OSError:
-        return -1, 0, 0, 0
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino & (2**63 - 1)
-
-
-def _can_be_kept(content: Content, state: np.ndarray, now: int) -> bool:
-    """Whether a later change of the file would change its state."""
-    size, mtime, ctime, _ = state
-    return not isinstance(content, OSError) and len(content) == size <= LARGEST and max(mtime, ctime) < now - RACY
-
-
-def _kept(index: Path, names: pyarrow.Array, states: np.ndarray) -> list[Content | None]:
-    """The bytes that an index has of files whose state is the same; None of the others."""
-    try:
-        table = pyarrow.parquet.read_table(index, page_checksum_verification=True)
-        rows = pyarrow.compute.index_in(names, value_set=table["name"].combine_chunks())  # type: ignore[attr-defined]
-        there = np.flatnonzero(~np.asarray(rows.is_null()))
-        rows = rows.drop_null()
-        before = np.stack([table[column].combine_chunks().take(rows).to_numpy() for column in STATE], 1)
-        same = (before == states[there]).all(1)
-        contents = table["content"].combine_chunks().take(rows.filter(pyarrow.array(same))).to_pylist()
-    except Exception:  # no index, or a broken one, which raises a dozen kinds
-        return [None] * len(names)
-    found: list[Content | None] = [None] * len(names)
-    for place, content in zip(there[same], contents):
-        found[place] = content
-    return found
-
-
-def _write(
-    index: Path, names: pyarrow.Array, states: np.ndarray, kept: Sequence[bool], contents: Sequence[Content]
-) -> None:
-    mask = pyarrow.array(kept)
-    columns = {"name": names.filter(mask)}
-    columns |= {column: pyarrow.array(values).filter(mask) for column, values in zip(STATE, states.T.copy())}
-    kept_contents = [content for content, keep in zip(contents, kept) if keep]
-    table = pyarrow.table(columns | {"content": pyarrow.array(kept_contents, pyarrow.large_binary())})
-    index.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(index, lambda place: pyarrow.parquet.write_table(table, place, write_page_checksum=True))
+def _can_be_kept(content: Content, size: int) -> bool:
+    return not isinstance(content, OSError) and len(content) == size <= LARGEST

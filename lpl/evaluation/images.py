@@ -15,12 +15,15 @@ import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from PIL import Image
 
 from lpl.data.captions import caption_columns, texts_of
-from lpl.data.folder import FILE_NAME, Contents, described, image_files, text_captions
+from lpl.data.folder import FILE_NAME, Contents, image_files
+from lpl.data.metadata import described
 from lpl.data.reading import FORMATS, RESAMPLING, lies_in, to_rgb, why_outside
+from lpl.data.texts import text_captions
 from lpl.evaluation.processes import in_parts, threaded
 from lpl.tools.words import first_line
 
@@ -236,7 +239,7 @@ def _read_captions(folder: Path, caption_column: str) -> dict[Path, str | None] 
     if not contents.metadata:
         files = [Path(folder, os.path.relpath(file, contents.folder)) for file in contents.images]
         texts = text_captions(contents)
-        return {file: text for file, (text, _) in zip(files, texts)} if contents.captioned else None
+        return {file: cast(str | None, text) for file, (text, _) in zip(files, texts)} if contents.captioned else None
     captions: dict[Path, str | None] = {}
     for place, line, row in described(contents):
         if not (name := row.get(FILE_NAME)):

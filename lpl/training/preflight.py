@@ -72,7 +72,7 @@ def _check_captions_of(data: Data, family: type[Family]) -> None:
             f"--train_data_dir {folder}: {runs[0]} is the output folder of a run, whose pictures would be a class; "
             "move it elsewhere"
         )
-    if len({os.path.dirname(file) for file in contents.images}) < 2:
+    if len(contents.image_folders) < 2:
         raise ValueError(
             f"--train_data_dir {folder}: there are no class labels; put each class's images into a sub-folder, or a "
             f'metadata.jsonl beside them, a line each, such as {{"file_name": "cat.png", "{column}": 0}}'
@@ -95,7 +95,7 @@ def _check_data(data: Data) -> None:
     elif why := why_no_images(data.folder):
         raise ValueError(f"--train_data_dir {data.train_data_dir}: {why}")
     else:
-        files = Contents.of(data.folder).images
+        files = [os.path.join(place, "") for place in Contents.of(data.folder).image_folders]
     if names := held_out_names(data.folder, files):
         warn(
             f"--train_data_dir {data.train_data_dir}: everything in it is trained on, {' and '.join(names)} too; give "

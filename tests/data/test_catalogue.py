@@ -10,7 +10,7 @@ from datasets import Dataset, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image, ImageOps
 
-from lpl.data import catalogue
+from lpl.data import catalogue, index
 from lpl.data.catalogue import Catalogue, upright_size
 
 
@@ -24,7 +24,7 @@ def folder(tmp_path, monkeypatch):
     place.mkdir()
     for number in range(3):
         Image.new("RGB", (40 + number, 30)).save(place / f"{number}.png")
-    monkeypatch.setattr(catalogue, "RACY", -1000.0)  # ctime cannot be set
+    monkeypatch.setattr(index, "RACY", -(10**12))  # ctime cannot be set
     return place
 
 
@@ -66,7 +66,7 @@ def test_a_changed_image_alone_is_read_anew(folder, tmp_path, opened):
 
 
 def test_a_file_that_has_just_changed_is_not_indexed(folder, tmp_path, opened, monkeypatch):
-    monkeypatch.setattr(catalogue, "RACY", 2.0)
+    monkeypatch.setattr(index, "RACY", 2 * 10**9)
     looked_up(folder, tmp_path)
     looked_up(folder, tmp_path)
     assert len(opened) == 6
@@ -125,3 +125,18 @@ def test_the_orientation_of_exif_counts(tmp_path, kind):
     Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(file, kind, exif=exif)
     with Image.open(file) as image:
         assert upright_size(image) == ImageOps.exif_transpose(image).size[::-1] == (30, 20)
+
+
+def test_what_is_known_of_other_images_stays(folder, tmp_path, opened):
+    """Training images and held-out ones have one index."""
+    for names in (["0.png", "2.png"], ["1.png", "1.png"], ["2.png", "0.png", "1.png"]):
+        found = Catalogue.of(listed(folder, names), "image", [str(folder)], tmp_path / "cache")
+        assert found.sizes.tolist() == [[30, 40 + int(name[0])] for name in names]
+    assert sorted(opened) == ["0.png", "1.png", "1.png", "2.png"]
+
+
+def test_rows_without_an_image_have_no_size(folder, tmp_path):
+    dataset = Dataset.from_dict({"image": [str(folder / "0.png"), None]}).cast_column("image", ImageFeature())
+    for _ in range(2):
+        found = Catalogue.of(dataset, "image", [str(folder)], tmp_path / "cache", digests=True)
+        assert found.sizes.tolist() == [[30, 40], [0, 0]] and found.digests[1] == catalogue.NONE

@@ -2,6 +2,7 @@
 
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,3 +45,9 @@ def test_keys_give_different_generators():
     keys = [(0, 1), (1, 0), (0, 1, 1), (1, 0, 1), (0, 0, 1, 1), (0, 1, 0, 1), (0, 1, 1, 2), (2**31, 1, 1, 2)]
     draws = [torch.rand((), generator=keyed_generator(*key)).item() for key in keys]
     assert len(set(draws)) == len(keys)
+
+
+@pytest.mark.parametrize("key", [(0,), (7, 3, 2**31, 1), (2**32 - 1, 5), (2**32, 5), (2**70, 0, 1)])
+def test_generators_are_those_of_numpys_seed_sequence(key):
+    state = np.random.SeedSequence(list(key)).generate_state(1, np.uint64)
+    assert keyed_generator(*key).initial_seed() == int(state[0]) >> 1

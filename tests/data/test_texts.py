@@ -8,7 +8,7 @@ import time
 import pytest
 from trainer import settings
 
-from lpl.data import texts
+from lpl.data import index, texts
 from lpl.data.texts import contents_of
 from tests.data.test_dataset import load_data
 from tests.data.test_folder import also, images
@@ -24,7 +24,7 @@ def reads(monkeypatch):
     read = texts._content
     monkeypatch.setattr(texts, "_content", lambda file: found.append(file) or read(file))
     monkeypatch.setattr(texts, "WORTH", 0)
-    monkeypatch.setattr(texts, "RACY", -(10**12))
+    monkeypatch.setattr(index, "RACY", -(10**12))
     return found
 
 
@@ -108,7 +108,7 @@ def test_two_folders_do_not_share_an_index(folder, tmp_path, reads):
 
 
 def test_a_thousand_random_edits_give_no_stale_caption(tmp_path, reads, monkeypatch):
-    monkeypatch.setattr(texts, "RACY", TICK * 1e9)
+    monkeypatch.setattr(index, "RACY", TICK * 1e9)
     draw, folder = random.Random(0), also(tmp_path / "data", {f"{n}.txt": str(n) for n in range(30)})
     for edit in range(100):
         for _ in range(10):

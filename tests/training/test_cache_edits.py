@@ -16,7 +16,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from trainer import parsed, reset_accelerate, settings
 
-from lpl.data import catalogue
+from lpl.data import catalogue, index
 from lpl.training import caching
 from lpl.training.loading import load_family
 from tests.data.test_dataset import over
@@ -137,7 +137,9 @@ def test_no_edit_leaves_anything_stale(edits, sd_pipeline, image_folder, tmp_pat
     monkeypatch.setattr(caching, "posterior", counted)
     for _ in range(edits):
         world.edit()
-        monkeypatch.setattr(catalogue, "RACY", chance.choice((2.0, -1000.0)))  # whether the index may know the file
+        monkeypatch.setattr(
+            index, "RACY", chance.choice((2 * 10**9, -(10**12)))
+        )  # whether the index may know the file
         config, plain = world.images(tmp_path / "cache")
         if not any(map(bool, plain.dataset["text"])):
             continue
