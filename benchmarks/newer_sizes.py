@@ -107,4 +107,33 @@ NEWER = {
         kinds=("lora",),
         flags=CHECKPOINTING,
     ),
+    "krea-2": Model(
+        public="krea/Krea-2-Raw",
+        pipeline=diffusers.Krea2Pipeline,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        denoiser=(diffusers.Krea2Transformer2DModel, {}),  # the class's defaults are its numbers
+        vae=(diffusers.AutoencoderKLQwenImage, {}),
+        parameters=(12_820_073_036, 126_892_531),
+        encoders=(("", "qwen3_vl", 2560, 0),),
+        tiny=(
+            {
+                "num_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "attention_head_dim": 16,
+                "intermediate_size": 16,
+                "text_hidden_dim": 16,
+                "text_num_attention_heads": 2,
+                "text_num_key_value_heads": 2,
+                "text_intermediate_size": 16,
+                "axes_dims_rope": (4, 6, 6),
+            },
+            {"base_dim": 8, "num_res_blocks": 1},
+            ((16, 0),),
+        ),
+        resolution=(1024, 64),
+        batch=1,
+        kinds=("lora",),
+        flags=CHECKPOINTING,
+    ),
 }

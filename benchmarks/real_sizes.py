@@ -537,6 +537,11 @@ def qwen2_5_vl(hidden_size: int, **numbers: Any) -> transformers.PretrainedConfi
     return transformers.Qwen2_5_VLConfig(text_config={"hidden_size": hidden_size, **numbers}, vision_config=vision)
 
 
+def qwen3_vl(hidden_size: int, **numbers: Any) -> transformers.PretrainedConfig:
+    text = {"hidden_size": hidden_size, "rope_parameters": _mrope(24, 20, 20), **numbers}
+    return transformers.Qwen3VLConfig(text_config=text, vision_config={"out_hidden_size": hidden_size})
+
+
 MINISTRAL_3B = {
     "model_type": "ministral3",
     "intermediate_size": 9216,
@@ -557,6 +562,10 @@ LANGUAGE_MODELS: dict[str, tuple[Callable[..., transformers.PretrainedConfig], C
     "gemma": (transformers.Gemma2Config, GEMMA_2B, {"num_key_value_heads": 1, "head_dim": 8}),
     "qwen3": (transformers.Qwen3Config, QWEN3_4B, {"num_key_value_heads": 1, "head_dim": 8}),
     "mistral3": (mistral3, MINISTRAL_3B, {"model_type": "ministral3", "num_key_value_heads": 1, "head_dim": 8}),
+    "qwen3_vl": (
+        *(qwen3_vl, QWEN3_4B),
+        {"num_key_value_heads": 1, "head_dim": 8, "rope_parameters": _mrope(1, 1, 2)},
+    ),
     "qwen2_5_vl": (qwen2_5_vl, QWEN2_5_VL_7B, {"num_key_value_heads": 1, "rope_parameters": _mrope(1, 1, 2)}),
 }
 ENCODERS = {
@@ -565,6 +574,7 @@ ENCODERS = {
     "t5": ("T5EncoderModel", "T5Tokenizer"),
     "gemma": ("Gemma2Model", "GemmaTokenizer"),
     "qwen3": ("Qwen3Model", "Qwen2Tokenizer"),
+    "qwen3_vl": ("Qwen3VLModel", "Qwen2Tokenizer"),
     "mistral3": ("Mistral3Model", "PreTrainedTokenizerFast"),
     "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", "Qwen2Tokenizer"),
 }

@@ -137,6 +137,14 @@ def ernie_image_pipeline(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def krea2_pipeline(tmp_path_factory):
+    """Folder of a tiny Krea 2."""
+    from tiny import tiny_krea2
+
+    return tiny_krea2(tmp_path_factory.mktemp("krea2"))
+
+
+@pytest.fixture(scope="session")
 def sana_pipeline(tmp_path_factory):
     """Folder of a tiny Sana."""
     from tiny import tiny_sana

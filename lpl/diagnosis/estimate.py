@@ -43,6 +43,7 @@ from lpl.families.resolve import resolve, with_decoder_dtype
 from lpl.objectives import FlowMatching, Objective
 from lpl.student import Student, StudentLoss
 from lpl.tools.machine import DTYPES
+from lpl.tools.trust import components_in
 from lpl.tools.words import Rows, counted, pixels, short_count, size, table
 from lpl.training.loading import denoiser_class, precisions
 from lpl.training.losses import lpl_weight, perceptual_loss
@@ -183,8 +184,10 @@ def family_without_weights(config: Config, description: Description, mixed_preci
         length = getattr(settings.get_text_config(), "max_position_embeddings", None) or model.max_sequence_length
         components[name.replace("text_encoder", "tokenizer")] = Tokenizer(length or TOKENS)
     needed, options = family.pipeline_class._get_signature_keys(family.pipeline_class)
-    quiet = {name: False for name in options if name == "requires_safety_checker"}
-    pipeline = family.pipeline_class(**{name: components.get(name) for name in needed}, **quiet)
+    flags = {name: description.index[name] for name in options if name in description.index}
+    flags = {name: value for name, value in flags.items() if name not in components_in(description.index)}
+    flags |= {name: False for name in options if name == "requires_safety_checker"}
+    pipeline = family.pipeline_class(**{name: components.get(name) for name in needed}, **flags)
     made: Any = family(pipeline, model.max_sequence_length, model.guidance_scale)
     plain = made.predict
     made.predict = lambda *inputs: plain(*inputs[:-1], _longest(inputs[-1]))

@@ -27,6 +27,7 @@ from lpl.families.description import Description, read_pipeline
 from lpl.families.resolve import resolved_resolution
 from lpl.tools.layout import CHECKPOINT_PREFIX, EMA, INDEX, LOG, LORA, PEFT_SUFFIX, PROGRESS, RECIPE
 from lpl.tools.results import check_one_kind
+from lpl.tools.trust import components_in
 from lpl.tools.words import warn
 from lpl.training.checkpoints import Progress, find_checkpoints
 from lpl.training.lora import PEFT_FILE
@@ -86,7 +87,7 @@ class Model:
         the commits that ids on the Hub stand for."""
         model = self.config.model
         path, vae = _pipeline(model), model.pretrained_vae_model_name_or_path
-        components = [name for name, entry in self.description.index.items() if isinstance(entry, list | tuple)]
+        components = list(components_in(self.description.index))
         places = [Path(path, INDEX), *(Path(path, name) for name in components)]
         sources = [(path, INDEX, model.revision)]
         if vae:

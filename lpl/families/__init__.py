@@ -13,6 +13,7 @@ from lpl.families.base import Conditions, Family
 from lpl.families.dit import DiT
 from lpl.families.ernie_image import ErnieImage
 from lpl.families.flux import Flux
+from lpl.families.krea2 import Krea2
 from lpl.families.pixart import PixArtAlpha, PixArtSigma
 from lpl.families.qwen_image import QwenImage
 from lpl.families.sana import Sana
@@ -34,6 +35,7 @@ FAMILIES: tuple[type[Family], ...] = (
     ZImage,
     QwenImage,
     ErnieImage,
+    Krea2,
 )
 
 

@@ -295,3 +295,8 @@ def unpacked(patches: Tensor, patch: int, size: Sequence[int]) -> Tensor:
     """Patches in reading order as latents of a size, (..., h, w)."""
     rows, columns = (side // patch for side in size[-2:])
     return F.pixel_shuffle(patches.mT.unflatten(2, (rows, columns)), patch)
+
+
+def patch_positions(rows: int, columns: int, device: torch.device) -> Tensor:
+    """Each patch's (0, row, column), in reading order, (rows * columns, 3)."""
+    return torch.cartesian_prod(*(torch.arange(size, device=device).float() for size in (1, rows, columns)))

@@ -19,7 +19,7 @@ from lpl.families import Family, find_family
 from lpl.families.components import lacking
 from lpl.families.fit import check_relations, encoder_widths
 from lpl.objectives import Objective, get_objective, own_objective, training_scheduler
-from lpl.tools.trust import check_components, check_weights
+from lpl.tools.trust import check_components, check_weights, components_in
 from lpl.tools.words import first_line
 
 
@@ -103,7 +103,7 @@ def read_pipeline(model: Model, blocks: Sequence[str] | None = None, weights: bo
     family = find_family(index.get("_class_name"))
     what = f"--pretrained_model_name_or_path {path}"
     check_components(path, index)
-    components = {name: entry for name, entry in index.items() if isinstance(entry, list | tuple)}
+    components = components_in(index)
     absent = dict.fromkeys(name for name, entry in components.items() if tuple(entry) == (None, None))
     absent |= dict.fromkeys(name for name in family.optional_components if name not in components)
     library, scheduler_class = components.get("scheduler", (None, None))

@@ -11,7 +11,7 @@ from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZ
 from torch import Tensor, nn
 
 from lpl.autoencoders import downscaling_factor
-from lpl.families.base import Conditions, Configs, Family, modulations, packed, unpacked
+from lpl.families.base import Conditions, Configs, Family, modulations, packed, patch_positions, unpacked
 from lpl.families.fit import Relation, latents
 from lpl.families.lora_layout import ADDED_QKV, QKV, TRANSFORMER, LoraLayout, Table, by_table
 from lpl.families.tokens import Tokens, with_tokens
@@ -96,7 +96,7 @@ class Flux(Family):
             timestep=timesteps.to(noisy_latents.dtype) / TIMESTEPS,
             guidance=self._guidance(noisy_latents),
             txt_ids=noisy_latents.new_zeros(tokens, 3),  # text has no position
-            img_ids=_positions(rows, columns, noisy_latents.device).to(noisy_latents.dtype),
+            img_ids=patch_positions(rows, columns, noisy_latents.device).to(noisy_latents.dtype),
             **conditions,
             return_dict=False,
         )[0]
@@ -141,8 +141,3 @@ class Flux(Family):
     def identity_layers(cls, denoiser: nn.Module) -> list[nn.Module]:
         kinds = (AdaLayerNormZero, AdaLayerNormZeroSingle, AdaLayerNormContinuous)
         return [*modulations(denoiser, *kinds), denoiser.get_submodule("proj_out")]
-
-
-def _positions(rows: int, columns: int, device: torch.device) -> Tensor:
-    """Each patch's (0, row, column), in reading order, (rows * columns, 3)."""
-    return torch.cartesian_prod(*(torch.arange(size, device=device).float() for size in (1, rows, columns)))

@@ -47,7 +47,7 @@ from lpl.inspection.measure import OUTLIER_SETTINGS, STEPS, Inspector
 from lpl.tools.files import check_writable, write_text
 from lpl.tools.machine import DTYPES, usable_device
 from lpl.tools.pictures import save_figure
-from lpl.tools.trust import check_components, check_weights
+from lpl.tools.trust import check_components, check_weights, components_in
 from lpl.tools.words import first_line
 
 
@@ -176,7 +176,7 @@ def find_vae(model: Model, blocks: Sequence[str] | None = None) -> tuple[str | N
         pass
     else:
         check_components(path, index)
-        components = {name: entry[-1] for name, entry in index.items() if isinstance(entry, list | tuple)}
+        components = {name: entry[-1] for name, entry in components_in(index).items()}
         subfolders = [name for name, kind in components.items() if kind in SUPPORTED] or ["vae"]
     for subfolder in subfolders:
         try:  # AutoencoderKL knows the file's name, whatever the class

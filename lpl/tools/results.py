@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from lpl.tools import layout
+from lpl.tools.trust import components_in
 
 
 def pipeline_entries(folder: Path) -> list[str]:
@@ -27,7 +28,7 @@ def _listed(folder: Path) -> list[str]:
         content = json.loads((folder / layout.INDEX).read_text(encoding="utf-8"))
     except ValueError:  # it is no index
         return []
-    return [name for name, entry in content.items() if isinstance(entry, list) and entry != [None, None]]
+    return [name for name, entry in components_in(content).items() if entry != [None, None]]
 
 
 def lora_entries(folder: Path) -> list[str]:

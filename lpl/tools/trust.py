@@ -18,6 +18,12 @@ LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # stable_diffusio
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
+def components_in(index: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a ``model_index.json`` that are components: library and class. Lists of numbers are settings."""
+    lists = {name: entry for name, entry in index.items() if isinstance(entry, list | tuple)}
+    return {name: entry for name, entry in lists.items() if not all(isinstance(part, int | float) for part in entry)}
+
+
 def check_components(path: str, index: Mapping[str, Any]) -> None:
     """Refuse a pipeline with a component whose class belongs to neither diffusers nor transformers.
 
@@ -27,8 +33,7 @@ def check_components(path: str, index: Mapping[str, Any]) -> None:
     Raises:
         ValueError: with the component.
     """
-    parts = {name: entry for name, entry in index.items() if isinstance(entry, list | tuple)}
-    for name, entry in parts.items():
+    for name, entry in components_in(index).items():
         match entry:
             case [None, None]:  # an optional component that this pipeline lacks
                 continue

@@ -231,6 +231,7 @@ REAL_SIZES = [  # the denoiser's and the VAE's configuration in the published mo
     ("sana", {"sample_size": 64, "patch_size": 1}, 5, (1024, 32, (1, None))),  # whatever its autoencoder is
     ("z-image", {}, 4, (1024, 16, (1, None))),
     ("qwen-image", {}, 4, (1024, 16, (1, None))),
+    ("krea-2", {}, 4, (1024, 16, (1, None))),
     ("ernie-image", {}, 5, (1024, 16, (1, None))),
 ]
 

@@ -52,6 +52,7 @@ BROKEN = {  # family -> component -> numbers that another component depends on
     },
     "qwen-image": {"transformer": ["in_channels", "out_channels", "joint_attention_dim"], "vae": ["z_dim"]},
     "ernie-image": {"transformer": ["in_channels", "out_channels", "text_in_dim"], "vae": ["latent_channels"]},
+    "krea-2": {"transformer": ["in_channels", "text_hidden_dim", "attention_head_dim"], "vae": ["z_dim"]},
     "z-image": {
         "transformer": ["in_channels", "cap_feat_dim", "dim"],
         "vae": ["latent_channels"],

@@ -37,6 +37,7 @@ PIPELINES = {  # by the id that recipes name, the fixture of the tiny one
     "Efficient-Large-Model/Sana_600M_512px_diffusers": "sana_pipeline",
     "Tongyi-MAI/Z-Image": "z_image_pipeline",
     "Qwen/Qwen-Image": "qwen_image_pipeline",
+    "krea/Krea-2-Raw": "krea2_pipeline",
     "baidu/ERNIE-Image": "ernie_image_pipeline",
 }
 

@@ -35,6 +35,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
@@ -69,6 +71,8 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLModel,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -732,6 +736,44 @@ def tiny_ernie_image(folder):
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=4.0),
     )  # fmt: skip
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return Path(folder)
+
+
+def tiny_krea2(folder):
+    """Krea2Pipeline with two layers of a Qwen3-VL."""
+    tokenizer = _qwen_tokenizer()
+    text = _qwen3_config(tokenizer, hidden_size=16).to_dict()
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": 16}
+    vision["deepstack_visual_indexes"] = []
+    with seeded(11):
+        text_encoder = Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision))
+        transformer = Krea2Transformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            intermediate_size=32,
+            timestep_embed_dim=16,
+            text_hidden_dim=16,
+            num_text_layers=2,
+            text_num_attention_heads=2,
+            text_num_key_value_heads=2,
+            text_intermediate_size=16,
+            num_layerwise_text_blocks=1,
+            num_refiner_text_blocks=1,
+            axes_dims_rope=(4, 6, 6),
+        )
+    pipeline = Krea2Pipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=tiny_vae("qwen"),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        text_encoder_select_layers=(1, 2),
+    )
     pipeline.save_pretrained(folder, safe_serialization=True)
     return Path(folder)
 

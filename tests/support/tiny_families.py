@@ -24,6 +24,7 @@ TINY = {  # family -> fixtures of tests/conftest.py
     "z-image": ["z_image_pipeline"],
     "qwen-image": ["qwen_image_pipeline"],
     "ernie-image": ["ernie_image_pipeline"],
+    "krea-2": ["krea2_pipeline"],
 }
 FAMILY_OF = {family.name: family for family in FAMILIES}
 CAPTIONS = ["a cat", "", "the dog, and a very long caption " * 8]
@@ -202,7 +203,15 @@ class QwenImageView(View):
         return self.pipeline._pack_latents(output, *output.shape)
 
 
+class Krea2View(QwenImageView):
+    guidance_off, exact = {"guidance_scale": 0.0}, True
+
+    def unpacked(self, value):
+        return self.pipeline._unpack_latents(value, SIZE, SIZE).squeeze(2)
+
+
 VIEWS = {
+    "krea-2": Krea2View,
     "sana": SanaView,
     "ernie-image": ErnieImageView,
     "qwen-image": QwenImageView,

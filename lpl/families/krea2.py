@@ -1,0 +1,131 @@
+"""Krea 2: a single-stream flow transformer over 2 x 2 patches of latents, with several layers of a Qwen3-VL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import Krea2Pipeline
+from torch import Tensor, nn
+
+from lpl.autoencoders import downscaling_factor
+from lpl.families.base import Conditions, Configs, Family, packed, patch_positions, unpacked
+from lpl.families.fit import Relation, latents
+from lpl.families.lora_layout import LoraLayout, own_names
+from lpl.families.tokens import Tokenize, Tokens, on_device
+
+
+PATCH = 2  # side of a patch in latents, of all published models
+TIMESTEPS = 1000  # that the transformer multiplies by
+
+
+def after(prefix: str, captions: Sequence[str]) -> list[str]:
+    return [prefix + caption for caption in captions]
+
+
+@dataclass(frozen=True)
+class TokenizeWithSuffix(Tokenize):
+    """The suffix follows the padding, as it did when the model was trained.
+
+    Args:
+        suffix: its tokens.
+    """
+
+    suffix: tuple[int, ...] = ()
+
+    def _encoded(self, name: str, texts: list[str]) -> dict[str, Tensor]:
+        found, length = super()._encoded(name, texts), len(self.suffix)
+        suffix = torch.tensor(self.suffix).expand(len(texts), -1)
+        return {
+            "input_ids": torch.cat([found["input_ids"], suffix], 1),
+            "attention_mask": F.pad(found["attention_mask"], (0, length), value=1),
+        }
+
+
+class Krea2(Family):
+    name = "krea-2"
+    pipeline_class = Krea2Pipeline
+    denoiser_name = "transformer"
+    text_encoder_names = ("text_encoder",)
+    vaes = ("AutoencoderKLQwenImage",)
+    objectives = ("flow_matching",)  # the pipeline passes sigmas to the scheduler, which DDIM does not take
+    sequence_length, max_sequence_length = 512, 512
+    lora_targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+    lora_layout = LoraLayout({"transformer": "lora_unet"}, own_names)
+
+    @property
+    def _instruction(self) -> int:
+        """Tokens of the template before the caption, whose embeddings are dropped."""
+        return self.pipeline.prompt_template_encode_start_idx
+
+    def token_lengths(self) -> dict[str, int | None]:
+        suffix = self.pipeline.prompt_template_encode_num_suffix_tokens
+        return {"tokenizer": (self.tokens or 512) + self._instruction - suffix}
+
+    @property
+    def texts(self) -> Callable[[Sequence[str]], list[str]]:
+        return partial(after, self.pipeline.prompt_template_encode_prefix)
+
+    @property
+    def tokenize(self) -> Callable[[Sequence[str]], Tokens]:
+        tokenizer = self.pipeline.tokenizer
+        suffix = tuple(tokenizer.encode(self.pipeline.prompt_template_encode_suffix))
+        return TokenizeWithSuffix({"tokenizer": tokenizer}, self.token_lengths(), self.texts, suffix)
+
+    def encode_prompts(
+        self, captions: Sequence[str], device: torch.device, tokens: Tokens | None = None
+    ) -> Conditions:
+        """As ``encode_prompt``, which copies the suffix to the device in each step. Padding takes no positions."""
+        found = on_device((tokens or self.tokenize(captions))["tokenizer"], device)
+        ids, mask = found["input_ids"], found["attention_mask"].bool()
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0).expand(3, -1, -1)
+        states = self.pipeline.text_encoder(
+            input_ids=ids, attention_mask=mask, position_ids=positions, output_hidden_states=True
+        ).hidden_states
+        chosen = torch.stack([states[layer] for layer in self.pipeline.text_encoder_select_layers], 2)
+        return {
+            "encoder_hidden_states": chosen[:, self._instruction :],  # (B, tokens, layers, dim)
+            "encoder_attention_mask": mask[:, self._instruction :],  # (B, tokens)
+        }
+
+    def predict(self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        rows, columns = (side // PATCH for side in noisy_latents.shape[2:])
+        tokens = conditions["encoder_hidden_states"].shape[1]
+        image = patch_positions(rows, columns, noisy_latents.device)
+        output = denoiser(
+            hidden_states=packed(noisy_latents, PATCH),
+            timestep=timesteps.to(noisy_latents.dtype) / TIMESTEPS,
+            position_ids=torch.cat([image.new_zeros(tokens, 3), image]),  # text has no position
+            **conditions,
+            return_dict=False,
+        )[0]
+        return unpacked(output, PATCH, noisy_latents.shape)
+
+    @classmethod
+    def relations(cls, configs: Configs) -> list[Relation]:
+        transformer, width = configs["transformer"], configs["text_encoder"]["hidden_size"]
+        return [
+            *latents(transformer, configs["vae"], PATCH),
+            Relation("text_hidden_dim", transformer["text_hidden_dim"], (width,), "width of the text encoder"),
+            Relation(
+                *("attention_head_dim", transformer["attention_head_dim"], (sum(transformer["axes_dims_rope"]),)),
+                why="sum of its axes_dims_rope",
+            ),
+        ]
+
+    @classmethod
+    def default_resolution(cls, configs: Configs) -> int:
+        return 128 * downscaling_factor(configs["vae"])  # the pipeline's default
+
+    @classmethod
+    def resolution_multiple(cls, configs: Configs) -> int:
+        return PATCH * downscaling_factor(configs["vae"])
+
+    @classmethod
+    def identity_layers(cls, denoiser: nn.Module) -> list[nn.Module]:
+        own: Any = denoiser
+        return [own.time_mod_proj, own.final_layer.linear]
