@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 
 from lpl.config.groups import Model
-from lpl.families.components import copy_component
+from lpl.families.components import copy_component, copy_model, model_folder
 from lpl.families.description import Description
 from lpl.tools import layout
 from lpl.tools.files import filled_whole, write_text
@@ -56,6 +56,12 @@ class Result:
         """Components that the run has replaced."""
         return {"scheduler": self.scheduler} if self.scheduler is not self.description.scheduler else {}
 
+    @property
+    def _replaced_folder(self) -> Path | None:
+        """Where the files of --pretrained_vae_model_name_or_path are."""
+        path = self.model.pretrained_vae_model_name_or_path
+        return model_folder(path, self.model.cache_dir) if path else None
+
     def _save_lora(self, folder: Path) -> None:
         self.trained.save(folder)
         save_for_other_programs(
@@ -67,10 +73,13 @@ class Result:
     def _save_pipeline(self, folder: Path) -> None:
         """What is new is saved; all other parts are the base's own files."""
         family, index = self.trained.family, dict(self.description.index)
-        new = self._changed | self.trained.models
-        new |= replaced_components(self.model)  # the run's own VAE may have lost its encoder to --cache_latents
+        replaced = replaced_components(self.model)  # the run's own VAE may have lost its encoder to --cache_latents
+        new: dict[str, Any] = self._changed | self.trained.models | replaced
         for name, component in new.items():
-            component.save_pretrained(folder / name)
+            if name in replaced and (source := self._replaced_folder):
+                copy_model(source, folder / name)
+            else:
+                component.save_pretrained(folder / name)
             index[name] = [type(component).__module__.partition(".")[0], type(component).__name__]
         for name in self.description.listed:
             if name not in new:
