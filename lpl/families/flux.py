@@ -12,6 +12,7 @@ from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZ
 from torch import Tensor, nn
 
 from lpl.autoencoders import downscaling_factor
+from lpl.families.architecture import Architecture
 from lpl.families.base import Conditions, Configs, Family, modulations
 from lpl.families.fit import Relation, latents
 from lpl.families.lora_layout import ADDED_QKV, QKV, TRANSFORMER, LoraLayout, Table, by_table
@@ -129,6 +130,11 @@ class Flux(Family):
     @classmethod
     def takes_guidance(cls, configs: Configs) -> bool:
         return bool(configs[cls.denoiser_name].get("guidance_embeds"))
+
+    @classmethod
+    def architecture(cls, configs: Configs, prediction_type: str | None) -> Architecture:
+        name = "flux-1-dev" if cls.takes_guidance(configs) else "flux-1-schnell"
+        return Architecture(name, "flux1", "https://github.com/black-forest-labs/flux", "networks.lora_flux")
 
     @classmethod
     def default_resolution(cls, configs: Configs) -> int:

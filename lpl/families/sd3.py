@@ -11,6 +11,7 @@ from diffusers import StableDiffusion3Pipeline
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, SD35AdaLayerNormZeroX
 from torch import Tensor, nn
 
+from lpl.families.architecture import Architecture
 from lpl.families.base import Conditions, Configs, Family, modulations
 from lpl.families.fit import Relation, latents
 from lpl.families.lora_layout import ADDED_QKV, QKV, TRANSFORMER, LoraLayout, Table, by_table
@@ -115,6 +116,14 @@ class StableDiffusion3(Family):
         if t5 := configs.get("text_encoder_3"):
             relations.append(Relation("joint_attention_dim", joint, (t5["hidden_size"],), "width of text_encoder_3"))
         return relations
+
+    @classmethod
+    def architecture(cls, configs: Configs, prediction_type: str | None) -> Architecture:
+        transformer, kind = configs["transformer"], "3-medium"
+        if transformer.get("qk_norm"):  # only 3.5 has it, and only its medium attends twice
+            kind = "3.5-medium" if transformer.get("dual_attention_layers") else "3.5-large"
+        version, network = kind.replace(".", "-"), "networks.lora_sd3"
+        return Architecture(f"stable-diffusion-v{kind}", version, "https://github.com/Stability-AI/sd3-ref", network)
 
     @classmethod
     def default_resolution(cls, configs: Configs) -> int:

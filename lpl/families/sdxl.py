@@ -9,6 +9,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
+from lpl.families.architecture import STABILITY, Architecture
 from lpl.families.base import Conditions, Configs, Family
 from lpl.families.fit import Relation, cross_attention, latents
 from lpl.families.lora_layout import TWO_ENCODERS, LoraLayout, Originals
@@ -100,6 +101,10 @@ class StableDiffusionXL(Family):
         added = {name: conditions[name] for name in ("text_embeds", "time_ids")}
         embeddings = conditions["encoder_hidden_states"]
         return denoiser(noisy_latents, timesteps, embeddings, added_cond_kwargs=added, return_dict=False)[0]
+
+    @classmethod
+    def architecture(cls, configs: Configs, prediction_type: str | None) -> Architecture:
+        return Architecture("stable-diffusion-xl-v1-base", "sdxl_base_v1-0", STABILITY)
 
     @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:

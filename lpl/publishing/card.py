@@ -33,7 +33,7 @@ from lpl.tools import layout, words
 from lpl.tools.files import write_whole
 from lpl.tools.machine import peak_memory
 from lpl.tools.privacy import hide_paths, is_hub_id, is_local, local_name, public_command, shown, without_secrets
-from lpl.tools.results import missing_components
+from lpl.tools.results import last_samples, missing_components
 from lpl.training.loading import weight_dtype
 from lpl.training.provenance import installed_versions
 
@@ -345,16 +345,11 @@ class Result:
     @cached_property
     def samples(self) -> Samples | None:
         """The last samples of this run, the moving average's if there are any."""
-        found = []
-        for path in self.folder.glob(f"{layout.SAMPLES}/*/{layout.SETTINGS}"):
-            name = re.fullmatch(r"step-(\d+)(-ema)?", path.parent.name)
-            if name and int(name[1]) <= self.card.steps:  # later ones are of an earlier run in the same folder
-                found.append((int(name[1]), name[2] or "", path))
-        if not found:
+        place = last_samples(self.folder, self.card.steps)
+        if place is None:
             return None
-        path = max(found)[-1]
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        return Samples(f"{layout.SAMPLES}/{path.parent.name}", settings["prompts"], settings["seed"])
+        settings = json.loads((place / layout.SETTINGS).read_text(encoding="utf-8"))
+        return Samples(f"{layout.SAMPLES}/{place.name}", settings["prompts"], settings["seed"])
 
     @property
     def first_sample(self) -> Samples | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from lpl.families.components import copy_component, copy_model, model_folder
 from lpl.families.description import Description
 from lpl.tools import layout
 from lpl.tools.files import filled_whole, write_text
+from lpl.tools.results import last_samples
 from lpl.training.average import MovingAverage, averaged
 from lpl.training.loading import replaced_components
 from lpl.training.lora import save_for_other_programs
 from lpl.training.parts import TrainedParts
+from lpl.training.start import Run
 
 
 @dataclass
@@ -26,18 +29,23 @@ class Result:
     """The result with the present weights, the moving average's if there is one.
 
     Args:
-        folder: the run's output folder.
+        describe: adds metadata to the file of a LoRA.
         scheduler: what the result samples with.
         classes: names of a class-conditional model's classes, by label.
     """
 
-    folder: Path
+    run: Run
+    describe: Callable[[Path], None]
     model: Model
     description: Description
     trained: TrainedParts
     average: MovingAverage | None
     scheduler: Any
     classes: Mapping[int, str]
+
+    @property
+    def folder(self) -> Path:
+        return self.run.folder
 
     def write(self) -> None:
         """Write the result into the output folder; on the main process."""
@@ -64,9 +72,13 @@ class Result:
 
     def _save_lora(self, folder: Path) -> None:
         self.trained.save(folder)
-        save_for_other_programs(
-            self.description.family.lora_layout, folder, self.trained.models, self.folder.resolve().name
-        )
+        name = self.folder.resolve().name
+        others = save_for_other_programs(self.description.family.lora_layout, folder, self.trained.models, name)
+        for path in sorted(folder.rglob("*.safetensors")):
+            self.describe(path)
+        samples = last_samples(self.folder, self.run.step)
+        if others is not None and samples is not None:
+            shutil.copyfile(samples / "00.png", folder / (name + layout.OTHERS_PREVIEW))
         for name, component in self._changed.items():
             component.save_pretrained(folder / name)
 
