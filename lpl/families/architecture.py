@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from lpl.objectives import VPrediction
 
+
+SPECIFICATION = "1.0.1"  # ModelSpec's version
 DIFFUSERS = "diffusers"
 STABILITY = "https://github.com/Stability-AI/generative-models"
 
@@ -31,3 +34,8 @@ class Architecture(NamedTuple):
     implementation: str = DIFFUSERS
     network: str = "networks.lora"
     second: bool = False
+
+
+def prediction(objective: str) -> str:
+    """ModelSpec's name of an objective; it has one of v, and for all but epsilon and v others may choose."""
+    return "v" if objective == VPrediction.name else objective

@@ -24,6 +24,7 @@ from lpl.autoencoders import downscaling_factor
 from lpl.families.architecture import Architecture
 from lpl.families.fit import Relation
 from lpl.families.lora_layout import LoraLayout
+from lpl.families.single_file import Component
 from lpl.families.tokens import Tokenize, Tokens, on_device
 from lpl.objectives import OBJECTIVES
 
@@ -270,6 +271,11 @@ class Family:
     def architecture(cls, configs: Configs, prediction_type: str | None) -> Architecture:
         """How other programs name what a result is for; the family's own name where they have none."""
         return Architecture(cls.name, cls.name)
+
+    @classmethod
+    def single_file(cls, configs: Configs) -> tuple[Component, ...]:
+        """What is in a single file with the original's names; empty: other programs read no such file."""
+        return ()
 
     # For --from_scratch
 

@@ -13,6 +13,8 @@ from lpl.families.architecture import DIFFUSERS, Architecture
 from lpl.families.base import Conditions, Configs, Family
 from lpl.families.fit import Relation, cross_attention, latents
 from lpl.families.lora_layout import LoraLayout, own_names
+from lpl.families.sdxl import unet_state
+from lpl.families.single_file import Component, autoencoder, clip, open_clip
 from lpl.families.tokens import Tokens, with_tokens
 from lpl.objectives import VPrediction
 
@@ -62,6 +64,17 @@ class StableDiffusion(Family):
         kind = ("v2-768-v" if predicts_v else "v2-512") if second else "v1"
         version = f"sd_v{1 + second}{'_v' * predicts_v}"
         return Architecture(f"stable-diffusion-{kind}", version, DIFFUSERS, second=second)
+
+    @classmethod
+    def single_file(cls, configs: Configs) -> tuple[Component, ...]:
+        encoder = Component("text_encoder", "cond_stage_model.transformer.", clip)
+        if is_second(configs):
+            encoder = Component("text_encoder", "cond_stage_model.model.", open_clip)
+        return (
+            Component("unet", "model.diffusion_model.", unet_state),
+            Component("vae", "first_stage_model.", autoencoder),
+            encoder,
+        )
 
     @classmethod
     def default_resolution(cls, configs: Configs) -> int:

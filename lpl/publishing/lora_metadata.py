@@ -18,19 +18,16 @@ from typing import Any
 from lpl.data.dataset import TrainingImages
 from lpl.data.report import are_tags, frequent
 from lpl.diagnosis.plan import Plan
-from lpl.families.architecture import DIFFUSERS, Architecture
-from lpl.objectives import VPrediction
+from lpl.families.architecture import DIFFUSERS, SPECIFICATION, Architecture, prediction
 from lpl.tools import layout
 from lpl.tools.headers import add_metadata, content_hash
 from lpl.tools.privacy import hide_paths, shown, without_secrets
 from lpl.tools.words import counted
 
 
-SPECIFICATION = "1.0.1"
 MOST_ROWS, MOST_TAGS = 100_000, 1000  # captions that are read, and tags of a data set that are named
 METHOD = "latent-perceptual-loss"
 COMMENT = "Trained with the latent perceptual loss (LPL, arXiv 2411.04873)."
-PREDICTIONS = {VPrediction.name: "v"}  # ModelSpec's names of objectives; all others are the same
 
 
 @dataclass
@@ -76,7 +73,6 @@ class LoraMetadata:
         config, run = self.plan.config, self.plan.run
         height, width = config.data.size
         name, licence = self.architecture.name, self.licence.get("license_name") or self.licence.get("license") or ""
-        objective = str(config.model.prediction_type)
         values = {
             "sai_model_spec": SPECIFICATION,
             "architecture": f"{name}/lora",
@@ -89,7 +85,7 @@ class LoraMetadata:
             "tags": ", ".join(["lora", self.plan.trained.family.name, *([METHOD] if config.lpl.enabled else [])]),
             "usage_hint": self.usage,
             "trigger_phrase": self.trigger,
-            "prediction_type": PREDICTIONS.get(objective, objective),
+            "prediction_type": prediction(config.model.objective),
         }
         return {f"modelspec.{name}": value for name, value in values.items()}
 

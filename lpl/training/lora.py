@@ -22,7 +22,6 @@ from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.models.normalization import AdaLayerNormContinuous
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
@@ -32,7 +31,7 @@ from transformers import CLIPTextModel
 
 from lpl.config.choices import ALL_LINEAR
 from lpl.config.groups import Lora
-from lpl.families.lora_layout import LoraLayout
+from lpl.families.lora_layout import LoraLayout, in_order
 from lpl.tools import layout
 
 
@@ -184,7 +183,7 @@ def _stacked(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
         up = torch.block_diag(*ups)
     tensors = {
         "lora_down.weight": down,
-        "lora_up.weight": _in_order(model, names[0], up),
+        "lora_up.weight": in_order(model, names[0], up),
         # From peft's scale, which is alpha / sqrt(rank) in rank-stabilised LoRA, and the rank that others see.
         "alpha": torch.tensor(adapted[0].scaling[ADAPTER] * len(down), dtype=down.dtype),
     }
@@ -194,9 +193,3 @@ def _stacked(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
 def _factors(layer: LoraLayer) -> tuple[Tensor, Tensor]:
     """A, (r, in, ...), and B, (out, r, ...)."""
     return layer.lora_A[ADAPTER].get_parameter("weight"), layer.lora_B[ADAPTER].get_parameter("weight")
-
-
-def _in_order(model: nn.Module, name: str, rows: Tensor) -> Tensor:
-    """Rows in the original's order: in this norm diffusers swaps scale and shift."""
-    owner = model.get_submodule(name.rpartition(".")[0])
-    return torch.cat(rows.chunk(2)[::-1]) if isinstance(owner, AdaLayerNormContinuous) else rows
