@@ -156,7 +156,8 @@ def train(config: Config, status: Status) -> None:
     skipped_steps = SkippedSteps(accelerator, config.optimization.max_skipped_steps, run.progress.skipped)
     validation = make_validation(plan, inputs, losses, average, log, preemption, status.now)
     describe = LoraMetadata(plan, description.parts, inputs.licence).add
-    result = Result(run, describe, config.model, description, trained, average, inputs.scheduler, inputs.classes)
+    samples_with = inputs.scheduler, inputs.classes, config.output.save_single_file
+    result = Result(run, describe, config.model, description, trained, average, *samples_with)
     card = partial(make_card, plan, inputs, losses, log, validation)
     publication = make_publication(plan, result, card)
     pauses = Pauses(

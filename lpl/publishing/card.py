@@ -31,9 +31,10 @@ from lpl.publishing.hub import MAIN, address
 from lpl.publishing.public_recipe import left_to_give, local_sources, rerun_command
 from lpl.tools import layout, words
 from lpl.tools.files import write_whole
+from lpl.tools.headers import names_in
 from lpl.tools.machine import peak_memory
 from lpl.tools.privacy import hide_paths, is_hub_id, is_local, local_name, public_command, shown, without_secrets
-from lpl.tools.results import last_samples, missing_components
+from lpl.tools.results import last_samples, missing_components, single_files
 from lpl.training.loading import weight_dtype
 from lpl.training.provenance import installed_versions
 
@@ -424,6 +425,16 @@ class Result:
     @property
     def comfyui_file(self) -> str | None:
         return next((path.name for path in self.folder.glob(f"*{layout.OTHERS_SUFFIX}")), None)
+
+    @property
+    def single_file(self) -> str | None:
+        return next(iter(single_files(self.folder)), None)
+
+    @property
+    def single_file_place(self) -> str:
+        """ComfyUI's folder for the single file: one for transformers alone has no VAE."""
+        names = names_in(self.folder / str(self.single_file))
+        return "checkpoints" if any(name.startswith("first_stage_model.") for name in names) else "diffusion_models"
 
     def call_arguments(self) -> dict[str, object]:
         """Text pipelines take prompt and size; class-conditional ones take labels, and know one size only."""

@@ -13,13 +13,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lpl.config.choices import PRECISIONS
 from lpl.config.groups import Model
 from lpl.config.parser import Parser
 from lpl.families.description import read_pipeline
 from lpl.tools import layout
 from lpl.tools.results import lora_entries, pipeline_entries
 from lpl.tools.words import plain_warnings, size, why_no_folder
-from lpl.training.single_file import PRECISIONS, write_single_file
+from lpl.training.single_file import write_single_file
 
 
 PROGRAM = "python -m lpl.export"
@@ -34,7 +35,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "folder", type=os.path.expanduser, metavar="FOLDER", help="the pipeline, such as a run's output"
     )
-    parser.add_argument("--dtype", choices=tuple(PRECISIONS), help="precision of the weights; default: as they are")
+    parser.add_argument("--dtype", choices=PRECISIONS, help="precision of the weights; default: as they are")
     parser.add_argument(
         "--output", type=os.path.expanduser, metavar="FILE", help="default: NAME_single_file.safetensors in the folder"
     )

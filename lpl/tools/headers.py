@@ -26,6 +26,12 @@ def metadata_of(path: Path) -> dict[str, str]:
         return _header(file).get(METADATA) or {}
 
 
+def names_in(path: Path) -> set[str]:
+    """The names of a file's tensors."""
+    with path.open("rb") as file:
+        return set(_header(file)) - {METADATA}
+
+
 def content_hash(path: Path) -> str:
     """SHA-256 of a file's content, 64 hexadecimal digits. Metadata does not change it."""
     with path.open("rb") as file:

@@ -16,6 +16,11 @@ def pipeline_entries(folder: Path) -> list[str]:
     return [*(name for name in _listed(folder) if (folder / name).is_dir()), layout.INDEX]
 
 
+def single_files(folder: Path) -> list[str]:
+    """The pipeline as one file."""
+    return sorted(path.name for path in folder.glob(f"*{layout.SINGLE_FILE}"))
+
+
 def missing_components(folder: Path) -> list[str]:
     """Components that a pipeline's index lists and the folder has no files of."""
     if not (folder / layout.INDEX).is_file():

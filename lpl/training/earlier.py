@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lpl.tools import layout
 from lpl.tools.files import UNFINISHED
-from lpl.tools.results import lora_entries, pipeline_entries, scheduler_entries
+from lpl.tools.results import lora_entries, pipeline_entries, scheduler_entries, single_files
 from lpl.training.checkpoints import set_aside
 from lpl.training.start import Run
 
@@ -37,6 +37,7 @@ def set_earlier_aside(run: Run, lora: bool) -> None:
     own = run.owns_folder
     moved = set_aside(run.folder, run.step if own else 0)
     pipeline, adapters = pipeline_entries(run.folder), lora_entries(run.folder)
+    pipeline = [*single_files(run.folder), *pipeline] if pipeline else []
     if own:
         suffixes = (layout.OTHERS_SUFFIX, layout.OTHERS_PREVIEW)
         mine = [run.folder.resolve().name + suffix for suffix in suffixes]  # the folder may have had another name

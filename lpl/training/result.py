@@ -13,7 +13,7 @@ import diffusers
 
 from lpl.config.groups import Model
 from lpl.families.components import copy_component, copy_model, model_folder
-from lpl.families.description import Description
+from lpl.families.description import Description, read_pipeline
 from lpl.tools import layout
 from lpl.tools.files import filled_whole, write_text
 from lpl.tools.results import last_samples
@@ -21,6 +21,7 @@ from lpl.training.average import MovingAverage, averaged
 from lpl.training.loading import replaced_components
 from lpl.training.lora import save_for_other_programs
 from lpl.training.parts import TrainedParts
+from lpl.training.single_file import write_single_file
 from lpl.training.start import Run
 
 
@@ -30,6 +31,7 @@ class Result:
 
     Args:
         describe: adds metadata to the file of a LoRA.
+        single_file: precision of the pipeline as one file; None: there is none.
         scheduler: what the result samples with.
         classes: names of a class-conditional model's classes, by label.
     """
@@ -42,6 +44,7 @@ class Result:
     average: MovingAverage | None
     scheduler: Any
     classes: Mapping[int, str]
+    single_file: str | None = None
 
     @property
     def folder(self) -> Path:
@@ -53,6 +56,10 @@ class Result:
             self.trained.save(folder)  # first, so that nothing that follows can lose it
         with filled_whole(self.folder) as folder:
             self.save(folder)
+            if self.single_file and not self.trained.lora:
+                description = read_pipeline(Model(pretrained_model_name_or_path=str(folder)))
+                name = self.folder.resolve().name + layout.SINGLE_FILE
+                write_single_file(description, folder, folder / name, self.single_file)
 
     def save(self, folder: Path) -> None:
         """Write the result into an empty folder."""

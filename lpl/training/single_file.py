@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lpl.config.choices import PRECISIONS
 from lpl.families.architecture import SPECIFICATION, prediction
 from lpl.families.components import weights
 from lpl.families.description import Description
@@ -19,7 +20,7 @@ from lpl.tools.files import write_whole
 from lpl.tools.words import warn
 
 
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = dict(zip(PRECISIONS, (torch.float32, torch.float16, torch.bfloat16), strict=True))
 
 
 def write_single_file(description: Description, folder: Path, target: Path, precision: str | None = None) -> Path:
@@ -27,7 +28,7 @@ def write_single_file(description: Description, folder: Path, target: Path, prec
 
     Args:
         description: of the pipeline in ``folder``.
-        precision: of :data:`PRECISIONS`; None: of each weight as it is.
+        precision: of the weights, such as "fp16"; None: of each weight as it is.
 
     Raises:
         ValueError: for what the original's layout cannot hold.
@@ -55,7 +56,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _cast(tensor: Tensor, precision: str | None) -> Tensor:
-    return tensor.to(PRECISIONS[precision]) if precision and tensor.is_floating_point() else tensor
+    return tensor.to(DTYPES[precision]) if precision and tensor.is_floating_point() else tensor
 
 
 def _marks(description: Description, objective: str) -> dict[str, Tensor]:

@@ -4,13 +4,16 @@ import json
 import shutil
 
 import pytest
-from diffusers import DiffusionPipeline
+import torch
+from commands import refusal
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from hub_server import HubServer, Repository
 from safetensors.torch import load_file, save_file
 from tiny_families import FAMILY_OF, TINY, data_fixture
-from trainer import train
+from trainer import arguments, train
 
 from lpl.families import FAMILIES
+from lpl.publishing.publication import published
 
 
 FLAGS = {"lpl_weight": 0, "max_train_steps": 1}
@@ -72,3 +75,24 @@ def test_a_base_and_a_vae_of_the_hub(sd_pipeline, image_folder, tmp_path, monkey
     theirs = {name.replace(".fp16", ""): content for name, content in frozen(pipeline, "unet", "vae").items()}
     assert found == theirs
     assert DiffusionPipeline.from_pretrained(out).vae.config.scaling_factor == 0.18215
+
+
+def test_a_single_file_beside_the_pipeline(sd_pipeline, image_folder, tmp_path):
+    """With the moving average's weights, as the pipeline; published, named on the card, and set aside with it."""
+    flags = FLAGS | {"use_ema": True, "train_text_encoder": True}
+    out = train(sd_pipeline, image_folder, tmp_path / "run", save_single_file="fp16", **flags)
+    file = out / "run_single_file.safetensors"
+    read = StableDiffusionPipeline.from_single_file(str(file), config=str(out), local_files_only=True)
+    saved = DiffusionPipeline.from_pretrained(out)
+    for name in ("unet", "vae", "text_encoder"):
+        found = getattr(read, name).state_dict()
+        assert all(torch.equal(x.half(), found[key].half()) for key, x in getattr(saved, name).state_dict().items())
+    assert "`models/checkpoints`" in (out / "README.md").read_text() and file.name in (out / "README.md").read_text()
+    assert file.name in {str(path) for path in published(out)}
+    train(sd_pipeline, image_folder, out, rank=2, **FLAGS)
+    assert not file.exists() and (out / "earlier-run" / file.name).is_file()
+
+
+def test_a_family_without_a_single_file_is_refused_first(dit_pipeline, class_folder, tmp_path, capsys, no_weights):
+    words = arguments(dit_pipeline, class_folder, tmp_path / "run", save_single_file="fp16", lpl_weight=0)
+    assert "--save_single_file fp16: there is no single file of dit" in refusal(capsys, words)
