@@ -63,6 +63,11 @@ class LoraMetadata:
         return (run.repository or run.folder.resolve().name).rpartition("/")[2]
 
     @property
+    def with_lpl(self) -> bool:
+        lpl = self.plan.config.lpl
+        return lpl.enabled and self.plan.run.step > lpl.lpl_start_step
+
+    @property
     def base(self) -> str:
         """The base's id on the Hub, or the name of its folder."""
         return shown(str(self.plan.config.model.pretrained_model_name_or_path)).removeprefix("path/to/")
@@ -82,7 +87,7 @@ class LoraMetadata:
             "description": self.description,
             "author": (run.repository or "").rpartition("/")[0],
             "license": licence if isinstance(licence, str) else ", ".join(licence),
-            "tags": ", ".join(["lora", self.plan.trained.family.name, *([METHOD] if config.lpl.enabled else [])]),
+            "tags": ", ".join(["lora", self.plan.trained.family.name, *([METHOD] if self.with_lpl else [])]),
             "usage_hint": self.usage,
             "trigger_phrase": self.trigger,
             "prediction_type": prediction(config.model.objective),
@@ -116,7 +121,7 @@ class LoraMetadata:
             "mixed_precision": run.mixed_precision,
             "seed": run.seed,
             "tag_frequency": json.dumps(tags) if tags else "",
-            "training_comment": " ".join(filter(None, [COMMENT if config.lpl.enabled else "", self.usage])),
+            "training_comment": " ".join(filter(None, [COMMENT if self.with_lpl else "", self.usage])),
         }
         return {f"ss_{name}": str(value) for name, value in values.items()}
 
@@ -128,7 +133,7 @@ class LoraMetadata:
         what = (
             f"A LoRA of rank {config.lora.rank} for {self.base}, trained on {images} for {self.plan.run.step:,} steps."
         )
-        return " ".join(filter(None, [what, COMMENT if config.lpl.enabled else "", self.usage]))
+        return " ".join(filter(None, [what, COMMENT if self.with_lpl else "", self.usage]))
 
     @property
     def trigger(self) -> str:
