@@ -53,6 +53,7 @@ from lpl.objectives import Objective, diffusion_weight, dream_shift
 from lpl.publishing import hub
 from lpl.publishing.card import RunCard, write_model_card
 from lpl.publishing.licence import base_licence
+from lpl.publishing.lora_metadata import LoraMetadata
 from lpl.publishing.publication import Publication
 from lpl.student import StudentLoss, difference
 from lpl.tools import layout
@@ -154,7 +155,9 @@ def train(config: Config, status: Status) -> None:
     bad_samples = BadSamples(accelerator, images, run.folder, config.data.max_bad_samples, run.resumed is not None)
     skipped_steps = SkippedSteps(accelerator, config.optimization.max_skipped_steps, run.progress.skipped)
     validation = make_validation(plan, inputs, losses, average, log, preemption, status.now)
-    result = Result(run.folder, config.model, description, trained, average, inputs.scheduler, inputs.classes)
+    describe = LoraMetadata(plan, description.parts, inputs.licence).add
+    samples_with = inputs.scheduler, inputs.classes, config.output.save_single_file
+    result = Result(run, describe, config.model, description, trained, average, *samples_with)
     card = partial(make_card, plan, inputs, losses, log, validation)
     publication = make_publication(plan, result, card)
     pauses = Pauses(

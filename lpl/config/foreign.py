@@ -111,6 +111,8 @@ OTHERS = {
     "save_every_n_steps": "--checkpointing_steps",
     "save_last_n_steps": "--checkpoints_total_limit",
     "checkpoint_step_interval": "--checkpointing_steps",
+    "save_model_as": "--save_single_file fp16, or python -m lpl.export afterwards",
+    "save_precision": "--save_single_file with that precision",
     "push_checkpoints_to_hub": "--hub_strategy every_save",
     "resume": "--resume_from_checkpoint latest",
     "sample_prompts": "--validation_prompts",

@@ -26,6 +26,7 @@ from lpl.config.choices import (
     LR_SCHEDULERS,
     METRICS,
     OPTIMIZERS,
+    PRECISIONS,
     RANK,
     SET_METRICS,
     TRACKERS,
@@ -869,6 +870,13 @@ class Output:
     )
     without: tuple[str, ...] | None = flag(None, "flags to drop from the recipe of --config", in_recipe=False)
     output_dir: str = own_flag("sd-model-finetuned", "folder for checkpoints, samples, logs and the result", path=True)
+    save_single_file: str | None = own_flag(
+        None,
+        "also write the trained pipeline as one file for ComfyUI, Forge and other programs, with its weights in that "
+        "precision",
+        choices=PRECISIONS,
+        used=rules.unless("lora"),
+    )
     checkpointing_steps: int = silent_flag(500, "save a checkpoint every N optimizer steps", range=POSITIVE)
     checkpoints_total_limit: int | None = silent_flag(
         None, "keep only the last N checkpoints, at least one; default: keep all", range=NOT_NEGATIVE

@@ -166,8 +166,7 @@ def caption_facts(images: TrainingImages) -> Facts:
         several += len(found) > 1
         missing += not found
     lengths = np.repeat([len(caption.split()) for caption in captions], list(captions.values()))
-    separators = sum(caption.count(images.data.tag_separator) * count for caption, count in captions.items())
-    tags = separators >= TAGS * max(1, captions.total())
+    tags = are_tags(captions, images.data.tag_separator)
     return {
         "missing": missing,
         "several": several,
@@ -175,7 +174,7 @@ def caption_facts(images: TrainingImages) -> Facts:
         "different": len(captions),
         "words": dict(zip(("shortest", "median", "longest"), _three(lengths))),
         "kind": "tags" if tags else "words",
-        "frequent": _frequent(captions, images.data.tag_separator if tags else None),
+        "frequent": frequent(captions, images.data.tag_separator if tags else None),
         "repeated": [[caption, count] for caption, count in captions.most_common(NAMED) if count > 1],
         "examples": [drawn_caption(images, item) for item in spaced(len(images), EXAMPLES)],
     }
@@ -186,8 +185,14 @@ def _three(lengths: np.ndarray) -> list[int]:
     return [int(np.quantile(lengths, share, method="nearest")) for share in (0, 0.5, 1)] if len(lengths) else []
 
 
-def _frequent(captions: Mapping[str, int], separator: str | None) -> list[list[Any]]:
-    """Words, or what stands between separators, with the number of captions that have them."""
+def are_tags(captions: Counter[str], separator: str) -> bool:
+    """Whether captions consist of tags, rather than of sentences."""
+    separators = sum(caption.count(separator) * count for caption, count in captions.items())
+    return separators >= TAGS * max(1, captions.total())
+
+
+def frequent(captions: Mapping[str, int], separator: str | None, most: int = FREQUENT) -> list[list[Any]]:
+    """Words, or what stands between separators, with the number of captions that have them; the ``most`` frequent."""
     counts: Counter[str] = Counter()
     for caption, count in captions.items():
         if separator is None:
@@ -196,9 +201,7 @@ def _frequent(captions: Mapping[str, int], separator: str | None) -> list[list[A
             parts = {tag.strip() for tag in caption.split(separator)}
         for part in parts - {""}:
             counts[part] += count
-    return [
-        [part, count] for part, count in sorted(counts.items(), key=lambda found: (-found[1], found[0]))[:FREQUENT]
-    ]
+    return [[part, count] for part, count in sorted(counts.items(), key=lambda found: (-found[1], found[0]))[:most]]
 
 
 def drawn_caption(images: TrainingImages, item: int) -> str:

@@ -189,7 +189,7 @@ class Plan:
 
     def warnings(self) -> list[str]:
         """Why the run may do something else than intended."""
-        found = [self._warmup_warning(), self._caption_warning(), self._bucket_warning()]
+        found = [self._warmup_warning(), self._caption_warning(), self._bucket_warning(), self._dora_warning()]
         return [*filter(None, found), *(self._lpl_warnings() if self.config.lpl.enabled else ())]
 
     def _warmup_warning(self) -> str | None:
@@ -200,6 +200,14 @@ class Plan:
         return (
             f"--lr_warmup_steps {optimization.lr_warmup_steps}: the run ends after {self.max_steps}, at "
             f"{percent(self.max_steps / steps)} of --learning_rate; give fewer, or a share of the run, such as 0.1"
+        )
+
+    def _dora_warning(self) -> str | None:
+        if not self.config.lora.use_dora or self.trained.family.lora_layout is None:
+            return None
+        return (
+            "--use_dora: the result is for diffusers alone; ComfyUI, Forge and others scale DoRA each in its own "
+            "way, so no file is written for them; leave the flag out for one"
         )
 
     def _bucket_warning(self) -> str | None:

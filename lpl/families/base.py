@@ -24,8 +24,10 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from lpl.autoencoders import downscaling_factor
+from lpl.families.architecture import Architecture
 from lpl.families.fit import Relation
 from lpl.families.lora_layout import LoraLayout
+from lpl.families.single_file import Component
 from lpl.families.tokens import Tokenize, Tokens, conditions_on_device
 from lpl.objectives import OBJECTIVES
 
@@ -266,6 +268,18 @@ class Family:
     def class_label(cls, prompt: str | int, names: Mapping[int, str]) -> int:
         """For a class-conditional family: the label of a class given by name or number."""
         raise NotImplementedError
+
+    # In files that other programs read
+
+    @classmethod
+    def architecture(cls, configs: Configs, prediction_type: str | None) -> Architecture:
+        """How other programs name what a result is for; the family's own name where they have none."""
+        return Architecture(cls.name, cls.name)
+
+    @classmethod
+    def single_file(cls, configs: Configs) -> tuple[Component, ...]:
+        """What is in a single file with the original's names; empty: other programs read no such file."""
+        return ()
 
     # For --from_scratch
 

@@ -12,12 +12,14 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
+from diffusers.utils import CONFIG_NAME
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 
 from lpl.config.groups import Model
 from lpl.families.base import Family
 from lpl.tools.layout import INDEX
+from lpl.tools.privacy import HUB_ID
 from lpl.tools.trust import PICKLES, listed_files
 from lpl.tools.words import first_line, warn
 
@@ -25,6 +27,7 @@ from lpl.tools.words import first_line, warn
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 NOT_MODELS = ("scheduler", "tokenizer", "feature_extractor")  # components whose names begin so have no weights
 OTHERS_WEIGHTS = (*PICKLES, ".msgpack", ".h5", ".onnx", ".onnx_data", ".flashpack", ".gguf", ".py")
+MODEL_WEIGHTS = "diffusion_pytorch_model"  # beginning of the names of diffusers' weights
 WEIGHTS = re.compile(r"\.safetensors(\.index(\.[\w-]+)?\.json)?$")
 
 
@@ -142,7 +145,7 @@ def copy_component(source: Path, target: Path, variant: str | None = None) -> No
     target.mkdir(parents=True)
     for name in (*kept, *chosen):
         plain = name.replace(f".{found}", "", 1) if name in chosen and (found := _variant(name)) else name
-        if name in chosen and name.endswith(".json"):
+        if plain != name and name.endswith(".json"):
             (target / plain).write_text(_plain_index(source / name), encoding="utf-8")
         else:
             shutil.copyfile(source / name, target / plain)
@@ -151,7 +154,22 @@ def copy_component(source: Path, target: Path, variant: str | None = None) -> No
 def _plain_index(file: Path) -> str:
     """The index of weights in several files, whose names lose the variant."""
     content, variant = json.loads(file.read_text(encoding="utf-8")), _variant(file.name)
-    if variant:
-        places = content["weight_map"]
-        content["weight_map"] = {name: place.replace(f".{variant}", "", 1) for name, place in places.items()}
+    places = content["weight_map"]
+    content["weight_map"] = {name: place.replace(f".{variant}", "", 1) for name, place in places.items()}
     return json.dumps(content, indent=2) + "\n"
+
+
+def model_folder(path: str, cache_dir: str | None) -> Path | None:
+    """The folder of a single model of diffusers, or of its repository in the Hub's cache; None if it is elsewhere."""
+    if Path(path, CONFIG_NAME).is_file():
+        return Path(path)
+    cached = try_to_load_from_cache(path, CONFIG_NAME, cache_dir) if HUB_ID.fullmatch(path) else None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def copy_model(source: Path, target: Path) -> None:
+    """Copy a single model as it was shipped. Other files of its repository are left out."""
+    target.mkdir(parents=True)
+    names = [path.name for path in source.iterdir() if path.name.startswith(MODEL_WEIGHTS)]
+    for name in (CONFIG_NAME, *weights(names, None)):
+        shutil.copyfile(source / name, target / name)

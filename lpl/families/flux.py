@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from diffusers import FluxPipeline
@@ -11,9 +13,11 @@ from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZ
 from torch import Tensor, nn
 
 from lpl.autoencoders import downscaling_factor
+from lpl.families.architecture import Architecture
 from lpl.families.base import Conditions, Configs, Family, modulations, packed, patch_positions, unpacked
 from lpl.families.fit import Relation, latents
 from lpl.families.lora_layout import ADDED_QKV, QKV, TRANSFORMER, LoraLayout, Table, by_table
+from lpl.families.single_file import Component, State, by_layers
 from lpl.families.tokens import Tokens, with_tokens
 from lpl.objectives import FlowMatching
 
@@ -29,11 +33,15 @@ ORIGINAL: Table = {
         {
             "img_attn.qkv": QKV,
             "img_attn.proj": ("attn.to_out.0",),
+            "img_attn.norm.query_norm": ("attn.norm_q",),
+            "img_attn.norm.key_norm": ("attn.norm_k",),
             "img_mlp.0": ("ff.net.0.proj",),
             "img_mlp.2": ("ff.net.2",),
             "img_mod.lin": ("norm1.linear",),
             "txt_attn.qkv": ADDED_QKV,
             "txt_attn.proj": ("attn.to_add_out",),
+            "txt_attn.norm.query_norm": ("attn.norm_added_q",),
+            "txt_attn.norm.key_norm": ("attn.norm_added_k",),
             "txt_mlp.0": ("ff_context.net.0.proj",),
             "txt_mlp.2": ("ff_context.net.2",),
             "txt_mod.lin": ("norm1_context.linear",),
@@ -41,7 +49,13 @@ ORIGINAL: Table = {
     ),
     "single_transformer_blocks": (
         "single_blocks",
-        {"linear1": (*QKV, "proj_mlp"), "linear2": ("proj_out",), "modulation.lin": ("norm.linear",)},
+        {
+            "linear1": (*QKV, "proj_mlp"),
+            "linear2": ("proj_out",),
+            "modulation.lin": ("norm.linear",),
+            "norm.query_norm": ("attn.norm_q",),
+            "norm.key_norm": ("attn.norm_k",),
+        },
     ),
     "": (
         "",
@@ -59,6 +73,12 @@ ORIGINAL: Table = {
         },
     ),
 }
+
+
+def transformer_state(config: Mapping[str, Any], state: State) -> State:
+    """The weights of a transformer by the names of the original one."""
+    found = by_layers(partial(by_table, ORIGINAL), config, state)
+    return {re.sub(r"(query|key)_norm\.weight$", r"\1_norm.scale", name): tensor for name, tensor in found.items()}
 
 
 class Flux(Family):
@@ -128,6 +148,16 @@ class Flux(Family):
     @classmethod
     def takes_guidance(cls, configs: Configs) -> bool:
         return bool(configs[cls.denoiser_name].get("guidance_embeds"))
+
+    @classmethod
+    def architecture(cls, configs: Configs, prediction_type: str | None) -> Architecture:
+        name = "flux-1-dev" if cls.takes_guidance(configs) else "flux-1-schnell"
+        return Architecture(name, "flux1", "https://github.com/black-forest-labs/flux", "networks.lora_flux")
+
+    @classmethod
+    def single_file(cls, configs: Configs) -> tuple[Component, ...]:
+        """The transformer alone: other programs load all else from files of its own."""
+        return (Component("transformer", "", transformer_state),)
 
     @classmethod
     def default_resolution(cls, configs: Configs) -> int:

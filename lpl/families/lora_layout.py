@@ -11,7 +11,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-from torch import nn
+import torch
+from diffusers.models.normalization import AdaLayerNormContinuous
+from torch import Tensor, nn
 
 
 Originals = dict[str, tuple[str, ...]]  # weight of the original -> our layers that are its rows, from the top
@@ -42,6 +44,12 @@ QKV, ADDED_QKV = ("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "a
 def own_names(model: nn.Module, names: Iterable[str]) -> Originals:
     """Originals of a model whose names in diffusers every program knows."""
     return {name: (name,) for name in names}
+
+
+def in_order(model: nn.Module, name: str, rows: Tensor) -> Tensor:
+    """Rows of a layer in the original's order: in this norm diffusers swaps scale and shift."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return torch.cat(rows.chunk(2)[::-1]) if isinstance(owner, AdaLayerNormContinuous) else rows
 
 
 def by_table(table: Table, model: nn.Module, names: Iterable[str]) -> Originals:

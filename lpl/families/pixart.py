@@ -9,6 +9,7 @@ import torch
 from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline
 from torch import Tensor, nn
 
+from lpl.families.architecture import Architecture
 from lpl.families.base import Conditions, Configs, Family
 from lpl.families.fit import Relation, captions, latents
 from lpl.families.tokens import Tokens, with_tokens
@@ -61,6 +62,10 @@ class PixArtSigma(Family):
     def sampling_arguments(self) -> dict[str, Any]:
         # As in training: captions are not rewritten, and images have the requested size.
         return super().sampling_arguments() | {"clean_caption": False, "use_resolution_binning": False}
+
+    @classmethod
+    def architecture(cls, configs: Configs, prediction_type: str | None) -> Architecture:
+        return Architecture("pixart-ms-sigma-xl-2" if cls is PixArtSigma else cls.name, cls.name)
 
     @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:

@@ -23,6 +23,7 @@ from lpl.config.groups import Data
 from lpl.config.sizes import AUTO, default_step, parse_sizes, sides_of
 from lpl.families import FAMILIES, Family
 from lpl.families.description import Description, check_vae_dtype, other_vae_config
+from lpl.families.single_file import components_of
 from lpl.gate import SMALLEST_CROP, accepted_crops
 from lpl.loss import LatentPerceptualLoss
 from lpl.objectives import OBJECTIVES, DiffusionObjective, Epsilon, FlowMatching, is_flow, own_objective
@@ -53,6 +54,7 @@ def resolve(config: Config, description: Description) -> Config:
     if config.lpl.enabled or config.data.holds_out:
         _check_features(config, description)
     _check_crop(config, description)
+    _check_single_file(config, description)
     if "guidance_scale" in config.given and not description.family.takes_guidance(description.parts):
         warn_idle("guidance_scale")
     warn_of_idle_flags(config)
@@ -367,6 +369,16 @@ def _check_student(config: Config, path: str, vae: Mapping[str, Any]) -> None:
             f"--lpl_student {path}: it was made from images of {made_at} px, and the run's have {side} px, where it "
             "may be another loss; the log has its fidelity (student_cosine, student_error)"
         )
+
+
+def _check_single_file(config: Config, description: Description) -> None:
+    precision = config.output.save_single_file
+    if precision is None or config.lora.lora:
+        return
+    try:
+        components_of(description.family, description.parts)
+    except ValueError as error:
+        raise ValueError(f"--save_single_file {precision}: {error}; leave the flag out") from error
 
 
 def _check_crop(config: Config, description: Description) -> None:

@@ -12,6 +12,7 @@ import torch
 from diffusers import SanaPipeline
 from torch import Tensor, nn
 
+from lpl.families.architecture import Architecture
 from lpl.families.base import Conditions, Configs, Family
 from lpl.families.fit import Relation, captions, latents
 from lpl.families.tokens import Tokenize, Tokens, with_tokens
@@ -119,6 +120,10 @@ class Sana(Family):
     def sampling_arguments(self) -> dict[str, Any]:
         # As in training: captions are not rewritten, and images have the requested size.
         return super().sampling_arguments() | {"clean_caption": False, "use_resolution_binning": False}
+
+    @classmethod
+    def architecture(cls, configs: Configs, prediction_type: str | None) -> Architecture:
+        return Architecture("nvidia-sana-1600", cls.name)
 
     @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:

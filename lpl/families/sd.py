@@ -9,10 +9,22 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
+from lpl.families.architecture import DIFFUSERS, Architecture
 from lpl.families.base import Conditions, Configs, Family
 from lpl.families.fit import Relation, cross_attention, latents
 from lpl.families.lora_layout import LoraLayout, own_names
+from lpl.families.sdxl import unet_state
+from lpl.families.single_file import Component, autoencoder, clip, open_clip
 from lpl.families.tokens import Tokens, with_tokens
+from lpl.objectives import VPrediction
+
+
+WIDTH_OF_SECOND = 1024  # of the embeddings of Stable Diffusion 2's text encoder; those of 1 have 768
+
+
+def is_second(configs: Configs) -> bool:
+    """Whether a pipeline is Stable Diffusion 2, whose text encoder is OpenCLIP's."""
+    return configs["unet"].get("cross_attention_dim") == WIDTH_OF_SECOND
 
 
 class StableDiffusion(Family):
@@ -45,6 +57,24 @@ class StableDiffusion(Family):
     def relations(cls, configs: Configs) -> list[Relation]:
         unet, width = configs["unet"], configs["text_encoder"]["hidden_size"]
         return [*latents(unet, configs["vae"]), *cross_attention(unet, width, "width of the text encoder")]
+
+    @classmethod
+    def architecture(cls, configs: Configs, prediction_type: str | None) -> Architecture:
+        second, predicts_v = is_second(configs), prediction_type == VPrediction.name
+        kind = ("v2-768-v" if predicts_v else "v2-512") if second else "v1"
+        version = f"sd_v{1 + second}{'_v' * predicts_v}"
+        return Architecture(f"stable-diffusion-{kind}", version, DIFFUSERS, second=second)
+
+    @classmethod
+    def single_file(cls, configs: Configs) -> tuple[Component, ...]:
+        encoder = Component("text_encoder", "cond_stage_model.transformer.", clip)
+        if is_second(configs):
+            encoder = Component("text_encoder", "cond_stage_model.model.", open_clip)
+        return (
+            Component("unet", "model.diffusion_model.", unet_state),
+            Component("vae", "first_stage_model.", autoencoder),
+            encoder,
+        )
 
     @classmethod
     def default_resolution(cls, configs: Configs) -> int:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from diffusers import StableDiffusion3Pipeline
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, SD35AdaLayerNormZeroX
 from torch import Tensor, nn
 
+from lpl.families.architecture import Architecture
 from lpl.families.base import Conditions, Configs, Family, modulations
 from lpl.families.fit import Relation, latents
 from lpl.families.lora_layout import ADDED_QKV, QKV, TRANSFORMER, LoraLayout, Table, by_table
+from lpl.families.single_file import Component, State, autoencoder, by_layers
 from lpl.families.tokens import Tokens, with_tokens
 
 
@@ -24,13 +27,19 @@ ORIGINAL: Table = {
         {
             "x_block.attn.qkv": QKV,
             "x_block.attn.proj": ("attn.to_out.0",),
+            "x_block.attn.ln_q": ("attn.norm_q",),
+            "x_block.attn.ln_k": ("attn.norm_k",),
             "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
             "x_block.attn2.proj": ("attn2.to_out.0",),
+            "x_block.attn2.ln_q": ("attn2.norm_q",),
+            "x_block.attn2.ln_k": ("attn2.norm_k",),
             "x_block.mlp.fc1": ("ff.net.0.proj",),
             "x_block.mlp.fc2": ("ff.net.2",),
             "x_block.adaLN_modulation.1": ("norm1.linear",),
             "context_block.attn.qkv": ADDED_QKV,
             "context_block.attn.proj": ("attn.to_add_out",),
+            "context_block.attn.ln_q": ("attn.norm_added_q",),
+            "context_block.attn.ln_k": ("attn.norm_added_k",),
             "context_block.mlp.fc1": ("ff_context.net.0.proj",),
             "context_block.mlp.fc2": ("ff_context.net.2",),
             "context_block.adaLN_modulation.1": ("norm1_context.linear",),
@@ -50,6 +59,12 @@ ORIGINAL: Table = {
         },
     ),
 }
+
+
+def transformer_state(config: Mapping[str, Any], state: State) -> State:
+    """The weights of a transformer by the names of the original one."""
+    found = by_layers(partial(by_table, ORIGINAL), config, state, ("context_embedder", "pos_embed"))
+    return {"pos_embed" if name == "pos_embed.pos_embed" else name: tensor for name, tensor in found.items()}
 
 
 class StableDiffusion3(Family):
@@ -115,6 +130,22 @@ class StableDiffusion3(Family):
         if t5 := configs.get("text_encoder_3"):
             relations.append(Relation("joint_attention_dim", joint, (t5["hidden_size"],), "width of text_encoder_3"))
         return relations
+
+    @classmethod
+    def architecture(cls, configs: Configs, prediction_type: str | None) -> Architecture:
+        transformer, kind = configs["transformer"], "3-medium"
+        if transformer.get("qk_norm"):  # only 3.5 has it, and only its medium attends twice
+            kind = "3.5-medium" if transformer.get("dual_attention_layers") else "3.5-large"
+        version, network = kind.replace(".", "-"), "networks.lora_sd3"
+        return Architecture(f"stable-diffusion-v{kind}", version, "https://github.com/Stability-AI/sd3-ref", network)
+
+    @classmethod
+    def single_file(cls, configs: Configs) -> tuple[Component, ...]:
+        """As the files of 3.5, without text encoders, which other programs load from files of their own."""
+        return (
+            Component("transformer", "model.diffusion_model.", transformer_state),
+            Component("vae", "first_stage_model.", autoencoder),
+        )
 
     @classmethod
     def default_resolution(cls, configs: Configs) -> int:

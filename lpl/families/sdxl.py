@@ -9,9 +9,11 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
+from lpl.families.architecture import STABILITY, Architecture
 from lpl.families.base import Conditions, Configs, Family
 from lpl.families.fit import Relation, cross_attention, latents
 from lpl.families.lora_layout import TWO_ENCODERS, LoraLayout, Originals
+from lpl.families.single_file import Component, State, autoencoder, by_layers, clip, open_clip
 from lpl.families.tokens import Tokens, with_tokens
 
 
@@ -25,11 +27,14 @@ UNET = {
     "mid_block.resnets.0": "middle_block.0",
     "mid_block.attentions.0": "middle_block.1",
     "mid_block.resnets.1": "middle_block.2",
+    "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
 RESNET = {
+    "norm1": "in_layers.0",
     "conv1": "in_layers.2",
     "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
@@ -45,6 +50,11 @@ def unet_originals(unet: nn.Module, names: Iterable[str]) -> Originals:
         return ".".join(filter(None, (places.get(start), RESNET.get(rest, rest))))
 
     return {original(name): (name,) for name in names}
+
+
+def unet_state(config: Mapping[str, Any], state: State) -> State:
+    """The weights of a UNet by the names of the original one."""
+    return by_layers(unet_originals, config, state)
 
 
 def _block_places(unet: Any) -> dict[str, str]:
@@ -100,6 +110,19 @@ class StableDiffusionXL(Family):
         added = {name: conditions[name] for name in ("text_embeds", "time_ids")}
         embeddings = conditions["encoder_hidden_states"]
         return denoiser(noisy_latents, timesteps, embeddings, added_cond_kwargs=added, return_dict=False)[0]
+
+    @classmethod
+    def architecture(cls, configs: Configs, prediction_type: str | None) -> Architecture:
+        return Architecture("stable-diffusion-xl-v1-base", "sdxl_base_v1-0", STABILITY)
+
+    @classmethod
+    def single_file(cls, configs: Configs) -> tuple[Component, ...]:
+        return (
+            Component("unet", "model.diffusion_model.", unet_state),
+            Component("vae", "first_stage_model.", autoencoder),
+            Component("text_encoder", "conditioner.embedders.0.transformer.", clip),
+            Component("text_encoder_2", "conditioner.embedders.1.model.", open_clip),
+        )
 
     @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:

@@ -31,9 +31,10 @@ from lpl.publishing.hub import MAIN, address
 from lpl.publishing.public_recipe import left_to_give, local_sources, rerun_command
 from lpl.tools import layout, words
 from lpl.tools.files import write_whole
+from lpl.tools.headers import names_in
 from lpl.tools.machine import peak_memory
 from lpl.tools.privacy import hide_paths, is_hub_id, is_local, local_name, public_command, shown, without_secrets
-from lpl.tools.results import missing_components
+from lpl.tools.results import last_samples, missing_components, single_files
 from lpl.training.loading import weight_dtype
 from lpl.training.provenance import installed_versions
 
@@ -347,16 +348,11 @@ class Result:
     @cached_property
     def samples(self) -> Samples | None:
         """The last samples of this run, the moving average's if there are any."""
-        found = []
-        for path in self.folder.glob(f"{layout.SAMPLES}/*/{layout.SETTINGS}"):
-            name = re.fullmatch(r"step-(\d+)(-ema)?", path.parent.name)
-            if name and int(name[1]) <= self.card.steps:  # later ones are of an earlier run in the same folder
-                found.append((int(name[1]), name[2] or "", path))
-        if not found:
+        place = last_samples(self.folder, self.card.steps)
+        if place is None:
             return None
-        path = max(found)[-1]
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        return Samples(f"{layout.SAMPLES}/{path.parent.name}", settings["prompts"], settings["seed"])
+        settings = json.loads((place / layout.SETTINGS).read_text(encoding="utf-8"))
+        return Samples(f"{layout.SAMPLES}/{place.name}", settings["prompts"], settings["seed"])
 
     @property
     def first_sample(self) -> Samples | None:
@@ -431,6 +427,16 @@ class Result:
     @property
     def comfyui_file(self) -> str | None:
         return next((path.name for path in self.folder.glob(f"*{layout.OTHERS_SUFFIX}")), None)
+
+    @property
+    def single_file(self) -> str | None:
+        return next(iter(single_files(self.folder)), None)
+
+    @property
+    def single_file_place(self) -> str:
+        """ComfyUI's folder for the single file: one for transformers alone has no VAE."""
+        names = names_in(self.folder / str(self.single_file))
+        return "checkpoints" if any(name.startswith("first_stage_model.") for name in names) else "diffusion_models"
 
     def call_arguments(self) -> dict[str, object]:
         """Text pipelines take prompt and size; class-conditional ones take labels, and know one size only."""

@@ -29,7 +29,7 @@ from lpl.tools import layout
 from lpl.tools.files import entries, visible_files
 from lpl.tools.pictures import loss_curves
 from lpl.tools.privacy import is_hub_id
-from lpl.tools.results import lora_entries, pipeline_entries, scheduler_entries
+from lpl.tools.results import lora_entries, pipeline_entries, scheduler_entries, single_files
 
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,8 @@ def published(folder: Path) -> Iterator[Path]:
     """The files of a run's output folder that are meant for others, as paths within it: result, samples, pictures, log
     and card. The recipe is not among them, since it may hold paths of this machine."""
     names = [layout.LOG, layout.CURVES, layout.CARD, layout.SAMPLES]
-    names += pipeline_entries(folder) or [*lora_entries(folder), *scheduler_entries(folder)]
+    pipeline = pipeline_entries(folder)
+    names += [*pipeline, *single_files(folder)] if pipeline else [*lora_entries(folder), *scheduler_entries(folder)]
     for name in dict.fromkeys(names):
         yield from visible_files(folder, folder / name)
     yield from _evaluation_pictures(folder)

@@ -9,6 +9,8 @@ LORA = "pytorch_lora_weights.safetensors"  # of diffusers' LoRA
 PEFT_SUFFIX = "_lora"  # of the folder with peft's LoRA, after the component's name
 PEFT_CONFIG = "adapter_config.json"  # in that folder
 OTHERS_SUFFIX = "_comfyui.safetensors"  # of the LoRA for other programs, after the run's name
+OTHERS_PREVIEW = "_comfyui.preview.png"  # of the picture that other programs show for it
+SINGLE_FILE = "_single_file.safetensors"  # of a pipeline as one file, after the run's name
 CARD = "README.md"
 
 # The run

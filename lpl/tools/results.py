@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from lpl.tools import layout
@@ -14,6 +15,11 @@ def pipeline_entries(folder: Path) -> list[str]:
     if not (folder / layout.INDEX).is_file():
         return []
     return [*(name for name in _listed(folder) if (folder / name).is_dir()), layout.INDEX]
+
+
+def single_files(folder: Path) -> list[str]:
+    """The pipeline as one file."""
+    return sorted(path.name for path in folder.glob(f"*{layout.SINGLE_FILE}"))
 
 
 def missing_components(folder: Path) -> list[str]:
@@ -32,10 +38,20 @@ def _listed(folder: Path) -> list[str]:
 
 
 def lora_entries(folder: Path) -> list[str]:
-    """The files and folders of a LoRA: diffusers', peft's, and that for other programs."""
+    """The files and folders of a LoRA: diffusers', peft's, and those for other programs."""
     patterns = (layout.LORA, f"*{layout.OTHERS_SUFFIX}", f"*{layout.PEFT_SUFFIX}/{layout.PEFT_CONFIG}")
-    found = [path.relative_to(folder) for pattern in patterns for path in sorted(folder.glob(pattern))]
-    return [path.parts[0] for path in found]
+    found = [path.relative_to(folder).parts[0] for pattern in patterns for path in sorted(folder.glob(pattern))]
+    return [*(path.name for path in sorted(folder.glob(f"*{layout.OTHERS_PREVIEW}"))), *found] if found else []
+
+
+def last_samples(folder: Path, step: int) -> Path | None:
+    """The folder of a run's last samples at a step or before, the moving average's if there are any."""
+    found = []
+    for path in folder.glob(f"{layout.SAMPLES}/*/{layout.SETTINGS}"):
+        name = re.fullmatch(r"step-(\d+)(-ema)?", path.parent.name)
+        if name and int(name[1]) <= step:  # later ones are of an earlier run in the same folder
+            found.append((int(name[1]), name[2] or "", path.parent))
+    return max(found)[-1] if found else None
 
 
 def scheduler_entries(folder: Path) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lpl.tools import layout
 from lpl.tools.files import UNFINISHED
-from lpl.tools.results import lora_entries, pipeline_entries, scheduler_entries
+from lpl.tools.results import lora_entries, pipeline_entries, scheduler_entries, single_files
 from lpl.training.checkpoints import set_aside
 from lpl.training.start import Run
 
@@ -37,11 +37,11 @@ def set_earlier_aside(run: Run, lora: bool) -> None:
     own = run.owns_folder
     moved = set_aside(run.folder, run.step if own else 0)
     pipeline, adapters = pipeline_entries(run.folder), lora_entries(run.folder)
+    pipeline = [*single_files(run.folder), *pipeline] if pipeline else []
     if own:
-        mine = run.folder.resolve().name + layout.OTHERS_SUFFIX  # the folder may have had another name
-        entries = (
-            pipeline + [x for x in adapters if x.endswith(layout.OTHERS_SUFFIX) and x != mine] if lora else adapters
-        )
+        suffixes = (layout.OTHERS_SUFFIX, layout.OTHERS_PREVIEW)
+        mine = [run.folder.resolve().name + suffix for suffix in suffixes]  # the folder may have had another name
+        entries = pipeline + [x for x in adapters if x.endswith(suffixes) and x not in mine] if lora else adapters
     else:
         found = pipeline or adapters or moved
         beside = [name for name in BESIDE if (run.folder / name).exists()]  # somebody's README too

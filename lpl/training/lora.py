@@ -22,18 +22,16 @@ from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.models.normalization import AdaLayerNormContinuous
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from lpl.config.choices import ALL_LINEAR
 from lpl.config.groups import Lora
-from lpl.families.lora_layout import LoraLayout
+from lpl.families.lora_layout import LoraLayout, in_order
 from lpl.tools import layout
 
 
@@ -140,19 +138,16 @@ def save_for_other_programs(
 ) -> Path | None:
     """Write the adapters of the components once more, for other programs: one file with the run's name.
 
-    The file has no metadata, from which some programs conclude that a LoRA is for Stable Diffusion 1.
-
-    DoRA's length m of each row is written as ``dora_scale``, (out, 1), for m (W + s B A) / |W + s B A|, as in DoRA and
-    LyCORIS. ComfyUI, as of August 2026, divides by |W| instead, which is close while the LoRA is small. sd-scripts,
-    and diffusers in this format, ignore m.
+    There is none of DoRA, m (W + s B A) / |W + s B A|. No file would be exact in all programs: LyCORIS and A1111
+    compute this, ComfyUI divides by |W| instead, and sd-scripts, and diffusers in this format, ignore m.
 
     Args:
         layout: of the family.
 
     Returns:
-        The file; None if the family has no layout.
+        The file; None if the family has no layout, or a component has DoRA.
     """
-    if layout is None:
+    if layout is None or any(_config(model).use_dora for model in models.values()):
         return None
     tensors = {}
     for component, model in models.items():
@@ -188,29 +183,13 @@ def _stacked(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
         up = torch.block_diag(*ups)
     tensors = {
         "lora_down.weight": down,
-        "lora_up.weight": _in_order(model, names[0], up),
+        "lora_up.weight": in_order(model, names[0], up),
         # From peft's scale, which is alpha / sqrt(rank) in rank-stabilised LoRA, and the rank that others see.
         "alpha": torch.tensor(adapted[0].scaling[ADAPTER] * len(down), dtype=down.dtype),
     }
-    if ADAPTER in adapted[0].lora_magnitude_vector:  # DoRA
-        magnitudes = torch.cat([_magnitudes(layer) for layer in layers])
-        tensors["dora_scale"] = _in_order(model, names[0], magnitudes.reshape(-1, *[1] * (down.ndim - 1)))
     return {kind: tensor.detach().cpu().contiguous() for kind, tensor in tensors.items()}
 
 
 def _factors(layer: LoraLayer) -> tuple[Tensor, Tensor]:
     """A, (r, in, ...), and B, (out, r, ...)."""
     return layer.lora_A[ADAPTER].get_parameter("weight"), layer.lora_B[ADAPTER].get_parameter("weight")
-
-
-def _magnitudes(layer: nn.Module) -> Tensor:
-    """DoRA's length of each row, (out,); that of the weight itself if the layer has no adapter."""
-    if isinstance(layer, LoraLayer):
-        return layer.lora_magnitude_vector[ADAPTER].get_parameter("weight").flatten()
-    return dequantize_module_weight(layer).float().norm(dim=1)
-
-
-def _in_order(model: nn.Module, name: str, rows: Tensor) -> Tensor:
-    """Rows in the original's order: in this norm diffusers swaps scale and shift."""
-    owner = model.get_submodule(name.rpartition(".")[0])
-    return torch.cat(rows.chunk(2)[::-1]) if isinstance(owner, AdaLayerNormContinuous) else rows

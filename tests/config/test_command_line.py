@@ -165,6 +165,7 @@ OWN = {  # SPEC.md, and what this project adds
     "streaming": False,
     "shuffle_buffer_size": 1000,
     "dataloader_timeout": 600.0,
+    "save_single_file": None,
     "hub_private_repo": False,
     "hub_revision": None,
     "hub_strategy": "end",

@@ -163,6 +163,7 @@ HARMFUL = {  # what a stranger would like to say
     "hub_private_repo": True,
     "hub_revision": "main",
     "hub_strategy": "every_save",
+    "save_single_file": "fp16",
     "resume_from_checkpoint": "/root/checkpoint-1",
     "dry_run": True,
     "for_gpu": "24GB",

@@ -29,7 +29,7 @@ SCRIPT = "train_text_to_image_lpl.py"
 DOORS = {  # python -m lpl.NAME -> the module that has its parser
     (door.parent if door.stem == "__main__" else door).stem: match[1]
     for door in (*(ROOT / "lpl").glob("*.py"), *(ROOT / "lpl").glob("*/__main__.py"))
-    if (match := re.search(r"^from (lpl\.\w+\.command) import main$", door.read_text(), re.MULTILINE))
+    if (match := re.search(r"^from (lpl\.\w+\.\w+) import main$", door.read_text(), re.MULTILINE))
 }
 OF_OTHERS = {  # of accelerate, Docker, and this repository's own scripts
     *("--cpu", "--multi_gpu", "--num_processes", "--shm-size", "--rows", "--seeds", "--write", "--scale"),

@@ -20,6 +20,7 @@ from lpl.publishing import command as publish
 from lpl.publishing import publication, uploads
 from lpl.tools import layout
 from lpl.tools.files import load_state
+from lpl.tools.headers import metadata_of
 
 
 TOKEN = "hf_aBcDeFgHiJkLmNoPqRsTuVwXyZ"
@@ -121,6 +122,12 @@ def test_a_lora_is_published_with_each_checkpoint(hub, sd_pipeline, image_folder
     for _, files in states(hub):
         assert {"pytorch_lora_weights.safetensors", "scheduler/scheduler_config.json", "README.md"} <= set(files)
         assert not any(name.startswith(("unet", "vae")) for name in files)
+        assert files["run_comfyui.preview.png"] in [files[name] for name in files if name.endswith("-ema/00.png")]
+    named = tmp_path / "named.safetensors"
+    named.write_bytes(files["run_comfyui.safetensors"])
+    about = metadata_of(named)
+    found = {name: about[f"modelspec.{name}"] for name in ("title", "author", "prediction_type")}
+    assert found == {"title": "fox", "author": "user", "prediction_type": "v"} and about["ss_steps"] == "4"
 
 
 def test_a_branch_and_a_private_repository(hub, sd_pipeline, image_folder, tmp_path):

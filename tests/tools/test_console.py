@@ -23,6 +23,7 @@ def said(*words):
 MORE_COMMANDS = [
     ["lpl.inspect", "--pretrained_model_name_or_path", "no", "--images", "no", "--output_dir", "no"],
     ["lpl.publish", "no"],
+    ["lpl.export", "no"],
     ["lpl.compare", "--output_dir", "no"],
     ["lpl.distill", "--pretrained_model_name_or_path", "no", "--train_data_dir", "no", "--output_dir", "no"],
 ]

@@ -1,0 +1,15 @@
+"""``python -m lpl.export``: see :mod:`lpl.publishing.export`."""
+
+import sys
+
+from lpl.tools.console import hush_libraries
+
+
+if __name__ == "__main__" and "--verbose" not in sys.argv:
+    hush_libraries()
+
+from lpl.publishing.export import main
+
+
+if __name__ == "__main__":
+    main()

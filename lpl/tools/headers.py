@@ -1,0 +1,60 @@
+"""Metadata in the headers of safetensors files, which a program reads without the weights.
+
+A file is the length of its header (8 bytes), the header in JSON, and the *content*: the bytes of all tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lpl.tools.files import write_whole
+
+
+ALIGNMENT = 8  # bytes; the content begins at a multiple
+METADATA = "__metadata__"
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """The metadata in a file's header; empty if it has none."""
+    with path.open("rb") as file:
+        return _header(file).get(METADATA) or {}
+
+
+def names_in(path: Path) -> set[str]:
+    """The names of a file's tensors."""
+    with path.open("rb") as file:
+        return set(_header(file)) - {METADATA}
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file's content, 64 hexadecimal digits. Metadata does not change it."""
+    with path.open("rb") as file:
+        _header(file)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def add_metadata(path: Path, metadata: Mapping[str, str]) -> None:
+    """Add metadata to a file, beside its own, and leave its content as it is."""
+
+    def write(target: Path) -> None:
+        with path.open("rb") as source, target.open("wb") as out:
+            header = _header(source)
+            header[METADATA] = (header.get(METADATA) or {}) | dict(metadata)
+            text = json.dumps(header, ensure_ascii=False).encode()
+            text += b" " * (-len(text) % ALIGNMENT)
+            out.write(struct.pack("<Q", len(text)) + text)
+            shutil.copyfileobj(source, out, 2**24)
+
+    write_whole(path, write)
+
+
+def _header(file: BinaryIO) -> dict[str, Any]:
+    """Reads the header, and leaves the file at the beginning of its content."""
+    (length,) = struct.unpack("<Q", file.read(8))
+    return json.loads(file.read(length))
