@@ -22,11 +22,15 @@ from lpl.config.data_sets import MOST_REPEATS, OF_ONE, OWN, PLACES, Entry, name_
 from lpl.config.flag import flags_of, kind_of
 from lpl.config.foreign import FOREIGN
 from lpl.config.groups import Data, Lora, Lpl, naming
+from lpl.config.prompts import check_entries, text_of
 from lpl.config.sizes import AUTO
 from lpl.options import check_options, parse_weight
 from lpl.tools.places import lies_within
 from lpl.tools.privacy import HUB_ID
 from lpl.tools.words import close_match, has_word, warn, why_no_folder
+
+
+MAY_BE_FILES = ("config", "pretrained_model_name_or_path", "validation_prompts_file")
 
 
 def check_words(config: Config) -> None:
@@ -40,6 +44,7 @@ def check_words(config: Config) -> None:
     _check_sources(config)
     _check_sizes(config)
     _check_streaming(config)
+    check_entries(config.validation.validation_prompts or ())
     _check_captions(config)
     _check_caches(config)
     _check_masks(config)
@@ -100,7 +105,7 @@ def _check_place(name: str, place: str | None) -> None:
     except OSError as error:
         raise ValueError(f"--{name} {reprlib.repr(place)}: {error.strerror}") from error
     else:
-        if file and name not in ("config", "pretrained_model_name_or_path"):  # which may be files
+        if file and name not in MAY_BE_FILES:
             why = _why_no_data if name in ("train_data_dir", "dataset_name") else why_no_folder
             raise ValueError(f"--{name} {place}: {why(str(place))}")
 
@@ -276,7 +281,7 @@ def _check_captions(config: Config) -> None:
             raise ValueError(f"--{name}: it is empty; give one, or leave the flag out")
     if wrong := [share for share in data.text_encoder_dropout or () if not 0 <= share <= 1]:
         raise ValueError(f"--text_encoder_dropout {wrong[0]}: it must be between 0 and 1")
-    word, prompts = data.trigger_word, config.validation.validation_prompts or ()
+    word, prompts = data.trigger_word, [text_of(entry) for entry in config.validation.validation_prompts or ()]
     if word and (without := [prompt for prompt in prompts if not has_word(prompt, word)]):
         warn(
             f"--validation_prompts: {reprlib.repr(without[0])} is without --trigger_word {word}, so its samples may "
@@ -442,6 +447,8 @@ def _check_validation(config: Config) -> None:
     data, reported = config.data, config.validation.report_to
     if data.validation_split is not None and data.validation_every_nth is not None:
         raise ValueError("--validation_split and --validation_every_nth exclude one another; give one of them")
+    if wrong := [scale for scale in config.validation.validation_lora_scales or () if not math.isfinite(scale)]:
+        raise ValueError(f"--validation_lora_scales {wrong[0]}: it must be finite")
     if reported not in (*TRACKERS, "all", "none"):
         raise ValueError(f"--report_to {reported}: accepted are {', '.join(TRACKERS)}, all and none")
 

@@ -22,6 +22,7 @@ from lpl.config.data_sets import as_word
 from lpl.config.flag import add_group, built, flags_of
 from lpl.config.foreign import FOREIGN, Foreign, translated
 from lpl.config.parser import Parser
+from lpl.config.prompt_files import read_prompts
 from lpl.config.recipes import read_recipe
 from lpl.config.rules import holds_out
 from lpl.options import parse_weight
@@ -165,6 +166,14 @@ def _completed(config: Config) -> Config:
         if validation.validation_prompts is not None:
             raise ValueError("--validation_prompt and --validation_prompts exclude one another; give one of them")
         values["validation_prompts"] = (validation.validation_prompt,) * validation.num_validation_images
+    if validation.validation_prompts_file is not None:
+        for name in ("validation_prompt", "validation_prompts"):
+            if getattr(validation, name) is not None:
+                raise ValueError(
+                    f"--validation_prompts_file and --{name} exclude one another; give one of them (of a recipe, "
+                    f"leave it out by --without {name})"
+                )
+        values["validation_prompts"] = read_prompts(validation.validation_prompts_file)
     return config.changed(**values)
 
 

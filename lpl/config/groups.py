@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from lpl.config import data_sets, rules, sizes
+from lpl.config import data_sets, prompts, rules, sizes
 from lpl.config.choices import (
     ALL_LINEAR,
     CLIP,
@@ -781,8 +781,19 @@ class Validation:
     validation_prompt: str | None = silent_flag(
         None, "prompt to sample --num_validation_images images from; for DiT, a class"
     )
-    validation_prompts: tuple[str, ...] | None = silent_flag(
-        None, "prompts to sample one image each from; for DiT, classes"
+    validation_prompts: tuple[prompts.Entry, ...] | None = silent_flag(
+        None,
+        "prompts to sample one image each from; for DiT, classes; as JSON, or in --config as mappings, each with its "
+        f"own {', '.join(prompts.KEYS)}",
+        word=prompts.prompt,
+    )
+    validation_prompts_file: str | None = flag(
+        None,
+        "file of such prompts: .txt with one a line, which may end in sd-scripts' options --n --w --h --d --l --s; "
+        ".jsonl, .json or .yaml",
+        own=True,
+        path=True,
+        in_recipe=False,
     )
     num_validation_images: int = silent_flag(
         4,
@@ -807,6 +818,11 @@ class Validation:
         'sizes to draw each validation prompt at, "HEIGHT,WIDTH;HEIGHT,WIDTH"; default: the square of --resolution',
         word=sizes.some_sizes,
         used=rules.when("validation_prompts"),
+    )
+    validation_lora_scales: tuple[float, ...] | None = silent_flag(
+        None,
+        "strengths of the LoRA to draw each validation prompt at when the training ends, such as 0 0.5 1",
+        used=rules.draws_a_lora,
     )
     validation_inference_steps: int = silent_flag(25, "number of sampling steps for validation images", range=POSITIVE)
     validation_guidance_scale: float | None = silent_flag(

@@ -98,6 +98,10 @@ def validates(flags: Values) -> bool:
     return bool(flags["validation_prompts"]) or holds_out(flags)
 
 
+def draws_a_lora(flags: Values) -> bool:
+    return flags["lora"] and bool(flags["validation_prompts"])
+
+
 def asks_the_hub(flags: Values) -> bool:
     return flags["push_to_hub"] or flags["resume_from_checkpoint"] == "hub"
 

@@ -20,6 +20,7 @@ from lpl.config import Config
 from lpl.config.checks import check_loss_options, warn_idle, warn_of_idle_flags
 from lpl.config.choices import ALL_LINEAR, MASK_COLUMN
 from lpl.config.groups import Data
+from lpl.config.prompts import NEGATIVE, own_settings, size_of
 from lpl.config.sizes import AUTO, default_step, parse_sizes, sides_of
 from lpl.families import FAMILIES, Family
 from lpl.families.description import Description, check_vae_dtype, other_vae_config
@@ -48,6 +49,7 @@ def resolve(config: Config, description: Description) -> Config:
     config = _with_captions(config, description)
     config = _with_text_encoders(config, description)
     config = _with_sizes(config, description)
+    _check_prompts(config, description)
     config = _with_lora_targets(config, description)
     config = _with_sigma_threshold(config, description)
     if config.lpl.enabled or config.data.holds_out:
@@ -234,6 +236,24 @@ def _with_sizes(config: Config, description: Description) -> Config:
             _check_side(f"--{name}, {height} x {width}", height, description)
             _check_side(f"--{name}, {height} x {width}", width, description)
     return config
+
+
+def _check_prompts(config: Config, description: Description) -> None:
+    """Sizes and negative prompts of --validation_prompts, which the pipeline must accept."""
+    family, general = description.family, config.validation.validation_guidance_scale
+    for number, entry in enumerate(config.validation.validation_prompts or (), 1):
+        where, own = f"validation_prompts, prompt {number}", own_settings(entry)
+        height, width = size_of(entry, config.data.size) or config.data.size
+        for name, side in (("height", height), ("width", width)):
+            if name in own:
+                _check_side(f"{where}, {name} {side}", side, description)
+        if NEGATIVE not in own:
+            continue
+        if not family.takes_negative_prompts():
+            raise ValueError(f"{where}: {family.name} takes no {NEGATIVE}; leave it out")
+        guidance = own.get("guidance_scale", family.default_guidance() if general is None else general)
+        if guidance <= 1:
+            warn(f"{where}: with guidance_scale {guidance:g} its {NEGATIVE} has no effect; give more than 1")
 
 
 def resolved_resolution(data: Data, description: Description) -> int | str:

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -24,6 +25,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from lpl.config.command_line import loss_words, words_of
 from lpl.config.data_sets import public_entry
+from lpl.config.prompts import NEGATIVE
 from lpl.config.recipes import is_own
 from lpl.diagnosis.plan import Plan
 from lpl.options import parse_weight
@@ -70,6 +72,7 @@ class RunCard:
     dtype: str = "float16"  # torch dtype for inference
     inference_steps: int | None = None  # None: the pipeline's default
     guidance_scale: float | None = None  # None: the pipeline's default
+    example: Mapping[str, Any] = field(default_factory=dict)  # arguments that draw the first sample, for these
     loading_arguments: Mapping[str, None] = field(default_factory=dict)  # components that the pipeline does without
     base_arguments: Mapping[str, Any] = field(default_factory=dict)  # revision and variant; None: what the base lacks
     vae: str | None = None  # Hub id or local folder of a VAE that replaces the base model's
@@ -121,6 +124,7 @@ class RunCard:
         blocks: Sequence[str],
         records: Sequence[Mapping[str, float]],
         prompts: Sequence[str | int],
+        example: Mapping[str, Any],
         classes: Mapping[int, str],
         facts: Mapping[str, Any],
         licence: Mapping[str, Any],
@@ -132,20 +136,22 @@ class RunCard:
             blocks: names of the decoder blocks that LPL compares.
             records: entries of the run's log.
             prompts: validation prompts; the first one is the card's example.
+            example: arguments of the pipeline's call for it.
             classes: names of the data's classes by label.
             facts: :func:`lpl.training.provenance.measured_facts`.
             licence: :func:`lpl.publishing.licence.base_licence`.
             results: metrics of the run's samples, as metadata and as Markdown.
         """
         run, family = plan.run, plan.trained.family
-        example = 0 if family.num_classes is not None else plan.config.data.trigger or "a photo"
+        general = 0 if family.num_classes is not None else plan.config.data.trigger or "a photo"
         return cls(
             **_asked_for(plan),
             pipeline_class=family.pipeline_class.__name__,
             repo_id=run.repository,
             tags=(family.name,),
             licence=licence,
-            prompt=prompts[0] if prompts else example,
+            prompt=prompts[0] if prompts else general,
+            example=example,
             classes=classes,
             denoiser=_other_denoiser(plan),
             dtype=str(weight_dtype(run.accelerator)).removeprefix("torch."),
@@ -290,7 +296,8 @@ class Samples:
 
     place: str
     prompts: Sequence[str | int]
-    seed: int
+    seed: int  # of the first one
+    negatives: Sequence[str | None] = ()  # of the prompts, if any has one
 
     def image(self, number: int) -> str:
         return f"{self.place}/{number:02d}.png"
@@ -354,7 +361,10 @@ class Result:
             return None
         path = max(found)[-1]
         settings = json.loads(path.read_text(encoding="utf-8"))
-        return Samples(f"{layout.SAMPLES}/{path.parent.name}", settings["prompts"], settings["seed"])
+        draws = settings.get("draws") or [{}]
+        seed = draws[0].get("seed", settings["seed"])
+        negatives = [draw.get(NEGATIVE) for draw in draws][: len(settings["prompts"])]
+        return Samples(f"{layout.SAMPLES}/{path.parent.name}", settings["prompts"], seed, negatives)
 
     @property
     def first_sample(self) -> Samples | None:
@@ -368,12 +378,12 @@ class Result:
         """The widget's examples: prompts and the last images drawn for them."""
         if self.samples is None or self.card.class_conditional:
             return []
-        images = [(str(prompt), self.samples.image(number)) for number, prompt in enumerate(self.samples.prompts)]
-        examples = [
-            {"text": encodable(prompt), "output": {"url": image}}
-            for prompt, image in images
-            if prompt.strip() and self.has(image)
-        ]
+        examples = []
+        for number, (prompt, negative) in enumerate(zip_longest(self.samples.prompts, self.samples.negatives)):
+            image = self.samples.image(number)
+            if str(prompt).strip() and self.has(image):
+                asked = {"parameters": {NEGATIVE: encodable(negative)}} if negative else {}
+                examples.append({"text": encodable(str(prompt)), **asked, "output": {"url": image}})
         return examples[:EXAMPLES]
 
     @cached_property
@@ -386,6 +396,12 @@ class Result:
     @property
     def before_after(self) -> bool:
         return not self.card.goes_on and self.has(layout.BEFORE_AFTER)
+
+    @property
+    def comparisons(self) -> dict[str, str]:
+        """Grids that compare states of the finished run, by what they compare."""
+        grids = {"checkpoints": layout.CHECKPOINTS, "strengths of the LoRA": layout.LORA_SCALES}
+        return {} if self.card.goes_on else {what: name for what, name in grids.items() if self.has(name)}
 
     @property
     def last_grid(self) -> int | None:
@@ -437,7 +453,10 @@ class Result:
         if card.class_conditional:
             arguments = {"class_labels": [card.prompt]}
         arguments |= {"num_inference_steps": card.inference_steps, "guidance_scale": card.guidance_scale}
-        arguments |= dict(card.sampling_arguments)
+        own = {name: value for name, value in card.example.items() if name != "seed"}
+        if card.class_conditional:
+            own = {name: value for name, value in own.items() if name not in ("height", "width")}
+        arguments |= own | dict(card.sampling_arguments)
         return {name: value for name, value in arguments.items() if value is not None}
 
     # Training again

@@ -71,10 +71,12 @@ dry_run                                     own
 for_gpu                                     own
 validation_prompt                 silent
 validation_prompts                silent
+validation_prompts_file                     own
 num_validation_images             silent
 validation_epochs                 silent
 validation_steps                  silent
 validation_sizes                  silent
+validation_lora_scales            silent
 validation_inference_steps        silent
 validation_guidance_scale         silent
 report_to                         silent    own
