@@ -16,7 +16,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lpl.config import rules
-from lpl.config.choices import GPUS, MASK_COLUMN, METRICS, TRACKERS
+from lpl.config.choices import (
+    ADAPTER_NAMES,
+    GPUS,
+    INIT_LORA_WEIGHTS,
+    LORA,
+    MASK_COLUMN,
+    METRICS,
+    OFT,
+    TRACKERS,
+)
 from lpl.config.config import FLAGS, Config
 from lpl.config.data_sets import MOST_REPEATS, OF_ONE, OWN, PLACES, Entry, name_of, place_of
 from lpl.config.flag import flags_of, kind_of
@@ -351,10 +360,38 @@ def _check_lora(config: Config) -> None:
                 raise ValueError(f"--{name} is for LoRA; add --lora or --rank, or leave it out")
     elif config.model.from_scratch:
         raise ValueError("--from_scratch trains every weight anew, which LoRA cannot; leave out --lora and --rank")
+    _check_adapter(config)
     if lora.use_dora and config.model.train_text_encoder:
         warn("--use_dora is for the denoiser; the text encoders get LoRA, since diffusers loads no DoRA there")
     if lora.quantize_base is not None and config.model.train_text_encoder:
         raise ValueError("--quantize_base goes without --train_text_encoder; leave one of them out")
+
+
+OF_LORA = ("use_dora", "use_rslora", "lora_dropout", "init_lora_weights", "quantize_base")
+OF_RANKS = ("rank", "lora_alpha", "lora_rank_pattern", "lora_alpha_pattern")
+CHANGE_THE_BASE = ("pissa", "olora", "loftq", "corda", "mica")
+
+
+def _check_adapter(config: Config) -> None:
+    """Refuse what the kind of adapter does not have."""
+    lora, name = config.lora, ADAPTER_NAMES[config.lora.adapter]
+    for flag in (*(OF_LORA if lora.adapter != LORA else ()), *(OF_RANKS if lora.adapter == OFT else ())):
+        if flag in config.given:
+            instead = "; --oft_block_size says how much it can learn" if flag in OF_RANKS else ""
+            raise ValueError(f"--{flag} is not for {name}{instead}; leave it out, or use --adapter {LORA}")
+    if lora.adapter != LORA and config.model.train_text_encoder:
+        raise ValueError(f"--adapter {lora.adapter} is for the denoiser alone; leave out --train_text_encoder")
+    if lora.adapter == OFT and config.validation.validation_lora_scales is not None:
+        raise ValueError(f"--validation_lora_scales: {name} has no strength to change; leave it out")
+    if lora.init_lora_weights not in INIT_LORA_WEIGHTS:
+        kind = lora.init_lora_weights
+        why = "changes the base's weights, which a file of the LoRA alone does not hold; "
+        why = why if kind.startswith(CHANGE_THE_BASE) else "needs data before the training; " if kind == "eva" else ""
+        raise ValueError(f"--init_lora_weights {kind}: {why}accepted are {', '.join(INIT_LORA_WEIGHTS)}")
+    if lora.init_lora_weights == "orthogonal":
+        odd = [rank for rank in (lora.rank, *lora.ranks.values()) if rank is not None and rank % 2]
+        if odd:
+            raise ValueError(f"--init_lora_weights orthogonal needs even ranks, and one is {odd[0]}; give another")
 
 
 def _check_lpl(config: Config) -> None:

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from lpl.config.checks import check_words, idle_without_lpl
-from lpl.config.choices import EMA_DECAY, EMA_DECAY_WITH_LPL, OPTIMIZERS, RANK
+from lpl.config.choices import EMA_DECAY, EMA_DECAY_WITH_LPL, OFT, OPTIMIZERS, RANK
 from lpl.config.config import FLAGS, GROUP_OF, GROUPS, Config
 from lpl.config.data_sets import as_word
 from lpl.config.flag import add_group, built, flags_of
@@ -157,7 +157,9 @@ def _completed(config: Config) -> Config:
     values: dict[str, Any] = {"optimizer": name}
     if optimization.use_ema and optimization.ema_decay is None:
         values["ema_decay"] = EMA_DECAY_WITH_LPL if config.lpl.enabled else EMA_DECAY
-    if lora.lora or lora.rank is not None:
+    if lora.adapter == OFT:
+        values["lora"] = True
+    elif lora.lora or lora.rank is not None or "adapter" in config.given:
         rank = lora.rank or RANK
         values |= {"lora": True, "rank": rank, "lora_alpha": lora.lora_alpha or float(rank)}
     if config.output.checkpoints_total_limit == 0:

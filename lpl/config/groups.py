@@ -16,15 +16,21 @@ from typing import Any, NamedTuple
 
 from lpl.config import data_sets, prompts, rules, sizes
 from lpl.config.choices import (
+    ADAPTER_NAMES,
+    ADAPTERS,
     ALL_LINEAR,
     CLIP,
     EMA_DECAY,
     EMA_DECAY_WITH_LPL,
     GPUS,
     HUB_STRATEGIES,
+    INIT_LORA_WEIGHTS,
     INTERPOLATION_MODES,
+    LOKR,
+    LORA,
     LR_SCHEDULERS,
     METRICS,
+    OFT,
     OPTIMIZERS,
     RANK,
     SET_METRICS,
@@ -40,6 +46,7 @@ from lpl.config.flag import (
     STEPS_OR_SHARE,
     TWO_OR_MORE,
     OnResume,
+    Range,
     at_most,
     flag,
 )
@@ -134,9 +141,63 @@ class Lora:
     )
     use_dora: bool = flag(False, "DoRA: train magnitude and direction of each weight separately", on_resume=REFUSED)
     use_rslora: bool = flag(False, "rank-stabilised LoRA: scale adapters by alpha / sqrt(rank)", on_resume=REFUSED)
+    lora_rank_pattern: tuple[str, ...] | None = flag(
+        None, "ranks of some of the denoiser's modules, as peft's rank_pattern: NAME=RANK ...", word=rules.rank_pattern
+    )
+    lora_alpha_pattern: tuple[str, ...] | None = flag(
+        None,
+        "alphas of some of the denoiser's modules, as peft's alpha_pattern: NAME=ALPHA ...",
+        word=rules.alpha_pattern,
+    )
+    init_lora_weights: str = flag(
+        "gaussian",
+        f"LoRA's first weights, as in peft, whose default is default: {', '.join(INIT_LORA_WEIGHTS)}",
+        on_resume=SILENT,
+    )
+    adapter: str = flag(
+        LORA,
+        "kind of adapter on the denoiser; another one than lora turns --lora on; OFT has --oft_block_size in place of "
+        "--rank and --lora_alpha",
+        choices=ADAPTERS,
+        on_resume=REFUSED,
+    )
+    decompose_both: bool = flag(
+        False, "LoKr: decompose the first factor too", used=rules.when("adapter", LOKR), on_resume=REFUSED
+    )
+    decompose_factor: int = flag(
+        -1,
+        "LoKr: size of the first factor, where it divides the layer's; -1: near the square root",
+        range=Range(lambda value: value == -1 or value > 0, "-1 or more than 0"),
+        used=rules.when("adapter", LOKR),
+        on_resume=REFUSED,
+    )
+    oft_block_size: int = flag(
+        32,
+        "OFT: size of the blocks that rotate a layer's inputs; should divide their number",
+        range=TWO_OR_MORE,
+        used=rules.when("adapter", OFT),
+        on_resume=REFUSED,
+    )
     quantize_base: str | None = flag(
         None, "quantize the frozen denoiser to 8 or 4 bits when training LoRA; needs a GPU", choices=("8bit", "4bit")
     )
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """--lora_rank_pattern, by name."""
+        return {name: int(value) for name, value in map(rules.halves, self.lora_rank_pattern or ())}
+
+    @property
+    def alphas(self) -> dict[str, float]:
+        """--lora_alpha_pattern, by name."""
+        return {name: float(value) for name, value in map(rules.halves, self.lora_alpha_pattern or ())}
+
+    @property
+    def words(self) -> str:
+        """The adapter in words."""
+        if self.adapter == OFT:
+            return f"OFT with blocks of {self.oft_block_size}"
+        return f"{ADAPTER_NAMES[self.adapter]} of rank {self.rank}"
 
 
 class Part(NamedTuple):

@@ -6,6 +6,7 @@ Flags that default to None get the family's or the pipeline's value. Afterwards 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -13,6 +14,7 @@ from typing import Any
 
 import diffusers
 import torch
+from peft.utils.other import get_pattern_key
 from torch import nn
 
 from lpl.autoencoders import RGB, SUPPORTED, decoder_blocks, downscaling_factor, skeleton
@@ -298,9 +300,10 @@ def _with_lora_targets(config: Config, description: Description) -> Config:
     """The family's modules, or those of the flag, which must exist and be of a kind that LoRA adapts."""
     if not config.lora.lora:
         return config
-    if config.lora.lora_target_modules is None:
-        return config.changed(lora_target_modules=tuple(description.family.lora_targets))
-    if config.lora.lora_target_modules == (ALL_LINEAR,):
+    own_targets = config.lora.lora_target_modules
+    if own_targets is None:
+        config = config.changed(lora_target_modules=tuple(description.family.lora_targets))
+    if own_targets in (None, (ALL_LINEAR,)) and not (config.lora.ranks or config.lora.alphas):
         return config
     with torch.device("meta"):  # names of modules, without memory for their weights
         denoiser = getattr(diffusers, description.denoiser["_class_name"]).from_config(description.denoiser)
@@ -308,13 +311,31 @@ def _with_lora_targets(config: Config, description: Description) -> Config:
     others: list[str] = []
     for name, module in denoiser.named_modules():
         (layers if isinstance(module, ADAPTABLE) else others).append(name)
-    for target in config.lora.lora_target_modules:
+    _check_patterns(config, layers)
+    for target in own_targets if own_targets not in (None, (ALL_LINEAR,)) else ():
         if not _matching(target, layers) or _matching(target, others):
             raise ValueError(
                 f"--lora_target_modules {target}: {description.family.denoiser_name} has no linear layers or "
                 f"convolutions of that name; it has, for example, {', '.join(_short_names(layers))}"
             )
     return config
+
+
+def _check_patterns(config: Config, layers: Sequence[str]) -> None:
+    """Refuse a pattern that is of no adapted module; peft would ignore it."""
+    targets = config.lora.lora_target_modules or ()
+    adapted = layers if targets == (ALL_LINEAR,) else [name for t in targets for name in _matching(t, layers)]
+    for flag, patterns in (("lora_rank_pattern", config.lora.ranks), ("lora_alpha_pattern", config.lora.alphas)):
+        for pattern in patterns:
+            try:
+                found = any(get_pattern_key([pattern], name) == pattern for name in adapted)
+            except re.error as error:
+                raise ValueError(f"--{flag} {pattern}: it is no regular expression ({error})") from error
+            if not found:
+                raise ValueError(
+                    f"--{flag} {pattern}: no adapted module has that name; it names, for example, "
+                    f"{', '.join(_short_names(adapted))}"
+                )
 
 
 def _matching(target: str, names: Sequence[str]) -> list[str]:

@@ -23,6 +23,7 @@ from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from lpl.config.choices import ADAPTER_NAMES, LORA, OFT
 from lpl.config.command_line import loss_words, words_of
 from lpl.config.data_sets import public_entry
 from lpl.config.prompts import NEGATIVE
@@ -93,7 +94,8 @@ class RunCard:
     lr_scheduler: str | None = None
     mixed_precision: str | None = None  # None or "no": float32
     ema_decay: float | None = None  # None: no EMA
-    lora_rank: int | None = None  # None: full fine-tuning
+    lora_rank: int | None = None  # of OFT, the size of its blocks; None: full fine-tuning
+    adapter: str = LORA  # its kind
     trained: str | None = None  # the trained parts in words
     from_scratch: bool = False  # only the base model's configuration was used
     seed: int | None = None
@@ -228,7 +230,8 @@ def _asked_for(plan: Plan) -> dict[str, Any]:
         "lr_scheduler": optimization.lr_scheduler,
         "objective": config.model.prediction_type,
         "ema_decay": optimization.ema_decay,
-        "lora_rank": config.lora.rank if config.lora.lora else None,
+        "lora_rank": (config.lora.rank or config.lora.oft_block_size) if config.lora.lora else None,
+        "adapter": config.lora.adapter,
         "lpl_target": parse_weight(config.lpl.lpl_weight)[1],
         "lpl_start_step": config.lpl.lpl_start_step,
         "lpl_options": hide_paths(loss_words(config)),
@@ -331,7 +334,7 @@ class Result:
         on_hub = is_hub_id(card.base_model) and not card.from_scratch
         task = "unconditional-image-generation" if card.class_conditional else "text-to-image"
         tags = ["diffusers", *(["class-conditional"] if card.class_conditional else []), task]
-        tags += ["diffusers-training", *(["lora"] if card.lora_rank else []), *card.tags]
+        tags += ["diffusers-training", *([card.adapter] if card.lora_rank else []), *card.tags]
         return ModelCardData(
             **({} if card.from_scratch else card.licence),
             base_model=card.base_model if on_hub else None,
@@ -435,6 +438,17 @@ class Result:
     def peft_folder(self) -> str | None:
         """Folder of an adapter that peft saved; None if diffusers saved the LoRA."""
         return next((path.parent.name for path in sorted(self.folder.glob(f"*/{layout.PEFT_CONFIG}"))), None)
+
+    @property
+    def adapted(self) -> str:
+        """The component that peft's adapter is for."""
+        return (self.peft_folder or "").removesuffix(layout.PEFT_SUFFIX)
+
+    @property
+    def adapter(self) -> str:
+        """The adapter in words."""
+        kind, name, size = self.card.adapter, ADAPTER_NAMES[self.card.adapter], self.card.lora_rank
+        return f"An {name} with blocks of {size}" if kind == OFT else f"A {name} of rank {size}"
 
     @property
     def scheduler_class(self) -> str | None:

@@ -32,6 +32,11 @@ prediction_type                   refused
 lora                              refused
 use_dora                          refused
 use_rslora                        refused
+init_lora_weights                 silent
+adapter                           refused
+decompose_both                    refused
+decompose_factor                  refused
+oft_block_size                    refused
 
 dataset_name                                on_the_hub
 train_data_dir                              within_the_data_set

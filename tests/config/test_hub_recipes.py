@@ -272,6 +272,8 @@ NUMBERS = {
     *("validation_every_nth", "num_validation_samples", "resolution", "center_crop", "random_flip"),
     *("aspect_ratio_buckets", "bucket_step", "bucket_upscale", "validation_sizes"),
     "validation_lora_scales",
+    *("adapter", "decompose_both", "decompose_factor", "oft_block_size"),
+    *("init_lora_weights", "lora_rank_pattern", "lora_alpha_pattern"),
     *("image_interpolation_mode", "proportion_empty_prompts", "dataloader_num_workers"),
     *("caption_per_line", "instance_prompt", "caption_prefix", "caption_suffix", "trigger_word"),
     *("shuffle_tags", "tag_dropout"),
