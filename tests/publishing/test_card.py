@@ -214,6 +214,18 @@ def test_the_code_of_an_adapter_saved_by_peft(tmp_path):
     assert f"pipeline.transformer = {loaded}" in text
 
 
+def test_other_kinds_of_adapters_say_who_reads_them(tmp_path):
+    put(tmp_path, "unet_lora/adapter_config.json")
+    oft = written(tmp_path, lora_rank=32, adapter="oft")
+    assert "An OFT with blocks of 32 for" in oft.text and "rotates what a layer puts out" in oft.text
+    assert "oft" in oft.data.tags and "lora" not in oft.data.tags
+    assert "pipeline.unet = PeftModel.from_pretrained(pipeline.unet, " in code(oft.text, "python")
+    assert "have no names for these layers" in written(tmp_path, lora_rank=4, adapter="lokr").text
+    put(tmp_path, "fox_comfyui.safetensors")
+    lokr = written(tmp_path, lora_rank=4, adapter="lokr")
+    assert "A LoKr of rank 4 for" in lokr.text and "For ComfyUI and LyCORIS, use" in lokr.text
+
+
 def test_the_code_of_a_lora_with_another_objective(tmp_path):
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "DDIMScheduler"}')
