@@ -72,6 +72,7 @@ from lpl.training.preemption import EXIT_CODE, Preemption
 from lpl.training.preflight import check_captions, preflight
 from lpl.training.provenance import start_recipe, update_recipe
 from lpl.training.result import Result
+from lpl.training.sampling import draws_of
 from lpl.training.skipped_steps import SkippedSteps
 from lpl.training.start import (
     Length,
@@ -88,7 +89,7 @@ from lpl.training.start import (
     trained_parts,
 )
 from lpl.training.updates import Updates, prepare
-from lpl.training.validation import HeldOutLosses, Samples, Validation, at_sizes
+from lpl.training.validation import HeldOutLosses, Samples, Validation
 from lpl.weighting import LplWeight
 
 
@@ -442,16 +443,17 @@ def make_validation(
     prompts, classes, held_out_images = inputs.prompts, inputs.classes, inputs.held_out_images
     sizes = parse_sizes(validation.validation_sizes) if validation.validation_sizes else (config.data.size,)
     names = [classes.get(prompt, str(prompt)) if isinstance(prompt, int) else prompt for prompt in prompts]
+    draws = draws_of(validation, prompts, names, sizes, run.seed)
+    shown = [(draw.number, draw.size) for draw in draws]
     samples = Samples(
         folder=run.folder / layout.SAMPLES,
         family=family,
         scheduler=inputs.scheduler,
         validation=validation,
-        sizes=sizes,
         seed=run.seed,
-        prompts=prompts,
-        names=at_sizes(names, sizes),
-        real=real_images(plan.images, prompts, sizes) if prompts and run.is_main else None,
+        draws=draws,
+        scales=(validation.validation_lora_scales or ()) if config.lora.lora else (),
+        real=real_images(plan.images, prompts, shown) if prompts and run.is_main else None,
         stop=preemption.received_here,
     )
     held_out_losses = metrics = None
@@ -487,6 +489,7 @@ def make_card(plan: Plan, inputs: Inputs, losses: Losses, log: Log, validation: 
         blocks=losses.decoder_blocks if plan.config.lpl.enabled else (),
         records=log.records(),
         prompts=inputs.prompts,
+        example=validation.samples.draws[0].settings() if inputs.prompts else {},
         classes=plan.images.class_names,
         facts=plan.run.facts,
         licence=inputs.licence,
@@ -524,6 +527,7 @@ def save(
     """Write the result, its last pictures and its model card, and report on LPL if the run was short."""
     result.write()
     validation.samples.before_after(run.step)
+    validation.samples.checkpoints(run.step)
     loss_curves(log.records(), run.folder / layout.CURVES)
     if weight.measuring and weight.steps:
         weight.report()

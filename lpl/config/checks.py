@@ -16,17 +16,30 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lpl.config import rules
-from lpl.config.choices import GPUS, MASK_COLUMN, METRICS, TRACKERS
+from lpl.config.choices import (
+    ADAPTER_NAMES,
+    GPUS,
+    INIT_LORA_WEIGHTS,
+    LORA,
+    MASK_COLUMN,
+    METRICS,
+    OFT,
+    TRACKERS,
+)
 from lpl.config.config import FLAGS, Config
 from lpl.config.data_sets import MOST_REPEATS, OF_ONE, OWN, PLACES, Entry, name_of, place_of
 from lpl.config.flag import flags_of, kind_of
 from lpl.config.foreign import FOREIGN
 from lpl.config.groups import Data, Lora, Lpl, naming
+from lpl.config.prompts import check_entries, text_of
 from lpl.config.sizes import AUTO
 from lpl.options import check_options, parse_weight
 from lpl.tools.places import lies_within
 from lpl.tools.privacy import HUB_ID
 from lpl.tools.words import close_match, has_word, warn, why_no_folder
+
+
+MAY_BE_FILES = ("config", "pretrained_model_name_or_path", "validation_prompts_file")
 
 
 def check_words(config: Config) -> None:
@@ -40,6 +53,7 @@ def check_words(config: Config) -> None:
     _check_sources(config)
     _check_sizes(config)
     _check_streaming(config)
+    check_entries(config.validation.validation_prompts or ())
     _check_captions(config)
     _check_caches(config)
     _check_masks(config)
@@ -100,7 +114,7 @@ def _check_place(name: str, place: str | None) -> None:
     except OSError as error:
         raise ValueError(f"--{name} {reprlib.repr(place)}: {error.strerror}") from error
     else:
-        if file and name not in ("config", "pretrained_model_name_or_path"):  # which may be files
+        if file and name not in MAY_BE_FILES:
             why = _why_no_data if name in ("train_data_dir", "dataset_name") else why_no_folder
             raise ValueError(f"--{name} {place}: {why(str(place))}")
 
@@ -276,7 +290,7 @@ def _check_captions(config: Config) -> None:
             raise ValueError(f"--{name}: it is empty; give one, or leave the flag out")
     if wrong := [share for share in data.text_encoder_dropout or () if not 0 <= share <= 1]:
         raise ValueError(f"--text_encoder_dropout {wrong[0]}: it must be between 0 and 1")
-    word, prompts = data.trigger_word, config.validation.validation_prompts or ()
+    word, prompts = data.trigger_word, [text_of(entry) for entry in config.validation.validation_prompts or ()]
     if word and (without := [prompt for prompt in prompts if not has_word(prompt, word)]):
         warn(
             f"--validation_prompts: {reprlib.repr(without[0])} is without --trigger_word {word}, so its samples may "
@@ -346,10 +360,38 @@ def _check_lora(config: Config) -> None:
                 raise ValueError(f"--{name} is for LoRA; add --lora or --rank, or leave it out")
     elif config.model.from_scratch:
         raise ValueError("--from_scratch trains every weight anew, which LoRA cannot; leave out --lora and --rank")
+    _check_adapter(config)
     if lora.use_dora and config.model.train_text_encoder:
         warn("--use_dora is for the denoiser; the text encoders get LoRA, since diffusers loads no DoRA there")
     if lora.quantize_base is not None and config.model.train_text_encoder:
         raise ValueError("--quantize_base goes without --train_text_encoder; leave one of them out")
+
+
+OF_LORA = ("use_dora", "use_rslora", "lora_dropout", "init_lora_weights", "quantize_base")
+OF_RANKS = ("rank", "lora_alpha", "lora_rank_pattern", "lora_alpha_pattern")
+CHANGE_THE_BASE = ("pissa", "olora", "loftq", "corda", "mica")
+
+
+def _check_adapter(config: Config) -> None:
+    """Refuse what the kind of adapter does not have."""
+    lora, name = config.lora, ADAPTER_NAMES[config.lora.adapter]
+    for flag in (*(OF_LORA if lora.adapter != LORA else ()), *(OF_RANKS if lora.adapter == OFT else ())):
+        if flag in config.given:
+            instead = "; --oft_block_size says how much it can learn" if flag in OF_RANKS else ""
+            raise ValueError(f"--{flag} is not for {name}{instead}; leave it out, or use --adapter {LORA}")
+    if lora.adapter != LORA and config.model.train_text_encoder:
+        raise ValueError(f"--adapter {lora.adapter} is for the denoiser alone; leave out --train_text_encoder")
+    if lora.adapter == OFT and config.validation.validation_lora_scales is not None:
+        raise ValueError(f"--validation_lora_scales: {name} has no strength to change; leave it out")
+    if lora.init_lora_weights not in INIT_LORA_WEIGHTS:
+        kind = lora.init_lora_weights
+        why = "changes the base's weights, which a file of the LoRA alone does not hold; "
+        why = why if kind.startswith(CHANGE_THE_BASE) else "needs data before the training; " if kind == "eva" else ""
+        raise ValueError(f"--init_lora_weights {kind}: {why}accepted are {', '.join(INIT_LORA_WEIGHTS)}")
+    if lora.init_lora_weights == "orthogonal":
+        odd = [rank for rank in (lora.rank, *lora.ranks.values()) if rank is not None and rank % 2]
+        if odd:
+            raise ValueError(f"--init_lora_weights orthogonal needs even ranks, and one is {odd[0]}; give another")
 
 
 def _check_lpl(config: Config) -> None:
@@ -442,6 +484,8 @@ def _check_validation(config: Config) -> None:
     data, reported = config.data, config.validation.report_to
     if data.validation_split is not None and data.validation_every_nth is not None:
         raise ValueError("--validation_split and --validation_every_nth exclude one another; give one of them")
+    if wrong := [scale for scale in config.validation.validation_lora_scales or () if not math.isfinite(scale)]:
+        raise ValueError(f"--validation_lora_scales {wrong[0]}: it must be finite")
     if reported not in (*TRACKERS, "all", "none"):
         raise ValueError(f"--report_to {reported}: accepted are {', '.join(TRACKERS)}, all and none")
 

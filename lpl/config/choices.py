@@ -13,6 +13,9 @@ METRICS = (*SET_METRICS, CLIP_SCORE)
 CLIP = "openai/clip-vit-base-patch32"  # the model of the CLIPScore paper (Hessel et al., 2021)
 EMA_DECAY, EMA_DECAY_WITH_LPL = 0.9999, 0.99975  # Sec. 4.3, "Impact on EMA"
 ALL_LINEAR = "all-linear"  # adapts every linear layer, as in peft
+LORA, LOHA, LOKR, OFT = ADAPTERS = ("lora", "loha", "lokr", "oft")
+ADAPTER_NAMES = {LORA: "LoRA", LOHA: "LoHa", LOKR: "LoKr", OFT: "OFT"}
+INIT_LORA_WEIGHTS = ("gaussian", "default", "orthogonal")  # peft's that leave the base alone and need no data
 RANK = 4  # the default of diffusers' LoRA scripts
 GPUS = {  # MiB, as nvidia-smi shows them
     "rtx3060": 12288,

@@ -16,12 +16,13 @@ from importlib.util import find_spec
 from typing import Any
 
 from lpl.config.checks import check_words, idle_without_lpl
-from lpl.config.choices import EMA_DECAY, EMA_DECAY_WITH_LPL, OPTIMIZERS, RANK
+from lpl.config.choices import EMA_DECAY, EMA_DECAY_WITH_LPL, OFT, OPTIMIZERS, RANK
 from lpl.config.config import FLAGS, GROUP_OF, GROUPS, Config
 from lpl.config.data_sets import as_word
 from lpl.config.flag import add_group, built, flags_of
 from lpl.config.foreign import FOREIGN, Foreign, translated
 from lpl.config.parser import Parser
+from lpl.config.prompt_files import read_prompts
 from lpl.config.recipes import read_recipe
 from lpl.config.rules import holds_out
 from lpl.options import parse_weight
@@ -156,7 +157,9 @@ def _completed(config: Config) -> Config:
     values: dict[str, Any] = {"optimizer": name}
     if optimization.use_ema and optimization.ema_decay is None:
         values["ema_decay"] = EMA_DECAY_WITH_LPL if config.lpl.enabled else EMA_DECAY
-    if lora.lora or lora.rank is not None:
+    if lora.adapter == OFT:
+        values["lora"] = True
+    elif lora.lora or lora.rank is not None or "adapter" in config.given:
         rank = lora.rank or RANK
         values |= {"lora": True, "rank": rank, "lora_alpha": lora.lora_alpha or float(rank)}
     if config.output.checkpoints_total_limit == 0:
@@ -165,6 +168,14 @@ def _completed(config: Config) -> Config:
         if validation.validation_prompts is not None:
             raise ValueError("--validation_prompt and --validation_prompts exclude one another; give one of them")
         values["validation_prompts"] = (validation.validation_prompt,) * validation.num_validation_images
+    if validation.validation_prompts_file is not None:
+        for name in ("validation_prompt", "validation_prompts"):
+            if getattr(validation, name) is not None:
+                raise ValueError(
+                    f"--validation_prompts_file and --{name} exclude one another; give one of them (of a recipe, "
+                    f"leave it out by --without {name})"
+                )
+        values["validation_prompts"] = read_prompts(validation.validation_prompts_file)
     return config.changed(**values)
 
 

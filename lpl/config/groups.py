@@ -14,17 +14,23 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from lpl.config import data_sets, rules, sizes
+from lpl.config import data_sets, prompts, rules, sizes
 from lpl.config.choices import (
+    ADAPTER_NAMES,
+    ADAPTERS,
     ALL_LINEAR,
     CLIP,
     EMA_DECAY,
     EMA_DECAY_WITH_LPL,
     GPUS,
     HUB_STRATEGIES,
+    INIT_LORA_WEIGHTS,
     INTERPOLATION_MODES,
+    LOKR,
+    LORA,
     LR_SCHEDULERS,
     METRICS,
+    OFT,
     OPTIMIZERS,
     PRECISIONS,
     RANK,
@@ -41,6 +47,7 @@ from lpl.config.flag import (
     STEPS_OR_SHARE,
     TWO_OR_MORE,
     OnResume,
+    Range,
     at_most,
     flag,
 )
@@ -135,9 +142,63 @@ class Lora:
     )
     use_dora: bool = flag(False, "DoRA: train magnitude and direction of each weight separately", on_resume=REFUSED)
     use_rslora: bool = flag(False, "rank-stabilised LoRA: scale adapters by alpha / sqrt(rank)", on_resume=REFUSED)
+    lora_rank_pattern: tuple[str, ...] | None = flag(
+        None, "ranks of some of the denoiser's modules, as peft's rank_pattern: NAME=RANK ...", word=rules.rank_pattern
+    )
+    lora_alpha_pattern: tuple[str, ...] | None = flag(
+        None,
+        "alphas of some of the denoiser's modules, as peft's alpha_pattern: NAME=ALPHA ...",
+        word=rules.alpha_pattern,
+    )
+    init_lora_weights: str = flag(
+        "gaussian",
+        f"LoRA's first weights, as in peft, whose default is default: {', '.join(INIT_LORA_WEIGHTS)}",
+        on_resume=SILENT,
+    )
+    adapter: str = flag(
+        LORA,
+        "kind of adapter on the denoiser; another one than lora turns --lora on; OFT has --oft_block_size in place of "
+        "--rank and --lora_alpha",
+        choices=ADAPTERS,
+        on_resume=REFUSED,
+    )
+    decompose_both: bool = flag(
+        False, "LoKr: decompose the first factor too", used=rules.when("adapter", LOKR), on_resume=REFUSED
+    )
+    decompose_factor: int = flag(
+        -1,
+        "LoKr: size of the first factor, where it divides the layer's; -1: near the square root",
+        range=Range(lambda value: value == -1 or value > 0, "-1 or more than 0"),
+        used=rules.when("adapter", LOKR),
+        on_resume=REFUSED,
+    )
+    oft_block_size: int = flag(
+        32,
+        "OFT: size of the blocks that rotate a layer's inputs; should divide their number",
+        range=TWO_OR_MORE,
+        used=rules.when("adapter", OFT),
+        on_resume=REFUSED,
+    )
     quantize_base: str | None = flag(
         None, "quantize the frozen denoiser to 8 or 4 bits when training LoRA; needs a GPU", choices=("8bit", "4bit")
     )
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """--lora_rank_pattern, by name."""
+        return {name: int(value) for name, value in map(rules.halves, self.lora_rank_pattern or ())}
+
+    @property
+    def alphas(self) -> dict[str, float]:
+        """--lora_alpha_pattern, by name."""
+        return {name: float(value) for name, value in map(rules.halves, self.lora_alpha_pattern or ())}
+
+    @property
+    def words(self) -> str:
+        """The adapter in words."""
+        if self.adapter == OFT:
+            return f"OFT with blocks of {self.oft_block_size}"
+        return f"{ADAPTER_NAMES[self.adapter]} of rank {self.rank}"
 
 
 class Part(NamedTuple):
@@ -782,8 +843,19 @@ class Validation:
     validation_prompt: str | None = silent_flag(
         None, "prompt to sample --num_validation_images images from; for DiT, a class"
     )
-    validation_prompts: tuple[str, ...] | None = silent_flag(
-        None, "prompts to sample one image each from; for DiT, classes"
+    validation_prompts: tuple[prompts.Entry, ...] | None = silent_flag(
+        None,
+        "prompts to sample one image each from; for DiT, classes; as JSON, or in --config as mappings, each with its "
+        f"own {', '.join(prompts.KEYS)}",
+        word=prompts.prompt,
+    )
+    validation_prompts_file: str | None = flag(
+        None,
+        "file of such prompts: .txt with one a line, which may end in sd-scripts' options --n --w --h --d --l --s; "
+        ".jsonl, .json or .yaml",
+        own=True,
+        path=True,
+        in_recipe=False,
     )
     num_validation_images: int = silent_flag(
         4,
@@ -808,6 +880,11 @@ class Validation:
         'sizes to draw each validation prompt at, "HEIGHT,WIDTH;HEIGHT,WIDTH"; default: the square of --resolution',
         word=sizes.some_sizes,
         used=rules.when("validation_prompts"),
+    )
+    validation_lora_scales: tuple[float, ...] | None = silent_flag(
+        None,
+        "strengths of the LoRA to draw each validation prompt at when the training ends, such as 0 0.5 1",
+        used=rules.draws_a_lora,
     )
     validation_inference_steps: int = silent_flag(25, "number of sampling steps for validation images", range=POSITIVE)
     validation_guidance_scale: float | None = silent_flag(

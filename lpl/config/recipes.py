@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from lpl.config import data_sets
+from lpl.config import data_sets, prompts
 from lpl.config.config import FLAGS
 from lpl.config.parser import Parser
 from lpl.config.rules import hub_source
@@ -207,6 +207,11 @@ def _word(source: str, action: argparse.Action, value: Any) -> str:
     """
     if isinstance(value, dict) and action.type is data_sets.entry:
         return json.dumps(value, default=str)
+    if isinstance(value, dict) and action.type is prompts.prompt:
+        try:
+            return prompts.as_word(value)
+        except ValueError as error:
+            raise ValueError(f"--config {source}: {action.dest}: {error}") from error
     if isinstance(value, bool) and not isinstance(action.default, bool):
         if value is False and "no" in (action.choices or ()):  # YAML reads a bare no as false
             return "no"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from argparse import ArgumentTypeError
@@ -98,6 +99,10 @@ def validates(flags: Values) -> bool:
     return bool(flags["validation_prompts"]) or holds_out(flags)
 
 
+def draws_a_lora(flags: Values) -> bool:
+    return flags["lora"] and bool(flags["validation_prompts"])
+
+
 def asks_the_hub(flags: Values) -> bool:
     return flags["push_to_hub"] or flags["resume_from_checkpoint"] == "hub"
 
@@ -156,6 +161,35 @@ def count_or_auto(word: str) -> int | None:
         return int(word)
     except ValueError:
         raise ArgumentTypeError(f"{word!r}: accepted are {AUTO} and a whole number") from None
+
+
+def halves(word: str) -> tuple[str, str]:
+    """
+    >>> halves("attn.to_q=16")
+    ('attn.to_q', '16')
+    """
+    name, _, value = word.rpartition("=")
+    return name, value
+
+
+def rank_pattern(word: str) -> str:
+    """NAME=RANK."""
+    name, value = halves(word)
+    if not name or not value.isdecimal() or int(value) < 1:
+        raise ArgumentTypeError(f"{word!r}: accepted is NAME=RANK, such as attn.to_q=16")
+    return word
+
+
+def alpha_pattern(word: str) -> str:
+    """NAME=ALPHA."""
+    name, value = halves(word)
+    try:
+        alpha = float(value)
+    except ValueError:
+        alpha = 0.0
+    if not name or not 0 < alpha < math.inf:
+        raise ArgumentTypeError(f"{word!r}: accepted is NAME=ALPHA, such as attn.to_q=16")
+    return word
 
 
 def mask_range(name: str) -> Range:

@@ -425,9 +425,12 @@ def held_out_batches(images: TrainingImages, batch_size: int, first: int = 0, st
 
 
 def real_images(
-    images: TrainingImages, captions: Sequence[str | int], sizes: Sequence[Size]
+    images: TrainingImages, captions: Sequence[str | int], shown: Sequence[tuple[int, Size]]
 ) -> list[Image.Image] | None:
-    """A training image for each caption, centre-cropped to the first size, then to the next, ...
+    """Training images that bear the captions.
+
+    Args:
+        shown: for each, the number of its caption, and the size to crop its centre to.
 
     None if a caption has no image, or the data is streamed.
     """
@@ -446,5 +449,5 @@ def real_images(
         assert isinstance(picture, Picture)
         found.append(picture.image.convert("RGB"))
     return [
-        ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS) for height, width in sizes for image in found
+        ImageOps.fit(found[number], (width, height), Image.Resampling.LANCZOS) for number, (height, width) in shown
     ]

@@ -164,7 +164,7 @@ class Report:
         for name, part in _parts(plan.trained).items():
             of_part, count = count_parameters(part), count_parameters(part, trained_only=False)
             frozen = [parameter for parameter in part.parameters() if id(parameter) not in trained]
-            how = "frozen" if not of_part else f"LoRA of rank {config.lora.rank}" if config.lora.lora else "whole"
+            how = "frozen" if not of_part else config.lora.words if config.lora.lora else "whole"
             bits = (config.lora.quantize_base or "") if part is plan.trained.denoiser else ""
             precision = [f"trained in {plan.precision_of(plan.trained.parameters_of(part))}"] if of_part else []
             precision += [f"frozen in {bits.replace('bit', ' bits') or plan.precision_of(frozen)}"] if frozen else []

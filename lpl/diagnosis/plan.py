@@ -146,14 +146,14 @@ class Plan:
             names[0] += " from scratch"
         if not lora.lora:
             return f"all of {' and '.join(names)}, {short_count(count)} parameters"
-        kind = f"{'rank-stabilised ' if lora.use_rslora else ''}{'DoRA' if lora.use_dora else 'LoRA'}"
+        kind = lora.words.replace("LoRA", "DoRA") if lora.use_dora else lora.words
+        kind = f"rank-stabilised {kind}" if lora.use_rslora else kind
+        if lora.lora_alpha is not None:
+            kind += f" and alpha {lora.lora_alpha:g}"
         if lora.use_dora and names[1:]:
             names[1] = f"LoRA on {names[1]}"
         over = f" over weights of {lora.quantize_base.replace('bit', ' bits')}" if lora.quantize_base else ""
-        return (
-            f"{kind} of rank {lora.rank} and alpha {lora.lora_alpha:g} on {' and '.join(names)}{over}, "
-            f"{short_count(count)} parameters"
-        )
+        return f"{kind} on {' and '.join(names)}{over}, {short_count(count)} parameters"
 
     def autocast(self) -> str:
         precision = self.run.accelerator.mixed_precision

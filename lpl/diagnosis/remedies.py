@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from lpl.autoencoders import decoder_parts, downscaling_factor
+from lpl.config.choices import LORA
 from lpl.config.config import FLAGS
 from lpl.config.groups import REFUSED
 from lpl.data.loader import worker_count
@@ -92,7 +93,7 @@ def _weights(status: Status) -> list[Remedy]:
     adam = optimization.optimizer == "AdamW" and not optimization.use_8bit_adam and bits
     has_state = status.stage in STEPS or status.step > 0
     gpu = has_gpu() or status.device.type == "cuda"
-    packs = lora.lora and not text_encoders and gpu and bits and lora.quantize_base != "4bit"
+    packs = lora.lora and lora.adapter == LORA and not text_encoders and gpu and bits and lora.quantize_base != "4bit"
     # What training needs while the models are loaded: float32 instead of half precision, and the EMA
     trains = status.stage is not Stage.LOADING or optimization.use_ema or \
         (status.mixed_precision != "no" and not lora.lora)

@@ -13,6 +13,7 @@ of the first tensor's second dimension.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -205,6 +206,24 @@ class Family:
     def call_arguments(self, prompt: str | int, height: int, width: int) -> dict[str, Any]:
         """Arguments of the pipeline's call for a caption or class label, except steps and guidance."""
         return {"prompt": prompt, "height": height, "width": width} | self.sampling_arguments()
+
+    @classmethod
+    def takes_negative_prompts(cls) -> bool:
+        """Whether what guides the pipeline guides away from a negative prompt; in a model that is distilled for
+        guidance it is a number for the denoiser, beside ``true_cfg_scale``."""
+        parameters = cls._call_parameters()
+        other = {"true_cfg_scale"} - {cls.guidance_argument}
+        return "negative_prompt" in parameters and not other & parameters.keys()
+
+    @classmethod
+    def default_guidance(cls) -> float:
+        """The pipeline's own scale of guidance."""
+        return cls._call_parameters()[cls.guidance_argument].default
+
+    @classmethod
+    def _call_parameters(cls) -> Mapping[str, inspect.Parameter]:
+        call: Any = cls.pipeline_class.__call__
+        return inspect.signature(call).parameters
 
     def sampling_arguments(self) -> dict[str, Any]:
         """Arguments beyond prompt, size, steps and guidance that make the pipeline sample as in training."""

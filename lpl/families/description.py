@@ -15,6 +15,7 @@ from huggingface_hub.constants import HF_HUB_OFFLINE
 from lpl.autoencoders import downscaling_factor, latent_channels
 from lpl.config.checks import why_no_pipeline
 from lpl.config.groups import Model
+from lpl.config.prompts import Entry, text_of
 from lpl.families import Family, find_family
 from lpl.families.components import lacking
 from lpl.families.fit import check_relations, encoder_widths
@@ -71,15 +72,16 @@ class Description:
             return {}
         return dict(of_data) | self.family.class_names(self.index) | dict(of_data)
 
-    def prompts(self, prompts: Sequence[str], classes: Mapping[int, str]) -> list[str | int]:
+    def prompts(self, prompts: Sequence[Entry], classes: Mapping[int, str]) -> list[str | int]:
         """Validation prompts as the family takes them: captions, or the labels of classes.
 
         Raises:
             ValueError: for a class that the model does not have.
         """
+        texts = [text_of(prompt) for prompt in prompts]
         if not self.family.class_conditional:
-            return list(prompts)
-        return [self.family.class_label(prompt, classes) for prompt in prompts]
+            return list(texts)
+        return [self.family.class_label(text, classes) for text in texts]
 
 
 def read_pipeline(model: Model, blocks: Sequence[str] | None = None, weights: bool = True) -> Description:

@@ -28,10 +28,12 @@ class LoraLayout(NamedTuple):
     Args:
         prefixes: start of a weight's name, by the component's name. Text encoders keep the names of their layers.
         originals: maps the denoiser and the names of its adapted layers to the weights of the original.
+        own_prefix: start of diffusers' own names where ComfyUI finds LoHa and LoKr by them; None: by the original's.
     """
 
     prefixes: Mapping[str, str]
     originals: Callable[[nn.Module, Iterable[str]], Originals]
+    own_prefix: str | None = None
 
 
 TWO_ENCODERS = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}  # prefixes where there are several

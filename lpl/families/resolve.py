@@ -6,6 +6,7 @@ Flags that default to None get the family's or the pipeline's value. Afterwards 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -13,6 +14,7 @@ from typing import Any
 
 import diffusers
 import torch
+from peft.utils.other import get_pattern_key
 from torch import nn
 
 from lpl.autoencoders import RGB, SUPPORTED, decoder_blocks, downscaling_factor, skeleton
@@ -20,6 +22,7 @@ from lpl.config import Config
 from lpl.config.checks import check_loss_options, warn_idle, warn_of_idle_flags
 from lpl.config.choices import ALL_LINEAR, MASK_COLUMN
 from lpl.config.groups import Data
+from lpl.config.prompts import NEGATIVE, own_settings, size_of
 from lpl.config.sizes import AUTO, default_step, parse_sizes, sides_of
 from lpl.families import FAMILIES, Family
 from lpl.families.description import Description, check_vae_dtype, other_vae_config
@@ -49,6 +52,7 @@ def resolve(config: Config, description: Description) -> Config:
     config = _with_captions(config, description)
     config = _with_text_encoders(config, description)
     config = _with_sizes(config, description)
+    _check_prompts(config, description)
     config = _with_lora_targets(config, description)
     config = _with_sigma_threshold(config, description)
     if config.lpl.enabled or config.data.holds_out:
@@ -238,6 +242,24 @@ def _with_sizes(config: Config, description: Description) -> Config:
     return config
 
 
+def _check_prompts(config: Config, description: Description) -> None:
+    """Sizes and negative prompts of --validation_prompts, which the pipeline must accept."""
+    family, general = description.family, config.validation.validation_guidance_scale
+    for number, entry in enumerate(config.validation.validation_prompts or (), 1):
+        where, own = f"validation_prompts, prompt {number}", own_settings(entry)
+        height, width = size_of(entry, config.data.size) or config.data.size
+        for name, side in (("height", height), ("width", width)):
+            if name in own:
+                _check_side(f"{where}, {name} {side}", side, description)
+        if NEGATIVE not in own:
+            continue
+        if not family.takes_negative_prompts():
+            raise ValueError(f"{where}: {family.name} takes no {NEGATIVE}; leave it out")
+        guidance = own.get("guidance_scale", family.default_guidance() if general is None else general)
+        if guidance <= 1:
+            warn(f"{where}: with guidance_scale {guidance:g} its {NEGATIVE} has no effect; give more than 1")
+
+
 def resolved_resolution(data: Data, description: Description) -> int | str:
     """--resolution, or the family's default side of images in pixels.
 
@@ -280,9 +302,10 @@ def _with_lora_targets(config: Config, description: Description) -> Config:
     """The family's modules, or those of the flag, which must exist and be of a kind that LoRA adapts."""
     if not config.lora.lora:
         return config
-    if config.lora.lora_target_modules is None:
-        return config.changed(lora_target_modules=tuple(description.family.lora_targets))
-    if config.lora.lora_target_modules == (ALL_LINEAR,):
+    own_targets = config.lora.lora_target_modules
+    if own_targets is None:
+        config = config.changed(lora_target_modules=tuple(description.family.lora_targets))
+    if own_targets in (None, (ALL_LINEAR,)) and not (config.lora.ranks or config.lora.alphas):
         return config
     with torch.device("meta"):  # names of modules, without memory for their weights
         denoiser = getattr(diffusers, description.denoiser["_class_name"]).from_config(description.denoiser)
@@ -290,13 +313,31 @@ def _with_lora_targets(config: Config, description: Description) -> Config:
     others: list[str] = []
     for name, module in denoiser.named_modules():
         (layers if isinstance(module, ADAPTABLE) else others).append(name)
-    for target in config.lora.lora_target_modules:
+    _check_patterns(config, layers)
+    for target in own_targets if own_targets not in (None, (ALL_LINEAR,)) else ():
         if not _matching(target, layers) or _matching(target, others):
             raise ValueError(
                 f"--lora_target_modules {target}: {description.family.denoiser_name} has no linear layers or "
                 f"convolutions of that name; it has, for example, {', '.join(_short_names(layers))}"
             )
     return config
+
+
+def _check_patterns(config: Config, layers: Sequence[str]) -> None:
+    """Refuse a pattern that is of no adapted module; peft would ignore it."""
+    targets = config.lora.lora_target_modules or ()
+    adapted = layers if targets == (ALL_LINEAR,) else [name for t in targets for name in _matching(t, layers)]
+    for flag, patterns in (("lora_rank_pattern", config.lora.ranks), ("lora_alpha_pattern", config.lora.alphas)):
+        for pattern in patterns:
+            try:
+                found = any(get_pattern_key([pattern], name) == pattern for name in adapted)
+            except re.error as error:
+                raise ValueError(f"--{flag} {pattern}: it is no regular expression ({error})") from error
+            if not found:
+                raise ValueError(
+                    f"--{flag} {pattern}: no adapted module has that name; it names, for example, "
+                    f"{', '.join(_short_names(adapted))}"
+                )
 
 
 def _matching(target: str, names: Sequence[str]) -> list[str]:

@@ -16,14 +16,17 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from lpl.config.choices import ADAPTER_NAMES, LORA, OFT
 from lpl.config.command_line import loss_words, words_of
 from lpl.config.data_sets import public_entry
+from lpl.config.prompts import NEGATIVE
 from lpl.config.recipes import is_own
 from lpl.diagnosis.plan import Plan
 from lpl.options import parse_weight
@@ -72,6 +75,7 @@ class RunCard:
     inference_steps: int | None = None  # None: the pipeline's default
     guidance_scale: float | None = None  # None: the pipeline's default
     guidance_argument: str = "guidance_scale"  # of the pipeline's call
+    example: Mapping[str, Any] = field(default_factory=dict)  # arguments that draw the first sample, for these
     loading_arguments: Mapping[str, None] = field(default_factory=dict)  # components that the pipeline does without
     base_arguments: Mapping[str, Any] = field(default_factory=dict)  # revision and variant; None: what the base lacks
     vae: str | None = None  # Hub id or local folder of a VAE that replaces the base model's
@@ -92,7 +96,8 @@ class RunCard:
     lr_scheduler: str | None = None
     mixed_precision: str | None = None  # None or "no": float32
     ema_decay: float | None = None  # None: no EMA
-    lora_rank: int | None = None  # None: full fine-tuning
+    lora_rank: int | None = None  # of OFT, the size of its blocks; None: full fine-tuning
+    adapter: str = LORA  # its kind
     trained: str | None = None  # the trained parts in words
     from_scratch: bool = False  # only the base model's configuration was used
     seed: int | None = None
@@ -123,6 +128,7 @@ class RunCard:
         blocks: Sequence[str],
         records: Sequence[Mapping[str, float]],
         prompts: Sequence[str | int],
+        example: Mapping[str, Any],
         classes: Mapping[int, str],
         facts: Mapping[str, Any],
         licence: Mapping[str, Any],
@@ -134,20 +140,22 @@ class RunCard:
             blocks: names of the decoder blocks that LPL compares.
             records: entries of the run's log.
             prompts: validation prompts; the first one is the card's example.
+            example: arguments of the pipeline's call for it.
             classes: names of the data's classes by label.
             facts: :func:`lpl.training.provenance.measured_facts`.
             licence: :func:`lpl.publishing.licence.base_licence`.
             results: metrics of the run's samples, as metadata and as Markdown.
         """
         run, family = plan.run, plan.trained.family
-        example = 0 if family.num_classes is not None else plan.config.data.trigger or "a photo"
+        general = 0 if family.num_classes is not None else plan.config.data.trigger or "a photo"
         return cls(
             **_asked_for(plan),
             pipeline_class=family.pipeline_class.__name__,
             repo_id=run.repository,
             tags=(family.name,),
             licence=licence,
-            prompt=prompts[0] if prompts else example,
+            prompt=prompts[0] if prompts else general,
+            example=example,
             classes=classes,
             denoiser=_other_denoiser(plan),
             dtype=str(weight_dtype(run.accelerator)).removeprefix("torch."),
@@ -225,7 +233,8 @@ def _asked_for(plan: Plan) -> dict[str, Any]:
         "lr_scheduler": optimization.lr_scheduler,
         "objective": config.model.prediction_type,
         "ema_decay": optimization.ema_decay,
-        "lora_rank": config.lora.rank if config.lora.lora else None,
+        "lora_rank": (config.lora.rank or config.lora.oft_block_size) if config.lora.lora else None,
+        "adapter": config.lora.adapter,
         "lpl_target": parse_weight(config.lpl.lpl_weight)[1],
         "lpl_start_step": config.lpl.lpl_start_step,
         "lpl_options": hide_paths(loss_words(config)),
@@ -293,7 +302,8 @@ class Samples:
 
     place: str
     prompts: Sequence[str | int]
-    seed: int
+    seed: int  # of the first one
+    negatives: Sequence[str | None] = ()  # of the prompts, if any has one
 
     def image(self, number: int) -> str:
         return f"{self.place}/{number:02d}.png"
@@ -327,7 +337,7 @@ class Result:
         on_hub = is_hub_id(card.base_model) and not card.from_scratch
         task = "unconditional-image-generation" if card.class_conditional else "text-to-image"
         tags = ["diffusers", *(["class-conditional"] if card.class_conditional else []), task]
-        tags += ["diffusers-training", *(["lora"] if card.lora_rank else []), *card.tags]
+        tags += ["diffusers-training", *([card.adapter] if card.lora_rank else []), *card.tags]
         return ModelCardData(
             **({} if card.from_scratch else card.licence),
             base_model=card.base_model if on_hub else None,
@@ -352,7 +362,10 @@ class Result:
         if place is None:
             return None
         settings = json.loads((place / layout.SETTINGS).read_text(encoding="utf-8"))
-        return Samples(f"{layout.SAMPLES}/{place.name}", settings["prompts"], settings["seed"])
+        draws = settings.get("draws") or [{}]
+        seed = draws[0].get("seed", settings["seed"])
+        negatives = [draw.get(NEGATIVE) for draw in draws][: len(settings["prompts"])]
+        return Samples(f"{layout.SAMPLES}/{place.name}", settings["prompts"], seed, negatives)
 
     @property
     def first_sample(self) -> Samples | None:
@@ -366,12 +379,12 @@ class Result:
         """The widget's examples: prompts and the last images drawn for them."""
         if self.samples is None or self.card.class_conditional:
             return []
-        images = [(str(prompt), self.samples.image(number)) for number, prompt in enumerate(self.samples.prompts)]
-        examples = [
-            {"text": encodable(prompt), "output": {"url": image}}
-            for prompt, image in images
-            if prompt.strip() and self.has(image)
-        ]
+        examples = []
+        for number, (prompt, negative) in enumerate(zip_longest(self.samples.prompts, self.samples.negatives)):
+            image = self.samples.image(number)
+            if str(prompt).strip() and self.has(image):
+                asked = {"parameters": {NEGATIVE: encodable(negative)}} if negative else {}
+                examples.append({"text": encodable(str(prompt)), **asked, "output": {"url": image}})
         return examples[:EXAMPLES]
 
     @cached_property
@@ -384,6 +397,12 @@ class Result:
     @property
     def before_after(self) -> bool:
         return not self.card.goes_on and self.has(layout.BEFORE_AFTER)
+
+    @property
+    def comparisons(self) -> dict[str, str]:
+        """Grids that compare states of the finished run, by what they compare."""
+        grids = {"checkpoints": layout.CHECKPOINTS, "strengths of the LoRA": layout.LORA_SCALES}
+        return {} if self.card.goes_on else {what: name for what, name in grids.items() if self.has(name)}
 
     @property
     def last_grid(self) -> int | None:
@@ -419,6 +438,17 @@ class Result:
         return next((path.parent.name for path in sorted(self.folder.glob(f"*/{layout.PEFT_CONFIG}"))), None)
 
     @property
+    def adapted(self) -> str:
+        """The component that peft's adapter is for."""
+        return (self.peft_folder or "").removesuffix(layout.PEFT_SUFFIX)
+
+    @property
+    def adapter(self) -> str:
+        """The adapter in words."""
+        kind, name, size = self.card.adapter, ADAPTER_NAMES[self.card.adapter], self.card.lora_rank
+        return f"An {name} with blocks of {size}" if kind == OFT else f"A {name} of rank {size}"
+
+    @property
     def scheduler_class(self) -> str | None:
         """Class of the scheduler beside a LoRA, which belongs to a new objective."""
         config = self.folder / "scheduler" / "scheduler_config.json"
@@ -444,8 +474,12 @@ class Result:
         arguments: dict[str, object] = {"prompt": card.prompt, "height": card.size[0], "width": card.size[1]}
         if card.class_conditional:
             arguments = {"class_labels": [card.prompt]}
-        arguments |= {"num_inference_steps": card.inference_steps, card.guidance_argument: card.guidance_scale}
-        arguments |= dict(card.sampling_arguments)
+        scale = {card.guidance_argument: card.example.get("guidance_scale", card.guidance_scale)}
+        own = {name: value for name, value in card.example.items() if name not in ("seed", "guidance_scale")}
+        if card.class_conditional:
+            own = {name: value for name, value in own.items() if name not in ("height", "width")}
+        own = {name: value for name, value in own.items() if value is not None}
+        arguments |= {"num_inference_steps": card.inference_steps} | scale | dict(card.sampling_arguments) | own
         return {name: value for name, value in arguments.items() if value is not None}
 
     # Training again

@@ -7,6 +7,7 @@ base's *identity*, a commit of the Hub or a fingerprint of a folder's files; ano
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
@@ -64,7 +65,7 @@ def check_base(resumed: Path | None, config: Config, description: Description) -
     family, lora = description.family, config.lora.lora
     settings = family.untrained_config(description.denoiser) if config.model.from_scratch else description.denoiser
     denoiser = skeleton(settings)
-    saved = _adapters(resumed, description) if lora else _shapes(resumed / family.denoiser_name)
+    saved = _adapters(resumed, description, config.lora.adapter) if lora else _shapes(resumed / family.denoiser_name)
     found = _other_adapter(saved, denoiser) if lora else _other_weight(saved, denoiser)
     if found is not None:
         raise ValueError(
@@ -83,9 +84,9 @@ def _shapes(folder: Path, pattern: str = "*.safetensors") -> Shapes:
     return shapes
 
 
-def _adapters(folder: Path, description: Description) -> Shapes:
+def _adapters(folder: Path, description: Description, adapter: str) -> Shapes:
     """Shapes of the denoiser's adapter, by the names of its layers."""
-    name, one = description.family.denoiser_name, in_one_file(description.family.pipeline_class)
+    name, one = description.family.denoiser_name, in_one_file(description.family.pipeline_class, adapter)
     shapes = _shapes(folder, FILE) if one else _shapes(peft_folder(folder, name), PEFT_FILE)
     prefix = f"{name}." if one else PEFT_PREFIX
     return {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
@@ -101,12 +102,12 @@ def _other_weight(saved: Shapes, denoiser: nn.Module) -> str | None:
 
 
 def _other_adapter(saved: Shapes, denoiser: nn.Module) -> str | None:
-    """The first adapter that does not fit its layer: A is (r, in, ...), B is (out, r, ...)."""
+    """The first adapter that does not fit its layer: LoRA's A is (r, in, ...), B is (out, r, ...)."""
     if not saved:
         return "it has no adapter for this denoiser"
     own = {name: tuple(parameter.shape) for name, parameter in denoiser.named_parameters()}
     for name, shape in saved.items():
-        layer, _, kind = name.partition(".lora_")
+        layer, kind = re.split(r"\.(?:lora|hada|lokr|oft)_", name, maxsplit=1)
         weight = own.get(f"{layer}.weight")
         fits = weight is not None and {"A": shape[1:] == weight[1:], "B": shape[:1] == weight[:1]}.get(kind[:1], True)
         if not fits:

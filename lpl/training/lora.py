@@ -17,57 +17,50 @@ gradient.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from lpl.config.choices import ALL_LINEAR
+from lpl.config.choices import LORA
 from lpl.config.groups import Lora
 from lpl.families.lora_layout import LoraLayout, in_order
 from lpl.tools import layout
+from lpl.training.adapters import ADAPTER, adapter_config, kind_of, save_lycoris
 
 
 FILE = layout.LORA
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."  # of the names in peft's own files
 OTHERS_SUFFIX = layout.OTHERS_SUFFIX
-ADAPTER = "default"  # peft's name of the trained adapter
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
-def add_lora(model: nn.Module, targets: Sequence[str], lora: Lora, dora: bool = False) -> None:
+def add_lora(model: nn.Module, targets: Sequence[str], lora: Lora, denoiser: bool = False) -> None:
     """Add a float32 adapter to a model in place. It changes no output yet; nothing else keeps a gradient.
 
     Args:
         targets: names, or ends of names, of the modules to adapt; "all-linear": every linear layer.
-        dora: decompose the weights (DoRA); not for text encoders, for which diffusers would load it wrongly.
+        denoiser: for which alone are DoRA, which diffusers would load wrongly into text encoders, and patterns.
     """
-    assert lora.rank is not None and lora.lora_alpha is not None
+    if not denoiser:
+        lora = replace(lora, use_dora=False, lora_rank_pattern=None, lora_alpha_pattern=None)
     model.requires_grad_(False)
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # peft takes fractions too
-        lora_dropout=lora.lora_dropout,
-        target_modules=ALL_LINEAR if tuple(targets) == (ALL_LINEAR,) else list(targets),
-        use_dora=dora,
-        use_rslora=lora.use_rslora,
-        init_lora_weights="gaussian",  # as in diffusers' scripts; the second factor is zero
-    )
-    inject_adapter_in_model(config, model)
+    inject_adapter_in_model(adapter_config(targets, lora), model)
     cast_training_params(model)
 
 
-def in_one_file(pipeline_class: type[DiffusionPipeline]) -> bool:
-    """Whether the pipeline's class loads LoRA."""
-    return hasattr(pipeline_class, "save_lora_weights")
+def in_one_file(pipeline_class: type[DiffusionPipeline], adapter: str = LORA) -> bool:
+    """Whether the pipeline's class loads that kind of adapter."""
+    return adapter == LORA and hasattr(pipeline_class, "save_lora_weights")
 
 
 def save_lora(pipeline_class: type[DiffusionPipeline], folder: str | Path, models: Mapping[str, nn.Module]) -> None:
@@ -76,7 +69,7 @@ def save_lora(pipeline_class: type[DiffusionPipeline], folder: str | Path, model
         name: {_lost_prefix(model) + key: value for key, value in _adapter(model).items()}
         for name, model in models.items()
     }
-    if in_one_file(pipeline_class):
+    if in_one_file(pipeline_class, kind_of(models)):
         layers = {f"{name}_lora_layers": state for name, state in states.items()}
         # Without dropout: diffusers leaves the adapters that it loads in training mode and would apply it.
         configs = {name: _config(model).to_dict() | {"lora_dropout": 0.0} for name, model in models.items()}
@@ -98,7 +91,7 @@ def load_lora(pipeline_class: type[DiffusionPipeline], folder: str | Path, model
         ValueError: if the adapters in the file have another rank or are on other modules.
     """
     for name, model in models.items():
-        if in_one_file(pipeline_class):
+        if in_one_file(pipeline_class, kind_of(models)):
             saved, prefix = load_file(Path(folder, FILE)), f"{name}."
         else:
             saved, prefix = load_file(peft_folder(folder, name) / PEFT_FILE), PEFT_PREFIX
@@ -117,8 +110,8 @@ def _adapter(model: nn.Module) -> dict[str, Tensor]:
     return {key: value.detach().cpu().contiguous() for key, value in get_peft_model_state_dict(model).items()}
 
 
-def _config(model: nn.Module) -> LoraConfig:
-    return cast(dict[str, LoraConfig], model.peft_config)[ADAPTER]
+def _config(model: nn.Module) -> PeftConfig:
+    return cast(dict[str, PeftConfig], model.peft_config)[ADAPTER]
 
 
 def peft_folder(folder: str | Path, name: str) -> Path:
@@ -147,7 +140,9 @@ def save_for_other_programs(
     Returns:
         The file; None if the family has no layout, or a component has DoRA.
     """
-    if layout is None or any(_config(model).use_dora for model in models.values()):
+    if kind_of(models) != LORA:
+        return save_lycoris(layout, folder, next(iter(models.values())), name)
+    if layout is None or any(cast(Any, _config(model)).use_dora for model in models.values()):
         return None
     tensors = {}
     for component, model in models.items():
@@ -175,7 +170,7 @@ def _stacked(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     if len(layers) > 1:
         down = torch.cat([_factors(layer)[0] for layer in adapted])
         ups = (
-            _factors(layer)[1]
+            _factors(layer)[1] * (layer.scaling[ADAPTER] / adapted[0].scaling[ADAPTER])  # 1 without alpha patterns
             if isinstance(layer, LoraLayer)
             else down.new_zeros(cast(nn.Linear, layer).out_features, 0)
             for layer in layers

@@ -35,7 +35,7 @@ class TrainedParts(nn.Module):
         self.parts = nn.ModuleDict({name: getattr(family.pipeline, name) for name in names})
         for part in self.parts.values():
             if lora.lora and part is family.denoiser:
-                add_lora(part, lora.lora_target_modules or family.lora_targets, lora, dora=lora.use_dora)
+                add_lora(part, lora.lora_target_modules or family.lora_targets, lora, denoiser=True)
             elif lora.lora:
                 add_lora(part, TEXT_ENCODER_TARGETS, lora)
             else:

@@ -3,12 +3,16 @@
 ``samples/step-000500/00.png`` ... are the samples after step 500, ``samples/step-000500.png`` their grid: the model
 before training, the model now, its EMA with --use_ema, and real images with the same captions if the data set has
 some. Prompts and seeds are the same every time, so that grids compare.
+
+When the training ends, ``samples/checkpoints.png`` puts the steps side by side, and ``samples/lora_scales.png`` the
+strengths of --validation_lora_scales, whose samples are in ``samples/lora-scale-0.5/`` ...
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,19 +25,19 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lpl.config import groups
-from lpl.config.sizes import Size
 from lpl.data.dataset import Batch, TrainingImages, held_out_batches
 from lpl.families import Family
 from lpl.tools import layout
 from lpl.tools.files import write_text
 from lpl.tools.pictures import labelled_grid, save_picture
-from lpl.tools.words import pixels
+from lpl.training.adapters import scaled
 from lpl.training.average import MovingAverage, averaged
+from lpl.training.comparisons import compared, evenly
 from lpl.training.log import Log, log_image
 from lpl.training.losses import BatchLosses
 from lpl.training.parts import TrainedParts
 from lpl.training.preemption import Preemption
-from lpl.training.sampling import sample
+from lpl.training.sampling import Draw, sample
 from lpl.training.start import Run, Stage
 
 
@@ -86,6 +90,8 @@ class Validation:
         if self._due(step, self.every):
             self.now(Stage.SAMPLES, step)
             self.samples.draw(run, self.trained, self.average)
+            if step == self.max_steps and not self.preemption.asked_now():
+                self.samples.draw_scales(run, self.trained, self.average)
             if self.held_out is not None and not self.preemption.asked_now():
                 self.now(Stage.LOSSES, step)
                 self.log.validation(step, self.held_out.compute(run, self.trained, self.average))
@@ -134,25 +140,18 @@ class HeldOutLosses:
         return found | ({"validation_lpl": lpl / count} if lpl else {})  # 0: no sample is inside
 
 
-def at_sizes(names: Sequence[str], sizes: Sequence[Size]) -> list[str]:
-    """The headings of samples: all names at the first size, then at the next."""
-    if len(sizes) == 1:
-        return list(names)
-    return [f"{name}, {pixels(*size)}" for size in sizes for name in names]
-
-
 # Samples -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Samples:
-    """Samples of ``prompts``, and their grids.
+    """Samples of the validation prompts, and their grids.
 
     Args:
         scheduler: one that samples the objective in training.
-        sizes: height and width in pixels; every prompt is drawn at each of them.
-        prompts: captions; class labels in a class-conditional family.
-        names: headings of the grid's columns: of all prompts at the first size, then at the next.
+        seed: of the run.
+        draws: :func:`lpl.training.sampling.draws_of`.
+        scales: --validation_lora_scales.
         real: training images that bear the prompts, for the grid's last row, in the same order.
         stop: called before each image; True ends the sampling, and no grid is made.
     """
@@ -161,10 +160,9 @@ class Samples:
     family: Family
     scheduler: Any
     validation: groups.Validation
-    sizes: Sequence[Size]
     seed: int
-    prompts: Sequence[str | int]
-    names: Sequence[str]
+    draws: Sequence[Draw]
+    scales: Sequence[float] = ()
     real: Sequence[Image.Image] | None = None
     stop: Callable[[], bool] = lambda: False
 
@@ -174,12 +172,10 @@ class Samples:
         On the main process; the others wait. Returns the grid's path.
         """
         grid = None
-        if self.prompts and run.is_main:
+        if self.draws and run.is_main:
             name = f"step-{run.step:06d}"
-            for stale in self.folder.glob(f"{name}*/"):  # of an earlier run in the same folder
-                shutil.rmtree(stale)
-            count = len(self.prompts) * len(self.sizes)
-            logger.info(f"drawing {count} samples{' before the training' if run.step == 0 else ''}")
+            self._clear(f"{name}*")
+            logger.info(f"drawing {len(self.draws)} samples{' before the training' if run.step == 0 else ''}")
             with self.family.whole():  # for all sizes, and both weights
                 rows = {f"step {run.step}": self._sampled(run, trained, name)}
                 if average is not None and run.step:
@@ -192,53 +188,95 @@ class Samples:
         run.accelerator.wait_for_everyone()
         return grid
 
+    def draw_scales(self, run: Run, trained: TrainedParts, average: MovingAverage | None) -> None:
+        """Sample with the adapters that will be saved at each strength, and save images and grid.
+
+        On the main process; the others wait.
+        """
+        if self.scales and self.draws and run.is_main:
+            self._clear("lora-scale-*")
+            logger.info(f"drawing {len(self.draws)} samples at each strength of the LoRA")
+            columns = {}
+            with averaged(average, trained), self.family.whole():
+                for scale in self.scales:
+                    with scaled(trained.models.values(), scale):
+                        columns[f"LoRA x {scale:g}"] = self._sampled(run, trained, f"lora-scale-{scale:g}")
+            if not self.stop():
+                save_picture(compared(columns, self._names), self.folder / Path(layout.LORA_SCALES).name)
+        run.accelerator.wait_for_everyone()
+
+    def checkpoints(self, step: int) -> Path | None:
+        """The samples of all steps up to this one side by side, the EMA's if there are any; of many, some steps.
+
+        None, and no file, if there is nothing between those before and after the training.
+        """
+        place = self.folder / Path(layout.CHECKPOINTS).name
+        place.unlink(missing_ok=True)
+        names = [path.name for path in self.folder.glob("step-*/")]
+        steps = sorted(int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d+)", name)))
+        steps = evenly([each for each in steps if each <= step and self._of_step(each)])
+        if len(steps) < 3:
+            return None
+        columns = {f"step {each:,}" if each else "before training": self._saved(self._of_step(each)) for each in steps}
+        return save_picture(compared(columns, self._names), place)
+
+    @property
+    def _names(self) -> list[str]:
+        return [draw.name for draw in self.draws]
+
+    def _of_step(self, step: int) -> str:
+        """The folder of a step's samples, the EMA's if there are any; empty if there are none."""
+        name = f"step-{step:06d}"
+        return next((each for each in (f"{name}-ema", name) if self._has(each)), "")
+
+    def _clear(self, names: str) -> None:
+        """Remove samples of an earlier run in the same folder."""
+        for stale in self.folder.glob(f"{names}/"):
+            shutil.rmtree(stale)
+
     def before_after(self, step: int) -> Path | None:
         """The final comparison: before training, after the last step (the EMA if there is one), real images."""
-        after = self._saved(f"step-{step:06d}-ema") or self._saved(f"step-{step:06d}")
+        after = self._saved(self._of_step(step))
         return self._grid({"after": after}, Path(layout.BEFORE_AFTER).name) if after else None
 
     def _grid(self, rows: Mapping[str, list[Image.Image]], name: str) -> Path:
         before = self._saved("step-000000")
         context = {"before training": before} if before else {}
         real = {"real images": list(self.real)} if self.real else {}
-        return save_picture(labelled_grid(context | dict(rows) | real, list(self.names)), self.folder / name)
+        return save_picture(labelled_grid(context | dict(rows) | real, self._names), self.folder / name)
 
     def _saved(self, name: str) -> list[Image.Image]:
         """The samples of a step, unless they were drawn with other settings: a resumed run may have other prompts."""
-        folder = self.folder / name
-        settings = folder / layout.SETTINGS
-        if not settings.is_file() or json.loads(settings.read_text()) != self._settings():
-            return []
-        return [Image.open(path).copy() for path in sorted(folder.glob("*.png"))]
+        return [Image.open(path).copy() for path in _pictures(self.folder / name)] if self._has(name) else []
+
+    def _has(self, name: str) -> bool:
+        settings = self.folder / name / layout.SETTINGS
+        return bool(name) and settings.is_file() and json.loads(settings.read_text()) == self._settings()
 
     def _settings(self) -> dict[str, Any]:
         """What decides the samples besides the weights."""
+        own = any(draw.own for draw in self.draws)
         return {
-            "prompts": list(self.prompts),
+            "prompts": list({draw.number: draw.prompt for draw in self.draws}.values()),
             "seed": self.seed,
-            "resolution": min(self.sizes[0]),
+            "resolution": min(self.draws[0].size),
             "validation_inference_steps": self.validation.validation_inference_steps,
             "validation_guidance_scale": self.validation.validation_guidance_scale,
             **({"sizes": self.validation.validation_sizes} if self.validation.validation_sizes else {}),
+            **({"draws": [draw.settings() for draw in self.draws]} if own else {}),
         }
 
     def _sampled(self, run: Run, trained: TrainedParts, name: str) -> list[Image.Image]:
         trained.eval()
-        images: list[Image.Image] = []
-        for size in self.sizes:
-            images += sample(
-                self.family,
-                self.scheduler,
-                self.prompts,
-                self.validation,
-                size,
-                self.seed,
-                run.accelerator,
-                self.stop,
-            )
+        images = sample(self.family, self.scheduler, self.draws, run.accelerator, self.stop)
         trained.train()
         for number, image in enumerate(images):
             save_picture(image, self.folder / name / f"{number:02d}.png")
-        if len(images) == len(self.prompts) * len(self.sizes):
+        if len(images) == len(self.draws):
             write_text(self.folder / name / layout.SETTINGS, json.dumps(self._settings()))
         return images
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """The images of a folder in the order of their numbers."""
+    return sorted(folder.glob("*.png"), key=lambda path: int(path.stem))

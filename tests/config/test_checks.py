@@ -124,6 +124,24 @@ ALONE = cases(  # wrong whatever the pipeline: what is given, what the sentence 
     ({"use_dora": True}, ["--use_dora", "--lora or --rank"]),
     ({"use_rslora": True}, ["--use_rslora", "--lora or --rank"]),
     ({"quantize_base": "4bit"}, ["--quantize_base", "--lora or --rank"]),
+    ({"decompose_factor": 4}, ["--decompose_factor", "--lora or --rank"]),
+    ({"adapter": "loha", "decompose_factor": 0}, ["--decompose_factor 0", "-1 or more than 0"]),
+    ({"adapter": "loha", "use_dora": True}, ["--use_dora is not for LoHa", "--adapter lora"]),
+    ({"adapter": "lokr", "lora_dropout": 0.1}, ["--lora_dropout is not for LoKr"]),
+    ({"adapter": "lokr", "init_lora_weights": "orthogonal"}, ["--init_lora_weights is not for LoKr"]),
+    ({"adapter": "loha", "quantize_base": "8bit"}, ["--quantize_base is not for LoHa"]),
+    ({"adapter": "loha", "train_text_encoder": True}, ["--adapter loha", "leave out --train_text_encoder"]),
+    ({"adapter": "oft", "rank": 4}, ["--rank is not for OFT", "--oft_block_size"]),
+    ({"adapter": "oft", "lora_rank_pattern": "to_q=2"}, ["--lora_rank_pattern is not for OFT"]),
+    ({"adapter": "oft", "validation_lora_scales": 1}, ["--validation_lora_scales", "OFT has no strength"]),
+    ({"adapter": "glora"}, ["--adapter", "glora", "loha"]),
+    ({"rank": 4, "validation_lora_scales": "nan"}, ["--validation_lora_scales nan", "finite"]),
+    ({"rank": 4, "init_lora_weights": "pissa_niter_4"}, ["--init_lora_weights pissa_niter_4", "base's weights"]),
+    ({"rank": 4, "init_lora_weights": "eva"}, ["--init_lora_weights eva", "needs data", "gaussian"]),
+    ({"rank": 3, "init_lora_weights": "orthogonal"}, ["--init_lora_weights orthogonal", "even ranks", "3"]),
+    ({"rank": 4, "lora_rank_pattern": "to_q"}, ["--lora_rank_pattern", "'to_q'", "NAME=RANK"]),
+    ({"rank": 4, "lora_rank_pattern": "to_q=0"}, ["--lora_rank_pattern", "NAME=RANK"]),
+    ({"rank": 4, "lora_alpha_pattern": "to_q=inf"}, ["--lora_alpha_pattern", "NAME=ALPHA"]),
     ({"quantize_base": "2bit", "lora": True}, ["--quantize_base", "2bit", "8bit"]),
     (
         {"quantize_base": "8bit", "lora": True, "train_text_encoder": True},
@@ -169,6 +187,8 @@ def test_every_number_that_cannot_be_negative_is_checked(sd_pipeline, image_fold
         "mode_scale",
         "lr_power",
         "validation_guidance_scale",
+        "validation_lora_scales",
+        "decompose_factor",
         "local_rank",
     }
     actions = build_parser()._actions
@@ -205,7 +225,8 @@ def test_what_is_no_pipeline(name, files, word, image_folder, tmp_path, capsys, 
     assert f"--pretrained_model_name_or_path {place}: " in message and word in message and "hf auth" not in message
 
 
-PLACES = sorted(name for name, declared in FLAGS.items() if declared.path and name != "config")
+READ_FIRST = ("config", "validation_prompts_file")
+PLACES = sorted(name for name, declared in FLAGS.items() if declared.path and name not in READ_FIRST)
 
 
 @pytest.mark.parametrize("name", PLACES)

@@ -11,6 +11,7 @@ from lpl.config.choices import EMA_DECAY, EMA_DECAY_WITH_LPL
 from lpl.config.command_line import build_parser, parse
 from lpl.config.config import FLAGS as DECLARED
 from lpl.config.flag import boolean, number
+from lpl.config.prompts import prompt
 from lpl.config.sizes import resolutions
 from lpl.data.reading import RESAMPLING
 from lpl.families import FAMILIES
@@ -150,6 +151,15 @@ OWN = {  # SPEC.md, and what this project adds
     "cache_latents": False,
     "cache_text_embeddings": False,
     "validation_sizes": None,
+    "validation_prompts_file": None,
+    "adapter": "lora",
+    "decompose_both": False,
+    "decompose_factor": -1,
+    "oft_block_size": 32,
+    "init_lora_weights": "gaussian",
+    "lora_rank_pattern": None,
+    "lora_alpha_pattern": None,
+    "validation_lora_scales": None,
     "lpl_outlier_quantile": 0.02,
     "lpl_outlier_margin": 2.0,
     "lpl_outlier_dilation": 3,
@@ -245,7 +255,7 @@ def test_every_flag_of_diffusers_with_its_type_and_default(kind, name):
         assert action.nargs == 0 and action.const is True
     else:
         kind = os.path.expanduser if name in DECLARED and DECLARED[name].path else kind
-        kind = resolutions if name == "resolution" else kind  # takes several numbers, too
+        kind = {"resolution": resolutions, "validation_prompts": prompt}.get(name, kind)  # which take more, too
         assert action.type is kind and action.nargs == ("+" if name == "validation_prompts" else None)
 
 

@@ -33,6 +33,11 @@ prediction_type                   refused
 lora                              refused
 use_dora                          refused
 use_rslora                        refused
+init_lora_weights                 silent
+adapter                           refused
+decompose_both                    refused
+decompose_factor                  refused
+oft_block_size                    refused
 
 dataset_name                                on_the_hub
 train_data_dir                              within_the_data_set
@@ -72,10 +77,12 @@ dry_run                                     own
 for_gpu                                     own
 validation_prompt                 silent
 validation_prompts                silent
+validation_prompts_file                     own
 num_validation_images             silent
 validation_epochs                 silent
 validation_steps                  silent
 validation_sizes                  silent
+validation_lora_scales            silent
 validation_inference_steps        silent
 validation_guidance_scale         silent
 report_to                         silent    own

@@ -293,13 +293,16 @@ def test_held_out_losses_shuffle_and_drop_nothing():
 def test_real_images_bear_any_caption_of_theirs():
     rows = [{"image": static(), "text": ["x", "y"]}, {"image": static(seed=1), "text": ["z"]}]
     images = over(Dataset.from_list(rows), settings(trigger_word="sks", shuffle_tags=True))
-    assert len(real_images(images, ["sks, y", "sks, z", "sks, x"], [(8, 8)])) == 3
-    assert real_images(images, ["y"], [(8, 8)]) is None
+    assert len(real_images(images, ["sks, y", "sks, z", "sks, x"], [(n, (8, 8)) for n in range(3)])) == 3
+    assert real_images(images, ["y"], [(0, (8, 8))]) is None
 
 
 def test_images_without_captions_bear_the_instance_prompt():
     images = over(Dataset.from_list([{"image": static()}] * 2), settings(instance_prompt="sks dog"))
-    assert len(real_images(images, ["sks dog"] * 3, [(8, 8)])) == 3 and images[0, 1]["caption"] == "sks dog"
+    assert (
+        len(real_images(images, ["sks dog"] * 3, [(n, (8, 8)) for n in range(3)])) == 3
+        and images[0, 1]["caption"] == "sks dog"
+    )
 
 
 # Text encoders -------------------------------------------------------------------------------------------------------

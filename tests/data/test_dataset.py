@@ -164,11 +164,11 @@ def test_collate_stacks_tensors_and_lists_captions():
 def test_real_images_bear_their_captions():
     images = images_of(coordinates(32, 32), static(32, 32), static(32, 32, seed=1), captions=["x", "noise", "noise"])
     images.dataset = Dataset.from_list(images.dataset)
-    found = real_images(images, ["noise", "x", "noise"], [(32, 32)])
+    found = real_images(images, ["noise", "x", "noise"], [(n, (32, 32)) for n in range(3)])
     assert [np.asarray(image).tobytes() for image in found] == [
         np.asarray(picture).tobytes() for picture in (static(32, 32), coordinates(32, 32), static(32, 32))
     ]
-    assert real_images(images, ["noise", "unheard of"], [(32, 32)]) is None
+    assert real_images(images, ["noise", "unheard of"], [(0, (32, 32))]) is None
 
 
 # What cannot be trained on ------------------------------------------------------------------------------------------

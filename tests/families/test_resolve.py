@@ -255,3 +255,20 @@ def test_a_shift_that_depends_on_the_size(sd3_pipeline, image_folder, tmp_path):
     pipeline = edited(sd3_pipeline, tmp_path / "pipeline", "scheduler", use_dynamic_shifting=True)
     with pytest.warns(UserWarning, match="shift depends on the image's size"):
         parsed(pipeline, image_folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "pattern, words",
+    [
+        ("lora_rank_pattern", ("q_proj=3", "no adapted module", "to_q")),
+        ("lora_alpha_pattern", ("conv1=3", "no adapted module")),  # it is there, and not adapted
+        ("lora_rank_pattern", ("to_(=3", "no regular expression")),
+    ],
+)
+def test_patterns_are_of_modules_that_are_adapted(pattern, words, sd_pipeline, image_folder, tmp_path):
+    flags = {"rank": 2, pattern: words[0]}
+    with pytest.raises(ValueError) as error:
+        parsed(sd_pipeline, image_folder, tmp_path, **flags)
+    assert all(word in str(error.value) for word in (f"--{pattern} {words[0][:-2]}", *words[1:]))
+    parsed(sd_pipeline, image_folder, tmp_path, **flags | {pattern: "1.*attn2.to_q=3"})
+    parsed(sd_pipeline, image_folder, tmp_path, **flags | {pattern: "conv1=3", "lora_target_modules": ["conv1"]})

@@ -214,6 +214,18 @@ def test_the_code_of_an_adapter_saved_by_peft(tmp_path):
     assert f"pipeline.transformer = {loaded}" in text
 
 
+def test_other_kinds_of_adapters_say_who_reads_them(tmp_path):
+    put(tmp_path, "unet_lora/adapter_config.json")
+    oft = written(tmp_path, lora_rank=32, adapter="oft")
+    assert "An OFT with blocks of 32 for" in oft.text and "rotates what a layer puts out" in oft.text
+    assert "oft" in oft.data.tags and "lora" not in oft.data.tags
+    assert "pipeline.unet = PeftModel.from_pretrained(pipeline.unet, " in code(oft.text, "python")
+    assert "have no names for these layers" in written(tmp_path, lora_rank=4, adapter="lokr").text
+    put(tmp_path, "fox_comfyui.safetensors")
+    lokr = written(tmp_path, lora_rank=4, adapter="lokr")
+    assert "A LoKr of rank 4 for" in lokr.text and "For ComfyUI and LyCORIS, use" in lokr.text
+
+
 def test_the_code_of_a_lora_with_another_objective(tmp_path):
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "DDIMScheduler"}')
@@ -369,10 +381,14 @@ def test_odd_texts_leave_a_card_that_reads(tmp_path, prompt):
 # Real runs
 
 
+ASKED = {"negative_prompt": "blurry", "seed": 5, "width": 64, "guidance_scale": 3.0, "num_inference_steps": 3}
+
+
 @pytest.fixture(scope="module")
 def run(sd_pipeline, image_folder, tmp_path_factory):
     """Output folder of a short run with samples."""
-    flags = {"validation_prompts": ["a cat", "a cup"], "validation_steps": 1, "use_ema": True, "ema_decay": 0.5}
+    prompts = [json.dumps({"prompt": "a cat"} | ASKED), "a cup"]
+    flags = {"validation_prompts": prompts, "validation_steps": 1, "use_ema": True, "ema_decay": 0.5}
     return train(sd_pipeline, image_folder, tmp_path_factory.mktemp("card") / "cats", max_train_steps=2, **flags)
 
 
@@ -390,10 +406,12 @@ def test_the_card_of_a_run(run, sd_pipeline, image_folder, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     card = ModelCard.load(run / "README.md")
     assert [example["text"] for example in card.data.widget] == ["a cat", "a cup"]
+    assert [example.get("parameters") for example in card.data.widget] == [{"negative_prompt": "blurry"}, None]
     assert all((run / example["output"]["url"]).is_file() for example in card.data.widget)
     for link in re.findall(r"\]\(([^):]+)\)", card.text):
         assert (run / link).is_file()
-    assert "](samples/before_after.png)" in card.text and "| Time |" in card.text and "1 x CPU" in card.text
+    assert "](samples/before_after.png)" in card.text and "](samples/checkpoints.png)" in card.text
+    assert "| Time |" in card.text and "1 x CPU" in card.text
     machine = (run.parent, sd_pipeline.parent, image_folder.parent, Path.home(), Path.cwd())
     assert not any(str(place) in (run / "README.md").read_text() for place in machine if place != Path("/"))
     words = shlex.split(code(card.text, "bash").replace("\\\n", ""))

@@ -31,8 +31,9 @@ DOORS = {  # python -m lpl.NAME -> the module that has its parser
     for door in (*(ROOT / "lpl").glob("*.py"), *(ROOT / "lpl").glob("*/__main__.py"))
     if (match := re.search(r"^from (lpl\.\w+\.\w+) import main$", door.read_text(), re.MULTILINE))
 }
-OF_OTHERS = {  # of accelerate, Docker, and this repository's own scripts
+OF_OTHERS = {  # of accelerate, Docker, this repository's own scripts, and a line of sd-scripts' prompts
     *("--cpu", "--multi_gpu", "--num_processes", "--shm-size", "--rows", "--seeds", "--write", "--scale"),
+    *("--n", "--w", "--h", "--d", "--l", "--s"),
 }
 LONGEST = 110
 

@@ -79,6 +79,7 @@ def test_trains_saves_reloads_and_samples(row, request, tmp_path):
         lpl_weight="auto:0.2" if row["lpl"] else 0,
         lpl_sigma_threshold=1e6 if row["lpl"] else None,
         validation_prompts=[prompt_of(row["family"])],
+        validation_lora_scales=[0, 1] if row["lora"] else None,
     )
     records = metrics(tmp_path)
     assert all(math.isfinite(record["loss"]) for record in records)
@@ -89,6 +90,8 @@ def test_trains_saves_reloads_and_samples(row, request, tmp_path):
         adapters = [value for key, value in weights(tmp_path).items() if "lora_B" in key[1]]
         assert adapters and all(value.dtype == torch.float32 for value in adapters)
         assert any(value.abs().max() > 0 for value in adapters)  # they begin as zeros
+        for strength, step in (("0", "000000"), ("1", "000002")):
+            assert drawn(tmp_path, f"lora-scale-{strength}") == drawn(tmp_path, f"step-{step}")
     else:
         after = weights(tmp_path)
         changed = {key for key in before if not torch.equal(before[key], after[key])}
@@ -100,6 +103,10 @@ def test_trains_saves_reloads_and_samples(row, request, tmp_path):
     if row["precision"] == "no":
         seen = Image.open(tmp_path / "samples" / "step-000002" / "00.png")
         assert np.abs(np.asarray(image, float) - np.asarray(seen, float)).max() <= 1
+
+
+def drawn(folder, name):
+    return Image.open(folder / "samples" / name / "00.png").tobytes()
 
 
 def run_card(folder, base):

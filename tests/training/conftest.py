@@ -1,6 +1,6 @@
 """Parts of a run, on tiny models or on none."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +13,13 @@ from torch import nn
 from trainer import parsed, reset_accelerate
 
 from lpl.config import Config
+from lpl.config.prompts import text_of
 from lpl.families import Family
 from lpl.training.average import MovingAverage
 from lpl.training.checkpoints import TrainingState
 from lpl.training.loading import load_family
 from lpl.training.parts import TrainedParts
-from lpl.training.sampling import sample
+from lpl.training.sampling import draws_of, sample
 from lpl.training.updates import Updates
 from lpl.training.validation import Samples
 
@@ -103,11 +104,15 @@ class Sampling:
             self.family,
             self.scheduler,
             config.validation,
-            (config.data.size,),
             config.optimization.seed,
-            prompts,
-            names or prompts,
+            self.draws(*prompts, names=names),
         )
+
+    def draws(self, *prompts, names=None):
+        config = self.config
+        asked = replace(config.validation, validation_prompts=prompts)
+        texts = [text_of(prompt) for prompt in prompts]
+        return draws_of(asked, texts, names or texts, (config.data.size,), config.optimization.seed)
 
     def draw(self, *prompts, step, average=None, names=None):
         """Samples that were drawn after a step."""
@@ -116,16 +121,7 @@ class Sampling:
         return samples
 
     def images(self, *prompts):
-        config = self.config
-        return sample(
-            self.family,
-            self.scheduler,
-            prompts,
-            config.validation,
-            config.data.size,
-            config.optimization.seed,
-            Accelerator(),
-        )
+        return sample(self.family, self.scheduler, self.draws(*prompts), Accelerator())
 
 
 @pytest.fixture

@@ -39,8 +39,8 @@ FLUX_DOUBLE_BLOCK = [f"transformer_blocks.0.{name}" for name in ("attn.to_q", "a
 
 def adapt(model, targets, rank=RANK, use_rslora=False, use_dora=False):
     """A model with a LoRA that changes something, as after a training."""
-    flags = Lora(lora=True, rank=rank, lora_alpha=ALPHA, lora_dropout=0.1, use_rslora=use_rslora)
-    lora.add_lora(model, targets, flags, dora=use_dora)
+    flags = Lora(lora=True, rank=rank, lora_alpha=ALPHA, lora_dropout=0.1, use_rslora=use_rslora, use_dora=use_dora)
+    lora.add_lora(model, targets, flags, denoiser=True)
     with seeded(1), torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:

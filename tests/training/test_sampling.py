@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from lpl.training.sampling import decoding_exactly
+from lpl.config.groups import Validation
+from lpl.training.sampling import decoding_exactly, draws_of
 
 
 def pixels(images):
@@ -39,4 +40,25 @@ def test_the_vae_decodes_in_its_own_precision_under_autocast(sampling):
     assert [(given.dtype, made.dtype) for given, made in seen] == [
         (torch.float32, torch.float32),
         (torch.bfloat16, torch.bfloat16),
+    ]
+
+
+def test_a_prompt_is_drawn_with_what_it_says(sampling):
+    own = {"seed": 1, "width": 64, "num_inference_steps": 3, "guidance_scale": 2.0, "negative_prompt": "a dog"}
+    plain, *changed = sampling.images("a cat", *({"prompt": "a cat", name: value} for name, value in own.items()))
+    assert [image.size for image in changed] == [(32, 32), (64, 32), (32, 32), (32, 32), (32, 32)]
+    assert len(set(pixels([plain, *changed]))) == 6
+    assert pixels(changed[:1]) == pixels(sampling.images("a dog", "a cat"))[1:]  # seed + 1
+
+
+def test_every_prompt_at_every_size_but_those_with_their_own():
+    entries = ("a cat", {"prompt": "a dog", "height": 64, "seed": 9}, "a cup")
+    asked = Validation(validation_prompts=entries, validation_inference_steps=2)
+    draws = draws_of(asked, ["a cat", "a dog", "a cup"], ["cats", "dogs", "cups"], [(32, 32), (32, 64)], 5)
+    assert [(draw.name, draw.size, draw.seed, draw.number) for draw in draws] == [
+        ("cats, 32 px", (32, 32), 5, 0),
+        ("dogs, 64 x 32 px, seed 9", (64, 32), 9, 1),
+        ("cups, 32 px", (32, 32), 7, 2),
+        ("cats, 32 x 64 px", (32, 64), 5, 0),
+        ("cups, 32 x 64 px", (32, 64), 7, 2),
     ]

@@ -56,7 +56,7 @@ def test_files(trained):
     assert all(
         sorted(path.name for path in (folder / state).glob("*.png")) == ["00.png", "01.png"] for state in states
     )
-    grids = ["before_after", "step-000000", "step-000001", "step-000002"]
+    grids = ["before_after", "checkpoints", "step-000000", "step-000001", "step-000002"]
     assert sorted(path.stem for path in folder.glob("*.png")) == grids
     assert all(Image.open(path).size == (32, 32) for path in folder.glob("*/*.png"))
 
