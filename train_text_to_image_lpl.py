@@ -45,6 +45,7 @@ from lpl.diagnosis.estimate import Method, print_estimate
 from lpl.diagnosis.failures import Status, explained
 from lpl.diagnosis.plan import Plan
 from lpl.families import Family
+from lpl.families.derived import with_derived
 from lpl.families.description import Description, read_pipeline
 from lpl.families.resolve import resolve, with_decoder_dtype
 from lpl.gate import random_window, rows_inside, sigma_threshold_at, subset
@@ -58,6 +59,7 @@ from lpl.student import StudentLoss, difference
 from lpl.tools import layout
 from lpl.tools.pictures import loss_curves
 from lpl.tools.process import leave_after
+from lpl.training.adapters import with_adapters
 from lpl.training.average import MovingAverage
 from lpl.training.base_model import check_base
 from lpl.training.caching import with_caches
@@ -232,8 +234,9 @@ def start(config: Config, status: Status) -> Inputs:
         if evaluates:
             evaluation.check_evaluation(config.evaluation, config.model)
     with run_errors(SCRIPT, hub.HubError):
+        config = with_derived(config)
         description = read_pipeline(config.model, config.lpl.lpl_blocks)
-        config = status.config = resolve(config, description)
+        config = status.config = with_adapters(resolve(config, description), description)
         check_captions(config.data, description.family)
         if evaluates:
             evaluation.check_captions(config.evaluation, config.data, description.family)
@@ -247,6 +250,8 @@ def start(config: Config, status: Status) -> Inputs:
         writes = run.is_main and not dry_run
         if writes and config.output.push_to_hub:
             run.repository = hub.prepare_repository(config.output, config.lora.lora)
+            if run.resumed is None:
+                hub.check_not_source(config, run.repository)
     return Inputs(
         config=config,
         description=description,

@@ -156,7 +156,9 @@ def _completed(config: Config) -> Config:
     values: dict[str, Any] = {"optimizer": name}
     if optimization.use_ema and optimization.ema_decay is None:
         values["ema_decay"] = EMA_DECAY_WITH_LPL if config.lpl.enabled else EMA_DECAY
-    if lora.lora or lora.rank is not None:
+    if lora.lora_init is not None:
+        values["lora"] = True
+    elif lora.lora or lora.rank is not None:
         rank = lora.rank or RANK
         values |= {"lora": True, "rank": rank, "lora_alpha": lora.lora_alpha or float(rank)}
     if config.output.checkpoints_total_limit == 0:

@@ -38,12 +38,14 @@ from lpl.diagnosis.needs import bytes_of, count_parameters, optimizer_bytes
 from lpl.diagnosis.remedies import remedies
 from lpl.diagnosis.status import Stage, Status
 from lpl.families import Conditions, Family
+from lpl.families.derived import with_derived
 from lpl.families.description import Description, read_pipeline
 from lpl.families.resolve import resolve, with_decoder_dtype
 from lpl.objectives import FlowMatching, Objective
 from lpl.student import Student, StudentLoss
 from lpl.tools.machine import DTYPES
 from lpl.tools.words import Rows, counted, pixels, short_count, size, table
+from lpl.training.adapters import with_adapters
 from lpl.training.loading import denoiser_class, precisions
 from lpl.training.losses import lpl_weight, perceptual_loss
 from lpl.training.parts import TrainedParts
@@ -585,8 +587,9 @@ def print_estimate(config: Config, method: Method) -> None:
     """
     if int(os.environ.get("RANK", 0)):
         return  # the first process tells
+    config = with_derived(config, weights=False)
     description = read_pipeline(config.model, config.lpl.lpl_blocks, weights=False)
-    config = resolve(config, description)
+    config = with_adapters(resolve(config, description), description)
     precision = config.optimization.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     name = config.validation.for_gpu

@@ -2,7 +2,8 @@
 
 ``base.py`` is what the trainer asks of a family, ``description.py`` reads a pipeline's small configuration files,
 ``fit.py`` compares the components' numbers, ``resolve.py`` completes or refuses a configuration, ``lora_layout.py``
-helps families to name LoRA for other programs.
+helps families to name LoRA for other programs, ``lora_files.py`` reads LoRA. ``derived.py`` makes one pipeline of a
+single file (``single_file.py``), another denoiser and merged LoRA.
 May import: the paper (``lpl/*.py``), ``lpl.config``, ``lpl.tools``. A new family is one file here and its line in
 ``FAMILIES``, a tiny pipeline in ``tests/support/tiny.py`` and a recipe. Tests: ``tests/families``.
 """

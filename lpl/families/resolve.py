@@ -278,6 +278,8 @@ def _with_lora_targets(config: Config, description: Description) -> Config:
     """The family's modules, or those of the flag, which must exist and be of a kind that LoRA adapts."""
     if not config.lora.lora:
         return config
+    if config.lora.lora_init is not None:  # which says them
+        return config
     if config.lora.lora_target_modules is None:
         return config.changed(lora_target_modules=tuple(description.family.lora_targets))
     if config.lora.lora_target_modules == (ALL_LINEAR,):

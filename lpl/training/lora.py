@@ -29,19 +29,17 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPTextModel
 
 from lpl.config.choices import ALL_LINEAR
 from lpl.config.groups import Lora
+from lpl.families.lora_files import PEFT_FILE, PEFT_PREFIX, Adapter, lost_prefix
 from lpl.families.lora_layout import LoraLayout
 from lpl.tools import layout
+from lpl.training.adapters import ADAPTER
 
 
 FILE = layout.LORA
-PEFT_FILE = "adapter_model.safetensors"
-PEFT_PREFIX = "base_model.model."  # of the names in peft's own files
 OTHERS_SUFFIX = layout.OTHERS_SUFFIX
-ADAPTER = "default"  # peft's name of the trained adapter
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
@@ -67,6 +65,13 @@ def add_lora(model: nn.Module, targets: Sequence[str], lora: Lora, dora: bool = 
     cast_training_params(model)
 
 
+def continue_lora(model: nn.Module, adapter: Adapter, lora: Lora) -> None:
+    """Add an adapter that was trained before; nothing else keeps a gradient."""
+    model.requires_grad_(False)
+    adapter.inject(model, ADAPTER, lora.lora_dropout)
+    cast_training_params(model)
+
+
 def in_one_file(pipeline_class: type[DiffusionPipeline]) -> bool:
     """Whether the pipeline's class loads LoRA."""
     return hasattr(pipeline_class, "save_lora_weights")
@@ -75,7 +80,7 @@ def in_one_file(pipeline_class: type[DiffusionPipeline]) -> bool:
 def save_lora(pipeline_class: type[DiffusionPipeline], folder: str | Path, models: Mapping[str, nn.Module]) -> None:
     """Write the adapters of the components, given by name, into a folder."""
     states = {
-        name: {_lost_prefix(model) + key: value for key, value in _adapter(model).items()}
+        name: {lost_prefix(model) + key: value for key, value in _adapter(model).items()}
         for name, model in models.items()
     }
     if in_one_file(pipeline_class):
@@ -105,7 +110,7 @@ def load_lora(pipeline_class: type[DiffusionPipeline], folder: str | Path, model
         else:
             saved, prefix = load_file(peft_folder(folder, name) / PEFT_FILE), PEFT_PREFIX
         saved = {key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)}
-        saved = {key.removeprefix(_lost_prefix(model)): value for key, value in saved.items()}
+        saved = {key.removeprefix(lost_prefix(model)): value for key, value in saved.items()}
         own = _adapter(model)
         if {key: value.shape for key, value in own.items()} != {key: value.shape for key, value in saved.items()}:
             raise ValueError(
@@ -125,11 +130,6 @@ def _config(model: nn.Module) -> LoraConfig:
 
 def peft_folder(folder: str | Path, name: str) -> Path:
     return Path(folder, f"{name}{layout.PEFT_SUFFIX}")
-
-
-def _lost_prefix(model: nn.Module) -> str:
-    """The prefix that transformers 5 dropped from names in ``CLIPTextModel``; files keep it for all other readers."""
-    return "text_model." if isinstance(model, CLIPTextModel) and not hasattr(model, "text_model") else ""
 
 
 # --- other programs --------------------------------------------------------------------------------------------------
@@ -156,9 +156,9 @@ def save_for_other_programs(
         return None
     tensors = {}
     for component, model in models.items():
-        adapted = [key for key, module in model.named_modules() if isinstance(module, LoraLayer)]
+        adapted = [key for key, module in model.named_modules() if _is_adapted(module)]
         if component.startswith("text_encoder"):
-            originals = {_lost_prefix(model) + key: (key,) for key in adapted}
+            originals = {lost_prefix(model) + key: (key,) for key in adapted}
         else:
             originals = layout.originals(model, adapted)
         for original, names in originals.items():
@@ -175,13 +175,14 @@ def _stacked(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     Each layer keeps its factors: the A are stacked, (n r, in); the B are the blocks on a diagonal, (sum of out, n r).
     """
     layers = [model.get_submodule(name) for name in names]
-    adapted = [layer for layer in layers if isinstance(layer, LoraLayer)]
+    adapted = [cast(LoraLayer, layer) for layer in layers if _is_adapted(layer)]
     down, up = _factors(adapted[0])
     if len(layers) > 1:
         down = torch.cat([_factors(layer)[0] for layer in adapted])
+        scale = adapted[0].scaling[ADAPTER]  # of all; a LoRA that was started from may have others
         ups = (
-            _factors(layer)[1]
-            if isinstance(layer, LoraLayer)
+            _factors(layer)[1] * (layer.scaling[ADAPTER] / scale)
+            if isinstance(layer, LoraLayer) and _is_adapted(layer)
             else down.new_zeros(cast(nn.Linear, layer).out_features, 0)
             for layer in layers
         )
@@ -198,6 +199,11 @@ def _stacked(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     return {kind: tensor.detach().cpu().contiguous() for kind, tensor in tensors.items()}
 
 
+def _is_adapted(layer: nn.Module) -> bool:
+    """Whether a layer has the trained adapter."""
+    return isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A
+
+
 def _factors(layer: LoraLayer) -> tuple[Tensor, Tensor]:
     """A, (r, in, ...), and B, (out, r, ...)."""
     return layer.lora_A[ADAPTER].get_parameter("weight"), layer.lora_B[ADAPTER].get_parameter("weight")
@@ -205,7 +211,7 @@ def _factors(layer: LoraLayer) -> tuple[Tensor, Tensor]:
 
 def _magnitudes(layer: nn.Module) -> Tensor:
     """DoRA's length of each row, (out,); that of the weight itself if the layer has no adapter."""
-    if isinstance(layer, LoraLayer):
+    if isinstance(layer, LoraLayer) and _is_adapted(layer):
         return layer.lora_magnitude_vector[ADAPTER].get_parameter("weight").flatten()
     return dequantize_module_weight(layer).float().norm(dim=1)
 

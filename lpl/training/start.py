@@ -334,6 +334,7 @@ def trained_parts(family: Family, config: Config) -> TrainedParts:
         config.lora,
         text_encoders=config.model.train_text_encoder,
         gradient_checkpointing=config.optimization.gradient_checkpointing,
+        cache_dir=config.model.cache_dir,
     )
 
 

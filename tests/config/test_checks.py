@@ -190,7 +190,10 @@ def test_the_pipeline_is_not_overwritten(sd_pipeline, image_folder, capsys, no_w
         ("lora", ["pytorch_lora_weights.safetensors"], "this is a LoRA"),
         ("peft", ["transformer_lora/adapter_config.json"], "this is a LoRA"),
         ("folder", ["notes.txt"], "this folder has no model_index.json"),
-        ("model.safetensors", None, "from_single_file"),
+        ("model.safetensors", None, "this is no whole safetensors file"),
+        ("model.ckpt", None, "this is a pickle"),
+        ("model.gguf", None, "in 16 or 32 bits"),
+        ("model.txt", None, "this is no checkpoint"),
         ("nowhere", [], "there is no such folder"),
     ],
 )
