@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -106,7 +107,9 @@ class Adapter:
             use_rslora=self.rslora,
         )
         before = {key: weight.requires_grad for key, weight in model.named_parameters()}
-        inject_adapter_in_model(config, model, adapter_name=name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that of the trained adapter
+            inject_adapter_in_model(config, model, adapter_name=name)
         for key, weight in model.named_parameters():
             if key not in before and weight.dtype in (torch.float16, torch.bfloat16):
                 weight.data = weight.data.float()

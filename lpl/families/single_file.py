@@ -214,6 +214,11 @@ def load_component(file: Path, header: Header, names: list[str], kind: Any, conf
             model = diffusers_utils.create_diffusers_t5_model_from_checkpoint(kind, tensors, **source)
         else:
             model = diffusers_utils.create_diffusers_clip_model_from_ldm(kind, tensors, **source)
+    except NotImplementedError as error:  # torch cannot move what has no data
+        raise ValueError(
+            f"it lacks weights of the {subfolder} that {config} has; give the configuration of its own architecture "
+            "by --single_file_config"
+        ) from error
     except (diffusers_utils.SingleFileComponentError, KeyError, IndexError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"its {subfolder} does not fit the configuration of {config} ({first_line(error)}); give that of its own "

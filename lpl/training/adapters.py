@@ -23,7 +23,7 @@ from lpl.families.description import Description
 from lpl.families.lora_files import Adapter, read_lora
 
 
-ADAPTER, FROZEN = "default", "training"  # peft's names of the trained adapter, and of the other one
+ADAPTER, FROZEN = "default", "training_adapter"  # peft's names of the trained adapter, and of the other one
 
 
 def with_adapters(config: Config, description: Description) -> Config:
