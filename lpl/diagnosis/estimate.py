@@ -45,7 +45,7 @@ from lpl.objectives import FlowMatching, Objective
 from lpl.student import Student, StudentLoss
 from lpl.tools.machine import DTYPES
 from lpl.tools.words import Rows, counted, pixels, short_count, size, table
-from lpl.training.adapters import with_adapters
+from lpl.training.adapters import Adapters, shapes_of, with_adapters
 from lpl.training.loading import denoiser_class, precisions
 from lpl.training.losses import lpl_weight, perceptual_loss
 from lpl.training.parts import TrainedParts
@@ -247,17 +247,24 @@ class Rehearsal:
 
     Args:
         objective: made outside, since its tables are on the host.
+        adapters: LoRA that the flags name, read outside.
     """
 
     def __init__(
-        self, config: Config, description: Description, objective: Objective, method: Method, accelerator: OneGpu
+        self,
+        config: Config,
+        description: Description,
+        objective: Objective,
+        method: Method,
+        accelerator: OneGpu,
+        adapters: Adapters,
     ) -> None:
         self.config, self.description, self.accelerator, self.method = config, description, accelerator, method
         optimization, stands_in = config.optimization, cast(Any, accelerator)
         family = family_without_weights(config, description, accelerator.mixed_precision)
         self.cached = _forget_encoders(family, config.data)
         self.packed = _pack(family.denoiser, config.lora.quantize_base)
-        self.trained = trained_parts(family, config)
+        self.trained = trained_parts(family, config, adapters)
         here = config.changed(offload_ema=False, non_ema_revision=None)  # what is offloaded is left out of the count
         self.average = place_models(self.trained, here, description, stands_in)
         self.lpl_loss = (
@@ -432,8 +439,9 @@ def estimate(
     counting = counting or Counting()
     memory: dict[Stage, int] = {}
     operations: dict[Stage, int] = {}
+    adapters = shapes_of(config, description)
     with counting, on_gpu:
-        run = Rehearsal(config, description, objective, method, accelerator)
+        run = Rehearsal(config, description, objective, method, accelerator, adapters)
         if run.packed:
             layers = (module for module in run.trained.denoiser.modules() if type(module) is nn.Linear)
             counting.leave_out(layer.weight for layer in layers if not layer.weight.requires_grad)

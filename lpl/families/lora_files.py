@@ -91,8 +91,12 @@ class Adapter:
     def dora(self) -> bool:
         return any(layer.magnitude is not None for layer in self.layers.values())
 
-    def inject(self, model: nn.Module, name: str, dropout: float = 0.0) -> None:
-        """Add the adapter to a model in place, under that name, in float32."""
+    def inject(self, model: nn.Module, name: str, dropout: float = 0.0, whole: bool = True) -> None:
+        """Add the adapter to a model in place, under that name, in float32.
+
+        Args:
+            whole: with its weights; an estimate needs the shapes only.
+        """
         targets = list(self.layers)
         others = (layer for layer, module in model.named_modules() if isinstance(module, ADAPTABLE))
         beyond = any(other.endswith(f".{target}") for other in others for target in targets if other != target)
@@ -113,7 +117,8 @@ class Adapter:
         for key, weight in model.named_parameters():
             if key not in before and weight.dtype in (torch.float16, torch.bfloat16):
                 weight.data = weight.data.float()
-        set_peft_model_state_dict(model, self._state(), adapter_name=name)
+        if whole:
+            set_peft_model_state_dict(model, self._state(), adapter_name=name)
 
     def _state(self) -> dict[str, Tensor]:
         """The tensors under peft's names."""

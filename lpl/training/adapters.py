@@ -8,7 +8,7 @@ Distilled models are trained so: the adapter undoes the distillation.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -84,7 +84,32 @@ def _of_denoiser(source: str, family: type[Family], models: Mapping[str, nn.Modu
     return found[family.denoiser_name]
 
 
-def given_adapters(family: Family, lora: Lora, cache_dir: str | None) -> tuple[Mapping[str, Adapter], Adapter | None]:
+class Adapters(NamedTuple):
+    """The LoRA that a run is given.
+
+    Args:
+        initial: those that it starts from, by component.
+        frozen: of the denoiser, active in training only.
+        whole: False: their shapes alone count.
+    """
+
+    initial: Mapping[str, Adapter] = {}
+    frozen: Adapter | None = None
+    whole: bool = True
+
+
+def shapes_of(config: Config, description: Description) -> Adapters:
+    """The adapters for an estimate, whose models have no weights."""
+    lora, kind, cache_dir = config.lora, description.family, config.model.cache_dir
+    if not lora.lora or (lora.lora_init is None and lora.training_adapter is None):
+        return Adapters(whole=False)
+    models = _skeletons(config, description)
+    initial = read_lora("lora_init", lora.lora_init, kind, models, cache_dir) if lora.lora_init else {}
+    frozen = _of_denoiser(lora.training_adapter, kind, models, cache_dir) if lora.training_adapter else None
+    return Adapters(initial, frozen, whole=False)
+
+
+def given_adapters(family: Family, lora: Lora, cache_dir: str | None) -> Adapters:
     """The adapters to start from, by component, and the one that is active in training only.
 
     Args:
@@ -98,7 +123,7 @@ def given_adapters(family: Family, lora: Lora, cache_dir: str | None) -> tuple[M
     kind = type(family)
     initial = read_lora("lora_init", lora.lora_init, kind, models, cache_dir) if lora.lora_init else {}
     frozen = _of_denoiser(lora.training_adapter, kind, models, cache_dir) if lora.training_adapter else None
-    return initial, frozen
+    return Adapters(initial, frozen)
 
 
 def freeze(model: nn.Module) -> None:

@@ -65,10 +65,14 @@ def add_lora(model: nn.Module, targets: Sequence[str], lora: Lora, dora: bool = 
     cast_training_params(model)
 
 
-def continue_lora(model: nn.Module, adapter: Adapter, lora: Lora) -> None:
-    """Add an adapter that was trained before; nothing else keeps a gradient."""
+def continue_lora(model: nn.Module, adapter: Adapter, lora: Lora, whole: bool = True) -> None:
+    """Add an adapter that was trained before; nothing else keeps a gradient.
+
+    Args:
+        whole: with its weights.
+    """
     model.requires_grad_(False)
-    adapter.inject(model, ADAPTER, lora.lora_dropout)
+    adapter.inject(model, ADAPTER, lora.lora_dropout, whole)
     cast_training_params(model)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lpl.autoencoders import exact_precision
 from lpl.config.groups import Lora
 from lpl.families import Conditions, Family
-from lpl.training.adapters import FROZEN, given_adapters, switch
+from lpl.training.adapters import FROZEN, Adapters, given_adapters, switch
 from lpl.training.lora import TEXT_ENCODER_TARGETS, add_lora, continue_lora, load_lora, save_lora
 
 
@@ -26,6 +26,7 @@ class TrainedParts(nn.Module):
     Args:
         text_encoders: train the text encoders too.
         cache_dir: for LoRA of the Hub.
+        adapters: those that the flags name; None: they are read.
     """
 
     def __init__(
@@ -36,16 +37,17 @@ class TrainedParts(nn.Module):
         text_encoders: bool = False,
         gradient_checkpointing: bool = False,
         cache_dir: str | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         super().__init__()
         self._family, self.lora = (family,), lora.lora  # in a tuple: its frozen parts are no parts of this module
         names = [family.denoiser_name, *(family.trainable_text_encoders if text_encoders else ())]
         self.parts = nn.ModuleDict({name: getattr(family.pipeline, name) for name in names})
-        initial, frozen = given_adapters(family, lora, cache_dir) if lora.lora else ({}, None)
+        initial, frozen, whole = given_adapters(family, lora, cache_dir) if adapters is None else adapters
         self.has_frozen_adapter = frozen is not None
         for name, part in self.parts.items():
             if name in initial:
-                continue_lora(part, initial[name], lora)
+                continue_lora(part, initial[name], lora, whole)
             elif lora.lora and part is family.denoiser:
                 add_lora(part, lora.lora_target_modules or family.lora_targets, lora, dora=lora.use_dora)
             elif lora.lora:
@@ -55,7 +57,7 @@ class TrainedParts(nn.Module):
             if gradient_checkpointing:
                 _checkpoint_gradients(part)
         if frozen is not None:
-            frozen.inject(self.denoiser, FROZEN)
+            frozen.inject(self.denoiser, FROZEN, whole=whole)
         self.train()
 
     def train(self, mode: bool = True) -> Self:

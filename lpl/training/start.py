@@ -38,6 +38,7 @@ from lpl.families.description import Description
 from lpl.tools import layout
 from lpl.tools.results import lora_entries, pipeline_entries
 from lpl.tools.words import first_line
+from lpl.training.adapters import Adapters
 from lpl.training.average import MovingAverage
 from lpl.training.base_model import identity
 from lpl.training.checkpoints import (
@@ -327,14 +328,19 @@ def load_weights(config: Config, description: Description, accelerator: Accelera
         ) from error
 
 
-def trained_parts(family: Family, config: Config) -> TrainedParts:
-    """What is trained of a pipeline, as the flags say."""
+def trained_parts(family: Family, config: Config, adapters: Adapters | None = None) -> TrainedParts:
+    """What is trained of a pipeline, as the flags say.
+
+    Args:
+        adapters: LoRA that the flags name; None: they are read.
+    """
     return TrainedParts(
         family,
         config.lora,
         text_encoders=config.model.train_text_encoder,
         gradient_checkpointing=config.optimization.gradient_checkpointing,
         cache_dir=config.model.cache_dir,
+        adapters=adapters,
     )
 
 
