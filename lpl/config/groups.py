@@ -73,6 +73,22 @@ class Model:
         public=rules.model_on_the_hub,
         path=True,
     )
+    revision: str | None = flag(
+        None, "branch, tag or commit of the pipeline on the Hub", public=rules.is_revision, used=rules.from_the_hub
+    )
+    variant: str | None = flag(None, "variant of the weight files, e.g. fp16", public=rules.is_word)
+    non_ema_revision: str | None = flag(
+        None,
+        "Hub revision of the pipeline with non-EMA denoiser weights, to start training from",
+        public=rules.is_revision,
+        used=rules.from_the_hub,
+    )
+    pretrained_vae_model_name_or_path: str | None = flag(
+        None,
+        "VAE to encode and decode with instead of the pipeline's: a local folder or a Hub id",
+        public=rules.on_the_hub,
+        path=True,
+    )
     single_file_config: str | None = flag(
         None,
         "for a single file: folder or Hub id of a pipeline with its configuration, tokenizers and the components that "
@@ -91,22 +107,6 @@ class Model:
         None,
         "LoRA to merge into the pipeline before the training, each FILE or FILE:STRENGTH; also folders and Hub ids",
         public=rules.all_on_the_hub,
-        path=True,
-    )
-    revision: str | None = flag(
-        None, "branch, tag or commit of the pipeline on the Hub", public=rules.is_revision, used=rules.from_the_hub
-    )
-    variant: str | None = flag(None, "variant of the weight files, e.g. fp16", public=rules.is_word)
-    non_ema_revision: str | None = flag(
-        None,
-        "Hub revision of the pipeline with non-EMA denoiser weights, to start training from",
-        public=rules.is_revision,
-        used=rules.from_the_hub,
-    )
-    pretrained_vae_model_name_or_path: str | None = flag(
-        None,
-        "VAE to encode and decode with instead of the pipeline's: a local folder or a Hub id",
-        public=rules.on_the_hub,
         path=True,
     )
     cache_dir: str | None = own_flag(None, "folder for downloaded models and data sets", path=True)
