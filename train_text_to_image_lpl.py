@@ -59,7 +59,7 @@ from lpl.student import StudentLoss, difference
 from lpl.tools import layout
 from lpl.tools.pictures import loss_curves
 from lpl.tools.process import leave_after
-from lpl.training.adapters import with_adapters
+from lpl.training.given_lora import with_adapters
 from lpl.training.average import MovingAverage
 from lpl.training.base_model import check_base
 from lpl.training.caching import with_caches

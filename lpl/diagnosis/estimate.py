@@ -45,7 +45,7 @@ from lpl.objectives import FlowMatching, Objective
 from lpl.student import Student, StudentLoss
 from lpl.tools.machine import DTYPES
 from lpl.tools.words import Rows, counted, pixels, short_count, size, table
-from lpl.training.adapters import Adapters, shapes_of, with_adapters
+from lpl.training.given_lora import Adapters, shapes_of, with_adapters
 from lpl.training.loading import denoiser_class, precisions
 from lpl.training.losses import lpl_weight, perceptual_loss
 from lpl.training.parts import TrainedParts

@@ -38,7 +38,7 @@ from lpl.config.groups import Model
 from lpl.families import Family, find_family
 from lpl.families.components import NOT_MODELS, OTHERS_WEIGHTS, WEIGHTS, weights
 from lpl.families.lora_files import Adapter, lora_files, read_lora
-from lpl.families.single_file import (
+from lpl.families.checkpoint_files import (
     Header,
     component_names,
     default_config,

@@ -38,7 +38,7 @@ from transformers import CLIPTextModel
 
 from lpl.families.base import Family
 from lpl.families.lora_layout import own_names
-from lpl.families.single_file import local_file
+from lpl.families.checkpoint_files import local_file
 from lpl.tools import layout
 from lpl.tools.privacy import hub_file, is_hub_id
 from lpl.tools.trust import PICKLES

@@ -35,7 +35,7 @@ from lpl.config.groups import Lora
 from lpl.families.lora_files import PEFT_FILE, PEFT_PREFIX, Adapter, lost_prefix
 from lpl.families.lora_layout import LoraLayout
 from lpl.tools import layout
-from lpl.training.adapters import ADAPTER
+from lpl.training.given_lora import ADAPTER
 
 
 FILE = layout.LORA

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lpl.autoencoders import exact_precision
 from lpl.config.groups import Lora
 from lpl.families import Conditions, Family
-from lpl.training.adapters import FROZEN, Adapters, given_adapters, switch
+from lpl.training.given_lora import FROZEN, Adapters, given_adapters, switch
 from lpl.training.lora import TEXT_ENCODER_TARGETS, add_lora, continue_lora, load_lora, save_lora
 
 

@@ -38,7 +38,7 @@ from lpl.families.description import Description
 from lpl.tools import layout
 from lpl.tools.results import lora_entries, pipeline_entries
 from lpl.tools.words import first_line
-from lpl.training.adapters import Adapters
+from lpl.training.given_lora import Adapters
 from lpl.training.average import MovingAverage
 from lpl.training.base_model import identity
 from lpl.training.checkpoints import (

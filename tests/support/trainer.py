@@ -22,7 +22,7 @@ from lpl.families.derived import with_derived
 from lpl.families.description import read_pipeline
 from lpl.families.resolve import resolve
 from lpl.training import lora
-from lpl.training.adapters import with_adapters
+from lpl.training.given_lora import with_adapters
 from lpl.training.preflight import check_captions, preflight
 
 
