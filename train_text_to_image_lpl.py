@@ -45,6 +45,7 @@ from lpl.diagnosis.estimate import Method, print_estimate
 from lpl.diagnosis.failures import Status, explained
 from lpl.diagnosis.plan import Plan
 from lpl.families import Family
+from lpl.families.derived import with_derived
 from lpl.families.description import Description, read_pipeline
 from lpl.families.resolve import resolve, with_decoder_dtype
 from lpl.gate import random_window, rows_inside, sigma_threshold_at, subset
@@ -64,6 +65,7 @@ from lpl.training.base_model import check_base
 from lpl.training.caching import with_caches
 from lpl.training.checkpoints import TrainingState
 from lpl.training.earlier import set_earlier_aside
+from lpl.training.given_lora import with_adapters
 from lpl.training.log import Log
 from lpl.training.losses import BatchLosses, clean_latents, lpl_weight, perceptual_loss, student_of
 from lpl.training.parts import unwrapped
@@ -236,8 +238,9 @@ def start(config: Config, status: Status) -> Inputs:
         if evaluates:
             evaluation.check_evaluation(config.evaluation, config.model)
     with run_errors(SCRIPT, hub.HubError):
+        config = with_derived(config)
         description = read_pipeline(config.model, config.lpl.lpl_blocks)
-        config = status.config = resolve(config, description)
+        config = status.config = with_adapters(resolve(config, description), description)
         check_captions(config.data, description.family)
         if evaluates:
             evaluation.check_captions(config.evaluation, config.data, description.family)
@@ -251,6 +254,8 @@ def start(config: Config, status: Status) -> Inputs:
         writes = run.is_main and not dry_run
         if writes and config.output.push_to_hub:
             run.repository = hub.prepare_repository(config.output, config.lora.lora)
+            if run.resumed is None:
+                hub.check_not_source(config, run.repository)
     return Inputs(
         config=config,
         description=description,

@@ -56,6 +56,7 @@ from lpl.evaluation import command as evaluate
 from lpl.evaluation.images import METADATA, Preprocessing, has_captions
 from lpl.evaluation.metrics import check_counts
 from lpl.evaluation.report import SAMPLING, short_names
+from lpl.families.derived import with_derived
 from lpl.families.description import Description, read_pipeline
 from lpl.families.resolve import resolve
 from lpl.tools.files import check_writable, write_text
@@ -392,6 +393,7 @@ def prepare(command: Command) -> tuple[Command, evaluate.Command]:
     the runs."""
     config = command.training
     check_words(config)
+    config = with_derived(config)
     description = read_pipeline(config.model, config.lpl.lpl_blocks)
     command = replace(command, training=resolve(config, description))
     check_folder(command)

@@ -30,16 +30,21 @@ from lpl.config.config import FLAGS, Config
 from lpl.config.data_sets import MOST_REPEATS, OF_ONE, OWN, PLACES, Entry, name_of, place_of
 from lpl.config.flag import flags_of, kind_of
 from lpl.config.foreign import FOREIGN
-from lpl.config.groups import Data, Lora, Lpl, naming
+from lpl.config.groups import Data, Lora, Lpl, Model, naming
 from lpl.config.prompts import check_entries, text_of
 from lpl.config.sizes import AUTO
 from lpl.options import check_options, parse_weight
+from lpl.tools.layout import CHECKPOINT_PREFIX
 from lpl.tools.places import lies_within
 from lpl.tools.privacy import HUB_ID
+from lpl.tools.single_files import single_file, why_no_file
 from lpl.tools.words import close_match, has_word, warn, why_no_folder
 
 
-MAY_BE_FILES = ("config", "pretrained_model_name_or_path", "validation_prompts_file")
+MAY_BE_FILES = (
+    *("config", "pretrained_model_name_or_path", "denoiser_model_name_or_path"),
+    *("lora_init", "merge_lora", "training_adapter", "validation_prompts_file"),
+)
 
 
 def check_words(config: Config) -> None:
@@ -176,8 +181,45 @@ def _check_sources(config: Config) -> None:
         raise ValueError(f"--pretrained_model_name_or_path {model.pretrained_model_name_or_path}: {why}")
     if config.validation.for_gpu is None or data.dataset_name or data.train_data_dir:
         _check_parts(data)
+    _check_starting_points(model)
     if model.from_scratch and model.non_ema_revision:
         raise ValueError("--from_scratch loads no weights, so --non_ema_revision has no effect; leave one of them out")
+
+
+def _check_starting_points(model: Model) -> None:
+    """Refuse sources of weights that exclude one another."""
+    others = {
+        "denoiser_model_name_or_path": model.denoiser_model_name_or_path is not None,
+        "merge_lora": bool(model.merge_lora),
+    }
+    for name in (name for name, given in others.items() if given):
+        if model.from_scratch:
+            raise ValueError(f"--from_scratch loads no weights, so --{name} has no effect; leave one of them out")
+        if model.non_ema_revision:
+            raise ValueError(f"--non_ema_revision is another denoiser than that of --{name}; leave one of them out")
+    if model.non_ema_revision and single_file(model.source):
+        raise ValueError("--non_ema_revision is of a pipeline on the Hub, and a single file has none; leave it out")
+    if place := model.denoiser_model_name_or_path:
+        why = why_no_file(place) if Path(place).is_file() else None
+        if why is None and not os.path.exists(place) and not HUB_ID.fullmatch(place) and single_file(place) is None:
+            why = "there is no such folder or file, and no repository on the Hub has such a name"
+        if why:
+            raise ValueError(f"--denoiser_model_name_or_path {place}: {why}")
+    for source, strength in model.merged:
+        if not math.isfinite(strength) or strength == 0:
+            raise ValueError(f"--merge_lora {source}:{strength:g}: its strength must be a number other than 0")
+
+
+def starting_points(model: Model, lora: Lora) -> list[tuple[str, str]]:
+    """Flags and places of what a run starts from."""
+    found = {
+        "pretrained_model_name_or_path": model.source,
+        "denoiser_model_name_or_path": model.denoiser_model_name_or_path,
+        "lora_init": lora.lora_init,
+        "training_adapter": lora.training_adapter,
+    }
+    merged = [("merge_lora", source) for source, _ in model.merged]
+    return [*((name, place) for name, place in found.items() if place), *merged]
 
 
 def _check_parts(data: Data) -> None:
@@ -223,14 +265,16 @@ def why_no_pipeline(path: str) -> str | None:
     """Why a path is not a pipeline, and what to give instead; None if it may be one."""
     place = Path(path)
     if place.is_file():
-        return (
-            'this is a file; make a folder of it by python -c "from diffusers import StableDiffusionXLPipeline as P; '
-            f"P.from_single_file('{path}').save_pretrained('FOLDER')\", with its own pipeline class, and give FOLDER"
-        )
+        return why_no_file(path)
     if (place / "model_index.json").is_file():
         return None
     if (place / "pytorch_lora_weights.safetensors").is_file() or list(place.glob("*/adapter_config.json")):
-        return "this is a LoRA; give the pipeline that it was trained on"
+        return "this is a LoRA; give the pipeline that it was trained on, and this by --lora_init to go on training it"
+    try:
+        if single_file(path) is not None:
+            return None
+    except ValueError as error:
+        return str(error)
     if place.is_dir():
         return "this folder has no model_index.json, so it is no pipeline of diffusers"
     if not HUB_ID.fullmatch(path):
@@ -360,6 +404,10 @@ def _check_lora(config: Config) -> None:
                 raise ValueError(f"--{name} is for LoRA; add --lora or --rank, or leave it out")
     elif config.model.from_scratch:
         raise ValueError("--from_scratch trains every weight anew, which LoRA cannot; leave out --lora and --rank")
+    if lora.lora_init is not None and lora.adapter != LORA:
+        raise ValueError(f"--adapter {lora.adapter}: --lora_init is a LoRA, which is trained further; leave one out")
+    if lora.lora_init is not None and "lora_target_modules" in config.given:
+        raise ValueError("--lora_target_modules: the layers are those of --lora_init; leave one of them out")
     _check_adapter(config)
     if lora.use_dora and config.model.train_text_encoder:
         warn("--use_dora is for the denoiser; the text encoders get LoRA, since diffusers loads no DoRA there")
@@ -536,6 +584,16 @@ def _check_output(config: Config) -> None:
         )
     if Path(output.output_dir).resolve() == Path(pipeline).resolve():
         raise ValueError(f"--output_dir {output.output_dir}: this is the pipeline to start from; give another folder")
+    for name, place in starting_points(config.model, config.lora):
+        folder = Path(place) if Path(place).is_dir() else Path(place).parent
+        if os.path.exists(place) and Path(output.output_dir).resolve() in (
+            folder.resolve(),
+            *([folder.resolve().parent] if folder.name.startswith(CHECKPOINT_PREFIX) else []),
+        ):
+            raise ValueError(
+                f"--output_dir {output.output_dir}: --{name} {place} is in it, which this run would move aside or "
+                "write over; give another folder"
+            )
 
 
 def _check_written(config: Config) -> None:

@@ -157,7 +157,7 @@ def _completed(config: Config) -> Config:
     values: dict[str, Any] = {"optimizer": name}
     if optimization.use_ema and optimization.ema_decay is None:
         values["ema_decay"] = EMA_DECAY_WITH_LPL if config.lpl.enabled else EMA_DECAY
-    if lora.adapter == OFT:
+    if lora.lora_init is not None or lora.adapter == OFT:
         values["lora"] = True
     elif lora.lora or lora.rank is not None or "adapter" in config.given:
         rank = lora.rank or RANK

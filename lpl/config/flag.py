@@ -122,7 +122,7 @@ def kind_of(group: type, name: str) -> Any:
 
 def flags_of(group: type) -> dict[str, Flag]:
     """The flags of a group by name."""
-    return {item.name: item.metadata["flag"] for item in fields(group)}
+    return {item.name: item.metadata["flag"] for item in fields(group) if "flag" in item.metadata}
 
 
 def boolean(word: str) -> bool:
@@ -173,7 +173,7 @@ def built(group: type[Group], values: Values) -> Group:
 def _options(group: type) -> Iterator[tuple[Field, dict[str, Any]]]:
     """Each flag with its arguments for ``add_argument``."""
     hints = get_type_hints(group)
-    for item in fields(group):
+    for item in (item for item in fields(group) if "flag" in item.metadata):
         declared: Flag = item.metadata["flag"]
         kind, several = _kind(hints[item.name])
         several = several or declared.words is not None

@@ -76,7 +76,10 @@ class Model:
     """model"""
 
     pretrained_model_name_or_path: str | None = flag(
-        None, "pipeline to fine-tune: a local folder or a Hub id", public=rules.on_the_hub, path=True
+        None,
+        "pipeline to fine-tune: a local folder, a Hub id, or a single file, local or ORG/REPO/FILE.safetensors",
+        public=rules.model_on_the_hub,
+        path=True,
     )
     revision: str | None = flag(
         None, "branch, tag or commit of the pipeline on the Hub", public=rules.is_revision, used=rules.from_the_hub
@@ -92,6 +95,26 @@ class Model:
         None,
         "VAE to encode and decode with instead of the pipeline's: a local folder or a Hub id",
         public=rules.on_the_hub,
+        path=True,
+    )
+    single_file_config: str | None = flag(
+        None,
+        "for a single file: folder or Hub id of a pipeline with its configuration, tokenizers and the components that "
+        "it lacks; default: the one on the Hub that diffusers takes",
+        public=rules.on_the_hub,
+        path=True,
+        used=rules.from_a_file,
+    )
+    denoiser_model_name_or_path: str | None = flag(
+        None,
+        "denoiser to train instead of the pipeline's: a folder with a config.json, a Hub id, or a single file",
+        public=rules.model_on_the_hub,
+        path=True,
+    )
+    merge_lora: tuple[str, ...] | None = flag(
+        None,
+        "LoRA to merge into the pipeline before the training, each FILE or FILE:STRENGTH; also folders and Hub ids",
+        public=rules.all_on_the_hub,
         path=True,
     )
     cache_dir: str | None = own_flag(None, "folder for downloaded models and data sets", path=True)
@@ -112,11 +135,23 @@ class Model:
         on_resume=REFUSED,
     )
 
+    folder: str | None = None  # no flag: of the pipeline that these flags make, see lpl.families.derived
+
     @property
     def pipeline(self) -> str:
-        """Folder or Hub id of the pipeline; available after the checks."""
+        """Folder or Hub id of the pipeline that is loaded; available after the checks."""
+        return self.folder or self.source
+
+    @property
+    def source(self) -> str:
+        """What the user has named as the pipeline; available after the checks."""
         assert self.pretrained_model_name_or_path is not None
         return self.pretrained_model_name_or_path
+
+    @property
+    def merged(self) -> list[tuple[str, float]]:
+        """The LoRA of --merge_lora and their strengths."""
+        return [rules.source_and_strength(word) for word in self.merge_lora or ()]
 
     @property
     def objective(self) -> str:
@@ -132,6 +167,19 @@ class Lora:
     lora: bool = flag(False, "train low-rank adapters (LoRA) instead of all weights", on_resume=REFUSED)
     rank: int | None = flag(
         None, f"rank of the LoRA adapters; giving it turns LoRA on; default: {RANK}", range=POSITIVE
+    )
+    lora_init: str | None = flag(
+        None,
+        "LoRA to start from instead of a new one, which also says rank and alpha: a file, a folder or a Hub id",
+        public=rules.model_on_the_hub,
+        path=True,
+    )
+    training_adapter: str | None = flag(
+        None,
+        "LoRA of the denoiser that is frozen and active in training only, for distilled models: a file, a folder or a "
+        "Hub id",
+        public=rules.model_on_the_hub,
+        path=True,
     )
     lora_alpha: float | None = flag(
         None, "LoRA alpha; adapters are scaled by alpha / rank; default: the rank", range=POSITIVE

@@ -7,13 +7,12 @@ import os
 import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from lpl.config.choices import CLIP_SCORE, SET_METRICS
 from lpl.config.flag import Range, Values
 from lpl.options import AUTO, MASK_RANGES
-from lpl.tools.privacy import HUB_ID, is_hub_id
+from lpl.tools.privacy import HUB_ID, hub_file, is_hub_id
 
 
 # A revision, or a folder within a repository
@@ -38,6 +37,16 @@ def hub_source(source: str) -> tuple[str, str | None] | None:
 
 def on_the_hub(value: Any, values: Values) -> bool:
     return isinstance(value, str) and is_hub_id(value)
+
+
+def model_on_the_hub(value: Any, values: Values) -> bool:
+    """A repository on the Hub, or a file in one."""
+    return on_the_hub(value, values) or (isinstance(value, str) and hub_file(value) is not None)
+
+
+def all_on_the_hub(value: Any, values: Values) -> bool:
+    """Whether all LoRA of --merge_lora are on the Hub."""
+    return all(isinstance(word, str) and model_on_the_hub(source_and_strength(word)[0], values) for word in value)
 
 
 def is_revision(value: Any, values: Values) -> bool:
@@ -83,7 +92,7 @@ def unless(name: str) -> Condition:
 
 
 def from_the_hub(flags: Values) -> bool:
-    return not Path(flags["pretrained_model_name_or_path"]).is_dir()
+    return not os.path.exists(flags["pretrained_model_name_or_path"])
 
 
 def holds_out(flags: Values) -> bool:
@@ -140,6 +149,12 @@ def scores_captions(flags: Values) -> bool:
     return flags["eval_steps"] is not None and CLIP_SCORE in flags["eval_metrics"]
 
 
+def from_a_file(flags: Values) -> bool:
+    """The pipeline, or the denoiser, may be a single file."""
+    places = flags["pretrained_model_name_or_path"], flags["denoiser_model_name_or_path"]
+    return any(place and (str(place).endswith(".safetensors") or os.path.isdir(place)) for place in places)
+
+
 # Values --------------------------------------------------------------------------------------------------------------
 
 
@@ -151,6 +166,19 @@ def depth_weighting(words: str | Sequence[str]) -> str | tuple[float, ...]:
         return tuple(float(word) for word in words)
     except ValueError:
         return " ".join(words)
+
+
+def source_and_strength(word: str) -> tuple[str, float]:
+    """``FILE:STRENGTH`` or ``FILE``, whose strength is 1.
+
+    >>> source_and_strength("style.safetensors:0.7"), source_and_strength("user/lora")
+    (('style.safetensors', 0.7), ('user/lora', 1.0))
+    """
+    source, colon, strength = word.rpartition(":")
+    try:
+        return (source, float(strength)) if colon and source else (word, 1.0)
+    except ValueError:
+        return word, 1.0
 
 
 def count_or_auto(word: str) -> int | None:

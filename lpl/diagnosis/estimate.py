@@ -38,6 +38,7 @@ from lpl.diagnosis.needs import bytes_of, count_parameters, optimizer_bytes
 from lpl.diagnosis.remedies import remedies
 from lpl.diagnosis.status import Stage, Status
 from lpl.families import Conditions, Family
+from lpl.families.derived import with_derived
 from lpl.families.description import Description, read_pipeline
 from lpl.families.resolve import resolve, with_decoder_dtype
 from lpl.objectives import FlowMatching, Objective
@@ -45,6 +46,7 @@ from lpl.student import Student, StudentLoss
 from lpl.tools.machine import DTYPES
 from lpl.tools.trust import components_in
 from lpl.tools.words import Rows, counted, pixels, short_count, size, table
+from lpl.training.given_lora import Adapters, shapes_of, with_adapters
 from lpl.training.loading import denoiser_class, precisions
 from lpl.training.losses import lpl_weight, perceptual_loss
 from lpl.training.parts import TrainedParts
@@ -262,17 +264,24 @@ class Rehearsal:
 
     Args:
         objective: made outside, since its tables are on the host.
+        adapters: LoRA that the flags name, read outside.
     """
 
     def __init__(
-        self, config: Config, description: Description, objective: Objective, method: Method, accelerator: OneGpu
+        self,
+        config: Config,
+        description: Description,
+        objective: Objective,
+        method: Method,
+        accelerator: OneGpu,
+        adapters: Adapters,
     ) -> None:
         self.config, self.description, self.accelerator, self.method = config, description, accelerator, method
         optimization, stands_in = config.optimization, cast(Any, accelerator)
         family = family_without_weights(config, description, accelerator.mixed_precision)
         self.cached = _forget_encoders(family, config.data)
         self.packed = _pack(family.denoiser, config.lora.quantize_base)
-        self.trained = trained_parts(family, config)
+        self.trained = trained_parts(family, config, adapters)
         here = config.changed(offload_ema=False, non_ema_revision=None)  # what is offloaded is left out of the count
         self.average = place_models(self.trained, here, description, stands_in)
         self.lpl_loss = (
@@ -447,8 +456,9 @@ def estimate(
     counting = counting or Counting()
     memory: dict[Stage, int] = {}
     operations: dict[Stage, int] = {}
+    adapters = shapes_of(config, description)
     with counting, on_gpu:
-        run = Rehearsal(config, description, objective, method, accelerator)
+        run = Rehearsal(config, description, objective, method, accelerator, adapters)
         if run.packed:
             layers = (module for module in run.trained.denoiser.modules() if type(module) is nn.Linear)
             counting.leave_out(layer.weight for layer in layers if not layer.weight.requires_grad)
@@ -602,8 +612,9 @@ def print_estimate(config: Config, method: Method) -> None:
     """
     if int(os.environ.get("RANK", 0)):
         return  # the first process tells
+    config = with_derived(config, weights=False)
     description = read_pipeline(config.model, config.lpl.lpl_blocks, weights=False)
-    config = resolve(config, description)
+    config = with_adapters(resolve(config, description), description)
     precision = config.optimization.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     name = config.validation.for_gpu

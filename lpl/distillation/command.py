@@ -37,6 +37,7 @@ from lpl.data.source import load_images, load_split
 from lpl.distillation.fit import Schedule, fit, measure
 from lpl.distillation.pairs import HELD_OUT, Errors, Predictions, prepare
 from lpl.distillation.report import PICTURE, cost, write_report
+from lpl.families.derived import with_derived
 from lpl.families.description import read_pipeline
 from lpl.families.resolve import resolve
 from lpl.gate import sigma_threshold_at
@@ -150,6 +151,7 @@ def pipeline_source(config: Config, device: torch.device) -> tuple[Predictions, 
     Raises:
         ValueError: where pipeline, data and flags do not fit one another.
     """
+    config = with_derived(config)
     description = read_pipeline(config.model, config.lpl.lpl_blocks)
     config = resolve(config, description)
     data = config.data

@@ -79,10 +79,8 @@ def _loaded(model: Model, dtype: str) -> Family:
         components[family.denoiser_name] = load_denoiser(
             config.model, None, description, DTYPES[dtype], config.model.non_ema_revision
         )
-    path = config.model.pretrained_model_name_or_path
-    assert path is not None
     loaded = family.load(
-        path,
+        config.model.pipeline,
         {"default": torch.float32, **reduced},
         max_sequence_length=config.model.max_sequence_length,
         guidance_scale=config.model.guidance_scale,

@@ -23,6 +23,7 @@ from lpl.config import Config, groups
 from lpl.config.command_line import build_parser, config_of
 from lpl.config.recipes import read_recipe
 from lpl.families import Family
+from lpl.families.derived import with_derived
 from lpl.families.description import Description, read_pipeline
 from lpl.families.resolve import resolved_resolution
 from lpl.tools.layout import CHECKPOINT_PREFIX, EMA, INDEX, LOG, LORA, PEFT_SUFFIX, PROGRESS, RECIPE
@@ -86,7 +87,7 @@ class Model:
         """Changes with weights and configurations: sha256 over names, sizes and times of the local files, and over
         the commits that ids on the Hub stand for."""
         model = self.config.model
-        path, vae = _pipeline(model), model.pretrained_vae_model_name_or_path
+        path, vae = model.pipeline, model.pretrained_vae_model_name_or_path
         components = list(components_in(self.description.index))
         places = [Path(path, INDEX), *(Path(path, name) for name in components)]
         sources = [(path, INDEX, model.revision)]
@@ -121,11 +122,6 @@ def sampling_settings(
         "max_sequence_length": model.max_sequence_length,
         "dtype": dtype,
     }
-
-
-def _pipeline(model: groups.Model) -> str:
-    assert model.pretrained_model_name_or_path is not None
-    return model.pretrained_model_name_or_path
 
 
 def _commit(repository: str, file: str, revision: str | None, cache_dir: str | None) -> str:
@@ -197,6 +193,7 @@ def _models_of_run(folder: Path, label: str, flags: Mapping[str, Any]) -> list[M
     whole = (folder / INDEX).is_file() and not lora
     if whole:  # it has frozen parts and scheduler as well, and needs no base pipeline
         absent = ("revision", "variant", "pretrained_vae_model_name_or_path", "non_ema_revision")
+        absent += ("single_file_config", "denoiser_model_name_or_path", "merge_lora")
         config = config.changed(**dict.fromkeys(absent), pretrained_model_name_or_path=str(folder))
     config, description = _described(config, str(folder))
     last, max_steps = _last_step(folder), config.optimization.max_train_steps
@@ -232,6 +229,7 @@ def _read_recipe(folder: Path) -> dict[str, Any]:
 def _described(config: Config, source: str) -> tuple[Config, Description]:
     """The pipeline's description, and the configuration with the number of tokens that text encoders are given."""
     try:
+        config = with_derived(config)
         description = read_pipeline(config.model, config.lpl.lpl_blocks)
     except ValueError as error:
         words = str(error)

@@ -1,8 +1,10 @@
 """What can be trained: one file per model family, found by the class name in a pipeline's ``model_index.json``.
 
 ``base.py`` is what the trainer asks of a family, ``description.py`` reads a pipeline's small configuration files,
-``fit.py`` compares the components' numbers, ``resolve.py`` completes or refuses a configuration. For other programs,
-``lora_layout.py`` names the layers of LoRA, ``single_file.py`` those of a whole model, ``architecture.py`` the model.
+``fit.py`` compares the components' numbers, ``resolve.py`` completes or refuses a configuration. ``derived.py`` makes
+one pipeline of a single file (``checkpoint_files.py``), another denoiser and merged LoRA (``lora_files.py``). For
+other programs, ``lora_layout.py`` names the layers of LoRA, ``single_file.py`` those of a whole model, and
+``architecture.py`` the model.
 May import: the paper (``lpl/*.py``), ``lpl.config``, ``lpl.tools``. A new family is one file here and its line in
 ``FAMILIES``, a tiny pipeline in ``tests/support/tiny.py`` and a recipe. Tests: ``tests/families``.
 """

@@ -94,8 +94,7 @@ def read_pipeline(model: Model, blocks: Sequence[str] | None = None, weights: bo
     Raises:
         ValueError: if there is no pipeline, or its family or its VAE is not supported.
     """
-    path = model.pretrained_model_name_or_path
-    assert path is not None
+    path = model.pipeline
     where = {"revision": model.revision, "cache_dir": model.cache_dir}
     try:
         index = _load_config(DiffusionPipeline, path, **where)

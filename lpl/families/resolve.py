@@ -302,6 +302,8 @@ def _with_lora_targets(config: Config, description: Description) -> Config:
     """The family's modules, or those of the flag, which must exist and be of a kind that LoRA adapts."""
     if not config.lora.lora:
         return config
+    if config.lora.lora_init is not None:  # which says them
+        return config
     own_targets = config.lora.lora_target_modules
     if own_targets is None:
         config = config.changed(lora_target_modules=tuple(description.family.lora_targets))

@@ -29,6 +29,7 @@ from lpl.config.data_sets import public_entry
 from lpl.config.prompts import NEGATIVE
 from lpl.config.recipes import is_own
 from lpl.diagnosis.plan import Plan
+from lpl.families.derived import origin
 from lpl.options import parse_weight
 from lpl.publishing.hub import MAIN, address
 from lpl.publishing.public_recipe import left_to_give, local_sources, rerun_command
@@ -36,7 +37,16 @@ from lpl.tools import layout, words
 from lpl.tools.files import write_whole
 from lpl.tools.headers import names_in
 from lpl.tools.machine import peak_memory
-from lpl.tools.privacy import hide_paths, is_hub_id, is_local, local_name, public_command, shown, without_secrets
+from lpl.tools.privacy import (
+    hide_paths,
+    hub_file,
+    is_hub_id,
+    is_local,
+    local_name,
+    public_command,
+    shown,
+    without_secrets,
+)
 from lpl.tools.results import last_samples, missing_components, single_files
 from lpl.training.loading import weight_dtype
 from lpl.training.provenance import installed_versions
@@ -80,6 +90,13 @@ class RunCard:
     base_arguments: Mapping[str, Any] = field(default_factory=dict)  # revision and variant; None: what the base lacks
     vae: str | None = None  # Hub id or local folder of a VAE that replaces the base model's
     denoiser: tuple[str, str] | None = None  # of a LoRA's base: its name, and the revision that it alone comes from
+    file_config: str | None = None  # of a base model that is a single file: the pipeline with its configuration
+    file_lacks: Sequence[str] = ()  # components that come from that pipeline
+    denoiser_source: str | None = None  # where the base model's denoiser comes from, if from elsewhere
+    other_denoiser: tuple[str, str, str] | None = None  # of a LoRA's base: its name, class and source
+    merged: Sequence[tuple[str, float]] = ()  # LoRA that were merged into the base model, and their strengths
+    lora_init: str | None = None  # the LoRA that the training began with
+    training_adapter: str | None = None  # the LoRA that was active in training only
     redrawn: bool = True  # the code on the card draws a sample again, up to rounding
     sampling_arguments: Mapping[str, object] = field(default_factory=dict)  # further arguments of the pipeline's call
     # What it was trained on
@@ -157,7 +174,8 @@ class RunCard:
             prompt=prompts[0] if prompts else general,
             example=example,
             classes=classes,
-            denoiser=_other_denoiser(plan),
+            denoiser=_denoiser_of_revision(plan),
+            other_denoiser=_other_denoiser(plan),
             dtype=str(weight_dtype(run.accelerator)).removeprefix("torch."),
             loading_arguments=family.loading_arguments(),
             sampling_arguments=family.sampling_arguments(),
@@ -215,7 +233,14 @@ def _asked_for(plan: Plan) -> dict[str, Any]:
     places = [part.data.dataset_name or os.path.abspath(part.data.train_data_dir or "") for part in data.parts]
     where = {"revision": model.revision, "variant": model.variant}
     lacking = dict.fromkeys(missing_components(Path(model.pipeline)))
+    file_config, file_lacks = origin(model) or (None, ())
     return {
+        "file_config": file_config,
+        "file_lacks": file_lacks,
+        "merged": model.merged,
+        "denoiser_source": model.denoiser_model_name_or_path,
+        "lora_init": config.lora.lora_init,
+        "training_adapter": config.lora.training_adapter,
         "base_model": model.pretrained_model_name_or_path,
         "dataset": places[0],
         "other_datasets": places[1:],
@@ -242,10 +267,16 @@ def _asked_for(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _other_denoiser(plan: Plan) -> tuple[str, str] | None:
+def _denoiser_of_revision(plan: Plan) -> tuple[str, str] | None:
     """The denoiser under a LoRA, with --non_ema_revision; a whole one is in the result."""
     revision = plan.config.model.non_ema_revision
     return (plan.trained.family.denoiser_name, revision) if revision and plan.config.lora.lora else None
+
+
+def _other_denoiser(plan: Plan) -> tuple[str, str, str] | None:
+    """The denoiser under a LoRA, with --denoiser_model_name_or_path."""
+    family, source = plan.trained.family, plan.config.model.denoiser_model_name_or_path
+    return (family.denoiser_name, type(family.denoiser).__name__, source) if source and plan.config.lora.lora else None
 
 
 def _lpl_in(records: Sequence[Mapping[str, float]]) -> dict[str, Any]:
@@ -284,7 +315,7 @@ def write_model_card(folder: str | os.PathLike, card: RunCard) -> Path:
         The path of README.md.
     """
     result = Result(Path(folder), card)
-    functions = (fence, link, literal, loading_source, public_command, quote, is_hub_id, is_local, shown)
+    functions = (fence, link, literal, loading_source, lora_source, public_command, quote, is_hub_id, is_local, shown)
     values: dict[str, Any] = {function.__name__: function for function in functions}
     values |= {"size": words.size, "duration": words.duration, "layout": layout, "card": card, "result": result}
     content = ModelCard.from_template(result.metadata(), str(TEMPLATE), **values).content
@@ -334,13 +365,15 @@ class Result:
         The task of class-conditional models is unconditional generation, the nearest one that the Hub knows.
         """
         card = self.card
-        on_hub = is_hub_id(card.base_model) and not card.from_scratch
+        place = hub_file(card.base_model)
+        base_model = card.base_model if place is None else place.repository
+        on_hub = is_hub_id(base_model) and not card.from_scratch
         task = "unconditional-image-generation" if card.class_conditional else "text-to-image"
         tags = ["diffusers", *(["class-conditional"] if card.class_conditional else []), task]
         tags += ["diffusers-training", *([card.adapter] if card.lora_rank else []), *card.tags]
         return ModelCardData(
             **({} if card.from_scratch else card.licence),
-            base_model=card.base_model if on_hub else None,
+            base_model=base_model if on_hub else None,
             base_model_relation=("adapter" if card.lora_rank else "finetune") if on_hub else None,
             eval_results=list(card.results) or None,
             model_name=self.title if card.results else None,
@@ -420,17 +453,47 @@ class Result:
 
     @cached_property
     def replaced(self) -> dict[str, str]:
-        """Parts of a LoRA's base that come from elsewhere than the base, with the arguments that load them."""
+        """Parts of a LoRA's base that come from elsewhere than the base, with the beginning of the call that loads
+        them."""
         card, parts = self.card, {}
-        if card.lora_rank and card.vae:
-            parts["vae"] = literal(shown(card.vae))
+        if not card.lora_rank:
+            return parts
+        for name in card.file_lacks:
+            parts[name] = (
+                f"AutoModel.from_pretrained({literal(shown(card.file_config or ''))}, subfolder={literal(name)}"
+            )
+        if card.vae:
+            parts["vae"] = f"AutoModel.from_pretrained({literal(shown(card.vae))}"
         if card.denoiser:
             name, revision = card.denoiser
             variant = {name: value for name, value in card.base_arguments.items() if name == "variant"}
             place = {"subfolder": name, "revision": revision, **variant}
             words = [f"{key}={literal(value)}" for key, value in place.items()]
-            parts[name] = ", ".join([literal(shown(card.base_model)), *words])
+            parts[name] = f"AutoModel.from_pretrained({', '.join([literal(shown(card.base_model)), *words])}"
+        if card.other_denoiser:
+            name, kind, source = card.other_denoiser
+            config = literal(shown(card.file_config or card.base_model))
+            parts[name] = f"AutoModel.from_pretrained({literal(shown(source))}"
+            if source.endswith(".safetensors"):
+                parts[name] = (
+                    f"{kind}.from_single_file({file_source(source)}, config={config}, subfolder={literal(name)}"
+                )
         return parts
+
+    @property
+    def imports(self) -> list[str]:
+        """What the code takes from diffusers."""
+        loaded = [call.partition(".")[0] for call in self.replaced.values()]
+        names = [*loaded, self.scheduler_class, self.card.pipeline_class]
+        return list(dict.fromkeys(name for name in names if name))
+
+    @property
+    def base_call(self) -> str:
+        """The beginning of the call that loads a LoRA's base."""
+        card = self.card
+        if card.file_config is None:
+            return f"from_pretrained({literal(shown(card.base_model))}"
+        return f"from_single_file({file_source(card.base_model)}, config={literal(shown(card.file_config))}"
 
     @property
     def peft_folder(self) -> str | None:
@@ -502,7 +565,9 @@ class Result:
     @property
     def local_folders(self) -> set[str]:
         """Arguments of the command that are folders of this machine, though they may look like plain words."""
-        sources = (self.card.base_model, self.card.dataset, *self.card.other_datasets, self.card.vae)
+        card = self.card
+        sources = [card.base_model, card.dataset, *card.other_datasets, card.vae, card.file_config]
+        sources += [card.lora_init, card.training_adapter, card.denoiser_source]
         return {source for source in sources if source and os.path.exists(source)}
 
 
@@ -528,6 +593,24 @@ def loading_source(address: str, revision: str | None) -> str:
     return literal(address) + (f", revision={literal(revision)}" if revision not in (None, "", MAIN) else "")
 
 
+def file_source(source: str) -> str:
+    """First argument of ``from_single_file``, as Python source."""
+    place = hub_file(source)
+    return literal(shown(source) if place is None else place.address)
+
+
+def lora_source(source: str) -> str:
+    """Arguments of ``load_lora_weights``, as Python source.
+
+    >>> lora_source("user/lora"), lora_source("user/lora/style.safetensors")
+    ('"user/lora"', '"user/lora", weight_name="style.safetensors"')
+    """
+    place = hub_file(source)
+    return (
+        literal(shown(source)) if place is None else f"{literal(place.repository)}, weight_name={literal(place.file)}"
+    )
+
+
 def fence(code: str) -> str:
     """The marks around a block of code: longer than any run of backticks in it."""
     return "`" * max(3, 1 + max((len(ticks) for ticks in re.findall("`+", code)), default=0))
@@ -537,5 +620,7 @@ def link(source: str, kind: str = "") -> str:
     """A link to the Hub, or the name of a local folder; `kind` is "datasets/" for data sets."""
     if is_hub_id(source):
         return f"[{source}]({HUB}/{kind}{source})"
+    if (place := hub_file(source)) is not None:
+        return f"[{place.file} of {place.repository}]({place.address})"
     name = " ".join(shown(source).split())
     return f"the local folder `{name.removeprefix('path/to/')}`" if is_local(source) else f"`{name}`"

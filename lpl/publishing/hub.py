@@ -27,9 +27,11 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import _http
 
+from lpl.config import Config
+from lpl.config.checks import starting_points
 from lpl.config.groups import Output
 from lpl.tools import layout
-from lpl.tools.privacy import without_secrets
+from lpl.tools.privacy import hub_file, without_secrets
 from lpl.training.checkpoints import Progress, checkpoint_path, find_checkpoints
 
 
@@ -77,6 +79,27 @@ def prepare_repository(output: Output, lora: bool = False) -> str:
     if private:
         _warn_if_public(full_id, token)
     return full_id
+
+
+def check_not_source(config: Config, repository: str) -> None:
+    """Refuse to publish over what the run starts from.
+
+    Args:
+        repository: full id of the repository that the run publishes to.
+
+    Raises:
+        HubError: with the flag that names it as a source.
+    """
+    branch = config.output.hub_revision or MAIN
+    for name, source in starting_points(config.model, config.lora):
+        place = hub_file(source)
+        revision = config.model.revision if name == "pretrained_model_name_or_path" else None
+        revision = (place and place.revision) or revision or MAIN
+        if (source if place is None else place.repository) == repository and revision == branch:
+            raise HubError(
+                f"--push_to_hub: {repository} is what the run starts from (--{name}), and would be written over; give "
+                "another --hub_model_id or --hub_revision"
+            )
 
 
 def _check_kind(repo_id: str, files: list[str], lora: bool) -> None:

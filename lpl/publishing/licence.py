@@ -19,7 +19,7 @@ from lpl.config.groups import Model
 from lpl.publishing import hub
 from lpl.publishing.card import HUB
 from lpl.tools import layout
-from lpl.tools.privacy import is_hub_id
+from lpl.tools.privacy import hub_file, is_hub_id
 
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,9 @@ LARGEST_README = 2**20  # bytes; a larger file is no model card
 
 def base_licence(model: Model, token: str | None = None) -> dict[str, Any]:
     """``license``, ``license_name`` and ``license_link`` of the base model, as far as its card has them."""
-    path, revision = model.pipeline, model.revision
+    path, revision = model.source, model.revision
+    if (place := hub_file(path)) is not None:
+        path, revision = place.repository, place.revision or revision
     try:
         if not is_hub_id(path):
             return _known_to_the_hub(_licence(_card_in(Path(path, layout.CARD))))

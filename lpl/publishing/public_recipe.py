@@ -11,6 +11,7 @@ from typing import Any
 from lpl.config.config import FLAGS
 from lpl.config.data_sets import as_word, place_of, public_entry
 from lpl.config.recipes import MEASURED, is_public, read_entries, recipe_text, take_measured
+from lpl.config.rules import source_and_strength
 from lpl.tools import layout
 from lpl.tools.files import write_text
 from lpl.tools.privacy import HUB_ID, is_local, shown, without_secrets
@@ -31,9 +32,15 @@ def left_to_give(values: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def _public_words(value: Any) -> list[str]:
-    if isinstance(value, list):  # of data sets
-        return [as_word(public_entry(found)) for found in value]
+    if isinstance(value, list):  # of data sets, or of LoRA to merge
+        return [as_word(public_entry(found)) if isinstance(found, dict) else shown_lora(found) for found in value]
     return [" ".join(shown(str(value)).split())]
+
+
+def shown_lora(word: str) -> str:
+    """A word of --merge_lora as it may be public."""
+    source = source_and_strength(word)[0]
+    return " ".join(shown(source).split()) + word.removeprefix(source)
 
 
 def local_sources(values: Mapping[str, Any]) -> list[str]:

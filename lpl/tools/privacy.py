@@ -1,6 +1,7 @@
 """What of a run may be public: cards and recipes show no access token and no path of this machine.
 
-A *Hub id* is ``user/name`` and names no local folder. Local folders appear as ``path/to/name``.
+A *Hub id* is ``user/name`` and names no local folder; a *file on the Hub* is ``user/name/FILE.safetensors`` or its
+address. Local folders appear as ``path/to/name``.
 """
 
 from __future__ import annotations
@@ -9,9 +10,16 @@ import os
 import re
 import shlex
 from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
 
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
+HUB_FILE = re.compile(
+    rf"(?P<address>(https://)?(huggingface\.co|hf\.co)/)?(?P<repository>{HUB_ID.pattern})/"
+    r"((blob|resolve)/(?P<revision>[\w.-]+)/)?(?P<file>([\w+()-][\w .+()-]*/)*[\w+()-][\w .+()-]*\.safetensors)"
+    r"(\?download=true)?",
+    re.ASCII,
+)
 WHOLE_PATH = re.compile(r"""([A-Za-z]:|[~.]{0,2})/[^:,;'"]*|[A-Za-z]:\\[^:,;'"]*|[^\s:,;'"]*/[^\s:,;'"]*""")
 PATH_WITHIN = re.compile(r"""(?<![^\s,;:='"(|<>\[])(file:/{0,2})?~?(/[^\s/,;:'"]+)+/(?=[^\s/])""")
 TOKEN = re.compile(r"\b(hf_|api_org_)[A-Za-z0-9]{16,}|\bhf_(oauth|jwt)_[\w.-]{16,}")
@@ -57,6 +65,32 @@ def is_hub_id(source: str) -> bool:
     return bool(HUB_ID.fullmatch(source)) and not os.path.exists(source)
 
 
+class HubFile(NamedTuple):
+    """A file in a repository on the Hub."""
+
+    repository: str
+    file: str
+    revision: str | None  # of the address; None: it names none
+
+    @property
+    def address(self) -> str:
+        return f"https://huggingface.co/{self.repository}/blob/{self.revision or 'main'}/{self.file}"
+
+
+def hub_file(source: str) -> HubFile | None:
+    """The file on the Hub that an address or ``user/name/FILE.safetensors`` stands for; None if it is something else.
+
+    >>> hub_file("user/name/model.safetensors")
+    HubFile(repository='user/name', file='model.safetensors', revision=None)
+    >>> hub_file("https://huggingface.co/user/name/blob/main/sub/model.safetensors?download=true")
+    HubFile(repository='user/name', file='sub/model.safetensors', revision='main')
+    """
+    match = HUB_FILE.fullmatch(source)
+    if match is None or os.path.exists(source):
+        return None
+    return HubFile(match["repository"], match["file"], match["revision"])
+
+
 def is_local(source: str) -> bool:
     """Whether it is a local folder or file, rather than a Hub id or another address."""
     return shown(source) != source
@@ -76,7 +110,7 @@ def local_name(path: str | os.PathLike) -> str:
 
 def hide_paths(text: str) -> str:
     """Replace every path in the text by ``path/to/`` and its last part; Hub ids, addresses and prose stay."""
-    if is_hub_id(text):
+    if is_hub_id(text) or hub_file(text):
         return text
     if WHOLE_PATH.fullmatch(text) or ("/" in text and os.path.exists(text)):
         return local_name(text)

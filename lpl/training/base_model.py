@@ -35,10 +35,11 @@ def identity(model: Model) -> str | None:
     if not path.is_dir():
         index = try_to_load_from_cache(model.pipeline, INDEX, model.cache_dir, model.revision)
         return Path(index).parent.name if isinstance(index, str) else None
-    digest = hashlib.sha256()
+    kinds = (".safetensors",) if model.folder else (".json", ".txt", ".model", ".safetensors")
+    digest = hashlib.sha256()  # of a derived pipeline, diffusers' version changes the other files
     entries = [path / name for name in pipeline_entries(path)]
     for file in (file for entry in entries for file in (sorted(entry.glob("*")) if entry.is_dir() else [entry])):
-        if file.is_file() and file.suffix in (".json", ".txt", ".model", ".safetensors"):
+        if file.is_file() and file.suffix in kinds:
             digest.update(str(file.relative_to(path)).encode())
             digest.update(_some(file))
     return f"sha256:{digest.hexdigest()}"

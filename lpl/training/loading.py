@@ -188,7 +188,7 @@ def load_denoiser(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
     denoiser = denoiser_class(description).from_pretrained(
-        model.pretrained_model_name_or_path,
+        model.pipeline,
         subfolder=description.family.denoiser_name,
         revision=revision or model.revision,
         variant=model.variant,

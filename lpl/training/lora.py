@@ -28,18 +28,16 @@ from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model,
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPTextModel
 
 from lpl.config.choices import LORA
 from lpl.config.groups import Lora
+from lpl.families.lora_files import PEFT_FILE, PEFT_PREFIX, Adapter, lost_prefix
 from lpl.families.lora_layout import LoraLayout, in_order
 from lpl.tools import layout
 from lpl.training.adapters import ADAPTER, adapter_config, kind_of, save_lycoris
 
 
 FILE = layout.LORA
-PEFT_FILE = "adapter_model.safetensors"
-PEFT_PREFIX = "base_model.model."  # of the names in peft's own files
 OTHERS_SUFFIX = layout.OTHERS_SUFFIX
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -58,6 +56,17 @@ def add_lora(model: nn.Module, targets: Sequence[str], lora: Lora, denoiser: boo
     cast_training_params(model)
 
 
+def continue_lora(model: nn.Module, adapter: Adapter, lora: Lora, whole: bool = True) -> None:
+    """Add an adapter that was trained before; nothing else keeps a gradient.
+
+    Args:
+        whole: with its weights.
+    """
+    model.requires_grad_(False)
+    adapter.inject(model, ADAPTER, lora.lora_dropout, whole)
+    cast_training_params(model)
+
+
 def in_one_file(pipeline_class: type[DiffusionPipeline], adapter: str = LORA) -> bool:
     """Whether the pipeline's class loads that kind of adapter."""
     return adapter == LORA and hasattr(pipeline_class, "save_lora_weights")
@@ -66,7 +75,7 @@ def in_one_file(pipeline_class: type[DiffusionPipeline], adapter: str = LORA) ->
 def save_lora(pipeline_class: type[DiffusionPipeline], folder: str | Path, models: Mapping[str, nn.Module]) -> None:
     """Write the adapters of the components, given by name, into a folder."""
     states = {
-        name: {_lost_prefix(model) + key: value for key, value in _adapter(model).items()}
+        name: {lost_prefix(model) + key: value for key, value in _adapter(model).items()}
         for name, model in models.items()
     }
     if in_one_file(pipeline_class, kind_of(models)):
@@ -96,7 +105,7 @@ def load_lora(pipeline_class: type[DiffusionPipeline], folder: str | Path, model
         else:
             saved, prefix = load_file(peft_folder(folder, name) / PEFT_FILE), PEFT_PREFIX
         saved = {key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)}
-        saved = {key.removeprefix(_lost_prefix(model)): value for key, value in saved.items()}
+        saved = {key.removeprefix(lost_prefix(model)): value for key, value in saved.items()}
         own = _adapter(model)
         if {key: value.shape for key, value in own.items()} != {key: value.shape for key, value in saved.items()}:
             raise ValueError(
@@ -116,11 +125,6 @@ def _config(model: nn.Module) -> PeftConfig:
 
 def peft_folder(folder: str | Path, name: str) -> Path:
     return Path(folder, f"{name}{layout.PEFT_SUFFIX}")
-
-
-def _lost_prefix(model: nn.Module) -> str:
-    """The prefix that transformers 5 dropped from names in ``CLIPTextModel``; files keep it for all other readers."""
-    return "text_model." if isinstance(model, CLIPTextModel) and not hasattr(model, "text_model") else ""
 
 
 # --- other programs --------------------------------------------------------------------------------------------------
@@ -146,9 +150,9 @@ def save_for_other_programs(
         return None
     tensors = {}
     for component, model in models.items():
-        adapted = [key for key, module in model.named_modules() if isinstance(module, LoraLayer)]
+        adapted = [key for key, module in model.named_modules() if _is_adapted(module)]
         if component.startswith("text_encoder"):
-            originals = {_lost_prefix(model) + key: (key,) for key in adapted}
+            originals = {lost_prefix(model) + key: (key,) for key in adapted}
         else:
             originals = layout.originals(model, adapted)
         for original, names in originals.items():
@@ -165,13 +169,14 @@ def _stacked(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     Each layer keeps its factors: the A are stacked, (n r, in); the B are the blocks on a diagonal, (sum of out, n r).
     """
     layers = [model.get_submodule(name) for name in names]
-    adapted = [layer for layer in layers if isinstance(layer, LoraLayer)]
+    adapted = [cast(LoraLayer, layer) for layer in layers if _is_adapted(layer)]
     down, up = _factors(adapted[0])
     if len(layers) > 1:
         down = torch.cat([_factors(layer)[0] for layer in adapted])
+        scale = adapted[0].scaling[ADAPTER]  # of all; a LoRA that was started from may have others
         ups = (
-            _factors(layer)[1] * (layer.scaling[ADAPTER] / adapted[0].scaling[ADAPTER])  # 1 without alpha patterns
-            if isinstance(layer, LoraLayer)
+            _factors(layer)[1] * (layer.scaling[ADAPTER] / scale)
+            if isinstance(layer, LoraLayer) and _is_adapted(layer)
             else down.new_zeros(cast(nn.Linear, layer).out_features, 0)
             for layer in layers
         )
@@ -183,6 +188,11 @@ def _stacked(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
         "alpha": torch.tensor(adapted[0].scaling[ADAPTER] * len(down), dtype=down.dtype),
     }
     return {kind: tensor.detach().cpu().contiguous() for kind, tensor in tensors.items()}
+
+
+def _is_adapted(layer: nn.Module) -> bool:
+    """Whether a layer has the trained adapter."""
+    return isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A
 
 
 def _factors(layer: LoraLayer) -> tuple[Tensor, Tensor]:

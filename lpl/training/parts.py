@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from lpl.autoencoders import exact_precision
 from lpl.config.groups import Lora
 from lpl.families import Conditions, Family
-from lpl.training.lora import TEXT_ENCODER_TARGETS, add_lora, load_lora, save_lora
+from lpl.training.given_lora import FROZEN, Adapters, given_adapters, switch
+from lpl.training.lora import TEXT_ENCODER_TARGETS, add_lora, continue_lora, load_lora, save_lora
 
 
 class TrainedParts(nn.Module):
@@ -24,17 +25,30 @@ class TrainedParts(nn.Module):
 
     Args:
         text_encoders: train the text encoders too.
+        cache_dir: for LoRA of the Hub.
+        adapters: those that the flags name; None: they are read.
     """
 
     def __init__(
-        self, family: Family, lora: Lora, *, text_encoders: bool = False, gradient_checkpointing: bool = False
+        self,
+        family: Family,
+        lora: Lora,
+        *,
+        text_encoders: bool = False,
+        gradient_checkpointing: bool = False,
+        cache_dir: str | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         super().__init__()
         self._family, self.lora = (family,), lora.lora  # in a tuple: its frozen parts are no parts of this module
         names = [family.denoiser_name, *(family.trainable_text_encoders if text_encoders else ())]
         self.parts = nn.ModuleDict({name: getattr(family.pipeline, name) for name in names})
-        for part in self.parts.values():
-            if lora.lora and part is family.denoiser:
+        initial, frozen, whole = given_adapters(family, lora, cache_dir) if adapters is None else adapters
+        self.has_frozen_adapter = frozen is not None
+        for name, part in self.parts.items():
+            if name in initial:
+                continue_lora(part, initial[name], lora, whole)
+            elif lora.lora and part is family.denoiser:
                 add_lora(part, lora.lora_target_modules or family.lora_targets, lora, denoiser=True)
             elif lora.lora:
                 add_lora(part, TEXT_ENCODER_TARGETS, lora)
@@ -42,7 +56,16 @@ class TrainedParts(nn.Module):
                 part.requires_grad_(True)
             if gradient_checkpointing:
                 _checkpoint_gradients(part)
+        if frozen is not None:
+            frozen.inject(self.denoiser, FROZEN, whole=whole)
         self.train()
+
+    def train(self, mode: bool = True) -> Self:
+        """Also turns the adapter that is active in training only on or off."""
+        super().train(mode)
+        if self.has_frozen_adapter:
+            switch(self.denoiser, mode)
+        return self
 
     @property
     def family(self) -> Family:

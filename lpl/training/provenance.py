@@ -9,10 +9,10 @@ import logging
 import os
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import PIL
 from datasets import Dataset, IterableDataset
@@ -24,7 +24,7 @@ from lpl.config.recipes import recipe_text
 from lpl.data.fingerprint import data_facts, other_data, shard_paths
 from lpl.tools import layout
 from lpl.tools.files import write_text
-from lpl.tools.privacy import is_hub_id
+from lpl.tools.privacy import hub_file, is_hub_id
 from lpl.tools.words import counted
 from lpl.training.base_model import identity
 from lpl.training.start import Run
@@ -46,7 +46,11 @@ def installed_versions() -> dict[str, str]:
     return versions
 
 
-MODELS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "lpl_vae_name_or_path")
+MODELS = (
+    *("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "lpl_vae_name_or_path"),
+    *("single_file_config", "denoiser_model_name_or_path"),
+)
+LORAS = ("merge_lora", "lora_init", "training_adapter")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 LETTERS = re.compile(r"[^a-z0-9]")  # all else
 
@@ -87,21 +91,34 @@ def write_recipe(folder: Path, recipe: Mapping[str, Any], facts: Mapping[str, An
 
 def commits(config: Config, dataset: Dataset | IterableDataset) -> dict[str, str]:
     """``user/repo@commit`` by flag, for models and data set of the Hub, as far as the caches record it."""
-    files = dict.fromkeys(MODELS, "config.json") | {MODELS[0]: "model_index.json"}
-    values, found = config.values(), {}
+    files = dict.fromkeys(MODELS, "config.json") | dict.fromkeys((MODELS[0], "single_file_config"), layout.INDEX)
+    values, commits = config.values(), cast(dict[str, str], {})
     for name, file in files.items():
-        source = values[name]
-        if source and is_hub_id(source):
-            revision = config.model.revision if name == MODELS[0] else None
-            path = try_to_load_from_cache(source, file, config.model.cache_dir, revision)
-            found[name] = os.path.basename(os.path.dirname(path)) if isinstance(path, str) else None
-    commits = {name: f"{values[name]}@{commit}" for name, commit in found.items() if commit}
+        revision = config.model.revision if name == MODELS[0] else None
+        if (source := values[name]) and (commit := _model_commit(source, [file], config.model.cache_dir, revision)):
+            commits[name] = f"{source}@{commit}"
+    loras = [(name, source) for name in LORAS[1:] if (source := values[name])]
+    loras += [(LORAS[0], source) for source, _ in config.model.merged]
+    for name, source in loras:
+        if commit := _model_commit(source, [layout.LORA, "adapter_model.safetensors"], config.model.cache_dir):
+            commits[name if name != LORAS[0] else f"{name} {source}"] = f"{source}@{commit}"
     for part in config.data.parts:
         source = part.data.dataset_name
         if source and is_hub_id(source) and (commit := _data_commit(dataset, source)):
             name = "dataset_name" if config.data.datasets is None else f"dataset_name of {part.name}"
             commits[name] = f"{source}@{commit}"
     return commits
+
+
+def _model_commit(source: str, files: Sequence[str], cache_dir: str | None, revision: str | None = None) -> str | None:
+    """The commit that the cache has a model of the Hub at."""
+    if (place := hub_file(source)) is not None:
+        source, files, revision = place.repository, [place.file], place.revision or revision
+    elif not is_hub_id(source):
+        return None
+    found = (try_to_load_from_cache(source, file, cache_dir, revision) for file in files)
+    path = next((path for path in found if isinstance(path, str)), None)
+    return None if path is None else next((part for part in Path(path).parts if COMMIT.fullmatch(part)), None)
 
 
 def _data_commit(dataset: Dataset | IterableDataset, name: str) -> str | None:

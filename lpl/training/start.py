@@ -48,6 +48,7 @@ from lpl.training.checkpoints import (
     find_resumable,
     tidy,
 )
+from lpl.training.given_lora import Adapters
 from lpl.training.loading import average_from_revision, load_family, weight_dtype
 from lpl.training.parts import TrainedParts
 from lpl.training.preemption import OTHERS_WAIT
@@ -327,13 +328,19 @@ def load_weights(config: Config, description: Description, accelerator: Accelera
         ) from error
 
 
-def trained_parts(family: Family, config: Config) -> TrainedParts:
-    """What is trained of a pipeline, as the flags say."""
+def trained_parts(family: Family, config: Config, adapters: Adapters | None = None) -> TrainedParts:
+    """What is trained of a pipeline, as the flags say.
+
+    Args:
+        adapters: LoRA that the flags name; None: they are read.
+    """
     return TrainedParts(
         family,
         config.lora,
         text_encoders=config.model.train_text_encoder,
         gradient_checkpointing=config.optimization.gradient_checkpointing,
+        cache_dir=config.model.cache_dir,
+        adapters=adapters,
     )
 
 

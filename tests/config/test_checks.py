@@ -7,6 +7,7 @@ import pytest
 from commands import cases, refusal, warned
 from trainer import ROOT, arguments, run
 
+from lpl.config.checks import MAY_BE_FILES
 from lpl.config.command_line import build_parser, parse
 from lpl.config.config import FLAGS
 from lpl.config.foreign import OTHERS
@@ -210,7 +211,10 @@ def test_the_pipeline_is_not_overwritten(sd_pipeline, image_folder, capsys, no_w
         ("lora", ["pytorch_lora_weights.safetensors"], "this is a LoRA"),
         ("peft", ["transformer_lora/adapter_config.json"], "this is a LoRA"),
         ("folder", ["notes.txt"], "this folder has no model_index.json"),
-        ("model.safetensors", None, "from_single_file"),
+        ("model.safetensors", None, "this is no whole safetensors file"),
+        ("model.ckpt", None, "this is a pickle"),
+        ("model.gguf", None, "in 16 or 32 bits"),
+        ("model.txt", None, "this is no checkpoint"),
         ("nowhere", [], "there is no such folder"),
     ],
 )
@@ -235,7 +239,7 @@ def test_an_empty_path_is_refused(name, sd_pipeline, image_folder, tmp_path, cap
     assert message.startswith(f"--{name}: the path is empty")
 
 
-@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("name", sorted({*PLACES} - {*MAY_BE_FILES}))
 def test_a_file_where_a_folder_belongs(name, sd_pipeline, image_folder, tmp_path, capsys, no_weights):
     (tmp_path / "file.txt").touch()
     flags = {name: tmp_path / "file.txt"} | ({"train_data_dir": None} if name == "dataset_name" else {})

@@ -209,6 +209,12 @@ def test_the_command_line_says_it_still(hub, tmp_path):
         ("pretrained_model_name_or_path", "tests/.."),
         ("pretrained_vae_model_name_or_path", "~/vae"),
         ("pretrained_vae_model_name_or_path", "lpl/families"),  # a folder that is here
+        ("pretrained_model_name_or_path", "/root/model.safetensors"),
+        ("pretrained_model_name_or_path", "a/b/../../model.safetensors"),
+        ("single_file_config", "/root/model"),
+        ("denoiser_model_name_or_path", "../unet"),
+        ("lora_init", "/root/lora.safetensors"),
+        ("training_adapter", "lora.safetensors"),
         ("lpl_vae_name_or_path", "vae"),
         ("lpl_student", "student"),
         ("dataset_name", "/root"),
@@ -233,6 +239,18 @@ def test_nothing_leads_to_files_of_this_machine(name, value, hub, capsys, monkey
     message = refused(capsys)
     assert f"--config user/run: {name} is {os.path.expanduser(value)!r}, which is not on the Hub" in message
     assert f"--{name}" in message and f"--without {name}" in message
+
+
+def test_lora_to_merge_are_all_on_the_hub(hub, capsys):
+    published(hub, BASE | {"merge_lora": ["user/lora:0.5", "user/repo/style.safetensors"]})
+    assert rerun().model.merged == [("user/lora", 0.5), ("user/repo/style.safetensors", 1.0)]
+    published(hub, BASE | {"merge_lora": ["user/lora", "/root/lora.safetensors:0.5"]})
+    assert "merge_lora is ['user/lora', '/root/lora.safetensors:0.5']" in refused(capsys)
+
+
+def test_a_file_on_the_hub_is_public(hub):
+    published(hub, BASE | {"pretrained_model_name_or_path": "user/repo/model.safetensors"})
+    assert rerun().model.source == "user/repo/model.safetensors"
 
 
 def test_a_folder_of_a_data_set_of_the_hub_is_one_of_its_own(hub, capsys, tmp_path):

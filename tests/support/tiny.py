@@ -481,12 +481,14 @@ def tiny_sd3(folder, t5=True):
     return Path(folder)
 
 
-def tiny_sdxl(folder, prediction_type="epsilon"):
+def tiny_sdxl(folder, prediction_type="epsilon", projection_dim=24):
     """StableDiffusionXLPipeline with both CLIPs."""
     tokenizer, tokenizer_2 = _clip_tokenizer(), _clip_tokenizer(pad_token="!")
     with seeded(3):
         text_encoder = CLIPTextModel(_clip_config(tokenizer, hidden_size=16, projection_dim=16))
-        text_encoder_2 = CLIPTextModelWithProjection(_clip_config(tokenizer_2, hidden_size=16, projection_dim=24))
+        text_encoder_2 = CLIPTextModelWithProjection(
+            _clip_config(tokenizer_2, hidden_size=16, projection_dim=projection_dim)
+        )
         unet = UNet2DConditionModel(
             sample_size=8,
             in_channels=4,
@@ -502,7 +504,7 @@ def tiny_sdxl(folder, prediction_type="epsilon"):
             use_linear_projection=True,
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=6 * 8 + 24,  # the six numbers, and the pooled embedding
+            projection_class_embeddings_input_dim=6 * 8 + projection_dim,  # the six numbers, and the pooled embedding
         )
     scheduler = EulerDiscreteScheduler(
         beta_start=0.00085,

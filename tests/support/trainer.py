@@ -18,9 +18,11 @@ from safetensors.torch import load_file
 
 import train_text_to_image_lpl as script
 from lpl.config.command_line import config_of, parse
+from lpl.families.derived import with_derived
 from lpl.families.description import read_pipeline
 from lpl.families.resolve import resolve
 from lpl.training import lora
+from lpl.training.given_lora import with_adapters
 from lpl.training.preflight import check_captions, preflight
 
 
@@ -67,8 +69,9 @@ def resolved(words):
     """The same for a whole command line."""
     config = parse([str(word) for word in words])
     preflight(config)
+    config = with_derived(config)
     description = read_pipeline(config.model, config.lpl.lpl_blocks)
-    config = resolve(config, description)
+    config = with_adapters(resolve(config, description), description)
     check_captions(config.data, description.family)
     return config, description
 
