@@ -5,6 +5,8 @@ They are counted (:mod:`benchmarks.counted`), and not measured on a GPU as those
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import diffusers
 
 from benchmarks.real_sizes import CHECKPOINTING, TINY_KL_VAE, WITHOUT_QUANT_CONVS, Model, kl_vae
@@ -12,6 +14,41 @@ from benchmarks.real_sizes import CHECKPOINTING, TINY_KL_VAE, WITHOUT_QUANT_CONV
 
 FLUX_VAE = kl_vae(
     latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, sample_size=1024, **WITHOUT_QUANT_CONVS
+)
+
+FLUX2_KLEIN = Model(
+    public="black-forest-labs/FLUX.2-klein-base-4B",
+    pipeline=diffusers.Flux2KleinPipeline,
+    scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    denoiser=(
+        diffusers.Flux2Transformer2DModel,
+        {
+            "num_layers": 5,
+            "num_single_layers": 20,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 7680,
+            "guidance_embeds": False,
+        },
+    ),
+    vae=(diffusers.AutoencoderKLFlux2, {}),  # the class's defaults are its numbers
+    parameters=(3_875_544_576, 84_046_115),
+    encoders=(("", "qwen3_lm", 2560, 0),),
+    tiny=(
+        {
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "axes_dims_rope": (4, 4, 4, 4),
+            "joint_attention_dim": 48,
+        },
+        {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4},
+        ((16, 0),),
+    ),
+    resolution=(1024, 64),
+    batch=1,
+    kinds=("lora",),
+    flags=CHECKPOINTING,
 )
 
 NEWER = {
@@ -40,5 +77,14 @@ NEWER = {
         batch=1,
         kinds=("lora",),
         flags=CHECKPOINTING,
+    ),
+    "flux2-klein": FLUX2_KLEIN,
+    "flux2": replace(
+        FLUX2_KLEIN,
+        public="black-forest-labs/FLUX.2-dev",
+        pipeline=diffusers.Flux2Pipeline,
+        denoiser=(diffusers.Flux2Transformer2DModel, {}),  # the class's defaults are its numbers
+        parameters=(32_223_281_152, 84_046_115),
+        encoders=(("", "mistral3", 5120, 0),),
     ),
 }

@@ -7,7 +7,7 @@ reads. ``tests/gpu/real_sizes.py`` and ``benchmarks/gpu.py`` give them random we
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -516,10 +516,38 @@ QWEN3_4B = {
     "vocab_size": 151936,
     "max_position_embeddings": 40960,
 }
-# Kinds that are made from their hidden size alone: class of the configuration, numbers of the public and of the tiny one
-LANGUAGE_MODELS: dict[str, tuple[type[transformers.PretrainedConfig], Config, Config]] = {
+MISTRAL_24B = {
+    "intermediate_size": 32768,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 131072,
+}
+
+
+def mistral3(image_width: int = 1024, image_layers: int = 24, **text: Any) -> transformers.Mistral3Config:
+    """The configuration of a Mistral 3, which sees images too."""
+    images = {"hidden_size": image_width, "intermediate_size": 4 * image_width, "num_hidden_layers": image_layers}
+    return transformers.Mistral3Config(
+        text_config={"model_type": "mistral", **text}, vision_config={"model_type": "pixtral", **images}
+    )
+
+
+# Kinds that are made from their hidden size alone: what makes the configuration, numbers of the public and tiny one
+LANGUAGE_MODELS: dict[str, tuple[Callable[..., transformers.PretrainedConfig], Config, Config]] = {
     "gemma": (transformers.Gemma2Config, GEMMA_2B, {"num_key_value_heads": 1, "head_dim": 8}),
     "qwen3": (transformers.Qwen3Config, QWEN3_4B, {"num_key_value_heads": 1, "head_dim": 8}),
+    "qwen3_lm": (
+        transformers.Qwen3Config,
+        QWEN3_4B | {"tie_word_embeddings": True},
+        {"num_key_value_heads": 1, "head_dim": 8, "num_hidden_layers": 28},
+    ),
+    "mistral3": (
+        mistral3,
+        MISTRAL_24B,
+        {"num_key_value_heads": 1, "head_dim": 8, "num_hidden_layers": 31, "image_width": 16, "image_layers": 1},
+    ),
 }
 ENCODERS = {
     "clip": ("CLIPTextModel", "CLIPTokenizer"),
@@ -527,6 +555,8 @@ ENCODERS = {
     "t5": ("T5EncoderModel", "T5Tokenizer"),
     "gemma": ("Gemma2Model", "GemmaTokenizer"),
     "qwen3": ("Qwen3Model", "Qwen2Tokenizer"),
+    "qwen3_lm": ("Qwen3ForCausalLM", "Qwen2Tokenizer"),
+    "mistral3": ("Mistral3ForConditionalGeneration", "PreTrainedTokenizerFast"),  # its own needs torchvision
 }
 
 

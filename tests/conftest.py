@@ -121,6 +121,22 @@ def z_image_pipeline(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def flux2_klein_pipeline(tmp_path_factory):
+    """Folder of a tiny FLUX.2 [klein]."""
+    from tiny import tiny_flux2
+
+    return tiny_flux2(tmp_path_factory.mktemp("flux2_klein"))
+
+
+@pytest.fixture(scope="session")
+def flux2_pipeline(tmp_path_factory):
+    """Folder of a tiny FLUX.2 [dev]."""
+    from tiny import tiny_flux2
+
+    return tiny_flux2(tmp_path_factory.mktemp("flux2"), kind="dev")
+
+
+@pytest.fixture(scope="session")
 def sana_pipeline(tmp_path_factory):
     """Folder of a tiny Sana."""
     from tiny import tiny_sana

@@ -12,6 +12,7 @@ from __future__ import annotations
 from lpl.families.base import Conditions, Family
 from lpl.families.dit import DiT
 from lpl.families.flux import Flux
+from lpl.families.flux2 import Flux2, Flux2Klein
 from lpl.families.pixart import PixArtAlpha, PixArtSigma
 from lpl.families.sana import Sana
 from lpl.families.sd import StableDiffusion
@@ -30,6 +31,8 @@ FAMILIES: tuple[type[Family], ...] = (
     Flux,
     Sana,
     ZImage,
+    Flux2Klein,
+    Flux2,
 )
 
 

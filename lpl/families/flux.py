@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -95,20 +96,13 @@ class Flux(Family):
         output = denoiser(
             hidden_states=F.pixel_unshuffle(noisy_latents, PATCH).flatten(2).mT,  # (B, rows * columns, 4 C)
             timestep=timesteps.to(noisy_latents.dtype) / TIMESTEPS,
-            guidance=self._guidance(noisy_latents),
+            guidance=self.guidance(noisy_latents),
             txt_ids=noisy_latents.new_zeros(tokens, 3),  # text has no position
-            img_ids=_positions(rows, columns, noisy_latents.device).to(noisy_latents.dtype),
+            img_ids=positions(rows, columns, noisy_latents.device).to(noisy_latents.dtype),
             **conditions,
             return_dict=False,
         )[0]
         return F.pixel_shuffle(output.mT.unflatten(2, (rows, columns)), PATCH)
-
-    def _guidance(self, noisy_latents: Tensor) -> Tensor | None:
-        """The guidance scale of a distilled model, (B,); other models take none."""
-        if not self.pipeline.transformer.config.guidance_embeds:
-            return None
-        size = (len(noisy_latents),)
-        return torch.full(size, self.guidance_scale, dtype=torch.float32, device=noisy_latents.device)
 
     @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:
@@ -127,8 +121,8 @@ class Flux(Family):
         ]
 
     @classmethod
-    def takes_guidance(cls, configs: Configs) -> bool:
-        return bool(configs[cls.denoiser_name].get("guidance_embeds"))
+    def distilled(cls, index: Mapping[str, Any], configs: Configs) -> str | None:
+        return None if cls.takes_guidance(configs) else "by its guidance_embeds (false, as in FLUX.1 [schnell])"
 
     @classmethod
     def default_resolution(cls, configs: Configs) -> int:
@@ -144,6 +138,6 @@ class Flux(Family):
         return [*modulations(denoiser, *kinds), denoiser.get_submodule("proj_out")]
 
 
-def _positions(rows: int, columns: int, device: torch.device) -> Tensor:
+def positions(rows: int, columns: int, device: torch.device) -> Tensor:
     """Each patch's (0, row, column), in reading order, (rows * columns, 3)."""
     return torch.cartesian_prod(*(torch.arange(size, device=device).float() for size in (1, rows, columns)))

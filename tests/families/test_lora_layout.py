@@ -2,8 +2,15 @@
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.loaders.single_file_utils import (
+    convert_flux2_transformer_checkpoint_to_diffusers,
     convert_flux_transformer_checkpoint_to_diffusers,
     convert_sd3_transformer_checkpoint_to_diffusers,
 )
@@ -12,6 +19,7 @@ from tiny import seeded
 from torch import nn
 
 from lpl.families.flux import Flux
+from lpl.families.flux2 import Flux2
 from lpl.families.sd3 import StableDiffusion3
 from lpl.families.sdxl import StableDiffusionXL
 from lpl.training import lora
@@ -71,6 +79,28 @@ def flux_transformer():
     return model
 
 
+def tiny_flux2_transformer():
+    return Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        axes_dims_rope=(4, 4, 4, 4),
+    )
+
+
+FLUX2 = [  # the weights of the original: its converter goes through them
+    *("img_in", "txt_in", "time_in.in_layer", "time_in.out_layer", "guidance_in.in_layer", "guidance_in.out_layer"),
+    *(f"double_stream_modulation_{side}.lin" for side in ("img", "txt")),
+    *("single_stream_modulation.lin", "final_layer.linear", "final_layer.adaLN_modulation.1"),
+    *(f"double_blocks.0.{side}_attn.{layer}" for side in ("img", "txt") for layer in ("qkv", "proj")),
+    *(f"double_blocks.0.{side}_mlp.{layer}" for side in ("img", "txt") for layer in (0, 2)),
+    *("single_blocks.0.linear1", "single_blocks.0.linear2"),
+]
+
+
 @pytest.mark.parametrize(
     "family, build, convert, blocks",
     [
@@ -86,8 +116,14 @@ def flux_transformer():
             convert_flux_transformer_checkpoint_to_diffusers,
             ["double_blocks.0.x", "single_blocks.0.x", "guidance_in.x"],
         ),
+        (
+            Flux2,
+            tiny_flux2_transformer,
+            convert_flux2_transformer_checkpoint_to_diffusers,
+            [f"{name}.weight" for name in FLUX2],
+        ),
     ],
-    ids=["sd3", "flux"],
+    ids=["sd3", "flux", "flux2"],
 )
 def test_every_layer_of_a_transformer_is_found_under_its_original_name(family, build, convert, blocks, tmp_path):
     with seeded(0):

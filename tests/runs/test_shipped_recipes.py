@@ -36,6 +36,8 @@ PIPELINES = {  # by the id that recipes name, the fixture of the tiny one
     "black-forest-labs/FLUX.1-dev": "flux_pipeline",
     "Efficient-Large-Model/Sana_600M_512px_diffusers": "sana_pipeline",
     "Tongyi-MAI/Z-Image": "z_image_pipeline",
+    "black-forest-labs/FLUX.2-klein-base-4B": "flux2_klein_pipeline",
+    "black-forest-labs/FLUX.2-dev": "flux2_pipeline",
 }
 
 # Everything else of a recipe is run as it is.

@@ -31,6 +31,9 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtAlphaPipeline,
@@ -48,7 +51,8 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from tokenizers import pre_tokenizers
+from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -57,8 +61,12 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PreTrainedTokenizerFast,
     Qwen2Tokenizer,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
@@ -341,7 +349,12 @@ def _gemma_config(tokenizer, hidden_size):
 
 CHAT = (  # as Qwen3's, without what tools and thinking add
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if not enable_thinking | default(true) %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+MESSAGES = (  # as Mistral's, of texts only
+    "<s>{% for message in messages %}{% if message.role == 'system' %}[SYS]{{ message.content[0].text }}[/SYS]"
+    "{% else %}[INST]{{ message.content[0].text }}[/INST]{% endif %}{% endfor %}"
 )
 
 
@@ -352,6 +365,21 @@ def _qwen_tokenizer():
     )
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def _mistral_tokenizer():
+    """In place of the processor that the model has, which needs torchvision; both answer to messages alike."""
+    marks = ["<pad>", "<s>", "</s>", "<unk>", "[SYS]", "[/SYS]", "[INST]", "[/INST]", SYSTEM_MESSAGE]  # a token each
+    pieces = [*marks, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE({piece: place for place, piece in enumerate(pieces)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, **special, additional_special_tokens=marks[4:], padding_side="left"
+    )
+    tokenizer.chat_template = MESSAGES
     return tokenizer
 
 
@@ -631,6 +659,49 @@ def tiny_z_image(folder):
         vae=tiny_vae("sd3", scaling_factor=0.3611, shift_factor=0.1159),
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return Path(folder)
+
+
+def tiny_flux2(folder, kind="klein"):
+    """Flux2KleinPipeline with a Qwen3, or Flux2Pipeline with a Mistral 3, whose transformer is told the guidance."""
+    klein = kind == "klein"
+    tokenizer = _qwen_tokenizer() if klein else _mistral_tokenizer()
+    with seeded(9):
+        if klein:
+            text_encoder = Qwen3ForCausalLM(_qwen3_config(tokenizer, hidden_size=8, layers=28))
+        else:
+            sizes = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "head_dim": 4}
+            text = {"num_hidden_layers": 31, "num_key_value_heads": 1, "vocab_size": len(tokenizer)}
+            images = {"num_hidden_layers": 1, "image_size": 8, "patch_size": 4}
+            config = Mistral3Config(
+                text_config={"model_type": "mistral", **sizes, **text},
+                vision_config={"model_type": "pixtral", **sizes, **images},
+            )
+            text_encoder = Mistral3ForConditionalGeneration(config)
+        transformer = Flux2Transformer2DModel(
+            in_channels=4 * 4,
+            num_layers=1,
+            num_single_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            joint_attention_dim=3 * 8,
+            timestep_guidance_channels=32,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=not klein,
+        )
+    two_levels = {"block_out_channels": (8, 16), "decoder_block_out_channels": (8, 16)}  # and patches of 2 x 2
+    two_levels |= {
+        f"{way}_block_types": (f"{way.title()}{side}Block2D",) * 2
+        for way, side in (("down", "Encoder"), ("up", "Decoder"))
+    }
+    pipeline = (Flux2KleinPipeline if klein else Flux2Pipeline)(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=tiny_vae("flux2", **two_levels),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
     return Path(folder)

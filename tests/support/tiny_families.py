@@ -8,6 +8,7 @@ import json
 
 import torch
 
+from lpl.autoencoders import latent_channels
 from lpl.families import FAMILIES, find_family
 
 
@@ -21,6 +22,8 @@ TINY = {  # family -> fixtures of tests/conftest.py
     "flux": ["flux_pipeline"],
     "sana": ["sana_pipeline"],
     "z-image": ["z_image_pipeline"],
+    "flux2-klein": ["flux2_klein_pipeline"],
+    "flux2": ["flux2_pipeline"],
 }
 FAMILY_OF = {family.name: family for family in FAMILIES}
 CAPTIONS = ["a cat", "", "the dog, and a very long caption " * 8]
@@ -65,7 +68,7 @@ def batch_of(family, captions=None, **sizes):
 def inputs(family, batch=3, side=8):
     """Latents, timesteps and conditions of a batch; no two samples are alike."""
     generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(batch, family.vae.config.latent_channels, side, side, generator=generator)
+    latents = torch.randn(batch, latent_channels(family.vae.config), side, side, generator=generator)
     conditions = family.conditions(batch_of(family, captions_of(family, batch)), CPU)
     return latents, torch.tensor([1.0, 500.0, 900.0])[:batch], conditions
 
@@ -115,7 +118,8 @@ class View:
 
     guidance_off = {"guidance_scale": 1.0}
     guides = True  # by a second answer, for no caption
-    empty_first = True  # of both halves of a guided step
+    in_one_call = True  # of the denoiser: both halves of a guided step
+    empty_first = True  # of both halves
 
     def __init__(self, family):
         self.family, self.pipeline = family, family.pipeline
@@ -168,7 +172,23 @@ class ZImageView(View):
         return list(-output.unsqueeze(2))
 
 
-VIEWS = {"dit": DiTView, "flux": FluxView, "z-image": ZImageView}
+class Flux2View(FluxView):
+    guidance_off = {"guidance_scale": 3.5}
+
+    def unpacked(self, value):
+        factor = 2 * self.pipeline.vae_scale_factor
+        places = torch.empty(len(value), 1, SIZE // factor, SIZE // factor)
+        return self.pipeline._unpack_latents_with_ids(value, self.pipeline._prepare_latent_ids(places))
+
+    def answer(self, output):
+        return self.pipeline._pack_latents(output)
+
+
+class Flux2KleinView(Flux2View):
+    guidance_off, guides, in_one_call = {"guidance_scale": 1.0}, True, False
+
+
+VIEWS = {"dit": DiTView, "flux": FluxView, "z-image": ZImageView, "flux2": Flux2View, "flux2-klein": Flux2KleinView}
 
 
 def view_of(family):
