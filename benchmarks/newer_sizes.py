@@ -87,4 +87,30 @@ NEWER = {
         parameters=(32_223_281_152, 84_046_115),
         encoders=(("", "mistral3", 5120, 0),),
     ),
+    "chroma": Model(
+        public="lodestones/Chroma1-HD",
+        pipeline=diffusers.ChromaPipeline,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        denoiser=(diffusers.ChromaTransformer2DModel, {}),  # the class's defaults are its numbers
+        vae=(diffusers.AutoencoderKL, FLUX_VAE),
+        parameters=(8_899_983_424, 83_819_683),
+        encoders=(("", "t5", 4096, 0),),
+        tiny=(
+            {
+                "num_layers": 1,
+                "num_single_layers": 1,
+                "num_attention_heads": 2,
+                "attention_head_dim": 16,
+                "axes_dims_rope": (4, 6, 6),
+                "joint_attention_dim": 16,
+                "approximator_hidden_dim": 16,
+            },
+            TINY_KL_VAE,
+            ((16, 0),),
+        ),
+        resolution=(1024, 64),
+        batch=1,
+        kinds=("lora",),
+        flags=CHECKPOINTING,
+    ),
 }

@@ -137,6 +137,14 @@ def flux2_pipeline(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def chroma_pipeline(tmp_path_factory):
+    """Folder of a tiny Chroma."""
+    from tiny import tiny_chroma
+
+    return tiny_chroma(tmp_path_factory.mktemp("chroma"))
+
+
+@pytest.fixture(scope="session")
 def sana_pipeline(tmp_path_factory):
     """Folder of a tiny Sana."""
     from tiny import tiny_sana

@@ -10,6 +10,7 @@ May import: the paper (``lpl/*.py``), ``lpl.config``, ``lpl.tools``. A new famil
 from __future__ import annotations
 
 from lpl.families.base import Conditions, Family
+from lpl.families.chroma import Chroma
 from lpl.families.dit import DiT
 from lpl.families.flux import Flux
 from lpl.families.flux2 import Flux2, Flux2Klein
@@ -33,6 +34,7 @@ FAMILIES: tuple[type[Family], ...] = (
     ZImage,
     Flux2Klein,
     Flux2,
+    Chroma,
 )
 
 

@@ -1,8 +1,11 @@
 """Names of layers in the original models, as the converters of diffusers and shared LoRA files have them."""
 
+from functools import partial
+
 import pytest
 import torch
 from diffusers import (
+    ChromaTransformer2DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
@@ -10,6 +13,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.loaders.single_file_utils import (
+    convert_chroma_transformer_checkpoint_to_diffusers,
     convert_flux2_transformer_checkpoint_to_diffusers,
     convert_flux_transformer_checkpoint_to_diffusers,
     convert_sd3_transformer_checkpoint_to_diffusers,
@@ -18,6 +22,7 @@ from safetensors.torch import load_file
 from tiny import seeded
 from torch import nn
 
+from lpl.families.chroma import Chroma
 from lpl.families.flux import Flux
 from lpl.families.flux2 import Flux2
 from lpl.families.sd3 import StableDiffusion3
@@ -67,12 +72,10 @@ def tiny_sd3_transformer():
     )
 
 
-def flux_transformer():
+def at_full_width(kind, **numbers):
     """As wide as the real one, the only width that diffusers' converter knows; all weights are one and the same 0."""
     with torch.device("meta"):
-        model = FluxTransformer2DModel(
-            num_layers=1, num_single_layers=1, joint_attention_dim=32, pooled_projection_dim=16, guidance_embeds=True
-        )
+        model = kind(num_layers=1, num_single_layers=1, joint_attention_dim=32, **numbers)
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.weight = nn.Parameter(torch.zeros(()).expand(module.weight.shape))
@@ -112,7 +115,7 @@ FLUX2 = [  # the weights of the original: its converter goes through them
         ),
         (
             Flux,
-            flux_transformer,
+            partial(at_full_width, FluxTransformer2DModel, pooled_projection_dim=16, guidance_embeds=True),
             convert_flux_transformer_checkpoint_to_diffusers,
             ["double_blocks.0.x", "single_blocks.0.x", "guidance_in.x"],
         ),
@@ -122,8 +125,14 @@ FLUX2 = [  # the weights of the original: its converter goes through them
             convert_flux2_transformer_checkpoint_to_diffusers,
             [f"{name}.weight" for name in FLUX2],
         ),
+        (
+            Chroma,
+            partial(at_full_width, ChromaTransformer2DModel, approximator_hidden_dim=16, approximator_layers=2),
+            convert_chroma_transformer_checkpoint_to_diffusers,
+            ["double_blocks.0.x", "single_blocks.0.x", "distilled_guidance_layer.layers.1.x"],
+        ),
     ],
-    ids=["sd3", "flux", "flux2"],
+    ids=["sd3", "flux", "flux2", "chroma"],
 )
 def test_every_layer_of_a_transformer_is_found_under_its_original_name(family, build, convert, blocks, tmp_path):
     with seeded(0):

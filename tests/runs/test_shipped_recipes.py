@@ -38,6 +38,7 @@ PIPELINES = {  # by the id that recipes name, the fixture of the tiny one
     "Tongyi-MAI/Z-Image": "z_image_pipeline",
     "black-forest-labs/FLUX.2-klein-base-4B": "flux2_klein_pipeline",
     "black-forest-labs/FLUX.2-dev": "flux2_pipeline",
+    "lodestones/Chroma1-HD": "chroma_pipeline",
 }
 
 # Everything else of a recipe is run as it is.

@@ -32,6 +32,9 @@ KNOWN = {
     "diffusers.pipelines.sana.pipeline_sana:SanaPipeline.encode_prompt": (
         "in each step: the pipeline selects tokens by a Python list, which is copied to the GPU"
     ),
+    "diffusers.models.transformers.transformer_chroma:ChromaCombinedTimestepTextProjEmbeddings.forward": (
+        "in each step: the transformer makes its guidance, which is always 0, on the CPU"
+    ),
     "transformers.cache_utils:DynamicSlidingWindowLayer.lazy_initialization": (
         "in each step: Gemma makes a cache that nothing uses, and copies a number for each layer with a window"
     ),

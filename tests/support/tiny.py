@@ -25,6 +25,8 @@ from diffusers import (
     AutoencoderKLTemporalDecoder,
     AutoencoderKLWan,
     AutoencoderTiny,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DDIMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
@@ -699,6 +701,34 @@ def tiny_flux2(folder, kind="klein"):
     pipeline = (Flux2KleinPipeline if klein else Flux2Pipeline)(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=tiny_vae("flux2", **two_levels),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return Path(folder)
+
+
+def tiny_chroma(folder):
+    """ChromaPipeline with a T5."""
+    tokenizer = _t5_tokenizer()
+    with seeded(10):
+        text_encoder = T5EncoderModel(_t5_config(tokenizer, d_model=32))
+        transformer = ChromaTransformer2DModel(
+            in_channels=4 * 16,  # 2 x 2 latent positions of 16 channels
+            num_layers=1,
+            num_single_layers=1,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            joint_attention_dim=32,
+            axes_dims_rope=(4, 6, 6),
+            approximator_num_channels=16,
+            approximator_hidden_dim=16,
+            approximator_layers=1,
+        )
+    pipeline = ChromaPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny_vae("sd3", scaling_factor=0.3611, shift_factor=0.1159),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         transformer=transformer,

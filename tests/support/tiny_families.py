@@ -24,6 +24,7 @@ TINY = {  # family -> fixtures of tests/conftest.py
     "z-image": ["z_image_pipeline"],
     "flux2-klein": ["flux2_klein_pipeline"],
     "flux2": ["flux2_pipeline"],
+    "chroma": ["chroma_pipeline"],
 }
 FAMILY_OF = {family.name: family for family in FAMILIES}
 CAPTIONS = ["a cat", "", "the dog, and a very long caption " * 8]
@@ -188,7 +189,18 @@ class Flux2KleinView(Flux2View):
     guidance_off, guides, in_one_call = {"guidance_scale": 1.0}, True, False
 
 
-VIEWS = {"dit": DiTView, "flux": FluxView, "z-image": ZImageView, "flux2": Flux2View, "flux2-klein": Flux2KleinView}
+class ChromaView(FluxView):
+    guidance_off, guides, in_one_call = {"guidance_scale": 1.0}, True, False
+
+
+VIEWS = {
+    "dit": DiTView,
+    "flux": FluxView,
+    "z-image": ZImageView,
+    "flux2": Flux2View,
+    "flux2-klein": Flux2KleinView,
+    "chroma": ChromaView,
+}
 
 
 def view_of(family):
