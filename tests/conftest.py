@@ -145,6 +145,14 @@ def chroma_pipeline(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def lumina2_pipeline(tmp_path_factory):
+    """Folder of a tiny Lumina-Image 2."""
+    from tiny import tiny_lumina2
+
+    return tiny_lumina2(tmp_path_factory.mktemp("lumina2"))
+
+
+@pytest.fixture(scope="session")
 def sana_pipeline(tmp_path_factory):
     """Folder of a tiny Sana."""
     from tiny import tiny_sana

@@ -14,6 +14,7 @@ from lpl.families.chroma import Chroma
 from lpl.families.dit import DiT
 from lpl.families.flux import Flux
 from lpl.families.flux2 import Flux2, Flux2Klein
+from lpl.families.lumina2 import Lumina2
 from lpl.families.pixart import PixArtAlpha, PixArtSigma
 from lpl.families.sana import Sana
 from lpl.families.sd import StableDiffusion
@@ -35,6 +36,7 @@ FAMILIES: tuple[type[Family], ...] = (
     Flux2Klein,
     Flux2,
     Chroma,
+    Lumina2,
 )
 
 

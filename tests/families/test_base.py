@@ -24,7 +24,7 @@ from tiny_families import (
 )
 from torch import nn
 
-from lpl.autoencoders import latent_channels, unscale
+from lpl.autoencoders import downscaling_factor, latent_channels, unscale
 from lpl.objectives import OBJECTIVES, get_objective, training_scheduler
 from lpl.training.loading import start_as_identity
 
@@ -75,7 +75,7 @@ def test_the_denoiser_is_called_as_the_pipeline_calls_it(folder, length, monkeyp
     family = load(folder, max_sequence_length=length, guidance_scale=3.5)  # 3.5: the default of Flux's pipeline
     view = view_of(family)
     captions = captions_of(family)
-    if family.name == "sana":
+    if family.name in ("sana", "lumina-2"):
         captions = [caption for caption in captions if caption]  # the empty one is guidance's, see below
     answers, step = [], family.pipeline.scheduler.step
     monkeypatch.setattr(
@@ -246,6 +246,7 @@ REAL_SIZES = [  # the denoiser's and the VAE's configuration in the published mo
     ("flux2-klein", {"patch_size": 1}, 5, (1024, 16, (1, None))),  # 4 levels, and patches of 2 x 2
     ("flux2", {"patch_size": 1}, 5, (1024, 16, (1, None))),
     ("chroma", {"patch_size": 1}, 4, (1024, 16, (1, None))),
+    ("lumina-2", {"sample_size": 128, "patch_size": 2}, 4, (1024, 16, (1, None))),
 ]
 
 
@@ -327,7 +328,8 @@ def test_what_is_trained_can_be_sampled(name, objective_name, request, tmp_path,
     family.pipeline.save_pretrained(tmp_path)
     family = load(tmp_path)
     objective = get_objective(objective_name, family.pipeline.scheduler)
-    clean = torch.randn(1, latent_channels(family.vae.config), 8, 8, generator=torch.Generator().manual_seed(5))
+    side = SIZE // downscaling_factor(family.vae.config)
+    clean = torch.randn(1, latent_channels(family.vae.config), side, side, generator=torch.manual_seed(5))
     monkeypatch.setattr(family.denoiser, "forward", oracle(family, objective, clean))
     decoded = []
     decode = type(family.vae).decode

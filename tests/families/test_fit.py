@@ -66,6 +66,11 @@ BROKEN = {  # family -> component -> numbers that another component depends on
         "vae": ["latent_channels"],
         "text_encoder": ["d_model"],
     },
+    "lumina-2": {
+        "transformer": ["in_channels", "cap_feat_dim", "hidden_size"],
+        "vae": ["latent_channels"],
+        "text_encoder": ["hidden_size"],
+    },
     "flux2": {"transformer": ["in_channels", "joint_attention_dim"], "vae": ["latent_channels"]},
 }
 NUMBERS = [

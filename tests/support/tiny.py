@@ -38,6 +38,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
@@ -353,6 +355,10 @@ CHAT = (  # as Qwen3's, without what tools and thinking add
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if not enable_thinking | default(true) %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+INSTRUCTION = (  # of Lumina-Image 2, in its pipeline
+    "You are an assistant designed to generate superior images with the superior degree of image-text alignment based "
+    "on textual prompts or user prompts."
 )
 MESSAGES = (  # as Mistral's, of texts only
     "<s>{% for message in messages %}{% if message.role == 'system' %}[SYS]{{ message.content[0].text }}[/SYS]"
@@ -732,6 +738,34 @@ def tiny_chroma(folder):
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         transformer=transformer,
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return Path(folder)
+
+
+def tiny_lumina2(folder):
+    """Lumina2Pipeline with a Gemma 2, and a VAE of the factor 8 that the pipeline takes for granted."""
+    tokenizer = _gemma_tokenizer()
+    tokenizer.add_tokens([INSTRUCTION])  # else it would fill all tokens that tests have
+    with seeded(11):
+        text_encoder = Gemma2Model(_gemma_config(tokenizer, hidden_size=16))
+        transformer = Lumina2Transformer2DModel(
+            sample_size=8,
+            hidden_size=32,
+            num_layers=1,
+            num_refiner_layers=1,
+            num_attention_heads=2,
+            num_kv_heads=1,
+            multiple_of=16,
+            axes_dim_rope=(4, 6, 6),
+            cap_feat_dim=16,
+        )
+    pipeline = Lumina2Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=tiny_vae("sd3", block_out_channels=(8, 8, 16, 16), scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
     return Path(folder)

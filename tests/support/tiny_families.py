@@ -25,6 +25,7 @@ TINY = {  # family -> fixtures of tests/conftest.py
     "flux2-klein": ["flux2_klein_pipeline"],
     "flux2": ["flux2_pipeline"],
     "chroma": ["chroma_pipeline"],
+    "lumina-2": ["lumina2_pipeline"],
 }
 FAMILY_OF = {family.name: family for family in FAMILIES}
 CAPTIONS = ["a cat", "", "the dog, and a very long caption " * 8]
@@ -193,6 +194,16 @@ class ChromaView(FluxView):
     guidance_off, guides, in_one_call = {"guidance_scale": 1.0}, True, False
 
 
+class Lumina2View(View):
+    in_one_call = False
+
+    def timesteps(self, call):
+        return 1000 - call["timestep"].double() * 1000
+
+    def answer(self, output):
+        return -output
+
+
 VIEWS = {
     "dit": DiTView,
     "flux": FluxView,
@@ -200,6 +211,7 @@ VIEWS = {
     "flux2": Flux2View,
     "flux2-klein": Flux2KleinView,
     "chroma": ChromaView,
+    "lumina-2": Lumina2View,
 }
 
 
