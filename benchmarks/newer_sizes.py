@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import diffusers
 
-from benchmarks.real_sizes import CHECKPOINTING, TINY_KL_VAE, WITHOUT_QUANT_CONVS, Model, kl_vae
+from benchmarks.real_sizes import CHECKPOINTING, SDXL_VAE, TINY_KL_VAE, WITHOUT_QUANT_CONVS, Model, kl_vae
 
 
 FLUX_VAE = kl_vae(
@@ -131,6 +131,31 @@ NEWER = {
                 "multiple_of": 16,
                 "axes_dim_rope": (4, 6, 6),
                 "cap_feat_dim": 16,
+            },
+            TINY_KL_VAE,
+            ((16, 0),),
+        ),
+        resolution=(1024, 64),
+        batch=1,
+        kinds=("lora",),
+        flags=CHECKPOINTING,
+    ),
+    "auraflow": Model(
+        public="fal/AuraFlow-v0.3",
+        pipeline=diffusers.AuraFlowPipeline,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73),
+        denoiser=(diffusers.AuraFlowTransformer2DModel, {"pos_embed_max_size": 96**2}),
+        vae=(diffusers.AutoencoderKL, SDXL_VAE),
+        parameters=(6_858_605_568, 83_653_863),
+        encoders=(("", "umt5", 2048, 0),),
+        tiny=(
+            {
+                "num_mmdit_layers": 1,
+                "num_single_dit_layers": 1,
+                "num_attention_heads": 2,
+                "attention_head_dim": 16,
+                "joint_attention_dim": 16,
+                "caption_projection_dim": 32,
             },
             TINY_KL_VAE,
             ((16, 0),),

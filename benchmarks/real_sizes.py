@@ -498,6 +498,7 @@ OTHERS = {
 
 # Text encoders: by kind and hidden size, what else their config.json says
 CLIP_SIZES = {768: (12, 12, 3072), 1024: (23, 16, 4096), 1280: (32, 20, 5120)}  # layers, heads, width within
+PILE_T5_XL = {"d_ff": 5120, "d_kv": 64, "num_heads": 32, "num_layers": 24, "feed_forward_proj": "gated-gelu"}
 T5_XXL = {"d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "feed_forward_proj": "gated-gelu"}
 GEMMA_2B = {
     "intermediate_size": 9216,
@@ -553,6 +554,7 @@ ENCODERS = {
     "clip": ("CLIPTextModel", "CLIPTokenizer"),
     "clip_projected": ("CLIPTextModelWithProjection", "CLIPTokenizer"),
     "t5": ("T5EncoderModel", "T5Tokenizer"),
+    "umt5": ("UMT5EncoderModel", "T5Tokenizer"),
     "gemma": ("Gemma2Model", "GemmaTokenizer"),
     "qwen3": ("Qwen3Model", "Qwen2Tokenizer"),
     "qwen3_lm": ("Qwen3ForCausalLM", "Qwen2Tokenizer"),
@@ -564,6 +566,8 @@ def encoder_config(kind: str, width: int, projection: int) -> transformers.Pretr
     """The configuration of a public text encoder of that kind and hidden size."""
     if kind == "t5":
         return transformers.T5Config(d_model=width, vocab_size=32128, **T5_XXL)
+    if kind == "umt5":
+        return transformers.UMT5Config(d_model=width, vocab_size=32128, **PILE_T5_XL)
     if kind in LANGUAGE_MODELS:
         config, numbers, _ = LANGUAGE_MODELS[kind]
         return config(hidden_size=width, **numbers)
@@ -601,6 +605,8 @@ def _tiny_encoder(kind: str, width: int, projection: int) -> transformers.Pretra
     small: dict[str, Any] = {"vocab_size": 100}
     if kind == "t5":
         return transformers.T5Config(d_model=width, d_ff=8, d_kv=8, num_heads=2, num_layers=1, **small)
+    if kind == "umt5":
+        return transformers.UMT5Config(d_model=width, d_ff=8, d_kv=8, num_heads=2, num_layers=1, **small)
     small |= {"hidden_size": width, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     if kind in LANGUAGE_MODELS:
         config, _, numbers = LANGUAGE_MODELS[kind]

@@ -153,6 +153,14 @@ def lumina2_pipeline(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def aura_flow_pipeline(tmp_path_factory):
+    """Folder of a tiny AuraFlow."""
+    from tiny import tiny_aura_flow
+
+    return tiny_aura_flow(tmp_path_factory.mktemp("aura_flow"))
+
+
+@pytest.fixture(scope="session")
 def sana_pipeline(tmp_path_factory):
     """Folder of a tiny Sana."""
     from tiny import tiny_sana

@@ -9,6 +9,7 @@ May import: the paper (``lpl/*.py``), ``lpl.config``, ``lpl.tools``. A new famil
 
 from __future__ import annotations
 
+from lpl.families.aura_flow import AuraFlow
 from lpl.families.base import Conditions, Family
 from lpl.families.chroma import Chroma
 from lpl.families.dit import DiT
@@ -37,6 +38,7 @@ FAMILIES: tuple[type[Family], ...] = (
     Flux2,
     Chroma,
     Lumina2,
+    AuraFlow,
 )
 
 

@@ -71,6 +71,11 @@ BROKEN = {  # family -> component -> numbers that another component depends on
         "vae": ["latent_channels"],
         "text_encoder": ["hidden_size"],
     },
+    "auraflow": {
+        "transformer": ["in_channels", "out_channels", "joint_attention_dim", "caption_projection_dim"],
+        "vae": ["latent_channels"],
+        "text_encoder": ["d_model"],
+    },
     "flux2": {"transformer": ["in_channels", "joint_attention_dim"], "vae": ["latent_channels"]},
 }
 NUMBERS = [

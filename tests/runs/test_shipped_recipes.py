@@ -40,6 +40,7 @@ PIPELINES = {  # by the id that recipes name, the fixture of the tiny one
     "black-forest-labs/FLUX.2-dev": "flux2_pipeline",
     "lodestones/Chroma1-HD": "chroma_pipeline",
     "Alpha-VLLM/Lumina-Image-2.0": "lumina2_pipeline",
+    "fal/AuraFlow-v0.3": "aura_flow_pipeline",
 }
 
 # Everything else of a recipe is run as it is.

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from diffusers import (
     AsymmetricAutoencoderKL,
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
     AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLCosmos,
@@ -55,6 +57,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from diffusers.models.normalization import AdaLayerNormZero
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -75,6 +78,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 
@@ -766,6 +771,35 @@ def tiny_lumina2(folder):
         vae=tiny_vae("sd3", block_out_channels=(8, 8, 16, 16), scaling_factor=0.3611, shift_factor=0.1159),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return Path(folder)
+
+
+def tiny_aura_flow(folder):
+    """AuraFlowPipeline with a UMT5."""
+    tokenizer = _t5_tokenizer()
+    with seeded(12):
+        text_encoder = UMT5EncoderModel(UMT5Config(**_t5_config(tokenizer, d_model=32).to_diff_dict()))
+        transformer = AuraFlowTransformer2DModel(
+            sample_size=8,
+            num_mmdit_layers=1,
+            num_single_dit_layers=1,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            joint_attention_dim=32,
+            caption_projection_dim=32,
+            pos_embed_max_size=16**2,
+        )
+        for module in transformer.modules():
+            if isinstance(module, AdaLayerNormZero):  # else the blocks add hardly anything
+                module.linear.weight.data.mul_(8)
+    pipeline = AuraFlowPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=tiny_vae("sd", scaling_factor=0.13025),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
     return Path(folder)

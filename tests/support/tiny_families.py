@@ -26,6 +26,7 @@ TINY = {  # family -> fixtures of tests/conftest.py
     "flux2": ["flux2_pipeline"],
     "chroma": ["chroma_pipeline"],
     "lumina-2": ["lumina2_pipeline"],
+    "auraflow": ["aura_flow_pipeline"],
 }
 FAMILY_OF = {family.name: family for family in FAMILIES}
 CAPTIONS = ["a cat", "", "the dog, and a very long caption " * 8]
@@ -204,6 +205,11 @@ class Lumina2View(View):
         return -output
 
 
+class AuraFlowView(View):
+    def timesteps(self, call):
+        return call["timestep"].double() * 1000
+
+
 VIEWS = {
     "dit": DiTView,
     "flux": FluxView,
@@ -212,6 +218,7 @@ VIEWS = {
     "flux2-klein": Flux2KleinView,
     "chroma": ChromaView,
     "lumina-2": Lumina2View,
+    "auraflow": AuraFlowView,
 }
 
 
