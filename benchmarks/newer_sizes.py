@@ -5,22 +5,51 @@ They are counted (:mod:`benchmarks.counted`), and not measured on a GPU as those
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import diffusers
 
-from benchmarks.real_sizes import CHECKPOINTING, TINY_KL_VAE, WITHOUT_QUANT_CONVS, Model, kl_vae
+from benchmarks.real_sizes import CHECKPOINTING, SDXL_VAE, TINY_KL_VAE, WITHOUT_QUANT_CONVS, Model, kl_vae
 
 
 FLUX_VAE = kl_vae(
     latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, sample_size=1024, **WITHOUT_QUANT_CONVS
 )
 
-FLUX2_VAE = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "latent_channels": 32,
-    "sample_size": 1024,
-}
+FLUX2_KLEIN = Model(
+    public="black-forest-labs/FLUX.2-klein-base-4B",
+    pipeline=diffusers.Flux2KleinPipeline,
+    scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    denoiser=(
+        diffusers.Flux2Transformer2DModel,
+        {
+            "num_layers": 5,
+            "num_single_layers": 20,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 7680,
+            "guidance_embeds": False,
+        },
+    ),
+    vae=(diffusers.AutoencoderKLFlux2, {}),  # the class's defaults are its numbers
+    parameters=(3_875_544_576, 84_046_115),
+    encoders=(("", "qwen3_lm", 2560, 0),),
+    tiny=(
+        {
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "axes_dims_rope": (4, 4, 4, 4),
+            "joint_attention_dim": 48,
+        },
+        {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4},
+        ((16, 0),),
+    ),
+    resolution=(1024, 64),
+    batch=1,
+    kinds=("lora",),
+    flags=CHECKPOINTING,
+)
 
 NEWER = {
     "z-image": Model(
@@ -87,9 +116,9 @@ NEWER = {
                 "text_in_dim": 3072,
             },
         ),
-        vae=(diffusers.AutoencoderKLFlux2, FLUX2_VAE),
+        vae=(diffusers.AutoencoderKLFlux2, {}),
         parameters=(8_033_490_048, 84_046_115),
-        encoders=(("", "mistral3", 3072, 0),),
+        encoders=(("", "ministral3", 3072, 0),),
         tiny=(
             {
                 "hidden_size": 32,
@@ -129,6 +158,93 @@ NEWER = {
                 "axes_dims_rope": (4, 6, 6),
             },
             {"base_dim": 8, "num_res_blocks": 1},
+            ((16, 0),),
+        ),
+        resolution=(1024, 64),
+        batch=1,
+        kinds=("lora",),
+        flags=CHECKPOINTING,
+    ),
+    "flux2-klein": FLUX2_KLEIN,
+    "flux2": replace(
+        FLUX2_KLEIN,
+        public="black-forest-labs/FLUX.2-dev",
+        pipeline=diffusers.Flux2Pipeline,
+        denoiser=(diffusers.Flux2Transformer2DModel, {}),  # the class's defaults are its numbers
+        parameters=(32_223_281_152, 84_046_115),
+        encoders=(("", "mistral3", 5120, 0),),
+    ),
+    "chroma": Model(
+        public="lodestones/Chroma1-HD",
+        pipeline=diffusers.ChromaPipeline,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        denoiser=(diffusers.ChromaTransformer2DModel, {}),  # the class's defaults are its numbers
+        vae=(diffusers.AutoencoderKL, FLUX_VAE),
+        parameters=(8_899_983_424, 83_819_683),
+        encoders=(("", "t5", 4096, 0),),
+        tiny=(
+            {
+                "num_layers": 1,
+                "num_single_layers": 1,
+                "num_attention_heads": 2,
+                "attention_head_dim": 16,
+                "axes_dims_rope": (4, 6, 6),
+                "joint_attention_dim": 16,
+                "approximator_hidden_dim": 16,
+            },
+            TINY_KL_VAE,
+            ((16, 0),),
+        ),
+        resolution=(1024, 64),
+        batch=1,
+        kinds=("lora",),
+        flags=CHECKPOINTING,
+    ),
+    "lumina-2": Model(
+        public="Alpha-VLLM/Lumina-Image-2.0",
+        pipeline=diffusers.Lumina2Pipeline,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0),
+        denoiser=(diffusers.Lumina2Transformer2DModel, {"cap_feat_dim": 2304}),
+        vae=(diffusers.AutoencoderKL, FLUX_VAE),
+        parameters=(2_609_769_152, 83_819_683),
+        encoders=(("", "gemma", 2304, 0),),
+        tiny=(
+            {
+                "hidden_size": 32,
+                "num_layers": 1,
+                "num_refiner_layers": 1,
+                "num_attention_heads": 2,
+                "num_kv_heads": 1,
+                "multiple_of": 16,
+                "axes_dim_rope": (4, 6, 6),
+                "cap_feat_dim": 16,
+            },
+            TINY_KL_VAE,
+            ((16, 0),),
+        ),
+        resolution=(1024, 64),
+        batch=1,
+        kinds=("lora",),
+        flags=CHECKPOINTING,
+    ),
+    "auraflow": Model(
+        public="fal/AuraFlow-v0.3",
+        pipeline=diffusers.AuraFlowPipeline,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73),
+        denoiser=(diffusers.AuraFlowTransformer2DModel, {"pos_embed_max_size": 96**2}),
+        vae=(diffusers.AutoencoderKL, SDXL_VAE),
+        parameters=(6_858_605_568, 83_653_863),
+        encoders=(("", "umt5", 2048, 0),),
+        tiny=(
+            {
+                "num_mmdit_layers": 1,
+                "num_single_dit_layers": 1,
+                "num_attention_heads": 2,
+                "attention_head_dim": 16,
+                "joint_attention_dim": 16,
+                "caption_projection_dim": 32,
+            },
+            TINY_KL_VAE,
             ((16, 0),),
         ),
         resolution=(1024, 64),

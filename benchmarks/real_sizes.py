@@ -498,6 +498,7 @@ OTHERS = {
 
 # Text encoders: by kind and hidden size, what else their config.json says
 CLIP_SIZES = {768: (12, 12, 3072), 1024: (23, 16, 4096), 1280: (32, 20, 5120)}  # layers, heads, width within
+PILE_T5_XL = {"d_ff": 5120, "d_kv": 64, "num_heads": 32, "num_layers": 24, "feed_forward_proj": "gated-gelu"}
 T5_XXL = {"d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "feed_forward_proj": "gated-gelu"}
 GEMMA_2B = {
     "intermediate_size": 9216,
@@ -543,9 +544,17 @@ def qwen3_vl(hidden_size: int, **numbers: Any) -> transformers.PretrainedConfig:
 
 
 MINISTRAL_3B = {
-    "model_type": "ministral3",
     "intermediate_size": 9216,
     "num_hidden_layers": 26,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 131072,
+    "model_type": "ministral3",
+}
+MISTRAL_24B = {
+    "intermediate_size": 32768,
+    "num_hidden_layers": 40,
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
     "head_dim": 128,
@@ -553,30 +562,50 @@ MINISTRAL_3B = {
 }
 
 
-def mistral3(hidden_size: int, **numbers: Any) -> transformers.PretrainedConfig:
-    return transformers.Mistral3Config(text_config={"hidden_size": hidden_size, **numbers})
+def mistral3(image_width: int = 1024, image_layers: int = 24, **text: Any) -> transformers.Mistral3Config:
+    """The configuration of a Mistral 3, which sees images too."""
+    images = {"hidden_size": image_width, "intermediate_size": 4 * image_width, "num_hidden_layers": image_layers}
+    return transformers.Mistral3Config(
+        text_config={"model_type": "mistral", **text}, vision_config={"model_type": "pixtral", **images}
+    )
 
 
-# Kinds that are made from their hidden size alone: the configuration, numbers of the public model and of a tiny one
+# Kinds that are made from their hidden size alone: what makes the configuration, numbers of the public and tiny one
 LANGUAGE_MODELS: dict[str, tuple[Callable[..., transformers.PretrainedConfig], Config, Config]] = {
     "gemma": (transformers.Gemma2Config, GEMMA_2B, {"num_key_value_heads": 1, "head_dim": 8}),
     "qwen3": (transformers.Qwen3Config, QWEN3_4B, {"num_key_value_heads": 1, "head_dim": 8}),
-    "mistral3": (mistral3, MINISTRAL_3B, {"model_type": "ministral3", "num_key_value_heads": 1, "head_dim": 8}),
+    "qwen3_lm": (
+        transformers.Qwen3Config,
+        QWEN3_4B | {"tie_word_embeddings": True},
+        {"num_key_value_heads": 1, "head_dim": 8, "num_hidden_layers": 28},
+    ),
+    "mistral3": (
+        mistral3,
+        MISTRAL_24B,
+        {"num_key_value_heads": 1, "head_dim": 8, "num_hidden_layers": 31, "image_width": 16, "image_layers": 1},
+    ),
     "qwen3_vl": (
         *(qwen3_vl, QWEN3_4B),
         {"num_key_value_heads": 1, "head_dim": 8, "rope_parameters": _mrope(1, 1, 2)},
     ),
     "qwen2_5_vl": (qwen2_5_vl, QWEN2_5_VL_7B, {"num_key_value_heads": 1, "rope_parameters": _mrope(1, 1, 2)}),
+    "ministral3": (
+        *(mistral3, MINISTRAL_3B),
+        {"model_type": "ministral3", "num_key_value_heads": 1, "head_dim": 8, "image_width": 16, "image_layers": 1},
+    ),
 }
 ENCODERS = {
     "clip": ("CLIPTextModel", "CLIPTokenizer"),
     "clip_projected": ("CLIPTextModelWithProjection", "CLIPTokenizer"),
     "t5": ("T5EncoderModel", "T5Tokenizer"),
+    "umt5": ("UMT5EncoderModel", "T5Tokenizer"),
     "gemma": ("Gemma2Model", "GemmaTokenizer"),
     "qwen3": ("Qwen3Model", "Qwen2Tokenizer"),
     "qwen3_vl": ("Qwen3VLModel", "Qwen2Tokenizer"),
-    "mistral3": ("Mistral3Model", "PreTrainedTokenizerFast"),
+    "ministral3": ("Mistral3Model", "PreTrainedTokenizerFast"),
     "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", "Qwen2Tokenizer"),
+    "qwen3_lm": ("Qwen3ForCausalLM", "Qwen2Tokenizer"),
+    "mistral3": ("Mistral3ForConditionalGeneration", "PreTrainedTokenizerFast"),  # its own needs torchvision
 }
 
 
@@ -584,6 +613,8 @@ def encoder_config(kind: str, width: int, projection: int) -> transformers.Pretr
     """The configuration of a public text encoder of that kind and hidden size."""
     if kind == "t5":
         return transformers.T5Config(d_model=width, vocab_size=32128, **T5_XXL)
+    if kind == "umt5":
+        return transformers.UMT5Config(d_model=width, vocab_size=32128, **PILE_T5_XL)
     if kind in LANGUAGE_MODELS:
         config, numbers, _ = LANGUAGE_MODELS[kind]
         return config(hidden_size=width, **numbers)
@@ -621,6 +652,8 @@ def _tiny_encoder(kind: str, width: int, projection: int) -> transformers.Pretra
     small: dict[str, Any] = {"vocab_size": 100}
     if kind == "t5":
         return transformers.T5Config(d_model=width, d_ff=8, d_kv=8, num_heads=2, num_layers=1, **small)
+    if kind == "umt5":
+        return transformers.UMT5Config(d_model=width, d_ff=8, d_kv=8, num_heads=2, num_layers=1, **small)
     small |= {"hidden_size": width, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     if kind in LANGUAGE_MODELS:
         config, _, numbers = LANGUAGE_MODELS[kind]

@@ -145,6 +145,46 @@ def krea2_pipeline(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def flux2_klein_pipeline(tmp_path_factory):
+    """Folder of a tiny FLUX.2 [klein]."""
+    from tiny import tiny_flux2
+
+    return tiny_flux2(tmp_path_factory.mktemp("flux2_klein"))
+
+
+@pytest.fixture(scope="session")
+def flux2_pipeline(tmp_path_factory):
+    """Folder of a tiny FLUX.2 [dev]."""
+    from tiny import tiny_flux2
+
+    return tiny_flux2(tmp_path_factory.mktemp("flux2"), kind="dev")
+
+
+@pytest.fixture(scope="session")
+def chroma_pipeline(tmp_path_factory):
+    """Folder of a tiny Chroma."""
+    from tiny import tiny_chroma
+
+    return tiny_chroma(tmp_path_factory.mktemp("chroma"))
+
+
+@pytest.fixture(scope="session")
+def lumina2_pipeline(tmp_path_factory):
+    """Folder of a tiny Lumina-Image 2."""
+    from tiny import tiny_lumina2
+
+    return tiny_lumina2(tmp_path_factory.mktemp("lumina2"))
+
+
+@pytest.fixture(scope="session")
+def aura_flow_pipeline(tmp_path_factory):
+    """Folder of a tiny AuraFlow."""
+    from tiny import tiny_aura_flow
+
+    return tiny_aura_flow(tmp_path_factory.mktemp("aura_flow"))
+
+
+@pytest.fixture(scope="session")
 def sana_pipeline(tmp_path_factory):
     """Folder of a tiny Sana."""
     from tiny import tiny_sana

@@ -127,8 +127,8 @@ class Tokenizer:
     def tokenize(self, text: str) -> list[str]:
         return []
 
-    def apply_chat_template(self, messages: Any, **kwargs: Any) -> str:
-        return ""
+    def apply_chat_template(self, messages: Any, *, tokenize: bool = True, **kwargs: Any) -> Any:
+        return self(messages, **kwargs) if tokenize else ""
 
     def batch_decode(self, ids: Any, *args: Any, **kwargs: Any) -> list[str]:
         return [""] * len(ids)

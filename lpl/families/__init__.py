@@ -11,11 +11,15 @@ May import: the paper (``lpl/*.py``), ``lpl.config``, ``lpl.tools``. A new famil
 
 from __future__ import annotations
 
+from lpl.families.aura_flow import AuraFlow
 from lpl.families.base import Conditions, Family
+from lpl.families.chroma import Chroma
 from lpl.families.dit import DiT
 from lpl.families.ernie_image import ErnieImage
 from lpl.families.flux import Flux
+from lpl.families.flux2 import Flux2, Flux2Klein
 from lpl.families.krea2 import Krea2
+from lpl.families.lumina2 import Lumina2
 from lpl.families.pixart import PixArtAlpha, PixArtSigma
 from lpl.families.qwen_image import QwenImage
 from lpl.families.sana import Sana
@@ -38,6 +42,11 @@ FAMILIES: tuple[type[Family], ...] = (
     QwenImage,
     ErnieImage,
     Krea2,
+    Flux2Klein,
+    Flux2,
+    Chroma,
+    Lumina2,
+    AuraFlow,
 )
 
 

@@ -29,7 +29,7 @@ from lpl.families.architecture import Architecture
 from lpl.families.fit import Relation
 from lpl.families.lora_layout import LoraLayout
 from lpl.families.single_file import Component
-from lpl.families.tokens import Tokenize, Tokens, conditions_on_device
+from lpl.families.tokens import Tokenize, Tokens, conditions_on_device, of_text
 from lpl.objectives import OBJECTIVES
 
 
@@ -190,7 +190,7 @@ class Family:
     def caption_lengths(self, captions: Sequence[str]) -> tuple[list[int], int]:
         """Tokens of each caption, and how many of them the text encoder takes; of several, the one that takes most."""
         names = [name.replace("text_encoder", "tokenizer") for name in self.text_encoder_names]
-        tokenizers = [tokenizer for name in names if (tokenizer := getattr(self.pipeline, name)) is not None]
+        tokenizers = [of_text(tokenizer) for name in names if (tokenizer := getattr(self.pipeline, name)) is not None]
         if not tokenizers or not captions:
             return [], 0
         limits = [min(self.tokens or each.model_max_length, each.model_max_length) for each in tokenizers]
@@ -200,6 +200,13 @@ class Family:
     def predict(self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """The denoiser's output D, (B, C, h, w), for z_t and (B,) timesteps; without a learned variance."""
         raise NotImplementedError
+
+    def guidance(self, noisy_latents: Tensor) -> Tensor | None:
+        """The guidance scale that a denoiser with an embedding of it is told, (B,); others take none."""
+        if not self.denoiser.config.get("guidance_embeds"):
+            return None
+        size = (len(noisy_latents),)
+        return torch.full(size, self.guidance_scale, dtype=torch.float32, device=noisy_latents.device)
 
     # In sampling
 
@@ -271,7 +278,17 @@ class Family:
     @classmethod
     def takes_guidance(cls, configs: Configs) -> bool:
         """Whether the denoiser takes a guidance scale in training."""
-        return False
+        return bool(configs[cls.denoiser_name].get("guidance_embeds"))
+
+    @classmethod
+    def distilled(cls, index: Mapping[str, Any], configs: Configs) -> str | None:
+        """By what in its index and configurations a model is one that was distilled to sample in a few steps."""
+        return None
+
+    @classmethod
+    def lora_modules(cls, configs: Configs) -> tuple[str, ...]:
+        """Default of --lora_target_modules."""
+        return cls.lora_targets
 
     @classmethod
     def empty_caption(cls, configs: Configs) -> str | int:

@@ -11,8 +11,10 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import transformers
+from transformers.utils.import_utils import requires_backends
 
 from lpl.autoencoders import latent_channels
+from lpl.tools.words import first_line
 
 
 Widths = dict[str, int]
@@ -96,14 +98,19 @@ def encoder_widths(what: str, path: str, name: str, index: Mapping[str, Any], **
     Raises:
         ValueError: where the encoder, or its tokenizer, is missing.
     """
-    for part in (name, name.replace("text_encoder", "tokenizer")):
+    for part in (name.replace("text_encoder", "tokenizer"), name):
         if tuple(index.get(part) or (None, None)) == (None, None):
             raise ValueError(f"{what}: the pipeline has no {part}, which training needs; give one that has it")
-    kind = getattr(transformers, index[name][1], None)
-    if kind is None:
-        raise ValueError(f"{what}: this version of transformers has no {index[name][1]}, the class of its {name}")
+        kind = getattr(transformers, index[part][1], None)
+        if kind is None and part == name:
+            raise ValueError(f"{what}: this version of transformers has no {index[name][1]}, the class of its {name}")
+        try:
+            requires_backends(kind, getattr(kind, "_backends", []))
+        except ImportError as error:
+            raise ValueError(f"{what}: its {part} cannot be loaded: {first_line(error)}") from error
+    encoder: Any = getattr(transformers, index[name][1])
     try:
-        config = kind.config_class.from_pretrained(path, subfolder=name, **where).get_text_config()
+        config = encoder.config_class.from_pretrained(path, subfolder=name, **where).get_text_config()
     except Exception as error:  # the libraries raise a dozen kinds
         raise ValueError(f"{what}: the pipeline has no {name} whose configuration can be read") from error
     return {"hidden_size": config.hidden_size, "projection_dim": getattr(config, "projection_dim", 0)}

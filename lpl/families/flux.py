@@ -114,20 +114,13 @@ class Flux(Family):
         output = denoiser(
             hidden_states=packed(noisy_latents, PATCH),
             timestep=timesteps.to(noisy_latents.dtype) / TIMESTEPS,
-            guidance=self._guidance(noisy_latents),
+            guidance=self.guidance(noisy_latents),
             txt_ids=noisy_latents.new_zeros(tokens, 3),  # text has no position
             img_ids=patch_positions(rows, columns, noisy_latents.device).to(noisy_latents.dtype),
             **conditions,
             return_dict=False,
         )[0]
         return unpacked(output, PATCH, noisy_latents.shape)
-
-    def _guidance(self, noisy_latents: Tensor) -> Tensor | None:
-        """The guidance scale of a distilled model, (B,); other models take none."""
-        if not self.pipeline.transformer.config.guidance_embeds:
-            return None
-        size = (len(noisy_latents),)
-        return torch.full(size, self.guidance_scale, dtype=torch.float32, device=noisy_latents.device)
 
     @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:
@@ -146,8 +139,8 @@ class Flux(Family):
         ]
 
     @classmethod
-    def takes_guidance(cls, configs: Configs) -> bool:
-        return bool(configs[cls.denoiser_name].get("guidance_embeds"))
+    def distilled(cls, index: Mapping[str, Any], configs: Configs) -> str | None:
+        return None if cls.takes_guidance(configs) else "by its guidance_embeds (false, as in FLUX.1 [schnell])"
 
     @classmethod
     def architecture(cls, configs: Configs, prediction_type: str | None) -> Architecture:

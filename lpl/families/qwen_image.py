@@ -74,7 +74,7 @@ class QwenImage(Family):
         output = denoiser(
             hidden_states=packed(noisy_latents, PATCH),
             timestep=timesteps.to(noisy_latents.dtype) / TIMESTEPS,
-            guidance=self._guidance(noisy_latents),
+            guidance=self.guidance(noisy_latents),
             encoder_hidden_states=conditions["encoder_hidden_states"][:, :longest],
             encoder_hidden_states_mask=(
                 conditions["encoder_hidden_states_mask"][:, :longest] if min(lengths) < longest else None
@@ -83,13 +83,6 @@ class QwenImage(Family):
             return_dict=False,
         )[0]
         return unpacked(output, PATCH, noisy_latents.shape)
-
-    def _guidance(self, noisy_latents: Tensor) -> Tensor | None:
-        """The guidance scale of a distilled model, (B,); other models take none."""
-        if not self.pipeline.transformer.config.guidance_embeds:
-            return None
-        size = (len(noisy_latents),)
-        return torch.full(size, self.guidance_scale, dtype=torch.float32, device=noisy_latents.device)
 
     def sampling_arguments(self) -> dict[str, Any]:
         return super().sampling_arguments() | {"negative_prompt": " "}  # without one, the pipeline does not guide
@@ -118,10 +111,6 @@ class QwenImage(Family):
     @classmethod
     def untrained_config(cls, config: Any) -> dict[str, Any]:
         return dict(config)
-
-    @classmethod
-    def takes_guidance(cls, configs: Configs) -> bool:
-        return bool(configs[cls.denoiser_name].get("guidance_embeds"))
 
     @classmethod
     def default_resolution(cls, configs: Configs) -> int:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -21,7 +22,7 @@ from lpl.autoencoders import RGB, SUPPORTED, decoder_blocks, downscaling_factor,
 from lpl.config import Config
 from lpl.config.checks import check_loss_options, warn_idle, warn_of_idle_flags
 from lpl.config.choices import ALL_LINEAR, MASK_COLUMN
-from lpl.config.groups import Data
+from lpl.config.groups import Data, Model
 from lpl.config.prompts import NEGATIVE, own_settings, size_of
 from lpl.config.sizes import AUTO, default_step, parse_sizes, sides_of
 from lpl.families import FAMILIES, Family
@@ -39,6 +40,7 @@ OF_TEXTS = (  # flags that have no meaning for class labels
     *("shuffle_tags", "tag_dropout"),
     *("cache_text_embeddings", "tag_separator", "keep_tags", "keep_tags_separator", "text_encoder_dropout"),
 )
+FEW_STEPS = ("turbo", "schnell")  # in names of models that sample in a few steps
 
 
 def resolve(config: Config, description: Description) -> Config:
@@ -47,6 +49,7 @@ def resolve(config: Config, description: Description) -> Config:
     Raises:
         ValueError: with what was given, what is accepted, and the flag to change.
     """
+    _warn_of_distillation(config.model, description)
     config = _with_objective(config, description)
     config = _with_timesteps(config, description)
     config = _with_captions(config, description)
@@ -74,6 +77,18 @@ def with_decoder_dtype(config: Config, mixed_precision: str) -> Config:
     if not (config.lpl.enabled or config.data.holds_out):
         return config
     return config.changed(lpl_vae_dtype=config.lpl.decoder_dtype(mixed_precision))
+
+
+def _warn_of_distillation(model: Model, description: Description) -> None:
+    """Warn of a model that samples in a few steps, by what its files say or else by its name."""
+    names = [word for word in FEW_STEPS if word in Path(model.pipeline).name.lower()]
+    by_name = f"by its name ({names[0]})" if names else None
+    why = description.family.distilled(description.index, description.parts) or by_name
+    if why and not model.from_scratch:
+        warn(
+            f"--pretrained_model_name_or_path {model.pipeline}: {why}, the model is distilled to sample in a few "
+            "steps without guidance, which this training undoes; train the model that it was made from"
+        )
 
 
 def _with_objective(config: Config, description: Description) -> Config:
@@ -306,7 +321,7 @@ def _with_lora_targets(config: Config, description: Description) -> Config:
         return config
     own_targets = config.lora.lora_target_modules
     if own_targets is None:
-        config = config.changed(lora_target_modules=tuple(description.family.lora_targets))
+        config = config.changed(lora_target_modules=description.family.lora_modules(description.parts))
     if own_targets in (None, (ALL_LINEAR,)) and not (config.lora.ranks or config.lora.alphas):
         return config
     with torch.device("meta"):  # names of modules, without memory for their weights

@@ -67,6 +67,25 @@ class Tokenize:
         return {part: found[part] for part in ("input_ids", "attention_mask") if found.get(part) is not None}
 
 
+def chat_texts(tokenizer: Any, captions: Sequence[str], **options: Any) -> list[str]:
+    """Each caption as a user's message to a language model, which is asked to answer.
+
+    Args:
+        options: of the tokenizer's template.
+    """
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": caption}], tokenize=False, add_generation_prompt=True, **options
+        )
+        for caption in captions
+    ]
+
+
+def of_text(tokenizer: Any) -> Any:
+    """The tokenizer itself, or that of a processor, which also takes images."""
+    return getattr(tokenizer, "tokenizer", tokenizer)
+
+
 def with_tokens(pipeline: Any, tokens: Tokens | None, device: torch.device) -> Any:
     """A copy of a pipeline whose tokenizers give those tokens; for None the pipeline itself. Models are shared."""
     if tokens is None:

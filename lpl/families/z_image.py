@@ -14,7 +14,7 @@ from lpl.autoencoders import downscaling_factor
 from lpl.families.base import Conditions, Configs, Family
 from lpl.families.fit import Relation, latents
 from lpl.families.lora_layout import QKV, LoraLayout, Table, by_table
-from lpl.families.tokens import Tokens, in_front, lengths_of, on_device
+from lpl.families.tokens import Tokens, chat_texts, in_front, lengths_of, on_device
 
 
 PATCH = 2  # side of a patch in latents, of all published models
@@ -27,16 +27,6 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
 }
 BLOCKS = ("layers", "noise_refiner", "context_refiner")
 ORIGINAL: Table = {name: (name, LAYERS) for name in BLOCKS}
-
-
-def chat_texts(tokenizer: Any, captions: Sequence[str]) -> list[str]:
-    """What the pipeline gives the tokenizer: each caption as a user's message."""
-    return [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": caption}], tokenize=False, add_generation_prompt=True, enable_thinking=True
-        )
-        for caption in captions
-    ]
 
 
 class ZImage(Family):
@@ -57,7 +47,7 @@ class ZImage(Family):
 
     @property
     def texts(self) -> Callable[[Sequence[str]], list[str]]:
-        return partial(chat_texts, self.pipeline.tokenizer)
+        return partial(chat_texts, self.pipeline.tokenizer, enable_thinking=True)
 
     def encode_prompts(
         self, captions: Sequence[str], device: torch.device, tokens: Tokens | None = None

@@ -262,7 +262,7 @@ def _encoded(
 ) -> Iterator[tuple[str, Entry]]:
     """Keys, and the conditions of captions, without the batch dimension."""
     keys, texts, dropped = zip(*captions)
-    tokens = cast(Any, family.tokenize)(list(texts), torch.tensor(dropped) if dropped[0] else None)
+    tokens = cast(Any, family.tokenize)(list(texts), *([torch.tensor(dropped)] if dropped[0] else []))
     with exact_precision(device):
         conditions = family.encode_prompts(list(texts), device, tokens)
     conditions = {name: torch.as_tensor(value).cpu() for name, value in conditions.items()}

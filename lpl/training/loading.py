@@ -20,6 +20,7 @@ from torch import nn
 from lpl.config.groups import Lora, Model
 from lpl.families import Family
 from lpl.families.description import Description
+from lpl.families.tokens import of_text
 from lpl.tools.words import counted
 from lpl.training.average import MovingAverage
 
@@ -111,8 +112,8 @@ def _refuse_tokens(name: str, family: Family) -> None:
     if encoder is None or tokenizer is None:
         return
     size = encoder.config.get_text_config().vocab_size
-    if len(tokenizer) > size:
-        raise ValueError(f"{name}: it has embeddings of {size} tokens, and its tokenizer has {len(tokenizer)} tokens")
+    if (count := len(of_text(tokenizer))) > size:
+        raise ValueError(f"{name}: it has embeddings of {size} tokens, and its tokenizer has {count} tokens")
 
 
 def _refuse_missing(name: str, missing: Sequence[str]) -> None:

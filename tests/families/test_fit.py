@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.util import find_spec
 
 import pytest
 from commands import edited, refusal
@@ -58,6 +59,27 @@ BROKEN = {  # family -> component -> numbers that another component depends on
         "vae": ["latent_channels"],
         "text_encoder": ["hidden_size"],
     },
+    "flux2-klein": {
+        "transformer": ["in_channels", "joint_attention_dim", "attention_head_dim"],
+        "vae": ["latent_channels"],
+        "text_encoder": ["hidden_size"],
+    },
+    "chroma": {
+        "transformer": ["in_channels", "out_channels", "joint_attention_dim", "attention_head_dim"],
+        "vae": ["latent_channels"],
+        "text_encoder": ["d_model"],
+    },
+    "lumina-2": {
+        "transformer": ["in_channels", "cap_feat_dim", "hidden_size"],
+        "vae": ["latent_channels"],
+        "text_encoder": ["hidden_size"],
+    },
+    "auraflow": {
+        "transformer": ["in_channels", "out_channels", "joint_attention_dim", "caption_projection_dim"],
+        "vae": ["latent_channels"],
+        "text_encoder": ["d_model"],
+    },
+    "flux2": {"transformer": ["in_channels", "joint_attention_dim"], "vae": ["latent_channels"]},
 }
 NUMBERS = [
     (family, part, number) for family, parts in BROKEN.items() for part, numbers in parts.items() for number in numbers
@@ -107,6 +129,13 @@ def test_a_denoiser_of_another_family(sd_pipeline, sd3_pipeline, image_folder, t
     shutil.copytree(sd3_pipeline / "transformer", pipeline / "unet", dirs_exist_ok=True)
     message = refusal(capsys, arguments(pipeline, image_folder, tmp_path / "out"))
     assert "SD3Transformer2DModel" in message and "StableDiffusionPipeline" in message
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="for where torchvision is missing")
+def test_a_tokenizer_that_needs_another_package(flux2_pipeline, image_folder, tmp_path, capsys, no_weights):
+    pipeline = edited(flux2_pipeline, tmp_path / "pipeline", None, tokenizer=["transformers", "PixtralProcessor"])
+    message = refusal(capsys, arguments(pipeline, image_folder, tmp_path / "out"))
+    assert "its tokenizer cannot be loaded: PixtralProcessor requires the Torchvision library" in message
 
 
 # Missing encoders ----------------------------------------------------------------------------------------------------

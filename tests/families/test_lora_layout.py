@@ -1,9 +1,20 @@
 """Names of layers in the original models, as the converters of diffusers and shared LoRA files have them."""
 
+from functools import partial
+
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    ChromaTransformer2DModel,
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.loaders.single_file_utils import (
+    convert_chroma_transformer_checkpoint_to_diffusers,
+    convert_flux2_transformer_checkpoint_to_diffusers,
     convert_flux_transformer_checkpoint_to_diffusers,
     convert_sd3_transformer_checkpoint_to_diffusers,
 )
@@ -11,7 +22,9 @@ from safetensors.torch import load_file
 from tiny import seeded
 from torch import nn
 
+from lpl.families.chroma import Chroma
 from lpl.families.flux import Flux
+from lpl.families.flux2 import Flux2
 from lpl.families.sd3 import StableDiffusion3
 from lpl.families.sdxl import StableDiffusionXL
 from lpl.training import lora
@@ -59,16 +72,36 @@ def tiny_sd3_transformer():
     )
 
 
-def flux_transformer():
+def at_full_width(kind, **numbers):
     """As wide as the real one, the only width that diffusers' converter knows; all weights are one and the same 0."""
     with torch.device("meta"):
-        model = FluxTransformer2DModel(
-            num_layers=1, num_single_layers=1, joint_attention_dim=32, pooled_projection_dim=16, guidance_embeds=True
-        )
+        model = kind(num_layers=1, num_single_layers=1, joint_attention_dim=32, **numbers)
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.weight = nn.Parameter(torch.zeros(()).expand(module.weight.shape))
     return model
+
+
+def tiny_flux2_transformer():
+    return Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        axes_dims_rope=(4, 4, 4, 4),
+    )
+
+
+FLUX2 = [  # the weights of the original: its converter goes through them
+    *("img_in", "txt_in", "time_in.in_layer", "time_in.out_layer", "guidance_in.in_layer", "guidance_in.out_layer"),
+    *(f"double_stream_modulation_{side}.lin" for side in ("img", "txt")),
+    *("single_stream_modulation.lin", "final_layer.linear", "final_layer.adaLN_modulation.1"),
+    *(f"double_blocks.0.{side}_attn.{layer}" for side in ("img", "txt") for layer in ("qkv", "proj")),
+    *(f"double_blocks.0.{side}_mlp.{layer}" for side in ("img", "txt") for layer in (0, 2)),
+    *("single_blocks.0.linear1", "single_blocks.0.linear2"),
+]
 
 
 @pytest.mark.parametrize(
@@ -82,12 +115,24 @@ def flux_transformer():
         ),
         (
             Flux,
-            flux_transformer,
+            partial(at_full_width, FluxTransformer2DModel, pooled_projection_dim=16, guidance_embeds=True),
             convert_flux_transformer_checkpoint_to_diffusers,
             ["double_blocks.0.x", "single_blocks.0.x", "guidance_in.x"],
         ),
+        (
+            Flux2,
+            tiny_flux2_transformer,
+            convert_flux2_transformer_checkpoint_to_diffusers,
+            [f"{name}.weight" for name in FLUX2],
+        ),
+        (
+            Chroma,
+            partial(at_full_width, ChromaTransformer2DModel, approximator_hidden_dim=16, approximator_layers=2),
+            convert_chroma_transformer_checkpoint_to_diffusers,
+            ["double_blocks.0.x", "single_blocks.0.x", "distilled_guidance_layer.layers.1.x"],
+        ),
     ],
-    ids=["sd3", "flux"],
+    ids=["sd3", "flux", "flux2", "chroma"],
 )
 def test_every_layer_of_a_transformer_is_found_under_its_original_name(family, build, convert, blocks, tmp_path):
     with seeded(0):

@@ -229,7 +229,29 @@ def test_idle_flags_without_a_default_are_forgotten(sd_pipeline, image_folder, t
 
 def test_a_flux_without_embedded_guidance(flux_pipeline, image_folder, tmp_path):
     schnell = edited(flux_pipeline, tmp_path / "schnell", "transformer", guidance_embeds=False)
-    assert "--guidance_scale" in warned(schnell, image_folder, tmp_path / "out", guidance_scale=2.0)[0]
+    assert "--guidance_scale" in warned(schnell, image_folder, tmp_path / "out", guidance_scale=2.0)[-1]
+
+
+@pytest.mark.parametrize(
+    "fixture, folder, part, changes, word",
+    [
+        ("flux2_klein", "base", None, {}, None),
+        ("flux2_klein", "klein", None, {"is_distilled": True}, "is_distilled"),
+        ("flux2_klein", "My-Turbo", None, {}, "turbo"),
+        ("flux", "flux", "transformer", {"guidance_embeds": False}, "guidance_embeds"),
+    ],
+)
+def test_distilled_models_are_warned_of(fixture, folder, part, changes, word, image_folder, tmp_path, request):
+    """By the index, by the name, by the configuration."""
+    pipeline = edited(request.getfixturevalue(f"{fixture}_pipeline"), tmp_path / folder, part, **changes)
+    texts = [text for text in warned(pipeline, image_folder, tmp_path / "out") if "distilled to sample" in text]
+    assert len(texts) == bool(word) and all(word in text for text in texts)
+
+
+def test_every_single_block_of_flux2_is_adapted(flux2_klein_pipeline, image_folder, tmp_path):
+    config, _ = parsed(flux2_klein_pipeline, image_folder, tmp_path, rank=2)
+    wanted = {f"single_transformer_blocks.{block}.attn.to_out" for block in (0, 1)}
+    assert wanted <= set(config.lora.lora_target_modules)
 
 
 def test_prodigy_has_one_learning_rate(sd3_pipeline, image_folder, tmp_path):

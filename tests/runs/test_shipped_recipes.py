@@ -39,6 +39,11 @@ PIPELINES = {  # by the id that recipes name, the fixture of the tiny one
     "Qwen/Qwen-Image": "qwen_image_pipeline",
     "krea/Krea-2-Raw": "krea2_pipeline",
     "baidu/ERNIE-Image": "ernie_image_pipeline",
+    "black-forest-labs/FLUX.2-klein-base-4B": "flux2_klein_pipeline",
+    "black-forest-labs/FLUX.2-dev": "flux2_pipeline",
+    "lodestones/Chroma1-HD": "chroma_pipeline",
+    "Alpha-VLLM/Lumina-Image-2.0": "lumina2_pipeline",
+    "fal/AuraFlow-v0.3": "aura_flow_pipeline",
 }
 
 # Everything else of a recipe is run as it is.

@@ -25,12 +25,16 @@ KNOWN = {
     "lpl.weighting:LplWeight.report": "once, when the measuring of the weight ends",
     "lpl.weighting:LplWeight.facts": "once, when the measuring of the weight ends: the recipe has the weight",
     "lpl.objectives:DiffusionObjective.coefficients": "in the first step: the noise schedule is copied to the GPU",
+    "lpl.families.lumina2:tables_on_device": "in the first step: the tables of positions are copied to the GPU",
     # in each step, by libraries
     "diffusers.pipelines.flux.pipeline_flux:FluxPipeline.encode_prompt": (
         "in each step: the pipeline makes the positions of the text, 3 numbers a token, on the CPU"
     ),
     "diffusers.pipelines.sana.pipeline_sana:SanaPipeline.encode_prompt": (
         "in each step: the pipeline selects tokens by a Python list, which is copied to the GPU"
+    ),
+    "diffusers.models.transformers.transformer_chroma:ChromaCombinedTimestepTextProjEmbeddings.forward": (
+        "in each step: the transformer makes its guidance, which is always 0, on the CPU"
     ),
     "transformers.cache_utils:DynamicSlidingWindowLayer.lazy_initialization": (
         "in each step: Gemma makes a cache that nothing uses, and copies a number for each layer with a window"

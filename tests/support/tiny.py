@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from diffusers import (
     AsymmetricAutoencoderKL,
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
     AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLCosmos,
@@ -25,6 +27,8 @@ from diffusers import (
     AutoencoderKLTemporalDecoder,
     AutoencoderKLWan,
     AutoencoderTiny,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DDIMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
@@ -33,10 +37,15 @@ from diffusers import (
     ErnieImageTransformer2DModel,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     Krea2Pipeline,
     Krea2Transformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
@@ -54,7 +63,9 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from tokenizers import pre_tokenizers, processors
+from diffusers.models.normalization import AdaLayerNormZero
+from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -64,18 +75,22 @@ from transformers import (
     Gemma2Model,
     GemmaTokenizer,
     Mistral3Config,
+    Mistral3ForConditionalGeneration,
     Mistral3Model,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     Qwen3VLConfig,
     Qwen3VLModel,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 
@@ -354,10 +369,19 @@ def _gemma_config(tokenizer, hidden_size):
 
 CHAT = (  # as Qwen3's, without what tools and thinking add
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if not enable_thinking | default(true) %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+INSTRUCTION = (  # of Lumina-Image 2, in its pipeline
+    "You are an assistant designed to generate superior images with the superior degree of image-text alignment based "
+    "on textual prompts or user prompts."
+)
+MESSAGES = (  # as Mistral's, of texts only
+    "<s>{% for message in messages %}{% if message.role == 'system' %}[SYS]{{ message.content[0].text }}[/SYS]"
+    "{% else %}[INST]{{ message.content[0].text }}[/INST]{% endif %}{% endfor %}"
 )
 
-INSTRUCTION = [  # one token each in Qwen's vocabulary; Qwen-Image's instruction has 34 tokens there, and here
+WORDS = [  # one token each in Qwen's vocabulary; Qwen-Image's instruction has 34 tokens there, and here
     *("system", "user", "assistant", "Describe", " the", " image", " by", " detailing", " color", " shape", " size"),
     *(" texture", " quantity", " text", " spatial", " relationships", " of", " objects", " and", " background"),
 ]
@@ -369,12 +393,27 @@ def _qwen_tokenizer():
         vocab={piece: place for place, piece in enumerate(pieces)}, merges=[], model_max_length=8192
     )
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.add_tokens(INSTRUCTION)
+    tokenizer.add_tokens(WORDS)
     tokenizer.chat_template = CHAT
     return tokenizer
 
 
 def _mistral_tokenizer():
+    """In place of the processor that the model has, which needs torchvision; both answer to messages alike."""
+    marks = ["<pad>", "<s>", "</s>", "<unk>", "[SYS]", "[/SYS]", "[INST]", "[/INST]", SYSTEM_MESSAGE]  # a token each
+    pieces = [*marks, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE({piece: place for place, piece in enumerate(pieces)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, **special, additional_special_tokens=marks[4:], padding_side="left"
+    )
+    tokenizer.chat_template = MESSAGES
+    return tokenizer
+
+
+def _tokenizer_with_start():
     """Puts <s> before each text, so that the empty one has a token too."""
     backend = _qwen_tokenizer().backend_tokenizer
     backend.add_special_tokens(["<s>"])
@@ -704,7 +743,7 @@ def tiny_qwen_image(folder):
 
 def tiny_ernie_image(folder):
     """ErnieImagePipeline with a Ministral 3, without the model that rewrites prompts."""
-    tokenizer = _mistral_tokenizer()
+    tokenizer = _tokenizer_with_start()
     text = {
         "model_type": "ministral3",
         "vocab_size": len(tokenizer),
@@ -775,6 +814,134 @@ def tiny_krea2(folder):
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         text_encoder_select_layers=(1, 2),
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return Path(folder)
+
+
+def tiny_flux2(folder, kind="klein"):
+    """Flux2KleinPipeline with a Qwen3, or Flux2Pipeline with a Mistral 3, whose transformer is told the guidance."""
+    klein = kind == "klein"
+    tokenizer = _qwen_tokenizer() if klein else _mistral_tokenizer()
+    with seeded(9):
+        if klein:
+            text_encoder = Qwen3ForCausalLM(_qwen3_config(tokenizer, hidden_size=8, layers=28))
+        else:
+            sizes = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "head_dim": 4}
+            text = {"num_hidden_layers": 31, "num_key_value_heads": 1, "vocab_size": len(tokenizer)}
+            images = {"num_hidden_layers": 1, "image_size": 8, "patch_size": 4}
+            config = Mistral3Config(
+                text_config={"model_type": "mistral", **sizes, **text},
+                vision_config={"model_type": "pixtral", **sizes, **images},
+            )
+            text_encoder = Mistral3ForConditionalGeneration(config)
+        transformer = Flux2Transformer2DModel(
+            in_channels=4 * 4,
+            num_layers=1,
+            num_single_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            joint_attention_dim=3 * 8,
+            timestep_guidance_channels=32,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=not klein,
+        )
+    two_levels = {"block_out_channels": (8, 16), "decoder_block_out_channels": (8, 16)}  # and patches of 2 x 2
+    two_levels |= {
+        f"{way}_block_types": (f"{way.title()}{side}Block2D",) * 2
+        for way, side in (("down", "Encoder"), ("up", "Decoder"))
+    }
+    pipeline = (Flux2KleinPipeline if klein else Flux2Pipeline)(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=tiny_vae("flux2", **two_levels),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return Path(folder)
+
+
+def tiny_chroma(folder):
+    """ChromaPipeline with a T5."""
+    tokenizer = _t5_tokenizer()
+    with seeded(10):
+        text_encoder = T5EncoderModel(_t5_config(tokenizer, d_model=32))
+        transformer = ChromaTransformer2DModel(
+            in_channels=4 * 16,  # 2 x 2 latent positions of 16 channels
+            num_layers=1,
+            num_single_layers=1,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            joint_attention_dim=32,
+            axes_dims_rope=(4, 6, 6),
+            approximator_num_channels=16,
+            approximator_hidden_dim=16,
+            approximator_layers=1,
+        )
+    pipeline = ChromaPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny_vae("sd3", scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return Path(folder)
+
+
+def tiny_lumina2(folder):
+    """Lumina2Pipeline with a Gemma 2, and a VAE of the factor 8 that the pipeline takes for granted."""
+    tokenizer = _gemma_tokenizer()
+    tokenizer.add_tokens([INSTRUCTION])  # else it would fill all tokens that tests have
+    with seeded(11):
+        text_encoder = Gemma2Model(_gemma_config(tokenizer, hidden_size=16))
+        transformer = Lumina2Transformer2DModel(
+            sample_size=8,
+            hidden_size=32,
+            num_layers=1,
+            num_refiner_layers=1,
+            num_attention_heads=2,
+            num_kv_heads=1,
+            multiple_of=16,
+            axes_dim_rope=(4, 6, 6),
+            cap_feat_dim=16,
+        )
+    pipeline = Lumina2Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=tiny_vae("sd3", block_out_channels=(8, 8, 16, 16), scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return Path(folder)
+
+
+def tiny_aura_flow(folder):
+    """AuraFlowPipeline with a UMT5."""
+    tokenizer = _t5_tokenizer()
+    with seeded(12):
+        text_encoder = UMT5EncoderModel(UMT5Config(**_t5_config(tokenizer, d_model=32).to_diff_dict()))
+        transformer = AuraFlowTransformer2DModel(
+            sample_size=8,
+            num_mmdit_layers=1,
+            num_single_dit_layers=1,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            joint_attention_dim=32,
+            caption_projection_dim=32,
+            pos_embed_max_size=16**2,
+        )
+        for module in transformer.modules():
+            if isinstance(module, AdaLayerNormZero):  # else the blocks add hardly anything
+                module.linear.weight.data.mul_(8)
+    pipeline = AuraFlowPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=tiny_vae("sd", scaling_factor=0.13025),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
     return Path(folder)

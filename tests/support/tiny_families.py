@@ -25,6 +25,11 @@ TINY = {  # family -> fixtures of tests/conftest.py
     "qwen-image": ["qwen_image_pipeline"],
     "ernie-image": ["ernie_image_pipeline"],
     "krea-2": ["krea2_pipeline"],
+    "flux2-klein": ["flux2_klein_pipeline"],
+    "flux2": ["flux2_pipeline"],
+    "chroma": ["chroma_pipeline"],
+    "lumina-2": ["lumina2_pipeline"],
+    "auraflow": ["aura_flow_pipeline"],
 }
 FAMILY_OF = {family.name: family for family in FAMILIES}
 CAPTIONS = ["a cat", "", "the dog, and a very long caption " * 8]
@@ -210,6 +215,43 @@ class Krea2View(QwenImageView):
         return self.pipeline._unpack_latents(value, SIZE, SIZE).squeeze(2)
 
 
+class Flux2View(FluxView):
+    guidance_off = {"guidance_scale": 3.5}
+
+    def unpacked(self, value):
+        factor = 2 * self.pipeline.vae_scale_factor
+        places = torch.empty(len(value), 1, SIZE // factor, SIZE // factor)
+        return self.pipeline._unpack_latents_with_ids(value, self.pipeline._prepare_latent_ids(places))
+
+    def answer(self, output):
+        return self.pipeline._pack_latents(output)
+
+
+class Flux2KleinView(Flux2View):
+    guidance_off, guides, calls_a_step = {"guidance_scale": 1.0}, True, 2
+    empty_first = False
+
+
+class ChromaView(FluxView):
+    guidance_off, guides, calls_a_step = {"guidance_scale": 1.0}, True, 2
+    empty_first = False
+
+
+class Lumina2View(SanaView):
+    calls_a_step, empty_first = 2, False
+
+    def timesteps(self, call):
+        return 1000 - call["timestep"].double() * 1000
+
+    def answer(self, output):
+        return -output
+
+
+class AuraFlowView(View):
+    def timesteps(self, call):
+        return call["timestep"].double() * 1000
+
+
 VIEWS = {
     "krea-2": Krea2View,
     "sana": SanaView,
@@ -218,6 +260,11 @@ VIEWS = {
     "dit": DiTView,
     "flux": FluxView,
     "z-image": ZImageView,
+    "flux2": Flux2View,
+    "flux2-klein": Flux2KleinView,
+    "chroma": ChromaView,
+    "lumina-2": Lumina2View,
+    "auraflow": AuraFlowView,
 }
 
 

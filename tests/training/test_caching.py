@@ -10,6 +10,7 @@ import yaml
 from caches import cached_pair
 from datasets import Dataset
 from PIL import Image
+from tiny_families import CPU, FAMILY_OF, TINY, batch_of, load
 from trainer import parsed
 
 from lpl.autoencoders import posterior
@@ -103,6 +104,18 @@ def test_alternatives_are_drawn_in_training(sd_pipeline, data, tmp_path):
     pair = cached_pair(sd_pipeline, data, tmp_path, caption_column="text:0.6,tags:0.4")
     pair.check(range(4))
     assert len({pair.cached[epoch, 1]["caption"] for epoch in range(30)}) == 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [name for name in TINY if not FAMILY_OF[name].class_conditional])
+def test_conditions_of_every_family_come_back(name, request):
+    family, captions = load(request.getfixturevalue(TINY[name][0])), ["a cat", ""]
+    entries = [entry for _, entry in caching._encoded([("", caption, ()) for caption in captions], family, CPU)]
+    stacked = {part: torch.stack([entry[part] for entry in entries]) for part in entries[0]}
+    batch = batch_of(family, captions)
+    found, expected = family.conditions(batch | {"embeddings": stacked}, CPU), family.conditions(batch, CPU)
+    assert found.keys() >= expected.keys()
+    assert all(torch.equal(torch.as_tensor(found[part]), torch.as_tensor(expected[part])) for part in expected)
 
 
 def test_class_labels_need_no_embeddings(dit_pipeline, class_folder, tmp_path):

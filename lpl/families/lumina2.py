@@ -1,0 +1,115 @@
+"""Lumina-Image 2: a single-stream flow transformer over latents, which a Gemma 2's embeddings join."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self
+
+import torch
+from diffusers import Lumina2Pipeline
+from diffusers.models.normalization import LuminaRMSNormZero
+from torch import Tensor, nn
+
+from lpl.families.base import Conditions, Configs, Family, modulations
+from lpl.families.fit import Relation, latents
+from lpl.families.tokens import Tokens, lengths_of, on_device
+from lpl.objectives import FlowMatching
+
+
+def with_instruction(instruction: str, captions: Sequence[str]) -> list[str]:
+    """What the pipeline gives the tokenizer; the empty caption, from which guidance starts, has no instruction."""
+    return [f"{instruction} <Prompt Start> {caption}" if caption else "" for caption in captions]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Stands for the mask of captions, (B, tokens), where the transformer asks only how long they are.
+
+    Args:
+        lengths: of each caption, in tokens, on the host, so that nothing waits for the GPU.
+        shape: of the mask.
+    """
+
+    lengths: Sequence[int]
+    shape: tuple[int, int]
+
+    def sum(self, dim: int) -> Self:
+        return self
+
+    def tolist(self) -> list[int]:
+        return list(self.lengths)
+
+
+def tables_on_device(tables: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """The tables of the positions' angles, which the transformer would copy to the device in each step."""
+    return [table.to(device) for table in tables]
+
+
+class Lumina2(Family):
+    name = "lumina-2"
+    pipeline_class = Lumina2Pipeline
+    denoiser_name = "transformer"
+    text_encoder_names = ("text_encoder",)
+    objectives = (FlowMatching.name,)  # the pipeline passes sigmas to the scheduler, which DDIM does not take
+    sequence_length, max_sequence_length = 256, 256
+    no_float16 = ("text_encoder",)
+
+    def token_lengths(self) -> dict[str, int | None]:
+        return {"tokenizer": self.tokens}
+
+    @property
+    def texts(self) -> Callable[[Sequence[str]], list[str]]:
+        return partial(with_instruction, self.pipeline.system_prompt)
+
+    def encode_prompts(
+        self, captions: Sequence[str], device: torch.device, tokens: Tokens | None = None
+    ) -> Conditions:
+        """As ``encode_prompt``, which compares tokens on the device and so waits for it."""
+        found = (tokens or self.tokenize(captions))["tokenizer"]
+        lengths = lengths_of(found["attention_mask"])
+        found = on_device(found, device)
+        encoded = self.pipeline.text_encoder(**found, output_hidden_states=True, use_cache=False)
+        return {
+            "encoder_hidden_states": encoded.hidden_states[-2],  # (B, tokens, dim)
+            "encoder_attention_mask": found["attention_mask"],
+            "lengths": lengths,
+        }
+
+    def predict(self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        """The transformer's time runs from noise, 0, to images, 1, and its output is z0 - noise."""
+        mask = conditions["encoder_attention_mask"]
+        positions: Any = self.denoiser.get_submodule("rope_embedder")
+        positions.freqs_cis = tables_on_device(positions.freqs_cis, noisy_latents.device)
+        lengths = Lengths(conditions["lengths"], tuple(mask.shape))
+        handle = positions.register_forward_pre_hook(lambda _, inputs: (inputs[0], lengths))
+        try:
+            output = denoiser(
+                hidden_states=noisy_latents,
+                timestep=1 - timesteps / self.pipeline.scheduler.config.num_train_timesteps,
+                encoder_hidden_states=conditions["encoder_hidden_states"],
+                encoder_attention_mask=mask,
+                return_dict=False,
+            )[0]
+        finally:
+            handle.remove()
+        return -output
+
+    @classmethod
+    def relations(cls, configs: Configs) -> list[Relation]:
+        transformer, width = configs["transformer"], configs["text_encoder"]["hidden_size"]
+        heads = transformer["num_attention_heads"]
+        return [
+            *latents(transformer, configs["vae"]),
+            Relation("cap_feat_dim", transformer["cap_feat_dim"], (width,), "width of the text encoder"),
+            Relation(
+                *("hidden_size", transformer["hidden_size"], (heads * sum(transformer["axes_dim_rope"]),)),
+                why="its num_attention_heads times the sum of its axes_dim_rope",
+            ),
+        ]
+
+    @classmethod
+    def identity_layers(cls, denoiser: nn.Module) -> list[nn.Module]:
+        """The blocks of the captions alone are not modulated; they start as diffusers initialises them."""
+        return [*modulations(denoiser, LuminaRMSNormZero), denoiser.get_submodule("norm_out.linear_2")]
