@@ -34,6 +34,7 @@ from lpl.diagnosis.status import Stage
 from lpl.families.description import read_pipeline
 from lpl.families.resolve import resolve
 from lpl.objectives import FlowMatching
+from lpl.training.given_lora import Adapters
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,7 +112,7 @@ def measure(name: str, way: str, scale: str) -> dict[str, Any]:
         timesteps = torch.zeros(config.optimization.train_batch_size, dtype=torch.float32 if flow else torch.long)
         choice = torch.rand(len(timesteps), 2)
         with device():
-            run = Rehearsal(config, description, objective, METHOD, accelerator)
+            run = Rehearsal(config, description, objective, METHOD, accelerator, Adapters(whole=False))
             run.begin()
             batch = run.batch(timesteps, choice)
     latents, clean = torch.zeros_like(batch["noise"]), torch.randn_like(batch["noise"])

@@ -20,7 +20,8 @@ from lpl.config.groups import Model
 from lpl.families.base import Family
 from lpl.tools.layout import INDEX
 from lpl.tools.privacy import HUB_ID
-from lpl.tools.trust import PICKLES, listed_files
+from lpl.tools.single_files import PICKLES
+from lpl.tools.trust import listed_files
 from lpl.tools.words import first_line, warn
 
 

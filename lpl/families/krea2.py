@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from lpl.autoencoders import downscaling_factor
 from lpl.families.base import Conditions, Configs, Family, packed, patch_positions, unpacked
 from lpl.families.fit import Relation, latents
-from lpl.families.lora_layout import LoraLayout, own_names
 from lpl.families.tokens import Tokenize, Tokens, on_device
 
 
@@ -55,7 +54,6 @@ class Krea2(Family):
     objectives = ("flow_matching",)  # the pipeline passes sigmas to the scheduler, which DDIM does not take
     sequence_length, max_sequence_length = 512, 512
     lora_targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
-    lora_layout = LoraLayout({"transformer": "lora_unet"}, own_names)
 
     @property
     def _instruction(self) -> int:

@@ -41,7 +41,7 @@ from lpl.families.checkpoint_files import local_file
 from lpl.families.lora_layout import own_names
 from lpl.tools import layout
 from lpl.tools.privacy import hub_file, is_hub_id
-from lpl.tools.trust import PICKLES
+from lpl.tools.single_files import PICKLES
 from lpl.tools.words import first_line
 
 

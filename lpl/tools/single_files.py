@@ -8,7 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from lpl.tools.privacy import hub_file
-from lpl.tools.trust import PICKLES
+
+
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
 def single_file(source: str) -> str | None:

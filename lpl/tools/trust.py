@@ -13,9 +13,10 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 
+from lpl.tools.single_files import PICKLES
+
 
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # stable_diffusion: diffusers' safety checker
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
 def components_in(index: Mapping[str, Any]) -> dict[str, Any]:

@@ -90,7 +90,8 @@ def test_every_file_of_every_family_says_what_it_is_for(name, request, tmp_path)
         assert spec["implementation"] == (
             IMPLEMENTATIONS.get(name, "diffusers") if file.name == OTHERS else "diffusers"
         )
-        assert spec["prediction_type"] == PREDICTIONS.get(name, "epsilon")
+        only = family.objectives[0] if len(family.objectives) == 1 else "epsilon"
+        assert spec["prediction_type"] == PREDICTIONS.get(name, only)
         assert (spec["hash_sha256"], values["sshs_model_hash"]) == (f"0x{digest}", digest)
         assert a1111(values) == ("SDXL" if name == "stable-diffusion-xl" else "SD1", "run")
         assert swarm(values)[1:] == (32, 32)
