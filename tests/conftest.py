@@ -23,7 +23,19 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than a few seconds; runs only with `-m slow`")
 
 
+NEWER = ("flux2", "chroma", "lumina", "aura", "qwen", "ernie", "krea")  # families, by their names in tests
+
+
+def is_repeated(item):
+    """Whether a test is one of a newer family outside the tests that prove a family."""
+    path, _, parameters = item.nodeid.partition("[")
+    proof = path.startswith("tests/families/") or path.startswith("tests/runs/test_matrix.py")
+    return not proof and any(name in parameters for name in NEWER)
+
+
 def pytest_collection_modifyitems(config, items):
+    for item in filter(is_repeated, items):
+        item.add_marker(pytest.mark.slow)
     if "slow" in (config.getoption("-m") or ""):
         return
     skip = pytest.mark.skip(reason="slow: run with `-m slow`")

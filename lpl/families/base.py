@@ -283,7 +283,7 @@ class Family:
     @classmethod
     def distilled(cls, index: Mapping[str, Any], configs: Configs) -> str | None:
         """By what in its index and configurations a model is one that was distilled to sample in a few steps."""
-        return None
+        return "by its model_index.json (is_distilled)" if index.get("is_distilled") else None
 
     @classmethod
     def lora_modules(cls, configs: Configs) -> tuple[str, ...]:
@@ -350,3 +350,8 @@ def unpacked(patches: Tensor, patch: int, size: Sequence[int]) -> Tensor:
 def patch_positions(rows: int, columns: int, device: torch.device) -> Tensor:
     """Each patch's (0, row, column), in reading order, (rows * columns, 3)."""
     return torch.cartesian_prod(*(torch.arange(size, device=device).float() for size in (1, rows, columns)))
+
+
+def tables_on_device(tables: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """The tables of the positions' angles, which the transformer would copy to the device in each step."""
+    return [table.to(device) for table in tables]

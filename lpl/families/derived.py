@@ -471,6 +471,7 @@ def _loaded(folder: Path, parts: _Parts, variant: str | None) -> nn.Module:
     files = [folder / name for name in weights(names, variant) if name.endswith(".safetensors")]
     dtypes = {tensor.dtype for file in files for tensor in read_header(str(file), None, None)[0].values()}
     found = {dtype for dtype in dtypes if dtype.is_floating_point}
-    options: dict[str, Any] = {"dtype": found.pop() if len(found) == 1 else torch.float32, "use_safetensors": True}
+    dtype = found.pop() if len(found) == 1 else torch.float32
     suffix = {"variant": variant} if any(variant and f".{variant}" in file.name for file in files) else {}
-    return _class_in(folder, parts.components[folder.name]).from_pretrained(folder, **options, **suffix)
+    kind = _class_in(folder, parts.components[folder.name])
+    return kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, **suffix)

@@ -103,7 +103,7 @@ def read_pipeline(model: Model, blocks: Sequence[str] | None = None, weights: bo
         raise ValueError(f"--pretrained_model_name_or_path {path}: {why}") from error
     family = find_family(index.get("_class_name"))
     what = f"--pretrained_model_name_or_path {path}"
-    check_components(path, index)
+    check_components(path, index, family.pipeline_class._get_signature_keys(family.pipeline_class)[0])
     components = components_in(index)
     absent = dict.fromkeys(name for name, entry in components.items() if tuple(entry) == (None, None))
     absent |= dict.fromkeys(name for name in family.optional_components if name not in components)

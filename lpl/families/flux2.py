@@ -6,7 +6,7 @@ That is a Qwen3 in [klein] and a Mistral 3 in [dev].
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -146,10 +146,6 @@ class Flux2Klein(_Flux2):
     @property
     def texts(self) -> Callable[[Sequence[str]], list[str]]:
         return partial(chat_texts, self.pipeline.tokenizer, enable_thinking=False)
-
-    @classmethod
-    def distilled(cls, index: Mapping[str, Any], configs: Configs) -> str | None:
-        return "by its model_index.json (is_distilled)" if index.get("is_distilled") else None
 
 
 @dataclass(frozen=True)

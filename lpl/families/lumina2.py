@@ -12,7 +12,7 @@ from diffusers import Lumina2Pipeline
 from diffusers.models.normalization import LuminaRMSNormZero
 from torch import Tensor, nn
 
-from lpl.families.base import Conditions, Configs, Family, modulations
+from lpl.families.base import Conditions, Configs, Family, modulations, tables_on_device
 from lpl.families.fit import Relation, latents
 from lpl.families.tokens import Tokens, lengths_of, on_device
 from lpl.objectives import FlowMatching
@@ -40,11 +40,6 @@ class Lengths:
 
     def tolist(self) -> list[int]:
         return list(self.lengths)
-
-
-def tables_on_device(tables: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """The tables of the positions' angles, which the transformer would copy to the device in each step."""
-    return [table.to(device) for table in tables]
 
 
 class Lumina2(Family):

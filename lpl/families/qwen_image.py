@@ -38,7 +38,7 @@ class QwenImage(Family):
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     )
-    lora_layout = LoraLayout({"transformer": "lora_unet"}, own_names)
+    lora_layout = LoraLayout({"transformer": "lora_unet"}, own_names, "lycoris")
 
     @property
     def _instruction(self) -> int:

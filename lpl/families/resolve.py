@@ -22,7 +22,7 @@ from lpl.autoencoders import RGB, SUPPORTED, decoder_blocks, downscaling_factor,
 from lpl.config import Config
 from lpl.config.checks import check_loss_options, warn_idle, warn_of_idle_flags
 from lpl.config.choices import ALL_LINEAR, MASK_COLUMN
-from lpl.config.groups import Data, Model
+from lpl.config.groups import Data
 from lpl.config.prompts import NEGATIVE, own_settings, size_of
 from lpl.config.sizes import AUTO, default_step, parse_sizes, sides_of
 from lpl.families import FAMILIES, Family
@@ -49,7 +49,7 @@ def resolve(config: Config, description: Description) -> Config:
     Raises:
         ValueError: with what was given, what is accepted, and the flag to change.
     """
-    _warn_of_distillation(config.model, description)
+    _warn_of_distillation(config, description)
     config = _with_objective(config, description)
     config = _with_timesteps(config, description)
     config = _with_captions(config, description)
@@ -79,15 +79,17 @@ def with_decoder_dtype(config: Config, mixed_precision: str) -> Config:
     return config.changed(lpl_vae_dtype=config.lpl.decoder_dtype(mixed_precision))
 
 
-def _warn_of_distillation(model: Model, description: Description) -> None:
+def _warn_of_distillation(config: Config, description: Description) -> None:
     """Warn of a model that samples in a few steps, by what its files say or else by its name."""
-    names = [word for word in FEW_STEPS if word in Path(model.pipeline).name.lower()]
+    path = str(config.model.pretrained_model_name_or_path)
+    names = [word for word in FEW_STEPS if word in Path(path).name.lower()]
     by_name = f"by its name ({names[0]})" if names else None
     why = description.family.distilled(description.index, description.parts) or by_name
-    if why and not model.from_scratch:
+    if why and not config.model.from_scratch and config.lora.training_adapter is None:
         warn(
-            f"--pretrained_model_name_or_path {model.pipeline}: {why}, the model is distilled to sample in a few "
-            "steps without guidance, which this training undoes; train the model that it was made from"
+            f"--pretrained_model_name_or_path {path}: {why}, the model is distilled to sample in a few steps without "
+            "guidance, which this training undoes; train the model that it was made from, or a LoRA with a "
+            "--training_adapter"
         )
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import ZImagePipeline
 from torch import Tensor, nn
 
 from lpl.autoencoders import downscaling_factor
-from lpl.families.base import Conditions, Configs, Family
+from lpl.families.base import Conditions, Configs, Family, tables_on_device
 from lpl.families.fit import Relation, latents
 from lpl.families.lora_layout import QKV, LoraLayout, Table, by_table
 from lpl.families.tokens import Tokens, chat_texts, in_front, lengths_of, on_device
@@ -65,6 +65,10 @@ class ZImage(Family):
         captions = [
             all_[:length] for all_, length in zip(conditions["embeddings"], conditions["lengths"], strict=True)
         ]
+        positions: Any = cast(Any, self.denoiser).rope_embedder
+        if positions.freqs_cis is None:
+            tables = positions.precompute_freqs_cis(positions.axes_dims, positions.axes_lens, theta=positions.theta)
+            positions.freqs_cis = tables_on_device(tables, noisy_latents.device)
         output = denoiser(
             list(noisy_latents.unsqueeze(2)), (TIMESTEPS - timesteps) / TIMESTEPS, captions, return_dict=False
         )[0]

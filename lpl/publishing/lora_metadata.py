@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lpl.config.choices import LORA
 from lpl.data.dataset import TrainingImages
 from lpl.data.report import are_tags, frequent
 from lpl.diagnosis.plan import Plan
@@ -99,7 +100,9 @@ class LoraMetadata:
         """The names of sd-scripts."""
         config, run, images = self.plan.config, self.plan.run, self.plan.images
         lora, optimization = config.lora, config.optimization
-        assert lora.rank is not None and lora.lora_alpha is not None
+        arguments = {"use_dora": True} if lora.use_dora else {}
+        arguments |= {} if lora.adapter == LORA else {"algo": lora.adapter}
+        alpha = (lora.lora_alpha or 0.0) * ((lora.rank or 0) ** 0.5 if lora.use_rslora else 1)
         height, width = config.data.size
         tags = self.tag_frequency
         values = {
@@ -107,10 +110,10 @@ class LoraMetadata:
             "base_model_version": self.architecture.version,
             "sd_model_name": self.base,
             "v2": self.architecture.second,
-            "network_module": self.architecture.network,
-            "network_dim": lora.rank,
-            "network_alpha": f"{lora.lora_alpha * (lora.rank**0.5 if lora.use_rslora else 1):g}",
-            "network_args": json.dumps({"use_dora": True} if lora.use_dora else {}),
+            "network_module": self.architecture.network if lora.adapter == LORA else "lycoris.kohya",
+            "network_dim": lora.rank or "",
+            "network_alpha": f"{alpha:g}" if lora.rank else "",
+            "network_args": json.dumps(arguments),
             "resolution": (width, height),
             "num_train_images": images.rows or "",
             "steps": run.step,
@@ -130,9 +133,7 @@ class LoraMetadata:
         """What the LoRA is, and how it is used."""
         config, count = self.plan.config, self.plan.images.rows
         images = counted(count, "image") if count else "images"
-        what = (
-            f"A LoRA of rank {config.lora.rank} for {self.base}, trained on {images} for {self.plan.run.step:,} steps."
-        )
+        what = f"{config.lora.words} for {self.base}, trained on {images} for {self.plan.run.step:,} steps."
         return " ".join(filter(None, [what, COMMENT if self.with_lpl else "", self.usage]))
 
     @property

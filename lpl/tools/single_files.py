@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lpl.tools import layout
 from lpl.tools.privacy import hub_file
 
 
@@ -23,7 +24,7 @@ def single_file(source: str) -> str | None:
     if not place.is_dir():
         return source if place.is_file() or hub_file(source) else None
     files = sorted(place.glob("*.safetensors"))
-    if not files or list(place.glob("*.json")) or list(place.glob("*/*.json")):
+    if not files or files[0].name == layout.LORA or list(place.glob("*.json")) or list(place.glob("*/*.json")):
         return None
     if len(files) > 1:
         raise ValueError(f"this folder has several files, no model_index.json; give one of them, {files[0]} perhaps")

@@ -22,19 +22,25 @@ LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # stable_diffusio
 def components_in(index: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a ``model_index.json`` that are components: library and class. Lists of numbers are settings."""
     lists = {name: entry for name, entry in index.items() if isinstance(entry, list | tuple)}
-    return {name: entry for name, entry in lists.items() if not all(isinstance(part, int | float) for part in entry)}
+    return {name: entry for name, entry in lists.items() if not (entry and all(map(_is_number, entry)))}
 
 
-def check_components(path: str, index: Mapping[str, Any]) -> None:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def check_components(path: str, index: Mapping[str, Any], modules: Iterable[str] = ()) -> None:
     """Refuse a pipeline with a component whose class belongs to neither diffusers nor transformers.
 
     Args:
         index: the content of its ``model_index.json``.
+        modules: entries that must be components.
 
     Raises:
         ValueError: with the component.
     """
-    for name, entry in components_in(index).items():
+    needed = {name: index[name] for name in modules if isinstance(index.get(name), list | tuple)}
+    for name, entry in (components_in(index) | needed).items():
         match entry:
             case [None, None]:  # an optional component that this pipeline lacks
                 continue

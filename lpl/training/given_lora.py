@@ -1,7 +1,7 @@
 """LoRA that a run is given: the one that it starts from, and one that is active in training only.
 
 ``--lora_init`` is trained further: rank, alpha and layers are those of the file. ``--training_adapter`` is frozen: it
-is active in training, off in ``eval()`` (samples, validation, metrics), and no part of checkpoints and results.
+is active in training, off in evaluation mode (samples, validation, metrics), and no part of checkpoints and results.
 Distilled models are trained so: the adapter undoes the distillation.
 """
 

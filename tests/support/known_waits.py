@@ -25,7 +25,11 @@ KNOWN = {
     "lpl.weighting:LplWeight.report": "once, when the measuring of the weight ends",
     "lpl.weighting:LplWeight.facts": "once, when the measuring of the weight ends: the recipe has the weight",
     "lpl.objectives:DiffusionObjective.coefficients": "in the first step: the noise schedule is copied to the GPU",
-    "lpl.families.lumina2:tables_on_device": "in the first step: the tables of positions are copied to the GPU",
+    "lpl.families.base:tables_on_device": "in the first step: the tables of positions are copied to the GPU",
+    "lpl.autoencoders:_affine": "in the first step: some VAEs' mean and deviation of latents are copied to the GPU",
+    "diffusers.models.transformers.transformer_qwenimage:QwenEmbedRope._get_device_freqs": (
+        "in the first step: Qwen-Image's tables of positions are copied to the GPU"
+    ),
     # in each step, by libraries
     "diffusers.pipelines.flux.pipeline_flux:FluxPipeline.encode_prompt": (
         "in each step: the pipeline makes the positions of the text, 3 numbers a token, on the CPU"

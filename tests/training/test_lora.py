@@ -34,7 +34,7 @@ ROUNDING = 2e-5  # of an image in [0, 1] in float32
 FIXTURES = [fixtures[0].removesuffix("_pipeline") for fixtures in TINY.values()]
 WITH_ENCODERS = ["sd", "sdxl", "sd3", "flux"]
 # Families whose LoRA only diffusers and peft read
-WITHOUT_OTHERS = {"pixart-alpha", "pixart-sigma", "dit", "sana", "lumina-2", "auraflow"}
+WITHOUT_OTHERS = {"pixart-alpha", "pixart-sigma", "dit", "sana", "lumina-2", "auraflow", "ernie-image", "krea-2"}
 FLUX_DOUBLE_BLOCK = [f"transformer_blocks.0.{name}" for name in ("attn.to_q", "attn.to_k", "attn.to_v", "ff.net.2")]
 
 
@@ -139,6 +139,8 @@ def test_the_trained_image_comes_back(name, kind, request, tmp_path):
         ("sdxl", True, None),
         ("flux", True, FLUX_DOUBLE_BLOCK),
         ("flux2_klein", False, None),
+        ("qwen_image", False, None),
+        ("z_image", False, None),
     ],
 )
 def test_diffusers_reads_kohyas_layout(name, encoders, targets, kind, request, tmp_path):
