@@ -112,13 +112,11 @@ def sampling_settings(
 ) -> dict[str, Any]:
     """How images are drawn: what the flags say, else the defaults of the pipeline's call."""
     defaults = inspect.signature(family.pipeline_class.__call__).parameters
-    given = {
-        "num_inference_steps": validation.validation_inference_steps,
-        "guidance_scale": validation.validation_guidance_scale,
-    }
+    steps, guidance = validation.validation_inference_steps, validation.validation_guidance_scale
     return {
         "resolution": data.size[0],
-        **{name: defaults[name].default if value is None else value for name, value in given.items()},
+        "num_inference_steps": defaults["num_inference_steps"].default if steps is None else steps,
+        "guidance_scale": family.default_guidance() if guidance is None else guidance,
         "max_sequence_length": model.max_sequence_length,
         "dtype": dtype,
     }

@@ -85,7 +85,8 @@ def kind_of(models: Mapping[str, nn.Module]) -> str:
 @contextmanager
 def scaled(models: Iterable[nn.Module], factor: float) -> Iterator[None]:
     """Within, the adapters of the models add ``factor`` times what they were trained to add; not OFT."""
-    layers: list[Any] = [part for model in models for part in model.modules() if isinstance(part, BaseTunerLayer)]
+    parts: list[Any] = [part for model in models for part in model.modules() if isinstance(part, BaseTunerLayer)]
+    layers = [part for part in parts if ADAPTER in part.scaling]  # another adapter may be on more layers
     scales = [layer.scaling[ADAPTER] for layer in layers]
     try:
         for layer, scale in zip(layers, scales, strict=True):

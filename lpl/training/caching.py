@@ -227,14 +227,20 @@ def _embeddings(
     names = [name for name in family.text_encoder_names if getattr(family.pipeline, name) is not None]
     encoders = [getattr(family.pipeline, name) for name in names]
     fingerprint = fingerprint_of(
-        [family.name, family.tokens, *map(_configuration, encoders), _tokenizer_files(family, names)],
+        [
+            family.name,
+            family.tokens,
+            *_settings(family),
+            *map(_configuration, encoders),
+            _tokenizer_files(family, names),
+        ],
         *(value for encoder in encoders for value in _named(encoder.state_dict())),
     )
     store = Store(cache_root(config.data) / "embeddings")
     cached = CachedEmbeddings(store, fingerprint, tuple(share > 0 for share in shares))
     wanted = {
         cached.key(caption, dropped): (caption, dropped)
-        for caption in dict.fromkeys(("", *(text for part in images for text in _captions(part))))
+        for caption in dict.fromkeys((images[0].empty_caption, *(text for part in images for text in _captions(part))))
         for dropped in cached.variants()
     }
     missing = _agreed(accelerator, lambda: [(key, *wanted[key]) for key in wanted if key not in store])
@@ -284,6 +290,13 @@ def _captions(images: TrainingImages) -> Iterator[str]:
             yield from images.captions.captions(row) or ()
         except ValueError:
             continue
+
+
+def _settings(family: Family) -> list[Any]:
+    """What the pipeline does with captions besides: its settings, and the text that it makes of one."""
+    pipeline = family.pipeline
+    settings = {name: value for name, value in pipeline.config.items() if name not in pipeline.components}
+    return [{name: value for name, value in settings.items() if not name.startswith("_")}, family.texts(["a caption"])]
 
 
 def _tokenizer_files(family: Family, names: Sequence[str]) -> list[tuple[str, str]]:

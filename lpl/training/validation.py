@@ -193,8 +193,11 @@ class Samples:
 
         On the main process; the others wait.
         """
-        if self.scales and self.draws and run.is_main:
+        place = self.folder / Path(layout.LORA_SCALES).name
+        if run.is_main:  # a resumed run may no longer ask for them
             self._clear("lora-scale-*")
+            place.unlink(missing_ok=True)
+        if self.scales and self.draws and run.is_main:
             logger.info(f"drawing {len(self.draws)} samples at each strength of the LoRA")
             columns = {}
             with averaged(average, trained), self.family.whole():
@@ -202,7 +205,7 @@ class Samples:
                     with scaled(trained.models.values(), scale):
                         columns[f"LoRA x {scale:g}"] = self._sampled(run, trained, f"lora-scale-{scale:g}")
             if not self.stop():
-                save_picture(compared(columns, self._names), self.folder / Path(layout.LORA_SCALES).name)
+                save_picture(compared(columns, self._names), place)
         run.accelerator.wait_for_everyone()
 
     def checkpoints(self, step: int) -> Path | None:

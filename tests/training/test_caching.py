@@ -328,3 +328,18 @@ def test_a_store_that_loses_a_shard_is_filled_again(sd_pipeline, image_folder, t
     encoded["images"] = 0
     cached_pair(sd_pipeline, image_folder, tmp_path).check()
     assert encoded["images"] == 8
+
+
+def test_the_caption_that_stands_for_none_is_the_familys(qwen_image_pipeline, image_folder, tmp_path):
+    cached_pair(qwen_image_pipeline, image_folder, tmp_path, proportion_empty_prompts=0.5).check()
+
+
+def test_what_a_pipeline_takes_of_its_encoder_is_part_of_the_key(krea2_pipeline, image_folder, tmp_path):
+    def only_the_first(family):
+        family.pipeline.register_to_config(text_encoder_select_layers=(1, 1))
+
+    keys = [
+        cached_pair(krea2_pipeline, image_folder, tmp_path, change).cached.embeddings.encoders
+        for change in (None, only_the_first)
+    ]
+    assert keys[0] != keys[1]
