@@ -67,7 +67,7 @@ class Pair:
             tokenize, dropped = self.whole.tokenize, expected.get("dropped")
             tokens = tokenize([expected["caption"]], *([] if dropped is None else [dropped[None]]))
             conditions = self.whole.encode_prompts([expected["caption"]], torch.device("cpu"), tokens)
-            expected_conditions = {name: value[0] for name, value in conditions.items()}
+            expected_conditions = {name: torch.as_tensor(value[0]) for name, value in conditions.items()}
             torch.testing.assert_close(found["embeddings"], expected_conditions, rtol=1e-4, atol=1e-5)
 
 
