@@ -122,7 +122,8 @@ def _root(model: Model) -> Path:
 class _File:
     """A single file."""
 
-    place: Path  # of the Hub without weights: its name there
+    source: str  # a path, or an address on the Hub
+    place: Path  # on this machine, once it is downloaded
     header: Header
     metadata: Mapping[str, str]
 
@@ -261,7 +262,7 @@ def _looked_at(path: str, model: Model) -> _File:
     header, metadata = read_header(path, model.revision, model.cache_dir)
     if why := why_no_checkpoint(header):
         raise ValueError(why)
-    return _File(Path(path), header, metadata)
+    return _File(path, Path(path), header, metadata)
 
 
 def _config_of(model: Model, header: Header) -> str:
@@ -311,7 +312,7 @@ def _downloaded(parts: _Parts, model: Model, path: str | None) -> dict[str, Any]
     for name in ("file", "denoiser"):
         part = getattr(parts, name)
         if isinstance(part, _File):
-            new[name] = replace(part, place=local_file(str(part.place), model.revision, model.cache_dir))
+            new[name] = replace(part, place=local_file(part.source, model.revision, model.cache_dir))
     if not Path(parts.base_name).is_dir() and parts.from_base():
         needed = parts.from_base()
         left = {name: None for name in parts.components if _has_weights(name) and name not in needed}

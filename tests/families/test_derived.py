@@ -69,6 +69,22 @@ def test_weights_keep_the_precision_of_the_file(sd_pipeline, made, tmp_path):
         assert same(component(folder, name), halves)
 
 
+@pytest.mark.parametrize("flag", ["pretrained_model_name_or_path", "denoiser_model_name_or_path"])
+@pytest.mark.parametrize(
+    "source", ["org/repo/m.safetensors", "https://huggingface.co/org/repo/blob/main/m.safetensors"]
+)
+def test_a_file_of_the_hub_is_downloaded(flag, source, sd_file, sd_pipeline, made, monkeypatch):
+    def download(repository, file, **_):
+        assert (repository, file) == ("org/repo", "m.safetensors")
+        return str(sd_file)
+
+    monkeypatch.setattr("lpl.families.checkpoint_files.try_to_load_from_cache", lambda *_: str(sd_file))
+    monkeypatch.setattr("lpl.families.checkpoint_files.hf_hub_download", download)
+    denoiser = flag.startswith("denoiser")
+    flags = {flag: source} if denoiser else {"single_file_config": str(sd_pipeline)}
+    assert same(weights(made(sd_pipeline if denoiser else source, **flags).folder), weights(sd_pipeline))
+
+
 def test_a_folder_that_holds_only_a_file_is_that_file(sd_file, sd_pipeline, made, tmp_path):
     alone = tmp_path / "alone"
     alone.mkdir()
