@@ -406,8 +406,9 @@ def _check_lora(config: Config) -> None:
         raise ValueError("--from_scratch trains every weight anew, which LoRA cannot; leave out --lora and --rank")
     if lora.lora_init is not None and lora.adapter != LORA:
         raise ValueError(f"--adapter {lora.adapter}: --lora_init is a LoRA, which is trained further; leave one out")
-    if lora.lora_init is not None and "lora_target_modules" in config.given:
-        raise ValueError("--lora_target_modules: the layers are those of --lora_init; leave one of them out")
+    for name, what in OF_THE_FILE.items():
+        if lora.lora_init is not None and name in config.given:
+            raise ValueError(f"--{name}: the {what} are those of --lora_init; leave one of them out")
     _check_adapter(config)
     if lora.use_dora and config.model.train_text_encoder:
         warn("--use_dora is for the denoiser; the text encoders get LoRA, since diffusers loads no DoRA there")
@@ -415,6 +416,12 @@ def _check_lora(config: Config) -> None:
         raise ValueError("--quantize_base goes without --train_text_encoder; leave one of them out")
 
 
+OF_THE_FILE = {
+    "lora_target_modules": "layers",
+    "lora_rank_pattern": "ranks",
+    "lora_alpha_pattern": "alphas",
+    "init_lora_weights": "weights",
+}
 OF_LORA = ("use_dora", "use_rslora", "lora_dropout", "init_lora_weights", "quantize_base")
 OF_RANKS = ("rank", "lora_alpha", "lora_rank_pattern", "lora_alpha_pattern")
 CHANGE_THE_BASE = ("pissa", "olora", "loftq", "corda", "mica")
@@ -429,6 +436,8 @@ def _check_adapter(config: Config) -> None:
             raise ValueError(f"--{flag} is not for {name}{instead}; leave it out, or use --adapter {LORA}")
     if lora.adapter != LORA and config.model.train_text_encoder:
         raise ValueError(f"--adapter {lora.adapter} is for the denoiser alone; leave out --train_text_encoder")
+    if lora.adapter != LORA and lora.training_adapter is not None:
+        raise ValueError(f"--training_adapter goes with --adapter {LORA} only; leave it out")
     if lora.adapter == OFT and config.validation.validation_lora_scales is not None:
         raise ValueError(f"--validation_lora_scales: {name} has no strength to change; leave it out")
     if lora.init_lora_weights not in INIT_LORA_WEIGHTS:
@@ -586,10 +595,12 @@ def _check_output(config: Config) -> None:
         raise ValueError(f"--output_dir {output.output_dir}: this is the pipeline to start from; give another folder")
     for name, place in starting_points(config.model, config.lora):
         folder = Path(place) if Path(place).is_dir() else Path(place).parent
-        if os.path.exists(place) and Path(output.output_dir).resolve() in (
+        beside = Path(output.output_dir).resolve() in (
             folder.resolve(),
             *([folder.resolve().parent] if folder.name.startswith(CHECKPOINT_PREFIX) else []),
-        ):
+        )
+        fresh = output.resume_from_checkpoint is None  # a resumed run moves nothing of what lies deeper
+        if os.path.exists(place) and (beside or (fresh and lies_within(place, output.output_dir))):
             raise ValueError(
                 f"--output_dir {output.output_dir}: --{name} {place} is in it, which this run would move aside or "
                 "write over; give another folder"

@@ -877,7 +877,8 @@ class Validation:
 
     dry_run: bool = flag(
         False,
-        "report what a run would do and what time and memory it needs, then exit; writes nothing",
+        "report what a run would do and what time and memory it needs, then exit; writes nothing, "
+        "except into the cache a pipeline that is made of a single file, another denoiser or merged LoRA",
         own=True,
         in_recipe=False,
     )

@@ -54,15 +54,15 @@ def lacking(model: Model, family: type[Family], listed: Iterable[str], unread: I
             gone.append(name)
         elif missing:
             raise ValueError(
-                f"--pretrained_model_name_or_path {path}: its model_index.json lists {name}, but {place} has "
+                f"--pretrained_model_name_or_path {model.source}: its model_index.json lists {name}, but {place} has "
                 f"{missing}; {_cure(path, name, family)}"
             )
         elif Path(path).is_dir() and name not in unread:
             _check_whole(path, name, weights(here, model.variant))
     if gone:
         warn(
-            f"{path}: its model_index.json lists {' and '.join(gone)}, but {place} lacks the files; the pipeline "
-            "works without, and so will the result"
+            f"{model.source}: its model_index.json lists {' and '.join(gone)}, but {place} lacks the files; the "
+            "pipeline works without, and so will the result"
         )
     return gone
 

@@ -34,6 +34,7 @@ from huggingface_hub.utils import WeakFileLock
 from torch import nn
 
 from lpl.config import Config
+from lpl.config.checks import warn_idle
 from lpl.config.groups import Model
 from lpl.families import Family, find_family
 from lpl.families.checkpoint_files import (
@@ -47,16 +48,16 @@ from lpl.families.checkpoint_files import (
     why_no_checkpoint,
 )
 from lpl.families.components import NOT_MODELS, OTHERS_WEIGHTS, WEIGHTS, weights
-from lpl.families.lora_files import Adapter, lora_files, read_lora
+from lpl.families.lora_files import Adapter, lora_files, lost_prefix, read_lora
 from lpl.tools.files import settle, write_text
-from lpl.tools.layout import INDEX
+from lpl.tools.layout import INDEX, PEFT_CONFIG
 from lpl.tools.privacy import hub_file
 from lpl.tools.single_files import single_file, why_no_file
 from lpl.tools.trust import check_components
 from lpl.tools.words import first_line, warn
 
 
-VERSION = 1  # of what is made here
+VERSION = 2  # of what is made here
 PIPELINE, DENOISER = "--pretrained_model_name_or_path", "--denoiser_model_name_or_path"
 ORIGIN = "origin.json"  # of a converted file: whose configuration it has, and which of its components
 SMALL = ["*.json", "*/*.json", "*.txt", "*/*.txt", "*/*.model"]  # configurations and vocabularies
@@ -83,6 +84,9 @@ def derived(model: Model, weights: bool = True) -> Model:
         file = single_file(model.source)
     if file is None and model.denoiser_model_name_or_path is None and not model.merge_lora:
         return model
+    if file is not None and model.variant is not None:
+        warn_idle("variant")
+        model = replace(model, variant=None)
     parts = _parts(model, file, weights)
     if not weights:
         folder = Path(tempfile.mkdtemp(prefix="lpl-"))
@@ -122,7 +126,8 @@ def _root(model: Model) -> Path:
 class _File:
     """A single file."""
 
-    place: Path  # of the Hub without weights: its name there
+    source: str  # a path, or an address on the Hub
+    place: Path  # on this machine, once it is downloaded
     header: Header
     metadata: Mapping[str, str]
 
@@ -261,7 +266,7 @@ def _looked_at(path: str, model: Model) -> _File:
     header, metadata = read_header(path, model.revision, model.cache_dir)
     if why := why_no_checkpoint(header):
         raise ValueError(why)
-    return _File(Path(path), header, metadata)
+    return _File(path, Path(path), header, metadata)
 
 
 def _config_of(model: Model, header: Header) -> str:
@@ -311,7 +316,7 @@ def _downloaded(parts: _Parts, model: Model, path: str | None) -> dict[str, Any]
     for name in ("file", "denoiser"):
         part = getattr(parts, name)
         if isinstance(part, _File):
-            new[name] = replace(part, place=local_file(str(part.place), model.revision, model.cache_dir))
+            new[name] = replace(part, place=local_file(part.source, model.revision, model.cache_dir))
     if not Path(parts.base_name).is_dir() and parts.from_base():
         needed = parts.from_base()
         left = {name: None for name in parts.components if _has_weights(name) and name not in needed}
@@ -333,19 +338,22 @@ def _downloaded(parts: _Parts, model: Model, path: str | None) -> dict[str, Any]
 
 def _key(model: Model, parts: _Parts) -> str:
     """The name of the folder: what it is made of."""
-    made_of: list[Any] = [VERSION, diffusers.__version__, model.variant, parts.base_name]
-    places = [
-        parts.base,
-        *(part.place if isinstance(part, _File) else part for part in (parts.file, parts.denoiser) if part),
-    ]
-    made_of += [_stamps(place) for place in places]
-    made_of += [(lora.strength, *map(_stamps, lora.files)) for lora in parts.loras]
+    made_of: list[Any] = [VERSION, diffusers.__version__, model.variant, parts.base_name, parts.index]
+    made_of += _stamps(part.place for part in (parts.file, parts.denoiser) if isinstance(part, _File))
+    for name in parts.components:
+        folder, whole = parts.base / name, not parts.in_file(name)
+        if name == parts.family.denoiser_name and parts.denoiser is not None:
+            whole = isinstance(parts.denoiser, Path)
+            folder = parts.denoiser if isinstance(parts.denoiser, Path) else folder
+        made_of.append((name, _stamps(folder / file for file in _files(folder, model.variant, whole))))
+    for lora in parts.loras:
+        beside = [file.with_name(PEFT_CONFIG) for file in lora.files]
+        made_of.append((lora.strength, _stamps([*lora.files, *(file for file in beside if file.is_file())])))
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:24]
 
 
-def _stamps(place: Path) -> list[tuple[str, int, int]]:
-    files = sorted(file for file in place.rglob("*") if file.is_file()) if place.is_dir() else [place]
-    found = [Path(os.path.realpath(file)) for file in files if not file.name.startswith(".")]
+def _stamps(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+    found = [Path(os.path.realpath(file)) for file in files]
     return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found]
 
 
@@ -375,8 +383,7 @@ def _fill(folder: Path, parts: _Parts, model: Model) -> None:
             _save(made, folder / name, model)
         elif (parts.base / name).is_dir():
             marks = {"v_pred", "ztsnr"} & (set(parts.file.header) if parts.file is not None else set())
-            variant = model.variant if parts.file is None else None
-            _link(parts.base / name, folder / name, variant, parts.weights, marks)
+            _link(parts.base / name, folder / name, model.variant, parts.weights, marks)
     if parts.weights and parts.loras:
         _merge(folder, parts, model)
     if parts.file is not None:
@@ -404,20 +411,28 @@ def _write_denoiser(target: Path, parts: _Parts, model: Model, kind: Any) -> str
 
 
 def _save(model: nn.Module, target: Path, flags: Model) -> None:
-    """Write a component under the names that --variant looks for."""
-    cast(Any, model).save_pretrained(target, variant=flags.variant)
+    """Write a component under the names that --variant looks for, and that all versions of transformers read."""
+    options: dict[str, Any] = {"variant": flags.variant}
+    if prefix := lost_prefix(model):
+        options["state_dict"] = {prefix + name: weight for name, weight in model.state_dict().items()}
+    cast(Any, model).save_pretrained(target, **options)
 
 
 def _link(source: Path, target: Path, variant: str | None, whole: bool, marks: Iterable[str] = ()) -> None:
     """Link or copy a component as it is: configuration or vocabulary, and the weights that are loaded."""
     target.mkdir(parents=True)
-    names = sorted(path.name for path in source.iterdir() if path.is_file() and not path.name.startswith("."))
-    chosen = weights(names, variant) if whole else []
-    for name in names:
-        if name in chosen or not (name.endswith(OTHERS_WEIGHTS) or WEIGHTS.search(name)):
-            _link_file(source / name, target / name)
+    for name in _files(source, variant, whole):
+        _link_file(source / name, target / name)
     if marks and target.name == "scheduler":
         _mark_scheduler(target / "scheduler_config.json", set(marks))
+
+
+def _files(folder: Path, variant: str | None, whole: bool) -> list[str]:
+    """The files of a component that are taken; none if it has no folder."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    names = sorted(path.name for path in paths if path.is_file() and not path.name.startswith("."))
+    chosen = weights(names, variant) if whole else []
+    return [n for n in names if n in chosen or not (n.endswith(OTHERS_WEIGHTS) or WEIGHTS.search(n))]
 
 
 def _link_file(source: Path, target: Path) -> None:

@@ -100,24 +100,25 @@ def read_pipeline(model: Model, blocks: Sequence[str] | None = None, weights: bo
         index = _load_config(DiffusionPipeline, path, **where)
     except (OSError, ValueError) as error:
         why = why_no_pipeline(path) or _why_not_on_the_hub(path, first_line(error))
-        raise ValueError(f"--pretrained_model_name_or_path {path}: {why}") from error
+        raise ValueError(f"--pretrained_model_name_or_path {model.source}: {why}") from error
     family = find_family(index.get("_class_name"))
-    what = f"--pretrained_model_name_or_path {path}"
-    check_components(path, index, family.pipeline_class._get_signature_keys(family.pipeline_class)[0])
+    what = f"--pretrained_model_name_or_path {model.source}"
+    check_components(model.source, index, family.pipeline_class._get_signature_keys(family.pipeline_class)[0])
     components = components_in(index)
     absent = dict.fromkeys(name for name, entry in components.items() if tuple(entry) == (None, None))
     absent |= dict.fromkeys(name for name in family.optional_components if name not in components)
     library, scheduler_class = components.get("scheduler", (None, None))
     if library != "diffusers" or not _is_class(scheduler_class, SchedulerMixin):
         raise ValueError(
-            f"--pretrained_model_name_or_path {path}: this version of diffusers has no scheduler {scheduler_class}"
+            f"--pretrained_model_name_or_path {model.source}: this version of diffusers has no scheduler "
+            f"{scheduler_class}"
         )
     vae, denoiser, scheduler = (
         _component_config(path, name, **where) for name in ("vae", family.denoiser_name, "scheduler")
     )
     if not _is_class(denoiser.get("_class_name"), ModelMixin):
         raise ValueError(
-            f"--pretrained_model_name_or_path {path}: this version of diffusers has no model "
+            f"--pretrained_model_name_or_path {model.source}: this version of diffusers has no model "
             f"{denoiser.get('_class_name')}, the class of its {family.denoiser_name}"
         )
     unread = {"vae"} if model.pretrained_vae_model_name_or_path else set()

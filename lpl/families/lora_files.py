@@ -31,7 +31,7 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HTTPError
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel
@@ -427,9 +427,3 @@ def _fitted(component: str, adapter: Adapter, model: nn.Module) -> Adapter:
             raise ValueError(f"{WRONG_BASE}: the adapter of {name} does not fit")
         layers[name] = layer._replace(down=down, up=up)
     return Adapter(layers, adapter.rslora)
-
-
-def is_lora_file(file: Path) -> bool:
-    """Whether a file has factors of a LoRA."""
-    with safe_open(file, "pt") as opened:
-        return any("lora" in name for name in opened.keys())  # noqa: SIM118

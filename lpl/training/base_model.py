@@ -71,7 +71,7 @@ def check_base(resumed: Path | None, config: Config, description: Description) -
     if found is not None:
         raise ValueError(
             f"--resume_from_checkpoint {resumed.name}: it is of another base model than "
-            f"--pretrained_model_name_or_path {config.model.pipeline}: {found}; give the pipeline that the run began "
+            f"--pretrained_model_name_or_path {config.model.source}: {found}; give the pipeline that the run began "
             "with, or start another run"
         )
 

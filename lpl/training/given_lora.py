@@ -50,7 +50,7 @@ def with_adapters(config: Config, description: Description) -> Config:
             f"{what}: it has adapters of {' and '.join(lost)}, which this run would lose; add --train_text_encoder, "
             "with --text_encoder_lr 0 to keep them as they are"
         )
-    first = next(iter(found.values()))
+    first = found.get(description.family.denoiser_name) or next(iter(found.values()))
     said = {"rank": first.rank, "lora_alpha": first.alpha, "use_dora": first.dora, "use_rslora": first.rslora}
     for name, value in said.items():
         if name in config.given and getattr(lora, name) not in (None, value):

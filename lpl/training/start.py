@@ -323,7 +323,7 @@ def load_weights(config: Config, description: Description, accelerator: Accelera
         return load_family(config.model, config.lora, description, weight_dtype(accelerator))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--pretrained_model_name_or_path {config.model.pipeline}: its weights cannot be loaded; look at "
+            f"--pretrained_model_name_or_path {config.model.source}: its weights cannot be loaded; look at "
             f"--variant and --revision ({first_line(error)})"
         ) from error
 
@@ -356,7 +356,7 @@ def place_models(
     for part in (family.vae, family.denoiser, *family.text_encoders):
         part.to(accelerator.device)
     if broken := trained.not_finite():
-        path = config.model.pipeline
+        path = config.model.source
         raise ValueError(f"--pretrained_model_name_or_path {path}: the weights of {broken} are not finite")
     average = MovingAverage.of(trained, config.optimization)
     if average is not None and config.model.non_ema_revision and not config.lora.lora:

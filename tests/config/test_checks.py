@@ -136,6 +136,7 @@ ALONE = cases(  # wrong whatever the pipeline: what is given, what the sentence 
     ({"adapter": "oft", "lora_rank_pattern": "to_q=2"}, ["--lora_rank_pattern is not for OFT"]),
     ({"adapter": "oft", "validation_lora_scales": 1}, ["--validation_lora_scales", "OFT has no strength"]),
     ({"adapter": "glora"}, ["--adapter", "glora", "loha"]),
+    ({"adapter": "loha", "training_adapter": "a/b"}, ["--training_adapter goes with --adapter lora only"]),
     ({"rank": 4, "validation_lora_scales": "nan"}, ["--validation_lora_scales nan", "finite"]),
     ({"rank": 4, "init_lora_weights": "pissa_niter_4"}, ["--init_lora_weights pissa_niter_4", "base's weights"]),
     ({"rank": 4, "init_lora_weights": "eva"}, ["--init_lora_weights eva", "needs data", "gaussian"]),

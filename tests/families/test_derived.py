@@ -1,14 +1,17 @@
 """Pipelines that are made of a single file, another denoiser and merged LoRA: weights arrive bit for bit."""
 
+import json
 import shutil
 
 import pytest
 import torch
+import trainer
 from loras import tiny_lora
 from original_layout import component, single_file
 from safetensors.torch import load_file, save_file
 from tiny import tiny_sdxl
-from trainer import same, weights
+from trainer import same
+from transformers import CLIPTextModel
 
 from lpl.config.groups import Model
 from lpl.families.derived import derived, origin
@@ -17,6 +20,12 @@ from lpl.families.description import read_pipeline
 
 SD = ("unet", "vae", "sd_text_encoder")
 pytestmark = pytest.mark.filterwarnings("ignore:.*this is done once")
+
+
+def weights(folder):
+    """Without the prefix of CLIP's names, which transformers 5 writes no more."""
+    found = trainer.weights(folder)
+    return {(file, name.removeprefix("text_model.")): value for (file, name), value in found.items()}
 
 
 @pytest.fixture
@@ -61,12 +70,41 @@ def test_a_single_file_becomes_the_pipeline_that_it_was_made_of(pipeline, parts,
     assert read_pipeline(model).family is read_pipeline(Model(pretrained_model_name_or_path=str(folder))).family
 
 
+def test_a_clip_encoder_has_the_names_that_all_versions_read(sd_file, sd_pipeline, made):
+    folder = made(sd_file, single_file_config=str(sd_pipeline)).folder
+    names = load_file(f"{folder}/text_encoder/model.safetensors")
+    assert all(name.startswith("text_model.") for name in names)
+    read, before = (CLIPTextModel.from_pretrained(f"{place}/text_encoder") for place in (folder, sd_pipeline))
+    assert same(read.state_dict(), before.state_dict())
+
+
+def test_a_single_file_has_no_variant(sd3_pipeline, made, tmp_path):
+    file = single_file(sd3_pipeline, tmp_path / "model.safetensors", ("transformer", "vae"))
+    with pytest.warns(UserWarning, match="--variant has no effect in this run"):
+        model = made(file, single_file_config=str(sd3_pipeline), variant="fp16")
+    assert model.variant is None and same(weights(model.folder), weights(sd3_pipeline))
+
+
 def test_weights_keep_the_precision_of_the_file(sd_pipeline, made, tmp_path):
     file = single_file(sd_pipeline, tmp_path / "model.safetensors", SD, torch.float16)
     folder = made(file, single_file_config=str(sd_pipeline)).folder
-    for name in ("unet", "vae", "text_encoder"):
-        halves = {key: value.half() for key, value in component(sd_pipeline, name).items()}
-        assert same(component(folder, name), halves)
+    assert same(weights(folder), {key: value.half() for key, value in weights(sd_pipeline).items()})
+
+
+@pytest.mark.parametrize("flag", ["pretrained_model_name_or_path", "denoiser_model_name_or_path"])
+@pytest.mark.parametrize(
+    "source", ["org/repo/m.safetensors", "https://huggingface.co/org/repo/blob/main/m.safetensors"]
+)
+def test_a_file_of_the_hub_is_downloaded(flag, source, sd_file, sd_pipeline, made, monkeypatch):
+    def download(repository, file, **_):
+        assert (repository, file) == ("org/repo", "m.safetensors")
+        return str(sd_file)
+
+    monkeypatch.setattr("lpl.families.checkpoint_files.try_to_load_from_cache", lambda *_: str(sd_file))
+    monkeypatch.setattr("lpl.families.checkpoint_files.hf_hub_download", download)
+    denoiser = flag.startswith("denoiser")
+    flags = {flag: source} if denoiser else {"single_file_config": str(sd_pipeline)}
+    assert same(weights(made(sd_pipeline if denoiser else source, **flags).folder), weights(sd_pipeline))
 
 
 def test_a_folder_that_holds_only_a_file_is_that_file(sd_file, sd_pipeline, made, tmp_path):
@@ -181,6 +219,15 @@ def test_merged_lora_are_added_to_the_weights(sd_pipeline, made, tmp_path):
     added = 2 * factors[f"{key}.lora_B.weight"] @ factors[f"{key}.lora_A.weight"]  # alpha 4, rank 2
     weight = ("unet/diffusion_pytorch_model.safetensors", f"{key.removeprefix('unet.')}.weight")
     torch.testing.assert_close(after[weight], before[weight] + 0.75 * added)
+
+
+def test_a_changed_alpha_is_merged_anew(dit_pipeline, made, tmp_path):
+    lora = tiny_lora(dit_pipeline, tmp_path / "lora")
+    first = made(dit_pipeline, merge_lora=(str(lora),)).folder
+    assert made(dit_pipeline, merge_lora=(str(lora),)).folder == first
+    config = lora / "transformer_lora/adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 8.0}))
+    assert made(dit_pipeline, merge_lora=(str(lora),)).folder != first
 
 
 def test_a_lora_of_another_base_is_refused_before_anything_is_merged(sd_pipeline, sdxl_pipeline, made, tmp_path):

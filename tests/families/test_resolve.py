@@ -156,7 +156,7 @@ def test_text_encoders_that_are_not_trained(dit_pipeline, class_folder, tmp_path
 
 def test_sd3_at_its_default_resolution(sd3_pipeline, image_folder, tmp_path):
     pipeline = edited(sd3_pipeline, tmp_path / "pipeline", "transformer", pos_embed_max_size=64)
-    assert parsed(pipeline, image_folder, tmp_path, resolution=None)[0].data.resolution == 512
+    assert parsed(pipeline, image_folder, tmp_path / "out", resolution=None)[0].data.resolution == 512
 
 
 def test_a_pipeline_of_one_size(sd_pipeline, image_folder, tmp_path, capsys, monkeypatch):

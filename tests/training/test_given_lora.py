@@ -1,6 +1,7 @@
 """LoRA that a run is given: trained further, bit for bit, or active in training only."""
 
 import re
+import shutil
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ import yaml
 from commands import refusal
 from loras import tiny_lora
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from trainer import arguments, parsed, same, train
 
+from lpl.config.command_line import parse
+from lpl.training.given_lora import with_adapters
 from lpl.training.loading import load_family
 from lpl.training.parts import TrainedParts
 
@@ -76,6 +79,9 @@ def test_a_run_with_both_resumes_as_if_it_had_not_stopped(sd_pipeline, image_fol
         ({"rank": 8}, "--rank 8: the LoRA of --lora_init .* has 2"),
         ({"use_dora": True}, "--use_dora True: the LoRA of --lora_init .* has False"),
         ({"lora_target_modules": "to_q"}, "--lora_target_modules: the layers are those of --lora_init"),
+        ({"lora_rank_pattern": "to_q=4"}, "--lora_rank_pattern: the ranks are those of --lora_init"),
+        ({"lora_alpha_pattern": "to_q=4"}, "--lora_alpha_pattern: the alphas are those of --lora_init"),
+        ({"init_lora_weights": "gaussian"}, "--init_lora_weights: the weights are those of --lora_init"),
         ({"from_scratch": True}, "--from_scratch trains every weight anew"),
     ],
 )
@@ -100,3 +106,21 @@ def test_adapters_that_a_run_would_lose_are_refused(sd_pipeline, image_folder, t
 def test_a_run_does_not_write_where_it_starts_from(flag, sd_pipeline, image_folder, lora, tmp_path, capsys):
     words = arguments(sd_pipeline, image_folder, lora, lora=True, **{flag: lora / "style_comfyui.safetensors"})
     assert f"--output_dir {lora}: --{flag} {lora / 'style_comfyui.safetensors'} is in it" in refusal(capsys, words)
+
+
+def test_only_a_run_that_resumes_may_start_from_a_checkpoints_folder(
+    sd_pipeline, image_folder, lora, tmp_path, capsys
+):
+    ema = shutil.copytree(lora, tmp_path / "out/checkpoint-1/ema")
+    words = arguments(sd_pipeline, image_folder, tmp_path / "out", lora_init=ema)
+    assert f"--output_dir {tmp_path / 'out'}: --lora_init {ema} is in it" in refusal(capsys, words)
+    parse([*words, "--resume_from_checkpoint=latest"])
+
+
+def test_rank_and_alpha_are_the_denoisers(sd_pipeline, image_folder, tmp_path):
+    both = tiny_lora(sd_pipeline, tmp_path / "both", text_encoders=True) / "both_comfyui.safetensors"
+    tensors = load_file(both)
+    te = {name for name in tensors if name.startswith("lora_te") and name.endswith(".alpha")}
+    save_file(tensors | {name: torch.tensor(1.0) for name in te}, both)
+    config, description = parsed(sd_pipeline, image_folder, tmp_path / "out", lora_init=both, train_text_encoder=True)
+    assert te and with_adapters(config, description).lora.lora_alpha == 4.0
