@@ -34,7 +34,8 @@ from lpl.config.groups import Data, Lora, Lpl, Model, naming
 from lpl.config.prompts import check_entries, text_of
 from lpl.config.sizes import AUTO
 from lpl.options import check_options, parse_weight
-from lpl.tools.layout import CHECKPOINT_PREFIX
+from lpl.tools.layout import CHECKPOINT_PREFIX, INDEX, PEFT_SUFFIX
+from lpl.tools.layout import LORA as LORA_FILE
 from lpl.tools.places import lies_within
 from lpl.tools.privacy import HUB_ID
 from lpl.tools.single_files import single_file, why_no_file
@@ -599,12 +600,17 @@ def _check_output(config: Config) -> None:
             folder.resolve(),
             *([folder.resolve().parent] if folder.name.startswith(CHECKPOINT_PREFIX) else []),
         )
-        fresh = output.resume_from_checkpoint is None  # a resumed run moves nothing of what lies deeper
+        fresh = output.resume_from_checkpoint is None and _holds_a_run(Path(output.output_dir))
         if os.path.exists(place) and (beside or (fresh and lies_within(place, output.output_dir))):
             raise ValueError(
                 f"--output_dir {output.output_dir}: --{name} {place} is in it, which this run would move aside or "
                 "write over; give another folder"
             )
+
+
+def _holds_a_run(folder: Path) -> bool:
+    """Whether a run that starts afresh there moves anything aside."""
+    return any(any(folder.glob(name)) for name in (INDEX, LORA_FILE, f"{CHECKPOINT_PREFIX}*", f"*{PEFT_SUFFIX}"))
 
 
 def _check_written(config: Config) -> None:
