@@ -61,6 +61,17 @@ def components_of(family: type[Family], configs: Mapping[str, Config]) -> tuple[
     return components
 
 
+def check_layers(family: type[Family], configs: Mapping[str, Config]) -> None:
+    """Refuse a denoiser or a VAE with layers that the original does not have, before there are weights.
+
+    Raises:
+        ValueError: as :func:`components_of`, and with the first such layer.
+    """
+    for name, _, convert in components_of(family, configs):
+        if name in ("vae", family.denoiser_name):
+            convert(configs[name], skeleton(configs[name]).state_dict())
+
+
 # Denoisers -----------------------------------------------------------------------------------------------------------
 
 
