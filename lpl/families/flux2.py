@@ -78,7 +78,7 @@ class _Flux2(Family):
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out", "attn.to_qkv_mlp_proj"),
     )
-    lora_layout = LoraLayout({"transformer": "lora_unet"}, partial(by_table, ORIGINAL))
+    lora_layout = LoraLayout({"transformer": "lora_unet"}, partial(by_table, ORIGINAL), swapped=True)
     layers: ClassVar[tuple[int, ...]]  # of the language model, whose outputs the transformer gets side by side
 
     def encode_prompts(

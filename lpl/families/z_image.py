@@ -26,7 +26,16 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "attention.out": ("attention.to_out.0",),
 }
 BLOCKS = ("layers", "noise_refiner", "context_refiner")
-ORIGINAL: Table = {name: (name, LAYERS) for name in BLOCKS}
+ORIGINAL: Table = {name: (name, LAYERS) for name in BLOCKS} | {
+    "": (
+        "",
+        {
+            "x_embedder": ("all_x_embedder.2-1",),
+            "final_layer.linear": ("all_final_layer.2-1.linear",),
+            "final_layer.adaLN_modulation.1": ("all_final_layer.2-1.adaLN_modulation.1",),
+        },
+    )
+}
 
 
 class ZImage(Family):
