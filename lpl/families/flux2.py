@@ -19,6 +19,7 @@ from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 from torch import Tensor, nn
 
 from lpl.autoencoders import downscaling_factor
+from lpl.families.architecture import Architecture
 from lpl.families.base import Conditions, Configs, Family, modulations
 from lpl.families.fit import Relation, latents
 from lpl.families.lora_layout import ADDED_QKV, QKV, LoraLayout, Table, by_table
@@ -103,6 +104,12 @@ class _Flux2(Family):
             return_dict=False,
         )[0]
         return output.mT.unflatten(2, (rows, columns))
+
+    @classmethod
+    def architecture(cls, configs: Configs, prediction_type: str | None) -> Architecture:
+        return Architecture(
+            "Flux.2-dev" if cls.name == "flux2" else cls.name, cls.name, "https://github.com/black-forest-labs/flux2"
+        )
 
     @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:

@@ -11,6 +11,7 @@ from diffusers import ZImagePipeline
 from torch import Tensor, nn
 
 from lpl.autoencoders import downscaling_factor
+from lpl.families.architecture import Architecture
 from lpl.families.base import Conditions, Configs, Family, tables_on_device
 from lpl.families.fit import Relation, latents
 from lpl.families.lora_layout import QKV, LoraLayout, Table, by_table
@@ -82,6 +83,10 @@ class ZImage(Family):
             list(noisy_latents.unsqueeze(2)), (TIMESTEPS - timesteps) / TIMESTEPS, captions, return_dict=False
         )[0]
         return -torch.stack(output).squeeze(2)
+
+    @classmethod
+    def architecture(cls, configs: Configs, prediction_type: str | None) -> Architecture:
+        return Architecture(cls.name, cls.name, "https://github.com/Tongyi-MAI/Z-Image")
 
     @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:
