@@ -95,7 +95,7 @@ def test_a_single_file_beside_the_pipeline(sd_pipeline, image_folder, tmp_path):
 
 def test_a_family_without_a_single_file_is_refused_first(dit_pipeline, class_folder, tmp_path, capsys, no_weights):
     words = arguments(dit_pipeline, class_folder, tmp_path / "run", save_single_file="fp16", lpl_weight=0)
-    assert "--save_single_file fp16: there is no single file of dit" in refusal(capsys, words)
+    assert "--save_single_file fp16: a single file of dit is not written" in refusal(capsys, words)
 
 
 def test_layers_without_a_place_in_a_single_file_are_refused_first(sd_pipeline, image_folder, tmp_path, capsys):
