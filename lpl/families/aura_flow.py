@@ -11,6 +11,7 @@ from diffusers.models.normalization import AdaLayerNormZero
 from diffusers.models.transformers.auraflow_transformer_2d import AuraFlowPreFinalBlock
 from torch import Tensor, nn
 
+from lpl.families.architecture import Architecture
 from lpl.families.base import Conditions, Configs, Family, modulations
 from lpl.families.fit import Relation, latents
 from lpl.families.tokens import Tokens, on_device
@@ -46,6 +47,10 @@ class AuraFlow(Family):
     def predict(self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         timesteps = (timesteps / TIMESTEPS).to(noisy_latents.dtype)
         return denoiser(noisy_latents, timestep=timesteps, **conditions, return_dict=False)[0]
+
+    @classmethod
+    def architecture(cls, configs: Configs, prediction_type: str | None) -> Architecture:
+        return Architecture("auraflow-v1", cls.name)
 
     @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:

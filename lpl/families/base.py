@@ -314,7 +314,7 @@ class Family:
 
     @classmethod
     def single_file(cls, configs: Configs) -> tuple[Component, ...]:
-        """What is in a single file with the original's names; empty: other programs read no such file."""
+        """What is in a single file with the original's names; empty: this trainer writes none."""
         return ()
 
     # For --from_scratch

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lpl.autoencoders import downscaling_factor
 from lpl.families import flux
+from lpl.families.architecture import Architecture
 from lpl.families.base import Conditions, Configs, Family, packed, patch_positions, unpacked
 from lpl.families.fit import Relation, latents
 from lpl.families.lora_layout import TRANSFORMER, LoraLayout, Table, by_table
@@ -79,6 +80,10 @@ class Chroma(Family):
             return_dict=False,
         )[0]
         return unpacked(output, flux.PATCH, noisy_latents.shape)
+
+    @classmethod
+    def architecture(cls, configs: Configs, prediction_type: str | None) -> Architecture:
+        return Architecture(cls.name, "chroma", "https://huggingface.co/lodestones/Chroma", "networks.lora_flux")
 
     @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:

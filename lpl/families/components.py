@@ -127,6 +127,24 @@ def weights(files: Sequence[str], variant: str | None) -> list[str]:
     ]
 
 
+def the_weights(files: Sequence[str]) -> list[str]:
+    """The files with the weights of a component: the plain ones, or those of its only variant.
+
+    Raises:
+        ValueError: if there are none, or those of several variants.
+
+    >>> the_weights(["config.json", "model.fp16.safetensors"])
+    ['model.fp16.safetensors']
+    """
+    found = [file for file in files if WEIGHTS.search(file)]
+    variants = sorted({_variant(file) for file in found})
+    if not found:
+        raise ValueError("it has no weights, files that end in .safetensors")
+    if variants[0] and variants[1:]:
+        raise ValueError(f"it has no plain weights, but those of several variants ({', '.join(variants)}); keep one")
+    return [file for file in weights(files, variants[0]) if not file.endswith("json")]
+
+
 def _variant(file: str) -> str:
     """The variant in a name.
 

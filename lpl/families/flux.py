@@ -96,7 +96,7 @@ class Flux(Family):
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     )
-    lora_layout = LoraLayout(TRANSFORMER, partial(by_table, ORIGINAL), "lycoris")
+    lora_layout = LoraLayout(TRANSFORMER, partial(by_table, ORIGINAL), "lycoris", swapped=True)
 
     def token_lengths(self) -> dict[str, int | None]:
         return {"tokenizer": self.pipeline.tokenizer_max_length, "tokenizer_2": self.tokens}

@@ -19,6 +19,7 @@ from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 from torch import Tensor, nn
 
 from lpl.autoencoders import downscaling_factor
+from lpl.families.architecture import Architecture
 from lpl.families.base import Conditions, Configs, Family, modulations
 from lpl.families.fit import Relation, latents
 from lpl.families.lora_layout import ADDED_QKV, QKV, LoraLayout, Table, by_table
@@ -78,7 +79,7 @@ class _Flux2(Family):
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out", "attn.to_qkv_mlp_proj"),
     )
-    lora_layout = LoraLayout({"transformer": "lora_unet"}, partial(by_table, ORIGINAL))
+    lora_layout = LoraLayout({"transformer": "lora_unet"}, partial(by_table, ORIGINAL), swapped=True)
     layers: ClassVar[tuple[int, ...]]  # of the language model, whose outputs the transformer gets side by side
 
     def encode_prompts(
@@ -103,6 +104,12 @@ class _Flux2(Family):
             return_dict=False,
         )[0]
         return output.mT.unflatten(2, (rows, columns))
+
+    @classmethod
+    def architecture(cls, configs: Configs, prediction_type: str | None) -> Architecture:
+        return Architecture(
+            "Flux.2-dev" if cls.name == "flux2" else cls.name, cls.name, "https://github.com/black-forest-labs/flux2"
+        )
 
     @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:

@@ -21,7 +21,6 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import torch
-from diffusers.models.normalization import AdaLayerNormContinuous
 from diffusers.utils.state_dict_utils import (
     convert_state_dict_to_diffusers,
     convert_state_dict_to_peft,
@@ -38,7 +37,7 @@ from transformers import CLIPTextModel
 
 from lpl.families.base import Family
 from lpl.families.checkpoint_files import local_file
-from lpl.families.lora_layout import own_names
+from lpl.families.lora_layout import LoraLayout, own_names
 from lpl.tools import layout
 from lpl.tools.privacy import hub_file, is_hub_id
 from lpl.tools.single_files import PICKLES
@@ -342,32 +341,34 @@ def _of_kohya(
     state: Mapping[str, Tensor], family: type[Family], models: Mapping[str, nn.Module]
 ) -> dict[str, Adapter] | None:
     """None: the family's layout does not know all of its names."""
-    if family.lora_layout is None:
+    if (layout := family.lora_layout) is None:
         return None
-    places = {}
+    own, places = layout._replace(swapped=False), {}
     for component, model in models.items():
-        if (prefix := family.lora_layout.prefixes.get(component)) is None:
+        if (prefix := layout.prefixes.get(component)) is None:
             continue
         names = [name for name, module in model.named_modules() if isinstance(module, ADAPTABLE)]
         if component.startswith("text_encoder"):
-            known = [{lost_prefix(model) + name: (name,) for name in names}]
+            known = [(own, {lost_prefix(model) + name: (name,) for name in names})]
         else:
-            known = [family.lora_layout.originals(model, names), own_names(model, names)]
-        for originals in known:
+            known = [(layout, layout.originals(model, names)), (own, own_names(model, names))]
+        for source, originals in known:
             for original, ours in originals.items():
-                places[f"{prefix}_{original.replace('.', '_')}"] = component, tuple(ours)
+                places[f"{prefix}_{original.replace('.', '_')}"] = component, tuple(ours), source
     found = dict.fromkeys(key.partition(".")[0] for key in state)
     kinds = {"lora_down.weight", "lora_up.weight", "alpha", "dora_scale"}
     if not found.keys() <= places.keys() or not {key.partition(".")[2] for key in state} <= kinds:
         return None
     adapters: dict[str, dict[str, Layer]] = {}
     for key in found:
-        component, names = places[key]
-        adapters.setdefault(component, {}).update(_unstacked(key, state, models[component], names))
+        component, names, source = places[key]
+        adapters.setdefault(component, {}).update(_unstacked(key, state, models[component], names, source))
     return {component: Adapter(layers) for component, layers in adapters.items()}
 
 
-def _unstacked(key: str, state: Mapping[str, Tensor], model: nn.Module, names: tuple[str, ...]) -> dict[str, Layer]:
+def _unstacked(
+    key: str, state: Mapping[str, Tensor], model: nn.Module, names: tuple[str, ...], layout: LoraLayout
+) -> dict[str, Layer]:
     """The adapters of the layers whose weights are the rows of one, the inverse of how this trainer saves them."""
     down, up = state[f"{key}.lora_down.weight"].float(), state[f"{key}.lora_up.weight"].float()
     alpha = state.get(f"{key}.alpha")
@@ -375,10 +376,12 @@ def _unstacked(key: str, state: Mapping[str, Tensor], model: nn.Module, names: t
     sizes = [len(model.get_submodule(name).get_parameter("weight")) for name in names]
     if sum(sizes) != len(up):
         raise ValueError(f"{WRONG_BASE}: the adapter of {names[0]} does not fit")
-    rows = _in_order(model, names[0], up).split(sizes)
+    rows = layout.in_order(model, names[0], up).split(sizes)
     lengths = state.get(f"{key}.dora_scale")
     magnitudes = (
-        [None] * len(names) if lengths is None else _in_order(model, names[0], lengths.float().flatten()).split(sizes)
+        [None] * len(names)
+        if lengths is None
+        else layout.in_order(model, names[0], lengths.float().flatten()).split(sizes)
     )
     layers = {}
     for name, part, magnitude in zip(names, rows, magnitudes):
@@ -389,12 +392,6 @@ def _unstacked(key: str, state: Mapping[str, Tensor], model: nn.Module, names: t
         kept = down[used], part[:, used].contiguous()
         layers[name] = Layer(*kept, scale * int(used.sum()), magnitude)
     return layers
-
-
-def _in_order(model: nn.Module, name: str, rows: Tensor) -> Tensor:
-    """Rows in diffusers' order: in this norm it swaps the original's scale and shift."""
-    owner = model.get_submodule(name.rpartition(".")[0])
-    return torch.cat(rows.chunk(2)[::-1]) if isinstance(owner, AdaLayerNormContinuous) else rows
 
 
 def lost_prefix(model: nn.Module) -> str:

@@ -29,11 +29,17 @@ class LoraLayout(NamedTuple):
         prefixes: start of a weight's name, by the component's name. Text encoders keep the names of their layers.
         originals: maps the denoiser and the names of its adapted layers to the weights of the original.
         own_prefix: start of diffusers' own names where ComfyUI finds LoHa and LoKr by them; None: by the original's.
+        swapped: whether the original has the scale and the shift of diffusers' last norm in the other order.
     """
 
     prefixes: Mapping[str, str]
     originals: Callable[[nn.Module, Iterable[str]], Originals]
     own_prefix: str | None = None
+    swapped: bool = False
+
+    def in_order(self, model: nn.Module, name: str, rows: Tensor) -> Tensor:
+        """Rows of a layer in the original's order, or of the original in ours."""
+        return in_order(model, name, rows) if self.swapped else rows
 
 
 TWO_ENCODERS = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}  # prefixes where there are several
@@ -49,7 +55,7 @@ def own_names(model: nn.Module, names: Iterable[str]) -> Originals:
 
 
 def in_order(model: nn.Module, name: str, rows: Tensor) -> Tensor:
-    """Rows of a layer in the original's order: in this norm diffusers swaps scale and shift."""
+    """Rows of a layer with scale and shift in the other order, if it is of the norm in which diffusers swaps them."""
     owner = model.get_submodule(name.rpartition(".")[0])
     return torch.cat(rows.chunk(2)[::-1]) if isinstance(owner, AdaLayerNormContinuous) else rows
 

@@ -12,6 +12,7 @@ from diffusers import Lumina2Pipeline
 from diffusers.models.normalization import LuminaRMSNormZero
 from torch import Tensor, nn
 
+from lpl.families.architecture import Architecture
 from lpl.families.base import Conditions, Configs, Family, modulations, tables_on_device
 from lpl.families.fit import Relation, latents
 from lpl.families.tokens import Tokens, lengths_of, on_device
@@ -90,6 +91,10 @@ class Lumina2(Family):
         finally:
             handle.remove()
         return -output
+
+    @classmethod
+    def architecture(cls, configs: Configs, prediction_type: str | None) -> Architecture:
+        return Architecture(cls.name, "lumina2", network="networks.lora_lumina")
 
     @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:

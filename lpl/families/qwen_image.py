@@ -11,6 +11,7 @@ from diffusers import QwenImagePipeline
 from torch import Tensor, nn
 
 from lpl.autoencoders import downscaling_factor, latent_channels
+from lpl.families.architecture import Architecture
 from lpl.families.base import Conditions, Configs, Family, packed, unpacked
 from lpl.families.fit import Relation
 from lpl.families.lora_layout import LoraLayout, own_names
@@ -90,6 +91,10 @@ class QwenImage(Family):
     @classmethod
     def empty_caption(cls, configs: Configs) -> str:
         return " "  # as the model's authors write it
+
+    @classmethod
+    def architecture(cls, configs: Configs, prediction_type: str | None) -> Architecture:
+        return Architecture(cls.name, cls.name, "https://github.com/QwenLM/Qwen-Image")
 
     @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:

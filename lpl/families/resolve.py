@@ -27,7 +27,7 @@ from lpl.config.prompts import NEGATIVE, own_settings, size_of
 from lpl.config.sizes import AUTO, default_step, parse_sizes, sides_of
 from lpl.families import FAMILIES, Family
 from lpl.families.description import Description, check_vae_dtype, other_vae_config
-from lpl.families.single_file import components_of
+from lpl.families.single_file import check_layers
 from lpl.gate import SMALLEST_CROP, accepted_crops
 from lpl.loss import LatentPerceptualLoss
 from lpl.objectives import OBJECTIVES, DiffusionObjective, Epsilon, FlowMatching, is_flow, own_objective
@@ -436,7 +436,7 @@ def _check_single_file(config: Config, description: Description) -> None:
     if precision is None or config.lora.lora:
         return
     try:
-        components_of(description.family, description.parts)
+        check_layers(description.family, description.parts)
     except ValueError as error:
         raise ValueError(f"--save_single_file {precision}: {error}; leave the flag out") from error
 

@@ -80,7 +80,7 @@ class StableDiffusion3(Family):
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     )
-    lora_layout = LoraLayout(TRANSFORMER, partial(by_table, ORIGINAL), "lycoris")
+    lora_layout = LoraLayout(TRANSFORMER, partial(by_table, ORIGINAL), "lycoris", swapped=True)
 
     def token_lengths(self) -> dict[str, int | None]:
         clip = self.pipeline.tokenizer_max_length

@@ -45,13 +45,12 @@ def components_of(family: type[Family], configs: Mapping[str, Config]) -> tuple[
     """What is in the single file of a pipeline with these configurations of VAE and denoiser.
 
     Raises:
-        ValueError: where other programs read none, or the VAE has no place in it.
+        ValueError: where this trainer writes none, or the VAE has no place in it.
     """
     components = family.single_file(configs)
     if not components:
         raise ValueError(
-            f"there is no single file of {family.name} that diffusers could read again; other programs take the "
-            "pipeline's folder, or not this family"
+            f"a single file of {family.name} is not written by this trainer; diffusers takes the pipeline's folder"
         )
     if any(part.name == "vae" for part in components) and configs["vae"]["_class_name"] != "AutoencoderKL":
         raise ValueError(
@@ -59,6 +58,17 @@ def components_of(family: type[Family], configs: Mapping[str, Config]) -> tuple[
             f"{configs['vae']['_class_name']}"
         )
     return components
+
+
+def check_layers(family: type[Family], configs: Mapping[str, Config]) -> None:
+    """Refuse a denoiser or a VAE with layers that the original does not have, before there are weights.
+
+    Raises:
+        ValueError: as :func:`components_of`, and with the first such layer.
+    """
+    for name, _, convert in components_of(family, configs):
+        if name in ("vae", family.denoiser_name):
+            convert(configs[name], skeleton(configs[name]).state_dict())
 
 
 # Denoisers -----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from diffusers import ZImagePipeline
 from torch import Tensor, nn
 
 from lpl.autoencoders import downscaling_factor
+from lpl.families.architecture import Architecture
 from lpl.families.base import Conditions, Configs, Family, tables_on_device
 from lpl.families.fit import Relation, latents
 from lpl.families.lora_layout import QKV, LoraLayout, Table, by_table
@@ -26,7 +27,16 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "attention.out": ("attention.to_out.0",),
 }
 BLOCKS = ("layers", "noise_refiner", "context_refiner")
-ORIGINAL: Table = {name: (name, LAYERS) for name in BLOCKS}
+ORIGINAL: Table = {name: (name, LAYERS) for name in BLOCKS} | {
+    "": (
+        "",
+        {
+            "x_embedder": ("all_x_embedder.2-1",),
+            "final_layer.linear": ("all_final_layer.2-1.linear",),
+            "final_layer.adaLN_modulation.1": ("all_final_layer.2-1.adaLN_modulation.1",),
+        },
+    )
+}
 
 
 class ZImage(Family):
@@ -73,6 +83,10 @@ class ZImage(Family):
             list(noisy_latents.unsqueeze(2)), (TIMESTEPS - timesteps) / TIMESTEPS, captions, return_dict=False
         )[0]
         return -torch.stack(output).squeeze(2)
+
+    @classmethod
+    def architecture(cls, configs: Configs, prediction_type: str | None) -> Architecture:
+        return Architecture(cls.name, cls.name, "https://github.com/Tongyi-MAI/Z-Image")
 
     @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import diffusers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from lpl.config.choices import ADAPTER_NAMES, LORA, OFT
@@ -29,6 +30,7 @@ from lpl.config.data_sets import public_entry
 from lpl.config.prompts import NEGATIVE
 from lpl.config.recipes import is_own
 from lpl.diagnosis.plan import Plan
+from lpl.families import FAMILIES
 from lpl.families.derived import origin
 from lpl.options import parse_weight
 from lpl.publishing.hub import MAIN, address
@@ -315,7 +317,7 @@ def write_model_card(folder: str | os.PathLike, card: RunCard) -> Path:
         The path of README.md.
     """
     result = Result(Path(folder), card)
-    functions = (fence, link, literal, loading_source, lora_source, public_command, quote, is_hub_id, is_local, shown)
+    functions = (fence, link, literal, loading_source, public_command, quote, is_hub_id, is_local, shown)
     values: dict[str, Any] = {function.__name__: function for function in functions}
     values |= {"size": words.size, "duration": words.duration, "layout": layout, "card": card, "result": result}
     content = ModelCard.from_template(result.metadata(), str(TEMPLATE), **values).content
@@ -486,6 +488,52 @@ class Result:
         loaded = [call.partition(".")[0] for call in self.replaced.values()]
         names = [*loaded, self.scheduler_class, self.card.pipeline_class]
         return list(dict.fromkeys(name for name in names if name))
+
+    @property
+    def merging(self) -> list[str]:
+        """Code that merges the LoRA into the base of the trained one."""
+        lines = []
+        for source, strength in self.card.merged if self.card.lora_rank else ():
+            if (place := self._peft_source(source)) is None:
+                lines += [f"pipeline.load_lora_weights({lora_source(source)})"]
+                lines += [f"pipeline.fuse_lora(lora_scale={strength})", "pipeline.unload_lora_weights()"]
+                continue
+            part = f"pipeline.{self._denoiser}"
+            lines += [f"{part} = PeftModel.from_pretrained({part}, {place})"]
+            merged = f"{part} = {part}.merge_and_unload()"
+            lines += (
+                [merged] if strength == 1 else [f"with rescale_adapter_scale({part}, {strength}):", f"    {merged}"]
+            )
+        return lines
+
+    def _peft_source(self, source: str) -> str | None:
+        """Arguments with which peft loads an adapter of the denoiser; None if diffusers loads it."""
+        path, inside = Path(source).expanduser(), f"{self._denoiser}{layout.PEFT_SUFFIX}"
+        folder = path.parent if path.is_file() else path
+        if (folder / layout.PEFT_CONFIG).is_file() and not (folder / layout.LORA).is_file():
+            return literal(shown(str(folder)))
+        if hasattr(getattr(diffusers, self.card.pipeline_class, None), "load_lora_weights"):
+            return None
+        if (place := hub_file(source)) is not None:
+            within = place.file.rpartition("/")[0]
+            return literal(place.repository) + (f", subfolder={literal(within)}" if within else "")
+        return f"{literal(shown(source))}, subfolder={literal(inside)}"
+
+    @property
+    def _denoiser(self) -> str:
+        """The name of the pipeline's denoiser."""
+        names = {family.pipeline_class.__name__: family.denoiser_name for family in FAMILIES}
+        return names.get(self.card.pipeline_class, "transformer")
+
+    @property
+    def peft_imports(self) -> list[str]:
+        """What the code takes from peft."""
+        code = "\n".join(self.merging)
+        used = {
+            "from peft import PeftModel": "PeftModel" in code or (self.card.lora_rank and self.peft_folder),
+            "from peft.helpers import rescale_adapter_scale": "rescale_adapter_scale" in code,
+        }
+        return [line for line, there in used.items() if there]
 
     @property
     def base_call(self) -> str:

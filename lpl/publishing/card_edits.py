@@ -12,6 +12,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from lpl.config.choices import ADAPTER_NAMES
 from lpl.publishing import hub
 from lpl.publishing.card import loading_source
 from lpl.tools import layout
@@ -73,8 +74,9 @@ def address_card(readme: Path, repo_id: str, revision: str | None = None) -> str
     address, _, branch = source.removesuffix(f"/{layout.RECIPE}").partition("@")
     old, new = (name.rpartition("/")[2] for name in (address, repo_id))
     was, now = loading_source(address, branch), loading_source(repo_id, revision)
-    # Every line of code that loads something, except a LoRA's base pipeline.
-    loading = re.compile(r"pipeline(?! = )" if "lora" in (data.tags or ()) else "pipeline")
+    # Every line of code that loads something, except an adapter's base pipeline.
+    adapted = not set(ADAPTER_NAMES).isdisjoint(data.tags or ())
+    loading = re.compile(r"pipeline(?! = )" if adapted else "pipeline")
     lines = [line.replace(was, now) if loading.match(line) else line for line in card.text.split("\n")]
     text = re.sub(rf"^# {re.escape(old)}$", lambda _: f"# {new}", "\n".join(lines), count=1, flags=re.M)
     before, heading, command = text.partition(AGAIN)

@@ -27,6 +27,7 @@ from lpl.tools.words import counted
 
 
 MOST_ROWS, MOST_TAGS = 100_000, 1000  # captions that are read, and tags of a data set that are named
+DYNAMIC = "Dynamic"  # sd-scripts' word for what differs from layer to layer
 METHOD = "latent-perceptual-loss"
 COMMENT = "Trained with the latent perceptual loss (LPL, arXiv 2411.04873)."
 
@@ -70,8 +71,14 @@ class LoraMetadata:
 
     @property
     def base(self) -> str:
-        """The base's id on the Hub, or the name of its folder."""
-        return shown(str(self.plan.config.model.pretrained_model_name_or_path)).removeprefix("path/to/")
+        """The base's id on the Hub, or the name of its folder, and what it was changed by."""
+        model = self.plan.config.model
+        words = _name_of(str(model.pretrained_model_name_or_path))
+        if source := model.denoiser_model_name_or_path:
+            words += f" with the {self.plan.trained.family.denoiser_name} of {_name_of(source)}"
+        if count := len(model.merged):
+            words += f" {'and' if source else 'with'} {count} merged LoRA"
+        return words
 
     @property
     def specification(self) -> dict[str, str]:
@@ -111,8 +118,8 @@ class LoraMetadata:
             "sd_model_name": self.base,
             "v2": self.architecture.second,
             "network_module": self.architecture.network if lora.adapter == LORA else "lycoris.kohya",
-            "network_dim": lora.rank or "",
-            "network_alpha": f"{alpha:g}" if lora.rank else "",
+            "network_dim": DYNAMIC if lora.ranks else lora.rank or "",
+            "network_alpha": DYNAMIC if lora.ranks or lora.alphas else f"{alpha:g}" if lora.rank else "",
             "network_args": json.dumps(arguments),
             "resolution": (width, height),
             "num_train_images": images.rows or "",
@@ -167,6 +174,11 @@ def tag_frequency(images: TrainingImages) -> dict[str, dict[str, int]]:
         }
         for name, counts in captions.items()
     }
+
+
+def _name_of(source: str) -> str:
+    """A model's id or address on the Hub, or the name of its folder."""
+    return shown(source).removeprefix("path/to/")
 
 
 def _words(captions: Sequence[str | int], classes: Mapping[int, str]) -> list[str]:

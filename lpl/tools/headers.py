@@ -20,12 +20,6 @@ ALIGNMENT = 8  # bytes; the content begins at a multiple
 METADATA = "__metadata__"
 
 
-def metadata_of(path: Path) -> dict[str, str]:
-    """The metadata in a file's header; empty if it has none."""
-    with path.open("rb") as file:
-        return _header(file).get(METADATA) or {}
-
-
 def names_in(path: Path) -> set[str]:
     """The names of a file's tensors."""
     with path.open("rb") as file:

@@ -127,10 +127,11 @@ def _keys(layout: LoraLayout, model: nn.Module, layers: Iterable[str]) -> dict[s
     if layout.own_prefix is not None:
         return {key: f"{layout.own_prefix}_{key.replace('.', '_')}" for key in layers}
     originals = layout.originals(model, layers)
-    owners = (model.get_submodule(key.rpartition(".")[0]) for key in layers)
+    owners = (model.get_submodule(key.rpartition(".")[0]) for key in layers if layout.swapped)
     if any(len(rows) > 1 for rows in originals.values()) or any(isinstance(o, AdaLayerNormContinuous) for o in owners):
         return None
-    return {rows[0]: f"{layout.prefixes['unet']}_{key.replace('.', '_')}" for key, rows in originals.items()}
+    prefix = next(start for part, start in layout.prefixes.items() if not part.startswith("text_encoder"))
+    return {rows[0]: f"{prefix}_{key.replace('.', '_')}" for key, rows in originals.items()}
 
 
 def _parts(layer: LycorisLayer) -> dict[str, Tensor]:

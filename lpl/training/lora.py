@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from lpl.config.choices import LORA
 from lpl.config.groups import Lora
 from lpl.families.lora_files import PEFT_FILE, PEFT_PREFIX, Adapter, lost_prefix
-from lpl.families.lora_layout import LoraLayout, in_order
+from lpl.families.lora_layout import LoraLayout
 from lpl.tools import layout
 from lpl.training.adapters import ADAPTER, adapter_config, kind_of, save_lycoris
 
@@ -157,13 +157,13 @@ def save_for_other_programs(
             originals = layout.originals(model, adapted)
         for original, names in originals.items():
             key = f"{layout.prefixes[component]}_{original.replace('.', '_')}"
-            tensors |= {f"{key}.{kind}": tensor for kind, tensor in _stacked(model, names).items()}
+            tensors |= {f"{key}.{kind}": tensor for kind, tensor in _stacked(layout, model, names).items()}
     path = Path(folder, name + OTHERS_SUFFIX)
     save_file(tensors, path)
     return path
 
 
-def _stacked(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+def _stacked(layout: LoraLayout, model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     """One adapter for the layers that are the rows of one weight; some of them, not all, may have no adapter.
 
     Each layer keeps its factors: the A are stacked, (n r, in); the B are the blocks on a diagonal, (sum of out, n r).
@@ -183,7 +183,7 @@ def _stacked(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
         up = torch.block_diag(*ups)
     tensors = {
         "lora_down.weight": down,
-        "lora_up.weight": in_order(model, names[0], up),
+        "lora_up.weight": layout.in_order(model, names[0], up),
         # From peft's scale, which is alpha / sqrt(rank) in rank-stabilised LoRA, and the rank that others see.
         "alpha": torch.tensor(adapted[0].scaling[ADAPTER] * len(down), dtype=down.dtype),
     }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+from safetensors import SafetensorError
 
 from lpl.config.groups import Model
 from lpl.families.components import copy_component, copy_model, model_folder
@@ -17,6 +18,7 @@ from lpl.families.description import Description, read_pipeline
 from lpl.tools import layout
 from lpl.tools.files import filled_whole, write_text
 from lpl.tools.results import last_samples
+from lpl.tools.words import first_line, warn
 from lpl.training.average import MovingAverage, averaged
 from lpl.training.loading import replaced_components
 from lpl.training.lora import save_for_other_programs
@@ -56,10 +58,18 @@ class Result:
             self.trained.save(folder)  # first, so that nothing that follows can lose it
         with filled_whole(self.folder) as folder:
             self.save(folder)
-            if self.single_file and not self.trained.lora:
-                description = read_pipeline(Model(pretrained_model_name_or_path=str(folder)))
-                name = self.folder.resolve().name + layout.SINGLE_FILE
-                write_single_file(description, folder, folder / name, self.single_file)
+        if self.single_file and not self.trained.lora:
+            self._write_single_file()
+
+    def _write_single_file(self) -> None:
+        """Write the pipeline, which is whole by now, as one file; a failure leaves none."""
+        path = self.folder / (self.folder.resolve().name + layout.SINGLE_FILE)
+        try:
+            description = read_pipeline(Model(pretrained_model_name_or_path=str(self.folder)))
+            write_single_file(description, self.folder, path, self.single_file)
+        except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+            path.unlink(missing_ok=True)  # of an earlier step
+            warn(f"{path.name} could not be written ({first_line(error)}); the pipeline in the folder is whole")
 
     def save(self, folder: Path) -> None:
         """Write the result into an empty folder."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lpl.config.choices import PRECISIONS
 from lpl.families.architecture import SPECIFICATION, prediction
-from lpl.families.components import weights
+from lpl.families.components import the_weights
 from lpl.families.description import Description
 from lpl.families.single_file import components_of
 from lpl.objectives import Epsilon, VPrediction, own_objective
@@ -36,8 +36,8 @@ def write_single_file(description: Description, folder: Path, target: Path, prec
     tensors: dict[str, Tensor] = {}
     for name, prefix, convert in components_of(description.family, description.parts):
         config = json.loads((folder / name / "config.json").read_text(encoding="utf-8"))
-        state = {key: _cast(tensor, precision) for key, tensor in _weights(folder / name).items()}
         try:
+            state = {key: _cast(tensor, precision) for key, tensor in _weights(folder / name).items()}
             found = convert(config, state)
         except ValueError as error:
             raise ValueError(f"the {name} cannot be written: {error}") from error
@@ -49,9 +49,7 @@ def write_single_file(description: Description, folder: Path, target: Path, prec
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
-    names = [
-        name for name in weights(sorted(path.name for path in folder.iterdir()), None) if not name.endswith("json")
-    ]
+    names = the_weights(sorted(path.name for path in folder.iterdir()))
     return {key: tensor for name in names for key, tensor in load_file(folder / name).items()}
 
 

@@ -11,24 +11,30 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImageTransformer2DModel,
 )
 from diffusers.loaders.single_file_utils import (
     convert_chroma_transformer_checkpoint_to_diffusers,
     convert_flux2_transformer_checkpoint_to_diffusers,
     convert_flux_transformer_checkpoint_to_diffusers,
     convert_sd3_transformer_checkpoint_to_diffusers,
+    convert_z_image_transformer_checkpoint_to_diffusers,
 )
 from safetensors.torch import load_file
 from tiny import seeded
+from tiny_families import load
 from torch import nn
 
+from lpl.autoencoders import skeleton
 from lpl.families.chroma import Chroma
 from lpl.families.flux import Flux
 from lpl.families.flux2 import Flux2
+from lpl.families.lora_files import read_lora
 from lpl.families.sd3 import StableDiffusion3
 from lpl.families.sdxl import StableDiffusionXL
+from lpl.families.z_image import ZImage
 from lpl.training import lora
-from tests.training.test_lora import ALPHA, NAME, RANK, adapt, keys, layers
+from tests.training.test_lora import ALPHA, NAME, RANK, adapt, keys, layers, trained
 
 
 def vector(size):
@@ -94,6 +100,22 @@ def tiny_flux2_transformer():
     )
 
 
+def tiny_z_image_transformer():
+    return ZImageTransformer2DModel(
+        dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16, axes_dims=[4, 6, 6]
+    )
+
+
+Z_IMAGE = [  # the weights of the original
+    *("x_embedder", "t_embedder.mlp.0", "t_embedder.mlp.2", "cap_embedder.1"),
+    *("final_layer.linear", "final_layer.adaLN_modulation.1", "layers.0.adaLN_modulation.0"),
+    "noise_refiner.0.adaLN_modulation.0",
+    *(
+        f"{block}.0.{layer}"
+        for block in ("layers", "noise_refiner", "context_refiner")
+        for layer in ("attention.qkv", "attention.out", *(f"feed_forward.w{number}" for number in (1, 2, 3)))
+    ),
+]
 FLUX2 = [  # the weights of the original: its converter goes through them
     *("img_in", "txt_in", "time_in.in_layer", "time_in.out_layer", "guidance_in.in_layer", "guidance_in.out_layer"),
     *(f"double_stream_modulation_{side}.lin" for side in ("img", "txt")),
@@ -131,8 +153,14 @@ FLUX2 = [  # the weights of the original: its converter goes through them
             convert_chroma_transformer_checkpoint_to_diffusers,
             ["double_blocks.0.x", "single_blocks.0.x", "distilled_guidance_layer.layers.1.x"],
         ),
+        (
+            ZImage,
+            tiny_z_image_transformer,
+            convert_z_image_transformer_checkpoint_to_diffusers,
+            [f"{name}.weight" for name in Z_IMAGE],
+        ),
     ],
-    ids=["sd3", "flux", "flux2", "chroma"],
+    ids=["sd3", "flux", "flux2", "chroma", "z-image"],
 )
 def test_every_layer_of_a_transformer_is_found_under_its_original_name(family, build, convert, blocks, tmp_path):
     with seeded(0):
@@ -207,3 +235,15 @@ def test_names_in_sdxls_files_as_they_are_shared(sdxl_unet, tmp_path):
     for name, original in expected.items():
         up = tensors[f"lora_unet_{original}.lora_up.weight"]
         assert torch.equal(up, sdxl_unet.get_submodule(name).lora_B["default"].weight)
+
+
+def test_a_layout_of_our_own_names_keeps_the_order_of_the_rows(qwen_image_pipeline, tmp_path):
+    """Only originals that are named otherwise have scale and shift the other way round."""
+    family, parts = trained(qwen_image_pipeline, targets=["norm_out.linear"])
+    path = lora.save_for_other_programs(family.lora_layout, tmp_path, parts, NAME)
+    layer = parts["transformer"].get_submodule("norm_out.linear")
+    up = layer.lora_B["default"].weight
+    assert torch.equal(load_file(path)["lora_unet_norm_out_linear.lora_up.weight"], up)
+    meta = {"transformer": skeleton(dict(load(qwen_image_pipeline).denoiser.config))}
+    read = read_lora("lora_init", str(path), type(family), meta)["transformer"]
+    assert torch.equal(read.layers["norm_out.linear"].up, up)

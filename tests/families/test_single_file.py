@@ -158,6 +158,19 @@ def test_precision(dtype, expected, sd_pipeline, tmp_path):
     assert torch.equal(tensors[name], weights["conv_out.weight"].to(expected))
 
 
+def test_the_only_variant_is_taken(sd_pipeline, tmp_path):
+    folder = shutil.copytree(sd_pipeline, tmp_path / "sd")
+    for file in folder.glob("*/*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    assert same(load_file(export(folder)), load_file(export(sd_pipeline, output=tmp_path / "plain.safetensors")))
+    shutil.copyfile(
+        folder / "vae/diffusion_pytorch_model.fp16.safetensors",
+        folder / "vae/diffusion_pytorch_model.ema.safetensors",
+    )
+    with pytest.raises(ValueError, match=r"the vae cannot be written: .*several variants \(ema, fp16\)"):
+        export(folder)
+
+
 # --- layouts of the real sizes ---------------------------------------------------------------------------------------
 
 
@@ -246,7 +259,7 @@ def test_older_names_in_an_autoencoder():
 
 @pytest.mark.parametrize(
     "name, words",
-    [("pixart_sigma", "no single file of pixart-sigma"), ("dit", "of dit"), ("sana", "of sana")],
+    [("pixart_sigma", "pixart-sigma is not written"), ("dit", "of dit"), ("sana", "of sana")],
 )
 def test_families_without_such_a_file(name, words, request, tmp_path):
     with pytest.raises(ValueError, match=words):

@@ -206,6 +206,23 @@ def test_the_code_draws_the_first_sample_where_there_is_one(tmp_path):
     assert "manual_seed" not in written(tmp_path, prompt="a fox", steps=1100, max_steps=2000).text  # other weights
 
 
+def test_the_code_of_merged_lora(tmp_path):
+    """By diffusers; by peft for pipelines that load none, and for peft's own files."""
+    facts = {"lora_rank": 4, "merged": [("user/style", 0.5), ("user/light", 1.0)]}
+    python = python_of(tmp_path, **facts)
+    assert 'pipeline.load_lora_weights("user/style")\npipeline.fuse_lora(lora_scale=0.5)' in python
+    assert "from peft" not in python
+    python = python_of(tmp_path, **facts, pipeline_class="PixArtSigmaPipeline")
+    assert 'PeftModel.from_pretrained(pipeline.transformer, "user/style", subfolder="transformer_lora")' in python
+    assert "with rescale_adapter_scale(pipeline.transformer, 0.5):" in python
+    assert 'load_lora_weights("user' not in python.replace("user/fox-lpl", "") and "from peft import" in python
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "adapter_config.json").write_text("{}")
+    python = python_of(tmp_path, lora_rank=4, merged=[(str(own), 1.0)])
+    assert 'PeftModel.from_pretrained(pipeline.unet, "path/to/own")' in python
+
+
 def test_the_code_of_an_adapter_saved_by_peft(tmp_path):
     for place in ("transformer_lora", "checkpoint-500/transformer_lora"):
         put(tmp_path, f"{place}/adapter_config.json")

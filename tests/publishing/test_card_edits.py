@@ -59,10 +59,11 @@ def test_an_address_is_exchanged(tmp_path):
     assert 'from_pretrained("team/hen", dtype' in address_card(readme, "team/hen")
 
 
-def test_a_lora_keeps_its_base_though_it_be_called_the_same(tmp_path):
+@pytest.mark.parametrize("adapter", ["lora", "loha", "oft"])
+def test_an_adapter_keeps_its_base_though_it_be_called_the_same(adapter, tmp_path):
     folder = tmp_path / "run" / "fox"
     (tmp_path / "fox").mkdir()
-    facts = {"lora_rank": 4, "base_model": str(tmp_path / "fox"), "repo_id": None}
+    facts = {"lora_rank": 4, "adapter": adapter, "base_model": str(tmp_path / "fox"), "repo_id": None}
     python = code(address_card(write_model_card(folder, card(**facts)), "user/hen"), "python")
     assert 'pipeline = StableDiffusionPipeline.from_pretrained("path/to/fox"' in python
     assert 'pipeline.load_lora_weights("user/hen"' in python

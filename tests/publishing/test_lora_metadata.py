@@ -12,6 +12,7 @@ import shutil
 from datetime import datetime
 
 import pytest
+from loras import tiny_lora
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save
@@ -33,6 +34,10 @@ KNOWN = {
     "stable-diffusion-3": ("stable-diffusion-v3-medium/lora", "3-medium", "networks.lora_sd3"),
     "flux": ("flux-1-dev/lora", "flux1", "networks.lora_flux"),
     "sana": ("nvidia-sana-1600/lora", "sana", "networks.lora"),
+    "flux2": ("Flux.2-dev/lora", "flux2", "networks.lora"),
+    "chroma": ("chroma/lora", "chroma", "networks.lora_flux"),
+    "lumina-2": ("lumina-2/lora", "lumina2", "networks.lora_lumina"),
+    "auraflow": ("auraflow-v1/lora", "auraflow", "networks.lora"),
     "pixart-sigma": ("pixart-ms-sigma-xl-2/lora", "pixart-sigma", "networks.lora"),
 }
 PREDICTIONS = {"stable-diffusion-3": "flow_matching", "flux": "flow_matching", "sana": "flow_matching"}
@@ -40,6 +45,11 @@ IMPLEMENTATIONS = {
     "stable-diffusion-xl": "https://github.com/Stability-AI/generative-models",
     "stable-diffusion-3": "https://github.com/Stability-AI/sd3-ref",
     "flux": "https://github.com/black-forest-labs/flux",
+    "flux2": "https://github.com/black-forest-labs/flux2",
+    "flux2-klein": "https://github.com/black-forest-labs/flux2",
+    "chroma": "https://huggingface.co/lodestones/Chroma",
+    "z-image": "https://github.com/Tongyi-MAI/Z-Image",
+    "qwen-image": "https://github.com/QwenLM/Qwen-Image",
 }
 MUST = ("sai_model_spec", "architecture", "implementation", "title", "resolution")  # of ModelSpec 1.0.1
 
@@ -165,6 +175,15 @@ def test_alpha_is_the_one_that_gives_the_scale(run):
     values, tensors = metadata(run / OTHERS), load_file(run / OTHERS)
     alphas = {float(value) for name, value in tensors.items() if name.endswith(".alpha")}
     assert {round(alpha, 3) for alpha in alphas} == {round(float(values["ss_network_alpha"]), 3)} == {4.243}
+
+
+def test_ranks_that_differ_and_a_base_with_a_merged_lora(sd_pipeline, image_folder, tmp_path):
+    merged = tiny_lora(sd_pipeline, tmp_path / "style")
+    flags = LORA | {"lora_rank_pattern": ["to_q=4"], "merge_lora": [f"{merged}:0.5"]}
+    values = metadata(train(sd_pipeline, image_folder, tmp_path / "run", **flags) / OTHERS)
+    assert values["ss_network_dim"] == values["ss_network_alpha"] == "Dynamic"
+    base = f"{sd_pipeline.name} with 1 merged LoRA"
+    assert values["ss_sd_model_name"] == base and base in values["modelspec.description"]
 
 
 def test_diffusers_own_metadata_stays(run):

@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from hub_server import Fault, HubServer, Repository
 from huggingface_hub import HfApi, snapshot_download
+from safetensors import safe_open
 from safetensors.torch import load
 from trainer import ROOT, arguments, metrics, run, same, train, weights
 
@@ -20,7 +21,6 @@ from lpl.publishing import command as publish
 from lpl.publishing import publication, uploads
 from lpl.tools import layout
 from lpl.tools.files import load_state
-from lpl.tools.headers import metadata_of
 
 
 TOKEN = "hf_aBcDeFgHiJkLmNoPqRsTuVwXyZ"
@@ -125,7 +125,8 @@ def test_a_lora_is_published_with_each_checkpoint(hub, sd_pipeline, image_folder
         assert files["run_comfyui.preview.png"] in [files[name] for name in files if name.endswith("-ema/00.png")]
     named = tmp_path / "named.safetensors"
     named.write_bytes(files["run_comfyui.safetensors"])
-    about = metadata_of(named)
+    with safe_open(named, "pt") as file:
+        about = file.metadata()
     found = {name: about[f"modelspec.{name}"] for name in ("title", "author", "prediction_type")}
     assert found == {"title": "fox", "author": "user", "prediction_type": "v"} and about["ss_steps"] == "4"
 

@@ -95,4 +95,22 @@ def test_a_single_file_beside_the_pipeline(sd_pipeline, image_folder, tmp_path):
 
 def test_a_family_without_a_single_file_is_refused_first(dit_pipeline, class_folder, tmp_path, capsys, no_weights):
     words = arguments(dit_pipeline, class_folder, tmp_path / "run", save_single_file="fp16", lpl_weight=0)
-    assert "--save_single_file fp16: there is no single file of dit" in refusal(capsys, words)
+    assert "--save_single_file fp16: a single file of dit is not written" in refusal(capsys, words)
+
+
+def test_layers_without_a_place_in_a_single_file_are_refused_first(sd_pipeline, image_folder, tmp_path, capsys):
+    folder = shutil.copytree(sd_pipeline, tmp_path / "base")
+    config = json.loads((folder / "unet/config.json").read_text())
+    (folder / "unet/config.json").write_text(json.dumps(config | {"time_cond_proj_dim": 8}))
+    words = arguments(folder, image_folder, tmp_path / "run", save_single_file="fp16", lpl_weight=0)
+    assert "--save_single_file fp16: the original has no layer like time_embedding.cond_proj" in refusal(capsys, words)
+
+
+def test_a_single_file_that_cannot_be_written_costs_nothing_else(sd_pipeline, image_folder, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("lpl.training.result.write_single_file", full)
+    with pytest.warns(UserWarning, match=r"run_single_file.safetensors could not be written \(no space left\)"):
+        out = train(sd_pipeline, image_folder, tmp_path / "run", save_single_file="fp16", **FLAGS)
+    DiffusionPipeline.from_pretrained(out)
