@@ -240,7 +240,9 @@ def _embeddings(
     cached = CachedEmbeddings(store, fingerprint, tuple(share > 0 for share in shares))
     wanted = {
         cached.key(caption, dropped): (caption, dropped)
-        for caption in dict.fromkeys((str(images[0].empty_caption), *(text for part in images for text in _captions(part))))
+        for caption in dict.fromkeys(
+            (str(images[0].empty_caption), *(text for part in images for text in _captions(part)))
+        )
         for dropped in cached.variants()
     }
     missing = _agreed(accelerator, lambda: [(key, *wanted[key]) for key in wanted if key not in store])

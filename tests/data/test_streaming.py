@@ -475,6 +475,7 @@ def test_some_of_a_stream_is_trained_on_as_any_data_set(folders, sd_pipeline, tm
     assert len(metrics(run)) == 2 and len(validation_metrics(run)) == 2
 
 
+@pytest.mark.slow
 def test_a_data_set_on_the_hub_is_streamed_from_there(folders, sd_pipeline, tmp_path):
     flags = RUN | {"max_train_steps": 2}
     local = train(sd_pipeline, folders["parquet"], tmp_path / "local", **flags)

@@ -272,6 +272,7 @@ def test_a_run_resumed_within_measuring_and_ramp_equals_an_uninterrupted_one(
     assert same(weights(killed / "unet"), weights(cheap[0] / "unet"))
 
 
+@pytest.mark.slow
 def test_two_processes_with_different_numbers_inside_are_one_with_twice_the_accumulation(
     cheap, sd_pipeline, image_folder, tmp_path
 ):

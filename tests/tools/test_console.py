@@ -25,6 +25,7 @@ MORE_COMMANDS = [
     ["lpl.publish", "no"],
     ["lpl.export", "no"],
     ["lpl.compare", "--output_dir", "no"],
+    ["lpl.data", "no"],
     ["lpl.distill", "--pretrained_model_name_or_path", "no", "--train_data_dir", "no", "--output_dir", "no"],
 ]
 
@@ -33,7 +34,6 @@ MORE_COMMANDS = [
     "words",
     [
         ["lpl.evaluate", "--generated", "no", "--reference", "no", "--output_dir", "no"],
-        ["lpl.data", "no"],
         *(pytest.param(words, marks=pytest.mark.slow) for words in MORE_COMMANDS),
     ],
     ids=lambda words: words[0],

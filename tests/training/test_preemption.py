@@ -232,6 +232,7 @@ def agree(rank, port, queue):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_all_processes_agree_on_the_step():
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
