@@ -29,9 +29,8 @@ NEWER = ("flux2", "chroma", "lumina", "aura", "qwen", "ernie", "krea")  # famili
 def is_repeated(item):
     """Whether a test is one of a newer family outside the tests that prove a family."""
     path, _, parameters = item.nodeid.partition("[")
-    proof = path.startswith("tests/families/") or (
-        path.startswith("tests/runs/test_matrix.py") and "-full-" in parameters
-    )
+    whole_run = path.startswith("tests/runs/test_matrix.py") and "-full-" in parameters
+    proof = path.startswith("tests/families/") or whole_run
     return not proof and any(name in parameters for name in NEWER)
 
 

@@ -71,13 +71,10 @@ def check(results, updates):
 
 
 FIRST, NEWER = FAMILIES[:9], FAMILIES[9:]
-PARTS = {"half": FIRST[::2], "other half": FIRST[1::2], **{family.name: [family] for family in NEWER}}
+LATER = [FIRST[1::2], *([family] for family in NEWER)]
 
 
-LATER = {name: pytest.mark.slow if name == "other half" else () for name in PARTS}
-
-
-@pytest.mark.parametrize("families", [pytest.param(part, marks=LATER[name], id=name) for name, part in PARTS.items()])
+@pytest.mark.parametrize("families", [FIRST[::2], *(pytest.param(part, marks=pytest.mark.slow) for part in LATER)])
 def test_no_step_waits(results_of, families):
     kinds = [SHORT | flags for flags in KINDS.values()]
     check(results_of({family.name: (family, kinds, None) for family in families}), updates=len(kinds))
