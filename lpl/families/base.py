@@ -331,6 +331,18 @@ class Family:
         return []
 
 
+class InPatches(Family):
+    """A family whose denoiser takes 2 x 2 patches of latents, of images of any size; no configuration has either."""
+
+    @classmethod
+    def default_resolution(cls, configs: Configs) -> int:
+        return 128 * downscaling_factor(configs["vae"])  # the pipelines' default
+
+    @classmethod
+    def resolution_multiple(cls, configs: Configs) -> int:
+        return 2 * downscaling_factor(configs["vae"])
+
+
 def modulations(denoiser: nn.Module, *kinds: type[nn.Module]) -> list[nn.Module]:
     """The linear layers of a transformer's adaptive normalisations of those classes."""
     return [module.get_submodule("linear") for module in denoiser.modules() if isinstance(module, kinds)]

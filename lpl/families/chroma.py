@@ -12,10 +12,9 @@ from diffusers.models.transformers.transformer_chroma import ChromaSingleTransfo
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lpl.autoencoders import downscaling_factor
 from lpl.families import flux
 from lpl.families.architecture import Architecture
-from lpl.families.base import Conditions, Configs, Family, packed, patch_positions, unpacked
+from lpl.families.base import Conditions, Configs, InPatches, packed, patch_positions, unpacked
 from lpl.families.fit import Relation, latents
 from lpl.families.lora_layout import TRANSFORMER, LoraLayout, Table, by_table
 from lpl.families.tokens import Tokens, with_tokens
@@ -41,7 +40,7 @@ ORIGINAL: Table = {
 }
 
 
-class Chroma(Family):
+class Chroma(InPatches):
     name = "chroma"
     pipeline_class = ChromaPipeline
     denoiser_name = "transformer"
@@ -96,14 +95,6 @@ class Chroma(Family):
                 why="sum of its axes_dims_rope",
             ),
         ]
-
-    @classmethod
-    def default_resolution(cls, configs: Configs) -> int:
-        return 128 * downscaling_factor(configs["vae"])  # the pipeline's default
-
-    @classmethod
-    def resolution_multiple(cls, configs: Configs) -> int:
-        return flux.PATCH * downscaling_factor(configs["vae"])
 
     @classmethod
     def identity_layers(cls, denoiser: nn.Module) -> list[nn.Module]:

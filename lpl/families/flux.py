@@ -12,9 +12,8 @@ from diffusers import FluxPipeline
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle
 from torch import Tensor, nn
 
-from lpl.autoencoders import downscaling_factor
 from lpl.families.architecture import Architecture
-from lpl.families.base import Conditions, Configs, Family, modulations, packed, patch_positions, unpacked
+from lpl.families.base import Conditions, Configs, InPatches, modulations, packed, patch_positions, unpacked
 from lpl.families.fit import Relation, latents
 from lpl.families.lora_layout import ADDED_QKV, QKV, TRANSFORMER, LoraLayout, Table, by_table
 from lpl.families.single_file import Component, State, by_layers
@@ -81,7 +80,7 @@ def transformer_state(config: Mapping[str, Any], state: State) -> State:
     return {re.sub(r"(query|key)_norm\.weight$", r"\1_norm.scale", name): tensor for name, tensor in found.items()}
 
 
-class Flux(Family):
+class Flux(InPatches):
     name = "flux"
     pipeline_class = FluxPipeline
     denoiser_name = "transformer"
@@ -151,14 +150,6 @@ class Flux(Family):
     def single_file(cls, configs: Configs) -> tuple[Component, ...]:
         """The transformer alone: other programs load all else from files of its own."""
         return (Component("transformer", "", transformer_state),)
-
-    @classmethod
-    def default_resolution(cls, configs: Configs) -> int:
-        return 128 * downscaling_factor(configs["vae"])  # the pipeline's default
-
-    @classmethod
-    def resolution_multiple(cls, configs: Configs) -> int:
-        return PATCH * downscaling_factor(configs["vae"])
 
     @classmethod
     def identity_layers(cls, denoiser: nn.Module) -> list[nn.Module]:

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from diffusers import Krea2Pipeline
 from torch import Tensor, nn
 
-from lpl.autoencoders import downscaling_factor
-from lpl.families.base import Conditions, Configs, Family, packed, patch_positions, unpacked
+from lpl.families.base import Conditions, Configs, InPatches, packed, patch_positions, unpacked
 from lpl.families.fit import Relation, latents
 from lpl.families.tokens import Tokenize, Tokens, on_device
 
@@ -45,7 +44,7 @@ class TokenizeWithSuffix(Tokenize):
         }
 
 
-class Krea2(Family):
+class Krea2(InPatches):
     name = "krea-2"
     pipeline_class = Krea2Pipeline
     denoiser_name = "transformer"
@@ -114,14 +113,6 @@ class Krea2(Family):
                 why="sum of its axes_dims_rope",
             ),
         ]
-
-    @classmethod
-    def default_resolution(cls, configs: Configs) -> int:
-        return 128 * downscaling_factor(configs["vae"])  # the pipeline's default
-
-    @classmethod
-    def resolution_multiple(cls, configs: Configs) -> int:
-        return PATCH * downscaling_factor(configs["vae"])
 
     @classmethod
     def identity_layers(cls, denoiser: nn.Module) -> list[nn.Module]:

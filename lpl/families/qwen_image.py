@@ -10,9 +10,9 @@ import torch
 from diffusers import QwenImagePipeline
 from torch import Tensor, nn
 
-from lpl.autoencoders import downscaling_factor, latent_channels
+from lpl.autoencoders import latent_channels
 from lpl.families.architecture import Architecture
-from lpl.families.base import Conditions, Configs, Family, packed, unpacked
+from lpl.families.base import Conditions, Configs, InPatches, packed, unpacked
 from lpl.families.fit import Relation
 from lpl.families.lora_layout import LoraLayout, own_names
 from lpl.families.tokens import Tokens, in_front, lengths_of, on_device
@@ -26,7 +26,7 @@ def filled_in(template: str, captions: Sequence[str]) -> list[str]:
     return [template.format(caption) for caption in captions]
 
 
-class QwenImage(Family):
+class QwenImage(InPatches):
     name = "qwen-image"
     pipeline_class = QwenImagePipeline
     denoiser_name = "transformer"
@@ -116,14 +116,6 @@ class QwenImage(Family):
     @classmethod
     def untrained_config(cls, config: Any) -> dict[str, Any]:
         return dict(config)
-
-    @classmethod
-    def default_resolution(cls, configs: Configs) -> int:
-        return 128 * downscaling_factor(configs["vae"])  # the pipeline's default
-
-    @classmethod
-    def resolution_multiple(cls, configs: Configs) -> int:
-        return PATCH * downscaling_factor(configs["vae"])
 
     @classmethod
     def identity_layers(cls, denoiser: nn.Module) -> list[nn.Module]:

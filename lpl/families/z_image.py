@@ -10,9 +10,8 @@ import torch
 from diffusers import ZImagePipeline
 from torch import Tensor, nn
 
-from lpl.autoencoders import downscaling_factor
 from lpl.families.architecture import Architecture
-from lpl.families.base import Conditions, Configs, Family, tables_on_device
+from lpl.families.base import Conditions, Configs, InPatches, tables_on_device
 from lpl.families.fit import Relation, latents
 from lpl.families.lora_layout import QKV, LoraLayout, Table, by_table
 from lpl.families.tokens import Tokens, chat_texts, in_front, lengths_of, on_device
@@ -39,7 +38,7 @@ ORIGINAL: Table = {name: (name, LAYERS) for name in BLOCKS} | {
 }
 
 
-class ZImage(Family):
+class ZImage(InPatches):
     name = "z-image"
     pipeline_class = ZImagePipeline
     denoiser_name = "transformer"
@@ -100,14 +99,6 @@ class ZImage(Family):
                 why="its n_heads times the sum of its axes_dims",
             ),
         ]
-
-    @classmethod
-    def default_resolution(cls, configs: Configs) -> int:
-        return 128 * downscaling_factor(configs["vae"])  # the pipeline's default
-
-    @classmethod
-    def resolution_multiple(cls, configs: Configs) -> int:
-        return PATCH * downscaling_factor(configs["vae"])
 
     @classmethod
     def identity_layers(cls, denoiser: nn.Module) -> list[nn.Module]:
