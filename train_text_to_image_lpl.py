@@ -245,7 +245,7 @@ def start(config: Config, status: Status) -> Inputs:
         check_captions(config.data, description.family)
         if evaluates:
             evaluation.check_captions(config.evaluation, config.data, description.family)
-        accelerator = status.accelerator = start_accelerator(config)
+        accelerator = status.accelerator = start_accelerator(config, description.family.idle_weights)
         config = status.config = with_decoder_dtype(config, accelerator.mixed_precision)
         run = start_or_resume(config, accelerator, hub.download_run)
         check_base(run.resumed, config, description)
