@@ -365,6 +365,8 @@ def place_models(
         path = config.model.source
         raise ValueError(f"--pretrained_model_name_or_path {path}: the weights of {broken} are not finite")
     if sharding is not None:
+        names = " and ".join(trained.parts)
+        logger.info(f"FSDP2: {names} in shards over {accelerator.num_processes} processes")
         for part in trained.parts.values():
             sharding.shard(part, accelerator)
     average = MovingAverage.of(trained, config.optimization)
