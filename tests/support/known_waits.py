@@ -1,7 +1,7 @@
 """Where a training loop may wait for the GPU: functions, as ``module:function``, and why. docs/gpu.md lists them.
 
-Nothing of this project in the list runs in each step, and it covers what is called within. A library's function covers
-its own lines only.
+Of this project, only what takes the place of more waits in a library runs in each step; it covers what is called
+within. A library's function covers its own lines only.
 """
 
 import importlib
@@ -29,6 +29,10 @@ KNOWN = {
     "lpl.autoencoders:_affine": "in the first step: some VAEs' mean and deviation of latents are copied to the GPU",
     "diffusers.models.transformers.transformer_qwenimage:QwenEmbedRope._get_device_freqs": (
         "in the first step: Qwen-Image's tables of positions are copied to the GPU"
+    ),
+    # in each step
+    "lpl.families.hidream:rows_of_each": (
+        "in each step: HiDream's layers with experts read how many tokens ask each, once a layer"
     ),
     # in each step, by libraries
     "diffusers.pipelines.flux.pipeline_flux:FluxPipeline.encode_prompt": (
