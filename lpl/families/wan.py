@@ -104,7 +104,7 @@ class Wan(Family):
 
     @classmethod
     def architecture(cls, configs: Configs, prediction_type: str | None) -> Architecture:
-        return Architecture(cls.name, cls.name, "https://github.com/Wan-Video/Wan2.1")
+        return Architecture("wan2.1", "wan2.1", "https://github.com/Wan-Video/Wan2.1")
 
     @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:

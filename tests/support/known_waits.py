@@ -44,6 +44,9 @@ KNOWN = {
     "diffusers.models.transformers.transformer_chroma:ChromaCombinedTimestepTextProjEmbeddings.forward": (
         "in each step: the transformer makes its guidance, which is always 0, on the CPU"
     ),
+    "diffusers.models.transformers.transformer_hidream_image:HiDreamImageTransformer2DModel.patchify": (
+        "in each step: the transformer copies the size of the image, two numbers"
+    ),
     "transformers.cache_utils:DynamicSlidingWindowLayer.lazy_initialization": (
         "in each step: Gemma makes a cache that nothing uses, and copies a number for each layer with a window"
     ),
