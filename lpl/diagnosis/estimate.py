@@ -112,6 +112,7 @@ class Tokenizer:
     """Gives captions of the longest length; stands for a tokenizer, whose vocabulary need not be there."""
 
     padding_side = "right"
+    eos_token = ""
 
     def __init__(self, length: int) -> None:
         self.model_max_length = length

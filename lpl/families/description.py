@@ -103,6 +103,8 @@ def read_pipeline(model: Model, blocks: Sequence[str] | None = None, weights: bo
         raise ValueError(f"--pretrained_model_name_or_path {model.source}: {why}") from error
     family = find_family(index.get("_class_name"))
     what = f"--pretrained_model_name_or_path {model.source}"
+    if why := family.why_refused(index):
+        raise ValueError(f"{what}: {why}")
     check_components(model.source, index, family.pipeline_class._get_signature_keys(family.pipeline_class)[0])
     components = components_in(index)
     absent = dict.fromkeys(name for name, entry in components.items() if tuple(entry) == (None, None))

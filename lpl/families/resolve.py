@@ -254,8 +254,7 @@ def _with_sizes(config: Config, description: Description) -> Config:
     for text, name in given:
         made = config.data.buckets if text == AUTO else () if text is None else (parse_sizes(text),)
         for height, width in chain(*made):
-            _check_side(f"--{name}, {height} x {width}", height, description)
-            _check_side(f"--{name}, {height} x {width}", width, description)
+            _check_size(f"--{name}, {height} x {width}", height, width, description)
     return config
 
 
@@ -268,6 +267,7 @@ def _check_prompts(config: Config, description: Description) -> None:
         for name, side in (("height", height), ("width", width)):
             if name in own:
                 _check_side(f"{where}, {name} {side}", side, description)
+        _check_area(f"{where}, {height} x {width}", height, width, description)
         if NEGATIVE not in own:
             continue
         if not family.takes_negative_prompts():
@@ -293,8 +293,22 @@ def resolved_resolution(data: Data, description: Description) -> int | str:
         if largest is not None and resolution > largest:  # a small model of a family of larger ones
             resolution = family.native_resolution(parts)
     for side in sides_of(resolution):
-        _check_side(f"--resolution {side}", side, description)
+        _check_size(f"--resolution {side}", side, side, description)
     return resolution
+
+
+def _check_size(what: str, height: int, width: int, description: Description) -> None:
+    """Refuse a size in pixels that the pipeline does not accept; ``what`` is the flag and its value."""
+    for side in (height, width):
+        _check_side(what, side, description)
+    _check_area(what, height, width, description)
+
+
+def _check_area(what: str, height: int, width: int, description: Description) -> None:
+    most = description.family.largest_area(description.parts)
+    if most is not None and height * width > most:
+        side = math.isqrt(most)
+        raise ValueError(f"{what}: this pipeline takes {most:,} pixels at most, such as {side} x {side}")
 
 
 def _check_side(what: str, side: int, description: Description) -> None:

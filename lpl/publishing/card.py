@@ -101,6 +101,8 @@ class RunCard:
     training_adapter: str | None = None  # the LoRA that was active in training only
     redrawn: bool = True  # the code on the card draws a sample again, up to rounding
     sampling_arguments: Mapping[str, object] = field(default_factory=dict)  # further arguments of the pipeline's call
+    attributes: Mapping[str, object] = field(default_factory=dict)  # of the pipeline, to be set before its call
+    first_image: str = "images[0]"  # in what the call returns
     # What it was trained on
     images: int | None = None  # None: unknown, as in a stream
     fingerprint: str | None = None  # of the data, "sha256:..."
@@ -167,8 +169,10 @@ class RunCard:
         """
         run, family = plan.run, plan.trained.family
         general = 0 if family.num_classes is not None else plan.config.data.trigger or "a photo"
+        asked = _asked_for(plan)
+        height, width = (example.get(name) or side for name, side in zip(("height", "width"), asked["size"]))
         return cls(
-            **_asked_for(plan),
+            **asked,
             pipeline_class=family.pipeline_class.__name__,
             repo_id=run.repository,
             tags=(family.name,),
@@ -181,6 +185,8 @@ class RunCard:
             dtype=str(weight_dtype(run.accelerator)).removeprefix("torch."),
             loading_arguments=family.loading_arguments(),
             sampling_arguments=family.sampling_arguments(),
+            attributes=family.attributes_for(height, width),
+            first_image="frames[0][0]" if family.draws_videos else "images[0]",
             guidance_argument=family.guidance_argument,
             images=plan.images.rows,
             epoch=plan.images.length,

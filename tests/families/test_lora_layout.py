@@ -11,6 +11,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
 from diffusers.loaders.single_file_utils import (
@@ -18,6 +19,7 @@ from diffusers.loaders.single_file_utils import (
     convert_flux2_transformer_checkpoint_to_diffusers,
     convert_flux_transformer_checkpoint_to_diffusers,
     convert_sd3_transformer_checkpoint_to_diffusers,
+    convert_wan_transformer_to_diffusers,
     convert_z_image_transformer_checkpoint_to_diffusers,
 )
 from safetensors.torch import load_file
@@ -32,6 +34,7 @@ from lpl.families.flux2 import Flux2
 from lpl.families.lora_files import read_lora
 from lpl.families.sd3 import StableDiffusion3
 from lpl.families.sdxl import StableDiffusionXL
+from lpl.families.wan import Wan
 from lpl.families.z_image import ZImage
 from lpl.training import lora
 from tests.training.test_lora import ALPHA, NAME, RANK, adapt, keys, layers, trained
@@ -106,6 +109,17 @@ def tiny_z_image_transformer():
     )
 
 
+def tiny_wan_transformer():
+    return WanTransformer3DModel(
+        num_layers=1, num_attention_heads=2, attention_head_dim=12, text_dim=16, freq_dim=16, ffn_dim=16
+    )
+
+
+WAN = [  # the weights of the original
+    *("text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2", "time_projection.1"),
+    *(f"blocks.0.{kind}_attn.{layer}" for kind in ("self", "cross") for layer in "qkvo"),
+    *("blocks.0.ffn.0", "blocks.0.ffn.2", "head.head"),
+]
 Z_IMAGE = [  # the weights of the original
     *("x_embedder", "t_embedder.mlp.0", "t_embedder.mlp.2", "cap_embedder.1"),
     *("final_layer.linear", "final_layer.adaLN_modulation.1", "layers.0.adaLN_modulation.0"),
@@ -159,8 +173,9 @@ FLUX2 = [  # the weights of the original: its converter goes through them
             convert_z_image_transformer_checkpoint_to_diffusers,
             [f"{name}.weight" for name in Z_IMAGE],
         ),
+        (Wan, tiny_wan_transformer, convert_wan_transformer_to_diffusers, [f"{name}.weight" for name in WAN]),
     ],
-    ids=["sd3", "flux", "flux2", "chroma", "z-image"],
+    ids=["sd3", "flux", "flux2", "chroma", "z-image", "wan"],
 )
 def test_every_layer_of_a_transformer_is_found_under_its_original_name(family, build, convert, blocks, tmp_path):
     with seeded(0):
