@@ -124,6 +124,14 @@ FLUX2 = [  # the weights of the original: its converter goes through them
     *(f"double_blocks.0.{side}_mlp.{layer}" for side in ("img", "txt") for layer in (0, 2)),
     *("single_blocks.0.linear1", "single_blocks.0.linear2"),
 ]
+KREA2 = [  # the weights of the original
+    *("first", "tmlp.0", "tmlp.2", "tproj.1", "txtmlp.1", "txtmlp.3", "txtfusion.projector", "last.linear"),
+    *(
+        f"{block}.0.{layer}"
+        for block in ("blocks", "txtfusion.layerwise_blocks", "txtfusion.refiner_blocks")
+        for layer in (*(f"attn.{end}" for end in ("wq", "wk", "wv", "wo", "gate")), "mlp.gate", "mlp.up", "mlp.down")
+    ),
+]
 
 
 @pytest.mark.parametrize(
