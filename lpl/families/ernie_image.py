@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lpl.autoencoders import downscaling_factor
 from lpl.families.base import Conditions, Configs, Family
 from lpl.families.fit import Relation, latents
+from lpl.families.lora_layout import LoraLayout, own_names
 from lpl.families.single_file import Component, own_state
 from lpl.families.tokens import Tokens, in_front, lengths_of, on_device
 
@@ -29,6 +30,7 @@ class ErnieImage(Family):
         *("self_attention.to_q", "self_attention.to_k", "self_attention.to_v", "self_attention.to_out.0"),
         *("mlp.gate_proj", "mlp.up_proj", "mlp.linear_fc2"),
     )
+    lora_layout = LoraLayout({"transformer": "lora_unet"}, own_names)
 
     def token_lengths(self) -> dict[str, int | None]:
         return {"tokenizer": self.tokens}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lpl.families.base import Conditions, Configs, InPatches, packed, patch_positions, unpacked
 from lpl.families.fit import Relation, latents
-from lpl.families.lora_layout import Originals
+from lpl.families.lora_layout import LoraLayout, Originals
 from lpl.families.single_file import Component, State, by_layers, with_scales
 from lpl.families.tokens import Tokenize, Tokens, on_device
 
@@ -96,6 +96,7 @@ class Krea2(InPatches):
     objectives = ("flow_matching",)  # the pipeline passes sigmas to the scheduler, which DDIM does not take
     sequence_length, max_sequence_length = 512, 512
     lora_targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+    lora_layout = LoraLayout({"transformer": "lora_unet"}, originals)
 
     @property
     def _instruction(self) -> int:
