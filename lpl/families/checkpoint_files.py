@@ -35,6 +35,10 @@ TEXT_ENCODERS = {
 T5 = "text_encoders.t5xxl."
 OTHERS = ("cond_stage_model.", "conditioner.", "text_encoders.", "model_ema.", *VAE)  # beside a denoiser
 UNET = "input_blocks."  # begins the original UNet's names; diffusers reads them with a prefix only
+DENOISERS = (  # begin names without a prefix of denoisers whose architecture diffusers may not find
+    *("transformer_blocks.0.", "single_transformer_blocks.0.", "down_blocks.0.", UNET),
+    *("txtfusion.", "layers.0.self_attention."),  # Krea 2, ERNIE-Image
+)
 LORA_MARKS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".lora.up.", ".hada_w", ".lokr_w")
 DTYPES = {
     "F64": torch.float64,
@@ -141,8 +145,7 @@ def why_no_checkpoint(header: Header) -> str | None:
 
 def is_denoiser(header: Header) -> bool:
     """Whether names without a prefix are those of a denoiser, in the original layout or in diffusers' own."""
-    marks = ("transformer_blocks.0.", "single_transformer_blocks.0.", "down_blocks.0.", UNET)
-    return any(name.startswith(marks) for name in header) or model_type(header) not in (None, "v1")
+    return any(name.startswith(DENOISERS) for name in header) or model_type(header) not in (None, "v1")
 
 
 def model_type(header: Header) -> str | None:
