@@ -44,7 +44,7 @@ def lacking(model: Model, family: type[Family], listed: Iterable[str], unread: I
     Raises:
         ValueError: where files of a needed component are missing or damaged.
     """
-    path, unread = model.pipeline, set(unread)
+    path, named, unread = model.pipeline, f"--pretrained_model_name_or_path {model.source}", set(unread)
     files, place = _files(model)
     idle, gone = family.idle_components(), []
     for name in listed if files else ():
@@ -54,11 +54,12 @@ def lacking(model: Model, family: type[Family], listed: Iterable[str], unread: I
             gone.append(name)
         elif missing:
             raise ValueError(
-                f"--pretrained_model_name_or_path {model.source}: its model_index.json lists {name}, but {place} has "
-                f"{missing}; {_cure(path, name, family)}"
+                f"{named}: its model_index.json lists {name}, but {place} has {missing}; {_cure(path, name, family)}"
             )
         elif Path(path).is_dir() and name not in unread:
-            _check_whole(path, name, weights(here, model.variant))
+            other = model.denoiser_model_name_or_path if name == family.denoiser_name else None
+            what = f"--denoiser_model_name_or_path {other}" if other else named
+            _check_whole(what, path, name, weights(here, model.variant))
     if gone:
         warn(
             f"{model.source}: its model_index.json lists {' and '.join(gone)}, but {place} lacks the files; the "
@@ -98,7 +99,7 @@ def _cure(path: str, name: str, family: type[Family]) -> str:
     return "put it there, or give a complete pipeline"
 
 
-def _check_whole(path: str, name: str, files: Iterable[str]) -> None:
+def _check_whole(what: str, path: str, name: str, files: Iterable[str]) -> None:
     """Reads the headers of safetensors, with which a file that is cut short does not agree."""
     for file in files:
         if file.endswith(".safetensors"):
@@ -107,8 +108,8 @@ def _check_whole(path: str, name: str, files: Iterable[str]) -> None:
                     pass
             except (OSError, SafetensorError) as error:
                 raise ValueError(
-                    f"--pretrained_model_name_or_path {path}: {name}/{file} is damaged, or a pointer of Git LFS "
-                    f"({first_line(error)}); download it again"
+                    f"{what}: {name}/{file} is damaged, or a pointer of Git LFS ({first_line(error)}); download it "
+                    "again"
                 ) from error
 
 

@@ -215,6 +215,25 @@ def test_a_whole_pipeline_is_no_denoiser(sd_pipeline, made):
         made(sd_pipeline, denoiser_model_name_or_path=str(sd_pipeline))
 
 
+@pytest.mark.parametrize("part", ["unet", "vae", "scheduler"])
+def test_what_is_damaged_is_named_as_it_was_given(part, sd_pipeline, made, tmp_path):
+    """Not the folder in the cache."""
+    pipeline, unet = (
+        shutil.copytree(sd_pipeline, tmp_path / "sd"),
+        shutil.copytree(sd_pipeline / "unet", tmp_path / "u"),
+    )
+    if part == "scheduler":
+        shutil.rmtree(pipeline / part)
+    else:
+        folder = unet if part == "unet" else pipeline / part
+        (folder / "diffusion_pytorch_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    named = {"unet": f"--denoiser_model_name_or_path {unet}: unet/diffusion_"}
+    with pytest.raises(ValueError) as refused:
+        read_pipeline(made(pipeline, denoiser_model_name_or_path=str(unet)))
+    assert str(refused.value).startswith(named.get(part, f"--pretrained_model_name_or_path {pipeline}: "))
+    assert "cache" not in str(refused.value)
+
+
 # Merged LoRA ---------------------------------------------------------------------------------------------------------
 
 
