@@ -43,7 +43,7 @@ from lpl.families.description import Description, read_pipeline
 from lpl.families.resolve import resolve, with_decoder_dtype
 from lpl.objectives import FlowMatching, Objective
 from lpl.student import Student, StudentLoss
-from lpl.tools.machine import DTYPES
+from lpl.tools.machine import DTYPES, SHORT
 from lpl.tools.trust import components_in
 from lpl.tools.words import Rows, counted, pixels, short_count, size, table
 from lpl.training.given_lora import Adapters, shapes_of, with_adapters
@@ -205,7 +205,7 @@ def _longest(conditions: Conditions) -> Conditions:
 
 
 def weight_dtype_of(mixed_precision: str) -> torch.dtype:
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
+    return DTYPES[SHORT.get(mixed_precision, "float32")]
 
 
 class OneGpu:

@@ -14,10 +14,11 @@ from pathlib import Path, PurePosixPath
 
 from diffusers.utils import CONFIG_NAME
 from huggingface_hub import try_to_load_from_cache
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from lpl.config.groups import Model
 from lpl.families.base import Family
+from lpl.tools.headers import read_header
 from lpl.tools.layout import INDEX
 from lpl.tools.privacy import HUB_ID
 from lpl.tools.single_files import PICKLES
@@ -104,8 +105,7 @@ def _check_whole(what: str, path: str, name: str, files: Iterable[str]) -> None:
     for file in files:
         if file.endswith(".safetensors"):
             try:
-                with safe_open(Path(path, name, file), "pt"):
-                    pass
+                read_header(Path(path, name, file))
             except (OSError, SafetensorError) as error:
                 raise ValueError(
                     f"{what}: {name}/{file} is damaged, or a pointer of Git LFS ({first_line(error)}); download it "
