@@ -197,10 +197,11 @@ def train(config: Config, status: Status) -> None:
     # Save: a pipeline that loads and samples by itself, or the LoRA that one loads; the EMA's weights with --use_ema
     status.now(Stage.SAVING, run.step)
     accelerator.wait_for_everyone()
-    if run.is_main:
-        save(run, result, validation, log, weight, card)
-        if publication is not None:
-            publication.end(preemption.received_here)
+    with state.gathered():
+        if run.is_main:
+            save(run, result, validation, log, weight, card)
+    if publication is not None:
+        publication.end(preemption.received_here)
     finish(accelerator)
     preemption.close()
 
@@ -244,7 +245,7 @@ def start(config: Config, status: Status) -> Inputs:
         check_captions(config.data, description.family)
         if evaluates:
             evaluation.check_captions(config.evaluation, config.data, description.family)
-        accelerator = status.accelerator = start_accelerator(config)
+        accelerator = status.accelerator = start_accelerator(config, description.family.idle_weights)
         config = status.config = with_decoder_dtype(config, accelerator.mixed_precision)
         run = start_or_resume(config, accelerator, hub.download_run)
         check_base(run.resumed, config, description)
@@ -459,7 +460,7 @@ def make_validation(
         draws=draws,
         scales=(validation.validation_lora_scales or ()) if config.lora.lora else (),
         real=real_images(plan.images, prompts, shown) if prompts and run.is_main else None,
-        stop=preemption.received_here,
+        stop=preemption.asked_now if plan.trained.sharded else preemption.received_here,
     )
     held_out_losses = metrics = None
     if held_out_images is not None:

@@ -202,16 +202,19 @@ class TrainingEvaluation:
         return report.on_card(self.latest, self.latest["results"][-1]["label"])
 
     def _draw(self, accelerator: Accelerator, trained: TrainedParts, folder: Path, dtype: str) -> None:
-        """Draw this process's part of the images."""
+        """Draw this process's part of the images; all parts are of the same length where models are sharded."""
         pipeline = self.family.pipeline
         pipeline.register_modules(scheduler=type(self.scheduler).from_config(self.scheduler.config))
-        mine = range(accelerator.process_index, len(self.prompts), accelerator.num_processes)
+        count, processes = len(self.prompts), accelerator.num_processes
+        last = processes * -(-count // processes) if trained.sharded else count
+        mine = [number % count for number in range(accelerator.process_index, last, processes)]
+        stop = self.preemption.asked_now if trained.sharded else self.preemption.received_here
         trained.eval()
         with self.family.whole():
             images = draw(
                 self.family,
                 [self.prompts[number] for number in mine],
-                list(mine),
+                mine,
                 self.data.size,
                 self.validation.validation_inference_steps,
                 self.validation.validation_guidance_scale,
@@ -220,6 +223,6 @@ class TrainingEvaluation:
             )
             for number, image in zip(mine, images, strict=True):
                 save_picture(image, image_path(folder, number))
-                if self.preemption.received_here():
+                if stop():
                     break
         trained.train()

@@ -36,6 +36,7 @@ class QwenImage(InPatches):
     objectives = ("flow_matching",)  # the pipeline passes sigmas to the scheduler, which DDIM does not take
     sequence_length, max_sequence_length = 512, 1024
     guidance_argument = "true_cfg_scale"
+    idle_weights = True  # of the last block's text stream
     lora_targets = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),

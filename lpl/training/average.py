@@ -6,15 +6,17 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from diffusers.training_utils import EMAModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from lpl.config.groups import Optimization
 from lpl.tools import layout
 from lpl.tools.files import write_text
 from lpl.training.parts import TrainedParts
+from lpl.training.sharding import local
 
 
 class MovingAverage(EMAModel):
@@ -29,9 +31,9 @@ class MovingAverage(EMAModel):
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], decay: float, foreach: bool = False, offload: bool = False
+        self, parameters: Sequence[Tensor], decay: float, foreach: bool = False, offload: bool = False
     ) -> None:
-        super().__init__(parameters, decay=decay, foreach=foreach)
+        super().__init__(cast(Any, parameters), decay=decay, foreach=foreach)
         self.device = parameters[0].device
         self.count = torch.zeros((), device=self.device)
         self.offload = offload
@@ -50,10 +52,10 @@ class MovingAverage(EMAModel):
             return None
         assert optimization.ema_decay is not None
         decay, foreach, offload = optimization.ema_decay, optimization.foreach_ema, optimization.offload_ema
-        return cls(trained.weights(), decay, foreach, offload)
+        return cls(local(trained.weights()), decay, foreach, offload)
 
     @torch.no_grad()
-    def update(self, parameters: Sequence[nn.Parameter], skipped: Tensor) -> None:
+    def update(self, parameters: Sequence[Tensor], skipped: Tensor) -> None:
         """Move towards the parameters, unless ``skipped``, (), is 1. They may not change before :meth:`wait`."""
         self.count += 1 - skipped
         weight = (9 / (9 + self.count)).clamp(min=1 - self.decay)  # 1 - decay, without its cancellation
@@ -71,7 +73,7 @@ class MovingAverage(EMAModel):
                 for shadow, value in zip(self.shadow_params[part], moved, strict=True):
                     shadow.copy_(value, non_blocking=True)
 
-    def _move(self, shadows: Sequence[Tensor], parameters: Sequence[nn.Parameter], weight: Tensor) -> None:
+    def _move(self, shadows: Sequence[Tensor], parameters: Sequence[Tensor], weight: Tensor) -> None:
         if self.foreach:
             steps = torch._foreach_sub(list(parameters), list(shadows))
             torch._foreach_mul_(steps, weight)
@@ -95,7 +97,7 @@ class MovingAverage(EMAModel):
         if self._stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
 
-    def copy_to(self, parameters: Iterable[nn.Parameter]) -> None:
+    def copy_to(self, parameters: Iterable[Any]) -> None:
         """Copy the average into the parameters; waits until it is whole."""
         if self._stream is not None:
             self._stream.synchronize()
@@ -103,12 +105,40 @@ class MovingAverage(EMAModel):
 
 
 @contextmanager
+def gathered(average: MovingAverage | None, trained: TrainedParts, keep: bool) -> Iterator[None]:
+    """Within, sharded parts can be saved by one process, with its average, from copies in its CPU memory.
+
+    Called by every process.
+
+    Args:
+        keep: whether this is the process that saves.
+    """
+    if not trained.sharded or trained.lora:  # each process has all that is saved
+        yield
+        return
+    copies = averages = trained.copied(keep)
+    if average is not None:
+        with averaged(average, trained):
+            averages = trained.copied(keep)
+    trained.copies, trained.averages = copies, averages
+    try:
+        yield
+    finally:
+        trained.copies = trained.averages = None
+
+
+@contextmanager
 def averaged(average: MovingAverage | None, trained: TrainedParts) -> Iterator[None]:
     """Within, the trained parts have the moving average's weights, if there is one."""
+    if trained.copies is not None:
+        before, trained.copies = trained.copies, trained.averages
+        yield
+        trained.copies = before
+        return
     if average is None:
         yield
         return
-    parameters = trained.weights()
+    parameters: list[Any] = local(trained.weights())
     average.store(parameters)
     average.copy_to(parameters)
     try:
@@ -137,6 +167,6 @@ def load_average(average: MovingAverage, trained: TrainedParts, folder: str | Pa
     else:
         trained.load(folder)
     with torch.no_grad():
-        for shadow, parameter in zip(average.shadow_params, trained.weights(), strict=True):
+        for shadow, parameter in zip(average.shadow_params, local(trained.weights()), strict=True):
             shadow.copy_(parameter)
     return found

@@ -18,6 +18,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from itertools import chain, count
 from pathlib import Path
@@ -38,7 +39,7 @@ from lpl.tools import layout
 from lpl.tools.files import UNFINISHED, load_state, put_back, remove_halves, removed, save_state, settle, write_text
 from lpl.tools.machine import is_full
 from lpl.tools.words import counted, first_line
-from lpl.training.average import MovingAverage, load_average, save_average
+from lpl.training.average import MovingAverage, gathered, load_average, save_average
 from lpl.training.parts import TrainedParts
 from lpl.training.updates import Updates
 from lpl.weighting import LplWeight
@@ -101,6 +102,10 @@ class TrainingState:
         if broken := self.trained.not_finite():
             raise FloatingPointError(f"the weights of {broken} are not finite any more and are not saved")
 
+    def gathered(self) -> AbstractContextManager[None]:
+        """Within, the main process can save what is trained. Called by every process."""
+        return gathered(self.average, self.trained, self.accelerator.is_main_process)
+
     def random(self) -> list[dict[str, torch.Tensor | None]]:
         """The global random state of each process, which dropout draws from. Every process calls it."""
         device = self.accelerator.device
@@ -110,13 +115,13 @@ class TrainingState:
         }
         return gather_object([mine])
 
-    def save(self, folder: Path, random: list[dict[str, torch.Tensor | None]]) -> None:
+    def save(self, folder: Path, random: list[dict[str, torch.Tensor | None]], updates: dict[str, Any]) -> None:
         """Called by the main process alone: the others may be on machines that do not see the folder, and only one has
         to make room if the disk is full."""
         self.trained.save(folder)
         if self.average is not None:
             save_average(self.average, self.trained, folder)
-        state = {"updates": self.updates.state_dict(), "lpl_weight": self.lpl_weight.state_dict()}
+        state = {"updates": updates, "lpl_weight": self.lpl_weight.state_dict()}
         save_state(state, folder / self.FILE)
         for process, its_random in enumerate(random):
             save_state(its_random, folder / self.RANDOM_FILE.format(process))
@@ -348,17 +353,18 @@ def save_checkpoint(state: TrainingState, output_dir: str | Path, progress: Prog
     accelerator, folder = state.accelerator, checkpoint_path(output_dir, progress.step)
     unfinished = folder.with_name(f".{folder.name}{UNFINISHED}")
     state.check()
-    random = state.random()
-    if accelerator.is_main_process:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        spare = _above_limit(output_dir, folder, total_limit, keep=1)
-        _save_with_room(lambda: state.save(unfinished, random), folder, spare)
-        settle(unfinished)
-        progress.save(unfinished)  # last: with it the checkpoint is whole
-        with removed(folder):
-            unfinished.rename(folder)
-        _drop(_above_limit(output_dir, folder, total_limit))
+    random, updates = state.random(), state.updates.state_dict()
+    with state.gathered():
+        if accelerator.is_main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            spare = _above_limit(output_dir, folder, total_limit, keep=1)
+            _save_with_room(lambda: state.save(unfinished, random, updates), folder, spare)
+            settle(unfinished)
+            progress.save(unfinished)  # last: with it the checkpoint is whole
+            with removed(folder):
+                unfinished.rename(folder)
+            _drop(_above_limit(output_dir, folder, total_limit))
     accelerator.wait_for_everyone()
     return folder
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lpl.autoencoders import exact_precision
 from lpl.config.groups import Lora
 from lpl.families import Conditions, Family
+from lpl.training import sharding
 from lpl.training.given_lora import FROZEN, Adapters, given_adapters, switch
 from lpl.training.lora import TEXT_ENCODER_TARGETS, add_lora, continue_lora, load_lora, save_lora
 
@@ -58,6 +59,9 @@ class TrainedParts(nn.Module):
                 _checkpoint_gradients(part)
         if frozen is not None:
             frozen.inject(self.denoiser, FROZEN, whole=whole)
+        # What is saved instead of sharded parts, and instead of their average: see lpl.training.average.gathered.
+        self.copies: dict[str, Any] | None = None
+        self.averages: dict[str, Any] | None = None
         self.train()
 
     def train(self, mode: bool = True) -> Self:
@@ -73,8 +77,17 @@ class TrainedParts(nn.Module):
 
     @property
     def models(self) -> dict[str, Any]:
-        """The trained parts by name, models of diffusers or transformers."""
-        return dict(self.parts.items())
+        """The trained parts by name, models of diffusers or transformers; while sharded ones are saved, copies."""
+        return dict(self.parts.items()) if self.copies is None else self.copies
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each call needs every process."""
+        return sharding.is_sharded(self.denoiser)
+
+    def copied(self, keep: bool) -> dict[str, Any]:
+        """Plain models with the present weights, in CPU memory. Called by every process; ``keep`` on one of them."""
+        return {name: sharding.plain_copy(part, keep) for name, part in self.parts.items()}
 
     @property
     def denoiser(self) -> nn.Module:
@@ -96,7 +109,10 @@ class TrainedParts(nn.Module):
     def not_finite(self) -> str:
         """Names of the parts in which a trained weight is NaN or infinite, if any; waits for the device."""
         finite = {
-            name: torch.stack([parameter.isfinite().all() for parameter in self.parameters_of(part)]).all()
+            name: sharding.everywhere(
+                torch.stack([weight.isfinite().all() for weight in sharding.local(self.parameters_of(part))]).all(),
+                self.sharded,
+            )
             for name, part in self.parts.items()
         }
         return " and ".join(name for name, good in finite.items() if not good)
@@ -134,9 +150,10 @@ class TrainedParts(nn.Module):
             load_lora(self.family.pipeline_class, folder, self.models)
         else:
             for name, part in self.models.items():
-                saved = type(part).from_pretrained(Path(folder, name), dtype=part.dtype, use_safetensors=True)
+                kind = sharding.plain_class(part)
+                saved = kind.from_pretrained(Path(folder, name), dtype=part.dtype, use_safetensors=True)
                 try:
-                    part.load_state_dict(saved.state_dict())
+                    sharding.load(part, saved.state_dict())
                 except RuntimeError as error:
                     raise ValueError(
                         f"the {name} in {folder} has other layers than that of this base model"

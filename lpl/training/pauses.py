@@ -58,8 +58,10 @@ class Pauses:
                 self._save(run)
             elif saved and run.is_main:
                 run.progress.save(checkpoint)  # that its validation is done
-            if self.publish is not None and (saved or run.ending):
-                self.publish(checkpoint, run.step, run.ending)
+            if self.output.push_to_hub and self.output.hub_strategy != "end" and (saved or run.ending):
+                with self.state.gathered():
+                    if self.publish is not None:
+                        self.publish(checkpoint, run.step, run.ending)
 
     def _saves(self, run: Run) -> bool:
         return run.step % self.output.checkpointing_steps == 0

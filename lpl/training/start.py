@@ -52,6 +52,7 @@ from lpl.training.given_lora import Adapters
 from lpl.training.loading import average_from_revision, load_family, weight_dtype
 from lpl.training.parts import TrainedParts
 from lpl.training.preemption import OTHERS_WAIT
+from lpl.training.sharding import Sharding, check_sharding
 
 
 logger = logging.getLogger(__name__)
@@ -167,8 +168,11 @@ def run_errors(script: str, *errors: type[Exception]) -> Iterator[None]:
         sys.exit(f"{script}: error: {error}")
 
 
-def start_accelerator(config: Config) -> Accelerator:
+def start_accelerator(config: Config, idle_weights: bool = False) -> Accelerator:
     """Accelerate's state, with trackers for what they can show.
+
+    Args:
+        idle_weights: of the family's denoiser.
 
     Raises:
         ValueError: for an engine or a precision that is not supported.
@@ -178,7 +182,7 @@ def start_accelerator(config: Config) -> Accelerator:
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=OTHERS_WAIT),
             # The last layers of a text encoder may be computed for nothing: SDXL takes the ones before.
-            DistributedDataParallelKwargs(find_unused_parameters=config.model.train_text_encoder),
+            DistributedDataParallelKwargs(find_unused_parameters=config.model.train_text_encoder or idle_weights),
         ],
         gradient_accumulation_steps=config.optimization.gradient_accumulation_steps,
         mixed_precision=config.optimization.mixed_precision,
@@ -195,10 +199,10 @@ def start_accelerator(config: Config) -> Accelerator:
     for library in ("accelerate", "httpx", "httpx2"):  # they log every file that they touch
         logging.getLogger(library).setLevel(logging.WARNING)
     logging.getLogger("diffusers.pipelines").setLevel(logging.ERROR)  # they log every caption that they truncate
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
-            f"{accelerator.distributed_type.value} (in accelerate's configuration) is not supported; launch "
-            "with --multi_gpu, and save memory by --gradient_checkpointing, --use_8bit_adam and --offload_ema"
+            f"{accelerator.distributed_type.value} (in accelerate's configuration) is not supported; to spread a "
+            "model over several GPUs, launch with --config_file examples/accelerate/fsdp2.yaml"
         )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("fp16 (in accelerate's configuration) needs a GPU; give --mixed_precision bf16 or no")
@@ -212,6 +216,7 @@ def start_accelerator(config: Config) -> Accelerator:
             f"accelerate's configuration accumulates {accelerator.gradient_accumulation_steps} micro-batches, and "
             f"--gradient_accumulation_steps is {micro_batches}; give the flag, and leave it out there"
         )
+    check_sharding(Sharding.asked(accelerator), config)
     if config.optimization.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
@@ -352,12 +357,18 @@ def place_models(
     Raises:
         ValueError: where weights are not finite.
     """
-    family = trained.family
+    family, sharding = trained.family, Sharding.asked(accelerator)
     for part in (family.vae, family.denoiser, *family.text_encoders):
-        part.to(accelerator.device)
+        if sharding is None or part not in trained.parts.values():
+            part.to(accelerator.device)
     if broken := trained.not_finite():
         path = config.model.source
         raise ValueError(f"--pretrained_model_name_or_path {path}: the weights of {broken} are not finite")
+    if sharding is not None:
+        names = " and ".join(trained.parts)
+        logger.info(f"FSDP2: {names} in shards over {accelerator.num_processes} processes")
+        for part in trained.parts.values():
+            sharding.shard(part, accelerator)
     average = MovingAverage.of(trained, config.optimization)
     if average is not None and config.model.non_ema_revision and not config.lora.lora:
         average_from_revision(average, config.model, description)

@@ -9,12 +9,14 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 
 from lpl.config.groups import Optimization
 from lpl.training.average import MovingAverage
 from lpl.training.parts import TrainedParts
+from lpl.training.sharding import Sharded, average_gradients, like, local, whole
 
 
 def prepare(
@@ -38,7 +40,10 @@ def prepare(
         num_cycles=optimization.lr_num_cycles,
         power=optimization.lr_power,
     )
-    model, prepared = accelerator.prepare(trained, optimizer)
+    if trained.sharded:
+        model, prepared = Sharded(trained, accelerator), accelerator.prepare(optimizer)
+    else:
+        model, prepared = accelerator.prepare(trained, optimizer)
     return model, Updates(accelerator, trained, prepared, schedule, max_steps, average, optimization.max_grad_norm)
 
 
@@ -107,7 +112,8 @@ class Updates:
         self.accelerator, self.optimizer, self.schedule = accelerator, optimizer, schedule
         self.average, self.max_grad_norm = average, max_grad_norm
         self.parameters = trained.weights()
-        device = accelerator.device
+        self.averages = trained.sharded and trained.lora  # gradients, which nothing else averages
+        device = local(self.parameters)[0].device
         self.skipped = torch.zeros((), device=device)  # 1 where the last step changed nothing
         self.count = torch.zeros(1, dtype=torch.long, device=device)  # steps that changed something
         # One more than there are steps: what holds after the last one.
@@ -121,14 +127,17 @@ class Updates:
         if not self.waits:
             self.optimizer.optimizer.found_inf = self.skipped
             for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
-                group["lr"] = torch.full((), rate, device=self.accelerator.device)
+                group["lr"] = torch.full((), rate, device=self.skipped.device)
 
     def step(self) -> None:
         """After the last micro-batch's backward pass."""
         if self.average is not None:
             self.average.wait()  # for its copies, which read the weights
         self.accelerator.unscale_gradients()  # fp16
+        if self.averages:
+            average_gradients(self.parameters, self.accelerator)
         norm = get_total_norm([parameter.grad for parameter in self.parameters if parameter.grad is not None])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.skipped.copy_(norm.isfinite().logical_not())
         if self.max_grad_norm:
             clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
@@ -139,7 +148,7 @@ class Updates:
         self.optimizer.zero_grad()
         self.count += 1 - self.skipped.long()
         if self.average is not None:
-            self.average.update(self.parameters, self.skipped)
+            self.average.update(local(self.parameters), self.skipped)
 
     def _set_learning_rates(self) -> None:
         factor = self.factors.index_select(0, self.count.clamp(max=len(self.factors) - 1))[0]
@@ -160,9 +169,10 @@ class Updates:
         return cast(Tensor, self.accelerator.reduce(numbers, "mean"))
 
     def state_dict(self) -> dict[str, Any]:
+        """With whole tensors, on the main process. Called by every process."""
         scaler = self.accelerator.scaler
         return {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": whole(self.optimizer.state_dict(), self.accelerator.is_main_process),
             "count": self.count,
             "scaler": None if scaler is None else scaler.state_dict(),
         }
@@ -173,6 +183,10 @@ class Updates:
         for saved, group in zip(state["optimizer"]["param_groups"], groups, strict=True):
             flags = ("lr", "initial_lr", "betas", "eps", "weight_decay", "fused", "foreach")
             saved.update({name: group[name] for name in flags if name in group})
+        moments = state["optimizer"]["state"]
+        for number, parameter in enumerate(self.parameters):  # state is numbered in the order of the parameters
+            values = moments.get(number, {})
+            values.update({name: like(value, parameter) for name, value in values.items() if torch.is_tensor(value)})
         self.optimizer.load_state_dict(state["optimizer"])
         self.count.copy_(state["count"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:

@@ -16,6 +16,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -38,6 +39,7 @@ from lpl.training.losses import BatchLosses
 from lpl.training.parts import TrainedParts
 from lpl.training.preemption import Preemption
 from lpl.training.sampling import Draw, sample
+from lpl.training.sharding import in_step
 from lpl.training.start import Run, Stage
 
 
@@ -127,13 +129,12 @@ class HeldOutLosses:
         sums = torch.zeros(3, device=accelerator.device)
         trained.eval()
         with averaged(average, trained):
-            for batch in held_out_batches(
-                self.images, self.batch_size, accelerator.process_index, accelerator.num_processes
-            ):
+            batches = partial(held_out_batches, self.images, self.batch_size)
+            mine = batches(accelerator.process_index, accelerator.num_processes)
+            for batch, own in in_step(mine, lambda: next(batches()), accelerator, trained.sharded):
                 losses = self.losses(trained, batch, True)
-                sums += torch.stack([losses.diffusion_loss, losses.lpl, torch.ones_like(losses.lpl)]) * len(
-                    losses.errors
-                )
+                count = len(losses.errors) if own else 0
+                sums += torch.stack([losses.diffusion_loss, losses.lpl, torch.ones_like(losses.lpl)]) * count
         trained.train()
         diffusion_loss, lpl, count = cast(Tensor, accelerator.reduce(sums, "sum")).tolist()
         found = {"validation_loss": diffusion_loss / count}
@@ -169,19 +170,20 @@ class Samples:
     def draw(self, run: Run, trained: TrainedParts, average: MovingAverage | None) -> Path | None:
         """Sample with the present weights, save images and grid, and show the grid to the trackers.
 
-        On the main process; the others wait. Returns the grid's path.
+        On the main process, whose others wait, or sample with it if the model is sharded. Returns the grid's path.
         """
         grid = None
-        if self.draws and run.is_main:
+        if self.draws and (run.is_main or trained.sharded):
             name = f"step-{run.step:06d}"
-            self._clear(f"{name}*")
+            if run.is_main:
+                self._clear(f"{name}*")
             logger.info(f"drawing {len(self.draws)} samples{' before the training' if run.step == 0 else ''}")
             with self.family.whole():  # for all sizes, and both weights
                 rows = {f"step {run.step}": self._sampled(run, trained, name)}
                 if average is not None and run.step:
                     with averaged(average, trained):
                         rows[f"step {run.step}, EMA"] = self._sampled(run, trained, f"{name}-ema")
-            if not self.stop():
+            if not self.stop() and run.is_main:
                 before = {"before training": rows[f"step {run.step}"]}
                 grid = self._grid(rows if run.step else before, f"{name}.png")
                 log_image(run.accelerator, grid, run.step)
@@ -191,20 +193,20 @@ class Samples:
     def draw_scales(self, run: Run, trained: TrainedParts, average: MovingAverage | None) -> None:
         """Sample with the adapters that will be saved at each strength, and save images and grid.
 
-        On the main process; the others wait.
+        On the main process; the others wait, or sample with it.
         """
         place = self.folder / Path(layout.LORA_SCALES).name
         if run.is_main:  # a resumed run may no longer ask for them
             self._clear("lora-scale-*")
             place.unlink(missing_ok=True)
-        if self.scales and self.draws and run.is_main:
+        if self.scales and self.draws and (run.is_main or trained.sharded):
             logger.info(f"drawing {len(self.draws)} samples at each strength of the LoRA")
             columns = {}
             with averaged(average, trained), self.family.whole():
                 for scale in self.scales:
                     with scaled(trained.models.values(), scale):
                         columns[f"LoRA x {scale:g}"] = self._sampled(run, trained, f"lora-scale-{scale:g}")
-            if not self.stop():
+            if not self.stop() and run.is_main:
                 save_picture(compared(columns, self._names), place)
         run.accelerator.wait_for_everyone()
 
@@ -273,6 +275,8 @@ class Samples:
         trained.eval()
         images = sample(self.family, self.scheduler, self.draws, run.accelerator, self.stop)
         trained.train()
+        if not run.is_main:
+            return images
         for number, image in enumerate(images):
             save_picture(image, self.folder / name / f"{number:02d}.png")
         if len(images) == len(self.draws):

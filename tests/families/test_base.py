@@ -191,6 +191,15 @@ def test_gradient_checkpointing_changes_no_answer(folder):
 # --- gradients -------------------------------------------------------------------------------------------------------
 
 
+def test_a_family_knows_whether_weights_are_idle(folder):
+    """Several processes that train one would wait for its gradient."""
+    family = load(folder)
+    family.denoiser.requires_grad_(True).train()
+    family.predict(family.denoiser, *inputs(family)).square().mean().backward()
+    idle = [name for name, parameter in family.denoiser.named_parameters() if parameter.grad is None]
+    assert bool(idle) == family.idle_weights, idle
+
+
 def test_gradients_stay_out_of_frozen_text_encoders(folder):
     family = load(folder)
     conditions = family.conditions(batch_of(family), CPU)

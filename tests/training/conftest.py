@@ -38,7 +38,7 @@ def cpu(monkeypatch):
 
 def nothing(accelerator):
     """The state of a run without weights."""
-    empty = SimpleNamespace(not_finite=lambda: None, save=lambda folder: None, state_dict=dict)
+    empty = SimpleNamespace(not_finite=lambda: None, save=lambda folder: None, state_dict=dict, sharded=False)
     return TrainingState(accelerator, empty, None, empty, empty)
 
 
@@ -53,6 +53,8 @@ def state(cpu):
 
 class Weights(nn.Module):
     """Two parameters, one of them large enough to be kept in 8 bits."""
+
+    sharded = lora = False
 
     def __init__(self):
         super().__init__()
