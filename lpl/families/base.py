@@ -356,7 +356,7 @@ class InPatches(Family):
     """A family whose denoiser takes 2 x 2 patches of latents, of images of any size; no configuration has either."""
 
     @classmethod
-    def default_resolution(cls, configs: Configs) -> int:
+    def native_resolution(cls, configs: Configs) -> int:
         return 128 * downscaling_factor(configs["vae"])  # the pipelines' default
 
     @classmethod

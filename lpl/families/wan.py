@@ -115,7 +115,7 @@ class Wan(Family):
         ]
 
     @classmethod
-    def default_resolution(cls, configs: Configs) -> int:
+    def native_resolution(cls, configs: Configs) -> int:
         return 640  # about as many pixels as the pipeline's default, 480 x 832
 
     @classmethod
