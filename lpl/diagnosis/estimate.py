@@ -20,7 +20,6 @@ from typing import Any, cast
 
 import diffusers
 import torch
-import transformers
 from accelerate.utils.operations import convert_outputs_to_fp32
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
@@ -40,6 +39,7 @@ from lpl.diagnosis.status import Stage, Status
 from lpl.families import Conditions, Family
 from lpl.families.derived import with_derived
 from lpl.families.description import Description, read_pipeline
+from lpl.families.fit import component_class
 from lpl.families.resolve import resolve, with_decoder_dtype
 from lpl.objectives import FlowMatching, Objective
 from lpl.student import Student, StudentLoss
@@ -180,7 +180,7 @@ def family_without_weights(config: Config, description: Description, mixed_preci
     for name in family.text_encoder_names:
         if name in description.absent:
             continue
-        kind = getattr(transformers, description.index[name][1])
+        kind = component_class(description.index[name])
         settings = kind.config_class.from_pretrained(model.pipeline, subfolder=name, **where)
         components[name] = _made(kind, settings, dtypes[name])
         length = getattr(settings.get_text_config(), "max_position_embeddings", None) or model.max_sequence_length
@@ -192,16 +192,8 @@ def family_without_weights(config: Config, description: Description, mixed_preci
     pipeline = family.pipeline_class(**{name: components.get(name) for name in needed}, **flags)
     made: Any = family(pipeline, model.max_sequence_length, model.guidance_scale)
     plain = made.predict
-    made.predict = lambda *inputs: plain(*inputs[:-1], _longest(inputs[-1]))
+    made.predict = lambda *inputs: plain(*inputs[:-1], made.without_values(inputs[-1]))
     return made
-
-
-def _longest(conditions: Conditions) -> Conditions:
-    """As if each caption had as many tokens as there can be; here no tensor has values that would tell."""
-    if "lengths" not in conditions:
-        return conditions
-    count, tokens = next(iter(conditions.values())).shape[:2]
-    return conditions | {"lengths": (tokens,) * count}
 
 
 def weight_dtype_of(mixed_precision: str) -> torch.dtype:

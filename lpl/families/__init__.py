@@ -18,6 +18,8 @@ from lpl.families.dit import DiT
 from lpl.families.ernie_image import ErnieImage
 from lpl.families.flux import Flux
 from lpl.families.flux2 import Flux2, Flux2Klein
+from lpl.families.hunyuan_image import HunyuanImage
+from lpl.families.kolors import Kolors
 from lpl.families.krea2 import Krea2
 from lpl.families.lumina2 import Lumina2
 from lpl.families.pixart import PixArtAlpha, PixArtSigma
@@ -47,6 +49,8 @@ FAMILIES: tuple[type[Family], ...] = (
     Chroma,
     Lumina2,
     AuraFlow,
+    Kolors,
+    HunyuanImage,
 )
 
 
