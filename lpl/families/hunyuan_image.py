@@ -3,7 +3,8 @@ is to show, a ByT5."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -116,31 +117,25 @@ class HunyuanImage(Family):
         if own.gradient_checkpointing:
             own._gradient_checkpointing_func = _checkpointed
         timesteps, guidance = timesteps.to(noisy_latents.dtype), self.guidance(noisy_latents)
-        ends = {"": max(conditions["lengths"]), "_2": max(conditions.get("lengths_2", (0,)))}
+        ends = {"": max(conditions["lengths"]), "_2": max(conditions["lengths_2"])}
         text = {
             name: conditions[name][:, :end]
             for number, end in ends.items()
             for name in (f"encoder_hidden_states{number}", f"encoder_attention_mask{number}")
-            if name in conditions
         }
-        return denoiser(
-            hidden_states=noisy_latents,
-            timestep=timesteps,
-            timestep_r=timesteps if own.config.use_meanflow else None,
-            guidance=None if guidance is None else 1000 * guidance,
-            **text,
-            return_dict=False,
-        )[0]
+        with _in_given_order(own):
+            return denoiser(
+                hidden_states=noisy_latents,
+                timestep=timesteps,
+                timestep_r=timesteps if own.config.use_meanflow else None,
+                guidance=None if guidance is None else 1000 * guidance,
+                **text,
+                return_dict=False,
+            )[0]
 
     def without_values(self, conditions: Conditions) -> Conditions:
-        """The transformer orders tokens by their masks; here those of the second text encoder are of the first."""
-        count, added = conditions["encoder_attention_mask_2"].shape
-        text, mask = (conditions[name] for name in ("encoder_hidden_states", "encoder_attention_mask"))
-        whole = {
-            "encoder_hidden_states": F.pad(text, (0, 0, 0, added)),
-            "encoder_attention_mask": F.pad(mask, (0, added), value=1),
-        }
-        return whole | {"lengths": (whole["encoder_attention_mask"].shape[1],) * count}
+        count, second = conditions["encoder_attention_mask_2"].shape
+        return super().without_values(conditions) | {"lengths_2": (second,) * count}
 
     def sampling_arguments(self) -> dict[str, Any]:
         return {}
@@ -184,3 +179,34 @@ class HunyuanImage(Family):
 def _checkpointed(block: nn.Module, *inputs: Any, **options: Any) -> Any:
     """As diffusers' gradient checkpointing, which takes no arguments by name, as the transformer gives them."""
     return checkpoint(block, *inputs, use_reentrant=False, **options)
+
+
+@contextmanager
+def _in_given_order(transformer: Any) -> Iterator[None]:
+    """Within, the second encoder's tokens follow the first's. The transformer would order them by their masks, which
+    waits for the device; attention does not see an order of text."""
+    second: list[Tensor] = []
+
+    def take(module: nn.Module, inputs: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        rest = dict(options)
+        second.append(rest.pop("encoder_hidden_states_2"))
+        masks = [rest.pop(f"encoder_attention_mask{number}") for number in ("", "_2")]
+        return inputs, rest | {"encoder_attention_mask": torch.cat(masks, 1)}
+
+    def own_mask(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden, timesteps, mask = inputs
+        return hidden, timesteps, mask[:, : hidden.shape[1]]
+
+    def append(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return torch.cat([output, transformer.context_embedder_2(second.pop())], 1)
+
+    handles = (
+        transformer.register_forward_pre_hook(take, with_kwargs=True),
+        transformer.context_embedder.register_forward_pre_hook(own_mask),
+        transformer.context_embedder.register_forward_hook(append),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

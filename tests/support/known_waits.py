@@ -40,9 +40,6 @@ KNOWN = {
     "diffusers.models.transformers.transformer_chroma:ChromaCombinedTimestepTextProjEmbeddings.forward": (
         "in each step: the transformer makes its guidance, which is always 0, on the CPU"
     ),
-    "diffusers.models.transformers.transformer_hunyuanimage:HunyuanImageTransformer2DModel.forward": (
-        "in each step: the transformer orders each caption's tokens by their masks"
-    ),
     "transformers.cache_utils:DynamicSlidingWindowLayer.lazy_initialization": (
         "in each step: Gemma makes a cache that nothing uses, and copies a number for each layer with a window"
     ),
