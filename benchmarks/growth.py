@@ -21,6 +21,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -112,7 +113,6 @@ MODELS = {  # architecture -> title
     "sd35-medium": "SD3.5 m",
     "sdxl": "SDXL",
     "flux2-klein": "klein",
-    "auraflow": "AuraFlow",
     "flux": "Flux.1",
     "qwen-image": "Qwen",
 }
@@ -127,7 +127,7 @@ GROWTH = {
     "resolution": Growth(
         "side of the image in px, batch size 1",
         (256, 512, 1024, 2048),
-        {"SD 1.5": SD15, "SD3.5 medium": SD35, "Flux.1, LoRA": Training("flux", flags=LORA)},
+        {"SD 1.5": SD15, "SD3.5 medium": SD35},
         lambda training, value: replace(training, resolution=value),
         ((64, 128, 256), QUICKSTART),
     ),
@@ -139,7 +139,7 @@ GROWTH = {
     ),
     "processes": Growth(
         "GPUs, SD3.5 medium at 1024 px, batch size 1 on each",
-        (1, 2, 4, 8, 64),
+        (1, 2, 8, 64),
         {"DDP": replace(SD35, resolution=1024), "FSDP2": replace(SD35, resolution=1024, sharded=True)},
         lambda training, value: replace(training, processes=value),
     ),
@@ -197,12 +197,9 @@ class Exchange(Counting):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in WHOLE:
-            self.send(*WHOLE[func](args))
+            tensors, passes = WHOLE[func](args)
+            self.sent += passes * (self.processes - 1) / self.processes * bytes_of(tensors)
         return super().__torch_dispatch__(func, types, args, kwargs)
-
-    def send(self, tensors: Sequence[Tensor], passes: int) -> None:
-        """Count a ring's passes over whole tensors."""
-        self.sent += passes * (self.processes - 1) / self.processes * bytes_of(tensors)
 
 
 c10d = torch.ops.c10d
@@ -259,28 +256,34 @@ def on_host() -> Iterator[None]:
 
 def count(training: Training, scale: str = "real") -> dict[str, Any]:
     """Of each way the bytes at the peak, the operations and the bytes sent; and the denoiser's parameters."""
-    sharded, processes = training.sharded and training.processes > 1, training.processes
+    if training.sharded and training.processes > 1:
+        return _count(training, scale)
+    alike = replace(training, processes=min(2, training.processes), sharded=False)
+    found = _count(alike, scale)
+    sent = 2 * (training.processes - 1) / training.processes * found["gradients"]  # DDP's all-reduce
+    return found | {"ways": {way: row | {"sent": sent} for way, row in found["ways"].items()}}
+
+
+@cache  # any number of processes with DDP is alike
+def _count(training: Training, scale: str) -> dict[str, Any]:
+    """What :func:`count` gives, with what FSDP2 sends."""
+    sharded, processes = training.sharded, training.processes
     counting, found = Exchange(processes), dict[str, Any]()
     with completed(training.architecture, training.words("bf16"), scale) as (config, description):
         accelerator = (Shard if sharded else OneGpu)("bf16", processes)
         objective, drawn = description.objective(config.model.objective), draws(config, description)
         adapters = shapes_of(config, description)
-        with (
-            group(processes) if sharded else nullcontext(),
-            counting,
-            as_on_gpu(),
-            on_host() if sharded else nullcontext(),
-        ):
+        others, place = (group(processes), on_host()) if sharded else (nullcontext(), nullcontext())
+        with others, counting, as_on_gpu(), place:
             run = Rehearsal(config, description, objective, METHOD, accelerator, adapters)
             parameters = count_parameters(run.trained.denoiser, trained_only=False)
+            gradients = bytes_of(run.trained.weights())
             run.begin()
             for way, step in ways(run, description.space[0], lambda: run.batch(*drawn)):
                 counting.reset()
                 step()
-                if not sharded:
-                    counting.send(run.trained.weights(), 2)  # DDP's all-reduce of gradients
-                found[way] = {"memory": counting.peak, "operations": counting.operations, "sent": round(counting.sent)}
-    return {"parameters": parameters, "ways": found}
+                found[way] = {"memory": counting.peak, "operations": counting.operations, "sent": counting.sent}
+    return {"parameters": parameters, "gradients": gradients, "ways": found}
 
 
 # Measured ------------------------------------------------------------------------------------------------------------
@@ -328,6 +331,8 @@ def grow(args: argparse.Namespace) -> Iterator[tuple[str, Any, dict[str, Any]]]:
         assert growth.measured is not None
         values, curves = growth.measured[0], {"quickstart": growth.measured[1]}
     for title, training in curves.items():
+        if args.curves and title not in args.curves:
+            continue
         for value in tqdm(values, desc=title):
             here = growth.at(training, value)
             if not args.measure:
@@ -355,11 +360,10 @@ def load(over: str, how: str, folder: Path) -> dict[str, Any]:
 
 # The picture ---------------------------------------------------------------------------------------------------------
 
-STYLES = {PLAIN: ":", LPL: "-", STUDENT: "--"}
+STYLES: dict[str, Any] = {PLAIN: ":", LPL: "-", STUDENT: "--"}
 COLOURS = {
     "SD 1.5": "#3465a4",
     "SD3.5 medium": "#c4601d",
-    "Flux.1, LoRA": "#4a8a3c",
     "DDP": "#75507b",
     "FSDP2": "#0e8a8a",
     "LoRA": "#8f5902",
@@ -440,6 +444,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--over", required=True, choices=list(GROWTH), help="what grows")
+    add("--curves", nargs="+", help="titles of those to do; others stay as an earlier run has left them")
     add("--measure", action="store_true", help="time steps instead of counting")
     add("--device", default="cpu", choices=("cpu", "cuda"), help="with --measure")
     add("--repeats", type=int, default=5, help="steps of each way that are timed")
@@ -451,12 +456,14 @@ def main() -> None:
     if args.measure and not measurable:
         parser.error(f"--over {args.over} is counted only on this device; leave out --measure")
     how = f"_{args.device}" if args.measure else ""
-    curves: dict[str, list[dict[str, Any]]] = {}
+    file, about = args.output_dir / f"growth_{args.over}{how}.json", settings(args)
+    earlier = json.loads(file.read_text()) if file.exists() else {}
+    curves: dict[str, list[dict[str, Any]]] = earlier["curves"] if about.items() <= earlier.items() else {}
+    points: dict[str, list[dict[str, Any]]] = {}
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for title, value, found in grow(args):
-        curves.setdefault(title, []).append({"at": value, **found})
-        record = settings(args) | {"curves": curves}
-        (args.output_dir / f"growth_{args.over}{how}.json").write_text(json.dumps(record, indent=1) + "\n")
+        points.setdefault(title, []).append({"at": value, **found})
+        file.write_text(json.dumps(about | {"curves": curves | points}, indent=1) + "\n")
     draw(args.output_dir, args.picture)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from tiny import tiny_sd, tiny_vae
 from trainer import ROOT
 
 import lpl
-from benchmarks import caches, gpu, lpl_cost, lpl_estimators, lpl_step, operations, recipes
+from benchmarks import caches, gpu, growth, lpl_cost, lpl_estimators, lpl_step, operations, recipes
 
 
 def run(monkeypatch, module, path, *flags):
@@ -127,6 +128,55 @@ def test_recipes_are_counted_and_written(name, monkeypatch, tmp_path):
     head = (tmp_path / f"{name}.yaml").read_text()
     assert all(f"# {line}\n" in head for line in found.lines().splitlines()) and head.count("# Memory:") == 1
     assert f" | {found.cells()} |\n" in (tmp_path / "README.md").read_text()
+
+
+def grown(monkeypatch, folder, over, changes, *flags):
+    """The points of each curve, and the bytes of the picture."""
+    monkeypatch.setitem(growth.GROWTH, over, replace(growth.GROWTH[over], **changes))
+    words = ["--over", over, "--output_dir", str(folder), "--picture", str(folder / "growth.png"), *flags]
+    monkeypatch.setattr(sys, "argv", [growth.__name__, *words])
+    growth.main()
+    how = "_cpu" if "--measure" in flags else ""
+    return json.loads((folder / f"growth_{over}{how}.json").read_text())["curves"]
+
+
+def test_growth_is_counted(monkeypatch, tmp_path):
+    small = replace(growth.SD15, resolution=64)
+    curves = grown(monkeypatch, tmp_path, "batch", {"values": (1, 2), "curves": {"SD 1.5": small}}, "--scale", "tiny")
+    one, two = (point["ways"] for point in curves["SD 1.5"])
+    for way in growth.WAYS:
+        assert two[way]["operations"] == 2 * one[way]["operations"] and two[way]["memory"] > one[way]["memory"]
+        assert way == growth.PLAIN or one[way]["operations"] > one[growth.PLAIN]["operations"]
+    lora = {"values": ("sd15",), "curves": {"LoRA": replace(small, flags=growth.LORA)}}
+    (point,) = grown(monkeypatch, tmp_path, "model", lora, "--scale", "tiny")["LoRA"]
+    assert point["parameters"] > 0
+    assert (tmp_path / "growth.png").stat().st_size > 10_000
+
+
+def test_growth_with_processes(monkeypatch, tmp_path):
+    """FSDP2 gathers in bf16 twice and reduces in float32: as many bytes as DDP's ring; memory is divided."""
+    small = replace(growth.SD35, resolution=64)
+    changes = {"values": (2, 4), "curves": {"DDP": small, "FSDP2": replace(small, sharded=True)}}
+    curves = grown(monkeypatch, tmp_path, "processes", changes, "--scale", "tiny")
+    for count, whole, shards in zip((2, 4), curves["DDP"], curves["FSDP2"], strict=True):
+        for way in growth.WAYS:
+            sent = 2 * 4 * whole["parameters"] * (count - 1) / count
+            assert whole["ways"][way]["sent"] == sent == pytest.approx(shards["ways"][way]["sent"], rel=0.01)
+            assert shards["ways"][way]["operations"] == whole["ways"][way]["operations"]
+            assert shards["ways"][way]["memory"] < whole["ways"][way]["memory"]
+    half, quarter = (point["ways"][growth.PLAIN]["memory"] for point in curves["FSDP2"])
+    assert quarter < half
+
+
+def test_growth_is_measured(monkeypatch, tmp_path, capsys):
+    changes = {"measured": ((1, 2), replace(growth.QUICKSTART, resolution=32))}
+    curves = grown(monkeypatch, tmp_path, "batch", changes, "--measure", "--repeats", "1")
+    for point in curves["quickstart"]:
+        rates = {way: row["rate"] for way, row in point["ways"].items()}
+        assert rates[growth.PLAIN] == 1 and 0 < rates[growth.LPL] < 1 and rates[growth.STUDENT] > 0
+    with pytest.raises(SystemExit):
+        grown(monkeypatch, tmp_path, "model", {}, "--measure")
+    assert "--over model is counted only on this device" in capsys.readouterr().err
 
 
 # On a GPU ------------------------------------------------------------------------------------------------------------
