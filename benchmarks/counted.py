@@ -14,7 +14,7 @@ from lpl.config import Config, command_line
 from lpl.diagnosis.estimate import Estimate, Method, estimate
 from lpl.diagnosis.status import Stage
 from lpl.families.description import Description, read_pipeline
-from lpl.families.resolve import resolve
+from lpl.families.resolve import resolve, with_decoder_dtype
 from train_text_to_image_lpl import Losses, optimizer_step
 
 
@@ -39,7 +39,8 @@ def completed(name: str, words: Sequence[str], scale: str = "real") -> Iterator[
         own = ["--pretrained_model_name_or_path", str(folder), "--output_dir", str(Path(place, "output"))]
         config = command_line.parse([*words, *own, "--dry_run", "--for_gpu", "80GB"])
         description = read_pipeline(config.model, config.lpl.lpl_blocks, weights=False)
-        yield resolve(config, description), description
+        config = resolve(config, description)
+        yield with_decoder_dtype(config, config.optimization.mixed_precision or "no"), description
 
 
 def counted(
