@@ -2,7 +2,7 @@
 
     python -m benchmarks.growth --over batch    # or resolution, blocks, processes, model: counted, for real models
     python -m benchmarks.growth --over batch --measure                  # or resolution: ratios, on this CPU
-    python -m benchmarks.growth --over batch --measure --device cuda    # all but processes: real models on a GPU
+    python -m benchmarks.growth --over batch --measure --device cuda    # or resolution, blocks: real models on a GPU
 
 Counted as by ``--dry_run --for_gpu``: the training loop's own step runs on models without weights. Memory is that of
 live tensors at the step's peak on one GPU; CUDA takes about 1 GiB besides. All samples are inside LPL's threshold. On
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -34,8 +35,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from tqdm import tqdm
 
-from benchmarks.counted import METHOD, completed
+from benchmarks import recipes
+from benchmarks.counted import ARCHITECTURES, METHOD, completed
 from benchmarks.lpl_cost import seconds
+from benchmarks.operations import student_operations
 from lpl import LatentPerceptualLoss
 from lpl.config import Config
 from lpl.data.dataset import Batch
@@ -56,7 +59,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PICTURE = ROOT / "benchmarks" / "results", ROOT / "docs" / "growth.png"
 PLAIN, LPL, STUDENT = WAYS = ("without LPL", "with LPL", "with the student")
 BLOCKS = ("mid", "up_0", "up_1", "up_2", "up_3")
-GIB = 2**30
+GIB, SAMPLES = 2**30, 8
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class Growth:
 
     Args:
         axis: its name, with what stays.
-        values: its sizes; of models their names.
+        values: its sizes.
         curves: what is trained, by title.
         at: what is trained at a value.
         measured: values and training on a CPU.
@@ -105,22 +108,13 @@ def _blocks(training: Training, count: int) -> Training:
 
 
 CHECKPOINTING = ("--gradient_checkpointing",)
-LORA = (*CHECKPOINTING, "--lora", "--rank", "16")
 SD15, SD35 = Training("sd15"), Training("sd35-medium", flags=CHECKPOINTING)
 QUICKSTART = Training("quickstart", resolution=64, batch=4, flags=("--max_sequence_length", "16"))
-MODELS = {  # architecture -> title
-    "sd15": "SD 1.5",
-    "sd35-medium": "SD3.5 m",
-    "sdxl": "SDXL",
-    "flux2-klein": "klein",
-    "flux": "Flux.1",
-    "qwen-image": "Qwen",
-}
 GROWTH = {
     "batch": Growth(
         "batch size, at 512 px",
-        (1, 4, 16, 64),
-        {"SD 1.5": SD15, "SD3.5 medium": SD35},
+        (1, 4, 16),
+        {"SD 1.5": SD15},
         lambda training, value: replace(training, batch=value),
         ((1, 2, 4, 8, 16), QUICKSTART),
     ),
@@ -129,7 +123,7 @@ GROWTH = {
         (256, 512, 1024, 2048),
         {"SD 1.5": SD15, "SD3.5 medium": SD35},
         lambda training, value: replace(training, resolution=value),
-        ((64, 128, 256), QUICKSTART),
+        ((32, 64, 128), QUICKSTART),
     ),
     "blocks": Growth(
         "decoder blocks that LPL compares, at 512 px, batch size 1",
@@ -143,13 +137,15 @@ GROWTH = {
         {"DDP": replace(SD35, resolution=1024), "FSDP2": replace(SD35, resolution=1024, sharded=True)},
         lambda training, value: replace(training, processes=value),
     ),
-    "model": Growth(
-        "model and its denoiser's parameters in billions; LoRA at 1024 px, batch size 1",
-        tuple(MODELS),
-        {"LoRA": Training("", 1024, flags=LORA)},
-        lambda training, value: replace(training, architecture=value),
-    ),
 }
+MODEL = "model"
+AXES = {over: growth.axis for over, growth in GROWTH.items()} | {
+    MODEL: "billions of parameters of the denoiser; recipes of LoRA at 1024 px, batch size 1"
+}
+RECIPES = re.compile(  # memory in GiB with LPL and without, TFLOP with and without
+    r"^\| \[(\w+)\.yaml\].*\| LoRA, 1024 px \|.* GB \| (.*) GiB \| (.*) GiB \| (.*) TFLOP \| (.*) TFLOP \|$",
+    re.MULTILINE,
+)
 
 
 # Steps ---------------------------------------------------------------------------------------------------------------
@@ -286,6 +282,25 @@ def _count(training: Training, scale: str) -> dict[str, Any]:
     return {"parameters": parameters, "gradients": gradients, "ways": found}
 
 
+def of_recipes() -> Iterator[tuple[str, float, dict[str, Any]]]:
+    """Curve, billions of parameters and what was counted, by ``python -m benchmarks.recipes``, of LoRA recipes.
+
+    A recipe's memory is that of its largest stage, with what CUDA takes. Its steps have SAMPLES images.
+    """
+    found = list[tuple[float, dict[str, Any]]]()
+    student = SAMPLES * student_operations(16, 8, 1024)
+    for name, *numbers in RECIPES.findall((recipes.FOLDER / "README.md").read_text()):
+        parameters = ARCHITECTURES[recipes.architecture(name)].parameters[0]
+        memory, plain_memory, operations, plain = map(float, numbers)
+        rows = {
+            PLAIN: {"memory": plain_memory * GIB, "operations": plain * 1e12},
+            LPL: {"memory": memory * GIB, "operations": operations * 1e12},
+            STUDENT: {"operations": plain * 1e12 + student},
+        }
+        found.append((parameters / 1e9, {"parameters": parameters, "recipe": name, "ways": rows}))
+    yield from (("LoRA", *point) for point in sorted(found, key=lambda point: point[0]))
+
+
 # Measured ------------------------------------------------------------------------------------------------------------
 
 
@@ -325,6 +340,9 @@ def measure(training: Training, device: torch.device, repeats: int, scale: str =
 
 def grow(args: argparse.Namespace) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """Title of the curve, value, and what was found there."""
+    if args.over == MODEL:
+        yield from of_recipes()
+        return
     growth, device = GROWTH[args.over], torch.device(args.device)
     values, curves = growth.values, growth.curves
     if args.measure and device.type == "cpu":
@@ -369,7 +387,7 @@ COLOURS = {
     "LoRA": "#8f5902",
     "quickstart": "#777777",
 }
-LEGEND = {"LoRA": "LoRA of each model", "quickstart": "quickstart, time on a CPU", "DDP": "SD3.5 medium, DDP"}
+LEGEND = {"LoRA": "LoRA recipes", "quickstart": "quickstart, time on a CPU", "DDP": "SD3.5 medium, DDP"}
 LEGEND["FSDP2"] = "SD3.5 medium, FSDP2"
 
 
@@ -377,7 +395,7 @@ def draw(folder: Path, path: Path) -> None:
     """A row for each thing: memory, and LPL's cost relative to a step without it; for processes the bytes sent."""
     from matplotlib.lines import Line2D
 
-    rows = {over: curves for over in GROWTH if (curves := load(over, "", folder))}
+    rows = {over: curves for over in AXES if (curves := load(over, "", folder))}
     if not rows:
         return
     figure = new_figure(10, 2.7 * len(rows), dpi=110, w_pad=0.12, h_pad=0.1)
@@ -400,9 +418,10 @@ def draw(folder: Path, path: Path) -> None:
 def _memory(axes: Any, over: str, curves: Mapping[str, Any]) -> None:
     for title, points in curves.items():
         for way, style in STYLES.items():
-            memory = [point["ways"][way]["memory"] / GIB for point in points]
-            axes.plot(_places(over, points), memory, style, color=COLOURS[title], marker=".")
-    label_axes(axes, f"Memory by {over}", GROWTH[over].axis, "GiB on each GPU")
+            if "memory" in points[0]["ways"][way]:
+                memory = [point["ways"][way]["memory"] / GIB for point in points]
+                axes.plot(_at(points), memory, style, color=COLOURS[title], marker=".")
+    label_axes(axes, f"Memory by {over}", AXES[over], "GiB on each GPU")
 
 
 def _cost(axes: Any, over: str, curves: Mapping[str, Any], measured: Mapping[str, Any]) -> None:
@@ -412,38 +431,33 @@ def _cost(axes: Any, over: str, curves: Mapping[str, Any], measured: Mapping[str
             ours = [point["ways"][way][key] for point in points]
             base = [1e9 if key == "sent" else point["ways"][PLAIN][key] for point in points]
             ratios = [one / other for one, other in zip(ours, base, strict=True)]
-            axes.plot(_places(over, points), ratios, STYLES[way], color=COLOURS[title], marker=".")
+            axes.plot(_at(points), ratios, STYLES[way], color=COLOURS[title], marker=".")
     for title, points in measured.items():
         for way in (LPL, STUDENT):
             times = [1 / point["ways"][way]["rate"] for point in points]
-            axes.plot(_places(over, points), times, STYLES[way], color=COLOURS[title], marker="x")
+            axes.plot(_at(points), times, STYLES[way], color=COLOURS[title], marker="x")
     if key == "sent":
-        label_axes(axes, "Sent by processes", GROWTH[over].axis, "GB sent by each GPU in a step")
+        label_axes(axes, "Sent by processes", AXES[over], "GB sent by each GPU in a step")
     else:
-        label_axes(axes, f"Cost by {over}", GROWTH[over].axis, "x a step without LPL")
+        label_axes(axes, f"Cost by {over}", AXES[over], "x a step without LPL")
 
 
-def _places(over: str, points: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Where points stand; models by their place in the row."""
-    return list(range(len(points))) if over == "model" else [point["at"] for point in points]
+def _at(points: Sequence[Mapping[str, Any]]) -> list[float]:
+    return [point["at"] for point in points]
 
 
 def _ticks(axes: Any, over: str, points: Sequence[Mapping[str, Any]]) -> None:
-    if over == "model":
-        names = [f"{MODELS[point['at']]}\n{point['parameters'] / 1e9:.1f}" for point in points]
-        axes.set_xticks(range(len(points)), names, fontsize=8)
-        return
-    values = sorted({point["at"] for point in points})
+    values = (2, 4, 8, 16, 32) if over == MODEL else sorted(set(_at(points)))
     if over != "blocks":
         axes.set_xscale("log", base=2)
     axes.set_xticks(values, [str(value) for value in values])
     axes.minorticks_off()
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--over", required=True, choices=list(GROWTH), help="what grows")
+    add("--over", required=True, choices=list(AXES), help="what grows")
     add("--curves", nargs="+", help="titles of those to do; others stay as an earlier run has left them")
     add("--measure", action="store_true", help="time steps instead of counting")
     add("--device", default="cpu", choices=("cpu", "cuda"), help="with --measure")
@@ -451,10 +465,10 @@ def main() -> None:
     add("--scale", choices=("real", "tiny"), default="real", help="tiny: shrunken models, to try this out")
     add("--output_dir", type=Path, default=RESULTS, help="folder of the JSON files")
     add("--picture", type=Path, default=PICTURE)
-    args = parser.parse_args()
-    measurable = args.over != "processes" if args.device == "cuda" else GROWTH[args.over].measured is not None
-    if args.measure and not measurable:
-        parser.error(f"--over {args.over} is counted only on this device; leave out --measure")
+    args = parser.parse_args(argv)
+    on_gpu = args.device == "cuda" and args.over in ("batch", "resolution", "blocks")
+    if args.measure and not on_gpu and (args.over not in GROWTH or GROWTH[args.over].measured is None):
+        parser.error(f"--over {args.over} is only counted on this device; leave out --measure")
     how = f"_{args.device}" if args.measure else ""
     file, about = args.output_dir / f"growth_{args.over}{how}.json", settings(args)
     earlier = json.loads(file.read_text()) if file.exists() else {}

@@ -133,9 +133,7 @@ def test_recipes_are_counted_and_written(name, monkeypatch, tmp_path):
 def grown(monkeypatch, folder, over, changes, *flags):
     """The points of each curve, and the bytes of the picture."""
     monkeypatch.setitem(growth.GROWTH, over, replace(growth.GROWTH[over], **changes))
-    words = ["--over", over, "--output_dir", str(folder), "--picture", str(folder / "growth.png"), *flags]
-    monkeypatch.setattr(sys, "argv", [growth.__name__, *words])
-    growth.main()
+    growth.main(["--over", over, "--output_dir", str(folder), "--picture", str(folder / "growth.png"), *flags])
     how = "_cpu" if "--measure" in flags else ""
     return json.loads((folder / f"growth_{over}{how}.json").read_text())["curves"]
 
@@ -147,10 +145,21 @@ def test_growth_is_counted(monkeypatch, tmp_path):
     for way in growth.WAYS:
         assert two[way]["operations"] == 2 * one[way]["operations"] and two[way]["memory"] > one[way]["memory"]
         assert way == growth.PLAIN or one[way]["operations"] > one[growth.PLAIN]["operations"]
-    lora = {"values": ("sd15",), "curves": {"LoRA": replace(small, flags=growth.LORA)}}
-    (point,) = grown(monkeypatch, tmp_path, "model", lora, "--scale", "tiny")["LoRA"]
-    assert point["parameters"] > 0
     assert (tmp_path / "growth.png").stat().st_size > 10_000
+
+
+def test_growth_with_the_model_is_that_of_the_recipes(tmp_path):
+    growth.main(["--over", "model", "--output_dir", str(tmp_path), "--picture", str(tmp_path / "growth.png")])
+    points = json.loads((tmp_path / "growth_model.json").read_text())["curves"]["LoRA"]
+    assert {"sdxl_lora", "flux2_lora"} <= {point["recipe"] for point in points}
+    ratios = [
+        [p["ways"][way]["operations"] / p["ways"][growth.PLAIN]["operations"] for p in points] for way in growth.WAYS
+    ]
+    assert all(1 == plain < student < lpl for plain, lpl, student in zip(*ratios, strict=True))
+    for name in (point["recipe"] for point in points):
+        values = recipes.values(name)
+        images = values["train_batch_size"] * values["gradient_accumulation_steps"]
+        assert values["resolution"] == 1024 and images == growth.SAMPLES and values["train_batch_size"] == 1
 
 
 def test_growth_with_processes(monkeypatch, tmp_path):
@@ -175,8 +184,8 @@ def test_growth_is_measured(monkeypatch, tmp_path, capsys):
         rates = {way: row["rate"] for way, row in point["ways"].items()}
         assert rates[growth.PLAIN] == 1 and 0 < rates[growth.LPL] < 1 and rates[growth.STUDENT] > 0
     with pytest.raises(SystemExit):
-        grown(monkeypatch, tmp_path, "model", {}, "--measure")
-    assert "--over model is counted only on this device" in capsys.readouterr().err
+        growth.main(["--over", "model", "--measure"])
+    assert "--over model is only counted on this device" in capsys.readouterr().err
 
 
 # On a GPU ------------------------------------------------------------------------------------------------------------
