@@ -140,7 +140,7 @@ GROWTH = {
 }
 MODEL = "model"
 AXES = {over: growth.axis for over, growth in GROWTH.items()} | {
-    MODEL: "billions of parameters of the denoiser; recipes of LoRA at 1024 px, batch size 1"
+    MODEL: "billions of parameters, LoRA recipes at 1024 px"
 }
 RECIPES = re.compile(  # memory in GiB with LPL and without, TFLOP with and without
     r"^\| \[(\w+)\.yaml\].*\| LoRA, 1024 px \|.* GB \| (.*) GiB \| (.*) GiB \| (.*) TFLOP \| (.*) TFLOP \|$",
@@ -378,7 +378,11 @@ def load(over: str, how: str, folder: Path) -> dict[str, Any]:
 
 # The picture ---------------------------------------------------------------------------------------------------------
 
-STYLES: dict[str, Any] = {PLAIN: ":", LPL: "-", STUDENT: "--"}
+STYLES: dict[str, dict[str, Any]] = {
+    PLAIN: {"linestyle": ":", "marker": "o", "markerfacecolor": "white"},
+    LPL: {"linestyle": "-", "marker": "o"},
+    STUDENT: {"linestyle": "--", "marker": "x"},
+}
 COLOURS = {
     "SD 1.5": "#3465a4",
     "SD3.5 medium": "#c4601d",
@@ -408,19 +412,19 @@ def draw(folder: Path, path: Path) -> None:
         _cost(right, over, curves, measured)
         for axes in (left, right):
             _ticks(axes, over, [*curves.values()][0] + (measured.get("quickstart", []) if axes is right else []))
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.08 * axes.dataLim.y1)
     lines = [Line2D([], [], color=COLOURS[title], linewidth=2, label=LEGEND.get(title, title)) for title in shown]
-    lines += [Line2D([], [], color="black", linestyle=style, label=way) for way, style in STYLES.items()]
+    lines += [Line2D([], [], color="black", label=way, **style) for way, style in STYLES.items()]
     figure.legend(handles=lines, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     save_figure(figure, path)
 
 
 def _memory(axes: Any, over: str, curves: Mapping[str, Any]) -> None:
     for title, points in curves.items():
-        for way, style in STYLES.items():
+        for way in WAYS:
             if "memory" in points[0]["ways"][way]:
                 memory = [point["ways"][way]["memory"] / GIB for point in points]
-                axes.plot(_at(points), memory, style, color=COLOURS[title], marker=".")
+                axes.plot(_at(points), memory, **_style(over, title, way))
     label_axes(axes, f"Memory by {over}", AXES[over], "GiB on each GPU")
 
 
@@ -431,15 +435,21 @@ def _cost(axes: Any, over: str, curves: Mapping[str, Any], measured: Mapping[str
             ours = [point["ways"][way][key] for point in points]
             base = [1e9 if key == "sent" else point["ways"][PLAIN][key] for point in points]
             ratios = [one / other for one, other in zip(ours, base, strict=True)]
-            axes.plot(_at(points), ratios, STYLES[way], color=COLOURS[title], marker=".")
+            axes.plot(_at(points), ratios, **_style(over, title, way))
     for title, points in measured.items():
         for way in (LPL, STUDENT):
             times = [1 / point["ways"][way]["rate"] for point in points]
-            axes.plot(_at(points), times, STYLES[way], color=COLOURS[title], marker="x")
+            axes.plot(_at(points), times, **_style(over, title, way))
     if key == "sent":
-        label_axes(axes, "Sent by processes", AXES[over], "GB sent by each GPU in a step")
+        label_axes(axes, "Traffic by processes", AXES[over], "GB sent by each GPU in a step")
     else:
         label_axes(axes, f"Cost by {over}", AXES[over], "x a step without LPL")
+
+
+def _style(over: str, title: str, way: str) -> dict[str, Any]:
+    """Models have nothing between them."""
+    style = STYLES[way] | {"color": COLOURS[title], "markersize": 5}
+    return style | {"linestyle": "none"} if over == MODEL else style
 
 
 def _at(points: Sequence[Mapping[str, Any]]) -> list[float]:
