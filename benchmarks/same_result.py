@@ -17,7 +17,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from datasets import Image, load_dataset
 from safetensors.torch import load_file, save_file
@@ -96,14 +96,16 @@ def launch(pipeline: Path, words: Sequence[str], folder: Path, way: Way, killed_
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | (FSDP2 if way.fsdp else {})
     command = [sys.executable, *(launcher if way.processes > 1 else []), "train_text_to_image_lpl.py", *flags]
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
-        )
+        process = psutil.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
         while process.poll() is None:
             if killed_at is not None and (folder / f"{layout.CHECKPOINT_PREFIX}{killed_at}").is_dir():
-                os.killpg(process.pid, signal.SIGKILL)
+                for each in [*process.children(recursive=True), process]:  # torchrun's have sessions of their own
+                    each.kill()
+                killed_at = None
             time.sleep(0.1)
-        if process.returncode and not (killed_at is not None and process.returncode == -signal.SIGKILL):
+        if killed_at is not None and not process.returncode:
+            sys.exit(f"{way.words} was over before it could be killed; give more --steps")
+        if process.returncode not in (0, -signal.SIGKILL):
             output.seek(0)
             sys.exit(f"{way.words} failed:\n{output.read()[-3000:]}")
 

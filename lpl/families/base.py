@@ -73,7 +73,7 @@ class Family:
     text_encoder_weight_decay: ClassVar[float | None] = None  # likewise
     sharded_layers: ClassVar[
         tuple[str, ...]
-    ] = ()  # classes that FSDP2 gathers one by one; empty: the model names them
+    ] = ()  # classes that FSDP2 gathers one by one; empty: the model's
     idle_weights: ClassVar[bool] = False  # whether weights of the denoiser take no part in its output
 
     def __init_subclass__(cls) -> None:
