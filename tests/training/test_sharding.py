@@ -15,6 +15,11 @@ from lpl.config import Config
 from lpl.families import find_family
 from lpl.tools import layout
 from lpl.training.sharding import Sharding, blocks_of, check_sharding, in_step
+from tests.evaluation.test_command import photos  # noqa: F401
+from tests.evaluation.test_training import FLAGS as EVALUATED
+from tests.evaluation.test_training import found
+from tests.runs.test_published_runs import RUN as PUBLISHED
+from tests.runs.test_published_runs import hub  # noqa: F401
 
 
 FLAGS = {
@@ -104,6 +109,29 @@ def test_every_family(name, sharded_runs, request, tmp_path):
     train(pipeline, images, tmp_path / "alone", **flags | {"gradient_accumulation_steps": 2})
     sharded_runs((pipeline, images, tmp_path / "sharded", flags))
     assert entries(tmp_path / "sharded") == pytest.approx(entries(tmp_path / "alone"), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_evaluated(sharded_runs, sd_pipeline, image_folder, photos, tmp_path):  # noqa: F811
+    """An odd number of images, of which one process has more to draw."""
+    flags = FLAGS | EVALUATED | {"eval_data_dir": photos, "max_train_steps": 2, "train_batch_size": 1}
+    train(sd_pipeline, image_folder, tmp_path / "alone", **flags | {"gradient_accumulation_steps": 2})
+    sharded_runs((sd_pipeline, image_folder, tmp_path / "sharded", flags))
+    alone, sharded = (found(tmp_path / name)["results"][-1] for name in ("alone", "sharded"))
+    for network, metrics in alone["metrics"].items():
+        for metric, estimate in metrics.items():
+            assert sharded["metrics"][network][metric]["value"] == pytest.approx(estimate["value"], rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"lora": True}])
+def test_a_run_that_is_published(changes, hub, sharded_runs, sd_pipeline, image_folder, tmp_path):  # noqa: F811
+    flags = PUBLISHED | {"hub_strategy": "every_save", "train_batch_size": 1} | changes
+    sharded_runs((sd_pipeline, image_folder, tmp_path / "run", flags))
+    (repository,) = hub.repos.values()
+    first, *_, last = [commit.files for commit in repository.branches["main"].history()[::-1]][1:]
+    weights_file = layout.LORA if changes else "unet/diffusion_pytorch_model.safetensors"
+    assert weights_file in first and weights_file in last and first[weights_file] != last[weights_file]
 
 
 def test_items_in_step():
