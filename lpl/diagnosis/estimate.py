@@ -49,6 +49,7 @@ from lpl.tools.words import Rows, counted, pixels, short_count, size, table
 from lpl.training.given_lora import Adapters, shapes_of, with_adapters
 from lpl.training.loading import denoiser_class, precisions
 from lpl.training.losses import lpl_weight, perceptual_loss
+from lpl.training.optimizers import check_optimizer
 from lpl.training.parts import TrainedParts
 from lpl.training.start import place_models, trained_parts
 from lpl.training.updates import prepare
@@ -288,7 +289,7 @@ class Rehearsal:
             perceptual_loss(*_decoder(family, config.lpl, config.model.cache_dir)) if config.lpl.enabled else None
         )
         self.weight = lpl_weight(config.lpl, accelerator.device)
-        plain = replace(optimization, optimizer="AdamW", use_8bit_adam=False)
+        plain = replace(optimization, optimizer="AdamW", use_8bit_adam=False, lr_scheduler="constant")
         batch = optimization.train_batch_size * accelerator.num_processes
         self.model, self.updates = prepare(stands_in, self.trained, self.average, plain, batch, STEPS)
         self.losses = method.losses(family, objective, self.lpl_loss, config.lpl, config.diffusion)
@@ -612,6 +613,7 @@ def print_estimate(config: Config, method: Method) -> None:
     """
     if int(os.environ.get("RANK", 0)):
         return  # the first process tells
+    check_optimizer(config.optimization, config.given)  # outside the count, which a trial step would be part of
     config = with_derived(config, weights=False)
     description = read_pipeline(config.model, config.lpl.lpl_blocks, weights=False)
     config = with_adapters(resolve(config, description), description)

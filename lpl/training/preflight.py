@@ -20,6 +20,7 @@ from lpl.tools.files import check_writable
 from lpl.tools.machine import has_gpu, missing
 from lpl.tools.words import warn
 from lpl.training.checkpoints import find_resumable
+from lpl.training.optimizers import check_optimizer
 
 
 def preflight(config: Config) -> None:
@@ -33,6 +34,7 @@ def preflight(config: Config) -> None:
         with naming(part, config.data.parts):
             _check_data(as_read(part.data))
     _check_packages(config)
+    check_optimizer(config.optimization, config.given)
     _check_gpu(config)
     if config.evaluation.eval_steps is not None:
         folder = config.evaluation.eval_data_dir
