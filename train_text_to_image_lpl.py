@@ -41,8 +41,9 @@ from lpl.data.dataset import Batch, TrainingImages, real_images
 from lpl.data.folder import listed_once
 from lpl.data.loader import training_batches
 from lpl.diagnosis.dry_run import DryRun
-from lpl.diagnosis.estimate import Method, print_estimate
+from lpl.diagnosis.estimate import Method
 from lpl.diagnosis.failures import Status, explained
+from lpl.diagnosis.for_gpu import print_estimate
 from lpl.diagnosis.plan import Plan
 from lpl.families import Family
 from lpl.families.derived import with_derived
@@ -52,10 +53,11 @@ from lpl.gate import random_window, rows_inside, sigma_threshold_at, subset
 from lpl.masking import LossMask, pooled_mean
 from lpl.objectives import Objective, diffusion_weight, dream_shift
 from lpl.publishing import hub
-from lpl.publishing.card import RunCard, write_model_card
+from lpl.publishing.card import write_model_card
 from lpl.publishing.licence import base_licence
 from lpl.publishing.lora_metadata import LoraMetadata
 from lpl.publishing.publication import Publication
+from lpl.publishing.run_card import RunCard
 from lpl.student import StudentLoss, difference
 from lpl.tools import layout
 from lpl.tools.pictures import loss_curves
@@ -245,7 +247,7 @@ def start(config: Config, status: Status) -> Inputs:
         check_captions(config.data, description.family)
         if evaluates:
             evaluation.check_captions(config.evaluation, config.data, description.family)
-        accelerator = status.accelerator = start_accelerator(config)
+        accelerator = status.accelerator = start_accelerator(config, description.family.idle_weights)
         config = status.config = with_decoder_dtype(config, accelerator.mixed_precision)
         run = start_or_resume(config, accelerator, hub.download_run)
         check_base(run.resumed, config, description)

@@ -252,4 +252,68 @@ NEWER = {
         kinds=("lora",),
         flags=CHECKPOINTING,
     ),
+    "hidream-i1": Model(
+        public="HiDream-I1-Full",  # the one on the Hub lacks its Llama
+        pipeline=diffusers.HiDreamImagePipeline,
+        scheduler=diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        denoiser=(
+            diffusers.HiDreamImageTransformer2DModel,
+            {
+                "patch_size": 2,
+                "in_channels": 16,
+                "out_channels": 16,
+                "caption_channels": (4096, 4096),
+                "axes_dims_rope": (64, 32, 32),
+                "llama_layers": (*range(32), *(31,) * 16),
+            },
+        ),
+        vae=(diffusers.AutoencoderKL, FLUX_VAE),
+        parameters=(17_105_733_184, 83_819_683),
+        encoders=(
+            ("", "clip_long", 768, 768),
+            ("_2", "clip_long", 1280, 1280),
+            ("_3", "t5", 4096, 0),
+            ("_4", "llama", 4096, 0),
+        ),
+        tiny=(
+            {
+                "num_layers": 1,
+                "num_single_layers": 1,
+                "num_attention_heads": 2,
+                "attention_head_dim": 16,
+                "caption_channels": (16, 16),
+                "text_emb_dim": 16,
+                "axes_dims_rope": (8, 4, 4),
+                "llama_layers": (0, 0),
+            },
+            TINY_KL_VAE,
+            ((8, 8), (8, 8), (16, 0), (16, 0)),
+        ),
+        resolution=(1024, 64),
+        batch=1,
+        kinds=("lora",),
+        flags=CHECKPOINTING,
+    ),
+    "wan-2.1": Model(
+        public="Wan-AI/Wan2.1-T2V-14B-Diffusers",
+        pipeline=diffusers.WanPipeline,
+        scheduler=diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+        ),
+        denoiser=(diffusers.WanTransformer3DModel, {}),  # the class's defaults are its numbers
+        vae=(diffusers.AutoencoderKLWan, {}),
+        parameters=(14_288_491_584, 126_892_531),
+        encoders=(("", "umt5", 4096, 0),),
+        tiny=(
+            {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 16, "ffn_dim": 16},
+            {"base_dim": 8, "num_res_blocks": 1},
+            ((16, 0),),
+        ),
+        resolution=(960, 64),
+        batch=1,
+        kinds=("lora",),
+        flags=CHECKPOINTING,
+    ),
 }

@@ -498,8 +498,18 @@ OTHERS = {
 
 # Text encoders: by kind and hidden size, what else their config.json says
 CLIP_SIZES = {768: (12, 12, 3072), 1024: (23, 16, 4096), 1280: (32, 20, 5120)}  # layers, heads, width within
+CLIP_POSITIONS = {"clip_long": 248}  # of kinds that have more than usual
 PILE_T5_XL = {"d_ff": 5120, "d_kv": 64, "num_heads": 32, "num_layers": 24, "feed_forward_proj": "gated-gelu"}
 T5_XXL = {"d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "feed_forward_proj": "gated-gelu"}
+UMT5_SIZES = {2048: PILE_T5_XL | {"vocab_size": 32128}, 4096: T5_XXL | {"vocab_size": 256384}}
+LLAMA_8B = {
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+}
 GEMMA_2B = {
     "intermediate_size": 9216,
     "num_hidden_layers": 26,
@@ -572,6 +582,7 @@ def mistral3(image_width: int = 1024, image_layers: int = 24, **text: Any) -> tr
 
 # Kinds that are made from their hidden size alone: what makes the configuration, numbers of the public and tiny one
 LANGUAGE_MODELS: dict[str, tuple[Callable[..., transformers.PretrainedConfig], Config, Config]] = {
+    "llama": (transformers.LlamaConfig, LLAMA_8B, {"num_key_value_heads": 1}),
     "gemma": (transformers.Gemma2Config, GEMMA_2B, {"num_key_value_heads": 1, "head_dim": 8}),
     "qwen3": (transformers.Qwen3Config, QWEN3_4B, {"num_key_value_heads": 1, "head_dim": 8}),
     "qwen3_lm": (
@@ -597,6 +608,8 @@ LANGUAGE_MODELS: dict[str, tuple[Callable[..., transformers.PretrainedConfig], C
 ENCODERS = {
     "clip": ("CLIPTextModel", "CLIPTokenizer"),
     "clip_projected": ("CLIPTextModelWithProjection", "CLIPTokenizer"),
+    "clip_long": ("CLIPTextModelWithProjection", "CLIPTokenizer"),
+    "llama": ("LlamaForCausalLM", "PreTrainedTokenizerFast"),
     "t5": ("T5EncoderModel", "T5Tokenizer"),
     "umt5": ("UMT5EncoderModel", "T5Tokenizer"),
     "gemma": ("Gemma2Model", "GemmaTokenizer"),
@@ -614,7 +627,7 @@ def encoder_config(kind: str, width: int, projection: int) -> transformers.Pretr
     if kind == "t5":
         return transformers.T5Config(d_model=width, vocab_size=32128, **T5_XXL)
     if kind == "umt5":
-        return transformers.UMT5Config(d_model=width, vocab_size=32128, **PILE_T5_XL)
+        return transformers.UMT5Config(d_model=width, **UMT5_SIZES[width])
     if kind in LANGUAGE_MODELS:
         config, numbers, _ = LANGUAGE_MODELS[kind]
         return config(hidden_size=width, **numbers)
@@ -625,6 +638,7 @@ def encoder_config(kind: str, width: int, projection: int) -> transformers.Pretr
         num_hidden_layers=layers,
         num_attention_heads=heads,
         intermediate_size=within,
+        max_position_embeddings=CLIP_POSITIONS.get(kind, 77),
     )
 
 
@@ -658,4 +672,5 @@ def _tiny_encoder(kind: str, width: int, projection: int) -> transformers.Pretra
     if kind in LANGUAGE_MODELS:
         config, _, numbers = LANGUAGE_MODELS[kind]
         return config(**small | numbers)
-    return transformers.CLIPTextConfig(projection_dim=projection, **small)
+    positions = CLIP_POSITIONS.get(kind, 77)
+    return transformers.CLIPTextConfig(projection_dim=projection, max_position_embeddings=positions, **small)

@@ -69,6 +69,8 @@ OTHERS = {
     "assistant_lora_path": "--training_adapter",
     "pretrained_unet_model_name_or_path": "--denoiser_model_name_or_path",
     "pretrained_transformer_model_name_or_path": "--denoiser_model_name_or_path",
+    "pretrained_text_encoder_4_name_or_path": "--pretrained_model_name_or_path, a folder that has it",
+    "pretrained_tokenizer_4_name_or_path": "--pretrained_model_name_or_path, a folder that has it",
     "clip_l": "--single_file_config, a pipeline that has it",
     "t5xxl": "--single_file_config, a pipeline that has it",
     "model_type": "--lora, or nothing to train all weights",

@@ -151,12 +151,12 @@ def draw(
         part = slice(first, first + batch_size)
         autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
         with torch.no_grad(), autocast, decoding_exactly(family.vae):
-            images = cast(Any, family.pipeline)(
+            drawn = cast(Any, family.pipeline)(
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
                 **sampling,
                 **_batched(family, prompts[part], size),
-            ).images
-        yield from images
+            )
+        yield from family.images_of(drawn)
 
 
 def _device(family: Family) -> torch.device:

@@ -61,6 +61,7 @@ class Family:
     class_conditional: ClassVar[bool] = False  # follows from ``num_classes``
     empty_share: ClassVar[float] = 0.0  # default of --proportion_empty_prompts
     guidance_argument: ClassVar[str] = "guidance_scale"  # of the pipeline's call, which guides by it
+    draws_videos: ClassVar[bool] = False  # whether the pipeline does, which then draws one frame here
     sequence_length: ClassVar[int | None] = None  # default of --max_sequence_length; None: it has no effect
     max_sequence_length: ClassVar[int | None] = None
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
@@ -68,6 +69,7 @@ class Family:
     trainable_text_encoders: ClassVar[tuple[str, ...]] = ()  # those that --train_text_encoder trains
     text_encoder_learning_rate: ClassVar[float | None] = None  # default of --text_encoder_lr; None: --learning_rate
     text_encoder_weight_decay: ClassVar[float | None] = None  # likewise
+    idle_weights: ClassVar[bool] = False  # whether weights of the denoiser take no part in its output
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -106,8 +108,8 @@ class Family:
     @classmethod
     def idle_components(cls) -> list[str]:
         """Components that diffusers' class can do without, and that neither training nor sampling uses."""
-        optional = cls.pipeline_class._optional_components
-        return [name for name in optional if not name.startswith(("text_encoder", "tokenizer"))]
+        optional, needed = cls.pipeline_class._optional_components, ("text_encoder", "tokenizer")
+        return [name for name in optional if name != cls.denoiser_name and not name.startswith(needed)]
 
     @classmethod
     def left_out(cls) -> dict[str, Any]:
@@ -214,6 +216,10 @@ class Family:
         """Arguments of the pipeline's call for a caption or class label, except steps and guidance."""
         return {"prompt": prompt, "height": height, "width": width} | self.sampling_arguments()
 
+    def attributes_for(self, height: int, width: int) -> dict[str, Any]:
+        """Attributes of the pipeline without which its call would not draw that size."""
+        return {}
+
     @classmethod
     def takes_negative_prompts(cls) -> bool:
         """Whether what guides the pipeline guides away from a negative prompt; in a model that is distilled for
@@ -236,6 +242,11 @@ class Family:
         """Arguments beyond prompt, size, steps and guidance that make the pipeline sample as in training."""
         return {"max_sequence_length": self.tokens} if self.sequence_length else {}
 
+    @classmethod
+    def images_of(cls, output: Any) -> list[Any]:
+        """The images in what the pipeline returns."""
+        return [frames[0] for frames in output.frames] if cls.draws_videos else output.images
+
     def loading_arguments(self) -> dict[str, None]:
         """Arguments of ``from_pretrained`` that load a pipeline like this one: the components that it lacks."""
         return {
@@ -245,6 +256,11 @@ class Family:
         }
 
     # From the configuration files, before anything is loaded
+
+    @classmethod
+    def why_refused(cls, index: Mapping[str, Any]) -> str | None:
+        """Why a pipeline of the family's class cannot be trained here, by its index; None: it can."""
+        return None
 
     @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:
@@ -274,6 +290,11 @@ class Family:
     def resolution_range(cls, configs: Configs) -> tuple[int, int | None]:
         """The smallest and the largest side in pixels; None: no limit."""
         return 1, None
+
+    @classmethod
+    def largest_area(cls, configs: Configs) -> int | None:
+        """The most pixels of an image; None: no limit."""
+        return None
 
     @classmethod
     def takes_guidance(cls, configs: Configs) -> bool:
@@ -335,7 +356,7 @@ class InPatches(Family):
     """A family whose denoiser takes 2 x 2 patches of latents, of images of any size; no configuration has either."""
 
     @classmethod
-    def default_resolution(cls, configs: Configs) -> int:
+    def native_resolution(cls, configs: Configs) -> int:
         return 128 * downscaling_factor(configs["vae"])  # the pipelines' default
 
     @classmethod

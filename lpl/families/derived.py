@@ -53,7 +53,7 @@ from lpl.tools.files import settle, write_text
 from lpl.tools.layout import INDEX, PEFT_CONFIG
 from lpl.tools.privacy import hub_file
 from lpl.tools.single_files import single_file, why_no_file
-from lpl.tools.trust import check_components
+from lpl.tools.trust import check_components, components_in
 from lpl.tools.words import first_line, warn
 
 
@@ -165,9 +165,7 @@ class _Parts:
     @property
     def components(self) -> Components:
         return {
-            name: (entry[0], entry[1])
-            for name, entry in self.index.items()
-            if isinstance(entry, list | tuple) and entry[0] is not None
+            name: (entry[0], entry[1]) for name, entry in components_in(self.index).items() if entry[0] is not None
         }
 
     def in_file(self, name: str) -> list[str]:

@@ -15,6 +15,7 @@ from lpl.families.architecture import Architecture
 from lpl.families.base import Conditions, Configs, InPatches, packed, unpacked
 from lpl.families.fit import Relation
 from lpl.families.lora_layout import LoraLayout, own_names
+from lpl.families.single_file import Component, own_state
 from lpl.families.tokens import Tokens, in_front, lengths_of, on_device
 
 
@@ -35,6 +36,7 @@ class QwenImage(InPatches):
     objectives = ("flow_matching",)  # the pipeline passes sigmas to the scheduler, which DDIM does not take
     sequence_length, max_sequence_length = 512, 1024
     guidance_argument = "true_cfg_scale"
+    idle_weights = True  # of the last block's text stream
     lora_targets = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
@@ -95,6 +97,11 @@ class QwenImage(InPatches):
     @classmethod
     def architecture(cls, configs: Configs, prediction_type: str | None) -> Architecture:
         return Architecture(cls.name, cls.name, "https://github.com/QwenLM/Qwen-Image")
+
+    @classmethod
+    def single_file(cls, configs: Configs) -> tuple[Component, ...]:
+        """The transformer alone: other programs load all else from files of its own."""
+        return (Component("transformer", "", own_state),)
 
     @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:

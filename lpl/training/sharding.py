@@ -77,13 +77,14 @@ class Sharding:
         """Shard a model in place, from the CPU to the device; trained weights of a LoRA stay whole."""
         lora = any(not parameter.requires_grad for parameter in part.parameters())
         kept = {parameter for parameter in part.parameters() if parameter.requires_grad} if lora else set()
+        on_gpu = accelerator.device.type != "cpu"
         half = torch.bfloat16 if accelerator.mixed_precision == "bf16" and not lora else None
         options: dict[str, Any] = {
             "mesh": init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
             "reshard_after_forward": self.reshard_after_forward,
             # Timesteps lose their value in half precision, so inputs stay as they are.
             "mp_policy": MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False),
-            "offload_policy": CPUOffloadPolicy() if self.offload else OffloadPolicy(),
+            "offload_policy": CPUOffloadPolicy(pin_memory=on_gpu) if self.offload else OffloadPolicy(),
             "ignored_params": kept,
         }
         for parameter in kept:

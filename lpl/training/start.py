@@ -168,8 +168,11 @@ def run_errors(script: str, *errors: type[Exception]) -> Iterator[None]:
         sys.exit(f"{script}: error: {error}")
 
 
-def start_accelerator(config: Config) -> Accelerator:
+def start_accelerator(config: Config, idle_weights: bool = False) -> Accelerator:
     """Accelerate's state, with trackers for what they can show.
+
+    Args:
+        idle_weights: of the family's denoiser.
 
     Raises:
         ValueError: for an engine or a precision that is not supported.
@@ -179,7 +182,7 @@ def start_accelerator(config: Config) -> Accelerator:
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=OTHERS_WAIT),
             # The last layers of a text encoder may be computed for nothing: SDXL takes the ones before.
-            DistributedDataParallelKwargs(find_unused_parameters=config.model.train_text_encoder),
+            DistributedDataParallelKwargs(find_unused_parameters=config.model.train_text_encoder or idle_weights),
         ],
         gradient_accumulation_steps=config.optimization.gradient_accumulation_steps,
         mixed_precision=config.optimization.mixed_precision,
@@ -362,6 +365,8 @@ def place_models(
         path = config.model.source
         raise ValueError(f"--pretrained_model_name_or_path {path}: the weights of {broken} are not finite")
     if sharding is not None:
+        names = " and ".join(trained.parts)
+        logger.info(f"FSDP2: {names} in shards over {accelerator.num_processes} processes")
         for part in trained.parts.values():
             sharding.shard(part, accelerator)
     average = MovingAverage.of(trained, config.optimization)

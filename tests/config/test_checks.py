@@ -7,10 +7,10 @@ import pytest
 from commands import cases, refusal, warned
 from trainer import ROOT, arguments, run
 
-from lpl.config.checks import MAY_BE_FILES
 from lpl.config.command_line import build_parser, parse
 from lpl.config.config import FLAGS
 from lpl.config.foreign import OTHERS
+from lpl.config.place_checks import MAY_BE_FILES
 
 
 # The script itself ---------------------------------------------------------------------------------------------------

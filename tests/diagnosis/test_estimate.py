@@ -13,9 +13,11 @@ from trainer import parsed, script
 
 from lpl.config.checks import gpu_memory
 from lpl.diagnosis.counting import GPU, HOST, Counting, as_on_gpu
-from lpl.diagnosis.estimate import CONTEXT, Estimate, Method, OneGpu, attempts, estimate
+from lpl.diagnosis.estimate import CONTEXT, Estimate, Method, estimate
+from lpl.diagnosis.for_gpu import attempts
 from lpl.diagnosis.needs import bytes_of, optimizer_bytes
 from lpl.diagnosis.status import Stage
+from lpl.diagnosis.without_weights import OneGpu
 from lpl.loss import LatentPerceptualLoss
 from lpl.student import Student
 from tests.diagnosis.conftest import trained_parts

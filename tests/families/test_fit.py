@@ -79,6 +79,19 @@ BROKEN = {  # family -> component -> numbers that another component depends on
         "vae": ["latent_channels"],
         "text_encoder": ["d_model"],
     },
+    "hidream-i1": {
+        "transformer": ["in_channels", "out_channels", "text_emb_dim", "attention_head_dim", "num_layers"],
+        "vae": ["latent_channels"],
+        "text_encoder": ["projection_dim"],
+        "text_encoder_2": ["projection_dim"],
+        "text_encoder_3": ["d_model"],
+        "text_encoder_4": ["hidden_size"],
+    },
+    "wan": {
+        "transformer": ["in_channels", "out_channels", "text_dim"],
+        "vae": ["z_dim"],
+        "text_encoder": ["d_model"],
+    },
     "flux2": {"transformer": ["in_channels", "joint_attention_dim"], "vae": ["latent_channels"]},
 }
 NUMBERS = [

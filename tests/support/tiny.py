@@ -42,6 +42,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    HiDreamImagePipeline,
+    HiDreamImageTransformer2DModel,
     Krea2Pipeline,
     Krea2Transformer2DModel,
     Lumina2Pipeline,
@@ -59,7 +61,10 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
     VQModel,
+    WanPipeline,
+    WanTransformer3DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -74,6 +79,8 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     Mistral3Model,
@@ -288,14 +295,14 @@ def tiny_vae(kind="sd", dtype=torch.float32, seed=0, **overrides):
 # --- tokenizers and text encoders ------------------------------------------------------------------------------------
 
 
-def _clip_tokenizer(pad_token="<|endoftext|>"):
+def _clip_tokenizer(pad_token="<|endoftext|>", length=CLIP_LENGTH):
     letters = [chr(code) for code in range(33, 127)]
     pieces = letters + [letter + "</w>" for letter in letters]
     merges = [("c", "a"), ("ca", "t</w>"), ("d", "o"), ("do", "g</w>"), ("t", "h"), ("th", "e</w>")]
     pieces += ["".join(pair) for pair in merges]
     pieces += ["<|startoftext|>", "<|endoftext|>"]
     vocab = {piece: index for index, piece in enumerate(pieces)}
-    return CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad_token, model_max_length=CLIP_LENGTH)
+    return CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad_token, model_max_length=length)
 
 
 def _clip_config(tokenizer, hidden_size, projection_dim, layers=2):
@@ -307,7 +314,7 @@ def _clip_config(tokenizer, hidden_size, projection_dim, layers=2):
         projection_dim=projection_dim,
         num_hidden_layers=layers,
         num_attention_heads=2,
-        max_position_embeddings=CLIP_LENGTH,
+        max_position_embeddings=tokenizer.model_max_length,
         bos_token_id=vocab["<|startoftext|>"],
         eos_token_id=vocab["<|endoftext|>"],
         pad_token_id=vocab[tokenizer.pad_token],
@@ -942,6 +949,82 @@ def tiny_aura_flow(folder):
         vae=tiny_vae("sd", scaling_factor=0.13025),
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return Path(folder)
+
+
+def tiny_hidream(folder):
+    """HiDreamImagePipeline with both CLIPs, which take longer captions than others', a T5 and a Llama."""
+    tokenizer, tokenizer_2 = (_clip_tokenizer(length=248) for _ in range(2))
+    tokenizer_3, tokenizer_4 = _t5_tokenizer(), _tokenizer_with_start()
+    with seeded(13):
+        text_encoder = CLIPTextModelWithProjection(_clip_config(tokenizer, hidden_size=16, projection_dim=16))
+        text_encoder_2 = CLIPTextModelWithProjection(_clip_config(tokenizer_2, hidden_size=16, projection_dim=24))
+        text_encoder_3 = T5EncoderModel(_t5_config(tokenizer_3, d_model=32))
+        text_encoder_4 = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer_4),
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+            )
+        )
+        transformer = HiDreamImageTransformer2DModel(
+            patch_size=2,
+            in_channels=16,
+            out_channels=16,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            caption_channels=[32, 16],
+            text_emb_dim=16 + 24,
+            axes_dims_rope=(8, 4, 4),
+            max_resolution=(16, 16),
+            llama_layers=[0, 1, 1],
+        )
+    pipeline = HiDreamImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny_vae("sd3", scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=tokenizer_2,
+        text_encoder_3=text_encoder_3,
+        tokenizer_3=tokenizer_3,
+        text_encoder_4=text_encoder_4,
+        tokenizer_4=tokenizer_4,
+        transformer=transformer,
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return Path(folder)
+
+
+def tiny_wan(folder, kind="wan"):
+    """WanPipeline with a UMT5; "wan22" has a VAE of patches, and gives each patch a timestep."""
+    tokenizer, patches = _t5_tokenizer(), kind == "wan22"
+    with seeded(14):
+        text_encoder = UMT5EncoderModel(UMT5Config(**_t5_config(tokenizer, d_model=32).to_diff_dict()))
+        transformer = WanTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            num_attention_heads=2,
+            attention_head_dim=12,
+            text_dim=32,
+            freq_dim=16,
+            ffn_dim=32,
+        )
+    pipeline = WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=tiny_vae(kind),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        transformer=transformer,
+        expand_timesteps=patches,
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
     return Path(folder)

@@ -30,6 +30,8 @@ TINY = {  # family -> fixtures of tests/conftest.py
     "chroma": ["chroma_pipeline"],
     "lumina-2": ["lumina2_pipeline"],
     "auraflow": ["aura_flow_pipeline"],
+    "hidream-i1": ["hidream_pipeline"],
+    "wan": ["wan_pipeline", "wan22_pipeline"],
 }
 FAMILY_OF = {family.name: family for family in FAMILIES}
 CAPTIONS = ["a cat", "", "the dog, and a very long caption " * 8]
@@ -113,7 +115,7 @@ def sample(family, prompts, **arguments):
     calls = [family.call_arguments(prompt, SIZE, SIZE) for prompt in prompts]
     merged = {key: [x for call in calls for x in call[key]] for key in ("class_labels",) if key in calls[0]}
     merged |= {key: [call[key] for call in calls] for key in ("prompt", "negative_prompt") if key in calls[0]}
-    return family.pipeline(**{**calls[0], **merged, "num_inference_steps": 2, **arguments}).images
+    return family.images_of(family.pipeline(**{**calls[0], **merged, "num_inference_steps": 2, **arguments}))
 
 
 class View:
@@ -134,6 +136,10 @@ class View:
     def captions(self, captions):
         """Those that the pipeline takes as training does, without guidance."""
         return captions
+
+    def call(self, call):
+        """The arguments of the pipeline's call of the denoiser, in training's shapes."""
+        return call
 
     def latents(self, call):
         """z_t, (B, C, h, w), in a call of the denoiser."""
@@ -252,7 +258,36 @@ class AuraFlowView(View):
         return call["timestep"].double() * 1000
 
 
+class HiDreamView(View):
+    guidance_off, exact = {"guidance_scale": 1.0}, False  # its Llama keeps its attention
+
+    def timesteps(self, call):
+        return call["timesteps"].double()
+
+    def answer(self, output):
+        return -output
+
+
+class WanView(View):
+    calls_a_step, empty_first = 2, False
+
+    def call(self, call):
+        timesteps = call["timestep"]
+        return call | {"timestep": timesteps[:, 0] if timesteps.ndim == 2 else timesteps}  # one of each patch
+
+    def timesteps(self, call):
+        return self.call(call)["timestep"].double()
+
+    def unpacked(self, value):
+        return value.squeeze(2)
+
+    def answer(self, output):
+        return output.unsqueeze(2)
+
+
 VIEWS = {
+    "hidream-i1": HiDreamView,
+    "wan": WanView,
     "krea-2": Krea2View,
     "sana": SanaView,
     "ernie-image": ErnieImageView,

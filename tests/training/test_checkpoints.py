@@ -102,7 +102,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
 
 
 def test_an_interrupted_save_leaves_no_checkpoint(state, tmp_path, monkeypatch):
-    def interrupted(folder, random):
+    def interrupted(folder, random, updates):
         (folder / "half").write_text("")
         raise KeyboardInterrupt
 

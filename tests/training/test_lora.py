@@ -73,7 +73,7 @@ def image(family):
     """float32 in [0, 1], (H, W, 3)."""
     prompt = 207 if family.class_conditional else "a cat"
     call = family.call_arguments(prompt, 32, 32) | {"num_inference_steps": 2, "output_type": "np"}
-    return family.pipeline(**call, generator=torch.Generator().manual_seed(0)).images[0]
+    return family.images_of(family.pipeline(**call, generator=torch.Generator().manual_seed(0)))[0]
 
 
 def assert_same_image(first, second, base):

@@ -39,7 +39,8 @@ def pausing(state, sd_pipeline, image_folder, tmp_path):
     metrics every 3rd. What is published is in `published`."""
 
     def make(step, then=lambda: None, **flags):
-        flags = {"checkpointing_steps": 2, "logging_steps": 100} | flags
+        published_at = {"push_to_hub": True, "hub_strategy": "checkpoint"}
+        flags = {"checkpointing_steps": 2, "logging_steps": 100} | published_at | flags
         config, _ = parsed(sd_pipeline, image_folder, tmp_path / "out", **flags)
         run = run_of(config, step, state.accelerator, looked=True)  # as after an earlier validation
         length = Length(2, 10, 4)

@@ -1,0 +1,156 @@
+"""FSDP2 over two processes on a CPU: the numbers of one process, and files that any engine goes on with."""
+
+import gc
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import debug_launcher
+from safetensors.torch import load_file
+from trainer import train, weights
+
+from lpl.config import Config
+from lpl.tools import layout
+from lpl.training.sharding import Sharding, blocks_of, check_sharding, in_step
+
+
+FLAGS = {
+    "max_train_steps": 4,
+    "checkpointing_steps": 2,
+    "use_ema": True,
+    "lpl_sigma_threshold": 20,
+    "validation_prompts": ["a cat"],
+    "validation_steps": 4,
+    "validation_every_nth": 3,
+    "train_batch_size": 1,
+}
+ONE = FLAGS | {"gradient_accumulation_steps": 2}  # the same batches in one process
+
+
+def entries(folder):
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {(record["step"], name): record[name] for record in records for name in ("loss", "lpl") if name in record}
+
+
+def two(jobs):
+    """A process of two, which runs jobs one after the other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_FSDP", "true")
+        patch.setenv("FSDP_VERSION", "2")
+        for pipeline, images, folder, flags in jobs:
+            train(pipeline, images, folder, **flags)
+
+
+@pytest.fixture
+def sharded_runs():
+    def run(*jobs):
+        gc.collect()
+        debug_launcher(two, args=(jobs,), num_processes=2)
+
+    return run
+
+
+def close(one, other):
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(other[key], value, rtol=1e-4, atol=1e-5, msg=key)
+
+
+def test_a_training_of_all_weights(sharded_runs, sd_pipeline, image_folder, tmp_path):
+    """Half of it sharded, half of it in one process, and the other way round, equal one of one process."""
+    alone, first, then, turned = (tmp_path / name for name in ("alone", "first", "then", "turned"))
+    train(sd_pipeline, image_folder, alone, **ONE)
+    train(sd_pipeline, image_folder, turned, **ONE | {"max_train_steps": 2})
+    resumed = {"resume_from_checkpoint": "latest"}
+    sharded_runs((sd_pipeline, image_folder, first, FLAGS), (sd_pipeline, image_folder, turned, FLAGS | resumed))
+    train(sd_pipeline, image_folder, then, **ONE | {"resume_from_checkpoint": str(first / "checkpoint-2")})
+    for folder in (first, turned):
+        assert entries(folder) == pytest.approx(entries(alone), rel=1e-5)
+        assert (folder / "samples/step-000004.png").is_file()
+    for folder in (first, then, turned):
+        close(weights(alone / "unet"), weights(folder / "unet"))  # the EMA
+        for part in ("unet", "ema/unet"):
+            close(weights(alone / "checkpoint-4" / part), weights(folder / "checkpoint-4" / part))
+    index = json.loads((first / "model_index.json").read_text())
+    assert index == json.loads((alone / "model_index.json").read_text())
+    assert index["unet"] == ["diffusers", "UNet2DConditionModel"]
+
+
+def test_lora_and_text_encoders(sharded_runs, sd_pipeline, image_folder, tmp_path):
+    lora = {"lora": True, "learning_rate": 0.01}
+    encoder = {"train_text_encoder": True, "use_ema": None, "gradient_checkpointing": True}
+    jobs = [("lora", lora), ("encoder", encoder)]
+    for name, flags in jobs:
+        train(sd_pipeline, image_folder, tmp_path / name, **ONE | flags)
+    sharded_runs(*((sd_pipeline, image_folder, tmp_path / f"{name}-2", FLAGS | flags) for name, flags in jobs))
+    for name, _ in jobs:
+        assert entries(tmp_path / f"{name}-2") == pytest.approx(entries(tmp_path / name), rel=1e-5)
+    loras = [load_file(tmp_path / name / layout.LORA) for name in ("lora", "lora-2")]
+    close(*loras)
+    close(weights(tmp_path / "encoder/text_encoder"), weights(tmp_path / "encoder-2/text_encoder"))
+
+
+def test_items_in_step():
+    """A process that has run out goes on as long as another one has items."""
+    left = iter([2.0, 2.0, 1.0, 0.0])  # processes that still have one
+    accelerator = SimpleNamespace(device="cpu", reduce=lambda mine, how: torch.tensor([next(left)]))
+    assert list(in_step(iter("a"), lambda: "z", accelerator, True))[:1] == [("a", True)]
+    left = iter([1.0, 1.0, 0.0])
+    assert list(in_step(iter(""), lambda: "z", accelerator, True)) == [("z", False)] * 2
+    assert list(in_step(iter("ab"), lambda: "z", None, False)) == [("a", True), ("b", True)]
+
+
+def test_blocks_are_those_that_the_class_names():
+    inner = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    model = torch.nn.Module()
+    model.blocks = torch.nn.ModuleList([inner, torch.nn.Linear(2, 2), torch.nn.Identity()])
+    assert blocks_of(model) == [model.blocks[1], inner]
+    model._no_split_modules = ["Linear"]
+    assert blocks_of(model) == [model.blocks[1], inner[0]]
+
+
+# What cannot work ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "variables, precision, processes, said",
+    [
+        ({"FSDP_VERSION": "1"}, "no", 2, "write fsdp_version: 2 under fsdp_config"),
+        ({}, "no", 2, "write fsdp_version: 2"),
+        ({"FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "no", 2, "give --gradient_checkpointing"),
+        ({"FSDP_VERSION": "2"}, "fp16", 2, "give bf16 or no"),
+        ({"FSDP_VERSION": "2"}, "fp16", 1, None),
+    ],
+)
+def test_accelerates_configuration(variables, precision, processes, said, monkeypatch):
+    accelerator = SimpleNamespace(num_processes=processes, mixed_precision=precision)
+    assert Sharding.asked(accelerator) is None
+    for name, value in ({"ACCELERATE_USE_FSDP": "true"} | variables).items():
+        monkeypatch.setenv(name, value)
+    if said is None:
+        assert Sharding.asked(accelerator) is None
+        return
+    with pytest.raises(ValueError, match=said):
+        Sharding.asked(accelerator)
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ({"quantize_base": "4bit", "lora": True}, "--quantize_base 4bit: FSDP2"),
+        ({"use_8bit_adam": True}, "--use_8bit_adam: it cannot update sharded weights"),
+        ({"optimizer": "prodigy"}, "--optimizer prodigy: it cannot update sharded weights"),
+        ({"non_ema_revision": "v1", "use_ema": True}, "leave out --non_ema_revision, or --use_ema"),
+        ({"offload_ema": True, "use_ema": True}, "fsdp_offload_params"),
+    ],
+)
+def test_flags(flags, said):
+    config = Config().changed(**flags)
+    check_sharding(None, config)
+    with pytest.raises(ValueError, match=said):
+        check_sharding(Sharding(offload=True), config)
+
+
+def test_lora_takes_any_optimizer():
+    check_sharding(Sharding(), Config().changed(lora=True, use_8bit_adam=True))
