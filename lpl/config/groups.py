@@ -880,6 +880,11 @@ class Optimization:
         None, "mixed precision of the computation; default: accelerate's configuration", choices=("no", "fp16", "bf16")
     )
     allow_tf32: bool = flag(False, "allow TF32 on Ampere and later GPUs")
+    attention_backend: str | None = own_flag(
+        None,
+        "kernel of the denoiser's attention, as diffusers names them, such as flash, flash_hub or xformers; default: "
+        "PyTorch's own",
+    )
     gradient_checkpointing: bool = flag(
         False, "recompute the denoiser's activations in the backward pass to save memory"
     )

@@ -153,6 +153,7 @@ OWN = {  # SPEC.md, and what this project adds
     "cache_text_embeddings": False,
     "validation_sizes": None,
     "validation_prompts_file": None,
+    "attention_backend": None,
     "optimizer_args": None,
     "lr_scheduler_args": None,
     "adapter": "lora",

@@ -166,6 +166,7 @@ HARMFUL = {  # what a stranger would like to say
     "save_single_file": "fp16",
     "resume_from_checkpoint": "/root/checkpoint-1",
     "validation_prompts_file": "/root/.ssh/notes.txt",
+    "attention_backend": "flash_hub",  # code of a repository
     "dry_run": True,
     "for_gpu": "24GB",
     "verbose": True,
@@ -182,7 +183,8 @@ HARMFUL = {  # what a stranger would like to say
 def test_a_stranger_does_not_say_what_is_done_on_this_machine(hub):
     published(hub, BASE | HARMFUL)
     with pytest.warns(
-        UserWarning, match="--config user/run: cache_dir, data_cache_dir, dry_run, .* are this machine's bus"
+        UserWarning,
+        match="--config user/run: attention_backend, cache_dir, data_cache_dir, dry_run, .* are this machine's bus",
     ) as warned:
         args = rerun()
     assert all(name in str(warned[0].message) for name in HARMFUL)
