@@ -130,7 +130,8 @@ def train(config: Config, status: Status) -> None:
         speed_up(trained, config, accelerator)
         average = place_models(trained, config, description, accelerator)
         needs_decoder = config.lpl.enabled or inputs.held_out_images is not None
-        lpl_loss = perceptual_loss(family.vae, config.lpl, config.model.cache_dir) if needs_decoder else None
+        decoder = config.lpl, config.model.cache_dir, config.optimization.compile_for
+        lpl_loss = perceptual_loss(family.vae, *decoder) if needs_decoder else None
         student = student_of(config.lpl, lpl_loss, config.model.cache_dir)
     settings = config.lpl, config.diffusion, student, config.data.unmasked_weight
     losses = Losses(family, images.objective, lpl_loss, *settings)

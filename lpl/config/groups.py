@@ -885,6 +885,9 @@ class Optimization:
         "kernel of the denoiser's attention, as diffusers names them, such as flash, flash_hub or xformers; default: "
         "PyTorch's own",
     )
+    torch_compile: bool = flag(
+        False, "compile the denoiser and LPL's decoder with torch.compile; the first steps take minutes"
+    )
     gradient_checkpointing: bool = flag(
         False, "recompute the denoiser's activations in the backward pass to save memory"
     )
@@ -893,6 +896,11 @@ class Optimization:
         "random seed; default: drawn at random and recorded in recipe.yaml",
         range=(NOT_NEGATIVE, at_most(2**32 - 1)),
     )
+
+    @property
+    def compile_for(self) -> int | None:
+        """For how many samples at most LPL's decoder is compiled; None: it is not."""
+        return self.train_batch_size if self.torch_compile else None
 
     @property
     def optimizer_arguments(self) -> dict[str, Any]:

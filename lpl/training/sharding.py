@@ -106,6 +106,11 @@ def check_sharding(sharding: Sharding | None, config: Config) -> None:
     if sharding is None:
         return
     optimization, lora = config.optimization, config.lora
+    if optimization.torch_compile:
+        raise ValueError(
+            "--torch_compile is not supported with FSDP2 (in accelerate's configuration); leave the flag out, or "
+            "launch with --multi_gpu"
+        )
     if lora.quantize_base:
         raise ValueError(
             f"--quantize_base {lora.quantize_base}: FSDP2 (in accelerate's configuration) shards no quantised base; "

@@ -2,10 +2,16 @@
 
 Attention goes through PyTorch's own kernel unless ``--attention_backend`` names another one of diffusers'
 *dispatcher*, which some transformers call and others, and UNets, do not.
+
+``--torch_compile`` compiles modules in place, so that no name of a weight changes: the denoiser's repeated blocks, one
+by one, or all of it where its class names none; and the parts of LPL's decoder (:mod:`lpl.features`).
 """
 
 from __future__ import annotations
 
+import os
+import shutil
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -18,9 +24,12 @@ from diffusers.models.attention_dispatch import (
 )
 from torch import nn
 
+from lpl import features
 from lpl.autoencoders import skeleton
 from lpl.config import Config
 from lpl.families.description import Description
+from lpl.features import DecoderFeatureExtractor
+from lpl.tools.machine import has_gpu, missing
 from lpl.tools.words import close_match, first_line
 from lpl.training.parts import TrainedParts
 
@@ -47,6 +56,12 @@ def check_speed(config: Config) -> None:
             _check_attention_backend_requirements(AttentionBackendName(name))
         except RuntimeError as error:
             raise ValueError(f"--attention_backend {name}: {first_line(error)}") from error
+    if config.optimization.torch_compile:
+        compilers = os.environ.get("CXX", "g++"), "clang++"
+        if has_gpu() and missing("triton"):
+            raise ValueError("--torch_compile needs triton on a GPU: pip install triton, or leave the flag out")
+        if not has_gpu() and not any(map(shutil.which, compilers)):
+            raise ValueError("--torch_compile needs a C++ compiler, and there is no g++; leave the flag out")
 
 
 def check_model(config: Config, description: Description) -> None:
@@ -62,6 +77,8 @@ def check_model(config: Config, description: Description) -> None:
                 f"--attention_backend {name}: the attention of {type(denoiser).__name__} has PyTorch's own kernel and "
                 "takes no other (docs/faster.md); leave the flag out"
             )
+    if config.optimization.torch_compile and config.lpl.enabled and config.lpl.lpl_vae_name_or_path is None:
+        DecoderFeatureExtractor(skeleton(description.vae), config.lpl.lpl_blocks, compile_for=1)
 
 
 def dispatches(denoiser: nn.Module) -> bool:
@@ -75,10 +92,21 @@ def speed_up(trained: TrainedParts, config: Config, accelerator: Accelerator) ->
     Raises:
         ValueError: where a kernel does not work on this device.
     """
+    denoiser: Any = trained.denoiser
     if (name := config.optimization.attention_backend) is not None:
         try_backend(name, accelerator)
-        denoiser: Any = trained.denoiser
         denoiser.set_attention_backend(name)
+    if config.optimization.torch_compile:
+        compiled(denoiser)
+
+
+def compiled(denoiser: Any) -> None:
+    """Compile a denoiser in place; nothing is compiled before its first call."""
+    options = {"backend": features.BACKEND, "recompile_limit": features.RECOMPILE_LIMIT}
+    with suppress(ValueError):  # there are no repeated blocks
+        denoiser.compile_repeated_blocks(**options)
+        return
+    denoiser.compile(**options)
 
 
 def try_backend(name: str, accelerator: Accelerator) -> None:
