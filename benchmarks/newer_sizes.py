@@ -8,8 +8,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 import diffusers
+from diffusers.pipelines.kolors.pipeline_kolors import KolorsPipeline
 
-from benchmarks.real_sizes import CHECKPOINTING, SDXL_VAE, TINY_KL_VAE, WITHOUT_QUANT_CONVS, Model, kl_vae
+from benchmarks.real_sizes import (
+    CHECKPOINTING,
+    MODELS,
+    SDXL_VAE,
+    STABLE_DIFFUSION_BETAS,
+    TINY_KL_VAE,
+    WITHOUT_QUANT_CONVS,
+    Model,
+    kl_vae,
+)
 
 
 FLUX_VAE = kl_vae(
@@ -312,6 +322,73 @@ NEWER = {
             ((16, 0),),
         ),
         resolution=(960, 64),
+        batch=1,
+        kinds=("lora",),
+        flags=CHECKPOINTING,
+    ),
+    "kolors": replace(
+        MODELS["sdxl"],
+        public="Kwai-Kolors/Kolors-diffusers",
+        pipeline=KolorsPipeline,
+        scheduler=diffusers.EulerDiscreteScheduler(
+            **STABLE_DIFFUSION_BETAS | {"beta_end": 0.014},
+            num_train_timesteps=1100,
+            steps_offset=1,
+            timestep_spacing="leading",
+        ),
+        denoiser=(
+            diffusers.UNet2DConditionModel,
+            MODELS["sdxl"].denoiser[1]
+            | {
+                "encoder_hid_dim": 4096,
+                "encoder_hid_dim_type": "text_proj",
+                "projection_class_embeddings_input_dim": 5632,
+            },
+        ),
+        parameters=(2_579_458_820, 83_653_863),
+        encoders=(("", "chatglm", 4096, 0),),
+        tiny=(
+            MODELS["sdxl"].tiny[0] | {"encoder_hid_dim": 16, "projection_class_embeddings_input_dim": 6 * 8 + 16},
+            TINY_KL_VAE,
+            ((16, 0),),
+        ),
+        kinds=("lora",),
+    ),
+    "hunyuan-image": Model(
+        public="hunyuanvideo-community/HunyuanImage-2.1-Diffusers",
+        pipeline=diffusers.HunyuanImagePipeline,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
+        denoiser=(diffusers.HunyuanImageTransformer2DModel, {"text_embed_2_dim": 1472}),
+        vae=(
+            diffusers.AutoencoderKLHunyuanImage,
+            {
+                "in_channels": 3,
+                "out_channels": 3,
+                "latent_channels": 64,
+                "block_out_channels": (128, 256, 512, 512, 1024, 1024),
+                "layers_per_block": 2,
+                "spatial_compression_ratio": 32,
+                "sample_size": 384,
+                "scaling_factor": 0.75289,
+            },
+        ),
+        parameters=(17_425_795_520, 405_575_491),
+        encoders=(("", "qwen2_5_vl", 3584, 0), ("_2", "byt5", 1472, 0)),
+        tiny=(
+            {
+                "num_layers": 1,
+                "num_single_layers": 1,
+                "num_refiner_layers": 1,
+                "num_attention_heads": 2,
+                "attention_head_dim": 16,
+                "rope_axes_dim": (8, 8),
+                "text_embed_dim": 16,
+                "text_embed_2_dim": 16,
+            },
+            {"block_out_channels": (64, 64, 64, 64, 128, 128), "layers_per_block": 1},
+            ((16, 0), (16, 0)),
+        ),
+        resolution=(2048, 128),
         batch=1,
         kinds=("lora",),
         flags=CHECKPOINTING,

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Image, load_dataset
 from safetensors.torch import load_file, save_file
 
 from lpl.tools import layout
@@ -36,7 +37,7 @@ from lpl.tools.files import entries
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "reliability.md"
 START, END = "<!-- same result -->", "<!-- end of same result -->"
-IMAGES = 16  # in a step
+IMAGES, SHARDS = 16, 8  # in a step; of the streamed data
 MARGIN = 4.0
 TERMS = ("loss", "lpl")
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -105,6 +106,22 @@ def launch(pipeline: Path, words: Sequence[str], folder: Path, way: Way, killed_
         if process.returncode and not (killed_at is not None and process.returncode == -signal.SIGKILL):
             output.seek(0)
             sys.exit(f"{way.words} failed:\n{output.read()[-3000:]}")
+
+
+def embedded(row: dict[str, Any]) -> dict[str, Any]:
+    image = row["image"]
+    return {"image": {"bytes": image["bytes"] or Path(image["path"]).read_bytes(), "path": None}}
+
+
+def sharded(images: Path, folder: Path) -> Path:
+    """The same images as parquet files, which are streamed."""
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        dataset = load_dataset("imagefolder", data_dir=str(images), split="train")
+        dataset = dataset.cast_column("image", Image(decode=False)).map(embedded)
+        for number in range(SHARDS):
+            dataset.shard(SHARDS, number).to_parquet(folder / f"part-{number}.parquet")
+    return folder
 
 
 def curve(folder: Path) -> dict[str, list[float]]:
@@ -191,13 +208,15 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the runs are kept, and gone on with")
     parser.add_argument("--write", action="store_true", help="write the table into docs/reliability.md")
     args, words = parser.parse_known_args()
-    words = ["--train_data_dir", str(args.train_data_dir.resolve()), *words]
     folder = args.folder or Path(tempfile.mkdtemp())
     base = args.pretrained_model_name_or_path.resolve()
 
+    images = args.train_data_dir.resolve()
+
     def measured(name: str, ways: Sequence[Way], pipeline: Path = base) -> dict[str, list[float]]:
         print(", killed, then ".join(way.words for way in ways), flush=True)
-        return run(pipeline, words, folder / name, ways, args.steps)
+        place = sharded(images, folder / "shards") if ways[0].flags else images
+        return run(pipeline, ["--train_data_dir", str(place), *words], folder / name, ways, args.steps)
 
     reference = measured("one", [ONE])
     nudges = [measured(f"nudged-{n}", [ONE], nudged(base, folder / f"pipeline-{n}", n)) for n in range(3)]

@@ -24,7 +24,7 @@ def pytest_configure(config):
 
 
 NEWER = (  # families, by their names in tests
-    *("flux2", "chroma", "lumina", "aura", "qwen", "ernie", "krea"),
+    *("flux2", "chroma", "lumina", "aura", "qwen", "ernie", "krea", "kolors", "hunyuan"),
     *("hidream", "wan_", "wan22_", "wan-"),
 )
 
@@ -150,6 +150,23 @@ def ernie_image_pipeline(tmp_path_factory):
     from tiny import tiny_ernie_image
 
     return tiny_ernie_image(tmp_path_factory.mktemp("ernie_image"))
+
+
+@pytest.fixture(scope="session")
+def kolors_pipeline(tmp_path_factory):
+    """Folder of a tiny Kolors."""
+    pytest.importorskip("sentencepiece", reason="Kolors' tokenizer needs sentencepiece")
+    from tiny import tiny_kolors
+
+    return tiny_kolors(tmp_path_factory.mktemp("kolors"))
+
+
+@pytest.fixture(scope="session")
+def hunyuan_image_pipeline(tmp_path_factory):
+    """Folder of a tiny HunyuanImage."""
+    from tiny import tiny_hunyuan_image
+
+    return tiny_hunyuan_image(tmp_path_factory.mktemp("hunyuan_image"))
 
 
 @pytest.fixture(scope="session")

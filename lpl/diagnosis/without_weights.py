@@ -8,15 +8,15 @@ from typing import Any
 
 import diffusers
 import torch
-import transformers
 from accelerate.utils.operations import convert_outputs_to_fp32
 from torch import Tensor, nn
 from transformers import BatchEncoding
 
 from lpl.config import Config
 from lpl.diagnosis.counting import GPU
-from lpl.families import Conditions, Family
+from lpl.families import Family
 from lpl.families.description import Description
+from lpl.families.fit import component_class
 from lpl.tools.machine import DTYPES, SHORT
 from lpl.tools.trust import components_in
 from lpl.training.loading import denoiser_class, precisions
@@ -101,7 +101,7 @@ def family_without_weights(config: Config, description: Description, mixed_preci
     for name in family.text_encoder_names:
         if name in description.absent:
             continue
-        kind = getattr(transformers, description.index[name][1])
+        kind = component_class(description.index[name])
         settings = kind.config_class.from_pretrained(model.pipeline, subfolder=name, **where)
         components[name] = model_without_weights(kind, settings, dtypes[name])
         length = getattr(settings.get_text_config(), "max_position_embeddings", None) or model.max_sequence_length
@@ -113,16 +113,8 @@ def family_without_weights(config: Config, description: Description, mixed_preci
     pipeline = family.pipeline_class(**{name: components.get(name) for name in needed}, **flags)
     made: Any = family(pipeline, model.max_sequence_length, model.guidance_scale)
     plain = made.predict
-    made.predict = lambda *inputs: plain(*inputs[:-1], _longest(inputs[-1]))
+    made.predict = lambda *inputs: plain(*inputs[:-1], made.without_values(inputs[-1]))
     return made
-
-
-def _longest(conditions: Conditions) -> Conditions:
-    """As if each caption had as many tokens as there can be; here no tensor has values that would tell."""
-    if "lengths" not in conditions:
-        return conditions
-    count, tokens = next(iter(conditions.values())).shape[:2]
-    return conditions | {"lengths": (tokens,) * count}
 
 
 def weight_dtype_of(mixed_precision: str) -> torch.dtype:

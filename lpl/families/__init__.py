@@ -19,6 +19,8 @@ from lpl.families.ernie_image import ErnieImage
 from lpl.families.flux import Flux
 from lpl.families.flux2 import Flux2, Flux2Klein
 from lpl.families.hidream import HiDream
+from lpl.families.hunyuan_image import HunyuanImage
+from lpl.families.kolors import Kolors
 from lpl.families.krea2 import Krea2
 from lpl.families.lumina2 import Lumina2
 from lpl.families.pixart import PixArtAlpha, PixArtSigma
@@ -51,6 +53,8 @@ FAMILIES: tuple[type[Family], ...] = (
     AuraFlow,
     HiDream,
     Wan,
+    Kolors,
+    HunyuanImage,
 )
 
 

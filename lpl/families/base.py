@@ -8,7 +8,7 @@ Vocabulary. *Conditions* are what the denoiser takes beside latents and timestep
 ``original_size``, ``crop_top_left`` and ``target_size``, each (B, 2), height or top first, in pixels. A batch of the
 loader has ``tokens`` too, made of its captions by :meth:`Family.tokenize`. Conditions are tensors, (B, ...), of one
 shape for all captions; where a denoiser must know how many tokens each has, ``lengths`` are B integers on the host,
-of the first tensor's second dimension.
+of the first tensor's second dimension. Those of another text encoder are ``lengths_2``.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ class Family:
     vaes: ClassVar[tuple[str, ...]] = (  # the pipeline can sample with these; LPL accepts more
         *("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny", "VQModel", "AutoencoderDC"),
     )
+    packages: ClassVar[tuple[str, ...]] = ()  # that its tokenizers need, beside those that all families do
+    of_bytes: ClassVar[tuple[str, ...]] = ()  # tokenizers that have no vocabulary
     no_float16: ClassVar[tuple[str, ...]] = ()  # text encoders that overflow in float16; they run in bfloat16
     objectives: ClassVar[tuple[str, ...]] = tuple(OBJECTIVES)  # those that the pipeline can sample
     num_classes: ClassVar[int | None] = None  # captions are class labels from 0; None: captions are text
@@ -69,6 +71,9 @@ class Family:
     trainable_text_encoders: ClassVar[tuple[str, ...]] = ()  # those that --train_text_encoder trains
     text_encoder_learning_rate: ClassVar[float | None] = None  # default of --text_encoder_lr; None: --learning_rate
     text_encoder_weight_decay: ClassVar[float | None] = None  # likewise
+    sharded_layers: ClassVar[
+        tuple[str, ...]
+    ] = ()  # classes that FSDP2 gathers one by one; empty: the model names them
     idle_weights: ClassVar[bool] = False  # whether weights of the denoiser take no part in its output
 
     def __init_subclass__(cls) -> None:
@@ -210,6 +215,13 @@ class Family:
         size = (len(noisy_latents),)
         return torch.full(size, self.guidance_scale, dtype=torch.float32, device=noisy_latents.device)
 
+    def without_values(self, conditions: Conditions) -> Conditions:
+        """The same for tensors that have no values: as if each caption had as many tokens as there can be."""
+        if "lengths" not in conditions:
+            return conditions
+        count, tokens = next(iter(conditions.values())).shape[:2]
+        return conditions | {"lengths": (tokens,) * count}
+
     # In sampling
 
     def call_arguments(self, prompt: str | int, height: int, width: int) -> dict[str, Any]:
@@ -227,6 +239,11 @@ class Family:
         parameters = cls._call_parameters()
         other = {"true_cfg_scale"} - {cls.guidance_argument}
         return "negative_prompt" in parameters and not other & parameters.keys()
+
+    @classmethod
+    def guides_itself(cls, configs: Configs) -> bool:
+        """Whether a component of the pipeline has the scale of guidance, which its call then takes in vain."""
+        return False
 
     @classmethod
     def default_guidance(cls) -> float:

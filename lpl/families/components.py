@@ -27,7 +27,7 @@ from lpl.tools.words import first_line, warn
 
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
-NOT_MODELS = ("scheduler", "tokenizer", "feature_extractor")  # components whose names begin so have no weights
+NOT_MODELS = ("scheduler", "tokenizer", "feature_extractor", "guider", "ocr_guider")  # so begin names without weights
 OTHERS_WEIGHTS = (*PICKLES, ".msgpack", ".h5", ".onnx", ".onnx_data", ".flashpack", ".gguf", ".py")
 MODEL_WEIGHTS = "diffusion_pytorch_model"  # beginning of the names of diffusers' weights
 WEIGHTS = re.compile(r"\.safetensors(\.index(\.[\w-]+)?\.json)?$")
@@ -50,7 +50,7 @@ def lacking(model: Model, family: type[Family], listed: Iterable[str], unread: I
     idle, gone = family.idle_components(), []
     for name in listed if files else ():
         here = [file.name for file in files if file.parent == PurePosixPath(name)]
-        missing = _missing(name, here, weights=name not in unread)
+        missing = _missing(name, here, weights=name not in unread, vocabulary=name not in family.of_bytes)
         if missing and name in idle:
             gone.append(name)
         elif missing:
@@ -80,10 +80,10 @@ def _files(model: Model) -> tuple[list[PurePosixPath], str]:
     return listed_files(str(Path(cached).parent)) if isinstance(cached, str) else [], "the Hub's cache"
 
 
-def _missing(name: str, files: Sequence[str], weights: bool) -> str | None:
+def _missing(name: str, files: Sequence[str], weights: bool, vocabulary: bool) -> str | None:
     if not files:
         return "no files of it"
-    if name.startswith("tokenizer") and not set(VOCABULARIES).intersection(files):
+    if vocabulary and name.startswith("tokenizer") and not set(VOCABULARIES).intersection(files):
         return f"no vocabulary of it ({', '.join(VOCABULARIES)})"
     readable = (".safetensors", *PICKLES)  # pickles are refused with the way to convert them
     if weights and not name.startswith(NOT_MODELS) and not any(file.endswith(readable) for file in files):

@@ -20,6 +20,7 @@ from lpl.families import Family, find_family
 from lpl.families.components import lacking
 from lpl.families.fit import check_relations, encoder_widths
 from lpl.objectives import Objective, get_objective, own_objective, training_scheduler
+from lpl.tools.machine import missing
 from lpl.tools.trust import check_components, check_weights, components_in
 from lpl.tools.words import first_line
 
@@ -105,6 +106,8 @@ def read_pipeline(model: Model, blocks: Sequence[str] | None = None, weights: bo
     what = f"--pretrained_model_name_or_path {model.source}"
     if why := family.why_refused(index):
         raise ValueError(f"{what}: {why}")
+    if lacked := [package for package in family.packages if weights and missing(package)]:
+        raise ValueError(f"{what}: its tokenizer needs {lacked[0]}: pip install {lacked[0]}")
     check_components(model.source, index, family.pipeline_class._get_signature_keys(family.pipeline_class)[0])
     components = components_in(index)
     absent = dict.fromkeys(name for name, entry in components.items() if tuple(entry) == (None, None))

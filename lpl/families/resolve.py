@@ -63,6 +63,8 @@ def resolve(config: Config, description: Description) -> Config:
     _check_single_file(config, description)
     if "guidance_scale" in config.given and not description.family.takes_guidance(description.parts):
         warn_idle("guidance_scale")
+    if config.validation.validation_guidance_scale is not None and description.family.guides_itself(description.parts):
+        warn_idle("validation_guidance_scale")
     warn_of_idle_flags(config)
     return config
 
@@ -266,6 +268,8 @@ def _check_prompts(config: Config, description: Description) -> None:
         for name, side in (("height", height), ("width", width)):
             if name in own:
                 _check_side(f"{where}, {name} {side}", side, description)
+        if "guidance_scale" in own and family.guides_itself(description.parts):
+            warn(f"{where}: its guidance_scale has no effect; the pipeline's guider has one")
         _check_area(f"{where}, {height} x {width}", height, width, description)
         if NEGATIVE not in own:
             continue

@@ -91,7 +91,7 @@ def test_the_denoiser_is_called_as_the_pipeline_calls_it(folder, length, monkeyp
     torch.testing.assert_close(answer, view.unpacked(answers[0]))
     assert len(training) == 1 and training[0].keys() == expected.keys() and len(expected) >= 3
     for name, value in training[0].items():
-        there = expected[name].expand_as(value)
+        there = view.given(expected[name], value)
         assert torch.equal(value, there) if view.exact else torch.allclose(value, there, atol=1e-5), name
         assert value.dtype == expected[name].dtype or name in ("timestep", "t"), name
 
@@ -118,7 +118,7 @@ def test_no_caption_is_what_guidance_starts_from(name, request):
             family.predict(family.denoiser, view.latents(call), timesteps, conditions)
         assert training[0].keys() == call.keys()
         for name, value in training[0].items():
-            torch.testing.assert_close(value, call[name].expand_as(value), check_dtype=False)
+            torch.testing.assert_close(value, view.given(call[name], value), check_dtype=False)
 
 
 @torch.no_grad()
@@ -266,6 +266,8 @@ REAL_SIZES = [  # the denoiser's and the VAE's configuration in the published mo
     ("wan", {"patch_size": [1, 2, 2]}, 4, (640, 16, (1, None))),
     ("wan", {"patch_size": [1, 2, 2]}, 5, (640, 32, (1, None))),  # Wan 2.2, whose VAE has patches
     ("lumina-2", {"sample_size": 128, "patch_size": 2}, 4, (1024, 16, (1, None))),
+    ("kolors", {"sample_size": 128}, 4, (1024, 8, (1, None))),
+    ("hunyuan-image", {"patch_size": [1, 1]}, 6, (2048, 64, (1, None))),
 ]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from diffusers import (
+    AdaptiveProjectedMixGuidance,
     AsymmetricAutoencoderKL,
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
@@ -44,6 +45,8 @@ from diffusers import (
     FluxTransformer2DModel,
     HiDreamImagePipeline,
     HiDreamImageTransformer2DModel,
+    HunyuanImagePipeline,
+    HunyuanImageTransformer2DModel,
     Krea2Pipeline,
     Krea2Transformer2DModel,
     Lumina2Pipeline,
@@ -72,6 +75,7 @@ from diffusers.models.normalization import AdaLayerNormZero
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    ByT5Tokenizer,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -443,6 +447,20 @@ def _qwen3_config(tokenizer, hidden_size, layers=2):
     )
 
 
+def _qwen2_5_vl_config(tokenizer, layers=1):
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
+    }
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": 16}
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+
+
 # --- pipelines -------------------------------------------------------------------------------------------------------
 
 
@@ -716,18 +734,8 @@ def tiny_z_image(folder):
 def tiny_qwen_image(folder):
     """QwenImagePipeline with a Qwen2.5-VL and a VAE with a time axis."""
     tokenizer = _qwen_tokenizer()
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
-    }
-    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": 16}
     with seeded(9):
-        text_encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+        text_encoder = Qwen2_5_VLForConditionalGeneration(_qwen2_5_vl_config(tokenizer))
         transformer = QwenImageTransformer2DModel(
             in_channels=16,
             out_channels=4,
@@ -1025,6 +1033,115 @@ def tiny_wan(folder, kind="wan"):
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
         transformer=transformer,
         expand_timesteps=patches,
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return Path(folder)
+
+
+def tiny_kolors(folder):
+    """KolorsPipeline with a ChatGLM, whose tokenizer needs sentencepiece."""
+    from diffusers.pipelines.kolors.pipeline_kolors import KolorsPipeline
+    from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
+    from diffusers.pipelines.kolors.tokenizer import ChatGLMTokenizer
+
+    tokenizer = ChatGLMTokenizer(_sentencepiece_model(Path(folder)))
+    config = ChatGLMConfig(
+        num_layers=2,
+        padded_vocab_size=tokenizer.vocab_size,
+        hidden_size=16,
+        ffn_hidden_size=32,
+        kv_channels=8,
+        num_attention_heads=2,
+        multi_query_attention=True,
+        multi_query_group_num=1,
+        seq_length=256,
+        add_qkv_bias=True,
+        original_rope=True,
+    )
+    with seeded(13):
+        text_encoder = ChatGLMModel(config, empty_init=False)
+        for name, parameter in text_encoder.named_parameters():
+            parameter.data.fill_(1.0) if name.endswith("norm.weight") else parameter.data.normal_(std=0.3)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2),
+            cross_attention_dim=24,
+            encoder_hid_dim=16,
+            encoder_hid_dim_type="text_proj",
+            attention_head_dim=2,
+            norm_num_groups=4,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 16,  # the six numbers, and the pooled embedding
+        )
+    pipeline = KolorsPipeline(
+        vae=tiny_vae("sd", scaling_factor=0.13025),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.014,
+            beta_schedule="scaled_linear",
+            num_train_timesteps=1100,
+            steps_offset=1,
+            timestep_spacing="leading",
+        ),
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return Path(folder)
+
+
+def _sentencepiece_model(folder):
+    """The file of a vocabulary that sentencepiece makes of a few words."""
+    import sentencepiece
+
+    texts = ["a cat", "the dog, and a very long caption", "a house by the lake", "".join(map(chr, range(33, 127)))]
+    place = folder / "vocabulary"
+    with open(place, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=file, model_type="bpe", vocab_size=120, minloglevel=2
+        )
+    return str(place)
+
+
+def tiny_hunyuan_image(folder, distilled=False):
+    """HunyuanImagePipeline with a Qwen2.5-VL and a ByT5; as the distilled model has it, or guided by a guider."""
+    tokenizer, tokenizer_2 = _qwen_tokenizer(), ByT5Tokenizer()
+    with seeded(14):
+        text_encoder = Qwen2_5_VLForConditionalGeneration(_qwen2_5_vl_config(tokenizer, layers=3))
+        text_encoder_2 = T5EncoderModel(_t5_config(tokenizer_2, d_model=24))
+        transformer = HunyuanImageTransformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=1,
+            num_single_layers=1,
+            num_refiner_layers=1,
+            text_embed_dim=16,
+            text_embed_2_dim=24,
+            rope_axes_dim=(8, 8),
+            guidance_embeds=distilled,
+            use_meanflow=distilled,
+        )
+    pipeline = HunyuanImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=4.0),
+        vae=tiny_vae("hunyuan"),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=tokenizer_2,
+        transformer=transformer,
+        guider=None if distilled else AdaptiveProjectedMixGuidance(),
+        ocr_guider=None if distilled else AdaptiveProjectedMixGuidance(),
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
     return Path(folder)

@@ -32,6 +32,8 @@ TINY = {  # family -> fixtures of tests/conftest.py
     "auraflow": ["aura_flow_pipeline"],
     "hidream-i1": ["hidream_pipeline"],
     "wan": ["wan_pipeline", "wan22_pipeline"],
+    "kolors": ["kolors_pipeline"],
+    "hunyuan-image": ["hunyuan_image_pipeline"],
 }
 FAMILY_OF = {family.name: family for family in FAMILIES}
 CAPTIONS = ["a cat", "", "the dog, and a very long caption " * 8]
@@ -148,6 +150,10 @@ class View:
     def timesteps(self, call):
         """Training's timesteps, (B,), in a call of the denoiser."""
         return call["timestep"].reshape(-1).double() / self.family.denoiser.config.get("timestep_scale", 1.0)
+
+    def given(self, value, like):
+        """A tensor that the pipeline gives the denoiser, in the shape that training gives it."""
+        return value.expand_as(like)
 
     def unpacked(self, value):
         """What the pipeline calls latents, as (B, C, h, w)."""
@@ -285,9 +291,26 @@ class WanView(View):
         return output.unsqueeze(2)
 
 
+class HunyuanImageView(View):
+    empty_first, calls_a_step, exact = False, 2, False
+
+    @property
+    def guidance_off(self):
+        self.pipeline.guider.disable(), self.pipeline.ocr_guider.disable()  # its call takes no scale
+        return {}
+
+    def captions(self, captions):
+        """With text to draw; shorter than what they are padded to, which training leaves out."""
+        return [*captions[:2], "a sign, \"cats\" and 'dogs'"]
+
+    def given(self, value, like):
+        return (value[:, : like.shape[1]] if value.ndim > 1 else value).expand_as(like)
+
+
 VIEWS = {
     "hidream-i1": HiDreamView,
     "wan": WanView,
+    "hunyuan-image": HunyuanImageView,
     "krea-2": Krea2View,
     "sana": SanaView,
     "ernie-image": ErnieImageView,

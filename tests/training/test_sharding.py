@@ -8,9 +8,11 @@ import pytest
 import torch
 from accelerate import debug_launcher
 from safetensors.torch import load_file
+from tiny_families import TINY, data_fixture
 from trainer import train, weights
 
 from lpl.config import Config
+from lpl.families import find_family
 from lpl.tools import layout
 from lpl.training.sharding import Sharding, blocks_of, check_sharding, in_step
 
@@ -91,6 +93,19 @@ def test_lora_and_text_encoders(sharded_runs, sd_pipeline, image_folder, tmp_pat
     close(weights(tmp_path / "encoder/text_encoder"), weights(tmp_path / "encoder-2/text_encoder"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for fixtures in TINY.values() for name in fixtures])
+def test_every_family(name, sharded_runs, request, tmp_path):
+    pipeline = request.getfixturevalue(name)
+    family = find_family(json.loads((pipeline / layout.INDEX).read_text())["_class_name"])
+    images = request.getfixturevalue(data_fixture(family))
+    plain = {"use_ema": None, "validation_prompts": None, "validation_steps": None, "validation_every_nth": None}
+    flags = FLAGS | plain | {"max_train_steps": 2}
+    train(pipeline, images, tmp_path / "alone", **flags | {"gradient_accumulation_steps": 2})
+    sharded_runs((pipeline, images, tmp_path / "sharded", flags))
+    assert entries(tmp_path / "sharded") == pytest.approx(entries(tmp_path / "alone"), rel=1e-4)
+
+
 def test_items_in_step():
     """A process that has run out goes on as long as another one has items."""
     left = iter([2.0, 2.0, 1.0, 0.0])  # processes that still have one
@@ -105,9 +120,10 @@ def test_blocks_are_those_that_the_class_names():
     inner = torch.nn.Sequential(torch.nn.Linear(2, 2))
     model = torch.nn.Module()
     model.blocks = torch.nn.ModuleList([inner, torch.nn.Linear(2, 2), torch.nn.Identity()])
-    assert blocks_of(model) == [model.blocks[1], inner]
-    model._no_split_modules = ["Linear"]
+    assert blocks_of(model) == []
+    model._no_split_modules = ["Linear", "Identity"]  # the last has no weights
     assert blocks_of(model) == [model.blocks[1], inner[0]]
+    assert blocks_of(model, ["Sequential"]) == [inner]
 
 
 # What cannot work ----------------------------------------------------------------------------------------------------
