@@ -26,6 +26,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lpl.config import Config
+from lpl.training.optimizers import cannot_shard
 
 
 Item = TypeVar("Item")
@@ -109,13 +110,18 @@ def check_sharding(sharding: Sharding | None, config: Config) -> None:
     if sharding is None:
         return
     optimization, lora = config.optimization, config.lora
+    if optimization.torch_compile:
+        raise ValueError(
+            "--torch_compile is not supported with FSDP2 (in accelerate's configuration); leave the flag out, or "
+            "launch with --multi_gpu"
+        )
     if lora.quantize_base:
         raise ValueError(
             f"--quantize_base {lora.quantize_base}: FSDP2 (in accelerate's configuration) shards no quantised base; "
             "leave the flag out, or launch with --multi_gpu"
         )
-    if not lora.lora and (optimization.use_8bit_adam or optimization.optimizer == "prodigy"):
-        given = "--use_8bit_adam" if optimization.use_8bit_adam else "--optimizer prodigy"
+    if not lora.lora and cannot_shard(optimization):
+        given = "--use_8bit_adam" if optimization.use_8bit_adam else f"--optimizer {optimization.optimizer}"
         raise ValueError(f"{given}: it cannot update sharded weights; leave the flag out, or train --lora")
     if config.model.non_ema_revision and optimization.use_ema:
         raise ValueError(
