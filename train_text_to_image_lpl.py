@@ -78,6 +78,7 @@ from lpl.training.provenance import start_recipe, update_recipe
 from lpl.training.result import Result
 from lpl.training.sampling import draws_of
 from lpl.training.skipped_steps import SkippedSteps
+from lpl.training.speed import check_model, speed_up
 from lpl.training.start import (
     Length,
     Run,
@@ -126,9 +127,11 @@ def train(config: Config, status: Status) -> None:
             inputs = replace(inputs, images=pictures[0], held_out_images=pictures[1])
         images = inputs.images
         trained = status.trained = trained_parts(family, config)
+        speed_up(trained, config, accelerator)
         average = place_models(trained, config, description, accelerator)
         needs_decoder = config.lpl.enabled or inputs.held_out_images is not None
-        lpl_loss = perceptual_loss(family.vae, config.lpl, config.model.cache_dir) if needs_decoder else None
+        decoder = config.lpl, config.model.cache_dir, config.optimization.compile_for
+        lpl_loss = perceptual_loss(family.vae, *decoder) if needs_decoder else None
         student = student_of(config.lpl, lpl_loss, config.model.cache_dir)
     settings = config.lpl, config.diffusion, student, config.data.unmasked_weight
     losses = Losses(family, images.objective, lpl_loss, *settings)
@@ -245,6 +248,7 @@ def start(config: Config, status: Status) -> Inputs:
         description = read_pipeline(config.model, config.lpl.lpl_blocks)
         config = status.config = with_adapters(resolve(config, description), description)
         check_captions(config.data, description.family)
+        check_model(config, description)
         if evaluates:
             evaluation.check_captions(config.evaluation, config.data, description.family)
         accelerator = status.accelerator = start_accelerator(config, description.family.idle_weights)

@@ -16,7 +16,6 @@ import io
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 import tarfile
@@ -29,6 +28,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import psutil
 import torch
 from diffusers import DDPMScheduler
 from PIL import Image
@@ -75,7 +75,7 @@ def opened(folder: Path, workers: int) -> StreamedImages:
         streaming=True,
         image_column="jpg",
         caption_column="txt",
-        resolution=[RESOLUTION],
+        resolution=str(RESOLUTION),
         dataloader_num_workers=workers,
     )
     dataset, _ = load_streamed_images(config.data, 0, None)
@@ -104,9 +104,10 @@ def started(folder: Path) -> dict[str, float]:
 
 
 def memory() -> float:
-    """The most that this process and its loader have had, in MiB."""
-    own, others = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return (own + others) / 1024
+    """Of this process, and what its loader has of its own, in MiB."""
+    process = psutil.Process()
+    loaders = sum(child.memory_full_info().uss for child in process.children(recursive=True))
+    return (process.memory_info().rss + loaders) / 2**20
 
 
 class Units(StreamedBatches):
@@ -117,32 +118,28 @@ class Units(StreamedBatches):
             yield shard * self.parts + part, {}
 
 
-def coverage(shards: int, processes: int, seed: int = 0) -> dict[str, float]:
+def coverage(shards: int, processes: int, seed: int = 0) -> dict[str, int]:
     """How often each unit of an epoch is read by all processes together, each stopped in the middle and resumed."""
     dataset: Any = SimpleNamespace(num_shards=shards)
     data: Any = SimpleNamespace(shuffle_buffer_size=1)
-    read, longest, seconds = Counter(), 0, 0.0
+    read, longest, units = Counter(), 0, 0
     for process in range(processes):
-        begin, mine, position = time.perf_counter(), [], [process, 0, 0]
-        for _ in range(2):  # the second time from where the first has stopped
-            order = Units(dataset, data, 1, seed, processes, position)
+        mine, unit = [], process
+        for first_half in (True, False):
+            order = Units(dataset, data, 1, seed, processes, [unit, 0, 0])
             units = shards * order.parts
-            for unit, epoch, block in order._blocks(position[0], 0):
-                if epoch or (len(mine) >= units // processes // 2 and position[0] == process):
-                    position = [unit, 0, 0]
+            for following, epoch, block in order._blocks(unit, 0):
+                if epoch or (first_half and len(mine) == units // processes // 2):
+                    unit = following  # where the resumed run begins
                     break
                 mine.append(block[0][0])
-            if position[0] == process:
-                break
         read.update(mine)
         longest = max(longest, len(mine))
-        seconds = max(seconds, time.perf_counter() - begin)
     return {
         "units": units,
         "missed": units - len(read),
         "twice": sum(count - 1 for count in read.values()),
         "longest": longest,
-        "seconds": seconds,
     }
 
 

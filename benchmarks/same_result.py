@@ -17,7 +17,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from datasets import Image, load_dataset
 from safetensors.torch import load_file, save_file
 
 from lpl.tools import layout
@@ -36,7 +37,7 @@ from lpl.tools.files import entries
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "reliability.md"
 START, END = "<!-- same result -->", "<!-- end of same result -->"
-IMAGES = 16  # in a step
+IMAGES, SHARDS = 16, 8  # in a step; of the streamed data
 MARGIN = 4.0
 TERMS = ("loss", "lpl")
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -95,16 +96,34 @@ def launch(pipeline: Path, words: Sequence[str], folder: Path, way: Way, killed_
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | (FSDP2 if way.fsdp else {})
     command = [sys.executable, *(launcher if way.processes > 1 else []), "train_text_to_image_lpl.py", *flags]
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
-        )
+        process = psutil.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
         while process.poll() is None:
             if killed_at is not None and (folder / f"{layout.CHECKPOINT_PREFIX}{killed_at}").is_dir():
-                os.killpg(process.pid, signal.SIGKILL)
+                for each in [*process.children(recursive=True), process]:  # torchrun's have sessions of their own
+                    each.kill()
+                killed_at = None
             time.sleep(0.1)
-        if process.returncode and not (killed_at is not None and process.returncode == -signal.SIGKILL):
+        if killed_at is not None and not process.returncode:
+            sys.exit(f"{way.words} was over before it could be killed; give more --steps")
+        if process.returncode not in (0, -signal.SIGKILL):
             output.seek(0)
             sys.exit(f"{way.words} failed:\n{output.read()[-3000:]}")
+
+
+def embedded(row: dict[str, Any]) -> dict[str, Any]:
+    image = row["image"]
+    return {"image": {"bytes": image["bytes"] or Path(image["path"]).read_bytes(), "path": None}}
+
+
+def sharded(images: Path, folder: Path) -> Path:
+    """The same images as parquet files, which are streamed."""
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        dataset = load_dataset("imagefolder", data_dir=str(images), split="train")
+        dataset = dataset.cast_column("image", Image(decode=False)).map(embedded)
+        for number in range(SHARDS):
+            dataset.shard(SHARDS, number).to_parquet(folder / f"part-{number}.parquet")
+    return folder
 
 
 def curve(folder: Path) -> dict[str, list[float]]:
@@ -191,13 +210,15 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the runs are kept, and gone on with")
     parser.add_argument("--write", action="store_true", help="write the table into docs/reliability.md")
     args, words = parser.parse_known_args()
-    words = ["--train_data_dir", str(args.train_data_dir.resolve()), *words]
     folder = args.folder or Path(tempfile.mkdtemp())
     base = args.pretrained_model_name_or_path.resolve()
 
+    images = args.train_data_dir.resolve()
+
     def measured(name: str, ways: Sequence[Way], pipeline: Path = base) -> dict[str, list[float]]:
         print(", killed, then ".join(way.words for way in ways), flush=True)
-        return run(pipeline, words, folder / name, ways, args.steps)
+        place = sharded(images, folder / "shards") if ways[0].flags else images
+        return run(pipeline, ["--train_data_dir", str(place), *words], folder / name, ways, args.steps)
 
     reference = measured("one", [ONE])
     nudges = [measured(f"nudged-{n}", [ONE], nudged(base, folder / f"pipeline-{n}", n)) for n in range(3)]

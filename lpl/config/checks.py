@@ -283,6 +283,15 @@ def _check_timesteps(config: Config) -> None:
 
 def _check_optimizer(config: Config) -> None:
     optimization = config.optimization
+    if optimization.use_8bit_adam and rules.is_path(optimization.optimizer):
+        raise ValueError(
+            f"--use_8bit_adam is another optimizer than --optimizer {optimization.optimizer}; leave one of them out"
+        )
+    for flag in ("optimizer", "lr_scheduler"):
+        names = [word.partition("=")[0] for word in getattr(optimization, f"{flag}_args") or ()]
+        if taken := [name for name in names if name in ("lr", "params", "optimizer") or names.count(name) > 1]:
+            why = "the learning rate is --learning_rate" if taken[0] == "lr" else "leave it out, or give it once"
+            raise ValueError(f"--{flag}_args {taken[0]}: {why}")
     if optimization.optimizer != "prodigy":
         return
     if optimization.use_8bit_adam:

@@ -120,7 +120,7 @@ class Rehearsal:
             perceptual_loss(*_decoder(family, config.lpl, config.model.cache_dir)) if config.lpl.enabled else None
         )
         self.weight = lpl_weight(config.lpl, accelerator.device)
-        plain = replace(optimization, optimizer="AdamW", use_8bit_adam=False)
+        plain = replace(optimization, optimizer="AdamW", use_8bit_adam=False, lr_scheduler="constant")
         batch = optimization.train_batch_size * accelerator.num_processes
         self.model, self.updates = prepare(stands_in, self.trained, self.average, plain, batch, STEPS)
         self.losses = method.losses(family, objective, self.lpl_loss, config.lpl, config.diffusion)

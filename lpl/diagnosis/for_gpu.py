@@ -25,6 +25,7 @@ from lpl.families.description import Description, read_pipeline
 from lpl.families.resolve import resolve
 from lpl.tools.words import Rows, counted, pixels, short_count, size, table
 from lpl.training.given_lora import with_adapters
+from lpl.training.optimizers import check_optimizer
 from lpl.training.start import trained_parts
 
 
@@ -139,6 +140,7 @@ def print_estimate(config: Config, method: Method) -> None:
     """
     if int(os.environ.get("RANK", 0)):
         return  # the first process tells
+    check_optimizer(config.optimization, config.given)  # outside the count, which a trial step would be part of
     config = with_derived(config, weights=False)
     description = read_pipeline(config.model, config.lpl.lpl_blocks, weights=False)
     config = with_adapters(resolve(config, description), description)

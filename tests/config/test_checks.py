@@ -152,7 +152,11 @@ ALONE = cases(  # wrong whatever the pipeline: what is given, what the sentence 
     ({"from_scratch": True, "lora": True}, ["--from_scratch", "LoRA", "--lora"]),
     ({"from_scratch": True, "rank": 4}, ["--from_scratch", "LoRA", "--rank"]),
     ({"from_scratch": True, "non_ema_revision": "main"}, ["--from_scratch", "--non_ema_revision"]),
-    ({"optimizer": "lion"}, ["--optimizer lion", "AdamW", "prodigy"]),
+    ({"optimizer": "lion"}, ["--optimizer lion", "AdamW", "prodigy", "package.module:Class"]),
+    ({"optimizer": "torch.optim:SGD", "use_8bit_adam": True}, ["--use_8bit_adam", "--optimizer torch.optim:SGD"]),
+    ({"optimizer": "torch.optim:SGD", "optimizer_args": "lr=1"}, ["--optimizer_args lr", "--learning_rate"]),
+    ({"optimizer": "torch.optim:SGD", "optimizer_args": "=1"}, ["--optimizer_args", "'=1'", "NAME=VALUE"]),
+    ({"optimizer": "torch.optim:SGD", "optimizer_args": "a={b: 1}"}, ["--optimizer_args", "NAME=VALUE"]),
     ({"optimizer": "prodigy", "use_8bit_adam": True}, ["--use_8bit_adam", "--optimizer prodigy"]),
     (
         {"optimizer": "prodigy", "learning_rate": 1.0, "text_encoder_lr": 0.5, "train_text_encoder": True},
