@@ -64,6 +64,7 @@ def check_words(config: Config) -> None:
     _check_caches(config)
     _check_masks(config)
     _check_lora(config)
+    _check_memory(config)
     _check_lpl(config)
     _check_timesteps(config)
     _check_optimizer(config)
@@ -415,6 +416,20 @@ def _check_lora(config: Config) -> None:
         warn("--use_dora is for the denoiser; the text encoders get LoRA, since diffusers loads no DoRA there")
     if lora.quantize_base is not None and config.model.train_text_encoder:
         raise ValueError("--quantize_base goes without --train_text_encoder; leave one of them out")
+
+
+def _check_memory(config: Config) -> None:
+    """Refuse flags that would save no memory, or that exclude one another."""
+    lora, checkpoints = config.lora, config.optimization.gradient_checkpointing
+    if lora.group_offload and not checkpoints:
+        raise ValueError(
+            "--group_offload: without --gradient_checkpointing all weights stay on the GPU for the backward pass; add "
+            "it, or leave --group_offload out"
+        )
+    if lora.group_offload and lora.quantize_base is not None:
+        raise ValueError(
+            f"--group_offload moves no weights of --quantize_base {lora.quantize_base}; leave one of them out"
+        )
 
 
 OF_THE_FILE = {

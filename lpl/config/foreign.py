@@ -75,6 +75,8 @@ OTHERS = {
     "model_family": "not needed, it is found from the pipeline",
     "base_model_precision": "--quantize_base",
     "fp8_base": "--quantize_base",
+    "enable_group_offload": "--group_offload",
+    "blocks_to_swap": "--group_offload, which moves all blocks",
     "full_bf16": "--mixed_precision bf16",
     "no_half_vae": "not needed, the VAE runs in float32",
     "unet_lr": "--learning_rate",

@@ -231,6 +231,12 @@ class Lora:
         None, "quantize the frozen denoiser to 8 or 4 bits when training LoRA; needs a GPU", choices=("8bit", "4bit")
     )
 
+    group_offload: bool = flag(
+        False,
+        "keep the frozen denoiser in CPU memory, each block of which is on the GPU while it runs; needs "
+        "--gradient_checkpointing",
+    )
+
     @property
     def ranks(self) -> dict[str, int]:
         """--lora_rank_pattern, by name."""
@@ -852,6 +858,9 @@ class Optimization:
         False, "update the EMA with fused (foreach) operations, which is faster", used=rules.when("use_ema")
     )
     offload_ema: bool = flag(False, "keep the EMA in CPU memory between updates", used=rules.when("use_ema"))
+    offload_frozen: bool = flag(
+        False, "keep frozen text encoders and the VAE in CPU memory, and on the GPU only what runs of them"
+    )
     mixed_precision: str | None = flag(
         None, "mixed precision of the computation; default: accelerate's configuration", choices=("no", "fp16", "bf16")
     )

@@ -49,6 +49,7 @@ from lpl.tools.words import Rows, counted, pixels, short_count, size, table
 from lpl.training.given_lora import Adapters, shapes_of, with_adapters
 from lpl.training.loading import denoiser_class, precisions
 from lpl.training.losses import lpl_weight, perceptual_loss
+from lpl.training.memory import offload_vaes
 from lpl.training.parts import TrainedParts
 from lpl.training.start import place_models, trained_parts
 from lpl.training.updates import prepare
@@ -84,7 +85,7 @@ class Estimate:
         parameters: trained and all parameters of each part of the pipeline.
         memory: bytes at the peak of each stage.
         operations: of an optimizer step, of one whose samples are all inside, and of the text encoders alone.
-        host: bytes of the EMA in the memory of the CPU, with --offload_ema.
+        host: bytes of what rests in the CPU's memory: the EMA with --offload_ema, and offloaded weights.
         student_operations: of a step with --lpl_student without a correction; 0 without a student.
     """
 
@@ -287,6 +288,7 @@ class Rehearsal:
         self.lpl_loss = (
             perceptual_loss(*_decoder(family, config.lpl, config.model.cache_dir)) if config.lpl.enabled else None
         )
+        self.lpl_loss = offload_vaes(family.vae, self.lpl_loss, optimization, accelerator.device)
         self.weight = lpl_weight(config.lpl, accelerator.device)
         plain = replace(optimization, optimizer="AdamW", use_8bit_adam=False)
         batch = optimization.train_batch_size * accelerator.num_processes
@@ -463,7 +465,7 @@ def estimate(
             layers = (module for module in run.trained.denoiser.modules() if type(module) is nn.Linear)
             counting.leave_out(layer.weight for layer in layers if not layer.weight.requires_grad)
         counting.leave_out(run.offloaded)
-        memory[Stage.LOADING] = counting.current
+        memory[Stage.LOADING], pinned = counting.current, counting.host
         run.begin()
         memory[Stage.SAVING] = counting.current  # what is written goes through the CPU's memory, tensor by tensor
         counting.reset()
@@ -480,7 +482,8 @@ def estimate(
             else:
                 run.step(run.batch(timesteps[:batch_size], choice), stage is Stage.LPL_STEP)
                 operations[stage] = counting.operations * optimization.gradient_accumulation_steps
-            released = run.trained.family.released_bytes if stage is Stage.SAMPLES else 0  # which are loaded for them
+            loads = stage is Stage.SAMPLES and not optimization.offload_frozen  # layer by layer with it
+            released = run.trained.family.released_bytes if loads else 0
             memory[stage] = counting.peak + released
         student_operations = 0
         if run.student is not None:
@@ -492,7 +495,7 @@ def estimate(
         parameters = {
             name: (count_parameters(part), count_parameters(part, False)) for name, part in _parts(run.trained)
         }
-        host = bytes_of(run.offloaded)
+        host = bytes_of(run.offloaded) + pinned
     text_encoders *= optimization.gradient_accumulation_steps
     return Estimate(parameters, memory, operations, text_encoders, host, student_operations)
 
@@ -654,7 +657,7 @@ def _report(config: Config, found: Estimate, name: str, capacity: int, precision
     ]
     memory = [(words, size(found.memory[stage])) for stage, words in STAGES.items() if stage in found.memory]
     if found.host:
-        memory.append(("of the CPU", f"{size(found.host)}, the EMA"))
+        memory.append(("of the CPU", f"{size(found.host)}, what is offloaded"))
     fits = "fits" if found.fits(capacity) else "does not fit"
     memory.append((f"on {name}", f"{fits}: {size(found.peak)} and about {size(CONTEXT)} for CUDA of {size(capacity)}"))
     plain, with_lpl = (found.operations.get(stage) for stage in (Stage.STEP, Stage.LPL_STEP))

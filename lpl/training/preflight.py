@@ -144,5 +144,10 @@ def _check_gpu(config: Config) -> None:
     ):
         if used:
             raise ValueError(f"{flag} needs a GPU, and this machine has none; use {others}")
-    if config.optimization.allow_tf32:
-        warn("--allow_tf32 has no effect without a GPU")
+    for flag, used in (
+        ("--allow_tf32", config.optimization.allow_tf32),
+        ("--offload_frozen", config.optimization.offload_frozen),
+        ("--group_offload", config.lora.group_offload),
+    ):
+        if used:
+            warn(f"{flag} has no effect without a GPU")

@@ -125,6 +125,12 @@ ALONE = cases(  # wrong whatever the pipeline: what is given, what the sentence 
     ({"use_dora": True}, ["--use_dora", "--lora or --rank"]),
     ({"use_rslora": True}, ["--use_rslora", "--lora or --rank"]),
     ({"quantize_base": "4bit"}, ["--quantize_base", "--lora or --rank"]),
+    ({"group_offload": True, "gradient_checkpointing": True}, ["--group_offload", "--lora or --rank"]),
+    ({"group_offload": True, "lora": True}, ["--group_offload", "--gradient_checkpointing"]),
+    (
+        {"group_offload": True, "lora": True, "gradient_checkpointing": True, "quantize_base": "8bit"},
+        ["--group_offload", "--quantize_base 8bit", "one of them"],
+    ),
     ({"decompose_factor": 4}, ["--decompose_factor", "--lora or --rank"]),
     ({"adapter": "loha", "decompose_factor": 0}, ["--decompose_factor 0", "-1 or more than 0"]),
     ({"adapter": "loha", "use_dora": True}, ["--use_dora is not for LoHa", "--adapter lora"]),

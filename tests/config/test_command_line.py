@@ -203,6 +203,8 @@ OWN = {  # SPEC.md, and what this project adds
     "use_dora": False,
     "use_rslora": False,
     "quantize_base": None,
+    "group_offload": False,
+    "offload_frozen": False,
     "from_scratch": False,
     "guidance_scale": 3.5,
     "caption_per_line": False,

@@ -193,6 +193,21 @@ def test_weights_gradients_and_state_are_those_of_the_flags(counted, sd_pipeline
     assert several.memory[Stage.SAVING] - plain.memory[Stage.SAVING] == pytest.approx(trained, abs=rounding)
 
 
+def test_frozen_weights_that_rest_are_elsewhere(counted):
+    """On the device is what of them runs at a time: of the text encoder a layer, of the denoiser about a block."""
+    flags = {"precision": "bf16", "rank": 2, "gradient_checkpointing": True}
+    plain, frozen, base = (counted(**flags | more) for more in ({}, {"offload_frozen": True}, {"group_offload": True}))
+    of = {name: 2 * (count - trained) for name, (trained, count) in plain.parameters.items()}
+    saved = {
+        kind: plain.memory[Stage.LOADING] - found.memory[Stage.LOADING] for kind, found in ((1, frozen), (2, base))
+    }
+    assert saved[1] > of["text_encoder"] + of["vae"] and frozen.host > of["text_encoder"] + of["vae"]
+    assert 0.6 * of["unet"] < saved[2] < of["unet"] and base.host > 0.6 * of["unet"]
+    for found, by in ((frozen, saved[1]), (base, saved[2])):
+        assert plain.memory[Stage.STEP] - found.memory[Stage.STEP] > 0.6 * by
+        assert found.operations == plain.operations and found.parameters == plain.parameters
+
+
 def test_accumulated_gradients_are_there_in_the_next_micro_batch(counted):
     one, two = (counted(resolution=64, gradient_accumulation_steps=steps) for steps in (1, 2))
     assert two.memory[Stage.STEP] > one.memory[Stage.STEP]

@@ -44,6 +44,19 @@ def test_a_package_that_is_missing(
     assert f"pip install {package}" in message and f"--{next(iter(flags))}" in message
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"allow_tf32": True},
+        {"offload_frozen": True},
+        {"group_offload": True, "rank": 4, "gradient_checkpointing": True},
+    ],
+)
+def test_what_only_a_gpu_does(flags, sd_pipeline, image_folder, tmp_path):
+    (words,) = warned(sd_pipeline, image_folder, tmp_path, **flags)
+    assert words == f"--{next(iter(flags))} has no effect without a GPU"
+
+
 @pytest.mark.parametrize("flags", [{"quantize_base": "4bit", "rank": 4}, {"mixed_precision": "fp16"}])
 def test_what_a_gpu_allows(flags, sd_pipeline, image_folder, tmp_path, gpu):
     assert warned(sd_pipeline, image_folder, tmp_path, **flags, allow_tf32=True) == []

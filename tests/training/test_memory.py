@@ -1,0 +1,103 @@
+"""Frozen weights that are on the device only while they are used: the same numbers, and little is there at a time.
+
+The CPU stands for a device here: everything happens as on one, and only the memory is the same.
+"""
+
+import pytest
+import torch
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+from trainer import metrics, parsed, same, train, weights
+
+from lpl.training import memory
+from lpl.training.loading import load_family
+from lpl.training.memory import Group, has_own_memory
+from lpl.training.parts import TrainedParts
+
+
+CPU = torch.device("cpu")
+OFFLOADS = {"group_offload": True, "offload_frozen": True}
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """The CPU as a device with memory of its own."""
+    monkeypatch.setattr(memory, "has_own_memory", lambda device: True)
+
+
+def test_a_cpu_has_no_memory_of_its_own():
+    assert not has_own_memory(CPU) and has_own_memory(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("name, dtype", [("sd_pipeline", "float32"), ("sd3_pipeline", "bfloat16")])
+def test_a_training_has_the_same_numbers(name, dtype, request, device, image_folder, tmp_path):
+    """With LPL through the pipeline's VAE or a copy of it, held-out losses, and samples."""
+    flags = {"rank": 2, "gradient_checkpointing": True, "lpl_sigma_threshold": 20, "use_ema": True}
+    flags |= {"validation_prompts": ["a cat"], "validation_every_nth": 4, "lpl_vae_dtype": dtype}
+    pipeline = request.getfixturevalue(name)
+    plain, offloaded = (
+        train(pipeline, image_folder, tmp_path / kind, **flags | more) for kind, more in (("a", {}), ("b", OFFLOADS))
+    )
+    assert metrics(plain) == metrics(offloaded)
+    assert same(weights(plain), weights(offloaded))
+    pictures = [(folder / "samples/step-000002/00.png").read_bytes() for folder in (plain, offloaded)]
+    assert pictures[0] == pictures[1]
+
+
+def test_text_encoders_that_samples_load_again_come_by_layers_too(device, sd_pipeline, image_folder, tmp_path):
+    flags = {"max_train_steps": 1, "cache_text_embeddings": True, "validation_prompts": ["a cat"], "lpl_weight": 0}
+    flags |= {"data_cache_dir": tmp_path / "cache"}
+    found = []
+    for kind in (False, True):
+        folder = train(sd_pipeline, image_folder, tmp_path / f"{kind}", **flags, offload_frozen=kind)
+        found.append((folder / "samples/step-000001/00.png").read_bytes())
+    assert found[0] == found[1]
+
+
+# Groups --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def layers():
+    """Two frozen layers that share a weight, and a trained one."""
+    shared, trained = nn.Linear(3, 3, bias=False), nn.Linear(3, 3)
+    model = nn.Sequential(shared, trained, nn.Linear(3, 3, bias=False)).requires_grad_(False)
+    model[2].weight = shared.weight
+    trained.requires_grad_(True)
+    return model
+
+
+def test_a_group_comes_and_goes(layers):
+    before, inputs = layers[0].weight.detach().clone(), torch.ones(2, 3)
+    expected = layers(inputs)
+    group = Group(layers.modules(), CPU)
+    group.follow(layers)
+    for _ in range(2):
+        assert layers[0].weight.isnan().all() and layers[0].weight.shape == (3, 3)
+        assert layers[0].weight.untyped_storage().nbytes() == 4
+        assert layers[1].weight.isfinite().all() and layers[1].weight.requires_grad
+        with group, group:
+            assert layers[0].weight is layers[2].weight and torch.equal(layers[0].weight, before)
+            assert torch.equal(layers(inputs), expected)
+            assert torch.equal(layers[0].weight, before)
+    assert torch.equal(layers(inputs), expected)
+
+
+def test_a_group_leaves_after_an_error(layers):
+    Group(layers.modules(), CPU).follow(layers)
+    with pytest.raises(RuntimeError, match="shapes"):
+        layers(torch.ones(2, 4))
+    assert layers[0].weight.isnan().all()
+
+
+def test_several_processes_do_not_exchange_what_is_not_there(device, sd_pipeline, image_folder, tmp_path):
+    """DDP would write the first process's stand-ins over those of the others, which have no memory."""
+    flags = {"rank": 2, "gradient_checkpointing": True, "group_offload": True}
+    config, description = parsed(sd_pipeline, image_folder, tmp_path, **flags)
+    trained = TrainedParts(load_family(config.model, config.lora, description, torch.float32), config.lora)
+    memory.place(trained.denoiser, trained, config, CPU)
+    distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
+    try:
+        DistributedDataParallel(trained)
+    finally:
+        distributed.destroy_process_group()
