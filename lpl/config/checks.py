@@ -18,6 +18,7 @@ from pathlib import Path
 from lpl.config import rules
 from lpl.config.choices import (
     ADAPTER_NAMES,
+    FP8,
     GPUS,
     INIT_LORA_WEIGHTS,
     LORA,
@@ -421,14 +422,16 @@ def _check_lora(config: Config) -> None:
 def _check_memory(config: Config) -> None:
     """Refuse flags that would save no memory, or that exclude one another."""
     lora, checkpoints = config.lora, config.optimization.gradient_checkpointing
-    if lora.group_offload and not checkpoints:
+    asked = {"--group_offload": lora.group_offload, f"--quantize_base {FP8}": lora.quantize_base == FP8}
+    for flag in (flag for flag in asked if asked[flag] and not checkpoints):
         raise ValueError(
-            "--group_offload: without --gradient_checkpointing all weights stay on the GPU for the backward pass; add "
-            "it, or leave --group_offload out"
+            f"{flag}: without --gradient_checkpointing the backward pass keeps all weights as they are used; add it, "
+            "or leave the other out"
         )
-    if lora.group_offload and lora.quantize_base is not None:
+    if lora.group_offload and lora.quantize_base not in (None, FP8):
         raise ValueError(
-            f"--group_offload moves no weights of --quantize_base {lora.quantize_base}; leave one of them out"
+            f"--group_offload moves no weights of --quantize_base {lora.quantize_base}; leave one of them out, or use "
+            f"--quantize_base {FP8}"
         )
 
 

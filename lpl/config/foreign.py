@@ -74,7 +74,7 @@ OTHERS = {
     "model_type": "--lora, or nothing to train all weights",
     "model_family": "not needed, it is found from the pipeline",
     "base_model_precision": "--quantize_base",
-    "fp8_base": "--quantize_base",
+    "fp8_base": "--quantize_base fp8",
     "enable_group_offload": "--group_offload",
     "blocks_to_swap": "--group_offload, which moves all blocks",
     "full_bf16": "--mixed_precision bf16",

@@ -33,6 +33,7 @@ from lpl.config.choices import (
     OFT,
     OPTIMIZERS,
     PRECISIONS,
+    QUANTIZED,
     RANK,
     SET_METRICS,
     TRACKERS,
@@ -228,7 +229,10 @@ class Lora:
         on_resume=REFUSED,
     )
     quantize_base: str | None = flag(
-        None, "quantize the frozen denoiser to 8 or 4 bits when training LoRA; needs a GPU", choices=("8bit", "4bit")
+        None,
+        "quantize the frozen denoiser when training LoRA: on a GPU to 8 or 4 bits by bitsandbytes, or by quanto; by "
+        "torchao; or to 8-bit floats (fp8), which needs no package, but --gradient_checkpointing",
+        choices=tuple(QUANTIZED),
     )
 
     group_offload: bool = flag(

@@ -59,7 +59,11 @@ logger = logging.getLogger(__name__)
 
 CONTEXT = 2**30  # bytes of CUDA's context, workspaces and the allocator's gaps: assumed, not counted
 LONGEST = 45.0  # seconds after which no further flags are tried
-PACKED = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}  # bytes of a quantised weight, with the scales of its blocks
+PACKED = {  # bytes of a quantised weight, with the scales of its blocks, if they are more than one of each row
+    **dict.fromkeys(("8bit", "torchao:int8wo", "torchao:float8wo", "quanto:int8", "quanto:float8"), 1.0),
+    "4bit": 0.5 + 4 / 64,
+    "quanto:int4": 0.5 + 4 / 128,
+}
 STEPS = 2  # of the run: the length of the schedule, which takes no memory worth counting
 TOKENS = 77  # of a caption, where the flags do not say: CLIP's
 
@@ -423,7 +427,7 @@ def _student(lpl: Lpl, cache_dir: str | None) -> StudentLoss | None:
 def _pack(denoiser: nn.Module, quantize_base: str | None) -> list[Tensor]:
     """The weights of a quantised base, and the one that is unpacked for use; empty for any other base."""
     weights = [module.weight for module in denoiser.modules() if isinstance(module, nn.Linear)]
-    if quantize_base is None or not weights:
+    if quantize_base not in PACKED or not weights:
         return []
     numbers = sum(weight.numel() for weight in weights)
     largest = max(weights, key=Tensor.numel)

@@ -23,7 +23,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def missing(package: str) -> bool:
     """Whether a package is not installed."""
-    return importlib.util.find_spec(package) is None
+    parent = package.rpartition(".")[0]
+    return (bool(parent) and missing(parent)) or importlib.util.find_spec(package) is None
 
 
 def has_gpu() -> bool:

@@ -1,31 +1,69 @@
 """Less memory on the device: frozen weights that are there only while they are used.
 
 A *group* is a set of frozen weights that are used together: those of a block of the denoiser, of a text encoder's
-block, of the VAE's encoder. While nobody uses it, its weights *rest* in pinned CPU memory, and each parameter of its
-modules is a stand-in, one NaN in the parameter's shape. Weights never change, so nothing is copied back.
+block, of the VAE's encoder. While nobody uses it, its weights *rest* in pinned CPU memory, or on the device in 8 bits,
+or both. Each parameter of its modules is then a stand-in, one NaN in the parameter's shape. Weights never change, so
+nothing is copied back.
+
+In 8 bits (float8 of 4 bits of exponent and 3 of mantissa) each row of a weight has a scale, so that its largest number
+is the largest of the format. As in diffusers' layerwise casting, layers that are sensitive stay as they are.
 
 Autograd keeps a weight that a backward pass needs. Under gradient checkpointing that is once the block is computed
 again, so that the weights of about one block are on the device at a time, in both passes.
 
-diffusers' hooks (``enable_group_offload``) are for inference. They move trained weights with the frozen ones; they put
-``.data`` elsewhere that autograd has saved; and a block stays on the device where its recomputation ends early.
+diffusers' hooks (``enable_group_offload``, ``enable_layerwise_casting``) are for inference. They move trained weights
+with the frozen ones; they change ``.data`` of weights that autograd has saved, and a U-Net's backward pass raises; a
+block stays on the device where its recomputation ends early, which is the usual case.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 from itertools import chain
-from typing import Any, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
+from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lpl.config import Config
+from lpl.config.choices import FP8
 from lpl.config.groups import Optimization
 from lpl.loss import LatentPerceptualLoss
 from lpl.training.parts import TrainedParts
 from lpl.training.sharding import blocks_of
+
+
+FLOAT8 = torch.float8_e4m3fn
+
+
+class Resting(NamedTuple):
+    """A weight that rests: its numbers, and what stands in for it.
+
+    Args:
+        scales: of each row, if the numbers are in 8 bits.
+    """
+
+    numbers: Tensor
+    scales: Tensor | None
+    stand_in: nn.Parameter
+
+    @classmethod
+    def of(cls, weight: Tensor, device: torch.device, host: bool, packed: bool) -> Resting:
+        numbers, scales = weight.detach(), None
+        if packed:
+            largest = numbers.float().flatten(1).abs().amax(1).view(-1, *(1,) * (weight.ndim - 1))
+            scales = largest.clamp(min=torch.finfo(torch.float32).tiny * 512) / torch.finfo(FLOAT8).max
+            numbers, scales = (numbers / scales).to(FLOAT8), scales.to(device)
+        return cls(on_host(numbers) if host else numbers.to(device), scales, _stand_in(weight, device))
+
+    def wake(self, device: torch.device, host: bool) -> nn.Parameter:
+        numbers = on_device(self.numbers, device) if host else self.numbers
+        if self.scales is not None:
+            numbers = numbers.to(self.stand_in.dtype).mul_(self.scales)
+        return nn.Parameter(numbers, requires_grad=False)
 
 
 class Group:
@@ -33,32 +71,42 @@ class Group:
 
     Args:
         owners: the modules whose own parameters they are; trained parameters stay as they are.
+        host: they rest in CPU memory.
+        packed: owners whose weights rest in 8 bits.
     """
 
-    def __init__(self, owners: Iterable[nn.Module], device: torch.device) -> None:
-        self.device, self.users = device, 0
-        rested: dict[nn.Parameter, tuple[Tensor, nn.Parameter]] = {}  # modules may share a weight
-        self.places: list[tuple[nn.Module, str, Tensor, nn.Parameter]] = []
+    def __init__(
+        self,
+        owners: Iterable[nn.Module],
+        device: torch.device,
+        host: bool = True,
+        packed: Collection[nn.Module] = (),
+    ) -> None:
+        self.device, self.host, self.users = device, host, 0
+        rested: dict[nn.Parameter, Resting] = {}  # modules may share a weight
+        self.places: list[tuple[nn.Module, str, Resting]] = []
         for owner in owners:
             for name, weight in owner.named_parameters(recurse=False):
-                if not weight.requires_grad:
-                    if weight not in rested:
-                        rested[weight] = on_host(weight.detach()), _stand_in(weight, device)
-                    self.places.append((owner, name, *rested[weight]))
+                in_8_bits = name == "weight" and owner in packed
+                if weight.requires_grad or not (host or in_8_bits):
+                    continue
+                if weight not in rested:
+                    rested[weight] = Resting.of(weight, device, host, in_8_bits)
+                self.places.append((owner, name, rested[weight]))
         self._rest()
 
     def _rest(self) -> None:
-        for owner, name, _, stand_in in self.places:
-            owner._parameters[name] = stand_in
+        for owner, name, resting in self.places:
+            owner._parameters[name] = resting.stand_in
 
     def __enter__(self) -> Self:
         self.users += 1
         if self.users == 1:
-            here: dict[int, nn.Parameter] = {}
-            for owner, name, weight, _ in self.places:
-                if id(weight) not in here:
-                    here[id(weight)] = nn.Parameter(on_device(weight, self.device), requires_grad=False)
-                owner._parameters[name] = here[id(weight)]
+            awake: dict[int, nn.Parameter] = {}
+            for owner, name, resting in self.places:
+                if id(resting) not in awake:
+                    awake[id(resting)] = resting.wake(self.device, self.host)
+                owner._parameters[name] = awake[id(resting)]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -99,7 +147,7 @@ def _stand_in(weight: Tensor, device: torch.device) -> nn.Parameter:
 
 def offload(model: nn.Module, device: torch.device) -> nn.Module:
     """Move a frozen model to the device so that each block, and each layer outside of blocks, comes when it runs."""
-    blocks = offload_blocks(model, device)
+    blocks = rest_blocks(model, device)
     within = set(chain.from_iterable(block.modules() for block in blocks))
     for module in model.modules():
         if module not in within and any(True for _ in module.parameters(recurse=False)):
@@ -107,14 +155,24 @@ def offload(model: nn.Module, device: torch.device) -> nn.Module:
     return model.to(device)  # buffers
 
 
-def offload_blocks(model: nn.Module, device: torch.device) -> Sequence[nn.Module]:
+def rest_blocks(
+    model: nn.Module, device: torch.device, host: bool = True, packed: Collection[nn.Module] = ()
+) -> Sequence[nn.Module]:
     """Let the frozen weights of each block come when it runs; returns the blocks. All else stays where it is."""
     blocks, taken = blocks_of(model), set[nn.Module]()
     for block in blocks:  # inner ones first
         owners = [module for module in block.modules() if module not in taken]
         taken.update(owners)
-        Group(owners, device).follow(block)
+        Group(owners, device, host, packed).follow(block)
     return blocks
+
+
+def in_8_bits(model: Any) -> set[nn.Module]:
+    """The layers whose weights --quantize_base fp8 stores in 8 bits, by diffusers' rules for layerwise casting."""
+    own = (*(model._skip_layerwise_casting_patterns or ()), *(model._keep_in_fp32_modules or ()), "lora_")
+    sensitive = re.compile("|".join((*DEFAULT_SKIP_MODULES_PATTERN, *own)))
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d))
+    return {module for name, module in layers if not sensitive.search(name)}
 
 
 class WithDecoder:
@@ -140,13 +198,13 @@ def has_own_memory(device: torch.device) -> bool:
 
 
 def place(part: nn.Module, trained: TrainedParts, config: Config, device: torch.device) -> None:
-    """Move a part of the pipeline to the device, or what --offload_frozen and --group_offload leave there of it."""
-    moves = has_own_memory(device)
-    if moves and config.optimization.offload_frozen and part in trained.family.text_encoders:
-        if part not in trained.parts.values():
-            offload(part, device)
-    elif moves and config.lora.group_offload and part is trained.denoiser:
-        offload_blocks(part, device)
+    """Move a part of the pipeline to the device, or what of it the flags leave there."""
+    moves, frozen_encoders = has_own_memory(device), set(trained.family.text_encoders) - set(trained.parts.values())
+    if moves and config.optimization.offload_frozen and part in frozen_encoders:
+        offload(part, device)
+    host, packs = moves and config.lora.group_offload, config.lora.quantize_base == FP8
+    if part is trained.denoiser and (host or packs):
+        rest_blocks(part, device, host, in_8_bits(part) if packs else ())
         # DDP would send the stand-ins to all processes.
         frozen = [name for name, weight in trained.named_parameters() if not weight.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(trained, frozen)

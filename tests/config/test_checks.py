@@ -151,6 +151,7 @@ ALONE = cases(  # wrong whatever the pipeline: what is given, what the sentence 
     ({"rank": 4, "lora_rank_pattern": "to_q=0"}, ["--lora_rank_pattern", "NAME=RANK"]),
     ({"rank": 4, "lora_alpha_pattern": "to_q=inf"}, ["--lora_alpha_pattern", "NAME=ALPHA"]),
     ({"quantize_base": "2bit", "lora": True}, ["--quantize_base", "2bit", "8bit"]),
+    ({"quantize_base": "fp8", "lora": True}, ["--quantize_base fp8", "--gradient_checkpointing"]),
     (
         {"quantize_base": "8bit", "lora": True, "train_text_encoder": True},
         ["--quantize_base", "--train_text_encoder", "one of them"],

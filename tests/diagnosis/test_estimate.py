@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from trainer import parsed, script
 
 from lpl.config.checks import gpu_memory
+from lpl.config.choices import FP8, QUANTIZED
 from lpl.diagnosis.counting import GPU, HOST, Counting, as_on_gpu
-from lpl.diagnosis.estimate import CONTEXT, Estimate, Method, OneGpu, attempts, estimate
+from lpl.diagnosis.estimate import CONTEXT, PACKED, Estimate, Method, OneGpu, attempts, estimate
 from lpl.diagnosis.needs import bytes_of, optimizer_bytes
 from lpl.diagnosis.status import Stage
 from lpl.loss import LatentPerceptualLoss
@@ -206,6 +207,13 @@ def test_frozen_weights_that_rest_are_elsewhere(counted):
     for found, by in ((frozen, saved[1]), (base, saved[2])):
         assert plain.memory[Stage.STEP] - found.memory[Stage.STEP] > 0.6 * by
         assert found.operations == plain.operations and found.parameters == plain.parameters
+
+
+def test_every_quantised_base_is_counted(counted):
+    assert PACKED.keys() == QUANTIZED.keys() - {FP8}
+    flags = {"precision": "bf16", "rank": 2, "gradient_checkpointing": True, "resolution": 64}
+    plain, packed = (counted(**flags, quantize_base=base).memory for base in (None, "fp8"))
+    assert all(packed[stage] < plain[stage] for stage in (Stage.LOADING, Stage.STEP))
 
 
 def test_accumulated_gradients_are_there_in_the_next_micro_batch(counted):

@@ -54,6 +54,33 @@ def test_text_encoders_that_samples_load_again_come_by_layers_too(device, sd_pip
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("name", ["sd_pipeline", "sd3_pipeline"])
+def test_a_training_over_a_base_in_8_bits_is_close(name, request, device, image_folder, tmp_path):
+    """The same numbers wherever they rest."""
+    flags = {"rank": 2, "gradient_checkpointing": True, "lpl_sigma_threshold": 20}
+    kinds = {"plain": {}, "fp8": {"quantize_base": "fp8"}, "both": {"quantize_base": "fp8", "group_offload": True}}
+    plain, fp8, both = (
+        train(request.getfixturevalue(name), image_folder, tmp_path / kind, **flags | more)
+        for kind, more in kinds.items()
+    )
+    assert metrics(fp8) == metrics(both) and same(weights(fp8), weights(both))
+    assert metrics(fp8, "loss") != metrics(plain, "loss")
+    for one, other in zip(metrics(fp8, "loss", "lpl"), metrics(plain, "loss", "lpl"), strict=True):
+        assert one == pytest.approx(other, rel=0.02)
+
+
+@pytest.mark.parametrize("base", ["torchao:int8wo", "torchao:float8wo"])
+def test_a_training_over_a_base_of_torchao_is_close(base, sd3_pipeline, image_folder, tmp_path):
+    pytest.importorskip("torchao")
+    flags = {"rank": 2, "lpl_weight": 0, "mixed_precision": "bf16"}
+    plain, packed = (
+        train(sd3_pipeline, image_folder, tmp_path / f"{q}", **flags, quantize_base=q) for q in (None, base)
+    )
+    assert metrics(packed, "loss") != metrics(plain, "loss")
+    for one, other in zip(metrics(packed, "loss"), metrics(plain, "loss"), strict=True):
+        assert one == pytest.approx(other, rel=0.02)
+
+
 # Groups --------------------------------------------------------------------------------------------------------------
 
 
@@ -88,6 +115,31 @@ def test_a_group_leaves_after_an_error(layers):
     with pytest.raises(RuntimeError, match="shapes"):
         layers(torch.ones(2, 4))
     assert layers[0].weight.isnan().all()
+
+
+def test_each_row_in_8_bits_has_a_scale():
+    """A number is off by half a step at most: 1/16 of itself, or of what is 2^-6 of the scale's unit."""
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 3).requires_grad_(False)
+    layer.weight *= torch.tensor([[1e-6], [1.0], [0.0]])
+    before, bias = layer.weight.clone(), layer.bias.clone()
+    with Group([layer], CPU, host=False, packed=[layer]) as group:
+        largest = before.abs().amax(1, keepdim=True)
+        most = torch.maximum(before.abs(), largest / 448 * 2**-6) / 16
+        assert ((layer.weight - before).abs() <= most * 1.001).all()
+        assert torch.equal(layer.bias, bias)
+        assert not torch.equal(layer.weight, before)
+    (resting,) = (resting for *_, resting in group.places)
+    assert resting.numbers.dtype == torch.float8_e4m3fn and layer.weight.isnan().all()
+
+
+def test_sensitive_layers_stay_as_they_are(sd3_pipeline, image_folder, tmp_path):
+    config, description = parsed(sd3_pipeline, image_folder, tmp_path, rank=2)
+    trained = TrainedParts(load_family(config.model, config.lora, description, torch.float32), config.lora)
+    packed = memory.in_8_bits(trained.denoiser)
+    names = {name for name, module in trained.denoiser.named_modules() if module in packed}
+    assert {"transformer_blocks.0.attn.to_q.base_layer", "transformer_blocks.0.ff.net.2"} <= names
+    assert not [name for name in names if "norm" in name or "pos_embed" in name or "lora" in name]
 
 
 def test_several_processes_do_not_exchange_what_is_not_there(device, sd_pipeline, image_folder, tmp_path):

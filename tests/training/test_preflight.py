@@ -29,6 +29,8 @@ def test_refused_here(flags, words, sd_pipeline, image_folder, tmp_path, capsys,
     [
         ("bitsandbytes", {"use_8bit_adam": True}),
         ("bitsandbytes", {"quantize_base": "4bit", "lora": True}),
+        ("torchao", {"quantize_base": "torchao:int8wo", "lora": True}),
+        ("optimum", {"quantize_base": "quanto:int4", "lora": True}),
         ("wandb", {"report_to": "wandb"}),
         ("comet_ml", {"report_to": "comet_ml"}),
         ("trackio", {"report_to": "trackio"}),
