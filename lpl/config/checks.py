@@ -421,12 +421,18 @@ def _check_lora(config: Config) -> None:
 
 def _check_memory(config: Config) -> None:
     """Refuse flags that would save no memory, or that exclude one another."""
-    lora, checkpoints = config.lora, config.optimization.gradient_checkpointing
+    lora, optimization = config.lora, config.optimization
+    checkpoints = optimization.gradient_checkpointing
     asked = {"--group_offload": lora.group_offload, f"--quantize_base {FP8}": lora.quantize_base == FP8}
     for flag in (flag for flag in asked if asked[flag] and not checkpoints):
         raise ValueError(
             f"{flag}: without --gradient_checkpointing the backward pass keeps all weights as they are used; add it, "
             "or leave the other out"
+        )
+    if optimization.activation_offload and not checkpoints:
+        raise ValueError(
+            "--activation_offload: without --gradient_checkpointing every activation would go to CPU memory and back, "
+            "which takes longer than computing it again; add it, or leave the other out"
         )
     if lora.group_offload and lora.quantize_base not in (None, FP8):
         raise ValueError(

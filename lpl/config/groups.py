@@ -872,6 +872,9 @@ class Optimization:
     gradient_checkpointing: bool = flag(
         False, "recompute the denoiser's activations in the backward pass to save memory"
     )
+    activation_offload: bool = flag(
+        False, "keep the inputs of the denoiser's blocks in CPU memory; needs --gradient_checkpointing"
+    )
     seed: int | None = silent_flag(
         None,
         "random seed; default: drawn at random and recorded in recipe.yaml",

@@ -1,4 +1,4 @@
-"""Less memory on the device: frozen weights that are there only while they are used.
+"""Less memory on the device: frozen weights, and kept activations, that are there only while they are used.
 
 A *group* is a set of frozen weights that are used together: those of a block of the denoiser, of a text encoder's
 block, of the VAE's encoder. While nobody uses it, its weights *rest* in pinned CPU memory, or on the device in 8 bits,
@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, Self, cast
 import torch
 from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from lpl.config import Config
@@ -37,6 +38,7 @@ from lpl.training.sharding import blocks_of
 
 
 FLOAT8 = torch.float8_e4m3fn
+SMALL = 2**20  # bytes; what is smaller stays on the device
 
 
 class Resting(NamedTuple):
@@ -175,6 +177,32 @@ def in_8_bits(model: Any) -> set[nn.Module]:
     return {module for name, module in layers if not sensitive.search(name)}
 
 
+def offload_activations(model: nn.Module) -> None:
+    """Let what autograd keeps of the model's forward pass wait in CPU memory; under gradient checkpointing these are
+    the inputs of the blocks. The copies run in the order of the computation, so the host waits for none.
+    """
+    active: list[saved_tensors_hooks] = []
+
+    def pack(tensor: Tensor) -> Tensor | tuple[Tensor, torch.device]:
+        weight = isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
+        if weight or tensor.nbytes < SMALL or not has_own_memory(tensor.device):
+            return tensor
+        return on_host(tensor), tensor.device
+
+    def unpack(packed: Tensor | tuple[Tensor, torch.device]) -> Tensor:
+        return packed if isinstance(packed, Tensor) else on_device(*packed)
+
+    def enter(*_: Any) -> None:
+        active.append(saved_tensors_hooks(pack, unpack))
+        active[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        active.pop().__exit__()
+
+    model.register_forward_pre_hook(enter)
+    model.register_forward_hook(leave, always_call=True)
+
+
 class WithDecoder:
     """The perceptual loss, whose decoder is on the device only while it computes value and gradient."""
 
@@ -208,6 +236,8 @@ def place(part: nn.Module, trained: TrainedParts, config: Config, device: torch.
         # DDP would send the stand-ins to all processes.
         frozen = [name for name, weight in trained.named_parameters() if not weight.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(trained, frozen)
+    if part is trained.denoiser and moves and config.optimization.activation_offload:
+        offload_activations(part)
     part.to(device)
 
 

@@ -154,6 +154,7 @@ def _check_gpu(config: Config) -> None:
         ("--allow_tf32", config.optimization.allow_tf32),
         ("--offload_frozen", config.optimization.offload_frozen),
         ("--group_offload", config.lora.group_offload),
+        ("--activation_offload", config.optimization.activation_offload),
     ):
         if used:
             warn(f"{flag} has no effect without a GPU")

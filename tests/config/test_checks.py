@@ -126,6 +126,7 @@ ALONE = cases(  # wrong whatever the pipeline: what is given, what the sentence 
     ({"use_rslora": True}, ["--use_rslora", "--lora or --rank"]),
     ({"quantize_base": "4bit"}, ["--quantize_base", "--lora or --rank"]),
     ({"group_offload": True, "gradient_checkpointing": True}, ["--group_offload", "--lora or --rank"]),
+    ({"activation_offload": True}, ["--activation_offload", "--gradient_checkpointing"]),
     ({"group_offload": True, "lora": True}, ["--group_offload", "--gradient_checkpointing"]),
     (
         {"group_offload": True, "lora": True, "gradient_checkpointing": True, "quantize_base": "8bit"},

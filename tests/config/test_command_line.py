@@ -205,6 +205,7 @@ OWN = {  # SPEC.md, and what this project adds
     "quantize_base": None,
     "group_offload": False,
     "offload_frozen": False,
+    "activation_offload": False,
     "from_scratch": False,
     "guidance_scale": 3.5,
     "caption_per_line": False,

@@ -212,8 +212,8 @@ def test_frozen_weights_that_rest_are_elsewhere(counted):
 def test_every_quantised_base_is_counted(counted):
     assert PACKED.keys() == QUANTIZED.keys() - {FP8}
     flags = {"precision": "bf16", "rank": 2, "gradient_checkpointing": True, "resolution": 64}
-    plain, packed = (counted(**flags, quantize_base=base).memory for base in (None, "fp8"))
-    assert all(packed[stage] < plain[stage] for stage in (Stage.LOADING, Stage.STEP))
+    host, packed = (counted(**flags, group_offload=True, quantize_base=base).host for base in (None, "fp8"))
+    assert 0.5 * host < packed < 0.9 * host  # norms and embeddings stay as they are, and blocks of memory are rounded up
 
 
 def test_accumulated_gradients_are_there_in_the_next_micro_batch(counted):

@@ -100,7 +100,7 @@ def test_no_step_waits_with_other_flags(results_of, family):
     check(results, updates=4)
 
 
-OFFLOADS = {"offload_frozen": True, "group_offload": True}
+OFFLOADS = {"offload_frozen": True, "group_offload": True, "activation_offload": True, "quantize_base": "fp8"}
 
 
 @pytest.mark.parametrize(

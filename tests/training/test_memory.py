@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from trainer import metrics, parsed, same, train, weights
 
 from lpl.training import memory
@@ -16,13 +17,14 @@ from lpl.training.parts import TrainedParts
 
 
 CPU = torch.device("cpu")
-OFFLOADS = {"group_offload": True, "offload_frozen": True}
+OFFLOADS = {"group_offload": True, "offload_frozen": True, "activation_offload": True}
 
 
 @pytest.fixture
 def device(monkeypatch):
     """The CPU as a device with memory of its own."""
     monkeypatch.setattr(memory, "has_own_memory", lambda device: True)
+    monkeypatch.setattr(memory, "SMALL", 0)
 
 
 def test_a_cpu_has_no_memory_of_its_own():
@@ -79,6 +81,31 @@ def test_a_training_over_a_base_of_torchao_is_close(base, sd3_pipeline, image_fo
     assert metrics(packed, "loss") != metrics(plain, "loss")
     for one, other in zip(metrics(packed, "loss"), metrics(plain, "loss"), strict=True):
         assert one == pytest.approx(other, rel=0.02)
+
+
+def test_inputs_of_blocks_wait_elsewhere(device, monkeypatch):
+    """Of a checkpointed layer its input; of one that is not, what its backward pass needs, but no weight."""
+    moved, on_host = [], memory.on_host
+    monkeypatch.setattr(memory, "on_host", lambda tensor: moved.append(tuple(tensor.shape)) or on_host(tensor))
+    hidden = nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 4))
+    model, inputs = nn.Sequential(nn.Linear(3, 4), Checkpointed(hidden), nn.Linear(4, 5)), torch.ones(2, 3)
+    model(inputs).square().sum().backward()
+    expected = [weight.grad.clone() for weight in model.parameters()]
+    model.zero_grad()
+    memory.offload_activations(model)
+    output = model(inputs)
+    assert sorted(moved) == [(2, 3), (2, 4), (2, 4)]  # nothing of the hidden layer
+    output.square().sum().backward()
+    assert all(torch.equal(weight.grad, grad) for weight, grad in zip(model.parameters(), expected, strict=True))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, inputs):
+        return checkpoint(self.inner, inputs, use_reentrant=False)
 
 
 # Groups --------------------------------------------------------------------------------------------------------------

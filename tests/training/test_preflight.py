@@ -51,6 +51,7 @@ def test_a_package_that_is_missing(
     [
         {"allow_tf32": True},
         {"offload_frozen": True},
+        {"activation_offload": True, "gradient_checkpointing": True},
         {"group_offload": True, "rank": 4, "gradient_checkpointing": True},
     ],
 )
