@@ -41,8 +41,9 @@ from lpl.data.dataset import Batch, TrainingImages, real_images
 from lpl.data.folder import listed_once
 from lpl.data.loader import training_batches
 from lpl.diagnosis.dry_run import DryRun
-from lpl.diagnosis.estimate import Method, print_estimate
+from lpl.diagnosis.estimate import Method
 from lpl.diagnosis.failures import Status, explained
+from lpl.diagnosis.for_gpu import print_estimate
 from lpl.diagnosis.plan import Plan
 from lpl.families import Family
 from lpl.families.derived import with_derived
@@ -52,10 +53,11 @@ from lpl.gate import random_window, rows_inside, sigma_threshold_at, subset
 from lpl.masking import LossMask, pooled_mean
 from lpl.objectives import Objective, diffusion_weight, dream_shift
 from lpl.publishing import hub
-from lpl.publishing.card import RunCard, write_model_card
+from lpl.publishing.card import write_model_card
 from lpl.publishing.licence import base_licence
 from lpl.publishing.lora_metadata import LoraMetadata
 from lpl.publishing.publication import Publication
+from lpl.publishing.run_card import RunCard
 from lpl.student import StudentLoss, difference
 from lpl.tools import layout
 from lpl.tools.pictures import loss_curves
@@ -77,6 +79,7 @@ from lpl.training.provenance import start_recipe, update_recipe
 from lpl.training.result import Result
 from lpl.training.sampling import draws_of
 from lpl.training.skipped_steps import SkippedSteps
+from lpl.training.speed import check_model, speed_up
 from lpl.training.start import (
     Length,
     Run,
@@ -125,9 +128,11 @@ def train(config: Config, status: Status) -> None:
             inputs = replace(inputs, images=pictures[0], held_out_images=pictures[1])
         images = inputs.images
         trained = status.trained = trained_parts(family, config)
+        speed_up(trained, config, accelerator)
         average = place_models(trained, config, description, accelerator)
         needs_decoder = config.lpl.enabled or inputs.held_out_images is not None
-        lpl_loss = perceptual_loss(family.vae, config.lpl, config.model.cache_dir) if needs_decoder else None
+        decoder = config.lpl, config.model.cache_dir, config.optimization.compile_for
+        lpl_loss = perceptual_loss(family.vae, *decoder) if needs_decoder else None
         student = student_of(config.lpl, lpl_loss, config.model.cache_dir)
         lpl_loss = offload_vaes(family.vae, lpl_loss, config.optimization, accelerator.device)
     settings = config.lpl, config.diffusion, student, config.data.unmasked_weight
@@ -245,6 +250,7 @@ def start(config: Config, status: Status) -> Inputs:
         description = read_pipeline(config.model, config.lpl.lpl_blocks)
         config = status.config = with_adapters(resolve(config, description), description)
         check_captions(config.data, description.family)
+        check_model(config, description)
         if evaluates:
             evaluation.check_captions(config.evaluation, config.data, description.family)
         accelerator = status.accelerator = start_accelerator(config, description.family.idle_weights)

@@ -29,8 +29,9 @@ from benchmarks.counted import ARCHITECTURES, METHOD, counted
 from benchmarks.lpl_cost import floor
 from benchmarks.real_sizes import configurations
 from lpl.config import command_line
-from lpl.diagnosis.estimate import OneGpu, Rehearsal
+from lpl.diagnosis.estimate import Rehearsal
 from lpl.diagnosis.status import Stage
+from lpl.diagnosis.without_weights import OneGpu
 from lpl.families.description import read_pipeline
 from lpl.families.resolve import resolve
 from lpl.objectives import FlowMatching

@@ -8,8 +8,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 import diffusers
+from diffusers.pipelines.kolors.pipeline_kolors import KolorsPipeline
 
-from benchmarks.real_sizes import CHECKPOINTING, SDXL_VAE, TINY_KL_VAE, WITHOUT_QUANT_CONVS, Model, kl_vae
+from benchmarks.real_sizes import (
+    CHECKPOINTING,
+    MODELS,
+    SDXL_VAE,
+    STABLE_DIFFUSION_BETAS,
+    TINY_KL_VAE,
+    WITHOUT_QUANT_CONVS,
+    Model,
+    kl_vae,
+)
 
 
 FLUX_VAE = kl_vae(
@@ -248,6 +258,137 @@ NEWER = {
             ((16, 0),),
         ),
         resolution=(1024, 64),
+        batch=1,
+        kinds=("lora",),
+        flags=CHECKPOINTING,
+    ),
+    "hidream-i1": Model(
+        public="HiDream-I1-Full",  # the one on the Hub lacks its Llama
+        pipeline=diffusers.HiDreamImagePipeline,
+        scheduler=diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        denoiser=(
+            diffusers.HiDreamImageTransformer2DModel,
+            {
+                "patch_size": 2,
+                "in_channels": 16,
+                "out_channels": 16,
+                "caption_channels": (4096, 4096),
+                "axes_dims_rope": (64, 32, 32),
+                "llama_layers": (*range(32), *(31,) * 16),
+            },
+        ),
+        vae=(diffusers.AutoencoderKL, FLUX_VAE),
+        parameters=(17_105_733_184, 83_819_683),
+        encoders=(
+            ("", "clip_long", 768, 768),
+            ("_2", "clip_long", 1280, 1280),
+            ("_3", "t5", 4096, 0),
+            ("_4", "llama", 4096, 0),
+        ),
+        tiny=(
+            {
+                "num_layers": 1,
+                "num_single_layers": 1,
+                "num_attention_heads": 2,
+                "attention_head_dim": 16,
+                "caption_channels": (16, 16),
+                "text_emb_dim": 16,
+                "axes_dims_rope": (8, 4, 4),
+                "llama_layers": (0, 0),
+            },
+            TINY_KL_VAE,
+            ((8, 8), (8, 8), (16, 0), (16, 0)),
+        ),
+        resolution=(1024, 64),
+        batch=1,
+        kinds=("lora",),
+        flags=CHECKPOINTING,
+    ),
+    "wan-2.1": Model(
+        public="Wan-AI/Wan2.1-T2V-14B-Diffusers",
+        pipeline=diffusers.WanPipeline,
+        scheduler=diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+        ),
+        denoiser=(diffusers.WanTransformer3DModel, {}),  # the class's defaults are its numbers
+        vae=(diffusers.AutoencoderKLWan, {}),
+        parameters=(14_288_491_584, 126_892_531),
+        encoders=(("", "umt5", 4096, 0),),
+        tiny=(
+            {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 16, "ffn_dim": 16},
+            {"base_dim": 8, "num_res_blocks": 1},
+            ((16, 0),),
+        ),
+        resolution=(960, 64),
+        batch=1,
+        kinds=("lora",),
+        flags=CHECKPOINTING,
+    ),
+    "kolors": replace(
+        MODELS["sdxl"],
+        public="Kwai-Kolors/Kolors-diffusers",
+        pipeline=KolorsPipeline,
+        scheduler=diffusers.EulerDiscreteScheduler(
+            **STABLE_DIFFUSION_BETAS | {"beta_end": 0.014},
+            num_train_timesteps=1100,
+            steps_offset=1,
+            timestep_spacing="leading",
+        ),
+        denoiser=(
+            diffusers.UNet2DConditionModel,
+            MODELS["sdxl"].denoiser[1]
+            | {
+                "encoder_hid_dim": 4096,
+                "encoder_hid_dim_type": "text_proj",
+                "projection_class_embeddings_input_dim": 5632,
+            },
+        ),
+        parameters=(2_579_458_820, 83_653_863),
+        encoders=(("", "chatglm", 4096, 0),),
+        tiny=(
+            MODELS["sdxl"].tiny[0] | {"encoder_hid_dim": 16, "projection_class_embeddings_input_dim": 6 * 8 + 16},
+            TINY_KL_VAE,
+            ((16, 0),),
+        ),
+        kinds=("lora",),
+    ),
+    "hunyuan-image": Model(
+        public="hunyuanvideo-community/HunyuanImage-2.1-Diffusers",
+        pipeline=diffusers.HunyuanImagePipeline,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
+        denoiser=(diffusers.HunyuanImageTransformer2DModel, {"text_embed_2_dim": 1472}),
+        vae=(
+            diffusers.AutoencoderKLHunyuanImage,
+            {
+                "in_channels": 3,
+                "out_channels": 3,
+                "latent_channels": 64,
+                "block_out_channels": (128, 256, 512, 512, 1024, 1024),
+                "layers_per_block": 2,
+                "spatial_compression_ratio": 32,
+                "sample_size": 384,
+                "scaling_factor": 0.75289,
+            },
+        ),
+        parameters=(17_425_795_520, 405_575_491),
+        encoders=(("", "qwen2_5_vl", 3584, 0), ("_2", "byt5", 1472, 0)),
+        tiny=(
+            {
+                "num_layers": 1,
+                "num_single_layers": 1,
+                "num_refiner_layers": 1,
+                "num_attention_heads": 2,
+                "attention_head_dim": 16,
+                "rope_axes_dim": (8, 8),
+                "text_embed_dim": 16,
+                "text_embed_2_dim": 16,
+            },
+            {"block_out_channels": (64, 64, 64, 64, 128, 128), "layers_per_block": 1},
+            ((16, 0), (16, 0)),
+        ),
+        resolution=(2048, 128),
         batch=1,
         kinds=("lora",),
         flags=CHECKPOINTING,

@@ -15,6 +15,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig
 from torch import nn
 
 
@@ -498,8 +499,19 @@ OTHERS = {
 
 # Text encoders: by kind and hidden size, what else their config.json says
 CLIP_SIZES = {768: (12, 12, 3072), 1024: (23, 16, 4096), 1280: (32, 20, 5120)}  # layers, heads, width within
+CLIP_POSITIONS = {"clip_long": 248}  # of kinds that have more than usual
 PILE_T5_XL = {"d_ff": 5120, "d_kv": 64, "num_heads": 32, "num_layers": 24, "feed_forward_proj": "gated-gelu"}
+BYT5_SMALL = {"d_ff": 3584, "d_kv": 64, "num_heads": 6, "num_layers": 12, "feed_forward_proj": "gated-gelu"}
 T5_XXL = {"d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "feed_forward_proj": "gated-gelu"}
+UMT5_SIZES = {2048: PILE_T5_XL | {"vocab_size": 32128}, 4096: T5_XXL | {"vocab_size": 256384}}
+LLAMA_8B = {
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+}
 GEMMA_2B = {
     "intermediate_size": 9216,
     "num_hidden_layers": 26,
@@ -562,6 +574,16 @@ MISTRAL_24B = {
 }
 
 
+# Those of ChatGLM3-6B beyond the class's defaults
+CHATGLM_6B = {
+    "multi_query_attention": True,
+    "multi_query_group_num": 2,
+    "add_qkv_bias": True,
+    "original_rope": True,
+    "seq_length": 32768,
+}
+
+
 def mistral3(image_width: int = 1024, image_layers: int = 24, **text: Any) -> transformers.Mistral3Config:
     """The configuration of a Mistral 3, which sees images too."""
     images = {"hidden_size": image_width, "intermediate_size": 4 * image_width, "num_hidden_layers": image_layers}
@@ -572,6 +594,7 @@ def mistral3(image_width: int = 1024, image_layers: int = 24, **text: Any) -> tr
 
 # Kinds that are made from their hidden size alone: what makes the configuration, numbers of the public and tiny one
 LANGUAGE_MODELS: dict[str, tuple[Callable[..., transformers.PretrainedConfig], Config, Config]] = {
+    "llama": (transformers.LlamaConfig, LLAMA_8B, {"num_key_value_heads": 1}),
     "gemma": (transformers.Gemma2Config, GEMMA_2B, {"num_key_value_heads": 1, "head_dim": 8}),
     "qwen3": (transformers.Qwen3Config, QWEN3_4B, {"num_key_value_heads": 1, "head_dim": 8}),
     "qwen3_lm": (
@@ -588,6 +611,11 @@ LANGUAGE_MODELS: dict[str, tuple[Callable[..., transformers.PretrainedConfig], C
         *(qwen3_vl, QWEN3_4B),
         {"num_key_value_heads": 1, "head_dim": 8, "rope_parameters": _mrope(1, 1, 2)},
     ),
+    "chatglm": (
+        *(ChatGLMConfig, CHATGLM_6B),
+        CHATGLM_6B
+        | {"num_layers": 1, "padded_vocab_size": 100, "ffn_hidden_size": 8, "kv_channels": 8, "seq_length": 256},
+    ),
     "qwen2_5_vl": (qwen2_5_vl, QWEN2_5_VL_7B, {"num_key_value_heads": 1, "rope_parameters": _mrope(1, 1, 2)}),
     "ministral3": (
         *(mistral3, MINISTRAL_3B),
@@ -597,8 +625,12 @@ LANGUAGE_MODELS: dict[str, tuple[Callable[..., transformers.PretrainedConfig], C
 ENCODERS = {
     "clip": ("CLIPTextModel", "CLIPTokenizer"),
     "clip_projected": ("CLIPTextModelWithProjection", "CLIPTokenizer"),
+    "clip_long": ("CLIPTextModelWithProjection", "CLIPTokenizer"),
+    "llama": ("LlamaForCausalLM", "PreTrainedTokenizerFast"),
     "t5": ("T5EncoderModel", "T5Tokenizer"),
     "umt5": ("UMT5EncoderModel", "T5Tokenizer"),
+    "byt5": ("T5EncoderModel", "ByT5Tokenizer"),
+    "chatglm": ("ChatGLMModel", "ChatGLMTokenizer"),
     "gemma": ("Gemma2Model", "GemmaTokenizer"),
     "qwen3": ("Qwen3Model", "Qwen2Tokenizer"),
     "qwen3_vl": ("Qwen3VLModel", "Qwen2Tokenizer"),
@@ -614,7 +646,9 @@ def encoder_config(kind: str, width: int, projection: int) -> transformers.Pretr
     if kind == "t5":
         return transformers.T5Config(d_model=width, vocab_size=32128, **T5_XXL)
     if kind == "umt5":
-        return transformers.UMT5Config(d_model=width, vocab_size=32128, **PILE_T5_XL)
+        return transformers.UMT5Config(d_model=width, **UMT5_SIZES[width])
+    if kind == "byt5":
+        return transformers.T5Config(d_model=width, vocab_size=1510, **BYT5_SMALL)
     if kind in LANGUAGE_MODELS:
         config, numbers, _ = LANGUAGE_MODELS[kind]
         return config(hidden_size=width, **numbers)
@@ -625,6 +659,7 @@ def encoder_config(kind: str, width: int, projection: int) -> transformers.Pretr
         num_hidden_layers=layers,
         num_attention_heads=heads,
         intermediate_size=within,
+        max_position_embeddings=CLIP_POSITIONS.get(kind, 77),
     )
 
 
@@ -640,9 +675,8 @@ def configurations(model: Model, folder: Path, scale: str = "real") -> Path:
     for (number, kind, *_), (width, projection) in zip(model.encoders, widths, strict=True):
         made = encoder_config if scale == "real" else _tiny_encoder
         made(kind, width, projection).save_pretrained(folder / f"text_encoder{number}")
-        index[f"text_encoder{number}"], index[f"tokenizer{number}"] = (
-            ["transformers", name] for name in ENCODERS[kind]
-        )
+        library = "kolors" if kind == "chatglm" else "transformers"
+        index[f"text_encoder{number}"], index[f"tokenizer{number}"] = ([library, name] for name in ENCODERS[kind])
     index |= {name: [None, None] for name, value in model.others.items() if value is None}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     return folder
@@ -650,7 +684,7 @@ def configurations(model: Model, folder: Path, scale: str = "real") -> Path:
 
 def _tiny_encoder(kind: str, width: int, projection: int) -> transformers.PretrainedConfig:
     small: dict[str, Any] = {"vocab_size": 100}
-    if kind == "t5":
+    if kind in ("t5", "byt5"):
         return transformers.T5Config(d_model=width, d_ff=8, d_kv=8, num_heads=2, num_layers=1, **small)
     if kind == "umt5":
         return transformers.UMT5Config(d_model=width, d_ff=8, d_kv=8, num_heads=2, num_layers=1, **small)
@@ -658,4 +692,5 @@ def _tiny_encoder(kind: str, width: int, projection: int) -> transformers.Pretra
     if kind in LANGUAGE_MODELS:
         config, _, numbers = LANGUAGE_MODELS[kind]
         return config(**small | numbers)
-    return transformers.CLIPTextConfig(projection_dim=projection, **small)
+    positions = CLIP_POSITIONS.get(kind, 77)
+    return transformers.CLIPTextConfig(projection_dim=projection, max_position_embeddings=positions, **small)

@@ -178,7 +178,7 @@ def decoder_parts(vae: ModelMixin) -> list[nn.Module]:
 
 
 def skeleton(config: Mapping[str, Any]) -> ModelMixin:
-    """The VAE of a configuration on the meta device, without memory for its weights, to inspect its modules.
+    """The VAE, or another model of diffusers, of a configuration, without memory for its weights, on the meta device.
 
     Raises:
         ValueError: for a class that the installed diffusers lacks.
@@ -186,7 +186,7 @@ def skeleton(config: Mapping[str, Any]) -> ModelMixin:
     name = config.get("_class_name")
     kind = getattr(diffusers, str(name), None)
     if kind is None:
-        raise ValueError(f"diffusers {diffusers.__version__} has no autoencoder of the class {name}")
+        raise ValueError(f"diffusers {diffusers.__version__} has no model of the class {name}")
     with torch.device("meta"):
         return kind.from_config(config)
 

@@ -6,7 +6,7 @@ Hooks, unlike a loop over the decoder's modules, keep everything that ``vae.deco
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
 from functools import partial
@@ -43,6 +43,9 @@ NORMS = (nn.GroupNorm, WanRMS_norm, QwenImageRMS_norm, QwenImage21RMS_norm, Huny
 ACTIVATIONS = (nn.SiLU, nn.Mish, nn.GELU, nn.ReLU)
 
 
+BACKEND, RECOMPILE_LIMIT = "inductor", 256  # of torch.compile; parts of one class share its limit
+
+
 class _LastBlockReached(Exception):
     """Ends a decode whose remaining blocks are not requested."""
 
@@ -58,16 +61,24 @@ class DecoderFeatureExtractor:
         blocks: "mid" (AutoencoderDC has none), "up_0", "up_1", ..., and paths of modules that return a map, e.g.
             "decoder.up_blocks.1.resnets.0"; None = all named blocks; ``("rgb",)`` = the decoded pixels.
         gradient_checkpointing: recompute the blocks, one resnet at a time, in the backward pass, to save memory.
+        compile_for: compile the decoder's parts for at most that many latents at once; None: do not. The number of
+            latents is padded to a power of two, or to this number, so that each part is compiled a few times only.
 
     Raises:
-        ValueError: for a block that the decoder lacks, an unsupported autoencoder, or one that slices or tiles.
+        ValueError: for a block that the decoder lacks, an unsupported autoencoder, one that slices or tiles, or a
+            block inside of a compiled part.
     """
 
     def __init__(
-        self, vae: ModelMixin, blocks: Sequence[str] | None = None, gradient_checkpointing: bool = False
+        self,
+        vae: ModelMixin,
+        blocks: Sequence[str] | None = None,
+        gradient_checkpointing: bool = False,
+        compile_for: int | None = None,
     ) -> None:
         self.vae = vae
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing, self.compile_for = gradient_checkpointing, compile_for
+        self._compiled: dict[nn.Module, Callable[..., Tensor]] = {}
         self._modules = decoder_blocks(vae, blocks)
         self.block_names = tuple(self._modules) or (RGB,)
         self._first = [parts[-1] for parts in decoder_levels(vae).values()][:1]  # empty for an unsupported decoder
@@ -76,6 +87,8 @@ class DecoderFeatureExtractor:
         self._refuse_tiles()
         if gradient_checkpointing:
             decoder_parts(vae)  # raises for an unsupported decoder
+        if compile_for is not None:
+            self._compile()
 
     def __call__(self, latents: Tensor) -> dict[str, Tensor]:
         """Scaled latents, (B, C, h, w) -> {name: (B, C_l, H_l, W_l)}, in the VAE's dtype, in decoding order (Eq. 1).
@@ -104,12 +117,15 @@ class DecoderFeatureExtractor:
         self.check_latents(latents)
         self.first_shape = None
         raw = unscale(self.vae, at_least_float32(latents)).to(self.vae.dtype)  # (B, C, h, w)
+        if (more := self.padded_size(len(raw)) - len(raw)) > 0:
+            see, raw = partial(_see_first, see, len(raw)), torch.cat([raw, raw.new_zeros(more, *raw.shape[1:])])
         if raw.device.type == "cpu":  # avoids conversions in every convolution
             raw = raw.contiguous(memory_format=torch.channels_last)
         with (
-            torch.compiler.set_stance("force_eager"),  # compiled modules ignore hooks that are added later
+            # A module that the caller has compiled ignores hooks that are added later
+            nullcontext() if self._compiled else torch.compiler.set_stance("force_eager"),
             self._hooks(see) as waiting,
-            DecoderPass(self.vae, self.gradient_checkpointing),
+            DecoderPass(self.vae, self.gradient_checkpointing, self._compiled),
             exact_precision(latents.device),
         ):
             try:
@@ -120,6 +136,23 @@ class DecoderFeatureExtractor:
                 raise ValueError(f"--lpl_blocks: {', '.join(sorted(waiting))} did not run when the VAE decoded")
             self._measure(pixels)
             see(RGB, pixels)
+
+    def _compile(self) -> None:
+        parts = decoder_parts(self.vae)
+        inner = {module for part in parts for module in part.modules() if module is not part}
+        if inside := [name for name, module in self._modules.items() if module in inner]:
+            raise ValueError(
+                f"--lpl_blocks {inside[0]}: --torch_compile compiles the part of the decoder that it lies in; leave "
+                "one of them out, or name the whole part"
+            )
+        options: dict[str, Any] = {"dynamic": False, "backend": BACKEND, "recompile_limit": RECOMPILE_LIMIT}
+        self._compiled = {part: torch.compile(part.forward, **options) for part in parts}
+
+    def padded_size(self, count: int) -> int:
+        """How many latents are decoded for that many: more if it is compiled."""
+        if not self.compile_for or count >= self.compile_for:
+            return count
+        return min(2 ** (count - 1).bit_length(), self.compile_for)
 
     def check_latents(self, latents: Tensor) -> None:
         """Refuse latents that do not fit this VAE.
@@ -175,14 +208,22 @@ class DecoderPass:
     ACTIVATIONS), or that are no modules, run as they are. With ``gradient_checkpointing`` the blocks are recomputed
     one resnet at a time. No number changes.
 
+    Compiled parts run instead of a part's modules; the compiler itself keeps little then.
+
     The caller's settings are restored on exit. The context is entered again for each part that the backward pass
     recomputes, so that the recomputation is identical. A VAE can be used by one thread at a time.
     """
 
-    def __init__(self, vae: ModelMixin, gradient_checkpointing: bool) -> None:
-        self.vae, self.gradient_checkpointing = vae, gradient_checkpointing
+    def __init__(
+        self,
+        vae: ModelMixin,
+        gradient_checkpointing: bool,
+        compiled: Mapping[nn.Module, Callable[..., Tensor]] | None = None,
+    ) -> None:
+        self.vae, self.gradient_checkpointing, self._compiled = vae, gradient_checkpointing, compiled or {}
         self._parameters = list(vae.parameters())
-        self._modules = list(getattr(vae, "decoder", vae).modules())
+        inside = {module for part in self._compiled for module in part.modules()}
+        self._modules = [module for module in getattr(vae, "decoder", vae).modules() if module not in inside]
         self._left: list[ExitStack] = []  # one stack to undo per active pass
         self._normalised: _Normalised | None = None  # by the norm that ran last
 
@@ -202,6 +243,8 @@ class DecoderPass:
                     _set(stack, module, "forward", partial(self._normalise, module))
                 elif type(module) in ACTIVATIONS and not getattr(module, "inplace", False):
                     _set(stack, module, "forward", partial(self._activate, module))
+        for part, forward in self._compiled.items():
+            _set(stack, part, "forward", forward)
         if self.gradient_checkpointing and torch.is_grad_enabled():
             for part in decoder_parts(self.vae):
                 _set(stack, part, "forward", partial(self._checkpoint, part.forward))
@@ -227,6 +270,10 @@ class DecoderPass:
         return checkpoint(
             forward, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), recomputation), **options
         )
+
+
+def _see_first(see: Callable[[str, Tensor], None], count: int, name: str, maps: Tensor) -> None:
+    see(name, maps[:count])
 
 
 def _is_plain(convolution: nn.Conv2d) -> bool:

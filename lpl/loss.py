@@ -65,6 +65,7 @@ class LatentPerceptualLoss:
             but ``blocks`` and ``gradient_checkpointing``.
         gradient_checkpointing: recompute each resnet in the backward pass, to save memory.
         outliers: parameters of the masks, see :func:`outlier_mask`.
+        compile_for: compile the decoder, see :class:`lpl.features.DecoderFeatureExtractor`.
         chunk_size: number of samples decoded at a time; fewer need less memory. None = as many as MEMORY allows (at
             least one), see :func:`lpl.footprint.footprint`. No tensor ever has 2^31 elements or more, unless that of a
             single sample has.
@@ -88,10 +89,11 @@ class LatentPerceptualLoss:
         gradient_checkpointing: bool = False,
         outliers: Mapping[str, float] | None = None,
         chunk_size: int | None = None,
+        compile_for: int | None = None,
     ) -> None:
         blocks = (blocks,) if isinstance(blocks, str) else blocks
         self.vae = vae
-        self.extractor = DecoderFeatureExtractor(vae, blocks, gradient_checkpointing)
+        self.extractor = DecoderFeatureExtractor(vae, blocks, gradient_checkpointing, compile_for)
         self.block_names = self.extractor.block_names
         check_options(
             normalization, detach_statistics, depth_weighting, mask_outliers, distance, variant, self.block_names
@@ -139,6 +141,8 @@ class LatentPerceptualLoss:
             return at_least_float32(predicted_latents).flatten(1).sum(1)
         wanted = torch.is_grad_enabled() and predicted_latents.requires_grad
         size = self.samples_at_once(latents, window, wanted)
+        if self.extractor.compile_for and size < len(latents):
+            size = 2 ** (size.bit_length() - 1)  # which needs no padding
         if mask is not None and window is not None:
             mask = mask.within(window, latents.shape[-2:])
         starts = range(0, len(latents), size)

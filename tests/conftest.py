@@ -23,7 +23,10 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than a few seconds; runs only with `-m slow`")
 
 
-NEWER = ("flux2", "chroma", "lumina", "aura", "qwen", "ernie", "krea")  # families, by their names in tests
+NEWER = (  # families, by their names in tests
+    *("flux2", "chroma", "lumina", "aura", "qwen", "ernie", "krea", "kolors", "hunyuan"),
+    *("hidream", "wan_", "wan22_", "wan-"),
+)
 
 
 def is_repeated(item):
@@ -150,6 +153,23 @@ def ernie_image_pipeline(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def kolors_pipeline(tmp_path_factory):
+    """Folder of a tiny Kolors."""
+    pytest.importorskip("sentencepiece", reason="Kolors' tokenizer needs sentencepiece")
+    from tiny import tiny_kolors
+
+    return tiny_kolors(tmp_path_factory.mktemp("kolors"))
+
+
+@pytest.fixture(scope="session")
+def hunyuan_image_pipeline(tmp_path_factory):
+    """Folder of a tiny HunyuanImage."""
+    from tiny import tiny_hunyuan_image
+
+    return tiny_hunyuan_image(tmp_path_factory.mktemp("hunyuan_image"))
+
+
+@pytest.fixture(scope="session")
 def krea2_pipeline(tmp_path_factory):
     """Folder of a tiny Krea 2."""
     from tiny import tiny_krea2
@@ -195,6 +215,30 @@ def aura_flow_pipeline(tmp_path_factory):
     from tiny import tiny_aura_flow
 
     return tiny_aura_flow(tmp_path_factory.mktemp("aura_flow"))
+
+
+@pytest.fixture(scope="session")
+def hidream_pipeline(tmp_path_factory):
+    """Folder of a tiny HiDream-I1."""
+    from tiny import tiny_hidream
+
+    return tiny_hidream(tmp_path_factory.mktemp("hidream"))
+
+
+@pytest.fixture(scope="session")
+def wan_pipeline(tmp_path_factory):
+    """Folder of a tiny Wan."""
+    from tiny import tiny_wan
+
+    return tiny_wan(tmp_path_factory.mktemp("wan"))
+
+
+@pytest.fixture(scope="session")
+def wan22_pipeline(tmp_path_factory):
+    """Folder of a tiny Wan whose VAE has patches."""
+    from tiny import tiny_wan
+
+    return tiny_wan(tmp_path_factory.mktemp("wan22"), "wan22")
 
 
 @pytest.fixture(scope="session")

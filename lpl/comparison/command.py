@@ -61,6 +61,7 @@ from lpl.families.description import Description, read_pipeline
 from lpl.families.resolve import resolve
 from lpl.tools.files import check_writable, write_text
 from lpl.tools.layout import EVALUATION, RECIPE
+from lpl.tools.machine import SHORT
 from lpl.tools.pictures import save_picture
 from lpl.tools.places import lies_within
 from lpl.tools.privacy import without_secrets
@@ -78,7 +79,6 @@ EVALUATION_FLAGS = (  # of python -m lpl.evaluate
     *("metrics", "features", "clip", "num_images", "batch_size", "num_inference_steps", "guidance_scale"),
     *("prompts_file", "nearest_k", "device", "dtype"),
 )
-DTYPES = {"bf16": "bfloat16", "fp16": "float16"}  # --mixed_precision -> --dtype
 KEEPING = {  # flags that change no result
     *("gradient_checkpointing", "lpl_gradient_checkpointing", "lpl_chunk_size", "offload_ema"),
     *("max_bad_samples", "max_skipped_steps"),
@@ -342,7 +342,7 @@ def evaluation_of(command: Command, runs: Sequence[Run], reference: str) -> eval
     """The command that measures the runs."""
     values = command.training.values()
     shared = {name: values[name] for name in OF_THE_TRAINING}
-    defaults, dtype = evaluate.build_parser(), DTYPES.get(command.training.optimization.mixed_precision or "")
+    defaults, dtype = evaluate.build_parser(), SHORT.get(command.training.optimization.mixed_precision or "")
     words = ["--generated", *(f"{run.label}={run.folder}" for run in runs), "--reference", reference]
     words += ["--output_dir", str(command.folder / EVALUATION), *command.evaluation]
     words += ["--dtype", dtype] if dtype and "--dtype" not in words else []

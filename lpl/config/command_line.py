@@ -24,7 +24,7 @@ from lpl.config.foreign import FOREIGN, Foreign, translated
 from lpl.config.parser import Parser
 from lpl.config.prompt_files import read_prompts
 from lpl.config.recipes import read_recipe
-from lpl.config.rules import holds_out
+from lpl.config.rules import holds_out, is_path
 from lpl.options import parse_weight
 from lpl.tools.words import plain_warnings, warn
 
@@ -152,9 +152,10 @@ def _completed(config: Config) -> Config:
     """Fill in the defaults that depend on other flags."""
     optimization, lora, validation = config.optimization, config.lora, config.validation
     name = next((name for name in OPTIMIZERS if name.lower() == optimization.optimizer.lower()), None)
-    if name is None:
-        raise ValueError(f"--optimizer {optimization.optimizer}: accepted are {' and '.join(OPTIMIZERS)}")
-    values: dict[str, Any] = {"optimizer": name}
+    if name is None and not is_path(optimization.optimizer):
+        known = ", ".join(OPTIMIZERS)
+        raise ValueError(f"--optimizer {optimization.optimizer}: accepted are {known}, and package.module:Class")
+    values: dict[str, Any] = {"optimizer": name or optimization.optimizer}
     if optimization.use_ema and optimization.ema_decay is None:
         values["ema_decay"] = EMA_DECAY_WITH_LPL if config.lpl.enabled else EMA_DECAY
     if lora.lora_init is not None or lora.adapter == OFT:

@@ -78,6 +78,7 @@ class Flag:
             has none.
         words: converts the given words to the value.
         word: converts the one given word to the value.
+        code: a value with a colon is the path of code, which a recipe from the Hub cannot name.
         former_default: default of earlier versions, which their recipes record; there it counts as not given.
     """
 
@@ -95,6 +96,7 @@ class Flag:
     used: Callable[[Values], bool] | None = None
     words: Callable[[str | Sequence[str]], Any] | None = None
     word: Callable[[str], Any] | None = None
+    code: bool = False
     former_default: Any = None
 
     def check(self, name: str, value: Any) -> None:

@@ -801,7 +801,19 @@ class Optimization:
     scale_lr: bool = flag(
         False, "multiply the learning rates by the number of processes, the accumulation steps and the batch size"
     )
-    lr_scheduler: str = flag("constant", "learning rate schedule", choices=LR_SCHEDULERS)
+    lr_scheduler: str = flag(
+        "constant",
+        f"learning rate schedule: {', '.join(LR_SCHEDULERS)}, or another one as package:Class, such as "
+        "torch.optim.lr_scheduler:StepLR",
+        word=rules.schedule,
+        code=True,
+    )
+    lr_scheduler_args: tuple[str, ...] | None = flag(
+        None,
+        "arguments of a --lr_scheduler package:Class, each NAME=VALUE; in --config as a mapping",
+        word=rules.argument,
+        used=rules.by_path("lr_scheduler"),
+    )
     lr_warmup_steps: int | float = flag(
         500,
         "warm-up steps of the learning rate schedule; a number below 1 is a share of the run; the constant schedule "
@@ -818,7 +830,19 @@ class Optimization:
     lr_power: float = flag(
         1.0, "power of the polynomial schedule", range=FINITE, used=rules.when("lr_scheduler", "polynomial")
     )
-    optimizer: str = flag(OPTIMIZERS[0], " or ".join(OPTIMIZERS), on_resume=REFUSED)
+    optimizer: str = flag(
+        OPTIMIZERS[0],
+        f"{', '.join(OPTIMIZERS)}, or another one as package:Class, such as torch.optim:Adafactor",
+        on_resume=REFUSED,
+        code=True,
+    )
+    optimizer_args: tuple[str, ...] | None = flag(
+        None,
+        "arguments of an --optimizer package:Class besides the learning rate, each NAME=VALUE, such as eps=1e-8 "
+        "betas=[0.9,0.99]; in --config as a mapping",
+        word=rules.argument,
+        used=rules.by_path("optimizer"),
+    )
     use_8bit_adam: bool = flag(False, "use the 8-bit AdamW of bitsandbytes", on_resume=REFUSED)
     adam_beta1: float = flag(0.9, "beta1 of AdamW and Prodigy", range=BELOW_ONE)
     adam_beta2: float = flag(0.999, "beta2 of AdamW and Prodigy", range=BELOW_ONE)
@@ -869,6 +893,14 @@ class Optimization:
         None, "mixed precision of the computation; default: accelerate's configuration", choices=("no", "fp16", "bf16")
     )
     allow_tf32: bool = flag(False, "allow TF32 on Ampere and later GPUs")
+    attention_backend: str | None = own_flag(
+        None,
+        "kernel of the denoiser's attention, as diffusers names them, such as flash, flash_hub or xformers; default: "
+        "PyTorch's own",
+    )
+    torch_compile: bool = flag(
+        False, "compile the denoiser and LPL's decoder with torch.compile; the first steps take minutes"
+    )
     gradient_checkpointing: bool = flag(
         False, "recompute the denoiser's activations in the backward pass to save memory"
     )
@@ -880,6 +912,21 @@ class Optimization:
         "random seed; default: drawn at random and recorded in recipe.yaml",
         range=(NOT_NEGATIVE, at_most(2**32 - 1)),
     )
+
+    @property
+    def compile_for(self) -> int | None:
+        """For how many samples at most LPL's decoder is compiled; None: it is not."""
+        return self.train_batch_size if self.torch_compile else None
+
+    @property
+    def optimizer_arguments(self) -> dict[str, Any]:
+        """--optimizer_args by name."""
+        return rules.arguments(self.optimizer_args)
+
+    @property
+    def scheduler_arguments(self) -> dict[str, Any]:
+        """--lr_scheduler_args by name."""
+        return rules.arguments(self.lr_scheduler_args)
 
     def warmup_steps(self, max_steps: int) -> int:
         """Warm-up steps of the schedule in a run of that length."""
@@ -985,6 +1032,7 @@ class Evaluation:
         ("facebook/dinov2-base",),
         "feature networks for the metrics, named as for python -m lpl.evaluate",
         path=True,
+        code=True,
         used=rules.compares_sets,
     )
     eval_clip: str = own_flag(CLIP, "CLIP model for clip_score", path=True, used=rules.scores_captions)

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from lpl.config.flag import boolean, number
 from lpl.config.foreign import FOREIGN, OTHERS
-from lpl.config.rules import count_or_auto
+from lpl.config.rules import argument, count_or_auto, schedule
 from lpl.options import AUTO
 from lpl.tools.words import close_match
 
@@ -67,6 +67,7 @@ class HelpFormatter(argparse.MetavarTypeHelpFormatter):
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         names = {None: "str", os.path.expanduser: "str", number: "int|float", count_or_auto: f"{AUTO}|int"}
+        names |= {schedule: "str", argument: "NAME=VALUE"}
         return names.get(action.type) or getattr(action.type, "__name__", "str")
 
     def _get_help_string(self, action: argparse.Action) -> str | None:

@@ -27,7 +27,7 @@ import yaml
 from lpl.config import data_sets, prompts
 from lpl.config.config import FLAGS
 from lpl.config.parser import Parser
-from lpl.config.rules import hub_source
+from lpl.config.rules import argument, hub_source, is_path
 from lpl.tools.words import close_match, warn
 
 
@@ -188,6 +188,8 @@ def _value(parser: Parser, source: str, action: argparse.Action, value: Any) -> 
         return value or None
     if isinstance(value, list) and action.nargs != "+":
         raise ValueError(f"--config {source}: {name} takes one value, not a list")
+    if isinstance(value, dict) and action.type is argument:
+        value = [f"{key}={json.dumps(item, default=str)}" for key, item in value.items()]
     items = value if isinstance(value, list) else [value]
     if not items:
         raise ValueError(f"--config {source}: {name} is an empty list; leave it out")
@@ -252,11 +254,13 @@ def _entrusted(parser: Parser, source: str, values: Mapping[str, Any], typed: Co
         ValueError: if a model or data set is not on the Hub, or a value is code.
     """
     values = {name: value for name, value in values.items() if name not in typed}
-    if code := [feature for feature in values.get("eval_features", ()) if ":" in feature]:
-        raise ValueError(
-            f"--config {source}: eval_features has {reprlib.repr(code[0])}, and code is not run because a recipe of "
-            "the Hub says so; give --eval_features if you trust it, or leave it out by --without eval_features"
-        )
+    for name, value in values.items():
+        words = value if isinstance(value, list) else [value]
+        if name in FLAGS and FLAGS[name].code and (code := [word for word in words if is_path(word)]):
+            raise ValueError(
+                f"--config {source}: {name} has {reprlib.repr(code[0])}, and code is not run because a recipe of "
+                f"the Hub says so; give --{name} if you trust it, or leave it out by --without {name}"
+            )
     if ignored := sorted(name for name in values if is_own(name) and values[name] != parser.get_default(name)):
         warn(
             f"--config {source}: {', '.join(ignored)} {'is' if len(ignored) == 1 else 'are'} this machine's business "

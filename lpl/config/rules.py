@@ -9,8 +9,10 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lpl.config.choices import CLIP_SCORE, SET_METRICS
-from lpl.config.flag import Range, Values
+import yaml
+
+from lpl.config.choices import CLIP_SCORE, LR_SCHEDULERS, SET_METRICS
+from lpl.config.flag import Range, Values, number
 from lpl.options import AUTO, MASK_RANGES
 from lpl.tools.privacy import HUB_ID, hub_file, is_hub_id
 
@@ -138,7 +140,18 @@ def less_than(name: str, other: str) -> Condition:
 
 
 def warms_up(flags: Values) -> bool:
-    return flags["lr_scheduler"] != "constant" or flags["lr_warmup_steps"] == 0
+    name = flags["lr_scheduler"]
+    return (name != "constant" and not is_path(name)) or flags["lr_warmup_steps"] == 0
+
+
+def is_path(name: Any) -> bool:
+    """Whether a name is the path of a class or function, ``package.module:Class``: code."""
+    return ":" in str(name)
+
+
+def by_path(name: str) -> Condition:
+    """The flag ``name`` is the path of a class."""
+    return lambda flags: is_path(flags[name])
 
 
 def compares_sets(flags: Values) -> bool:
@@ -218,6 +231,55 @@ def alpha_pattern(word: str) -> str:
     if not name or not 0 < alpha < math.inf:
         raise ArgumentTypeError(f"{word!r}: accepted is NAME=ALPHA, such as attn.to_q=16")
     return word
+
+
+def schedule(word: str) -> str:
+    """A name of LR_SCHEDULERS, or the path of a class."""
+    if word not in LR_SCHEDULERS and not is_path(word):
+        raise ArgumentTypeError(f"{word!r}: accepted are {', '.join(LR_SCHEDULERS)}, and package.module:Class")
+    return word
+
+
+def argument(word: str) -> str:
+    """NAME=VALUE, an argument of a class."""
+    name, equals, text = word.partition("=")
+    try:
+        value = value_of(text)
+        plain = all(item is None or isinstance(item, str | int | float) for item in _items(value))
+    except yaml.YAMLError:
+        plain = False
+    if not (name.isidentifier() and equals and plain):
+        raise ArgumentTypeError(
+            f"{word!r}: accepted is NAME=VALUE, with a number, a word, true, false, null or a list of these"
+        )
+    return word
+
+
+def arguments(words: Sequence[str] | None) -> dict[str, Any]:
+    """
+    >>> arguments(["eps=1e-8", "betas=[0.9, 0.99]", "nesterov=true", "clip=null"])
+    {'eps': 1e-08, 'betas': (0.9, 0.99), 'nesterov': True, 'clip': None}
+    """
+    pairs = (word.partition("=") for word in words or ())
+    return {name: value_of(text) for name, _, text in pairs}
+
+
+def value_of(text: str) -> Any:
+    """A value in YAML; lists become tuples."""
+    value = _number(yaml.safe_load(text)) if _number(text) is text else _number(text)
+    return tuple(map(_number, value)) if isinstance(value, list) else value
+
+
+def _number(value: Any) -> Any:
+    """A word that is a number as that number: YAML takes 1e-8 for a word."""
+    try:
+        return number(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _items(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def mask_range(name: str) -> Range:

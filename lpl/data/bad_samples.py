@@ -17,7 +17,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from lpl.config.checks import parse_limit
+from lpl.config.data_checks import parse_limit
 from lpl.data.dataset import TrainingImages
 from lpl.tools.files import entries, lines, write_text
 from lpl.tools.layout import BAD_SAMPLES

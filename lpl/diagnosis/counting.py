@@ -265,6 +265,8 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Attention that keeps its output and one number per query, as the GPU's kernels do."""
+    if query.ndim < 4:  # the GPU's kernels take none of these; the weights of all keys are kept
+        return aten._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p, is_causal)[0]
     if enable_gqa and key.shape[-3] != query.shape[-3]:
         key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
     if torch.is_autocast_enabled("cpu"):

@@ -31,6 +31,7 @@ from lpl.diagnosis.status import Stage, Status
 from lpl.tools.machine import free_space, is_out_of_memory, peak_memory, reset_peak_memory
 from lpl.tools.words import Rows, counted, duration, short_count, size, table
 from lpl.training.checkpoints import find_checkpoints
+from lpl.training.optimizers import name_of
 from lpl.training.parts import TrainedParts
 from lpl.training.updates import Updates
 from lpl.weighting import LplWeight
@@ -174,7 +175,7 @@ class Report:
         optimizer = getattr(
             self.updates.optimizer, "optimizer", self.updates.optimizer
         )  # without accelerate's wrapper
-        rows += [("autocast", "none" if precision == "no" else precision), ("optimizer", type(optimizer).__name__)]
+        rows += [("autocast", "none" if precision == "no" else precision), ("optimizer", name_of(optimizer))]
         return rows + list(zip(("learning rate", "of text encoders"), plan.learning_rates(), strict=False))
 
     def _lpl(self) -> Rows:

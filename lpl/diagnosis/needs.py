@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lpl.config.groups import Optimization, Output
+from lpl.config.rules import is_path
 from lpl.tools.machine import free_space
 from lpl.tools.words import size
 from lpl.training.checkpoints import find_checkpoints
 from lpl.training.lora import in_one_file
+from lpl.training.optimizers import bytes_by_path
 from lpl.training.parts import TrainedParts
 
 
@@ -39,6 +41,8 @@ def optimizer_bytes(parameters: Iterable[Tensor], optimization: Optimization) ->
     parameters = list(parameters)
     if optimization.optimizer == "prodigy":  # the initial weights, a sum of gradients, and one or two moments
         return (3 + (optimization.adam_beta1 > 0)) * bytes_of(parameters)
+    if is_path(optimization.optimizer):
+        return bytes_by_path(parameters, optimization)
     if optimization.optimizer != "AdamW":
         raise ValueError(f"the state of {optimization.optimizer} is not known")
     if not optimization.use_8bit_adam:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lpl.config import Config
+from lpl.config.rules import warms_up
 from lpl.data.dataset import TrainingImages
 from lpl.data.fingerprint import spaced
 from lpl.diagnosis.needs import check_disk, count_parameters
@@ -195,7 +196,7 @@ class Plan:
     def _warmup_warning(self) -> str | None:
         optimization = self.config.optimization
         steps = optimization.warmup_steps(self.max_steps)
-        if steps < self.max_steps or self.max_steps == 0 or optimization.lr_scheduler == "constant":
+        if steps < self.max_steps or self.max_steps == 0 or not warms_up(self.config.values()):
             return None
         return (
             f"--lr_warmup_steps {optimization.lr_warmup_steps}: the run ends after {self.max_steps}, at "

@@ -41,7 +41,8 @@ from lpl.families.derived import with_derived
 from lpl.families.description import read_pipeline
 from lpl.families.resolve import resolve
 from lpl.gate import sigma_threshold_at
-from lpl.inspection.command import check_vae, find_vae, image_size, load_vae
+from lpl.inspection.command import image_size
+from lpl.inspection.vae import check_vae, find_vae, load_vae, with_configuration
 from lpl.loss import LatentPerceptualLoss
 from lpl.objectives import Objective, get_objective
 from lpl.publishing import hub
@@ -173,7 +174,8 @@ def vae_source(config: Config, device: torch.device) -> tuple[Errors, Config]:
     Raises:
         ValueError: where VAE, data and flags do not fit one another.
     """
-    subfolder, vae_config = find_vae(config.model, config.lpl.lpl_blocks)
+    model = with_configuration(config.model)
+    subfolder, vae_config = find_vae(model, config.lpl.lpl_blocks)
     check_vae(config.lpl, vae_config)
     side = config.data.size[0] if config.data.resolution else None
     config = config.changed(resolution=image_size(side, vae_config)[0])
@@ -183,7 +185,7 @@ def vae_source(config: Config, device: torch.device) -> tuple[Errors, Config]:
     objective = get_objective("flow_matching", FlowMatchEulerDiscreteScheduler())  # whose noise is not used
     space = LatentSpace(latent_channels(vae_config), downscaling_factor(vae_config))
     images = _images(config, dataset, objective, space, empty_caption=0)
-    return Errors(images, load_vae(config.model, subfolder, device)), config
+    return Errors(images, load_vae(model, subfolder, vae_config, device)), config
 
 
 def _images(
@@ -207,7 +209,8 @@ def source_of(own: Distillation, config: Config, device: torch.device) -> tuple[
     Raises:
         ValueError: where pipeline, VAE, data and flags do not fit one another.
     """
-    kind = own.pairs_from or ("errors" if find_vae(config.model, config.lpl.lpl_blocks)[0] is None else "predictions")
+    subfolder, _ = find_vae(with_configuration(config.model), config.lpl.lpl_blocks)
+    kind = own.pairs_from or ("errors" if subfolder is None else "predictions")
     if kind == "errors":
         return vae_source(config, device)
     return pipeline_source(config, device)

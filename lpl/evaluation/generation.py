@@ -17,9 +17,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
-import diffusers
 import torch
-import transformers
 from peft import PeftModel
 from PIL import Image
 from torch import nn
@@ -29,6 +27,7 @@ from lpl.evaluation.images import METADATA, UNREADABLE
 from lpl.evaluation.processes import in_parts, processes, threaded
 from lpl.evaluation.sources import Model, find_models, has_adapter
 from lpl.families import Family
+from lpl.families.fit import component_class
 from lpl.objectives import own_objective
 from lpl.tools.files import write_text
 from lpl.tools.layout import LORA, PEFT_SUFFIX, SETTINGS
@@ -103,9 +102,9 @@ def trained_parts(model: Model, dtypes: Mapping[str, torch.dtype]) -> dict[str, 
     parts: dict[str, nn.Module] = {}
     for name in (family.denoiser_name, *family.trainable_text_encoders):
         if (folder := model.weights / name).is_dir():
-            library, class_name = index[name]
-            kind = getattr({"diffusers": diffusers, "transformers": transformers}[library], class_name)
-            parts[name] = kind.from_pretrained(folder, dtype=dtypes[name], use_safetensors=True)
+            parts[name] = component_class(index[name]).from_pretrained(
+                folder, dtype=dtypes[name], use_safetensors=True
+            )
     if not parts:
         raise ValueError(f"--generated {model.name}: {model.weights} holds neither trained parts nor a LoRA")
     return parts
@@ -151,12 +150,12 @@ def draw(
         part = slice(first, first + batch_size)
         autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
         with torch.no_grad(), autocast, decoding_exactly(family.vae):
-            images = cast(Any, family.pipeline)(
+            drawn = cast(Any, family.pipeline)(
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
                 **sampling,
                 **_batched(family, prompts[part], size),
-            ).images
-        yield from images
+            )
+        yield from family.images_of(drawn)
 
 
 def _device(family: Family) -> torch.device:

@@ -18,6 +18,9 @@ from lpl.families.dit import DiT
 from lpl.families.ernie_image import ErnieImage
 from lpl.families.flux import Flux
 from lpl.families.flux2 import Flux2, Flux2Klein
+from lpl.families.hidream import HiDream
+from lpl.families.hunyuan_image import HunyuanImage
+from lpl.families.kolors import Kolors
 from lpl.families.krea2 import Krea2
 from lpl.families.lumina2 import Lumina2
 from lpl.families.pixart import PixArtAlpha, PixArtSigma
@@ -26,6 +29,7 @@ from lpl.families.sana import Sana
 from lpl.families.sd import StableDiffusion
 from lpl.families.sd3 import StableDiffusion3
 from lpl.families.sdxl import StableDiffusionXL
+from lpl.families.wan import Wan
 from lpl.families.z_image import ZImage
 
 
@@ -47,6 +51,10 @@ FAMILIES: tuple[type[Family], ...] = (
     Chroma,
     Lumina2,
     AuraFlow,
+    HiDream,
+    Wan,
+    Kolors,
+    HunyuanImage,
 )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from diffusers import AuraFlowPipeline
@@ -14,11 +16,68 @@ from torch import Tensor, nn
 from lpl.families.architecture import Architecture
 from lpl.families.base import Conditions, Configs, Family, modulations
 from lpl.families.fit import Relation, latents
+from lpl.families.lora_layout import Table, by_table
+from lpl.families.single_file import Component, State, by_layers
 from lpl.families.tokens import Tokens, on_device
 from lpl.objectives import FlowMatching
 
 
 TIMESTEPS = 1000  # the pipeline divides by it, whatever the scheduler has
+
+# Layers by their names in the original model
+ORIGINAL: Table = {
+    "joint_transformer_blocks": (
+        "double_layers",
+        {
+            **{
+                f"{theirs}.{weight}": (f"{ours}.{layer}",)
+                for theirs, ours in (("mlpX", "ff"), ("mlpC", "ff_context"))
+                for weight, layer in (("c_fc1", "linear_1"), ("c_fc2", "linear_2"), ("c_proj", "out_projection"))
+            },
+            "modX.1": ("norm1.linear",),
+            "modC.1": ("norm1_context.linear",),
+            "attn.w2q": ("attn.to_q",),
+            "attn.w2k": ("attn.to_k",),
+            "attn.w2v": ("attn.to_v",),
+            "attn.w2o": ("attn.to_out.0",),
+            "attn.w1q": ("attn.add_q_proj",),
+            "attn.w1k": ("attn.add_k_proj",),
+            "attn.w1v": ("attn.add_v_proj",),
+            "attn.w1o": ("attn.to_add_out",),
+        },
+    ),
+    "single_transformer_blocks": (
+        "single_layers",
+        {
+            "mlp.c_fc1": ("ff.linear_1",),
+            "mlp.c_fc2": ("ff.linear_2",),
+            "mlp.c_proj": ("ff.out_projection",),
+            "modCX.1": ("norm1.linear",),
+            "attn.w1q": ("attn.to_q",),
+            "attn.w1k": ("attn.to_k",),
+            "attn.w1v": ("attn.to_v",),
+            "attn.w1o": ("attn.to_out.0",),
+        },
+    ),
+    "": (
+        "",
+        {
+            "t_embedder.mlp.0": ("time_step_proj.linear_1",),
+            "t_embedder.mlp.2": ("time_step_proj.linear_2",),
+            "cond_seq_linear": ("context_embedder",),
+            "init_x_linear": ("pos_embed.proj",),
+            "modF.1": ("norm_out.linear",),
+            "final_linear": ("proj_out",),
+        },
+    ),
+}
+POSITIONS = "pos_embed.pos_embed"
+
+
+def transformer_state(config: Mapping[str, Any], state: State) -> State:
+    """The weights of a transformer by the names of the original one; register_tokens is outside any layer."""
+    found = by_layers(partial(by_table, ORIGINAL), config, state, "pos_embed|")
+    return {"positional_encoding" if name == POSITIONS else name: tensor for name, tensor in found.items()}
 
 
 class AuraFlow(Family):
@@ -50,7 +109,12 @@ class AuraFlow(Family):
 
     @classmethod
     def architecture(cls, configs: Configs, prediction_type: str | None) -> Architecture:
-        return Architecture("auraflow-v1", cls.name)
+        return Architecture("auraflow-v1", cls.name, "https://github.com/cloneofsimo/minRF")
+
+    @classmethod
+    def single_file(cls, configs: Configs) -> tuple[Component, ...]:
+        """The transformer alone: other programs load all else from files of its own."""
+        return (Component("transformer", "", transformer_state),)
 
     @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:

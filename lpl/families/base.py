@@ -8,7 +8,7 @@ Vocabulary. *Conditions* are what the denoiser takes beside latents and timestep
 ``original_size``, ``crop_top_left`` and ``target_size``, each (B, 2), height or top first, in pixels. A batch of the
 loader has ``tokens`` too, made of its captions by :meth:`Family.tokenize`. Conditions are tensors, (B, ...), of one
 shape for all captions; where a denoiser must know how many tokens each has, ``lengths`` are B integers on the host,
-of the first tensor's second dimension.
+of the first tensor's second dimension. Those of another text encoder are ``lengths_2``.
 """
 
 from __future__ import annotations
@@ -55,12 +55,15 @@ class Family:
     vaes: ClassVar[tuple[str, ...]] = (  # the pipeline can sample with these; LPL accepts more
         *("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny", "VQModel", "AutoencoderDC"),
     )
+    packages: ClassVar[tuple[str, ...]] = ()  # that its tokenizers need, beside those that all families do
+    of_bytes: ClassVar[tuple[str, ...]] = ()  # tokenizers that have no vocabulary
     no_float16: ClassVar[tuple[str, ...]] = ()  # text encoders that overflow in float16; they run in bfloat16
     objectives: ClassVar[tuple[str, ...]] = tuple(OBJECTIVES)  # those that the pipeline can sample
     num_classes: ClassVar[int | None] = None  # captions are class labels from 0; None: captions are text
     class_conditional: ClassVar[bool] = False  # follows from ``num_classes``
     empty_share: ClassVar[float] = 0.0  # default of --proportion_empty_prompts
     guidance_argument: ClassVar[str] = "guidance_scale"  # of the pipeline's call, which guides by it
+    draws_videos: ClassVar[bool] = False  # whether the pipeline does, which then draws one frame here
     sequence_length: ClassVar[int | None] = None  # default of --max_sequence_length; None: it has no effect
     max_sequence_length: ClassVar[int | None] = None
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
@@ -68,6 +71,7 @@ class Family:
     trainable_text_encoders: ClassVar[tuple[str, ...]] = ()  # those that --train_text_encoder trains
     text_encoder_learning_rate: ClassVar[float | None] = None  # default of --text_encoder_lr; None: --learning_rate
     text_encoder_weight_decay: ClassVar[float | None] = None  # likewise
+    sharded_layers: ClassVar[tuple[str, ...]] = ()  # classes that FSDP2 gathers one by one; empty: the model's
     idle_weights: ClassVar[bool] = False  # whether weights of the denoiser take no part in its output
 
     def __init_subclass__(cls) -> None:
@@ -107,8 +111,8 @@ class Family:
     @classmethod
     def idle_components(cls) -> list[str]:
         """Components that diffusers' class can do without, and that neither training nor sampling uses."""
-        optional = cls.pipeline_class._optional_components
-        return [name for name in optional if not name.startswith(("text_encoder", "tokenizer"))]
+        optional, needed = cls.pipeline_class._optional_components, ("text_encoder", "tokenizer")
+        return [name for name in optional if name != cls.denoiser_name and not name.startswith(needed)]
 
     @classmethod
     def left_out(cls) -> dict[str, Any]:
@@ -209,11 +213,22 @@ class Family:
         size = (len(noisy_latents),)
         return torch.full(size, self.guidance_scale, dtype=torch.float32, device=noisy_latents.device)
 
+    def without_values(self, conditions: Conditions) -> Conditions:
+        """The same for tensors that have no values: as if each caption had as many tokens as there can be."""
+        if "lengths" not in conditions:
+            return conditions
+        count, tokens = next(iter(conditions.values())).shape[:2]
+        return conditions | {"lengths": (tokens,) * count}
+
     # In sampling
 
     def call_arguments(self, prompt: str | int, height: int, width: int) -> dict[str, Any]:
         """Arguments of the pipeline's call for a caption or class label, except steps and guidance."""
         return {"prompt": prompt, "height": height, "width": width} | self.sampling_arguments()
+
+    def attributes_for(self, height: int, width: int) -> dict[str, Any]:
+        """Attributes of the pipeline without which its call would not draw that size."""
+        return {}
 
     @classmethod
     def takes_negative_prompts(cls) -> bool:
@@ -222,6 +237,11 @@ class Family:
         parameters = cls._call_parameters()
         other = {"true_cfg_scale"} - {cls.guidance_argument}
         return "negative_prompt" in parameters and not other & parameters.keys()
+
+    @classmethod
+    def guides_itself(cls, configs: Configs) -> bool:
+        """Whether a component of the pipeline has the scale of guidance, which its call then takes in vain."""
+        return False
 
     @classmethod
     def default_guidance(cls) -> float:
@@ -237,6 +257,11 @@ class Family:
         """Arguments beyond prompt, size, steps and guidance that make the pipeline sample as in training."""
         return {"max_sequence_length": self.tokens} if self.sequence_length else {}
 
+    @classmethod
+    def images_of(cls, output: Any) -> list[Any]:
+        """The images in what the pipeline returns."""
+        return [frames[0] for frames in output.frames] if cls.draws_videos else output.images
+
     def loading_arguments(self) -> dict[str, None]:
         """Arguments of ``from_pretrained`` that load a pipeline like this one: the components that it lacks."""
         return {
@@ -246,6 +271,11 @@ class Family:
         }
 
     # From the configuration files, before anything is loaded
+
+    @classmethod
+    def why_refused(cls, index: Mapping[str, Any]) -> str | None:
+        """Why a pipeline of the family's class cannot be trained here, by its index; None: it can."""
+        return None
 
     @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:
@@ -275,6 +305,11 @@ class Family:
     def resolution_range(cls, configs: Configs) -> tuple[int, int | None]:
         """The smallest and the largest side in pixels; None: no limit."""
         return 1, None
+
+    @classmethod
+    def largest_area(cls, configs: Configs) -> int | None:
+        """The most pixels of an image; None: no limit."""
+        return None
 
     @classmethod
     def takes_guidance(cls, configs: Configs) -> bool:
@@ -336,7 +371,7 @@ class InPatches(Family):
     """A family whose denoiser takes 2 x 2 patches of latents, of images of any size; no configuration has either."""
 
     @classmethod
-    def default_resolution(cls, configs: Configs) -> int:
+    def native_resolution(cls, configs: Configs) -> int:
         return 128 * downscaling_factor(configs["vae"])  # the pipelines' default
 
     @classmethod

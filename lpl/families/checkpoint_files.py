@@ -21,6 +21,7 @@ from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from lpl.tools import headers
 from lpl.tools.privacy import HubFile, hub_file
 from lpl.tools.words import counted, first_line
 
@@ -35,15 +36,11 @@ TEXT_ENCODERS = {
 T5 = "text_encoders.t5xxl."
 OTHERS = ("cond_stage_model.", "conditioner.", "text_encoders.", "model_ema.", *VAE)  # beside a denoiser
 UNET = "input_blocks."  # begins the original UNet's names; diffusers reads them with a prefix only
+DENOISERS = (  # begin names without a prefix of denoisers whose architecture diffusers may not find
+    *("transformer_blocks.0.", "single_transformer_blocks.0.", "down_blocks.0.", UNET),
+    *("txtfusion.", "layers.0.self_attention."),  # Krea 2, ERNIE-Image
+)
 LORA_MARKS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".lora.up.", ".hada_w", ".lokr_w")
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 SCALES = ("scaled_fp8", ".scale_weight", ".weight_scale", ".comfy_quant", ".absmax")  # of quantised weights
 
 
@@ -60,23 +57,14 @@ def read_header(source: str, revision: str | None, cache_dir: str | None) -> tup
     local = source if place is None else _cached(place, revision, cache_dir)
     try:
         if local is not None:
-            with safe_open(local, "pt") as file:
-                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-                found = {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
-                metadata = file.metadata() or {}
-        else:
-            assert place is not None
-            read = HfApi().parse_safetensors_file_metadata(
-                place.repository, place.file, revision=place.revision or revision
-            )
-            found = {name: (part.shape, part.dtype) for name, part in read.tensors.items()}
-            metadata = read.metadata
+            return headers.read_header(local)
+        assert place is not None
+        read = HfApi().parse_safetensors_file_metadata(
+            place.repository, place.file, revision=place.revision or revision
+        )
     except (HTTPError, OSError, ValueError, SafetensorError) as error:
         raise ValueError(_why_unreadable(place, first_line(error))) from error
-    kinds = {name: DTYPES.get(str(dtype), torch.int8) for name, (_, dtype) in found.items()}
-    return {
-        name: torch.empty(tuple(shape), dtype=kinds[name], device="meta") for name, (shape, _) in found.items()
-    }, metadata
+    return {name: headers.empty(part.shape, part.dtype) for name, part in read.tensors.items()}, read.metadata
 
 
 def _why_unreadable(place: HubFile | None, error: str) -> str:
@@ -141,8 +129,7 @@ def why_no_checkpoint(header: Header) -> str | None:
 
 def is_denoiser(header: Header) -> bool:
     """Whether names without a prefix are those of a denoiser, in the original layout or in diffusers' own."""
-    marks = ("transformer_blocks.0.", "single_transformer_blocks.0.", "down_blocks.0.", UNET)
-    return any(name.startswith(marks) for name in header) or model_type(header) not in (None, "v1")
+    return any(name.startswith(DENOISERS) for name in header) or model_type(header) not in (None, "v1")
 
 
 def model_type(header: Header) -> str | None:

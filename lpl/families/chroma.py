@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from lpl.families.architecture import Architecture
 from lpl.families.base import Conditions, Configs, InPatches, packed, patch_positions, unpacked
 from lpl.families.fit import Relation, latents
 from lpl.families.lora_layout import TRANSFORMER, LoraLayout, Table, by_table
+from lpl.families.single_file import Component, State, by_layers, with_scales
 from lpl.families.tokens import Tokens, with_tokens
 from lpl.objectives import FlowMatching
 
@@ -38,6 +39,14 @@ ORIGINAL: Table = {
         },
     ),
 }
+# Layers that have the same name there
+SAME = r"distilled_guidance_layer\.(in_proj|out_proj|norms\.\d+)"
+
+
+def transformer_state(config: Mapping[str, Any], state: State) -> State:
+    """The weights of a transformer by the names of the original one."""
+    found = by_layers(partial(by_table, ORIGINAL), config, state, SAME)
+    return with_scales(rf"{flux.NORMS}|\.norms\.\d+", found)
 
 
 class Chroma(InPatches):
@@ -83,6 +92,11 @@ class Chroma(InPatches):
     @classmethod
     def architecture(cls, configs: Configs, prediction_type: str | None) -> Architecture:
         return Architecture(cls.name, "chroma", "https://huggingface.co/lodestones/Chroma", "networks.lora_flux")
+
+    @classmethod
+    def single_file(cls, configs: Configs) -> tuple[Component, ...]:
+        """The transformer alone: other programs load all else from files of its own."""
+        return (Component("transformer", "", transformer_state),)
 
     @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:

@@ -14,10 +14,11 @@ from pathlib import Path, PurePosixPath
 
 from diffusers.utils import CONFIG_NAME
 from huggingface_hub import try_to_load_from_cache
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from lpl.config.groups import Model
 from lpl.families.base import Family
+from lpl.tools.headers import read_header
 from lpl.tools.layout import INDEX
 from lpl.tools.privacy import HUB_ID
 from lpl.tools.single_files import PICKLES
@@ -26,7 +27,7 @@ from lpl.tools.words import first_line, warn
 
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
-NOT_MODELS = ("scheduler", "tokenizer", "feature_extractor")  # components whose names begin so have no weights
+NOT_MODELS = ("scheduler", "tokenizer", "feature_extractor", "guider", "ocr_guider")  # so begin names without weights
 OTHERS_WEIGHTS = (*PICKLES, ".msgpack", ".h5", ".onnx", ".onnx_data", ".flashpack", ".gguf", ".py")
 MODEL_WEIGHTS = "diffusion_pytorch_model"  # beginning of the names of diffusers' weights
 WEIGHTS = re.compile(r"\.safetensors(\.index(\.[\w-]+)?\.json)?$")
@@ -44,21 +45,22 @@ def lacking(model: Model, family: type[Family], listed: Iterable[str], unread: I
     Raises:
         ValueError: where files of a needed component are missing or damaged.
     """
-    path, unread = model.pipeline, set(unread)
+    path, named, unread = model.pipeline, f"--pretrained_model_name_or_path {model.source}", set(unread)
     files, place = _files(model)
     idle, gone = family.idle_components(), []
     for name in listed if files else ():
         here = [file.name for file in files if file.parent == PurePosixPath(name)]
-        missing = _missing(name, here, weights=name not in unread)
+        missing = _missing(name, here, weights=name not in unread, vocabulary=name not in family.of_bytes)
         if missing and name in idle:
             gone.append(name)
         elif missing:
             raise ValueError(
-                f"--pretrained_model_name_or_path {model.source}: its model_index.json lists {name}, but {place} has "
-                f"{missing}; {_cure(path, name, family)}"
+                f"{named}: its model_index.json lists {name}, but {place} has {missing}; {_cure(path, name, family)}"
             )
         elif Path(path).is_dir() and name not in unread:
-            _check_whole(path, name, weights(here, model.variant))
+            other = model.denoiser_model_name_or_path if name == family.denoiser_name else None
+            what = f"--denoiser_model_name_or_path {other}" if other else named
+            _check_whole(what, path, name, weights(here, model.variant))
     if gone:
         warn(
             f"{model.source}: its model_index.json lists {' and '.join(gone)}, but {place} lacks the files; the "
@@ -78,10 +80,10 @@ def _files(model: Model) -> tuple[list[PurePosixPath], str]:
     return listed_files(str(Path(cached).parent)) if isinstance(cached, str) else [], "the Hub's cache"
 
 
-def _missing(name: str, files: Sequence[str], weights: bool) -> str | None:
+def _missing(name: str, files: Sequence[str], weights: bool, vocabulary: bool) -> str | None:
     if not files:
         return "no files of it"
-    if name.startswith("tokenizer") and not set(VOCABULARIES).intersection(files):
+    if vocabulary and name.startswith("tokenizer") and not set(VOCABULARIES).intersection(files):
         return f"no vocabulary of it ({', '.join(VOCABULARIES)})"
     readable = (".safetensors", *PICKLES)  # pickles are refused with the way to convert them
     if weights and not name.startswith(NOT_MODELS) and not any(file.endswith(readable) for file in files):
@@ -98,17 +100,16 @@ def _cure(path: str, name: str, family: type[Family]) -> str:
     return "put it there, or give a complete pipeline"
 
 
-def _check_whole(path: str, name: str, files: Iterable[str]) -> None:
+def _check_whole(what: str, path: str, name: str, files: Iterable[str]) -> None:
     """Reads the headers of safetensors, with which a file that is cut short does not agree."""
     for file in files:
         if file.endswith(".safetensors"):
             try:
-                with safe_open(Path(path, name, file), "pt"):
-                    pass
+                read_header(Path(path, name, file))
             except (OSError, SafetensorError) as error:
                 raise ValueError(
-                    f"--pretrained_model_name_or_path {path}: {name}/{file} is damaged, or a pointer of Git LFS "
-                    f"({first_line(error)}); download it again"
+                    f"{what}: {name}/{file} is damaged, or a pointer of Git LFS ({first_line(error)}); download it "
+                    "again"
                 ) from error
 
 

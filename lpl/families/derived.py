@@ -25,7 +25,6 @@ from typing import Any, cast
 
 import diffusers
 import torch
-import transformers
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HOME
@@ -48,12 +47,13 @@ from lpl.families.checkpoint_files import (
     why_no_checkpoint,
 )
 from lpl.families.components import NOT_MODELS, OTHERS_WEIGHTS, WEIGHTS, weights
+from lpl.families.fit import component_class
 from lpl.families.lora_files import Adapter, lora_files, lost_prefix, read_lora
 from lpl.tools.files import settle, write_text
 from lpl.tools.layout import INDEX, PEFT_CONFIG
 from lpl.tools.privacy import hub_file
 from lpl.tools.single_files import single_file, why_no_file
-from lpl.tools.trust import check_components
+from lpl.tools.trust import check_components, components_in
 from lpl.tools.words import first_line, warn
 
 
@@ -165,9 +165,7 @@ class _Parts:
     @property
     def components(self) -> Components:
         return {
-            name: (entry[0], entry[1])
-            for name, entry in self.index.items()
-            if isinstance(entry, list | tuple) and entry[0] is not None
+            name: (entry[0], entry[1]) for name, entry in components_in(self.index).items() if entry[0] is not None
         }
 
     def in_file(self, name: str) -> list[str]:
@@ -183,8 +181,7 @@ class _Parts:
 
 
 def _kind(entry: tuple[str, str]) -> Any:
-    library = diffusers if entry[0] == "diffusers" else transformers
-    return getattr(library, entry[1], type(None))
+    return component_class(entry) or type(None)
 
 
 def _has_weights(name: str) -> bool:

@@ -20,6 +20,7 @@ from lpl.families import Family, find_family
 from lpl.families.components import lacking
 from lpl.families.fit import check_relations, encoder_widths
 from lpl.objectives import Objective, get_objective, own_objective, training_scheduler
+from lpl.tools.machine import missing
 from lpl.tools.trust import check_components, check_weights, components_in
 from lpl.tools.words import first_line
 
@@ -103,6 +104,10 @@ def read_pipeline(model: Model, blocks: Sequence[str] | None = None, weights: bo
         raise ValueError(f"--pretrained_model_name_or_path {model.source}: {why}") from error
     family = find_family(index.get("_class_name"))
     what = f"--pretrained_model_name_or_path {model.source}"
+    if why := family.why_refused(index):
+        raise ValueError(f"{what}: {why}")
+    if lacked := [package for package in family.packages if weights and missing(package)]:
+        raise ValueError(f"{what}: its tokenizer needs {lacked[0]}: pip install {lacked[0]}")
     check_components(model.source, index, family.pipeline_class._get_signature_keys(family.pipeline_class)[0])
     components = components_in(index)
     absent = dict.fromkeys(name for name, entry in components.items() if tuple(entry) == (None, None))
@@ -114,7 +119,7 @@ def read_pipeline(model: Model, blocks: Sequence[str] | None = None, weights: bo
             f"{scheduler_class}"
         )
     vae, denoiser, scheduler = (
-        _component_config(path, name, **where) for name in ("vae", family.denoiser_name, "scheduler")
+        _component_config(what, path, name, **where) for name in ("vae", family.denoiser_name, "scheduler")
     )
     if not _is_class(denoiser.get("_class_name"), ModelMixin):
         raise ValueError(
@@ -187,14 +192,12 @@ def _load_config(reader: type[ConfigMixin], path: str, **where: Any) -> Mapping[
     return cast(Mapping[str, Any], reader.load_config(path, **where))
 
 
-def _component_config(path: str, name: str, **where: str | None) -> Mapping[str, Any]:
+def _component_config(what: str, path: str, name: str, **where: str | None) -> Mapping[str, Any]:
     reader = DDIMScheduler if name == "scheduler" else AutoencoderKL  # for the name of its file; any class is read
     try:
         return _load_config(reader, path, subfolder=name, **where)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--pretrained_model_name_or_path {path}: the pipeline has no {name} whose configuration can be read"
-        ) from error
+        raise ValueError(f"{what}: the pipeline has no {name} whose configuration can be read") from error
 
 
 def _used_vae_config(

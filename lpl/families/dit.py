@@ -33,6 +33,8 @@ class DiT(Family):
     num_classes = CLASSES
     empty_share = 0.1  # as DiT was trained
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+    # The model itself calls the embeddings of its first block, behind the last one.
+    sharded_layers = ("BasicTransformerBlock", "CombinedTimestepLabelEmbeddings")
 
     def __init__(
         self, pipeline: DiffusionPipeline, max_sequence_length: int | None = None, guidance_scale: float = 3.5

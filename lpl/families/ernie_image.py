@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from lpl.autoencoders import downscaling_factor
 from lpl.families.base import Conditions, Configs, Family
 from lpl.families.fit import Relation, latents
+from lpl.families.lora_layout import LoraLayout, own_names
+from lpl.families.single_file import Component, own_state
 from lpl.families.tokens import Tokens, in_front, lengths_of, on_device
 
 
@@ -28,6 +30,7 @@ class ErnieImage(Family):
         *("self_attention.to_q", "self_attention.to_k", "self_attention.to_v", "self_attention.to_out.0"),
         *("mlp.gate_proj", "mlp.up_proj", "mlp.linear_fc2"),
     )
+    lora_layout = LoraLayout({"transformer": "lora_unet"}, own_names)
 
     def token_lengths(self) -> dict[str, int | None]:
         return {"tokenizer": self.tokens}
@@ -60,6 +63,11 @@ class ErnieImage(Family):
         return {"use_pe": False}  # as in training: captions are not rewritten, and may have any length
 
     @classmethod
+    def single_file(cls, configs: Configs) -> tuple[Component, ...]:
+        """The transformer alone: other programs load all else from files of its own."""
+        return (Component("transformer", "", own_state),)
+
+    @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:
         transformer, width = configs["transformer"], configs["text_encoder"]["hidden_size"]
         heads = transformer["num_attention_heads"]
@@ -73,7 +81,7 @@ class ErnieImage(Family):
         ]
 
     @classmethod
-    def default_resolution(cls, configs: Configs) -> int:
+    def native_resolution(cls, configs: Configs) -> int:
         return 64 * downscaling_factor(configs["vae"])  # the pipeline's default
 
     @classmethod

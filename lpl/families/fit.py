@@ -7,10 +7,12 @@ are known by their :data:`Widths`: ``hidden_size`` of the embeddings, and ``proj
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import diffusers
 import transformers
+from diffusers import pipelines
 from transformers.utils.import_utils import requires_backends
 
 from lpl.autoencoders import latent_channels
@@ -88,6 +90,16 @@ def check_relations(what: str, denoiser: str, relations: Iterable[Relation]) -> 
             )
 
 
+def component_class(entry: Sequence[str]) -> Any:
+    """The class of a component by its entry in a pipeline's index, library and name; None: this version has none.
+
+    The library may be a folder of diffusers' pipelines, as for Kolors' text encoder.
+    """
+    library, name = entry
+    module = transformers if library == "transformers" else getattr(pipelines, library, diffusers)
+    return getattr(module, name, None)
+
+
 def encoder_widths(what: str, path: str, name: str, index: Mapping[str, Any], **where: Any) -> Widths:
     """The widths of a text encoder that the pipeline has.
 
@@ -101,14 +113,16 @@ def encoder_widths(what: str, path: str, name: str, index: Mapping[str, Any], **
     for part in (name.replace("text_encoder", "tokenizer"), name):
         if tuple(index.get(part) or (None, None)) == (None, None):
             raise ValueError(f"{what}: the pipeline has no {part}, which training needs; give one that has it")
-        kind = getattr(transformers, index[part][1], None)
+        kind = component_class(index[part])
         if kind is None and part == name:
-            raise ValueError(f"{what}: this version of transformers has no {index[name][1]}, the class of its {name}")
+            raise ValueError(
+                f"{what}: this version of {index[name][0]} has no {index[name][1]}, the class of its {name}"
+            )
         try:
             requires_backends(kind, getattr(kind, "_backends", []))
         except ImportError as error:
             raise ValueError(f"{what}: its {part} cannot be loaded: {first_line(error)}") from error
-    encoder: Any = getattr(transformers, index[name][1])
+    encoder = component_class(index[name])
     try:
         config = encoder.config_class.from_pretrained(path, subfolder=name, **where).get_text_config()
     except Exception as error:  # the libraries raise a dozen kinds

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -16,7 +15,7 @@ from lpl.families.architecture import Architecture
 from lpl.families.base import Conditions, Configs, InPatches, modulations, packed, patch_positions, unpacked
 from lpl.families.fit import Relation, latents
 from lpl.families.lora_layout import ADDED_QKV, QKV, TRANSFORMER, LoraLayout, Table, by_table
-from lpl.families.single_file import Component, State, by_layers
+from lpl.families.single_file import Component, State, by_layers, with_scales
 from lpl.families.tokens import Tokens, with_tokens
 from lpl.objectives import FlowMatching
 
@@ -24,6 +23,7 @@ from lpl.objectives import FlowMatching
 PATCH = 2  # side of a patch in latents; no configuration file has it
 TIMESTEPS = 1000  # the pipeline divides by it, whatever the scheduler has, and the transformer multiplies
 
+NORMS = "query_norm|key_norm"  # whose weights the original calls scale
 
 # Layers by their names in the original model
 ORIGINAL: Table = {
@@ -76,8 +76,7 @@ ORIGINAL: Table = {
 
 def transformer_state(config: Mapping[str, Any], state: State) -> State:
     """The weights of a transformer by the names of the original one."""
-    found = by_layers(partial(by_table, ORIGINAL), config, state)
-    return {re.sub(r"(query|key)_norm\.weight$", r"\1_norm.scale", name): tensor for name, tensor in found.items()}
+    return with_scales(NORMS, by_layers(partial(by_table, ORIGINAL), config, state))
 
 
 class Flux(InPatches):

@@ -6,7 +6,7 @@ That is a Qwen3 in [klein] and a Mistral 3 in [dev].
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -19,10 +19,12 @@ from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 from torch import Tensor, nn
 
 from lpl.autoencoders import downscaling_factor
+from lpl.families import flux
 from lpl.families.architecture import Architecture
 from lpl.families.base import Conditions, Configs, Family, modulations
 from lpl.families.fit import Relation, latents
 from lpl.families.lora_layout import ADDED_QKV, QKV, LoraLayout, Table, by_table
+from lpl.families.single_file import Component, State, by_layers, with_scales
 from lpl.families.tokens import Tokens, chat_texts, on_device
 from lpl.objectives import FlowMatching
 
@@ -36,17 +38,26 @@ ORIGINAL: Table = {
         {
             "img_attn.qkv": QKV,
             "img_attn.proj": ("attn.to_out.0",),
+            "img_attn.norm.query_norm": ("attn.norm_q",),
+            "img_attn.norm.key_norm": ("attn.norm_k",),
             "img_mlp.0": ("ff.linear_in",),
             "img_mlp.2": ("ff.linear_out",),
             "txt_attn.qkv": ADDED_QKV,
             "txt_attn.proj": ("attn.to_add_out",),
+            "txt_attn.norm.query_norm": ("attn.norm_added_q",),
+            "txt_attn.norm.key_norm": ("attn.norm_added_k",),
             "txt_mlp.0": ("ff_context.linear_in",),
             "txt_mlp.2": ("ff_context.linear_out",),
         },
     ),
     "single_transformer_blocks": (
         "single_blocks",
-        {"linear1": ("attn.to_qkv_mlp_proj",), "linear2": ("attn.to_out",)},
+        {
+            "linear1": ("attn.to_qkv_mlp_proj",),
+            "linear2": ("attn.to_out",),
+            "norm.query_norm": ("attn.norm_q",),
+            "norm.key_norm": ("attn.norm_k",),
+        },
     ),
     "": (
         "",
@@ -65,6 +76,11 @@ ORIGINAL: Table = {
         },
     ),
 }
+
+
+def transformer_state(config: Mapping[str, Any], state: State) -> State:
+    """The weights of a transformer by the names of the original one."""
+    return with_scales(flux.NORMS, by_layers(partial(by_table, ORIGINAL), config, state))
 
 
 class _Flux2(Family):
@@ -112,6 +128,11 @@ class _Flux2(Family):
         )
 
     @classmethod
+    def single_file(cls, configs: Configs) -> tuple[Component, ...]:
+        """The transformer alone: other programs load all else from files of its own."""
+        return (Component("transformer", "", transformer_state),)
+
+    @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:
         transformer, width = configs["transformer"], configs["text_encoder"]["hidden_size"]
         return [
@@ -133,7 +154,7 @@ class _Flux2(Family):
         return *cls.lora_targets, *(f"single_transformer_blocks.{block}.attn.to_out" for block in blocks)
 
     @classmethod
-    def default_resolution(cls, configs: Configs) -> int:
+    def native_resolution(cls, configs: Configs) -> int:
         return 64 * downscaling_factor(configs["vae"])  # the pipeline's default
 
     @classmethod

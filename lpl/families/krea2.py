@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -14,11 +15,53 @@ from torch import Tensor, nn
 
 from lpl.families.base import Conditions, Configs, InPatches, packed, patch_positions, unpacked
 from lpl.families.fit import Relation, latents
+from lpl.families.lora_layout import LoraLayout, Originals
+from lpl.families.single_file import Component, State, by_layers, with_scales
 from lpl.families.tokens import Tokenize, Tokens, on_device
 
 
 PATCH = 2  # side of a patch in latents, of all published models
 TIMESTEPS = 1000  # that the transformer multiplies by
+
+
+# Ours and the original's, the more special ones first
+NAMES = (
+    (r"^img_in$", "first"),
+    (r"^time_embed\.linear_1$", "tmlp.0"),
+    (r"^time_embed\.linear_2$", "tmlp.2"),
+    (r"^time_mod_proj$", "tproj.1"),
+    (r"^txt_in\.norm$", "txtmlp.0"),
+    (r"^txt_in\.linear_1$", "txtmlp.1"),
+    (r"^txt_in\.linear_2$", "txtmlp.3"),
+    (r"^final_layer\b", "last"),
+    (r"^text_fusion\.", "txtfusion."),
+    (r"^transformer_blocks\.", "blocks."),
+    (r"\.attn\.to_([qkv])$", r".attn.w\1"),
+    (r"\.attn\.to_out\.0$", ".attn.wo"),
+    (r"\.attn\.to_gate$", ".attn.gate"),
+    (r"\.attn\.norm_([qk])$", r".attn.qknorm.\1norm"),
+    (r"\.ff\.", ".mlp."),
+    (r"\.norm1$", ".prenorm"),
+    (r"\.norm2$", ".postnorm"),
+)
+
+
+def originals(model: nn.Module, names: Iterable[str]) -> Originals:
+    """Layers by their names in the original model."""
+    return {reduce(lambda name, pair: re.sub(*pair, name), NAMES, layer): (layer,) for layer in names}
+
+
+def transformer_state(config: Mapping[str, Any], state: State) -> State:
+    """The weights of a transformer by the names of the original one; there, a block's modulations are one row."""
+    found: State = {}
+    for name, tensor in by_layers(originals, config, state).items():
+        layer, _, kind = name.rpartition(".")
+        if kind == "scale_shift_table" and layer == "last":
+            name = "last.modulation.lin"
+        elif kind == "scale_shift_table":
+            name, tensor = f"{layer}.mod.lin", tensor.flatten()
+        found[name] = tensor
+    return with_scales(r"txtmlp\.0|norm", found)
 
 
 def after(prefix: str, captions: Sequence[str]) -> list[str]:
@@ -53,6 +96,7 @@ class Krea2(InPatches):
     objectives = ("flow_matching",)  # the pipeline passes sigmas to the scheduler, which DDIM does not take
     sequence_length, max_sequence_length = 512, 512
     lora_targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+    lora_layout = LoraLayout({"transformer": "lora_unet"}, originals)
 
     @property
     def _instruction(self) -> int:
@@ -101,6 +145,11 @@ class Krea2(InPatches):
             return_dict=False,
         )[0]
         return unpacked(output, PATCH, noisy_latents.shape)
+
+    @classmethod
+    def single_file(cls, configs: Configs) -> tuple[Component, ...]:
+        """The transformer alone: other programs load all else from files of its own."""
+        return (Component("transformer", "", transformer_state),)
 
     @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:

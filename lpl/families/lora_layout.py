@@ -13,9 +13,11 @@ from typing import NamedTuple
 
 import torch
 from diffusers.models.normalization import AdaLayerNormContinuous
+from diffusers.models.transformers.auraflow_transformer_2d import AuraFlowPreFinalBlock
 from torch import Tensor, nn
 
 
+SWAPPED = (AdaLayerNormContinuous, AuraFlowPreFinalBlock)
 Originals = dict[str, tuple[str, ...]]  # weight of the original -> our layers that are its rows, from the top
 
 # Our block ("" for layers outside any block) -> the original's block, and its weights with the layers that are rows.
@@ -55,9 +57,9 @@ def own_names(model: nn.Module, names: Iterable[str]) -> Originals:
 
 
 def in_order(model: nn.Module, name: str, rows: Tensor) -> Tensor:
-    """Rows of a layer with scale and shift in the other order, if it is of the norm in which diffusers swaps them."""
+    """Rows of a layer with scale and shift in the other order, if it is of a norm in which diffusers swaps them."""
     owner = model.get_submodule(name.rpartition(".")[0])
-    return torch.cat(rows.chunk(2)[::-1]) if isinstance(owner, AdaLayerNormContinuous) else rows
+    return torch.cat(rows.chunk(2)[::-1]) if isinstance(owner, SWAPPED) else rows
 
 
 def by_table(table: Table, model: nn.Module, names: Iterable[str]) -> Originals:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -15,8 +15,44 @@ from torch import Tensor, nn
 from lpl.families.architecture import Architecture
 from lpl.families.base import Conditions, Configs, Family, modulations, tables_on_device
 from lpl.families.fit import Relation, latents
+from lpl.families.lora_layout import QKV, Table, by_table
+from lpl.families.single_file import Component, State, by_layers
 from lpl.families.tokens import Tokens, lengths_of, on_device
 from lpl.objectives import FlowMatching
+
+
+# Layers by their names in the original model
+LAYERS: Mapping[str, tuple[str, ...]] = {
+    "attention.qkv": QKV,
+    "attention.out": ("attn.to_out.0",),
+    "attention.q_norm": ("attn.norm_q",),
+    "attention.k_norm": ("attn.norm_k",),
+    "attention_norm2": ("norm2",),
+    **{f"feed_forward.w{number}": (f"feed_forward.linear_{number}",) for number in (1, 2, 3)},
+}
+MODULATED = LAYERS | {"attention_norm1": ("norm1.norm",), "adaLN_modulation.1": ("norm1.linear",)}
+ORIGINAL: Table = {
+    "layers": ("layers", MODULATED),
+    "noise_refiner": ("noise_refiner", MODULATED),
+    "context_refiner": ("context_refiner", {**LAYERS, "attention_norm1": ("norm1",)}),
+    "": (
+        "",
+        {
+            "t_embedder.mlp.0": ("time_caption_embed.timestep_embedder.linear_1",),
+            "t_embedder.mlp.2": ("time_caption_embed.timestep_embedder.linear_2",),
+            "cap_embedder.0": ("time_caption_embed.caption_embedder.0",),
+            "cap_embedder.1": ("time_caption_embed.caption_embedder.1",),
+            "final_layer.adaLN_modulation.1": ("norm_out.linear_1",),
+            "final_layer.linear": ("norm_out.linear_2",),
+        },
+    ),
+}
+SAME = r"x_embedder|\w+\.\d+\.ffn_norm[12]"  # layers that have the same name there
+
+
+def transformer_state(config: Mapping[str, Any], state: State) -> State:
+    """The weights of a transformer by the names of the original one."""
+    return by_layers(partial(by_table, ORIGINAL), config, state, SAME)
 
 
 def with_instruction(instruction: str, captions: Sequence[str]) -> list[str]:
@@ -94,7 +130,14 @@ class Lumina2(Family):
 
     @classmethod
     def architecture(cls, configs: Configs, prediction_type: str | None) -> Architecture:
-        return Architecture(cls.name, "lumina2", network="networks.lora_lumina")
+        return Architecture(
+            cls.name, "lumina2", "https://github.com/Alpha-VLLM/Lumina-Image-2.0", "networks.lora_lumina"
+        )
+
+    @classmethod
+    def single_file(cls, configs: Configs) -> tuple[Component, ...]:
+        """The transformer alone: other programs load all else from files of its own."""
+        return (Component("transformer", "", transformer_state),)
 
     @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:

@@ -15,6 +15,7 @@ from lpl.families.architecture import Architecture
 from lpl.families.base import Conditions, Configs, InPatches, packed, unpacked
 from lpl.families.fit import Relation
 from lpl.families.lora_layout import LoraLayout, own_names
+from lpl.families.single_file import Component, own_state
 from lpl.families.tokens import Tokens, in_front, lengths_of, on_device
 
 
@@ -96,6 +97,11 @@ class QwenImage(InPatches):
     @classmethod
     def architecture(cls, configs: Configs, prediction_type: str | None) -> Architecture:
         return Architecture(cls.name, cls.name, "https://github.com/QwenLM/Qwen-Image")
+
+    @classmethod
+    def single_file(cls, configs: Configs) -> tuple[Component, ...]:
+        """The transformer alone: other programs load all else from files of its own."""
+        return (Component("transformer", "", own_state),)
 
     @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:

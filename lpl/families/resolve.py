@@ -13,10 +13,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from peft.utils.other import get_pattern_key
-from torch import nn
 
 from lpl.autoencoders import RGB, SUPPORTED, decoder_blocks, downscaling_factor, skeleton
 from lpl.config import Config
@@ -27,6 +25,7 @@ from lpl.config.prompts import NEGATIVE, own_settings, size_of
 from lpl.config.sizes import AUTO, default_step, parse_sizes, sides_of
 from lpl.families import FAMILIES, Family
 from lpl.families.description import Description, check_vae_dtype, other_vae_config
+from lpl.families.lora_files import ADAPTABLE
 from lpl.families.single_file import check_layers
 from lpl.gate import SMALLEST_CROP, accepted_crops
 from lpl.loss import LatentPerceptualLoss
@@ -64,6 +63,8 @@ def resolve(config: Config, description: Description) -> Config:
     _check_single_file(config, description)
     if "guidance_scale" in config.given and not description.family.takes_guidance(description.parts):
         warn_idle("guidance_scale")
+    if config.validation.validation_guidance_scale is not None and description.family.guides_itself(description.parts):
+        warn_idle("validation_guidance_scale")
     warn_of_idle_flags(config)
     return config
 
@@ -254,8 +255,7 @@ def _with_sizes(config: Config, description: Description) -> Config:
     for text, name in given:
         made = config.data.buckets if text == AUTO else () if text is None else (parse_sizes(text),)
         for height, width in chain(*made):
-            _check_side(f"--{name}, {height} x {width}", height, description)
-            _check_side(f"--{name}, {height} x {width}", width, description)
+            _check_size(f"--{name}, {height} x {width}", height, width, description)
     return config
 
 
@@ -268,6 +268,9 @@ def _check_prompts(config: Config, description: Description) -> None:
         for name, side in (("height", height), ("width", width)):
             if name in own:
                 _check_side(f"{where}, {name} {side}", side, description)
+        if "guidance_scale" in own and family.guides_itself(description.parts):
+            warn(f"{where}: its guidance_scale has no effect; the pipeline's guider has one")
+        _check_area(f"{where}, {height} x {width}", height, width, description)
         if NEGATIVE not in own:
             continue
         if not family.takes_negative_prompts():
@@ -293,8 +296,22 @@ def resolved_resolution(data: Data, description: Description) -> int | str:
         if largest is not None and resolution > largest:  # a small model of a family of larger ones
             resolution = family.native_resolution(parts)
     for side in sides_of(resolution):
-        _check_side(f"--resolution {side}", side, description)
+        _check_size(f"--resolution {side}", side, side, description)
     return resolution
+
+
+def _check_size(what: str, height: int, width: int, description: Description) -> None:
+    """Refuse a size in pixels that the pipeline does not accept; ``what`` is the flag and its value."""
+    for side in (height, width):
+        _check_side(what, side, description)
+    _check_area(what, height, width, description)
+
+
+def _check_area(what: str, height: int, width: int, description: Description) -> None:
+    most = description.family.largest_area(description.parts)
+    if most is not None and height * width > most:
+        side = math.isqrt(most)
+        raise ValueError(f"{what}: this pipeline takes {most:,} pixels at most, such as {side} x {side}")
 
 
 def _check_side(what: str, side: int, description: Description) -> None:
@@ -312,9 +329,6 @@ def _check_side(what: str, side: int, description: Description) -> None:
         raise ValueError(f"{what}: this pipeline takes {smallest} at least")
 
 
-ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
 def _with_lora_targets(config: Config, description: Description) -> Config:
     """The family's modules, or those of the flag, which must exist and be of a kind that LoRA adapts."""
     if not config.lora.lora:
@@ -326,11 +340,9 @@ def _with_lora_targets(config: Config, description: Description) -> Config:
         config = config.changed(lora_target_modules=description.family.lora_modules(description.parts))
     if own_targets in (None, (ALL_LINEAR,)) and not (config.lora.ranks or config.lora.alphas):
         return config
-    with torch.device("meta"):  # names of modules, without memory for their weights
-        denoiser = getattr(diffusers, description.denoiser["_class_name"]).from_config(description.denoiser)
     layers: list[str] = []
     others: list[str] = []
-    for name, module in denoiser.named_modules():
+    for name, module in skeleton(description.denoiser).named_modules():
         (layers if isinstance(module, ADAPTABLE) else others).append(name)
     _check_patterns(config, layers)
     for target in own_targets if own_targets not in (None, (ALL_LINEAR,)) else ():

@@ -63,7 +63,7 @@ ORIGINAL: Table = {
 
 def transformer_state(config: Mapping[str, Any], state: State) -> State:
     """The weights of a transformer by the names of the original one."""
-    found = by_layers(partial(by_table, ORIGINAL), config, state, ("context_embedder", "pos_embed"))
+    found = by_layers(partial(by_table, ORIGINAL), config, state, "context_embedder|pos_embed")
     return {"pos_embed" if name == "pos_embed.pos_embed" else name: tensor for name, tensor in found.items()}
 
 

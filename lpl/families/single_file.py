@@ -75,13 +75,17 @@ def check_layers(family: type[Family], configs: Mapping[str, Config]) -> None:
 
 
 def by_layers(
-    originals: Callable[[nn.Module, Iterable[str]], Originals], config: Config, state: State, same: Iterable[str] = ()
+    originals: Callable[[nn.Module, Iterable[str]], Originals], config: Config, state: State, same: str | None = None
 ) -> State:
-    """Weights of a denoiser under the names that LoRA files have for its layers.
+    """Weights of a denoiser under the original's names of its layers.
 
     Args:
         originals: as in :class:`~lpl.families.lora_layout.LoraLayout`.
-        same: layers that have the same name in the original.
+        same: pattern of the layers that have the same name in the original; weights outside any layer have the layer
+            "". None: there are none.
+
+    Raises:
+        ValueError: with the first layer that is neither renamed nor the same.
     """
     model = skeleton(config)
     kinds: dict[str, list[str]] = {}  # names of the parameters of each layer
@@ -90,12 +94,30 @@ def by_layers(
         kinds.setdefault(layer, []).append(kind)
     found: State = {}
     for original, layers in originals(model, kinds).items():
-        if layers == (original,) and original not in same:
-            raise ValueError(f"the original has no layer like {original}")
+        if layers == (original,) and (same is None or not re.fullmatch(same, original)):
+            raise ValueError(f"the original has no layer like {original or kinds[''][0]}")
         for kind in kinds[layers[0]]:
-            rows = [state[f"{layer}.{kind}"] for layer in layers]
-            found[f"{original}.{kind}"] = in_order(model, layers[0], torch.cat(rows) if rows[1:] else rows[0])
+            rows = [state[_weight(layer, kind)] for layer in layers]
+            found[_weight(original, kind)] = in_order(model, layers[0], torch.cat(rows) if rows[1:] else rows[0])
     return found
+
+
+def _weight(layer: str, kind: str) -> str:
+    return f"{layer}.{kind}" if layer else kind
+
+
+def with_scales(norms: str, state: State) -> State:
+    """An original's weights, where those of the norms are called scale.
+
+    Args:
+        norms: pattern of the ends of their names.
+    """
+    return {re.sub(rf"({norms})\.weight$", r"\1.scale", name): tensor for name, tensor in state.items()}
+
+
+def own_state(config: Config, state: State) -> State:
+    """Weights of a denoiser whose names in diffusers are the original's."""
+    return dict(state)
 
 
 # Autoencoders --------------------------------------------------------------------------------------------------------

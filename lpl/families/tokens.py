@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import ProcessorMixin
 
 
 Tokens = dict[str, Any]  # of a batch; of each tokenizer by its name, texts, and ids and mask, both (B, tokens)
@@ -83,7 +84,8 @@ def chat_texts(tokenizer: Any, captions: Sequence[str], **options: Any) -> list[
 
 def of_text(tokenizer: Any) -> Any:
     """The tokenizer itself, or that of a processor, which also takes images."""
-    return getattr(tokenizer, "tokenizer", tokenizer)
+    processor: Any = tokenizer
+    return processor.tokenizer if isinstance(tokenizer, ProcessorMixin) else tokenizer
 
 
 def with_tokens(pipeline: Any, tokens: Tokens | None, device: torch.device) -> Any:
@@ -103,7 +105,7 @@ def on_device(tensors: Mapping[str, Any], device: torch.device) -> dict[str, Ten
 
 def conditions_on_device(entries: Mapping[str, Tensor], device: torch.device) -> dict[str, Any]:
     """Conditions of a batch that come from the cache; ``lengths`` stay here, see :mod:`lpl.families.base`."""
-    lengths = {"lengths": tuple(entries["lengths"].tolist())} if "lengths" in entries else {}
+    lengths = {name: tuple(value.tolist()) for name, value in entries.items() if name.startswith("lengths")}
     return on_device(entries, device) | lengths
 
 

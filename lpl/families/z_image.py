@@ -14,6 +14,7 @@ from lpl.families.architecture import Architecture
 from lpl.families.base import Conditions, Configs, InPatches, tables_on_device
 from lpl.families.fit import Relation, latents
 from lpl.families.lora_layout import QKV, LoraLayout, Table, by_table
+from lpl.families.single_file import Component, State, by_layers
 from lpl.families.tokens import Tokens, chat_texts, in_front, lengths_of, on_device
 
 
@@ -24,6 +25,8 @@ TIMESTEPS = 1000  # the pipeline divides by it, whatever the scheduler has
 LAYERS: Mapping[str, tuple[str, ...]] = {
     "attention.qkv": tuple(name.replace("attn.", "attention.") for name in QKV),
     "attention.out": ("attention.to_out.0",),
+    "attention.q_norm": ("attention.norm_q",),
+    "attention.k_norm": ("attention.norm_k",),
 }
 BLOCKS = ("layers", "noise_refiner", "context_refiner")
 ORIGINAL: Table = {name: (name, LAYERS) for name in BLOCKS} | {
@@ -36,6 +39,16 @@ ORIGINAL: Table = {name: (name, LAYERS) for name in BLOCKS} | {
         },
     )
 }
+# Layers that have the same name there; those of padding are outside any layer
+SAME = (
+    rf"({'|'.join(BLOCKS)})\.\d+\.(attention_norm[12]|ffn_norm[12]|feed_forward\.w[123]|adaLN_modulation\.0)"
+    r"|cap_embedder\.[01]|t_embedder\.mlp\.[02]|"
+)
+
+
+def transformer_state(config: Mapping[str, Any], state: State) -> State:
+    """The weights of a transformer by the names of the original one, as ComfyUI has them."""
+    return by_layers(partial(by_table, ORIGINAL), config, state, SAME)
 
 
 class ZImage(InPatches):
@@ -86,6 +99,11 @@ class ZImage(InPatches):
     @classmethod
     def architecture(cls, configs: Configs, prediction_type: str | None) -> Architecture:
         return Architecture(cls.name, cls.name, "https://github.com/Tongyi-MAI/Z-Image")
+
+    @classmethod
+    def single_file(cls, configs: Configs) -> tuple[Component, ...]:
+        """The transformer alone: other programs load all else from files of its own."""
+        return (Component("transformer", "", transformer_state),)
 
     @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:

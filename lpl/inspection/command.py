@@ -27,32 +27,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoModel, DiffusionPipeline
-from diffusers.models.modeling_utils import ModelMixin
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
-from lpl.autoencoders import RGB, SUPPORTED, decoder_blocks, downscaling_factor, feature_vae, skeleton
-from lpl.config.checks import check_outside
+from lpl.autoencoders import RGB, downscaling_factor, feature_vae
+from lpl.config.checks import check_outside, warn_idle
 from lpl.config.command_line import add_flags
 from lpl.config.flag import NOT_NEGATIVE, POSITIVE, Range, Values, add_group, built, flag, flags_of
 from lpl.config.groups import Lpl, Model
 from lpl.config.parser import Parser
+from lpl.config.rules import from_a_file
 from lpl.data.folder import Contents, image_files
 from lpl.data.reading import FORMATS, to_rgb
-from lpl.families.description import check_autoencoder, check_vae_dtype
 from lpl.inspection.advice import report, summary
 from lpl.inspection.figures import balance_figure, features_figure, interpolation_figure, outliers_figure
 from lpl.inspection.measure import OUTLIER_SETTINGS, STEPS, Inspector
+from lpl.inspection.vae import check_vae, find_vae, load_vae, with_configuration
 from lpl.tools.files import check_writable, write_text
 from lpl.tools.machine import DTYPES, usable_device
 from lpl.tools.pictures import save_figure
-from lpl.tools.trust import check_components, check_weights, components_in
 from lpl.tools.words import first_line
 
 
 SHARED_FLAGS = (  # with the training script
-    *("revision", "variant", "cache_dir", "lpl_blocks", "lpl_normalization", "lpl_distance", "lpl_vae_dtype"),
+    *(
+        "revision",
+        "variant",
+        "single_file_config",
+        "denoiser_model_name_or_path",
+        "cache_dir",
+        "lpl_blocks",
+        "lpl_normalization",
+        "lpl_distance",
+        "lpl_vae_dtype",
+    ),
     "verbose",
     *(f"lpl_outlier_{name}" for name in OUTLIER_SETTINGS),
 )
@@ -68,7 +76,9 @@ NUMBERS = "inspect.json"
 class Inspection:
     """The command's own flags; names as in the training script."""
 
-    pretrained_model_name_or_path: str = flag(MISSING, "a pipeline or a VAE: a folder or an id on the Hub", path=True)
+    pretrained_model_name_or_path: str = flag(
+        MISSING, "a pipeline or a VAE: a folder or an id on the Hub; or a single file", path=True
+    )
     images: tuple[str, ...] = flag(MISSING, "image files, or folders of them", path=True)
     num_images: int = flag(4, "images at most, evenly spread over those given", range=ONE_OR_MORE)
     resolution: int | None = flag(
@@ -123,7 +133,7 @@ def check_flags(inspection: Inspection, lpl: Lpl) -> torch.device:
     return device
 
 
-# Images and the VAE --------------------------------------------------------------------------------------------------
+# Images -----------------------------------------------------------------------------------------------------------
 
 
 def find_images(given: Sequence[str], most: int) -> list[Path]:
@@ -157,51 +167,6 @@ def read_image(file: Path, size: tuple[int, int]) -> Image.Image:
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
-def find_vae(model: Model, blocks: Sequence[str] | None = None) -> tuple[str | None, Mapping[str, Any]]:
-    """The VAE's subfolder and its configuration; the model is a pipeline, or a VAE itself (no subfolder).
-
-    Args:
-        blocks: ``--lpl_blocks``.
-
-    Raises:
-        ValueError: if no VAE is found, or none that is supported.
-    """
-    path = model.pretrained_model_name_or_path
-    assert path is not None, "the parser requires it"
-    what, problem = f"--pretrained_model_name_or_path {path}", ""
-    subfolders: list[str | None] = [None, "vae"]
-    try:
-        index: Any = DiffusionPipeline.load_config(path, revision=model.revision, cache_dir=model.cache_dir)
-    except (OSError, ValueError):
-        pass
-    else:
-        check_components(path, index)
-        components = {name: entry[-1] for name, entry in components_in(index).items()}
-        subfolders = [name for name, kind in components.items() if kind in SUPPORTED] or ["vae"]
-    for subfolder in subfolders:
-        try:  # AutoencoderKL knows the file's name, whatever the class
-            config: Any = AutoencoderKL.load_config(
-                path, subfolder=subfolder, revision=model.revision, cache_dir=model.cache_dir
-            )
-        except (OSError, ValueError) as error:
-            problem = first_line(error)
-            continue
-        check_autoencoder(f"{what}: its VAE", config, SUPPORTED, blocks)
-        check_weights(what, path, [subfolder or ""], model.revision)
-        return subfolder, config
-    raise ValueError(f"{what}: neither a pipeline nor a VAE is found there ({problem})")
-
-
-def check_vae(lpl: Lpl, config: Mapping[str, Any]) -> None:
-    """Refuse blocks and a precision that the VAE does not support.
-
-    Raises:
-        ValueError: with what was given, what is accepted, and the flag to change.
-    """
-    decoder_blocks(skeleton(config), lpl.lpl_blocks)
-    check_vae_dtype(lpl.lpl_vae_dtype, config)
-
-
 def image_size(resolution: int | None, config: Mapping[str, Any]) -> tuple[int, int]:
     """(height, width) of the inspected images; defaults to the VAE's own size, at most LARGEST_DEFAULT_RESOLUTION.
 
@@ -221,20 +186,6 @@ def image_size(resolution: int | None, config: Mapping[str, Any]) -> tuple[int, 
     return resolution, resolution
 
 
-def load_vae(model: Model, subfolder: str | None, device: torch.device) -> ModelMixin:
-    """The VAE in float32, frozen, on the device."""
-    vae = AutoModel.from_pretrained(
-        model.pretrained_model_name_or_path,
-        revision=model.revision,
-        variant=model.variant,
-        cache_dir=model.cache_dir,
-        dtype=torch.float32,
-        use_safetensors=True,
-        **({} if subfolder is None else {"subfolder": subfolder}),
-    )
-    return vae.requires_grad_(False).eval().to(device)
-
-
 # The command ---------------------------------------------------------------------------------------------------------
 
 
@@ -246,11 +197,15 @@ def run(inspection: Inspection, model: Model, lpl: Lpl) -> dict[str, Any]:
     """
     device = check_flags(inspection, lpl)
     files = find_images(inspection.images, inspection.num_images)
+    for name in ("denoiser_model_name_or_path", *(() if from_a_file(vars(model)) else ("single_file_config",))):
+        if getattr(model, name) is not None:
+            warn_idle(name)
+    model = with_configuration(model)
     subfolder, config = find_vae(model, lpl.lpl_blocks)
     check_vae(lpl, config)
     size = image_size(inspection.resolution, config)
     images = [read_image(file, size) for file in files]
-    vae = load_vae(model, subfolder, device)
+    vae = load_vae(model, subfolder, config, device)
     inspector = Inspector(vae, feature_vae(vae, None, DTYPES[lpl.decoder_dtype()]), lpl, inspection.seed)
     with tqdm(total=STEPS * len(images), desc="inspecting") as progress:
         for image in images:

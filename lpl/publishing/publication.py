@@ -22,8 +22,9 @@ from pathlib import Path
 
 from lpl.config.groups import Output
 from lpl.publishing import hub
-from lpl.publishing.card import RunCard, write_model_card
+from lpl.publishing.card import write_model_card
 from lpl.publishing.public_recipe import publish_recipe
+from lpl.publishing.run_card import RunCard
 from lpl.publishing.uploads import GRACE, Snapshot, Uploads
 from lpl.tools import layout
 from lpl.tools.files import entries, visible_files

@@ -19,6 +19,7 @@ from lpl.tools.words import first_line, size
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # of flags and of accelerate
 
 
 def missing(package: str) -> bool:

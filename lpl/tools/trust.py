@@ -16,7 +16,7 @@ from huggingface_hub.errors import HTTPError
 from lpl.tools.single_files import PICKLES
 
 
-LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # stable_diffusion: diffusers' safety checker
+LIBRARIES = ("diffusers", "transformers", "stable_diffusion", "kolors")  # the last two are parts of diffusers
 
 
 def components_in(index: Mapping[str, Any]) -> dict[str, Any]:

@@ -129,14 +129,16 @@ def gathered(average: MovingAverage | None, trained: TrainedParts, keep: bool) -
 
 @contextmanager
 def averaged(average: MovingAverage | None, trained: TrainedParts) -> Iterator[None]:
-    """Within, the trained parts have the moving average's weights, if there is one."""
+    """Within, the trained parts have the moving average's weights, or those of an optimizer that averages by itself,
+    if there are any."""
     if trained.copies is not None:
         before, trained.copies = trained.copies, trained.averages
         yield
         trained.copies = before
         return
     if average is None:
-        yield
+        with _by_the_optimizer(trained):
+            yield
         return
     parameters: list[Any] = local(trained.weights())
     average.store(parameters)
@@ -145,6 +147,24 @@ def averaged(average: MovingAverage | None, trained: TrainedParts) -> Iterator[N
         yield
     finally:
         average.restore(parameters)
+
+
+@contextmanager
+def _by_the_optimizer(trained: TrainedParts) -> Iterator[None]:
+    """Within, the weights are what a schedule-free optimizer says; behind it they are what they were, bit for bit."""
+    if trained.averaging is None:
+        yield
+        return
+    weights = trained.weights()
+    before = [weight.detach().cpu().clone() for weight in weights]
+    trained.averaging.eval()
+    try:
+        yield
+    finally:
+        trained.averaging.train()
+        with torch.no_grad():
+            for weight, kept in zip(weights, before, strict=True):
+                weight.copy_(kept)
 
 
 def save_average(average: MovingAverage, trained: TrainedParts, folder: str | Path) -> None:

@@ -11,13 +11,13 @@ import re
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
-from safetensors import safe_open
 from torch import nn
 
 from lpl.autoencoders import skeleton
 from lpl.config import Config
 from lpl.config.groups import Model
 from lpl.families.description import Description
+from lpl.tools.headers import read_header
 from lpl.tools.layout import INDEX
 from lpl.tools.results import pipeline_entries
 from lpl.training.lora import FILE, PEFT_FILE, PEFT_PREFIX, in_one_file, peft_folder
@@ -80,8 +80,8 @@ def _shapes(folder: Path, pattern: str = "*.safetensors") -> Shapes:
     """Shapes of all tensors in a folder's files, from their headers."""
     shapes: Shapes = {}
     for file in sorted(folder.glob(pattern)):
-        with safe_open(file, "pt") as tensors:
-            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        tensors, _ = read_header(file)
+        shapes |= {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     return shapes
 
 

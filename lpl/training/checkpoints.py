@@ -34,6 +34,7 @@ from lpl.config.choices import ENDLESS_SCHEDULERS
 from lpl.config.config import FLAGS
 from lpl.config.data_sets import as_word
 from lpl.config.groups import LENGTH, REFUSED, SILENT
+from lpl.config.rules import is_path
 from lpl.data.fingerprint import other_data
 from lpl.tools import layout
 from lpl.tools.files import UNFINISHED, load_state, put_back, remove_halves, removed, save_state, settle, write_text
@@ -285,7 +286,8 @@ def check_recipe(resumable: Path, values: Mapping[str, Any], processes: int, bas
         ValueError: for a flag that cannot change, since the checkpoint is of something else.
     """
     earlier = recipe_of(resumable)
-    endless = values.get("lr_scheduler") in ENDLESS_SCHEDULERS
+    schedule = values.get("lr_scheduler")
+    endless = schedule in ENDLESS_SCHEDULERS or is_path(schedule)  # a class knows nothing of the run's length
     for name in sorted(values.keys() & earlier.keys()):
         change = FLAGS[name].on_resume
         if values[name] == earlier[name] or change is SILENT or (change is LENGTH and endless):

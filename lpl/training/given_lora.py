@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -20,6 +19,7 @@ from lpl.config import Config
 from lpl.config.groups import Lora
 from lpl.families import Family
 from lpl.families.description import Description
+from lpl.families.fit import component_class
 from lpl.families.lora_files import Adapter, read_lora
 from lpl.training.adapters import ADAPTER
 
@@ -68,7 +68,7 @@ def _skeletons(config: Config, description: Description) -> dict[str, nn.Module]
     for name in description.family.text_encoder_names:
         if name in description.absent:
             continue
-        kind: Any = getattr(transformers, description.index[name][1])
+        kind = component_class(description.index[name])
         where = {"revision": model.revision, "cache_dir": model.cache_dir}
         with torch.device("meta"):
             models[name] = kind(kind.config_class.from_pretrained(model.pipeline, subfolder=name, **where))

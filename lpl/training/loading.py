@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import diffusers
 import torch
-import transformers
 from accelerate import Accelerator
 from diffusers import AutoModel
 from torch import nn
@@ -20,6 +19,7 @@ from torch import nn
 from lpl.config.groups import Lora, Model
 from lpl.families import Family
 from lpl.families.description import Description
+from lpl.families.fit import component_class
 from lpl.families.tokens import of_text
 from lpl.tools.words import counted
 from lpl.training.average import MovingAverage
@@ -90,7 +90,7 @@ def load_text_encoder(
     Raises:
         OSError, ValueError: if it cannot be loaded whole.
     """
-    model, found = getattr(transformers, description.index[name][1]).from_pretrained(
+    model, found = component_class(description.index[name]).from_pretrained(
         folder,
         subfolder=name,
         variant=variant,

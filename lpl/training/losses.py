@@ -88,13 +88,20 @@ def clean_latents(vae: ModelMixin, batch: Mapping[str, Any]) -> Tensor:
     return encode(vae, batch["pixels"].to(vae.device, non_blocking=True), noise)
 
 
-def perceptual_loss(vae: ModelMixin, lpl: Lpl, cache_dir: str | None) -> LatentPerceptualLoss:
-    """The latent perceptual loss that the flags ask for, through the pipeline's VAE or --lpl_vae_name_or_path."""
+def perceptual_loss(
+    vae: ModelMixin, lpl: Lpl, cache_dir: str | None, compile_for: int | None = None
+) -> LatentPerceptualLoss:
+    """The latent perceptual loss that the flags ask for, through the pipeline's VAE or --lpl_vae_name_or_path.
+
+    Args:
+        compile_for: see :class:`LatentPerceptualLoss`.
+    """
     decoder = feature_vae(vae, lpl.lpl_vae_name_or_path, DTYPES[lpl.decoder_dtype()], cache_dir)
     return LatentPerceptualLoss(
         decoder,
         blocks=lpl.lpl_blocks,
         gradient_checkpointing=lpl.lpl_gradient_checkpointing,
+        compile_for=compile_for,
         **lpl.loss_options(),
     )
 

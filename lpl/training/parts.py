@@ -62,6 +62,7 @@ class TrainedParts(nn.Module):
         # What is saved instead of sharded parts, and instead of their average: see lpl.training.average.gathered.
         self.copies: dict[str, Any] | None = None
         self.averages: dict[str, Any] | None = None
+        self.averaging: Any = None  # an optimizer that averages the weights by itself, see lpl.training.optimizers
         self.train()
 
     def train(self, mode: bool = True) -> Self:

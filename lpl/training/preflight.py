@@ -20,6 +20,8 @@ from lpl.tools.files import check_writable
 from lpl.tools.machine import has_gpu, missing
 from lpl.tools.words import warn
 from lpl.training.checkpoints import find_resumable
+from lpl.training.optimizers import check_optimizer
+from lpl.training.speed import check_speed
 
 
 def preflight(config: Config) -> None:
@@ -33,6 +35,8 @@ def preflight(config: Config) -> None:
         with naming(part, config.data.parts):
             _check_data(as_read(part.data))
     _check_packages(config)
+    check_optimizer(config.optimization, config.given)
+    check_speed(config)
     _check_gpu(config)
     if config.evaluation.eval_steps is not None:
         folder = config.evaluation.eval_data_dir

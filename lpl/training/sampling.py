@@ -124,13 +124,14 @@ def sample(
             if stop():
                 break
             with accelerator.autocast(), decoding_exactly(family.vae):
-                images += pipeline(
+                drawn = pipeline(
                     num_inference_steps=draw.steps,
                     generator=torch.Generator().manual_seed(draw.seed),
                     **({} if draw.guidance is None else {family.guidance_argument: draw.guidance}),
                     **family.call_arguments(draw.prompt, *draw.size)
                     | ({} if draw.negative is None else {NEGATIVE: draw.negative}),
-                ).images
+                )
+            images += family.images_of(drawn)
     return images
 
 

@@ -26,6 +26,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lpl.config import Config
+from lpl.training.optimizers import cannot_shard
 
 
 Item = TypeVar("Item")
@@ -72,8 +73,12 @@ class Sharding:
         accelerator.state.distributed_type = DistributedType.MULTI_CPU if on_cpu else DistributedType.MULTI_GPU
         return cls(bool(plugin.reshard_after_forward), isinstance(plugin.cpu_offload, CPUOffloadPolicy))
 
-    def shard(self, part: nn.Module, accelerator: Accelerator) -> None:
-        """Shard a model in place, from the CPU to the device; trained weights of a LoRA stay whole."""
+    def shard(self, part: nn.Module, accelerator: Accelerator, layers: Sequence[str] = ()) -> None:
+        """Shard a model in place, from the CPU to the device; trained weights of a LoRA stay whole.
+
+        Args:
+            layers: classes of the layers that are gathered one by one; empty: those that the model's class names.
+        """
         lora = any(not parameter.requires_grad for parameter in part.parameters())
         kept = {parameter for parameter in part.parameters() if parameter.requires_grad} if lora else set()
         on_gpu = accelerator.device.type != "cpu"
@@ -88,7 +93,7 @@ class Sharding:
         }
         for parameter in kept:
             parameter.data = parameter.data.to(accelerator.device)
-        for block in blocks_of(part):
+        for block in blocks_of(part, layers):
             fully_shard(block, **options)
         fully_shard(part, **options)
         for module in part.modules():  # of ignored parameters' modules, and what no parameter brings along
@@ -105,6 +110,11 @@ def check_sharding(sharding: Sharding | None, config: Config) -> None:
     if sharding is None:
         return
     optimization, lora = config.optimization, config.lora
+    if optimization.torch_compile:
+        raise ValueError(
+            "--torch_compile is not supported with FSDP2 (in accelerate's configuration); leave the flag out, or "
+            "launch with --multi_gpu"
+        )
     if lora.quantize_base:
         raise ValueError(
             f"--quantize_base {lora.quantize_base}: FSDP2 (in accelerate's configuration) shards no quantised base; "
@@ -120,8 +130,8 @@ def check_sharding(sharding: Sharding | None, config: Config) -> None:
             "--group_offload: FSDP2 (in accelerate's configuration) gathers the blocks by itself; leave the flag out, "
             "and write fsdp_offload_params: true there for shards in CPU memory"
         )
-    if not lora.lora and (optimization.use_8bit_adam or optimization.optimizer == "prodigy"):
-        given = "--use_8bit_adam" if optimization.use_8bit_adam else "--optimizer prodigy"
+    if not lora.lora and cannot_shard(optimization):
+        given = "--use_8bit_adam" if optimization.use_8bit_adam else f"--optimizer {optimization.optimizer}"
         raise ValueError(f"{given}: it cannot update sharded weights; leave the flag out, or train --lora")
     if config.model.non_ema_revision and optimization.use_ema:
         raise ValueError(
@@ -135,15 +145,10 @@ def check_sharding(sharding: Sharding | None, config: Config) -> None:
         )
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The layers that are gathered one by one, inner ones first: the classes that the model's class names, or the
-    members of its outermost lists."""
-    named: Any = getattr(model, "_no_split_modules", None) or getattr(model, "_repeated_blocks", None)
-    if named:
-        found = [module for module in model.modules() if type(module).__name__ in named]
-    else:
-        lists = [child for child in model.children() if isinstance(child, nn.ModuleList)]
-        found = [module for one in lists for module in one]
+def blocks_of(model: nn.Module, layers: Sequence[str] = ()) -> list[nn.Module]:
+    """The layers that are gathered one by one, inner ones first."""
+    names: Any = layers or getattr(model, "_no_split_modules", None) or getattr(model, "_repeated_blocks", None) or ()
+    found = [module for module in model.modules() if type(module).__name__ in names]
     return [module for module in reversed(found) if next(module.parameters(), None) is not None]
 
 

@@ -10,17 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lpl.config.choices import PRECISIONS
 from lpl.families.architecture import SPECIFICATION, prediction
 from lpl.families.components import the_weights
 from lpl.families.description import Description
 from lpl.families.single_file import components_of
 from lpl.objectives import Epsilon, VPrediction, own_objective
 from lpl.tools.files import write_whole
+from lpl.tools.machine import DTYPES, SHORT
 from lpl.tools.words import warn
-
-
-DTYPES: dict[str, torch.dtype] = dict(zip(PRECISIONS, (torch.float32, torch.float16, torch.bfloat16), strict=True))
 
 
 def write_single_file(description: Description, folder: Path, target: Path, precision: str | None = None) -> Path:
@@ -54,7 +51,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _cast(tensor: Tensor, precision: str | None) -> Tensor:
-    return tensor.to(DTYPES[precision]) if precision and tensor.is_floating_point() else tensor
+    return tensor.to(DTYPES[SHORT[precision]]) if precision and tensor.is_floating_point() else tensor
 
 
 def _marks(description: Description, objective: str) -> dict[str, Tensor]:

@@ -369,7 +369,7 @@ def place_models(
         names = " and ".join(trained.parts)
         logger.info(f"FSDP2: {names} in shards over {accelerator.num_processes} processes")
         for part in trained.parts.values():
-            sharding.shard(part, accelerator)
+            sharding.shard(part, accelerator, family.sharded_layers if part is family.denoiser else ())
     average = MovingAverage.of(trained, config.optimization)
     if average is not None and config.model.non_ema_revision and not config.lora.lora:
         average_from_revision(average, config.model, description)

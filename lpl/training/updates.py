@@ -14,7 +14,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 
 from lpl.config.groups import Optimization
+from lpl.config.rules import is_path
 from lpl.training.average import MovingAverage
+from lpl.training.optimizers import averages_weights, factors, hyperparameters, optimizer_by_path
 from lpl.training.parts import TrainedParts
 from lpl.training.sharding import Sharded, average_gradients, like, local, whole
 
@@ -32,14 +34,7 @@ def prepare(
     The schedule counts optimizer steps, whatever the number of processes and micro-batches.
     """
     optimizer = make_optimizer(optimization, trained, global_batch)
-    schedule = get_scheduler(
-        optimization.lr_scheduler,
-        optimizer,
-        num_warmup_steps=optimization.warmup_steps(max_steps),
-        num_training_steps=max_steps,
-        num_cycles=optimization.lr_num_cycles,
-        power=optimization.lr_power,
-    )
+    schedule = make_schedule(optimization, optimizer, max_steps)
     if trained.sharded:
         model, prepared = Sharded(trained, accelerator), accelerator.prepare(optimizer)
     else:
@@ -47,8 +42,22 @@ def prepare(
     return model, Updates(accelerator, trained, prepared, schedule, max_steps, average, optimization.max_grad_norm)
 
 
+def make_schedule(optimization: Optimization, optimizer: torch.optim.Optimizer, max_steps: int) -> LambdaLR:
+    if is_path(optimization.lr_scheduler):
+        return LambdaLR(optimizer, factors(optimization, max_steps).__getitem__)
+    return get_scheduler(
+        optimization.lr_scheduler,
+        optimizer,
+        num_warmup_steps=optimization.warmup_steps(max_steps),
+        num_training_steps=max_steps,
+        num_cycles=optimization.lr_num_cycles,
+        power=optimization.lr_power,
+    )
+
+
 def make_optimizer(optimization: Optimization, trained: TrainedParts, global_batch: int) -> torch.optim.Optimizer:
-    """AdamW, in 8 bits with --use_8bit_adam, or Prodigy; text encoders have a learning rate of their own."""
+    """AdamW, in 8 bits with --use_8bit_adam, Prodigy, or a class by its path; text encoders have a learning rate of
+    their own."""
     factor = global_batch if optimization.scale_lr else 1
     groups: list[dict[str, Any]] = [{"params": trained.parameters_of(trained.denoiser)}]
     if trained.text_encoders:
@@ -77,6 +86,8 @@ def make_optimizer(optimization: Optimization, trained: TrainedParts, global_bat
             use_bias_correction=optimization.prodigy_use_bias_correction,
             safeguard_warmup=optimization.prodigy_safeguard_warmup,
         )
+    if is_path(optimization.optimizer):
+        return optimizer_by_path(optimization, groups, shared)
     if optimization.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit
 
@@ -89,8 +100,8 @@ class Updates:
     moving average. Where a gradient is not finite, nothing is updated.
 
     Whether a gradient is finite is known on the device only, and no step waits for it: AdamW's fused kernel takes the
-    answer, and the learning rate is looked up by a count that stays on the device. 8-bit AdamW and Prodigy cannot do
-    this; with them each step waits.
+    answer, and the learning rate is looked up by a count that stays on the device. Others cannot do this; with them
+    each step waits.
 
     Args:
         optimizer: as accelerate has prepared it.
@@ -119,7 +130,11 @@ class Updates:
         # One more than there are steps: what holds after the last one.
         self.factors = torch.tensor([schedule.lr_lambdas[0](step) for step in range(max_steps + 1)], device=device)
         self.base_rates = [float(rate) for rate in schedule.base_lrs]
-        self.waits = not isinstance(optimizer.optimizer, torch.optim.AdamW)
+        own: Any = optimizer.optimizer
+        self.waits = not (type(own) is torch.optim.AdamW and own.defaults["fused"])
+        if averages_weights(own):
+            trained.averaging = own
+            trained.averaging.train()
         self._take_hold()
 
     def _take_hold(self) -> None:
@@ -178,13 +193,13 @@ class Updates:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume from it, with the learning rates, betas, eps and weight decay of this run's flags."""
+        """Resume from it, with the learning rates and settings of this run's flags."""
         groups = self.optimizer.state_dict()["param_groups"]
         for saved, group in zip(state["optimizer"]["param_groups"], groups, strict=True):
-            flags = ("lr", "initial_lr", "betas", "eps", "weight_decay", "fused", "foreach")
-            saved.update({name: group[name] for name in flags if name in group})
+            saved.update({name: group[name] for name in hyperparameters(self.optimizer.optimizer) if name in group})
         moments = state["optimizer"]["state"]
-        for number, parameter in enumerate(self.parameters):  # state is numbered in the order of the parameters
+        numbered = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for number, parameter in enumerate(numbered):
             values = moments.get(number, {})
             values.update({name: like(value, parameter) for name, value in values.items() if torch.is_tensor(value)})
         self.optimizer.load_state_dict(state["optimizer"])

@@ -179,7 +179,8 @@ class Samples:
                 self._clear(f"{name}*")
             logger.info(f"drawing {len(self.draws)} samples{' before the training' if run.step == 0 else ''}")
             with self.family.whole():  # for all sizes, and both weights
-                rows = {f"step {run.step}": self._sampled(run, trained, name)}
+                with averaged(None, trained):
+                    rows = {f"step {run.step}": self._sampled(run, trained, name)}
                 if average is not None and run.step:
                     with averaged(average, trained):
                         rows[f"step {run.step}, EMA"] = self._sampled(run, trained, f"{name}-ema")

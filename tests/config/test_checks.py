@@ -7,10 +7,10 @@ import pytest
 from commands import cases, refusal, warned
 from trainer import ROOT, arguments, run
 
-from lpl.config.checks import MAY_BE_FILES
 from lpl.config.command_line import build_parser, parse
 from lpl.config.config import FLAGS
 from lpl.config.foreign import OTHERS
+from lpl.config.place_checks import MAY_BE_FILES
 
 
 # The script itself ---------------------------------------------------------------------------------------------------
@@ -126,6 +126,11 @@ ALONE = cases(  # wrong whatever the pipeline: what is given, what the sentence 
     ({"use_rslora": True}, ["--use_rslora", "--lora or --rank"]),
     ({"quantize_base": "4bit"}, ["--quantize_base", "--lora or --rank"]),
     ({"group_offload": True, "gradient_checkpointing": True}, ["--group_offload", "--lora or --rank"]),
+    ({"offload_frozen": True, "torch_compile": True}, ["--offload_frozen", "--torch_compile"]),
+    (
+        {"quantize_base": "fp8", "lora": True, "gradient_checkpointing": True, "torch_compile": True},
+        ["--quantize_base fp8", "--torch_compile"],
+    ),
     ({"activation_offload": True}, ["--activation_offload", "--gradient_checkpointing"]),
     ({"group_offload": True, "lora": True}, ["--group_offload", "--gradient_checkpointing"]),
     (
@@ -160,7 +165,11 @@ ALONE = cases(  # wrong whatever the pipeline: what is given, what the sentence 
     ({"from_scratch": True, "lora": True}, ["--from_scratch", "LoRA", "--lora"]),
     ({"from_scratch": True, "rank": 4}, ["--from_scratch", "LoRA", "--rank"]),
     ({"from_scratch": True, "non_ema_revision": "main"}, ["--from_scratch", "--non_ema_revision"]),
-    ({"optimizer": "lion"}, ["--optimizer lion", "AdamW", "prodigy"]),
+    ({"optimizer": "lion"}, ["--optimizer lion", "AdamW", "prodigy", "package.module:Class"]),
+    ({"optimizer": "torch.optim:SGD", "use_8bit_adam": True}, ["--use_8bit_adam", "--optimizer torch.optim:SGD"]),
+    ({"optimizer": "torch.optim:SGD", "optimizer_args": "lr=1"}, ["--optimizer_args lr", "--learning_rate"]),
+    ({"optimizer": "torch.optim:SGD", "optimizer_args": "=1"}, ["--optimizer_args", "'=1'", "NAME=VALUE"]),
+    ({"optimizer": "torch.optim:SGD", "optimizer_args": "a={b: 1}"}, ["--optimizer_args", "NAME=VALUE"]),
     ({"optimizer": "prodigy", "use_8bit_adam": True}, ["--use_8bit_adam", "--optimizer prodigy"]),
     (
         {"optimizer": "prodigy", "learning_rate": 1.0, "text_encoder_lr": 0.5, "train_text_encoder": True},

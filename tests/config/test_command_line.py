@@ -12,6 +12,7 @@ from lpl.config.command_line import build_parser, parse
 from lpl.config.config import FLAGS as DECLARED
 from lpl.config.flag import boolean, number
 from lpl.config.prompts import prompt
+from lpl.config.rules import schedule
 from lpl.config.sizes import resolutions
 from lpl.data.reading import RESAMPLING
 from lpl.families import FAMILIES
@@ -152,6 +153,10 @@ OWN = {  # SPEC.md, and what this project adds
     "cache_text_embeddings": False,
     "validation_sizes": None,
     "validation_prompts_file": None,
+    "attention_backend": None,
+    "torch_compile": False,
+    "optimizer_args": None,
+    "lr_scheduler_args": None,
     "adapter": "lora",
     "decompose_both": False,
     "decompose_factor": -1,
@@ -263,7 +268,9 @@ def test_every_flag_of_diffusers_with_its_type_and_default(kind, name):
         assert action.nargs == 0 and action.const is True
     else:
         kind = os.path.expanduser if name in DECLARED and DECLARED[name].path else kind
-        kind = {"resolution": resolutions, "validation_prompts": prompt}.get(name, kind)  # which take more, too
+        kind = {"resolution": resolutions, "validation_prompts": prompt, "lr_scheduler": schedule}.get(
+            name, kind
+        )  # which take more, too
         assert action.type is kind and action.nargs == ("+" if name == "validation_prompts" else None)
 
 

@@ -76,6 +76,7 @@ num_train_epochs                  length
 max_train_steps                   length
 optimizer                         refused
 use_8bit_adam                     refused
+attention_backend                 silent    own
 seed                              silent
 
 dry_run                                     own

@@ -166,6 +166,7 @@ HARMFUL = {  # what a stranger would like to say
     "save_single_file": "fp16",
     "resume_from_checkpoint": "/root/checkpoint-1",
     "validation_prompts_file": "/root/.ssh/notes.txt",
+    "attention_backend": "flash_hub",  # code of a repository
     "dry_run": True,
     "for_gpu": "24GB",
     "verbose": True,
@@ -182,7 +183,8 @@ HARMFUL = {  # what a stranger would like to say
 def test_a_stranger_does_not_say_what_is_done_on_this_machine(hub):
     published(hub, BASE | HARMFUL)
     with pytest.warns(
-        UserWarning, match="--config user/run: cache_dir, data_cache_dir, dry_run, .* are this machine's bus"
+        UserWarning,
+        match="--config user/run: attention_backend, cache_dir, data_cache_dir, dry_run, .* are this machine's bus",
     ) as warned:
         args = rerun()
     assert all(name in str(warned[0].message) for name in HARMFUL)
@@ -273,6 +275,18 @@ def test_code_is_refused_and_not_passed_over(hub, capsys, tmp_path, monkeypatch)
     assert not (tmp_path / "mark").exists()
 
 
+@pytest.mark.parametrize("name", ["optimizer", "lr_scheduler"])
+def test_a_class_is_not_imported_because_a_stranger_names_it(name, hub, capsys, tmp_path, monkeypatch):
+    (tmp_path / "stranger.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    published(hub, BASE | {name: "stranger:Optimizer", f"{name}_args": {"eps": 1e-8}})
+    message = refused(capsys)
+    assert f"--config user/run: {name} has 'stranger:Optimizer'" in message and f"--without {name}" in message
+    assert getattr(rerun(f"--{name}", "torch.optim:SGD").optimization, name) == "torch.optim:SGD"
+    rerun("--without", name)
+    assert not (tmp_path / "mark").exists()
+
+
 def test_a_stranger_does_not_fill_this_machine_with_processes(hub, monkeypatch):
     published(hub, BASE | {"dataloader_num_workers": 100_000})
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
@@ -303,16 +317,17 @@ NUMBERS = {
     *("timestep_bias_begin", "timestep_bias_end", "timestep_bias_portion", "weighting_scheme"),
     *("precondition_outputs", "logit_mean", "logit_std", "mode_scale", "train_batch_size"),
     *("gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "learning_rate"),
-    *("text_encoder_lr", "scale_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power"),
-    *("optimizer", "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay"),
+    *("text_encoder_lr", "scale_lr", "lr_warmup_steps", "lr_num_cycles", "lr_power"),
+    *("lr_scheduler_args", "optimizer_args", "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay"),
     *("adam_weight_decay_text_encoder", "adam_epsilon", "prodigy_beta3", "prodigy_decouple"),
     *("prodigy_use_bias_correction", "prodigy_safeguard_warmup", "max_grad_norm", "max_skipped_steps"),
-    *("use_ema", "ema_decay", "foreach_ema", "offload_ema", "mixed_precision", "allow_tf32"),
+    *("use_ema", "ema_decay", "foreach_ema", "offload_ema", "mixed_precision", "allow_tf32", "torch_compile"),
     *("gradient_checkpointing", "seed", "validation_prompt", "validation_prompts"),
     *("num_validation_images", "validation_epochs", "validation_steps", "validation_inference_steps"),
     *("validation_guidance_scale", "logging_steps", "debug_loss", "checkpointing_steps"),
     "checkpoints_total_limit",
 }
+CODE = {"optimizer", "lr_scheduler"}  # only names that are known here
 
 
 def test_somebody_has_thought_about_every_flag():
@@ -320,7 +335,8 @@ def test_somebody_has_thought_about_every_flag():
     names = {action.dest for action in build_parser()._actions} - {"help", "config", "without", "hub_token"}
     free = {name for name in names if not recipes.is_own(name) and name not in public_recipe.PLACES}
     free -= {name for name in free if name.startswith("lpl_")} | FOREIGN
-    assert free == NUMBERS
+    assert free == NUMBERS | CODE
+    assert all(recipes.FLAGS[name].code for name in CODE)
     assert {name for name in names if recipes.is_own(name)} == set(HARMFUL)
 
 

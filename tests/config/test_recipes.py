@@ -125,6 +125,12 @@ def test_the_order_is_defaults_recipe_command_line(sd_pipeline, image_folder, tm
         ("lpl_depth_weighting: [1, 0.5, 2, 0]", "lpl_depth_weighting", (1.0, 0.5, 2.0, 0.0)),
         ("lpl_depth_weighting: uniform", "lpl_depth_weighting", "uniform"),
         ("optimizer: Prodigy\nlearning_rate: 1.0\nprodigy_decouple: false", "prodigy_decouple", False),
+        (
+            "optimizer: torch.optim:SGD\noptimizer_args: {momentum: 0.9, nesterov: true, weight_decay: 1.0e-8}",
+            "optimizer_args",
+            ("momentum=0.9", "nesterov=true", "weight_decay=1e-08"),
+        ),
+        ("optimizer: torch.optim:Adam\noptimizer_args: ['betas=[0.9, 0.9]']", "optimizer_args", ("betas=[0.9, 0.9]",)),
         ("tracker_project_name: --x", "tracker_project_name", "--x"),
         ("measured: {lpl_weight: 0.3}\nseed: 3", "seed", 3),
         ("resume_from_checkpoint: latest", "resume_from_checkpoint", "latest"),

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from trainer import metrics, train
 
-from lpl.config.checks import parse_limit
+from lpl.config.data_checks import parse_limit
 from lpl.data.bad_samples import BadSamples
 from lpl.tools.files import entries
 from lpl.training.log import Log

@@ -14,9 +14,11 @@ from trainer import parsed, script
 from lpl.config.checks import gpu_memory
 from lpl.config.choices import FP8, QUANTIZED
 from lpl.diagnosis.counting import GPU, HOST, Counting, as_on_gpu
-from lpl.diagnosis.estimate import CONTEXT, PACKED, Estimate, Method, OneGpu, attempts, estimate
+from lpl.diagnosis.estimate import CONTEXT, PACKED, Estimate, Method, estimate
+from lpl.diagnosis.for_gpu import attempts
 from lpl.diagnosis.needs import bytes_of, optimizer_bytes
 from lpl.diagnosis.status import Stage
+from lpl.diagnosis.without_weights import OneGpu
 from lpl.loss import LatentPerceptualLoss
 from lpl.student import Student
 from tests.diagnosis.conftest import trained_parts
@@ -213,7 +215,9 @@ def test_every_quantised_base_is_counted(counted):
     assert PACKED.keys() == QUANTIZED.keys() - {FP8}
     flags = {"precision": "bf16", "rank": 2, "gradient_checkpointing": True, "resolution": 64}
     host, packed = (counted(**flags, group_offload=True, quantize_base=base).host for base in (None, "fp8"))
-    assert 0.5 * host < packed < 0.9 * host  # norms and embeddings stay as they are, and blocks of memory are rounded up
+    assert (
+        0.5 * host < packed < 0.9 * host
+    )  # norms and embeddings stay as they are, and blocks of memory are rounded up
 
 
 def test_accumulated_gradients_are_there_in_the_next_micro_batch(counted):

@@ -82,7 +82,7 @@ def test_the_denoiser_is_called_as_the_pipeline_calls_it(folder, length, monkeyp
     )
     with Calls(family) as sampling:
         sample(family, captions, **view.guidance_off)
-    expected = sampling[0]
+    expected = view.call(sampling[0])
     latents = view.latents(expected)
     conditions = family.conditions(batch_of(family, captions), CPU)
     timesteps = family.pipeline.scheduler.timesteps[:1].expand(len(captions))
@@ -91,7 +91,7 @@ def test_the_denoiser_is_called_as_the_pipeline_calls_it(folder, length, monkeyp
     torch.testing.assert_close(answer, view.unpacked(answers[0]))
     assert len(training) == 1 and training[0].keys() == expected.keys() and len(expected) >= 3
     for name, value in training[0].items():
-        there = expected[name].expand_as(value)
+        there = view.given(expected[name], value)
         assert torch.equal(value, there) if view.exact else torch.allclose(value, there, atol=1e-5), name
         assert value.dtype == expected[name].dtype or name in ("timestep", "t"), name
 
@@ -109,14 +109,16 @@ def test_no_caption_is_what_guidance_starts_from(name, request):
         sample(family, prompts, **{family.guidance_argument: 3.0})
     captions = [family.empty_caption(configs_of(family)), *prompts]
     captions = captions if view.empty_first else captions[::-1]
-    for call, said in zip(calls, [captions] if view.calls_a_step == 1 else [captions[:1], captions[1:]]):
+    for call, said in zip(
+        map(view.call, calls), [captions] if view.calls_a_step == 1 else [captions[:1], captions[1:]]
+    ):
         conditions = family.conditions(batch_of(family, said), CPU)
         timesteps = view.timesteps(call).float().expand(len(said))
         with Calls(family) as training:
             family.predict(family.denoiser, view.latents(call), timesteps, conditions)
         assert training[0].keys() == call.keys()
         for name, value in training[0].items():
-            torch.testing.assert_close(value, call[name].expand_as(value), check_dtype=False)
+            torch.testing.assert_close(value, view.given(call[name], value), check_dtype=False)
 
 
 @torch.no_grad()
@@ -125,7 +127,8 @@ def test_call_arguments_draw_one_image(folder):
     prompt = 207 if family.class_conditional else "a cat"
     arguments = {**family.call_arguments(prompt, SIZE, SIZE), "num_inference_steps": 2}
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 0)]
-    (first,), (again,) = (family.pipeline(**arguments, generator=generator).images for generator in generators)
+    drawn = [family.pipeline(**arguments, generator=generator) for generator in generators]
+    (first,), (again,) = map(family.images_of, drawn)
     assert first.size == (SIZE, SIZE) and first.tobytes() == again.tobytes()
     if not family.class_conditional:
         assert arguments["prompt"] == prompt
@@ -259,7 +262,12 @@ REAL_SIZES = [  # the denoiser's and the VAE's configuration in the published mo
     ("flux2", {"patch_size": 1}, 5, (1024, 16, (1, None))),
     ("chroma", {"patch_size": 1}, 4, (1024, 16, (1, None))),
     ("auraflow", {"sample_size": 64, "patch_size": 2, "pos_embed_max_size": 9216}, 4, (512, 16, (1, 1536))),
+    ("hidream-i1", {"patch_size": 2, "max_resolution": [128, 128]}, 4, (1024, 16, (1, None))),
+    ("wan", {"patch_size": [1, 2, 2]}, 4, (640, 16, (1, None))),
+    ("wan", {"patch_size": [1, 2, 2]}, 5, (640, 32, (1, None))),  # Wan 2.2, whose VAE has patches
     ("lumina-2", {"sample_size": 128, "patch_size": 2}, 4, (1024, 16, (1, None))),
+    ("kolors", {"sample_size": 128}, 4, (1024, 8, (1, None))),
+    ("hunyuan-image", {"patch_size": [1, 1]}, 6, (2048, 64, (1, None))),
 ]
 
 
@@ -332,11 +340,11 @@ def oracle(family, objective, clean):
 @torch.no_grad()
 @pytest.mark.parametrize(
     "name, objective_name",
-    [(name, objective) for name in TINY for objective in FAMILY_OF[name].objectives],
+    [(name, objective) for family in TINY for name in TINY[family] for objective in FAMILY_OF[family].objectives],
 )
 def test_what_is_trained_can_be_sampled(name, objective_name, request, tmp_path, monkeypatch):
     """The family's pipeline with the scheduler of training, as saved and read again, leads to z0."""
-    family = load(request.getfixturevalue(TINY[name][0]))
+    family = load(request.getfixturevalue(name))
     family.pipeline.register_modules(scheduler=training_scheduler(objective_name, family.pipeline.scheduler))
     family.pipeline.save_pretrained(tmp_path)
     family = load(tmp_path)
@@ -350,6 +358,6 @@ def test_what_is_trained_can_be_sampled(name, objective_name, request, tmp_path,
     plain = family.vae.decode
     monkeypatch.setattr(family.vae, "decode", lambda z, *a, **k: decoded.append(z) or plain(z, *a, **k))
     prompts = [7] if family.class_conditional else ["a cat"]
-    images = sample(family, prompts, num_inference_steps=20, output_type="pt")
+    images = torch.stack(list(sample(family, prompts, num_inference_steps=20, output_type="pt")))
     assert (decoded[0].reshape(expected.shape) - expected).abs().max() < 0.02 * expected.abs().max()
     assert images.shape == picture.shape and (images - picture).abs().max() < 0.02

@@ -16,6 +16,7 @@ from transformers import CLIPTextModel
 from lpl.config.groups import Model
 from lpl.families.derived import derived, origin
 from lpl.families.description import read_pipeline
+from lpl.publishing.export import export
 
 
 SD = ("unet", "vae", "sd_text_encoder")
@@ -68,6 +69,15 @@ def test_a_single_file_becomes_the_pipeline_that_it_was_made_of(pipeline, parts,
     assert same(weights(model.folder), weights(folder))
     assert origin(model) == (str(folder), lacks) and model.source == str(file)
     assert read_pipeline(model).family is read_pipeline(Model(pretrained_model_name_or_path=str(folder))).family
+
+
+@pytest.mark.parametrize(
+    "name", ["z_image", "krea2", pytest.param("ernie_image", marks=pytest.mark.slow), "flux2_klein"]
+)
+def test_an_exported_transformer_can_be_trained(name, request, made, tmp_path):
+    folder = request.getfixturevalue(f"{name}_pipeline")
+    model = made(export(folder, output=tmp_path / "model.safetensors"), single_file_config=str(folder))
+    assert same(weights(model.folder), weights(folder))
 
 
 def test_a_clip_encoder_has_the_names_that_all_versions_read(sd_file, sd_pipeline, made):
@@ -203,6 +213,25 @@ def test_a_whole_pipeline_is_no_denoiser(sd_pipeline, made):
         ValueError, match="--denoiser_model_name_or_path .* this is a pipeline; give the folder of its"
     ):
         made(sd_pipeline, denoiser_model_name_or_path=str(sd_pipeline))
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "scheduler"])
+def test_what_is_damaged_is_named_as_it_was_given(part, sd_pipeline, made, tmp_path):
+    """Not the folder in the cache."""
+    pipeline, unet = (
+        shutil.copytree(sd_pipeline, tmp_path / "sd"),
+        shutil.copytree(sd_pipeline / "unet", tmp_path / "u"),
+    )
+    if part == "scheduler":
+        shutil.rmtree(pipeline / part)
+    else:
+        folder = unet if part == "unet" else pipeline / part
+        (folder / "diffusion_pytorch_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    named = {"unet": f"--denoiser_model_name_or_path {unet}: unet/diffusion_"}
+    with pytest.raises(ValueError) as refused:
+        read_pipeline(made(pipeline, denoiser_model_name_or_path=str(unet)))
+    assert str(refused.value).startswith(named.get(part, f"--pretrained_model_name_or_path {pipeline}: "))
+    assert "cache" not in str(refused.value)
 
 
 # Merged LoRA ---------------------------------------------------------------------------------------------------------

@@ -79,7 +79,33 @@ BROKEN = {  # family -> component -> numbers that another component depends on
         "vae": ["latent_channels"],
         "text_encoder": ["d_model"],
     },
+    "hidream-i1": {
+        "transformer": ["in_channels", "out_channels", "text_emb_dim", "attention_head_dim", "num_layers"],
+        "vae": ["latent_channels"],
+        "text_encoder": ["projection_dim"],
+        "text_encoder_2": ["projection_dim"],
+        "text_encoder_3": ["d_model"],
+        "text_encoder_4": ["hidden_size"],
+    },
+    "wan": {
+        "transformer": ["in_channels", "out_channels", "text_dim"],
+        "vae": ["z_dim"],
+        "text_encoder": ["d_model"],
+    },
     "flux2": {"transformer": ["in_channels", "joint_attention_dim"], "vae": ["latent_channels"]},
+    "kolors": {
+        "unet": [
+            *("in_channels", "out_channels", "encoder_hid_dim"),
+            *("projection_class_embeddings_input_dim", "addition_time_embed_dim"),
+        ],
+        "vae": ["latent_channels"],
+        "text_encoder": ["hidden_size"],
+    },
+    "hunyuan-image": {
+        "transformer": ["in_channels", "out_channels", "text_embed_dim", "text_embed_2_dim", "attention_head_dim"],
+        "vae": ["latent_channels"],
+        "text_encoder_2": ["d_model"],
+    },
 }
 NUMBERS = [
     (family, part, number) for family, parts in BROKEN.items() for part, numbers in parts.items() for number in numbers
@@ -136,6 +162,12 @@ def test_a_tokenizer_that_needs_another_package(flux2_pipeline, image_folder, tm
     pipeline = edited(flux2_pipeline, tmp_path / "pipeline", None, tokenizer=["transformers", "PixtralProcessor"])
     message = refusal(capsys, arguments(pipeline, image_folder, tmp_path / "out"))
     assert "its tokenizer cannot be loaded: PixtralProcessor requires the Torchvision library" in message
+
+
+def test_a_tokenizer_without_its_package(kolors_pipeline, image_folder, tmp_path, capsys, no_weights, monkeypatch):
+    monkeypatch.setattr("lpl.families.description.missing", lambda package: package == "sentencepiece")
+    message = refusal(capsys, arguments(kolors_pipeline, image_folder, tmp_path / "out"))
+    assert f"--pretrained_model_name_or_path {kolors_pipeline}: its tokenizer needs sentencepiece" in message
 
 
 # Missing encoders ----------------------------------------------------------------------------------------------------

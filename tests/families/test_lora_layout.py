@@ -8,16 +8,20 @@ from diffusers import (
     ChromaTransformer2DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    Krea2Transformer2DModel,
     SD3Transformer2DModel,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
 from diffusers.loaders.single_file_utils import (
     convert_chroma_transformer_checkpoint_to_diffusers,
     convert_flux2_transformer_checkpoint_to_diffusers,
     convert_flux_transformer_checkpoint_to_diffusers,
+    convert_krea2_transformer_checkpoint_to_diffusers,
     convert_sd3_transformer_checkpoint_to_diffusers,
+    convert_wan_transformer_to_diffusers,
     convert_z_image_transformer_checkpoint_to_diffusers,
 )
 from safetensors.torch import load_file
@@ -27,11 +31,14 @@ from torch import nn
 
 from lpl.autoencoders import skeleton
 from lpl.families.chroma import Chroma
+from lpl.families.ernie_image import ErnieImage
 from lpl.families.flux import Flux
 from lpl.families.flux2 import Flux2
+from lpl.families.krea2 import Krea2
 from lpl.families.lora_files import read_lora
 from lpl.families.sd3 import StableDiffusion3
 from lpl.families.sdxl import StableDiffusionXL
+from lpl.families.wan import Wan
 from lpl.families.z_image import ZImage
 from lpl.training import lora
 from tests.training.test_lora import ALPHA, NAME, RANK, adapt, keys, layers, trained
@@ -106,6 +113,39 @@ def tiny_z_image_transformer():
     )
 
 
+def tiny_wan_transformer():
+    return WanTransformer3DModel(
+        num_layers=1, num_attention_heads=2, attention_head_dim=12, text_dim=16, freq_dim=16, ffn_dim=16
+    )
+
+
+WAN = [  # the weights of the original
+    *("text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2", "time_projection.1"),
+    *(f"blocks.0.{kind}_attn.{layer}" for kind in ("self", "cross") for layer in "qkvo"),
+    *("blocks.0.ffn.0", "blocks.0.ffn.2", "head.head"),
+]
+
+
+def tiny_krea2_transformer():
+    return Krea2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        timestep_embed_dim=16,
+        text_hidden_dim=16,
+        num_text_layers=2,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=2,
+        text_intermediate_size=16,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 6, 6),
+    )
+
+
 Z_IMAGE = [  # the weights of the original
     *("x_embedder", "t_embedder.mlp.0", "t_embedder.mlp.2", "cap_embedder.1"),
     *("final_layer.linear", "final_layer.adaLN_modulation.1", "layers.0.adaLN_modulation.0"),
@@ -123,6 +163,14 @@ FLUX2 = [  # the weights of the original: its converter goes through them
     *(f"double_blocks.0.{side}_attn.{layer}" for side in ("img", "txt") for layer in ("qkv", "proj")),
     *(f"double_blocks.0.{side}_mlp.{layer}" for side in ("img", "txt") for layer in (0, 2)),
     *("single_blocks.0.linear1", "single_blocks.0.linear2"),
+]
+KREA2 = [  # the weights of the original
+    *("first", "tmlp.0", "tmlp.2", "tproj.1", "txtmlp.1", "txtmlp.3", "txtfusion.projector", "last.linear"),
+    *(
+        f"{block}.0.{layer}"
+        for block in ("blocks", "txtfusion.layerwise_blocks", "txtfusion.refiner_blocks")
+        for layer in (*(f"attn.{end}" for end in ("wq", "wk", "wv", "wo", "gate")), "mlp.gate", "mlp.up", "mlp.down")
+    ),
 ]
 
 
@@ -159,8 +207,15 @@ FLUX2 = [  # the weights of the original: its converter goes through them
             convert_z_image_transformer_checkpoint_to_diffusers,
             [f"{name}.weight" for name in Z_IMAGE],
         ),
+        (Wan, tiny_wan_transformer, convert_wan_transformer_to_diffusers, [f"{name}.weight" for name in WAN]),
+        (
+            Krea2,
+            tiny_krea2_transformer,
+            convert_krea2_transformer_checkpoint_to_diffusers,
+            [f"{name}.weight" for name in KREA2],
+        ),
     ],
-    ids=["sd3", "flux", "flux2", "chroma", "z-image"],
+    ids=["sd3", "flux", "flux2", "chroma", "z-image", "wan", "krea-2"],
 )
 def test_every_layer_of_a_transformer_is_found_under_its_original_name(family, build, convert, blocks, tmp_path):
     with seeded(0):
@@ -247,3 +302,15 @@ def test_a_layout_of_our_own_names_keeps_the_order_of_the_rows(qwen_image_pipeli
     meta = {"transformer": skeleton(dict(load(qwen_image_pipeline).denoiser.config))}
     read = read_lora("lora_init", str(path), type(family), meta)["transformer"]
     assert torch.equal(read.layers["norm_out.linear"].up, up)
+
+
+@pytest.mark.parametrize("name, family", [("krea2", Krea2), ("ernie_image", ErnieImage)], ids=lambda value: str(value))
+def test_names_that_diffusers_knows_in_the_files_of_other_programs(name, family, request):
+    """Their LoRA have the original's names behind ``diffusion_model.``; ours have "_" for "." in them."""
+    transformer = load(request.getfixturevalue(f"{name}_pipeline")).denoiser
+    targets = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    originals = family.lora_layout.originals(transformer, targets)
+    ends = "lora_A.weight", "lora_B.weight"
+    state = {f"diffusion_model.{original}.{end}": torch.ones(1, 1) for original in originals for end in ends}
+    read = family.pipeline_class.lora_state_dict(state)
+    assert read.keys() == {f"transformer.{target}.{end}" for target in targets for end in ends}

@@ -239,6 +239,7 @@ def test_a_flux_without_embedded_guidance(flux_pipeline, image_folder, tmp_path)
         ("flux2_klein", "klein", None, {"is_distilled": True}, "is_distilled"),
         ("flux2_klein", "My-Turbo", None, {}, "turbo"),
         ("flux", "flux", "transformer", {"guidance_embeds": False}, "guidance_embeds"),
+        ("hunyuan_image", "hunyuan", "transformer", {"use_meanflow": True}, "use_meanflow"),
     ],
 )
 def test_distilled_models_are_warned_of(fixture, folder, part, changes, word, image_folder, tmp_path, request):

@@ -1,24 +1,30 @@
 """Single files of whole models: diffusers' converters, which turn originals into its own, give back what was written.
 
-They also hold the names: they take all of a transformer's weights out of the file, and those of the original UNets,
-autoencoders and text encoders are listed here as the published files have them.
+They also hold the names: they take all of a transformer's weights out of the file. Those that they would pass on
+unchanged, and those of the original UNets, autoencoders and text encoders are listed here as the published files have
+them.
 """
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from diffusers import (
+    ChromaTransformer2DModel,
     DiffusionPipeline,
     FluxTransformer2DModel,
+    Lumina2Transformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
 from diffusers.loaders.single_file_utils import (
+    convert_chroma_transformer_checkpoint_to_diffusers,
     convert_flux_transformer_checkpoint_to_diffusers,
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
+    convert_lumina2_to_diffusers,
     convert_sd3_transformer_checkpoint_to_diffusers,
 )
 from safetensors import safe_open
@@ -26,14 +32,14 @@ from safetensors.torch import load_file, save_file
 from tiny import seeded, tiny_vae
 from transformers import CLIPTextModelWithProjection
 
-from lpl.families import flux, sd3
+from lpl.families import chroma, flux, lumina2, sd3
 from lpl.families import sd as stable_diffusion
 from lpl.families.flux import Flux
 from lpl.families.sd3 import StableDiffusion3
 from lpl.families.sdxl import unet_state
 from lpl.families.single_file import autoencoder
 from lpl.publishing.export import export, main
-from tests.families.test_lora_layout import tiny_sd3_transformer
+from tests.families.test_lora_layout import FLUX2, KREA2, Z_IMAGE, tiny_sd3_transformer
 
 
 def same(first, second):
@@ -149,6 +155,66 @@ def test_stable_diffusion_3(sd3_pipeline, tmp_path):
     assert {name.split(".")[0] for name in load_file(path)} == {"model", "first_stage_model"}
 
 
+NORMS = [f"{norm}_norm.scale" for norm in ("query", "key")]
+OTHERS = {  # weights of the originals beside those of the linear layers
+    "flux2": [*(f"double_blocks.0.{side}_attn.norm.{norm}" for side in ("img", "txt") for norm in NORMS)]
+    + [f"single_blocks.0.norm.{norm}" for norm in NORMS],
+    "z_image": [
+        *("x_pad_token", "cap_pad_token", "cap_embedder.0.weight"),
+        *(
+            f"{block}.0.{norm}.weight"
+            for block in ("layers", "noise_refiner", "context_refiner")
+            for norm in ("attention.q_norm", "attention.k_norm", "attention_norm1", "attention_norm2", "ffn_norm1")
+            + ("ffn_norm2",)
+        ),
+    ],
+    "krea2": [
+        *("txtmlp.0.scale", "last.norm.scale", "last.modulation.lin", "blocks.0.mod.lin"),
+        *(
+            f"{block}.0.{norm}.scale"
+            for block in ("blocks", "txtfusion.layerwise_blocks", "txtfusion.refiner_blocks")
+            for norm in ("attn.qknorm.qnorm", "attn.qknorm.knorm", "prenorm", "postnorm")
+        ),
+    ],
+}
+KLEIN = [name for name in FLUX2 if not name.startswith("guidance_in")]
+
+
+@pytest.mark.parametrize(
+    "name, linear, others",
+    [
+        ("flux2", FLUX2, OTHERS["flux2"]),
+        ("flux2_klein", KLEIN, OTHERS["flux2"]),
+        ("z_image", Z_IMAGE, OTHERS["z_image"]),
+        ("krea2", KREA2, OTHERS["krea2"]),
+        ("aura_flow", None, ()),
+        ("qwen_image", None, ()),
+        ("ernie_image", None, ()),
+    ],
+)
+def test_transformers_alone(name, linear, others, request, tmp_path):
+    """What the file has is the transformer, which diffusers reads again; blocks are those of the first number."""
+    folder = request.getfixturevalue(f"{name}_pipeline")
+    path = export(folder, output=tmp_path / "x.safetensors")
+    before = DiffusionPipeline.from_pretrained(folder).transformer
+    after = type(before).from_single_file(
+        str(path), config=str(folder), subfolder="transformer", local_files_only=True
+    )
+    assert same(before.state_dict(), after.state_dict())
+    if linear is not None:
+        names = {re.sub(r"^(\w+)\.\d+\.(?=.*\.)", r"\1.0.", name) for name in load_file(path)}
+        biases = {f"{name}.bias" for name in linear} & names
+        assert names == {f"{name}.weight" for name in linear} | biases | set(others)
+
+
+def test_what_keeps_its_name(aura_flow_pipeline, qwen_image_pipeline, ernie_image_pipeline, tmp_path):
+    """Of AuraFlow the tokens outside all layers; of Qwen-Image and ERNIE-Image all."""
+    for folder, kept in ((aura_flow_pipeline, 1), (qwen_image_pipeline, None), (ernie_image_pipeline, None)):
+        own = DiffusionPipeline.from_pretrained(folder).transformer.state_dict()
+        names = load_file(export(folder, output=tmp_path / f"{folder.name}.safetensors")).keys()
+        assert len(names & own.keys()) == (kept or len(own))
+
+
 @pytest.mark.parametrize("dtype, expected", [("fp16", torch.float16), ("bf16", torch.bfloat16), (None, torch.float32)])
 def test_precision(dtype, expected, sd_pipeline, tmp_path):
     tensors = load_file(export(sd_pipeline, dtype, tmp_path / "sd.safetensors"))
@@ -185,19 +251,54 @@ def test_transformers_of_sd3(dual):
     assert same(converted, model.state_dict())
 
 
-def test_transformer_of_flux():
-    """As wide as the real one: diffusers' converter knows no other."""
+@pytest.mark.parametrize(
+    "kind, numbers, write, convert",
+    [
+        (
+            FluxTransformer2DModel,
+            {"num_single_layers": 1, "pooled_projection_dim": 16, "guidance_embeds": True},
+            flux.transformer_state,
+            convert_flux_transformer_checkpoint_to_diffusers,
+        ),
+        (
+            ChromaTransformer2DModel,
+            {"num_single_layers": 1, "approximator_layers": 2},
+            chroma.transformer_state,
+            convert_chroma_transformer_checkpoint_to_diffusers,
+        ),
+        (
+            Lumina2Transformer2DModel,
+            {"num_refiner_layers": 2},
+            lumina2.transformer_state,
+            convert_lumina2_to_diffusers,
+        ),
+    ],
+    ids=["flux", "chroma", "lumina2"],
+)
+def test_transformers_as_wide_as_the_real_ones(kind, numbers, write, convert):
+    """diffusers' converters know no other width."""
     with torch.device("meta"):
-        model = FluxTransformer2DModel(
-            num_layers=1, num_single_layers=1, joint_attention_dim=32, pooled_projection_dim=16, guidance_embeds=True
-        )
+        model = kind(num_layers=1, **numbers)
     state = {
         name: torch.arange(1.0, 1 + len(tensor)).reshape(-1, *[1] * (tensor.ndim - 1)) * (1 + number)
         for number, (name, tensor) in enumerate(model.state_dict().items())
     }
-    original = flux.transformer_state({**model.config, "_class_name": "FluxTransformer2DModel"}, dict(state))
-    converted = convert_flux_transformer_checkpoint_to_diffusers(original)
+    original = write({**model.config, "_class_name": kind.__name__}, dict(state))
+    assert not set(original) & set(state) - SAME
+    converted = convert(original)
     assert not original and same(converted, state)
+
+
+SAME = {  # in the originals of Chroma and Lumina-Image 2
+    *(f"distilled_guidance_layer.{end}_proj.{kind}" for end in ("in", "out") for kind in ("weight", "bias")),
+    *("x_embedder.weight", "x_embedder.bias", "layers.0.ffn_norm1.weight", "layers.0.ffn_norm2.weight"),
+    *(
+        f"{side}_refiner.{block}.ffn_norm{norm}.weight"
+        for side in ("noise", "context")
+        for block in (0, 1)
+        for norm in (1, 2)
+    ),
+}
 
 
 SD15 = {

@@ -68,7 +68,7 @@ def test_a_text_encoder_that_is_dropped_gets_the_empty_caption(folder, monkeypat
 
 
 # Conditions that come from the first text encoder alone, and from others than the first
-OF_ONE_ENCODER = {("pooled_projections", "flux")}
+OF_ONE_ENCODER = {("pooled_projections", "flux"), ("encoder_hidden_states", "hunyuan-image")}
 OF_THE_LAST = {("encoder_hidden_states", "flux"), ("text_embeds", "stable-diffusion-xl")}
 
 

@@ -5,11 +5,16 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
+from diffusers import AutoModel
+from original_layout import single_file
 from PIL import Image
+from safetensors.torch import save_file
 from tiny import tiny_vae
 
 from lpl.config.groups import Lpl
 from lpl.inspection import command as inspect
+from lpl.inspection.vae import check_vae
 from tests.inspection.test_measure import noise_image
 
 
@@ -66,13 +71,27 @@ def test_a_vae_alone_will_do(tmp_path):
     assert json.loads((tmp_path / "out" / "inspect.json").read_text()) == found
 
 
+@pytest.mark.parametrize("parts", [("unet", "vae"), ("unet",)], ids=["with VAE", "without"])
+def test_a_single_file_is_its_vae(parts, sd_pipeline, command, image_folder, tmp_path, numbers):
+    """Or that of the pipeline with its configuration. The numbers are the pipeline's; a denoiser changes nothing."""
+    file = single_file(sd_pipeline, tmp_path / "model.safetensors", parts)
+    more = "--single_file_config", str(sd_pipeline), "--denoiser_model_name_or_path", str(file)
+    same = "--num_images", "2", "--lpl_blocks", "up_1", "mid"
+    given = words(file, [image_folder], tmp_path / "out", *more, *same)
+    with pytest.warns(UserWarning, match="--denoiser_model_name_or_path has no effect") as told:
+        found = inspect.run(*inspect.groups_of(vars(inspect.build_parser().parse_args(given))))
+    assert found["vae"].pop("path") == str(file) and numbers["vae"].pop("path") == str(sd_pipeline)
+    assert json.loads(json.dumps(found)) == numbers
+    assert not any("single_file_config" in str(warning.message) for warning in told)
+
+
 # Refusals
 
 
 @pytest.fixture
 def refuse(sd_pipeline, image_folder, tmp_path, capsys, monkeypatch):
     """Run the command with something changed; what it says on the way out. No weights may be loaded."""
-    monkeypatch.setattr(inspect.AutoModel, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(AutoModel, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
 
     def run(*more, model=sd_pipeline, images=(image_folder,)):
         with pytest.raises(SystemExit) as ended, warnings.catch_warnings():
@@ -121,10 +140,16 @@ def test_models_that_are_none_are_refused(refuse, tmp_path):
     assert "of the class AutoencoderOobleck; supported are AutoencoderKL," in refuse(model=tmp_path)
 
 
+def test_a_single_file_that_is_none_is_refused(refuse, tmp_path):
+    save_file({"lora_unet.lora_down.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
+    file = tmp_path / "lora.safetensors"
+    assert f"--pretrained_model_name_or_path {file}: this is a LoRA" in refuse(model=file)
+
+
 def test_a_vae_that_overflows_in_half_precision_is_refused():
     config = {**tiny_vae("sd").config, "_class_name": "AutoencoderKL", "force_upcast": True}
     with pytest.raises(ValueError, match="force_upcast"):
-        inspect.check_vae(Lpl(lpl_vae_dtype="float16"), config)
+        check_vae(Lpl(lpl_vae_dtype="float16"), config)
 
 
 @pytest.mark.parametrize("sample_size, resolution", [(64, 64), (1024, 512), ([480, 720], 512), (2, 8)])

@@ -16,7 +16,8 @@ from huggingface_hub import EvalResult, ModelCard, metadata_load, metadata_save
 from PIL import Image
 from trainer import ROOT, train
 
-from lpl.publishing.card import TEMPLATE, RunCard, training_seconds, write_model_card
+from lpl.publishing.card import TEMPLATE, write_model_card
+from lpl.publishing.run_card import RunCard, training_seconds
 from lpl.tools.privacy import local_name
 from tests.publishing.conftest import TOKEN
 

@@ -38,6 +38,7 @@ KNOWN = {
     "chroma": ("chroma/lora", "chroma", "networks.lora_flux"),
     "lumina-2": ("lumina-2/lora", "lumina2", "networks.lora_lumina"),
     "auraflow": ("auraflow-v1/lora", "auraflow", "networks.lora"),
+    "wan": ("wan2.1/lora", "wan2.1", "networks.lora"),
     "pixart-sigma": ("pixart-ms-sigma-xl-2/lora", "pixart-sigma", "networks.lora"),
 }
 PREDICTIONS = {"stable-diffusion-3": "flow_matching", "flux": "flow_matching", "sana": "flow_matching"}
@@ -50,6 +51,8 @@ IMPLEMENTATIONS = {
     "chroma": "https://huggingface.co/lodestones/Chroma",
     "z-image": "https://github.com/Tongyi-MAI/Z-Image",
     "qwen-image": "https://github.com/QwenLM/Qwen-Image",
+    "hidream-i1": "https://github.com/HiDream-ai/HiDream-I1",
+    "wan": "https://github.com/Wan-Video/Wan2.1",
 }
 MUST = ("sai_model_spec", "architecture", "implementation", "title", "resolution")  # of ModelSpec 1.0.1
 

@@ -7,11 +7,22 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import tiny_sd, tiny_vae
 from trainer import ROOT
 
 import lpl
-from benchmarks import caches, gpu, lpl_cost, lpl_estimators, lpl_step, operations, recipes
+from benchmarks import (
+    caches,
+    data_scale,
+    gpu,
+    lpl_cost,
+    lpl_estimators,
+    lpl_step,
+    operations,
+    recipes,
+    same_result,
+)
 
 
 def run(monkeypatch, module, path, *flags):
@@ -161,3 +172,44 @@ def test_gpu_script_on_a_cpu(tmp_path):
     gpu.add_estimates(tmp_path / "gpu.json")
     with_lpl = [run for run in gpu.load(tmp_path / "gpu.json")["runs"] if run["way"] == gpu.LPL]
     assert all(run["estimated_memory"] > 0 and run["operations"] > 0 for run in with_lpl)
+
+
+def test_data_at_scale(monkeypatch, tmp_path):
+    monkeypatch.setattr(data_scale, "SIZES", {"few": 3})
+    monkeypatch.setattr(data_scale, "PROCESSES", (1, 2, 7))
+    (found,) = run(monkeypatch, data_scale, tmp_path / "scale.json", "--sizes", "few").values()
+    assert found["images_per_second"] > 0
+    for order in found["orders"].values():
+        assert order["missed"] == order["twice"] == 0
+    assert found["orders"]["7"]["units"] == 9 and found["orders"]["2"]["longest"] == 2
+
+
+def test_what_does_not_read_every_unit_is_seen(monkeypatch):
+    original = data_scale.Units._rows
+    lost = lambda self, shard, part, first: original(self, shard, part, first or shard == 1)  # noqa: E731
+    monkeypatch.setattr(data_scale.Units, "_rows", lost)
+    assert data_scale.coverage(3, 2)["missed"] == 1
+
+
+def test_curves_are_compared_with_what_rounding_does():
+    reference = {term: [1.0, 2.0] for term in same_result.TERMS}
+    nudged = {term: [1.0 + 1e-7, 2.0] for term in same_result.TERMS}
+    bound = same_result.bounds([nudged], reference)
+    assert bound["loss"] == pytest.approx([4e-7, 4e-7])  # it never falls
+    ways = (same_result.Way(4, 2), same_result.Way(2, 8, fsdp=True))
+    row = same_result.compared(ways, nudged, reference, bound)
+    assert (
+        row["way"] == "4 processes x 2 x 2 micro-batches, DDP; killed, then 2 processes x 8, FSDP2" and row["inside"]
+    )
+    far = {term: [1.0, 2.0 + 1e-5] for term in same_result.TERMS}
+    assert not same_result.compared(ways, far, reference, bound)["inside"]
+    assert "| **no** |" in same_result.table([same_result.compared(ways, far, reference, bound)], bound, 2)
+
+
+def test_weights_are_nudged_by_one_unit(tmp_path, sd_pipeline):
+    before = load_file(sd_pipeline / "unet/diffusion_pytorch_model.safetensors")
+    after = load_file(
+        same_result.nudged(sd_pipeline, tmp_path / "nudged", 0) / "unet/diffusion_pytorch_model.safetensors"
+    )
+    for name, weight in before.items():
+        assert ((torch.nextafter(weight, after[name]) == after[name]) & (after[name] != weight)).all()

@@ -32,7 +32,7 @@ DOORS = {  # python -m lpl.NAME -> the module that has its parser
     if (match := re.search(r"^from (lpl\.\w+\.\w+) import main$", door.read_text(), re.MULTILINE))
 }
 OF_OTHERS = {  # of accelerate, Docker, this repository's own scripts, and a line of sd-scripts' prompts
-    *("--cpu", "--multi_gpu", "--num_processes", "--shm-size", "--rows", "--seeds", "--write", "--scale"),
+    *("--cpu", "--multi_gpu", "--num_processes", "--nodes", "--shm-size", "--rows", "--seeds", "--write", "--scale"),
     *("--n", "--w", "--h", "--d", "--l", "--s"),
 }
 LONGEST = 110

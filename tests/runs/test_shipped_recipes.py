@@ -44,6 +44,10 @@ PIPELINES = {  # by the id that recipes name, the fixture of the tiny one
     "lodestones/Chroma1-HD": "chroma_pipeline",
     "Alpha-VLLM/Lumina-Image-2.0": "lumina2_pipeline",
     "fal/AuraFlow-v0.3": "aura_flow_pipeline",
+    "HiDream-I1-Full": "hidream_pipeline",
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": "wan_pipeline",
+    "Kwai-Kolors/Kolors-diffusers": "kolors_pipeline",
+    "hunyuanvideo-community/HunyuanImage-2.1-Diffusers": "hunyuan_image_pipeline",
 }
 
 # Everything else of a recipe is run as it is.

@@ -1,7 +1,7 @@
 """Where a training loop may wait for the GPU: functions, as ``module:function``, and why. docs/gpu.md lists them.
 
-Nothing of this project in the list runs in each step, and it covers what is called within. A library's function covers
-its own lines only.
+Of this project, only what takes the place of more waits in a library runs in each step; it covers what is called
+within. A library's function covers its own lines only.
 """
 
 import importlib
@@ -30,6 +30,10 @@ KNOWN = {
     "diffusers.models.transformers.transformer_qwenimage:QwenEmbedRope._get_device_freqs": (
         "in the first step: Qwen-Image's tables of positions are copied to the GPU"
     ),
+    # in each step
+    "lpl.families.hidream:rows_of_each": (
+        "in each step: HiDream's layers with experts read how many tokens ask each, once a layer"
+    ),
     # in each step, by libraries
     "diffusers.pipelines.flux.pipeline_flux:FluxPipeline.encode_prompt": (
         "in each step: the pipeline makes the positions of the text, 3 numbers a token, on the CPU"
@@ -39,6 +43,9 @@ KNOWN = {
     ),
     "diffusers.models.transformers.transformer_chroma:ChromaCombinedTimestepTextProjEmbeddings.forward": (
         "in each step: the transformer makes its guidance, which is always 0, on the CPU"
+    ),
+    "diffusers.models.transformers.transformer_hidream_image:HiDreamImageTransformer2DModel.patchify": (
+        "in each step: the transformer copies the size of the image, two numbers"
     ),
     "transformers.cache_utils:DynamicSlidingWindowLayer.lazy_initialization": (
         "in each step: Gemma makes a cache that nothing uses, and copies a number for each layer with a window"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from diffusers import (
+    AdaptiveProjectedMixGuidance,
     AsymmetricAutoencoderKL,
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
@@ -42,6 +43,10 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    HiDreamImagePipeline,
+    HiDreamImageTransformer2DModel,
+    HunyuanImagePipeline,
+    HunyuanImageTransformer2DModel,
     Krea2Pipeline,
     Krea2Transformer2DModel,
     Lumina2Pipeline,
@@ -59,7 +64,10 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
     VQModel,
+    WanPipeline,
+    WanTransformer3DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -67,6 +75,7 @@ from diffusers.models.normalization import AdaLayerNormZero
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    ByT5Tokenizer,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -74,6 +83,8 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     Mistral3Model,
@@ -288,14 +299,14 @@ def tiny_vae(kind="sd", dtype=torch.float32, seed=0, **overrides):
 # --- tokenizers and text encoders ------------------------------------------------------------------------------------
 
 
-def _clip_tokenizer(pad_token="<|endoftext|>"):
+def _clip_tokenizer(pad_token="<|endoftext|>", length=CLIP_LENGTH):
     letters = [chr(code) for code in range(33, 127)]
     pieces = letters + [letter + "</w>" for letter in letters]
     merges = [("c", "a"), ("ca", "t</w>"), ("d", "o"), ("do", "g</w>"), ("t", "h"), ("th", "e</w>")]
     pieces += ["".join(pair) for pair in merges]
     pieces += ["<|startoftext|>", "<|endoftext|>"]
     vocab = {piece: index for index, piece in enumerate(pieces)}
-    return CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad_token, model_max_length=CLIP_LENGTH)
+    return CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad_token, model_max_length=length)
 
 
 def _clip_config(tokenizer, hidden_size, projection_dim, layers=2):
@@ -307,7 +318,7 @@ def _clip_config(tokenizer, hidden_size, projection_dim, layers=2):
         projection_dim=projection_dim,
         num_hidden_layers=layers,
         num_attention_heads=2,
-        max_position_embeddings=CLIP_LENGTH,
+        max_position_embeddings=tokenizer.model_max_length,
         bos_token_id=vocab["<|startoftext|>"],
         eos_token_id=vocab["<|endoftext|>"],
         pad_token_id=vocab[tokenizer.pad_token],
@@ -434,6 +445,20 @@ def _qwen3_config(tokenizer, hidden_size, layers=2):
         head_dim=8,
         max_position_embeddings=8192,
     )
+
+
+def _qwen2_5_vl_config(tokenizer, layers=1):
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
+    }
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": 16}
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision)
 
 
 # --- pipelines -------------------------------------------------------------------------------------------------------
@@ -709,18 +734,8 @@ def tiny_z_image(folder):
 def tiny_qwen_image(folder):
     """QwenImagePipeline with a Qwen2.5-VL and a VAE with a time axis."""
     tokenizer = _qwen_tokenizer()
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
-    }
-    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": 16}
     with seeded(9):
-        text_encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+        text_encoder = Qwen2_5_VLForConditionalGeneration(_qwen2_5_vl_config(tokenizer))
         transformer = QwenImageTransformer2DModel(
             in_channels=16,
             out_channels=4,
@@ -942,6 +957,191 @@ def tiny_aura_flow(folder):
         vae=tiny_vae("sd", scaling_factor=0.13025),
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return Path(folder)
+
+
+def tiny_hidream(folder):
+    """HiDreamImagePipeline with both CLIPs, which take longer captions than others', a T5 and a Llama."""
+    tokenizer, tokenizer_2 = (_clip_tokenizer(length=248) for _ in range(2))
+    tokenizer_3, tokenizer_4 = _t5_tokenizer(), _tokenizer_with_start()
+    with seeded(13):
+        text_encoder = CLIPTextModelWithProjection(_clip_config(tokenizer, hidden_size=16, projection_dim=16))
+        text_encoder_2 = CLIPTextModelWithProjection(_clip_config(tokenizer_2, hidden_size=16, projection_dim=24))
+        text_encoder_3 = T5EncoderModel(_t5_config(tokenizer_3, d_model=32))
+        text_encoder_4 = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer_4),
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+            )
+        )
+        transformer = HiDreamImageTransformer2DModel(
+            patch_size=2,
+            in_channels=16,
+            out_channels=16,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            caption_channels=[32, 16],
+            text_emb_dim=16 + 24,
+            axes_dims_rope=(8, 4, 4),
+            max_resolution=(16, 16),
+            llama_layers=[0, 1, 1],
+        )
+    pipeline = HiDreamImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny_vae("sd3", scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=tokenizer_2,
+        text_encoder_3=text_encoder_3,
+        tokenizer_3=tokenizer_3,
+        text_encoder_4=text_encoder_4,
+        tokenizer_4=tokenizer_4,
+        transformer=transformer,
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return Path(folder)
+
+
+def tiny_wan(folder, kind="wan"):
+    """WanPipeline with a UMT5; "wan22" has a VAE of patches, and gives each patch a timestep."""
+    tokenizer, patches = _t5_tokenizer(), kind == "wan22"
+    with seeded(14):
+        text_encoder = UMT5EncoderModel(UMT5Config(**_t5_config(tokenizer, d_model=32).to_diff_dict()))
+        transformer = WanTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            num_attention_heads=2,
+            attention_head_dim=12,
+            text_dim=32,
+            freq_dim=16,
+            ffn_dim=32,
+        )
+    pipeline = WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=tiny_vae(kind),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        transformer=transformer,
+        expand_timesteps=patches,
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return Path(folder)
+
+
+def tiny_kolors(folder):
+    """KolorsPipeline with a ChatGLM, whose tokenizer needs sentencepiece."""
+    from diffusers.pipelines.kolors.pipeline_kolors import KolorsPipeline
+    from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
+    from diffusers.pipelines.kolors.tokenizer import ChatGLMTokenizer
+
+    tokenizer = ChatGLMTokenizer(_sentencepiece_model(Path(folder)))
+    config = ChatGLMConfig(
+        num_layers=2,
+        padded_vocab_size=tokenizer.vocab_size,
+        hidden_size=16,
+        ffn_hidden_size=32,
+        kv_channels=8,
+        num_attention_heads=2,
+        multi_query_attention=True,
+        multi_query_group_num=1,
+        seq_length=256,
+        add_qkv_bias=True,
+        original_rope=True,
+    )
+    with seeded(13):
+        text_encoder = ChatGLMModel(config, empty_init=False)
+        for name, parameter in text_encoder.named_parameters():
+            parameter.data.fill_(1.0) if name.endswith("norm.weight") else parameter.data.normal_(std=0.3)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2),
+            cross_attention_dim=24,
+            encoder_hid_dim=16,
+            encoder_hid_dim_type="text_proj",
+            attention_head_dim=2,
+            norm_num_groups=4,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 16,  # the six numbers, and the pooled embedding
+        )
+    pipeline = KolorsPipeline(
+        vae=tiny_vae("sd", scaling_factor=0.13025),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.014,
+            beta_schedule="scaled_linear",
+            num_train_timesteps=1100,
+            steps_offset=1,
+            timestep_spacing="leading",
+        ),
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return Path(folder)
+
+
+def _sentencepiece_model(folder):
+    """The file of a vocabulary that sentencepiece makes of a few words."""
+    import sentencepiece
+
+    texts = ["a cat", "the dog, and a very long caption", "a house by the lake", "".join(map(chr, range(33, 127)))]
+    place = folder / "vocabulary"
+    with open(place, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=file, model_type="bpe", vocab_size=120, minloglevel=2
+        )
+    return str(place)
+
+
+def tiny_hunyuan_image(folder, distilled=False):
+    """HunyuanImagePipeline with a Qwen2.5-VL and a ByT5; as the distilled model has it, or guided by a guider."""
+    tokenizer, tokenizer_2 = _qwen_tokenizer(), ByT5Tokenizer()
+    with seeded(14):
+        text_encoder = Qwen2_5_VLForConditionalGeneration(_qwen2_5_vl_config(tokenizer, layers=3))
+        text_encoder_2 = T5EncoderModel(_t5_config(tokenizer_2, d_model=24))
+        transformer = HunyuanImageTransformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=1,
+            num_single_layers=1,
+            num_refiner_layers=1,
+            text_embed_dim=16,
+            text_embed_2_dim=24,
+            rope_axes_dim=(8, 8),
+            guidance_embeds=distilled,
+            use_meanflow=distilled,
+        )
+    pipeline = HunyuanImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=4.0),
+        vae=tiny_vae("hunyuan"),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=tokenizer_2,
+        transformer=transformer,
+        guider=None if distilled else AdaptiveProjectedMixGuidance(),
+        ocr_guider=None if distilled else AdaptiveProjectedMixGuidance(),
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
     return Path(folder)

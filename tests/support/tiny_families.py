@@ -30,6 +30,10 @@ TINY = {  # family -> fixtures of tests/conftest.py
     "chroma": ["chroma_pipeline"],
     "lumina-2": ["lumina2_pipeline"],
     "auraflow": ["aura_flow_pipeline"],
+    "hidream-i1": ["hidream_pipeline"],
+    "wan": ["wan_pipeline", "wan22_pipeline"],
+    "kolors": ["kolors_pipeline"],
+    "hunyuan-image": ["hunyuan_image_pipeline"],
 }
 FAMILY_OF = {family.name: family for family in FAMILIES}
 CAPTIONS = ["a cat", "", "the dog, and a very long caption " * 8]
@@ -113,7 +117,7 @@ def sample(family, prompts, **arguments):
     calls = [family.call_arguments(prompt, SIZE, SIZE) for prompt in prompts]
     merged = {key: [x for call in calls for x in call[key]] for key in ("class_labels",) if key in calls[0]}
     merged |= {key: [call[key] for call in calls] for key in ("prompt", "negative_prompt") if key in calls[0]}
-    return family.pipeline(**{**calls[0], **merged, "num_inference_steps": 2, **arguments}).images
+    return family.images_of(family.pipeline(**{**calls[0], **merged, "num_inference_steps": 2, **arguments}))
 
 
 class View:
@@ -135,6 +139,10 @@ class View:
         """Those that the pipeline takes as training does, without guidance."""
         return captions
 
+    def call(self, call):
+        """The arguments of the pipeline's call of the denoiser, in training's shapes."""
+        return call
+
     def latents(self, call):
         """z_t, (B, C, h, w), in a call of the denoiser."""
         return self.unpacked(call["hidden_states"])
@@ -142,6 +150,10 @@ class View:
     def timesteps(self, call):
         """Training's timesteps, (B,), in a call of the denoiser."""
         return call["timestep"].reshape(-1).double() / self.family.denoiser.config.get("timestep_scale", 1.0)
+
+    def given(self, value, like):
+        """A tensor that the pipeline gives the denoiser, in the shape that training gives it."""
+        return value.expand_as(like)
 
     def unpacked(self, value):
         """What the pipeline calls latents, as (B, C, h, w)."""
@@ -252,7 +264,53 @@ class AuraFlowView(View):
         return call["timestep"].double() * 1000
 
 
+class HiDreamView(View):
+    guidance_off, exact = {"guidance_scale": 1.0}, False  # its Llama keeps its attention
+
+    def timesteps(self, call):
+        return call["timesteps"].double()
+
+    def answer(self, output):
+        return -output
+
+
+class WanView(View):
+    calls_a_step, empty_first = 2, False
+
+    def call(self, call):
+        timesteps = call["timestep"]
+        return call | {"timestep": timesteps[:, 0] if timesteps.ndim == 2 else timesteps}  # one of each patch
+
+    def timesteps(self, call):
+        return self.call(call)["timestep"].double()
+
+    def unpacked(self, value):
+        return value.squeeze(2)
+
+    def answer(self, output):
+        return output.unsqueeze(2)
+
+
+class HunyuanImageView(View):
+    empty_first, calls_a_step, exact = False, 2, False
+
+    @property
+    def guidance_off(self):
+        self.pipeline.guider.disable(), self.pipeline.ocr_guider.disable()  # its call takes no scale
+        return {}
+
+    def captions(self, captions):
+        """With text to draw; shorter than what they are padded to, which training leaves out."""
+        return [*captions[:2], "a sign, \"cats\" and 'dogs'"]
+
+    def given(self, value, like):
+        return (value[:, : like.shape[1]] if value.ndim > 1 else value).expand_as(like)
+
+
 VIEWS = {
+    "hidream-i1": HiDreamView,
+    "wan": WanView,
+    "hunyuan-image": HunyuanImageView,
     "krea-2": Krea2View,
     "sana": SanaView,
     "ernie-image": ErnieImageView,

@@ -24,6 +24,7 @@ from lpl.families.resolve import resolve
 from lpl.training import lora
 from lpl.training.given_lora import with_adapters
 from lpl.training.preflight import check_captions, preflight
+from lpl.training.speed import check_model
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,6 +74,7 @@ def resolved(words):
     description = read_pipeline(config.model, config.lpl.lpl_blocks)
     config = with_adapters(resolve(config, description), description)
     check_captions(config.data, description.family)
+    check_model(config, description)
     return config, description
 
 

@@ -13,11 +13,13 @@ from torch import nn
 from trainer import parsed, reset_accelerate
 
 from lpl.config import Config
+from lpl.config.groups import Optimization
 from lpl.config.prompts import text_of
 from lpl.families import Family
 from lpl.training.average import MovingAverage
 from lpl.training.checkpoints import TrainingState
 from lpl.training.loading import load_family
+from lpl.training.optimizers import optimizer_by_path
 from lpl.training.parts import TrainedParts
 from lpl.training.sampling import draws_of, sample
 from lpl.training.updates import Updates
@@ -55,6 +57,7 @@ class Weights(nn.Module):
     """Two parameters, one of them large enough to be kept in 8 bits."""
 
     sharded = lora = False
+    averaging: Any = None
 
     def __init__(self):
         super().__init__()
@@ -77,6 +80,11 @@ def updates(cpu):
             optimizer = pytest.importorskip("prodigyopt").Prodigy(groups, lr=1.0)
         elif kind == "8bit":
             optimizer = pytest.importorskip("bitsandbytes").optim.AdamW8bit(groups, lr=1e-2)
+        elif ":" in kind:
+            path, *arguments = kind.split()
+            pytest.importorskip(path.partition(":")[0])
+            optimization = Optimization(optimizer=path, optimizer_args=tuple(arguments))
+            optimizer = optimizer_by_path(optimization, groups, {"lr": 1e-2})
         else:
             optimizer = torch.optim.AdamW(groups, lr=1e-2, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))

@@ -102,6 +102,26 @@ def test_other_programs_get_what_was_trained(name, start, kind, request, tmp_pat
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("kind", ["loha", "lokr", "lokr, whole", "loha, patterns", "patterns"])
+def test_layers_that_lycoris_makes_of_the_file_answer_alike(kind, sd_pipeline, tmp_path):
+    """Its layers, not its merge, which in 4.1.3 scales LoHa and LoKr twice."""
+    modules = pytest.importorskip("lycoris.modules")
+    family, denoiser = trained(sd_pipeline, kind, CONVOLUTIONS)
+    tensors, fresh = load_file(save(family, tmp_path)), load(sd_pipeline).denoiser
+    for layer in layers_of(denoiser):
+        name, place, ours = (
+            f"lora_unet_{layer.replace('.', '_')}",
+            fresh.get_submodule(layer),
+            denoiser.get_submodule(layer),
+        )
+        found, factors = modules.get_module(tensors, name)
+        sizes = (2, place.weight.shape[1], *[8] * (place.weight.ndim - 2))
+        inputs = torch.randn(sizes, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            modules.make_module(found, factors, name, place).apply_to()
+            torch.testing.assert_close(place(inputs), ours(inputs), rtol=1e-4, atol=1e-5, msg=layer)
+
+
 def layers_of(model):
     return {name: part for name, part in model.named_modules() if isinstance(part, BaseTunerLayer)}
 

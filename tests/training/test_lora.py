@@ -34,7 +34,10 @@ ROUNDING = 2e-5  # of an image in [0, 1] in float32
 FIXTURES = [fixtures[0].removesuffix("_pipeline") for fixtures in TINY.values()]
 WITH_ENCODERS = ["sd", "sdxl", "sd3", "flux"]
 # Families whose LoRA only diffusers and peft read
-WITHOUT_OTHERS = {"pixart-alpha", "pixart-sigma", "dit", "sana", "lumina-2", "auraflow", "ernie-image", "krea-2"}
+WITHOUT_OTHERS = {
+    *("pixart-alpha", "pixart-sigma", "dit", "sana", "lumina-2", "auraflow", "ernie-image", "krea-2"),
+    *("kolors", "hunyuan-image"),
+}
 FLUX_DOUBLE_BLOCK = [f"transformer_blocks.0.{name}" for name in ("attn.to_q", "attn.to_k", "attn.to_v", "ff.net.2")]
 
 
@@ -73,7 +76,7 @@ def image(family):
     """float32 in [0, 1], (H, W, 3)."""
     prompt = 207 if family.class_conditional else "a cat"
     call = family.call_arguments(prompt, 32, 32) | {"num_inference_steps": 2, "output_type": "np"}
-    return family.pipeline(**call, generator=torch.Generator().manual_seed(0)).images[0]
+    return family.images_of(family.pipeline(**call, generator=torch.Generator().manual_seed(0)))[0]
 
 
 def assert_same_image(first, second, base):

@@ -8,11 +8,18 @@ import pytest
 import torch
 from accelerate import debug_launcher
 from safetensors.torch import load_file
+from tiny_families import TINY, data_fixture
 from trainer import train, weights
 
 from lpl.config import Config
+from lpl.families import find_family
 from lpl.tools import layout
 from lpl.training.sharding import Sharding, blocks_of, check_sharding, in_step
+from tests.evaluation.test_command import photos  # noqa: F401
+from tests.evaluation.test_training import FLAGS as EVALUATED
+from tests.evaluation.test_training import found
+from tests.runs.test_published_runs import RUN as PUBLISHED
+from tests.runs.test_published_runs import hub  # noqa: F401
 
 
 FLAGS = {
@@ -91,6 +98,42 @@ def test_lora_and_text_encoders(sharded_runs, sd_pipeline, image_folder, tmp_pat
     close(weights(tmp_path / "encoder/text_encoder"), weights(tmp_path / "encoder-2/text_encoder"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for fixtures in TINY.values() for name in fixtures])
+def test_every_family(name, sharded_runs, request, tmp_path):
+    pipeline = request.getfixturevalue(name)
+    family = find_family(json.loads((pipeline / layout.INDEX).read_text())["_class_name"])
+    images = request.getfixturevalue(data_fixture(family))
+    plain = {"use_ema": None, "validation_prompts": None, "validation_steps": None, "validation_every_nth": None}
+    flags = FLAGS | plain | {"max_train_steps": 2}
+    train(pipeline, images, tmp_path / "alone", **flags | {"gradient_accumulation_steps": 2})
+    sharded_runs((pipeline, images, tmp_path / "sharded", flags))
+    assert entries(tmp_path / "sharded") == pytest.approx(entries(tmp_path / "alone"), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_evaluated(sharded_runs, sd_pipeline, image_folder, photos, tmp_path):  # noqa: F811
+    """An odd number of images, of which one process has more to draw."""
+    flags = FLAGS | EVALUATED | {"eval_data_dir": photos, "max_train_steps": 2, "train_batch_size": 1}
+    train(sd_pipeline, image_folder, tmp_path / "alone", **flags | {"gradient_accumulation_steps": 2})
+    sharded_runs((sd_pipeline, image_folder, tmp_path / "sharded", flags))
+    alone, sharded = (found(tmp_path / name)["results"][-1] for name in ("alone", "sharded"))
+    for network, metrics in alone["metrics"].items():
+        for metric, estimate in metrics.items():
+            assert sharded["metrics"][network][metric]["value"] == pytest.approx(estimate["value"], rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"lora": True}])
+def test_a_run_that_is_published(changes, hub, sharded_runs, sd_pipeline, image_folder, tmp_path):  # noqa: F811
+    flags = PUBLISHED | {"hub_strategy": "every_save", "train_batch_size": 1} | changes
+    sharded_runs((sd_pipeline, image_folder, tmp_path / "run", flags))
+    (repository,) = hub.repos.values()
+    first, *_, last = [commit.files for commit in repository.branches["main"].history()[::-1]][1:]
+    weights_file = layout.LORA if changes else "unet/diffusion_pytorch_model.safetensors"
+    assert weights_file in first and weights_file in last and first[weights_file] != last[weights_file]
+
+
 def test_items_in_step():
     """A process that has run out goes on as long as another one has items."""
     left = iter([2.0, 2.0, 1.0, 0.0])  # processes that still have one
@@ -105,9 +148,10 @@ def test_blocks_are_those_that_the_class_names():
     inner = torch.nn.Sequential(torch.nn.Linear(2, 2))
     model = torch.nn.Module()
     model.blocks = torch.nn.ModuleList([inner, torch.nn.Linear(2, 2), torch.nn.Identity()])
-    assert blocks_of(model) == [model.blocks[1], inner]
-    model._no_split_modules = ["Linear"]
+    assert blocks_of(model) == []
+    model._no_split_modules = ["Linear", "Identity"]  # the last has no weights
     assert blocks_of(model) == [model.blocks[1], inner[0]]
+    assert blocks_of(model, ["Sequential"]) == [inner]
 
 
 # What cannot work ----------------------------------------------------------------------------------------------------

@@ -10,7 +10,11 @@ from lpl.config.groups import Optimization
 from lpl.tools.files import load_state, save_state
 
 
-OPTIMIZERS = ["adamw", "8bit", "prodigy"]
+OPTIMIZERS = [
+    *("adamw", "8bit", "prodigy", "torch.optim:AdamW", "torch.optim:AdamW fused=true", "torch.optim:Adafactor"),
+    *("torch.optim:Muon adjust_lr_fn=match_rms_adamw", "torch.optim:SGD momentum=0.9", "bitsandbytes.optim:Lion8bit"),
+    *("bitsandbytes.optim:PagedAdamW8bit", "schedulefree:AdamWScheduleFree", "schedulefree:SGDScheduleFree"),
+]
 
 
 def take(weights, updates, gradients):

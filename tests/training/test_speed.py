@@ -1,0 +1,89 @@
+"""Kernels, compilation and memory layout: what is refused, and that the numbers stay."""
+
+import pytest
+import torch
+from tiny import tiny_vae
+from torch._dynamo.testing import CompileCounterWithBackend
+from trainer import metrics, parsed, train, weights
+
+from lpl import LatentPerceptualLoss, features
+
+
+FLUX, SD = "flux_pipeline", "sd_pipeline"
+
+
+@pytest.mark.parametrize(
+    "pipeline, flags, said",
+    [
+        (FLUX, {"attention_backend": "flas"}, "--attention_backend flas: accepted are flash, flash_hub, "),
+        (FLUX, {"attention_backend": "sage"}, "--attention_backend sage: it has no backward pass"),
+        (FLUX, {"attention_backend": "_sage_qk_int8_pv_fp16_cuda"}, "it has no backward pass"),
+        (FLUX, {"attention_backend": "xformers"}, "Please install `xformers"),
+        (
+            SD,
+            {"torch_compile": True, "lpl_blocks": "decoder.up_blocks.1.resnets.0.conv1"},
+            "--lpl_blocks decoder.up_blocks.1.resnets.0.conv1: --torch_compile compiles the part",
+        ),
+        (SD, {"attention_backend": "native"}, "the attention of UNet2DConditionModel has PyTorch's own kernel"),
+    ],
+)
+def test_what_cannot_be_faster_is_refused_before_it_is_loaded(pipeline, flags, said, request, image_folder, tmp_path):
+    with pytest.raises(ValueError) as error:
+        parsed(request.getfixturevalue(pipeline), image_folder, tmp_path, **flags)
+    assert said in str(error.value)
+
+
+def losses(pipeline, images, folder, **flags):
+    return [entry["loss"] for entry in metrics(train(pipeline, images, folder, **flags))]
+
+
+def test_another_kernel_gives_the_same_losses(flux_pipeline, image_folder, tmp_path, capsys):
+    plain, other = (
+        losses(flux_pipeline, image_folder, tmp_path / str(name), attention_backend=name, max_train_steps=3)
+        for name in (None, "_native_math")
+    )
+    assert other == pytest.approx(plain, rel=1e-4)
+    with pytest.raises(
+        SystemExit, match="--attention_backend _native_cudnn: it cannot train here, with --mixed_precision no"
+    ):
+        train(flux_pipeline, image_folder, tmp_path / "cudnn", attention_backend="_native_cudnn")
+
+
+def test_the_decoder_is_compiled_for_a_few_sizes_and_gives_the_same_loss(monkeypatch):
+    """What is padded changes neither the loss nor its gradient, but for the order of sums."""
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(features, "BACKEND", counter)
+    torch._dynamo.reset()
+    vae = tiny_vae()
+    plain, compiled = LatentPerceptualLoss(vae), LatentPerceptualLoss(vae, compile_for=6)
+    sizes = (1, 3, 4, 5, 6)
+    assert [compiled.extractor.padded_size(count) for count in (*sizes, 7)] == [1, 4, 4, 6, 6, 7]
+    graphs = []
+    for count in sizes:
+        latents = torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(count))
+        predicted = [(latents * 0.9 + 0.1).requires_grad_() for _ in range(2)]
+        values = [loss(given, latents) for loss, given in zip((plain, compiled), predicted, strict=True)]
+        for value in values:
+            value.sum().backward()
+        torch.testing.assert_close(values[1], values[0], rtol=1e-5, atol=0)
+        largest = predicted[0].grad.abs().max()
+        torch.testing.assert_close(predicted[1].grad, predicted[0].grad, rtol=0, atol=1e-5 * float(largest))
+        graphs.append(counter.frame_count)
+    assert graphs == [graphs[0] * times for times in (1, 2, 2, 3, 3)]
+
+
+@pytest.mark.parametrize("flags", [{"lora": True, "gradient_checkpointing": True}, {"use_ema": True}], ids=str)
+def test_a_compiled_run_gives_the_same_losses_and_files(flags, sd_pipeline, image_folder, tmp_path, monkeypatch):
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(features, "BACKEND", counter)
+    flags = flags | {"train_batch_size": 4, "checkpointing_steps": 1, "validation_prompts": "a cat"}
+    plain = train(sd_pipeline, image_folder, tmp_path / "plain", **flags)
+    assert counter.frame_count == 0
+    other = train(sd_pipeline, image_folder, tmp_path / "compiled", **flags, torch_compile=True)
+    assert counter.frame_count > 0
+    expected, found = ([entry["loss"] for entry in metrics(folder)] for folder in (plain, other))
+    assert found == pytest.approx(expected, rel=1e-3)
+    for name in ("checkpoint-2", "." if "lora" in flags else "unet"):
+        assert weights(other / name).keys() == weights(plain / name).keys()
+    again = flags | {"max_train_steps": 3, "resume_from_checkpoint": "latest", "torch_compile": True}
+    assert len(metrics(train(sd_pipeline, image_folder, other, **again))) == 3
