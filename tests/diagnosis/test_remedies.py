@@ -207,5 +207,5 @@ def test_advice_can_be_followed(pipeline, stride, request, with_gpu, image_folde
                 assert not [w for w in own if w.startswith("refused")], (flags, remedy.flags, own)
                 assert not [w for w in own if remedy.flags.split()[0] in w.split()], (flags, remedy.flags, own)
                 advised.add(name(remedy))
-    expected = STAGES[Stage.LPL_STEP] | {"--quantize_base"}
+    expected = STAGES[Stage.LPL_STEP] | {"--quantize_base", "--activation_offload", "--group_offload"}
     assert advised == expected - ({"--train_text_encoder"} if "dit" in str(pipeline) else set())
