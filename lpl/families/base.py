@@ -71,9 +71,7 @@ class Family:
     trainable_text_encoders: ClassVar[tuple[str, ...]] = ()  # those that --train_text_encoder trains
     text_encoder_learning_rate: ClassVar[float | None] = None  # default of --text_encoder_lr; None: --learning_rate
     text_encoder_weight_decay: ClassVar[float | None] = None  # likewise
-    sharded_layers: ClassVar[
-        tuple[str, ...]
-    ] = ()  # classes that FSDP2 gathers one by one; empty: the model's
+    sharded_layers: ClassVar[tuple[str, ...]] = ()  # classes that FSDP2 gathers one by one; empty: the model's
     idle_weights: ClassVar[bool] = False  # whether weights of the denoiser take no part in its output
 
     def __init_subclass__(cls) -> None:
