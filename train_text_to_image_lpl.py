@@ -204,6 +204,7 @@ def train(config: Config, status: Status) -> None:
     # Save: a pipeline that loads and samples by itself, or the LoRA that one loads; the EMA's weights with --use_ema
     status.now(Stage.SAVING, run.step)
     accelerator.wait_for_everyone()
+    state.check()
     with state.gathered():
         if run.is_main:
             save(run, result, validation, log, weight, card)

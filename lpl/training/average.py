@@ -16,7 +16,7 @@ from lpl.config.groups import Optimization
 from lpl.tools import layout
 from lpl.tools.files import write_text
 from lpl.training.parts import TrainedParts
-from lpl.training.sharding import local
+from lpl.training.sharding import local, reshard
 
 
 class MovingAverage(EMAModel):
@@ -133,19 +133,23 @@ def averaged(average: MovingAverage | None, trained: TrainedParts) -> Iterator[N
     if there are any."""
     if trained.copies is not None:
         before, trained.copies = trained.copies, trained.averages
-        yield
-        trained.copies = before
+        try:
+            yield
+        finally:
+            trained.copies = before
         return
     if average is None:
         with _by_the_optimizer(trained):
             yield
         return
+    reshard(trained)
     parameters: list[Any] = local(trained.weights())
     average.store(parameters)
     average.copy_to(parameters)
     try:
         yield
     finally:
+        reshard(trained)
         average.restore(parameters)
 
 

@@ -218,6 +218,8 @@ def cannot_shard(optimization: Optimization) -> bool:
     """Whether it is known not to update sharded weights."""
     if not is_path(optimization.optimizer):
         return optimization.use_8bit_adam or optimization.optimizer == "prodigy"
+    if optimization.optimizer == "torch.optim:Adafactor":
+        return True
     return optimization.optimizer.startswith("bitsandbytes") or tried(optimization).averages
 
 

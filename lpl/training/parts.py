@@ -68,6 +68,7 @@ class TrainedParts(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Also turns the adapter that is active in training only on or off."""
         super().train(mode)
+        sharding.reshard(self)
         if self.has_frozen_adapter:
             switch(self.denoiser, mode)
         return self
@@ -88,6 +89,7 @@ class TrainedParts(nn.Module):
 
     def copied(self, keep: bool) -> dict[str, Any]:
         """Plain models with the present weights, in CPU memory. Called by every process; ``keep`` on one of them."""
+        sharding.reshard(self)
         return {name: sharding.plain_copy(part, keep) for name, part in self.parts.items()}
 
     @property
@@ -109,6 +111,7 @@ class TrainedParts(nn.Module):
     @torch.no_grad()
     def not_finite(self) -> str:
         """Names of the parts in which a trained weight is NaN or infinite, if any; waits for the device."""
+        sharding.reshard(self)
         finite = {
             name: sharding.everywhere(
                 torch.stack([weight.isfinite().all() for weight in sharding.local(self.parameters_of(part))]).all(),

@@ -17,7 +17,7 @@ def quantization_config(base: str | None, dtype: torch.dtype) -> Any:
     """
     package, _, kind = (base or "").rpartition(":")
     if package == "torchao":
-        from torchao import quantization
+        from torchao import quantization  # pyright: ignore[reportMissingImports]
 
         kinds = {"int8wo": "Int8WeightOnlyConfig", "float8wo": "Float8WeightOnlyConfig"}
         return diffusers.TorchAoConfig(getattr(quantization, kinds[kind])())

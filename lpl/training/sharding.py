@@ -58,9 +58,17 @@ class Sharding:
                 "FSDP of version 1 (in accelerate's configuration) is not supported; write fsdp_version: 2 under "
                 "fsdp_config, as in examples/accelerate/fsdp2.yaml"
             )
-        plugin = FullyShardedDataParallelPlugin()
+        on_cpu, plugin = accelerator.device.type == "cpu", FullyShardedDataParallelPlugin()
+        several = DistributedType.MULTI_CPU if on_cpu else DistributedType.MULTI_GPU
+        # From here on accelerate's own FSDP is out of the way; it still has made the processes' group.
+        accelerator.state.distributed_type = DistributedType.NO if accelerator.num_processes == 1 else several
         if accelerator.num_processes == 1:
             return None  # there is nobody to share with
+        if accelerator.parallelism_config is not None:
+            raise ValueError(
+                "parallelism_config (in accelerate's configuration) is not supported: all processes share one model; "
+                "leave it out"
+            )
         if plugin.activation_checkpointing:
             raise ValueError(
                 "fsdp_activation_checkpointing (in accelerate's configuration) is not supported; leave it out, and "
@@ -68,9 +76,6 @@ class Sharding:
             )
         if accelerator.mixed_precision == "fp16":
             raise ValueError("FSDP2 is not supported with --mixed_precision fp16; give bf16 or no")
-        # From here on accelerate's own FSDP is out of the way; it still has made the processes' group.
-        on_cpu = accelerator.device.type == "cpu"
-        accelerator.state.distributed_type = DistributedType.MULTI_CPU if on_cpu else DistributedType.MULTI_GPU
         return cls(bool(plugin.reshard_after_forward), isinstance(plugin.cpu_offload, CPUOffloadPolicy))
 
     def shard(self, part: nn.Module, accelerator: Accelerator, layers: Sequence[str] = ()) -> None:
@@ -93,7 +98,13 @@ class Sharding:
         }
         for parameter in kept:
             parameter.data = parameter.data.to(accelerator.device)
-        for block in blocks_of(part, layers):
+        blocks = blocks_of(part, layers)
+        if not blocks:
+            raise ValueError(
+                f"FSDP2 (in accelerate's configuration): {type(part).__name__} does not say which of its layers can "
+                "be gathered one by one; launch with --multi_gpu"
+            )
+        for block in blocks:
             fully_shard(block, **options)
         fully_shard(part, **options)
         for module in part.modules():  # of ignored parameters' modules, and what no parameter brings along
@@ -152,17 +163,24 @@ def blocks_of(model: nn.Module, layers: Sequence[str] = ()) -> list[nn.Module]:
     return [module for module in reversed(found) if next(module.parameters(), None) is not None]
 
 
-class Sharded(nn.Module):
-    """The trained parts, sharded, as the step calls them; it stands where accelerate puts DDP."""
+def called_in_precision(trained: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """The trained parts with calls under autocast, as accelerate makes them for DDP."""
+    plain = trained.forward
 
-    def __init__(self, module: nn.Module, accelerator: Accelerator) -> None:
-        super().__init__()
-        self.module, self.accelerator = module, accelerator
-
-    def forward(self, *inputs: Any) -> Tensor:
-        with self.accelerator.autocast():
-            output: Tensor = self.module(*inputs)
+    def forward(*inputs: Any) -> Tensor:
+        with accelerator.autocast():
+            output: Tensor = plain(*inputs)
         return output.view_as(output)  # a gradient of this, as LPL's weight measures it, calls no hook of the shards
+
+    trained.forward = forward  # type: ignore[method-assign]
+    return trained
+
+
+def reshard(trained: nn.Module) -> None:
+    """Drop gathered weights, which calls without a backward pass may have left: the shards alone are ever changed."""
+    for module in trained.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -196,9 +214,15 @@ def whole(value: Any, keep: bool = True) -> Any:
 
 
 def like(whole: Tensor, sharded: Tensor) -> Tensor:
-    """A whole tensor in shards like another tensor, if that one is sharded."""
-    if not isinstance(sharded, DTensor) or whole.shape != sharded.shape:
+    """A whole tensor in shards like another tensor, if that one is sharded; a number stays what it is.
+
+    Raises:
+        ValueError: for a part of an optimizer's state with another shape than its weight.
+    """
+    if not isinstance(sharded, DTensor) or whole.ndim == 0:
         return whole
+    if whole.shape != sharded.shape:
+        raise ValueError("--optimizer: its state cannot be sharded; resume without FSDP2, or with another optimizer")
     whole = whole.to(sharded.device_mesh.device_type)
     found = distribute_tensor(whole, sharded.device_mesh, sharded.placements, src_data_rank=None)
     return cast(Tensor, found.to(sharded.device))

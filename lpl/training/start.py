@@ -363,8 +363,9 @@ def place_models(
         if sharding is None or part not in trained.parts.values():
             place(part, trained, config, accelerator.device)
     if broken := trained.not_finite():
-        path = config.model.source
-        raise ValueError(f"--pretrained_model_name_or_path {path}: the weights of {broken} are not finite")
+        given = "lora_init" if config.lora.lora_init else "pretrained_model_name_or_path"
+        path = config.lora.lora_init or config.model.source
+        raise ValueError(f"--{given} {path}: the weights of {broken} are not finite")
     if sharding is not None:
         names = " and ".join(trained.parts)
         logger.info(f"FSDP2: {names} in shards over {accelerator.num_processes} processes")

@@ -18,7 +18,7 @@ from lpl.config.rules import is_path
 from lpl.training.average import MovingAverage
 from lpl.training.optimizers import averages_weights, factors, hyperparameters, optimizer_by_path
 from lpl.training.parts import TrainedParts
-from lpl.training.sharding import Sharded, average_gradients, like, local, whole
+from lpl.training.sharding import average_gradients, called_in_precision, like, local, whole
 
 
 def prepare(
@@ -36,7 +36,7 @@ def prepare(
     optimizer = make_optimizer(optimization, trained, global_batch)
     schedule = make_schedule(optimization, optimizer, max_steps)
     if trained.sharded:
-        model, prepared = Sharded(trained, accelerator), accelerator.prepare(optimizer)
+        model, prepared = called_in_precision(trained, accelerator), accelerator.prepare(optimizer)
     else:
         model, prepared = accelerator.prepare(trained, optimizer)
     return model, Updates(accelerator, trained, prepared, schedule, max_steps, average, optimization.max_grad_norm)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import debug_launcher
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from tiny_families import TINY, data_fixture
 from trainer import train, weights
@@ -14,7 +15,9 @@ from trainer import train, weights
 from lpl.config import Config
 from lpl.families import find_family
 from lpl.tools import layout
-from lpl.training.sharding import Sharding, blocks_of, check_sharding, in_step
+from lpl.training import sharding
+from lpl.training.average import averaged
+from lpl.training.sharding import Sharding, blocks_of, check_sharding, in_step, like
 from tests.evaluation.test_command import photos  # noqa: F401
 from tests.evaluation.test_training import FLAGS as EVALUATED
 from tests.evaluation.test_training import found
@@ -41,12 +44,13 @@ def entries(folder):
 
 
 def two(jobs):
-    """A process of two, which runs jobs one after the other."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_FSDP", "true")
-        patch.setenv("FSDP_VERSION", "2")
-        for pipeline, images, folder, flags in jobs:
-            train(pipeline, images, folder, **flags)
+    """A process of two, which runs jobs one after the other; flags in capitals are of accelerate's configuration."""
+    for pipeline, images, folder, flags in jobs:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} | flags).items():
+                if name.isupper():
+                    patch.setenv(name, value)
+            train(pipeline, images, folder, **{name: value for name, value in flags.items() if not name.isupper()})
 
 
 @pytest.fixture
@@ -82,6 +86,19 @@ def test_a_training_of_all_weights(sharded_runs, sd_pipeline, image_folder, tmp_
     index = json.loads((first / "model_index.json").read_text())
     assert index == json.loads((alone / "model_index.json").read_text())
     assert index["unet"] == ["diffusers", "UNet2DConditionModel"]
+
+
+def test_in_half_precision_and_with_weights_that_stay_gathered(sharded_runs, sd_pipeline, image_folder, tmp_path):
+    """Held-out losses come from calls without a backward pass; what these gather is not what is trained next."""
+    often, half = {"validation_steps": 1, "validation_prompts": None}, {"mixed_precision": "bf16"}
+    kept = {"FSDP_RESHARD_AFTER_FORWARD": "false"}
+    jobs = {"whole": often, "kept": often | kept, "half": often | half, "lora": often | half | {"lora": True}}
+    sharded_runs(*((sd_pipeline, image_folder, tmp_path / name, FLAGS | flags) for name, flags in jobs.items()))
+    assert entries(tmp_path / "kept") == pytest.approx(entries(tmp_path / "whole"), rel=1e-6)
+    assert entries(tmp_path / "half") == pytest.approx(entries(tmp_path / "whole"), rel=0.05)
+    for name in jobs:
+        records = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        assert sum("validation_loss" in json.loads(record) for record in records) == 5
 
 
 def test_lora_and_text_encoders(sharded_runs, sd_pipeline, image_folder, tmp_path):
@@ -134,6 +151,26 @@ def test_a_run_that_is_published(changes, hub, sharded_runs, sd_pipeline, image_
     assert weights_file in first and weights_file in last and first[weights_file] != last[weights_file]
 
 
+def test_a_failed_save_leaves_no_average_in_place_of_the_weights():
+    trained = SimpleNamespace(copies={"unet": "weights"}, averages={"unet": "average"})
+    with pytest.raises(OSError), averaged(None, trained):
+        assert trained.copies == {"unet": "average"}
+        raise OSError
+    assert trained.copies == {"unet": "weights"}
+
+
+def test_a_state_of_another_shape_than_its_weight_is_refused():
+    class Sharded(torch.Tensor):
+        pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "DTensor", Sharded)
+        weight = torch.zeros(2, 3).as_subclass(Sharded)
+        assert like(torch.tensor(1.0), weight) == 1
+        with pytest.raises(ValueError, match="--optimizer: its state cannot be sharded"):
+            like(torch.zeros(2), weight)
+
+
 def test_items_in_step():
     """A process that has run out goes on as long as another one has items."""
     left = iter([2.0, 2.0, 1.0, 0.0])  # processes that still have one
@@ -165,15 +202,24 @@ def test_blocks_are_those_that_the_class_names():
         ({"FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "no", 2, "give --gradient_checkpointing"),
         ({"FSDP_VERSION": "2"}, "fp16", 2, "give bf16 or no"),
         ({"FSDP_VERSION": "2"}, "fp16", 1, None),
+        ({"FSDP_VERSION": "2"}, "no", 3, "leave it out"),  # for groups of processes
     ],
 )
 def test_accelerates_configuration(variables, precision, processes, said, monkeypatch):
-    accelerator = SimpleNamespace(num_processes=processes, mixed_precision=precision)
+    groups = object() if processes == 3 else None
+    accelerator = SimpleNamespace(
+        num_processes=processes,
+        mixed_precision=precision,
+        device=torch.device("cuda"),
+        state=SimpleNamespace(distributed_type=DistributedType.FSDP),
+        parallelism_config=groups,
+    )
     assert Sharding.asked(accelerator) is None
     for name, value in ({"ACCELERATE_USE_FSDP": "true"} | variables).items():
         monkeypatch.setenv(name, value)
     if said is None:
         assert Sharding.asked(accelerator) is None
+        assert accelerator.state.distributed_type is DistributedType.NO  # not accelerate's own
         return
     with pytest.raises(ValueError, match=said):
         Sharding.asked(accelerator)
