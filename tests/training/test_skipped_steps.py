@@ -123,7 +123,8 @@ def test_two_processes_skip_together(sd_pipeline, image_folder, tmp_path):
         assert same(second, third) and not same(third, fourth)
 
 
-def test_weights_that_are_not_finite_are_never_saved(sd_pipeline, image_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("every", [1, 100])  # a checkpoint, and the result
+def test_weights_that_are_not_finite_are_never_saved(every, sd_pipeline, image_folder, tmp_path, monkeypatch):
     original = Updates.step
 
     def step(self):
@@ -132,8 +133,8 @@ def test_weights_that_are_not_finite_are_never_saved(sd_pipeline, image_folder, 
 
     monkeypatch.setattr(Updates, "step", step)
     with pytest.raises((FloatingPointError, SystemExit), match="not finite any more"):
-        train(sd_pipeline, image_folder, tmp_path, **FLAGS)
-    assert not list(tmp_path.glob("checkpoint-*"))
+        train(sd_pipeline, image_folder, tmp_path, **FLAGS | {"checkpointing_steps": every})
+    assert not list(tmp_path.glob("checkpoint-*")) and not (tmp_path / "unet").exists()
 
 
 def test_a_loss_scale_that_is_still_sought_is_no_fault(caplog):
