@@ -115,6 +115,11 @@ def check_sharding(sharding: Sharding | None, config: Config) -> None:
             "--torch_compile is not supported with FSDP2 (in accelerate's configuration); leave the flag out, or "
             "launch with --multi_gpu"
         )
+    if optimization.channels_last:
+        raise ValueError(
+            "--channels_last is not supported with FSDP2 (in accelerate's configuration), which shards contiguous "
+            "weights; leave the flag out, or launch with --multi_gpu"
+        )
     if lora.quantize_base:
         raise ValueError(
             f"--quantize_base {lora.quantize_base}: FSDP2 (in accelerate's configuration) shards no quantised base; "
@@ -186,9 +191,14 @@ def whole(value: Any, keep: bool = True) -> Any:
 
 
 def like(whole: Tensor, sharded: Tensor) -> Tensor:
-    """A whole tensor in shards like another tensor, if that one is sharded."""
-    if not isinstance(sharded, DTensor) or whole.shape != sharded.shape:
+    """A whole tensor in shards like another tensor, if that one is sharded, or with its strides, which fused kernels
+    expect of the state of a weight."""
+    if whole.shape != sharded.shape:
         return whole
+    if not isinstance(sharded, DTensor):
+        if whole.stride() == sharded.stride():
+            return whole
+        return torch.empty_like(sharded, dtype=whole.dtype, device=whole.device).copy_(whole)
     whole = whole.to(sharded.device_mesh.device_type)
     found = distribute_tensor(whole, sharded.device_mesh, sharded.placements, src_data_rank=None)
     return cast(Tensor, found.to(sharded.device))
