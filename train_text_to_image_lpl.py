@@ -70,6 +70,7 @@ from lpl.training.earlier import set_earlier_aside
 from lpl.training.given_lora import with_adapters
 from lpl.training.log import Log
 from lpl.training.losses import BatchLosses, clean_latents, lpl_weight, perceptual_loss, student_of
+from lpl.training.memory import offload_vaes
 from lpl.training.parts import unwrapped
 from lpl.training.pauses import Pauses
 from lpl.training.preemption import EXIT_CODE, Preemption
@@ -134,6 +135,7 @@ def train(config: Config, status: Status) -> None:
         decoder = family.vae, config.lpl, config.model.cache_dir, *fast
         lpl_loss = perceptual_loss(*decoder) if needs_decoder else None
         student = student_of(config.lpl, lpl_loss, config.model.cache_dir)
+        lpl_loss = offload_vaes(family.vae, lpl_loss, config.optimization, accelerator.device)
     settings = config.lpl, config.diffusion, student, config.data.unmasked_weight
     losses = Losses(family, images.objective, lpl_loss, *settings)
     weight = lpl_weight(config.lpl, accelerator.device)  # w of Eq. 3

@@ -37,6 +37,11 @@ SMALLER = (  # recipe, flags that save memory, GB of the GPU that has room for i
     ("flux_lora", "--quantize_base 4bit", 24),
     ("pixart_sigma", "--use_8bit_adam", 24),
     ("sd35_medium_full", "--use_8bit_adam --train_batch_size 1 --gradient_accumulation_steps 16", 48),
+    ("sdxl_lora", "--group_offload --offload_frozen", 8),
+    ("sdxl_lora", "--offload_frozen", 12),
+    ("flux_lora", "--group_offload --offload_frozen", 8),
+    ("flux_lora", "--quantize_base fp8 --offload_frozen", 24),
+    ("flux_lora", "--offload_frozen", 32),
 )
 START, END = "<!-- smaller -->", "<!-- end of smaller -->"
 

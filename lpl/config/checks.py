@@ -16,6 +16,7 @@ from pathlib import Path
 from lpl.config import rules
 from lpl.config.choices import (
     ADAPTER_NAMES,
+    FP8,
     GPUS,
     INIT_LORA_WEIGHTS,
     LORA,
@@ -64,6 +65,7 @@ def check_words(config: Config) -> None:
     check_caches(config)
     check_masks(config)
     _check_lora(config)
+    _check_memory(config)
     _check_lpl(config)
     _check_timesteps(config)
     _check_optimizer(config)
@@ -191,6 +193,31 @@ def _check_lora(config: Config) -> None:
         warn("--use_dora is for the denoiser; the text encoders get LoRA, since diffusers loads no DoRA there")
     if lora.quantize_base is not None and config.model.train_text_encoder:
         raise ValueError("--quantize_base goes without --train_text_encoder; leave one of them out")
+
+
+def _check_memory(config: Config) -> None:
+    """Refuse flags that would save no memory, or that exclude one another."""
+    lora, optimization = config.lora, config.optimization
+    checkpoints = optimization.gradient_checkpointing
+    asked = {"--group_offload": lora.group_offload, f"--quantize_base {FP8}": lora.quantize_base == FP8}
+    for flag in (flag for flag in asked if asked[flag] and not checkpoints):
+        raise ValueError(
+            f"{flag}: without --gradient_checkpointing the backward pass keeps all weights as they are used; add it, "
+            "or leave the other out"
+        )
+    if optimization.activation_offload and not checkpoints:
+        raise ValueError(
+            "--activation_offload: without --gradient_checkpointing every activation would go to CPU memory and back, "
+            "which takes longer than computing it again; add it, or leave the other out"
+        )
+    moves = {"--offload_frozen": optimization.offload_frozen, "--activation_offload": optimization.activation_offload}
+    for flag in (flag for flag, used in (asked | moves).items() if used and optimization.torch_compile):
+        raise ValueError(f"{flag} goes without --torch_compile, whose kernels hold on to the weights; leave one out")
+    if lora.group_offload and lora.quantize_base not in (None, FP8):
+        raise ValueError(
+            f"--group_offload moves no weights of --quantize_base {lora.quantize_base}; leave one of them out, or use "
+            f"--quantize_base {FP8}"
+        )
 
 
 OF_THE_FILE = {

@@ -37,3 +37,13 @@ GPUS = {  # MiB, as nvidia-smi shows them
 }
 PRECISIONS = ("fp32", "fp16", "bf16")  # of the weights in a single file
 MASK_COLUMN = "mask"  # of the loss masks of a folder of images
+
+# --quantize_base: the package that each needs, as it is imported and as it is installed
+FP8 = "fp8"
+QUANTIZED: dict[str, tuple[str, str] | None] = {
+    **dict.fromkeys(("8bit", "4bit"), ("bitsandbytes", "bitsandbytes")),
+    FP8: None,
+    **dict.fromkeys(("torchao:int8wo", "torchao:float8wo"), ("torchao", "torchao")),
+    **dict.fromkeys(("quanto:int8", "quanto:float8", "quanto:int4"), ("optimum.quanto", "optimum-quanto")),
+}
+ON_A_GPU = tuple(name for name in QUANTIZED if name != FP8 and not name.startswith("torchao:"))

@@ -33,6 +33,7 @@ from lpl.config.choices import (
     OFT,
     OPTIMIZERS,
     PRECISIONS,
+    QUANTIZED,
     RANK,
     SET_METRICS,
     TRACKERS,
@@ -228,7 +229,16 @@ class Lora:
         on_resume=REFUSED,
     )
     quantize_base: str | None = flag(
-        None, "quantize the frozen denoiser to 8 or 4 bits when training LoRA; needs a GPU", choices=("8bit", "4bit")
+        None,
+        "quantize the frozen denoiser when training LoRA: on a GPU to 8 or 4 bits by bitsandbytes, or by quanto; by "
+        "torchao; or to 8-bit floats (fp8), which needs no package, but --gradient_checkpointing",
+        choices=tuple(QUANTIZED),
+    )
+
+    group_offload: bool = flag(
+        False,
+        "keep the frozen denoiser in CPU memory, each block of which is on the GPU while it runs; needs "
+        "--gradient_checkpointing",
     )
 
     @property
@@ -876,6 +886,9 @@ class Optimization:
         False, "update the EMA with fused (foreach) operations, which is faster", used=rules.when("use_ema")
     )
     offload_ema: bool = flag(False, "keep the EMA in CPU memory between updates", used=rules.when("use_ema"))
+    offload_frozen: bool = flag(
+        False, "keep frozen text encoders and the VAE in CPU memory, and on the GPU only what runs of them"
+    )
     mixed_precision: str | None = flag(
         None, "mixed precision of the computation; default: accelerate's configuration", choices=("no", "fp16", "bf16")
     )
@@ -893,6 +906,9 @@ class Optimization:
     )
     gradient_checkpointing: bool = flag(
         False, "recompute the denoiser's activations in the backward pass to save memory"
+    )
+    activation_offload: bool = flag(
+        False, "keep the inputs of the denoiser's blocks in CPU memory; needs --gradient_checkpointing"
     )
     seed: int | None = silent_flag(
         None,

@@ -45,6 +45,7 @@ class Counting(TorchDispatchMode):
 
     Attributes:
         current, peak: bytes of live storages, now and at most since :meth:`reset`.
+        host: bytes of live storages in pinned memory, which are not counted otherwise.
         operations: floating-point operations since :meth:`reset`, a multiplication and its addition being two.
     """
 
@@ -53,7 +54,7 @@ class Counting(TorchDispatchMode):
     def __init__(self, fake: bool = True) -> None:
         super().__init__()
         self.fake = FAKE if fake else None
-        self.current = self.peak = self.operations = 0
+        self.current = self.peak = self.operations = self.host = 0
         self._live: dict[int, int] = {}  # bytes of a storage by its id
 
     @classmethod
@@ -77,6 +78,8 @@ class Counting(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:  # more than half of all calls
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
+        if pinned := bool(kwargs.get("pin_memory")):
+            kwargs = kwargs | {"pin_memory": False}
         if self.fake is None:
             out = func(*args, **kwargs)
         else:
@@ -93,7 +96,7 @@ class Counting(TorchDispatchMode):
                 Counting.shaping -= 1
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and isinstance(tensor, FakeTensor) == (self.fake is not None):
-                self._hold(tensor)
+                self._hold(tensor, pinned)
         count = OPERATIONS.get(func.overloadpacket)
         if count is not None:
             self.operations += count(*args, **kwargs, out_val=out)
@@ -127,18 +130,21 @@ class Counting(TorchDispatchMode):
     def _made(self, meta: Tensor) -> FakeTensor:
         return FakeTensor(FAKE, meta, HOST)
 
-    def _hold(self, tensor: Tensor) -> None:
+    def _hold(self, tensor: Tensor, pinned: bool) -> None:
         storage = tensor.untyped_storage()
         key = id(storage)
         if key in self._live:
             return
-        self._live[key] = size = -(-storage.nbytes() // BLOCK) * BLOCK
-        weakref.finalize(storage, self._free, key).atexit = False
-        self.current += size
+        size = -(-storage.nbytes() // BLOCK) * BLOCK
+        self._live[key], host = (0, size) if pinned else (size, 0)
+        weakref.finalize(storage, self._free, key, host).atexit = False
+        self.host += host
+        self.current += size - host
         self.peak = max(self.peak, self.current)
 
-    def _free(self, key: int) -> None:
+    def _free(self, key: int, host: int) -> None:
         self.current -= self._live.pop(key)
+        self.host -= host
 
 
 def _value(tensor: Tensor) -> bool | int | float:

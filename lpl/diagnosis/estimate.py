@@ -37,6 +37,7 @@ from lpl.student import Student, StudentLoss
 from lpl.tools.machine import DTYPES
 from lpl.training.given_lora import Adapters, shapes_of
 from lpl.training.losses import lpl_weight, perceptual_loss
+from lpl.training.memory import offload_vaes
 from lpl.training.parts import TrainedParts
 from lpl.training.start import place_models, trained_parts
 from lpl.training.updates import prepare
@@ -45,7 +46,11 @@ from lpl.training.updates import prepare
 logger = logging.getLogger(__name__)
 
 CONTEXT = 2**30  # bytes of CUDA's context, workspaces and the allocator's gaps: assumed, not counted
-PACKED = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}  # bytes of a quantised weight, with the scales of its blocks
+PACKED = {  # bytes of a quantised weight, with the scales of its blocks, if they are more than one of each row
+    **dict.fromkeys(("8bit", "torchao:int8wo", "torchao:float8wo", "quanto:int8", "quanto:float8"), 1.0),
+    "4bit": 0.5 + 4 / 64,
+    "quanto:int4": 0.5 + 4 / 128,
+}
 STEPS = 2  # of the run: the length of the schedule, which takes no memory worth counting
 
 
@@ -70,7 +75,7 @@ class Estimate:
         parameters: trained and all parameters of each part of the pipeline.
         memory: bytes at the peak of each stage.
         operations: of an optimizer step, of one whose samples are all inside, and of the text encoders alone.
-        host: bytes of the EMA in the memory of the CPU, with --offload_ema.
+        host: bytes of what rests in the CPU's memory: the EMA with --offload_ema, and offloaded weights.
         student_operations: of a step with --lpl_student without a correction; 0 without a student.
     """
 
@@ -119,6 +124,7 @@ class Rehearsal:
         self.lpl_loss = (
             perceptual_loss(*_decoder(family, config.lpl, config.model.cache_dir)) if config.lpl.enabled else None
         )
+        self.lpl_loss = offload_vaes(family.vae, self.lpl_loss, optimization, accelerator.device)
         self.weight = lpl_weight(config.lpl, accelerator.device)
         plain = replace(optimization, optimizer="AdamW", use_8bit_adam=False, lr_scheduler="constant")
         batch = optimization.train_batch_size * accelerator.num_processes
@@ -257,7 +263,7 @@ def _student(lpl: Lpl, cache_dir: str | None) -> StudentLoss | None:
 def _pack(denoiser: nn.Module, quantize_base: str | None) -> list[Tensor]:
     """The weights of a quantised base, and the one that is unpacked for use; empty for any other base."""
     weights = [module.weight for module in denoiser.modules() if isinstance(module, nn.Linear)]
-    if quantize_base is None or not weights:
+    if quantize_base not in PACKED or not weights:
         return []
     numbers = sum(weight.numel() for weight in weights)
     largest = max(weights, key=Tensor.numel)
@@ -299,7 +305,7 @@ def estimate(
             layers = (module for module in run.trained.denoiser.modules() if type(module) is nn.Linear)
             counting.leave_out(layer.weight for layer in layers if not layer.weight.requires_grad)
         counting.leave_out(run.offloaded)
-        memory[Stage.LOADING] = counting.current
+        memory[Stage.LOADING], pinned = counting.current, counting.host
         run.begin()
         memory[Stage.SAVING] = counting.current  # what is written goes through the CPU's memory, tensor by tensor
         counting.reset()
@@ -316,7 +322,8 @@ def estimate(
             else:
                 run.step(run.batch(timesteps[:batch_size], choice), stage is Stage.LPL_STEP)
                 operations[stage] = counting.operations * optimization.gradient_accumulation_steps
-            released = run.trained.family.released_bytes if stage is Stage.SAMPLES else 0  # which are loaded for them
+            loads = stage is Stage.SAMPLES and not optimization.offload_frozen  # layer by layer with it
+            released = run.trained.family.released_bytes if loads else 0
             memory[stage] = counting.peak + released
         student_operations = 0
         if run.student is not None:
@@ -328,7 +335,7 @@ def estimate(
         parameters = {
             name: (count_parameters(part), count_parameters(part, False)) for name, part in _parts(run.trained)
         }
-        host = bytes_of(run.offloaded)
+        host = bytes_of(run.offloaded) + pinned
     text_encoders *= optimization.gradient_accumulation_steps
     return Estimate(parameters, memory, operations, text_encoders, host, student_operations)
 

@@ -183,7 +183,7 @@ def _report(config: Config, found: Estimate, name: str, capacity: int, precision
     ]
     memory = [(words, size(found.memory[stage])) for stage, words in STAGES.items() if stage in found.memory]
     if found.host:
-        memory.append(("of the CPU", f"{size(found.host)}, the EMA"))
+        memory.append(("of the CPU", f"{size(found.host)}, what is offloaded"))
     fits = "fits" if found.fits(capacity) else "does not fit"
     memory.append((f"on {name}", f"{fits}: {size(found.peak)} and about {size(CONTEXT)} for CUDA of {size(capacity)}"))
     plain, with_lpl = (found.operations.get(stage) for stage in (Stage.STEP, Stage.LPL_STEP))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from lpl.autoencoders import decoder_parts, downscaling_factor
-from lpl.config.choices import LORA
+from lpl.config.choices import FP8, LORA
 from lpl.config.config import FLAGS
 from lpl.config.groups import REFUSED
 from lpl.data.loader import worker_count
@@ -94,14 +94,28 @@ def _weights(status: Status) -> list[Remedy]:
     has_state = status.stage in STEPS or status.step > 0
     gpu = has_gpu() or status.device.type == "cuda"
     packs = lora.lora and lora.adapter == LORA and not text_encoders and gpu and bits and lora.quantize_base != "4bit"
+    packs = packs and not lora.group_offload
+    sharded = status.trained is not None and status.trained.sharded
+    moves = status.device.type != "cpu" and not optimization.torch_compile and not sharded
+    checkpoints, plain = optimization.gradient_checkpointing, lora.quantize_base in (None, FP8)
+    casts = lora.lora and lora.adapter == LORA and not text_encoders and lora.quantize_base is None and checkpoints \
+        and not optimization.torch_compile and not sharded and status.mixed_precision != "no"
     # What training needs while the models are loaded: float32 instead of half precision, and the EMA
     trains = status.stage is not Stage.LOADING or optimization.use_ema or \
         (status.mixed_precision != "no" and not lora.lora)
     return [
         Remedy("--offload_ema", LOADED, ema_on_gpu,  # which is made on the device and then leaves it
                "the EMA on the device; it is copied there and back in each step"),
+        Remedy("--offload_frozen", MODELS, moves and not optimization.offload_frozen,
+               "frozen text encoders and the VAE; each step copies what of them it runs to the GPU"),
+        Remedy("--activation_offload", STEPS, moves and checkpoints and not optimization.activation_offload,
+               "the inputs of the denoiser's blocks, which are copied to the CPU and back"),
+        Remedy("--group_offload", MODELS, moves and checkpoints and lora.lora and not lora.group_offload and plain,
+               "all of the frozen denoiser but a block; each step copies it to the GPU twice"),
         Remedy("--use_8bit_adam", LOADED, adam and has_state,
                "three quarters of the optimizer's state"),
+        Remedy("--quantize_base fp8", MODELS, casts,
+               "nearly half of the frozen denoiser's weights"),
         Remedy("--quantize_base 4bit", MODELS, packs,
                "most of the frozen denoiser's weights"),
         Remedy(f"--lpl_crop {crop}", LPL, crop is not None,

@@ -24,7 +24,8 @@ SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # of flags a
 
 def missing(package: str) -> bool:
     """Whether a package is not installed."""
-    return importlib.util.find_spec(package) is None
+    parent = package.rpartition(".")[0]
+    return (bool(parent) and missing(parent)) or importlib.util.find_spec(package) is None
 
 
 def has_gpu() -> bool:

@@ -38,6 +38,7 @@ from lpl.families import Family
 from lpl.families.description import Description
 from lpl.tools.process import leave_signals_alone
 from lpl.tools.words import first_line
+from lpl.training import memory
 from lpl.training.loading import load_text_encoder, precisions, weight_dtype
 
 
@@ -314,17 +315,20 @@ def _tokenizer_files(family: Family, names: Sequence[str]) -> list[tuple[str, st
 def _release_text_encoders(config: Config, description: Description, family: Family, accelerator: Accelerator) -> None:
     """Free the text encoders; samples load them again."""
     dtypes = precisions(config.model, config.lora, type(family), weight_dtype(accelerator))
+    device = accelerator.device
+    offloads = config.optimization.offload_frozen and memory.has_own_memory(device)
 
     def loader(name: str) -> Callable[[], nn.Module]:
         def load() -> nn.Module:
             encoder = load_text_encoder(str(family.folder), name, description, dtypes[name], config.model.variant)
-            return encoder.requires_grad_(False).eval().to(accelerator.device)
+            encoder.requires_grad_(False).eval()
+            return memory.offload(encoder, device) if offloads else encoder.to(device)
 
         return load
 
     there = [name for name in family.text_encoder_names if getattr(family.pipeline, name) is not None]
     family.release({name: loader(name) for name in there})
-    if accelerator.device.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.empty_cache()
 
 

@@ -23,6 +23,7 @@ from lpl.families.fit import component_class
 from lpl.families.tokens import of_text
 from lpl.tools.words import counted
 from lpl.training.average import MovingAverage
+from lpl.training.quantization import answer_in, quantization_config
 
 
 def load_family(model: Model, lora: Lora, description: Description, dtype: torch.dtype) -> Family:
@@ -178,16 +179,10 @@ def load_denoiser(
     """The denoiser alone, from another revision than the pipeline, or with weights of 8 or 4 bits (QLoRA).
 
     Args:
-        quantize_base: "8bit", "4bit" or None.
+        quantize_base: of --quantize_base, or None.
         revision: defaults to --revision.
     """
-    options: dict[str, Any] = {}
-    if quantize_base == "8bit":
-        options["quantization_config"] = diffusers.BitsAndBytesConfig(load_in_8bit=True)
-    elif quantize_base == "4bit":
-        options["quantization_config"] = diffusers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-        )
+    quantized = quantization_config(quantize_base, dtype)
     denoiser = denoiser_class(description).from_pretrained(
         model.pipeline,
         subfolder=description.family.denoiser_name,
@@ -196,21 +191,11 @@ def load_denoiser(
         cache_dir=model.cache_dir,
         dtype=dtype,
         use_safetensors=True,
-        **options,
+        **({} if quantized is None else {"quantization_config": quantized}),
     )
-    if options:
-        _answer_in(denoiser, dtype)
+    if quantized is not None:
+        answer_in(denoiser, dtype)
     return denoiser
-
-
-def _answer_in(denoiser: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the inputs of quantised layers, which autocast does not. Their output has the dtype of their input, so
-    that all activations after a normalisation would be float32."""
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
-
-    for module in denoiser.modules():
-        if isinstance(module, Linear4bit | Linear8bitLt):
-            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype), *inputs[1:]))
 
 
 def denoiser_class(description: Description) -> Any:

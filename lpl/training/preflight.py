@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lpl.config import Config
-from lpl.config.choices import TRACKERS
+from lpl.config.choices import FP8, ON_A_GPU, QUANTIZED, TRACKERS
 from lpl.config.groups import Data, naming
 from lpl.data.catalogue import cache_root
 from lpl.data.folder import Contents, suffix, why_no_images
@@ -126,8 +126,14 @@ def _check_packages(config: Config) -> None:
     tracker = config.validation.report_to
     if tracker in TRACKERS and missing(tracker):
         raise ValueError(f"--report_to {tracker}: pip install {tracker}, or choose --report_to none")
+    quantized = QUANTIZED.get(config.lora.quantize_base or FP8)
+    if quantized is not None and missing(quantized[0]):
+        there = [name for name, needed in QUANTIZED.items() if needed is None or not missing(needed[0])]
+        raise ValueError(
+            f"--quantize_base {config.lora.quantize_base} needs {quantized[1]}: pip install {quantized[1]}, or use "
+            f"one that needs nothing more: {', '.join(there)}"
+        )
     for flag, used, package in (
-        ("--quantize_base", config.lora.quantize_base is not None, "bitsandbytes"),
         ("--use_8bit_adam", config.optimization.use_8bit_adam, "bitsandbytes"),
         ("--optimizer prodigy", config.optimization.optimizer == "prodigy", "prodigyopt"),
     ):
@@ -138,7 +144,7 @@ def _check_packages(config: Config) -> None:
 def _check_gpu(config: Config) -> None:
     if has_gpu():
         return
-    if config.lora.quantize_base is not None:
+    if config.lora.quantize_base in ON_A_GPU:
         raise ValueError(
             f"--quantize_base {config.lora.quantize_base} needs a GPU, and this machine has none; leave it out"
         )
@@ -148,5 +154,11 @@ def _check_gpu(config: Config) -> None:
     ):
         if used:
             raise ValueError(f"{flag} needs a GPU, and this machine has none; use {others}")
-    if config.optimization.allow_tf32:
-        warn("--allow_tf32 has no effect without a GPU")
+    for flag, used in (
+        ("--allow_tf32", config.optimization.allow_tf32),
+        ("--offload_frozen", config.optimization.offload_frozen),
+        ("--group_offload", config.lora.group_offload),
+        ("--activation_offload", config.optimization.activation_offload),
+    ):
+        if used:
+            warn(f"{flag} has no effect without a GPU")

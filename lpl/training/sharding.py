@@ -125,6 +125,16 @@ def check_sharding(sharding: Sharding | None, config: Config) -> None:
             f"--quantize_base {lora.quantize_base}: FSDP2 (in accelerate's configuration) shards no quantised base; "
             "leave the flag out, or launch with --multi_gpu"
         )
+    if optimization.activation_offload:
+        raise ValueError(
+            "--activation_offload: with FSDP2 (in accelerate's configuration) it would move gathered weights too; "
+            "leave the flag out"
+        )
+    if lora.group_offload:
+        raise ValueError(
+            "--group_offload: FSDP2 (in accelerate's configuration) gathers the blocks by itself; leave the flag out, "
+            "and write fsdp_offload_params: true there for shards in CPU memory"
+        )
     if not lora.lora and cannot_shard(optimization):
         given = "--use_8bit_adam" if optimization.use_8bit_adam else f"--optimizer {optimization.optimizer}"
         raise ValueError(f"{given}: it cannot update sharded weights; leave the flag out, or train --lora")

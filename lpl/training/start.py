@@ -50,6 +50,7 @@ from lpl.training.checkpoints import (
 )
 from lpl.training.given_lora import Adapters
 from lpl.training.loading import average_from_revision, load_family, weight_dtype
+from lpl.training.memory import place
 from lpl.training.parts import TrainedParts
 from lpl.training.preemption import OTHERS_WAIT
 from lpl.training.sharding import Sharding, check_sharding
@@ -360,7 +361,7 @@ def place_models(
     family, sharding = trained.family, Sharding.asked(accelerator)
     for part in (family.vae, family.denoiser, *family.text_encoders):
         if sharding is None or part not in trained.parts.values():
-            part.to(accelerator.device)
+            place(part, trained, config, accelerator.device)
     if broken := trained.not_finite():
         path = config.model.source
         raise ValueError(f"--pretrained_model_name_or_path {path}: the weights of {broken} are not finite")

@@ -125,6 +125,18 @@ ALONE = cases(  # wrong whatever the pipeline: what is given, what the sentence 
     ({"use_dora": True}, ["--use_dora", "--lora or --rank"]),
     ({"use_rslora": True}, ["--use_rslora", "--lora or --rank"]),
     ({"quantize_base": "4bit"}, ["--quantize_base", "--lora or --rank"]),
+    ({"group_offload": True, "gradient_checkpointing": True}, ["--group_offload", "--lora or --rank"]),
+    ({"offload_frozen": True, "torch_compile": True}, ["--offload_frozen", "--torch_compile"]),
+    (
+        {"quantize_base": "fp8", "lora": True, "gradient_checkpointing": True, "torch_compile": True},
+        ["--quantize_base fp8", "--torch_compile"],
+    ),
+    ({"activation_offload": True}, ["--activation_offload", "--gradient_checkpointing"]),
+    ({"group_offload": True, "lora": True}, ["--group_offload", "--gradient_checkpointing"]),
+    (
+        {"group_offload": True, "lora": True, "gradient_checkpointing": True, "quantize_base": "8bit"},
+        ["--group_offload", "--quantize_base 8bit", "one of them"],
+    ),
     ({"decompose_factor": 4}, ["--decompose_factor", "--lora or --rank"]),
     ({"adapter": "loha", "decompose_factor": 0}, ["--decompose_factor 0", "-1 or more than 0"]),
     ({"adapter": "loha", "use_dora": True}, ["--use_dora is not for LoHa", "--adapter lora"]),
@@ -145,6 +157,7 @@ ALONE = cases(  # wrong whatever the pipeline: what is given, what the sentence 
     ({"rank": 4, "lora_rank_pattern": "to_q=0"}, ["--lora_rank_pattern", "NAME=RANK"]),
     ({"rank": 4, "lora_alpha_pattern": "to_q=inf"}, ["--lora_alpha_pattern", "NAME=ALPHA"]),
     ({"quantize_base": "2bit", "lora": True}, ["--quantize_base", "2bit", "8bit"]),
+    ({"quantize_base": "fp8", "lora": True}, ["--quantize_base fp8", "--gradient_checkpointing"]),
     (
         {"quantize_base": "8bit", "lora": True, "train_text_encoder": True},
         ["--quantize_base", "--train_text_encoder", "one of them"],

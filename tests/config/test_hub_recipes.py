@@ -298,6 +298,7 @@ def test_a_stranger_does_not_fill_this_machine_with_processes(hub, monkeypatch):
 NUMBERS = {
     *("from_scratch", "train_text_encoder", "max_sequence_length", "guidance_scale", "prediction_type"),
     *("lora", "rank", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora", "use_rslora"),
+    *("group_offload", "offload_frozen", "activation_offload"),
     *("quantize_base", "dataset_config_name", "streaming", "shuffle_buffer_size", "image_column"),
     *("mask_column", "alpha_mask", "unmasked_weight"),
     *("crops_per_image", "cache_latents", "cache_text_embeddings"),

@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from trainer import parsed, script
 
 from lpl.config.checks import gpu_memory
+from lpl.config.choices import FP8, QUANTIZED
 from lpl.diagnosis.counting import GPU, HOST, Counting, as_on_gpu
-from lpl.diagnosis.estimate import CONTEXT, Estimate, Method, estimate
+from lpl.diagnosis.estimate import CONTEXT, PACKED, Estimate, Method, estimate
 from lpl.diagnosis.for_gpu import attempts
 from lpl.diagnosis.needs import bytes_of, optimizer_bytes
 from lpl.diagnosis.status import Stage
@@ -193,6 +194,30 @@ def test_weights_gradients_and_state_are_those_of_the_flags(counted, sd_pipeline
     assert offloaded.memory[Stage.SAVING] == pytest.approx(plain.memory[Stage.SAVING], abs=1024)
     assert offloaded.host == trained and average.host == 0
     assert several.memory[Stage.SAVING] - plain.memory[Stage.SAVING] == pytest.approx(trained, abs=rounding)
+
+
+def test_frozen_weights_that_rest_are_elsewhere(counted):
+    """On the device is what of them runs at a time: of the text encoder a layer, of the denoiser about a block."""
+    flags = {"precision": "bf16", "rank": 2, "gradient_checkpointing": True}
+    plain, frozen, base = (counted(**flags | more) for more in ({}, {"offload_frozen": True}, {"group_offload": True}))
+    of = {name: 2 * (count - trained) for name, (trained, count) in plain.parameters.items()}
+    saved = {
+        kind: plain.memory[Stage.LOADING] - found.memory[Stage.LOADING] for kind, found in ((1, frozen), (2, base))
+    }
+    assert saved[1] > of["text_encoder"] + of["vae"] and frozen.host > of["text_encoder"] + of["vae"]
+    assert 0.6 * of["unet"] < saved[2] < of["unet"] and base.host > 0.6 * of["unet"]
+    for found, by in ((frozen, saved[1]), (base, saved[2])):
+        assert plain.memory[Stage.STEP] - found.memory[Stage.STEP] > 0.6 * by
+        assert found.operations == plain.operations and found.parameters == plain.parameters
+
+
+def test_every_quantised_base_is_counted(counted):
+    assert PACKED.keys() == QUANTIZED.keys() - {FP8}
+    flags = {"precision": "bf16", "rank": 2, "gradient_checkpointing": True, "resolution": 64}
+    host, packed = (counted(**flags, group_offload=True, quantize_base=base).host for base in (None, "fp8"))
+    assert (
+        0.5 * host < packed < 0.9 * host
+    )  # norms and embeddings stay as they are, and blocks of memory are rounded up
 
 
 def test_accumulated_gradients_are_there_in_the_next_micro_batch(counted):

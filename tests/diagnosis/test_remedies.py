@@ -41,10 +41,18 @@ def names(status):
 
 STAGES = {
     Stage.READING: set(),
-    Stage.LOADING: {"--mixed_precision", "--lora", "--train_text_encoder"},
+    Stage.LOADING: {"--mixed_precision", "--lora", "--train_text_encoder", "--offload_frozen"},
     Stage.STEP: {"--gradient_checkpointing", "--train_batch_size", "--offload_ema", "--mixed_precision"}
+    | {"--offload_frozen"}
     | {"--use_8bit_adam", "--lora", "--train_text_encoder"},
-    Stage.SAMPLES: {"--offload_ema", "--mixed_precision", "--use_8bit_adam", "--lora", "--train_text_encoder"},
+    Stage.SAMPLES: {
+        "--offload_frozen",
+        "--offload_ema",
+        "--mixed_precision",
+        "--use_8bit_adam",
+        "--lora",
+        "--train_text_encoder",
+    },
 }
 STAGES[Stage.LPL_STEP] = STAGES[Stage.STEP] | {
     f"--lpl_{name}" for name in ("gradient_checkpointing", "chunk_size", "max_samples", "crop")
@@ -73,7 +81,7 @@ def test_what_does_not_exist_yet_saves_nothing(status, with_gpu):
 def test_before_the_models_are_there(status, with_gpu):
     run = status(Stage.LOADING, machine=ON_A_GPU, rank=2)
     run.trained = None
-    assert names(run) == {"--mixed_precision", "--quantize_base"}
+    assert names(run) == {"--mixed_precision", "--quantize_base", "--offload_frozen"}
 
 
 def test_values_follow_the_flags_in_use(status):
@@ -199,5 +207,5 @@ def test_advice_can_be_followed(pipeline, stride, request, with_gpu, image_folde
                 assert not [w for w in own if w.startswith("refused")], (flags, remedy.flags, own)
                 assert not [w for w in own if remedy.flags.split()[0] in w.split()], (flags, remedy.flags, own)
                 advised.add(name(remedy))
-    expected = STAGES[Stage.LPL_STEP] | {"--quantize_base"}
+    expected = STAGES[Stage.LPL_STEP] | {"--quantize_base", "--activation_offload", "--group_offload"}
     assert advised == expected - ({"--train_text_encoder"} if "dit" in str(pipeline) else set())

@@ -100,6 +100,19 @@ def test_no_step_waits_with_other_flags(results_of, family):
     check(results, updates=4)
 
 
+OFFLOADS = {"offload_frozen": True, "group_offload": True, "activation_offload": True, "quantize_base": "fp8"}
+
+
+@pytest.mark.parametrize(
+    "families",
+    [["stable-diffusion"], *(pytest.param([family.name], marks=pytest.mark.slow) for family in FAMILIES[1:])],
+)
+def test_no_step_waits_for_weights_that_come_when_they_run(families, results_of):
+    """And none of them is missing on the device, in either pass, or in LPL."""
+    flags = SHORT | KINDS["LoRA"] | OFFLOADS | {"gradient_checkpointing": True}
+    check(results_of({name: (FAMILY_OF[name], [flags], None) for name in families}), updates=1)
+
+
 @pytest.mark.slow
 def test_no_step_waits_with_a_student(results_of, sd_pipeline, tmp_path):
     """In the first step, which measures the weight on LPL, with a correction, and without."""

@@ -29,6 +29,8 @@ def test_refused_here(flags, words, sd_pipeline, image_folder, tmp_path, capsys,
     [
         ("bitsandbytes", {"use_8bit_adam": True}),
         ("bitsandbytes", {"quantize_base": "4bit", "lora": True}),
+        ("torchao", {"quantize_base": "torchao:int8wo", "lora": True}),
+        ("optimum", {"quantize_base": "quanto:int4", "lora": True}),
         ("wandb", {"report_to": "wandb"}),
         ("comet_ml", {"report_to": "comet_ml"}),
         ("trackio", {"report_to": "trackio"}),
@@ -42,6 +44,20 @@ def test_a_package_that_is_missing(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
     message = refusal(capsys, arguments(sd_pipeline, image_folder, tmp_path, **flags))
     assert f"pip install {package}" in message and f"--{next(iter(flags))}" in message
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"allow_tf32": True},
+        {"offload_frozen": True},
+        {"activation_offload": True, "gradient_checkpointing": True},
+        {"group_offload": True, "rank": 4, "gradient_checkpointing": True},
+    ],
+)
+def test_what_only_a_gpu_does(flags, sd_pipeline, image_folder, tmp_path):
+    (words,) = warned(sd_pipeline, image_folder, tmp_path, **flags)
+    assert words == f"--{next(iter(flags))} has no effect without a GPU"
 
 
 @pytest.mark.parametrize("flags", [{"quantize_base": "4bit", "rank": 4}, {"mixed_precision": "fp16"}])

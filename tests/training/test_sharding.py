@@ -183,6 +183,8 @@ def test_accelerates_configuration(variables, precision, processes, said, monkey
     "flags, said",
     [
         ({"quantize_base": "4bit", "lora": True}, "--quantize_base 4bit: FSDP2"),
+        ({"activation_offload": True}, "--activation_offload: with FSDP2"),
+        ({"group_offload": True, "lora": True}, "fsdp_offload_params: true"),
         ({"use_8bit_adam": True}, "--use_8bit_adam: it cannot update sharded weights"),
         ({"optimizer": "prodigy"}, "--optimizer prodigy: it cannot update sharded weights"),
         ({"non_ema_revision": "v1", "use_ema": True}, "leave out --non_ema_revision, or --use_ema"),
