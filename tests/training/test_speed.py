@@ -1,5 +1,6 @@
 """Kernels, compilation and memory layout: what is refused, and that the numbers stay."""
 
+import shutil
 import warnings
 
 import pytest
@@ -90,6 +91,22 @@ def test_the_decoder_is_compiled_for_a_few_sizes_and_gives_the_same_loss(monkeyp
         torch.testing.assert_close(predicted[1].grad, predicted[0].grad, rtol=0, atol=1e-5 * float(largest))
         graphs.append(counter.frame_count)
     assert graphs == [graphs[0] * times for times in (1, 2, 2, 3, 3)]
+
+
+@pytest.mark.slow  # a C++ compiler takes seconds for each kernel
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_the_real_compiler_gives_the_same_loss():
+    torch._dynamo.reset()
+    vae = tiny_vae()
+    plain, compiled = LatentPerceptualLoss(vae, ["mid"]), LatentPerceptualLoss(vae, ["mid"], compile_for=2)
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    predicted = [(latents * 0.9 + 0.1).requires_grad_() for _ in range(2)]
+    values = [loss(given, latents) for loss, given in zip((plain, compiled), predicted, strict=True)]
+    for value in values:
+        value.sum().backward()
+    torch.testing.assert_close(values[1], values[0], rtol=1e-4, atol=0)
+    largest = predicted[0].grad.abs().max()
+    torch.testing.assert_close(predicted[1].grad, predicted[0].grad, rtol=0, atol=1e-4 * float(largest))
 
 
 @pytest.mark.parametrize("flags", [{"lora": True, "gradient_checkpointing": True}, {"use_ema": True}], ids=str)
