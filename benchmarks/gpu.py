@@ -13,7 +13,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -25,15 +24,11 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from benchmarks.counted import ARCHITECTURES, METHOD, counted
+from benchmarks.counted import ARCHITECTURES, METHOD, completed, counted
 from benchmarks.lpl_cost import floor
-from benchmarks.real_sizes import configurations
-from lpl.config import command_line
 from lpl.diagnosis.estimate import Rehearsal
 from lpl.diagnosis.status import Stage
 from lpl.diagnosis.without_weights import OneGpu
-from lpl.families.description import read_pipeline
-from lpl.families.resolve import resolve
 from lpl.objectives import FlowMatching
 from lpl.training.given_lora import Adapters
 
@@ -99,13 +94,8 @@ def device_name() -> str:
 
 def measure(name: str, way: str, scale: str) -> dict[str, Any]:
     """Seconds and peak bytes of a step, and the waits in it."""
-    with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        folder = configurations(ARCHITECTURES[CASES[name].architecture], Path(place, "pipeline"), scale)
-        own = ["--pretrained_model_name_or_path", str(folder), "--output_dir", str(Path(place, "output"))]
-        config = command_line.parse([*words(name, way, scale), *own, "--dry_run", "--for_gpu", "80GB"])
-        description = read_pipeline(config.model, config.lpl.lpl_blocks, weights=False)
-        config = resolve(config, description)
+    architecture = CASES[name].architecture
+    with completed(architecture, words(name, way, scale), scale) as (config, description):
         accelerator = OneGpu(config.optimization.mixed_precision or "no")
         accelerator.device = device()
         objective = description.objective(config.model.objective)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from benchmarks import (
     caches,
     data_scale,
     gpu,
+    growth,
     lpl_cost,
     lpl_estimators,
     lpl_step,
@@ -138,6 +140,61 @@ def test_recipes_are_counted_and_written(name, monkeypatch, tmp_path):
     head = (tmp_path / f"{name}.yaml").read_text()
     assert all(f"# {line}\n" in head for line in found.lines().splitlines()) and head.count("# Memory:") == 1
     assert f" | {found.cells()} |\n" in (tmp_path / "README.md").read_text()
+
+
+def grown(monkeypatch, folder, over, changes, *flags):
+    """The points of each curve, and the bytes of the picture."""
+    monkeypatch.setitem(growth.GROWTH, over, replace(growth.GROWTH[over], **changes))
+    growth.main(["--over", over, "--output_dir", str(folder), "--picture", str(folder / "growth.png"), *flags])
+    how = "_cpu" if "--measure" in flags else ""
+    return json.loads((folder / f"growth_{over}{how}.json").read_text())["curves"]
+
+
+def test_growth_is_counted(monkeypatch, tmp_path):
+    small = replace(growth.SD15, resolution=64)
+    curves = grown(monkeypatch, tmp_path, "batch", {"values": (1, 2), "curves": {"SD 1.5": small}}, "--scale", "tiny")
+    one, two = (point["ways"] for point in curves["SD 1.5"])
+    for way in growth.WAYS:
+        assert two[way]["operations"] == 2 * one[way]["operations"] and two[way]["memory"] > one[way]["memory"]
+        assert way == growth.PLAIN or one[way]["operations"] > one[growth.PLAIN]["operations"]
+    assert (tmp_path / "growth.png").stat().st_size > 10_000
+
+
+def test_growth_with_the_model_is_that_of_the_recipes(tmp_path):
+    growth.main(["--over", "model", "--output_dir", str(tmp_path), "--picture", str(tmp_path / "growth.png")])
+    points = json.loads((tmp_path / "growth_model.json").read_text())["curves"]["LoRA"]
+    assert {"sdxl_lora", "flux2_lora"} <= {point["recipe"] for point in points}
+    ratios = [
+        [p["ways"][way]["operations"] / p["ways"][growth.PLAIN]["operations"] for p in points] for way in growth.WAYS
+    ]
+    assert all(1 == plain < student < lpl for plain, lpl, student in zip(*ratios, strict=True))
+    for name in (point["recipe"] for point in points):
+        values = recipes.values(name)
+        images = values["train_batch_size"] * values["gradient_accumulation_steps"]
+        assert values["resolution"] == 1024 and images == growth.SAMPLES and values["train_batch_size"] == 1
+
+
+def test_growth_with_processes(monkeypatch, tmp_path):
+    """FSDP2 gathers in bf16 twice and reduces in float32: as many bytes as DDP's ring; memory is divided."""
+    small = replace(growth.SD35, resolution=64)
+    changes = {"values": (4,), "curves": {"DDP": small, "FSDP2": replace(small, sharded=True)}}
+    curves = grown(monkeypatch, tmp_path, "processes", changes, "--scale", "tiny")
+    (whole,), (shards,) = curves["DDP"], curves["FSDP2"]
+    for way in growth.WAYS:
+        ours, theirs = shards["ways"][way], whole["ways"][way]
+        assert ours["operations"] == theirs["operations"] and ours["memory"] < theirs["memory"]
+        assert theirs["sent"] == 2 * 4 * whole["parameters"] * 3 / 4 == pytest.approx(ours["sent"], rel=0.01)
+
+
+def test_growth_is_measured(monkeypatch, tmp_path, capsys):
+    changes = {"measured": ((1, 2), replace(growth.QUICKSTART, resolution=32))}
+    curves = grown(monkeypatch, tmp_path, "batch", changes, "--measure", "--repeats", "1")
+    for point in curves["quickstart"]:
+        rates = {way: row["rate"] for way, row in point["ways"].items()}
+        assert rates[growth.PLAIN] == 1 and 0 < rates[growth.LPL] < 1 and rates[growth.STUDENT] > 0
+    with pytest.raises(SystemExit):
+        growth.main(["--over", "model", "--measure"])
+    assert "--over model is only counted on this device" in capsys.readouterr().err
 
 
 # On a GPU ------------------------------------------------------------------------------------------------------------
