@@ -131,8 +131,9 @@ def train(config: Config, status: Status) -> None:
         speed_up(trained, config, accelerator)
         average = place_models(trained, config, description, accelerator)
         needs_decoder = config.lpl.enabled or inputs.held_out_images is not None
-        decoder = config.lpl, config.model.cache_dir, config.optimization.compile_for
-        lpl_loss = perceptual_loss(family.vae, *decoder) if needs_decoder else None
+        fast = config.optimization.compile_for, config.optimization.channels_last
+        decoder = family.vae, config.lpl, config.model.cache_dir, *fast
+        lpl_loss = perceptual_loss(*decoder) if needs_decoder else None
         student = student_of(config.lpl, lpl_loss, config.model.cache_dir)
         lpl_loss = offload_vaes(family.vae, lpl_loss, config.optimization, accelerator.device)
     settings = config.lpl, config.diffusion, student, config.data.unmasked_weight

@@ -898,6 +898,9 @@ class Optimization:
         "kernel of the denoiser's attention, as diffusers names them, such as flash, flash_hub or xformers; default: "
         "PyTorch's own",
     )
+    channels_last: bool = flag(
+        False, "keep two-dimensional convolutions of the denoiser and the VAE in channels-last memory format"
+    )
     torch_compile: bool = flag(
         False, "compile the denoiser and LPL's decoder with torch.compile; the first steps take minutes"
     )

@@ -56,7 +56,7 @@ def explanation(status: Status, error: Exception) -> str | None:
         return _out_of_memory(status, error)
     if is_full(error):
         return _disk_full(status, error)
-    if words := _loader_ended(status, error) or _process_ended(status, error):
+    if words := _loader_ended(status, error) or _process_ended(status, error) or _not_compiled(status, error):
         return words
     if isinstance(error, HungLoader):
         return f"{error}\n{_how_to_continue(status)}"
@@ -119,6 +119,16 @@ def _process_ended(status: Status, error: BaseException) -> str | None:
     if status.processes == 1 or not any(words in str(error) for words in LOST_PROCESS):
         return None
     return f"another process of the run ended {status.words()}; its own error says why"
+
+
+def _not_compiled(status: Status, error: BaseException) -> str | None:
+    """For an error of torch.compile; a C++ compiler's own words are somewhere in its message."""
+    if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return None
+    found = re.search(r"(\S+ )?(fatal )?error: .*", str(error))
+    reason = found[0].strip() if found else first_line(error)
+    words = f"--torch_compile: a part of the model cannot be compiled {status.words()} ({reason}); leave the flag out"
+    return f"{words}\n{_how_to_continue(status, ' without it')}"
 
 
 def _how_to_continue(status: Status, condition: str = "") -> str:

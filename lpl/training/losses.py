@@ -15,6 +15,7 @@ from lpl.config.groups import Lpl
 from lpl.loss import LatentPerceptualLoss
 from lpl.student import Fidelity, StudentLoss, load_student
 from lpl.tools.machine import DTYPES
+from lpl.training.speed import lay_out
 from lpl.weighting import LplWeight
 
 
@@ -89,14 +90,21 @@ def clean_latents(vae: ModelMixin, batch: Mapping[str, Any]) -> Tensor:
 
 
 def perceptual_loss(
-    vae: ModelMixin, lpl: Lpl, cache_dir: str | None, compile_for: int | None = None
+    vae: ModelMixin,
+    lpl: Lpl,
+    cache_dir: str | None,
+    compile_for: int | None = None,
+    channels_last: bool = False,
 ) -> LatentPerceptualLoss:
     """The latent perceptual loss that the flags ask for, through the pipeline's VAE or --lpl_vae_name_or_path.
 
     Args:
         compile_for: see :class:`LatentPerceptualLoss`.
+        channels_last: lay out the decoder's convolutions so.
     """
     decoder = feature_vae(vae, lpl.lpl_vae_name_or_path, DTYPES[lpl.decoder_dtype()], cache_dir)
+    if channels_last:
+        lay_out(decoder)
     return LatentPerceptualLoss(
         decoder,
         blocks=lpl.lpl_blocks,

@@ -126,6 +126,11 @@ def check_sharding(sharding: Sharding | None, config: Config) -> None:
             "--torch_compile is not supported with FSDP2 (in accelerate's configuration); leave the flag out, or "
             "launch with --multi_gpu"
         )
+    if optimization.channels_last:
+        raise ValueError(
+            "--channels_last is not supported with FSDP2 (in accelerate's configuration), which shards contiguous "
+            "weights; leave the flag out, or launch with --multi_gpu"
+        )
     if lora.quantize_base:
         raise ValueError(
             f"--quantize_base {lora.quantize_base}: FSDP2 (in accelerate's configuration) shards no quantised base; "
@@ -214,12 +219,17 @@ def whole(value: Any, keep: bool = True) -> Any:
 
 
 def like(whole: Tensor, sharded: Tensor) -> Tensor:
-    """A whole tensor in shards like another tensor, if that one is sharded; a number stays what it is.
+    """A whole tensor in shards like another tensor, if that one is sharded, or with its strides, which fused kernels
+    expect of the state of a weight; a number stays what it is.
 
     Raises:
-        ValueError: for a part of an optimizer's state with another shape than its weight.
+        ValueError: for a part of an optimizer's state with another shape than its sharded weight.
     """
-    if not isinstance(sharded, DTensor) or whole.ndim == 0:
+    if not isinstance(sharded, DTensor):
+        if whole.shape != sharded.shape or whole.stride() == sharded.stride():
+            return whole
+        return torch.empty_like(sharded, dtype=whole.dtype, device=whole.device).copy_(whole)
+    if whole.ndim == 0:
         return whole
     if whole.shape != sharded.shape:
         raise ValueError("--optimizer: its state cannot be sharded; resume without FSDP2, or with another optimizer")

@@ -5,6 +5,9 @@ Attention goes through PyTorch's own kernel unless ``--attention_backend`` names
 
 ``--torch_compile`` compiles modules in place, so that no name of a weight changes: the denoiser's repeated blocks, one
 by one, or all of it where its class names none; and the parts of LPL's decoder (:mod:`lpl.features`).
+
+``--channels_last`` lays out the weights of convolutions in two dimensions with the channels last; their outputs
+follow. A gradient and the optimizer's state have the strides of their weight. Files do not.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from lpl.config import Config
 from lpl.families.description import Description
 from lpl.features import DecoderFeatureExtractor
 from lpl.tools.machine import has_gpu, missing
-from lpl.tools.words import close_match, first_line
+from lpl.tools.words import close_match, first_line, warn
 from lpl.training.parts import TrainedParts
 
 
@@ -77,6 +80,11 @@ def check_model(config: Config, description: Description) -> None:
                 f"--attention_backend {name}: the attention of {type(denoiser).__name__} has PyTorch's own kernel and "
                 "takes no other (docs/faster.md); leave the flag out"
             )
+    if config.optimization.channels_last:
+        denoiser, vae = skeleton(description.denoiser), skeleton(description.vae)
+        if not convolutions(denoiser):
+            effect = "changes the VAE only" if convolutions(vae) else "has no effect"
+            warn(f"--channels_last {effect}: {type(denoiser).__name__} has no convolutions but those of patches")
     if config.optimization.torch_compile and config.lpl.enabled and config.lpl.lpl_vae_name_or_path is None:
         DecoderFeatureExtractor(skeleton(description.vae), config.lpl.lpl_blocks, compile_for=1)
 
@@ -96,8 +104,23 @@ def speed_up(trained: TrainedParts, config: Config, accelerator: Accelerator) ->
     if (name := config.optimization.attention_backend) is not None:
         try_backend(name, accelerator)
         denoiser.set_attention_backend(name)
+    if config.optimization.channels_last:
+        lay_out(denoiser)
+        lay_out(trained.family.vae)
     if config.optimization.torch_compile:
         compiled(denoiser)
+
+
+def convolutions(model: nn.Module) -> list[Any]:
+    """Convolutions in two dimensions of a model; none if they only take patches apart, which is a matrix product."""
+    found = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.ConvTranspose2d)]
+    return found if any(module.kernel_size != module.stride for module in found) else []
+
+
+def lay_out(model: Any) -> None:
+    """Lay out a model's convolutions with the channels last, in place."""
+    for module in convolutions(model):
+        module.to(memory_format=torch.channels_last)
 
 
 def compiled(denoiser: Any) -> None:

@@ -154,6 +154,7 @@ OWN = {  # SPEC.md, and what this project adds
     "validation_sizes": None,
     "validation_prompts_file": None,
     "attention_backend": None,
+    "channels_last": False,
     "torch_compile": False,
     "optimizer_args": None,
     "lr_scheduler_args": None,

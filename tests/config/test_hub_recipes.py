@@ -322,7 +322,7 @@ NUMBERS = {
     *("adam_weight_decay_text_encoder", "adam_epsilon", "prodigy_beta3", "prodigy_decouple"),
     *("prodigy_use_bias_correction", "prodigy_safeguard_warmup", "max_grad_norm", "max_skipped_steps"),
     *("use_ema", "ema_decay", "foreach_ema", "offload_ema", "mixed_precision", "allow_tf32", "torch_compile"),
-    *("gradient_checkpointing", "seed", "validation_prompt", "validation_prompts"),
+    *("channels_last", "gradient_checkpointing", "seed", "validation_prompt", "validation_prompts"),
     *("num_validation_images", "validation_epochs", "validation_steps", "validation_inference_steps"),
     *("validation_guidance_scale", "logging_steps", "debug_loss", "checkpointing_steps"),
     "checkpoints_total_limit",

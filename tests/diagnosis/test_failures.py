@@ -14,6 +14,7 @@ from accelerate import debug_launcher
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from trainer import metrics, same, script, train, weights
 
+from lpl import features
 from lpl.config import Config
 from lpl.config.config import FLAGS
 from lpl.config.groups import REFUSED
@@ -220,6 +221,18 @@ def test_a_loader_without_shared_memory(status):
     assert (
         explanation(status(), RuntimeError("DataLoader worker (pid 7) is killed by signal: Segmentation fault."))
         is None
+    )
+
+
+def test_a_kernel_that_cannot_be_compiled(sd_pipeline, image_folder, tmp_path, monkeypatch):
+    def backend(graph, inputs):
+        raise RuntimeError("C++ compile error\n\nOutput:\n/tmp/x.cpp: In function:\n/tmp/x.cpp:3:5: error: no match\n")
+
+    monkeypatch.setattr(features, "BACKEND", backend)
+    said = ended(sd_pipeline, image_folder, tmp_path, torch_compile=True)
+    assert said == (
+        "train_text_to_image_lpl.py: error: --torch_compile: a part of the model cannot be compiled in step 1, which "
+        "has LPL (/tmp/x.cpp:3:5: error: no match); leave the flag out\nthis run has no checkpoint to resume from"
     )
 
 

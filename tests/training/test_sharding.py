@@ -234,6 +234,7 @@ def test_accelerates_configuration(variables, precision, processes, said, monkey
         ({"use_8bit_adam": True}, "--use_8bit_adam: it cannot update sharded weights"),
         ({"optimizer": "prodigy"}, "--optimizer prodigy: it cannot update sharded weights"),
         ({"non_ema_revision": "v1", "use_ema": True}, "leave out --non_ema_revision, or --use_ema"),
+        ({"channels_last": True}, "--channels_last is not supported with FSDP2"),
         ({"offload_ema": True, "use_ema": True}, "fsdp_offload_params"),
     ],
 )

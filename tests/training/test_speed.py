@@ -1,5 +1,8 @@
 """Kernels, compilation and memory layout: what is refused, and that the numbers stay."""
 
+import shutil
+import warnings
+
 import pytest
 import torch
 from tiny import tiny_vae
@@ -7,6 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from trainer import metrics, parsed, train, weights
 
 from lpl import LatentPerceptualLoss, features
+from lpl.training.updates import Updates
 
 
 FLUX, SD = "flux_pipeline", "sd_pipeline"
@@ -31,6 +35,23 @@ def test_what_cannot_be_faster_is_refused_before_it_is_loaded(pipeline, flags, s
     with pytest.raises(ValueError) as error:
         parsed(request.getfixturevalue(pipeline), image_folder, tmp_path, **flags)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "pipeline, said",
+    [
+        (FLUX, ["--channels_last changes the VAE only: FluxTransformer2DModel has no convolutions but those of pat"]),
+        ("sd3_pipeline", ["--channels_last changes the VAE only: SD3Transformer2DModel has"]),
+        ("sana_pipeline", []),
+        (SD, []),
+    ],
+)
+def test_no_convolutions_are_warned_of(pipeline, said, request, image_folder, tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        parsed(request.getfixturevalue(pipeline), image_folder, tmp_path, channels_last=True)
+    found = [str(item.message) for item in caught if "--channels_last" in str(item.message)]
+    assert len(found) == len(said) and all(map(str.startswith, found, said))
 
 
 def losses(pipeline, images, folder, **flags):
@@ -72,6 +93,22 @@ def test_the_decoder_is_compiled_for_a_few_sizes_and_gives_the_same_loss(monkeyp
     assert graphs == [graphs[0] * times for times in (1, 2, 2, 3, 3)]
 
 
+@pytest.mark.slow  # a C++ compiler takes seconds for each kernel
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_the_real_compiler_gives_the_same_loss():
+    torch._dynamo.reset()
+    vae = tiny_vae()
+    plain, compiled = LatentPerceptualLoss(vae, ["mid"]), LatentPerceptualLoss(vae, ["mid"], compile_for=2)
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    predicted = [(latents * 0.9 + 0.1).requires_grad_() for _ in range(2)]
+    values = [loss(given, latents) for loss, given in zip((plain, compiled), predicted, strict=True)]
+    for value in values:
+        value.sum().backward()
+    torch.testing.assert_close(values[1], values[0], rtol=1e-4, atol=0)
+    largest = predicted[0].grad.abs().max()
+    torch.testing.assert_close(predicted[1].grad, predicted[0].grad, rtol=0, atol=1e-4 * float(largest))
+
+
 @pytest.mark.parametrize("flags", [{"lora": True, "gradient_checkpointing": True}, {"use_ema": True}], ids=str)
 def test_a_compiled_run_gives_the_same_losses_and_files(flags, sd_pipeline, image_folder, tmp_path, monkeypatch):
     counter = CompileCounterWithBackend("eager")
@@ -87,3 +124,47 @@ def test_a_compiled_run_gives_the_same_losses_and_files(flags, sd_pipeline, imag
         assert weights(other / name).keys() == weights(plain / name).keys()
     again = flags | {"max_train_steps": 3, "resume_from_checkpoint": "latest", "torch_compile": True}
     assert len(metrics(train(sd_pipeline, image_folder, other, **again))) == 3
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"use_ema": True, "lpl_vae_dtype": "bfloat16"},
+        {"lora": True, "lora_target_modules": ["conv1", "conv2"], "gradient_checkpointing": True},
+    ],
+    ids=["full", "lora"],
+)
+def test_channels_last_gives_the_same_losses_and_files_and_resumes_exactly(
+    flags, sd_pipeline, image_folder, tmp_path, monkeypatch
+):
+    original, laid_out = Updates.step, []
+
+    def step(updates):  # fused kernels go through weight, gradient and state in the order of memory
+        for weight in updates.parameters:
+            state = (value for value in updates.optimizer.state.get(weight, {}).values() if value.ndim)
+            assert {tensor.stride() for tensor in (weight.grad, *state)} <= {weight.stride()}
+        laid_out.append(sum(not weight.is_contiguous() for weight in updates.parameters))
+        original(updates)
+
+    monkeypatch.setattr(Updates, "step", step)
+    flags = flags | {"max_train_steps": 4, "checkpointing_steps": 2}
+    plain = train(sd_pipeline, image_folder, tmp_path / "plain", **flags)
+    assert laid_out == [0] * 4
+    whole = train(sd_pipeline, image_folder, tmp_path / "whole", **flags, channels_last=True)
+    assert min(laid_out[4:]) > 0
+    expected, found = ([entry["loss"] for entry in metrics(folder)] for folder in (plain, whole))
+    assert found == pytest.approx(expected, rel=1e-3)
+    result = "." if "lora" in flags else "unet"
+    torch.testing.assert_close(weights(whole / result), weights(plain / result), rtol=1e-2, atol=1e-3)
+    halves = flags | {"max_train_steps": 2, "channels_last": True}
+    train(sd_pipeline, image_folder, tmp_path / "halves", **halves)
+    again = train(
+        sd_pipeline,
+        image_folder,
+        tmp_path / "halves",
+        **flags,
+        channels_last=True,
+        resume_from_checkpoint="latest",
+    )
+    resumed = weights(again / result)
+    assert all(torch.equal(value, resumed[name]) for name, value in weights(whole / result).items())
