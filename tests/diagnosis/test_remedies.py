@@ -178,7 +178,7 @@ def in_use(flags, words):
     "pipeline, stride",
     [
         ("sd_pipeline", 17),
-        ("dit_pipeline", 29),
+        ("dit_pipeline", 31),
         *(pytest.param(f"{name}_pipeline", 2, marks=pytest.mark.slow) for name in ("sd", "sd3", "sdxl", "dit")),
     ],
 )
