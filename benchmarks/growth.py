@@ -217,7 +217,7 @@ class Shard(OneGpu):
 
     def __init__(self, mixed_precision: str, processes: int) -> None:
         super().__init__(mixed_precision, processes)
-        self.state = SimpleNamespace()
+        self.state, self.parallelism_config = SimpleNamespace(), None
 
     def prepare(self, optimizer: Any) -> Any:  # type: ignore[override]
         optimizer.optimizer = optimizer
