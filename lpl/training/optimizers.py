@@ -13,6 +13,7 @@ weight of its own, a *trial*, shows what a class needs before anything is downlo
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib import import_module
@@ -30,6 +31,8 @@ from lpl.tools.words import first_line, warn
 
 
 ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay", "adam_weight_decay_text_encoder")
+ROUNDING = 1e-9  # of a schedule that ends at 0
+OBJECTS = {"schedulers", "lr_lambda"}  # arguments of torch's schedules that are no plain values
 SIDE = 256  # of the weight that is tried: large enough for states in 8 bits
 
 
@@ -267,18 +270,22 @@ def factors(optimization: Optimization, steps: int) -> list[float]:
     Raises:
         ValueError: for a class that cannot be used, with the flag to change.
     """
-    path = optimization.lr_scheduler
+    path, words = optimization.lr_scheduler, " ".join(optimization.lr_scheduler_args or ()) or "(none)"
     kind, rate = class_at("--lr_scheduler", path, LRScheduler), optimization.learning_rate or 1.0
+    given = f"--lr_scheduler_args {words}: --lr_scheduler {path}"
+    if unfit := OBJECTS.intersection(inspect.signature(kind).parameters):
+        raise ValueError(
+            f"--lr_scheduler {path}: its {min(unfit)} takes objects or functions, which no flag can give; choose "
+            "another class"
+        )
     if "metrics" in inspect.signature(kind.step).parameters:
         raise ValueError(f"--lr_scheduler {path}: it follows a metric, and here a schedule follows the step only")
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=rate)
     try:
         scheduler = kind(optimizer, **optimization.scheduler_arguments)
     except Exception as error:  # of a package
-        words = " ".join(optimization.lr_scheduler_args or ()) or "(none)"
         raise ValueError(
-            f"--lr_scheduler_args {words}: --lr_scheduler {path} cannot be made ({first_line(error)}); accepted is "
-            f"{', '.join(_settings(kind)) or 'nothing'}"
+            f"{given} cannot be made ({first_line(error)}); accepted is {', '.join(_settings(kind)) or 'nothing'}"
         ) from error
     table = [float(optimizer.param_groups[0]["lr"]) / rate]
     optimizer.step()  # torch warns otherwise
@@ -290,5 +297,12 @@ def factors(optimization: Optimization, steps: int) -> list[float]:
                 f"--lr_scheduler {path}: it ends after {step} steps, and the run has {steps}; change "
                 "--lr_scheduler_args or --max_train_steps"
             ) from error
+        except Exception as error:  # of a package
+            raise ValueError(f"{given} fails after {step} steps ({first_line(error)})") from error
         table.append(float(optimizer.param_groups[0]["lr"]) / rate)
+    if wrong := [factor for factor in table if not -ROUNDING < factor < math.inf]:
+        raise ValueError(
+            f"{given} gives step {table.index(wrong[0]) + 1} the learning rate {wrong[0] * rate:g}; it must be a "
+            "finite number, 0 or more"
+        )
     return table
