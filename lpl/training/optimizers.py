@@ -1,8 +1,8 @@
 """Optimizers and learning rate schedules by the path of their class, ``package.module:Class``.
 
 Nothing else knows which class it is. A class gets the learning rates of the flags, and its own settings from
-``--optimizer_args`` and ``--lr_scheduler_args``; what these leave out has the class's defaults. One step on a small
-weight of its own, a *trial*, shows what a class needs before anything is downloaded:
+``--optimizer_args`` and ``--lr_scheduler_args``; what these leave out has the class's defaults. Two steps on a small
+weight of its own, a *trial*, show what a class needs before anything is downloaded:
 
 - Classes for matrices only, such as Muon, refuse a vector. They get all weights of two dimensions; AdamW, with the
   flags that it has here, gets the others.
@@ -89,7 +89,7 @@ def check_optimizer(optimization: Optimization, given: Collection[str] = ()) -> 
 
 
 class Trial(NamedTuple):
-    """What one step shows of a class.
+    """What two steps show of a class.
 
     Args:
         matrices_only: it takes weights of two dimensions only.
@@ -117,7 +117,7 @@ def _tried(path: str, words: tuple[str, ...] | None) -> Trial:
     step = inspect.signature(kind.step).parameters.get("closure")
     if step is not None and step.default is inspect.Parameter.empty:
         raise ValueError(f"--optimizer {path}: it computes the loss several times a step (closure); choose another")
-    matrix, vector = nn.Parameter(torch.zeros(SIDE, SIDE)), nn.Parameter(torch.zeros(SIDE))
+    matrix, vector = nn.Parameter(torch.ones(SIDE, SIDE)), nn.Parameter(torch.ones(SIDE))
     optimizer = _made(kind, optimization, [matrix], 1e-4)
     try:
         kind([vector], lr=1e-4, **optimization.optimizer_arguments)
@@ -130,7 +130,8 @@ def _tried(path: str, words: tuple[str, ...] | None) -> Trial:
         with torch.random.fork_rng(devices=[]):
             if averages:
                 optimizer.train()  # type: ignore[attr-defined]
-            optimizer.step()
+            for _ in range(2):
+                optimizer.step()
         share = sum(map(_bytes, _tensors(optimizer.state_dict()["state"]))) / _bytes(matrix)
     except Exception as error:  # of a package
         if not has_gpu():
@@ -138,6 +139,11 @@ def _tried(path: str, words: tuple[str, ...] | None) -> Trial:
                 f"--optimizer {path}: its step fails here ({first_line(error)}); choose another"
             ) from error
         share = 2.0  # it needs the GPU; as AdamW
+    if not bool(matrix.isfinite().all()):
+        raise ValueError(
+            f"--optimizer_args {' '.join(words or ()) or '(none)'}: --optimizer {path} makes a weight of 1 infinite "
+            "or NaN in two steps; change them"
+        )
     return Trial(matrices_only, averages, share)
 
 
@@ -239,7 +245,7 @@ def hyperparameters(optimizer: Any) -> set[str]:
 
 
 def bytes_by_path(parameters: Sequence[Tensor], optimization: Optimization) -> int:
-    """Bytes of the state for some parameters, about: in proportion to what one step has shown."""
+    """Bytes of the state for some parameters, about: in proportion to what the trial has shown."""
     found = tried(optimization)
     theirs = [p for p in parameters if p.ndim == 2 or not found.matrices_only]
     taken = sum(map(_bytes, theirs))

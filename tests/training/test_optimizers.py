@@ -47,6 +47,10 @@ def scheduled(name, *arguments, **flags):
             "unexpected keyword argument 'beta'); accepted is betas, eps, weight_decay, amsgrad",
         ),
         (of("torch.optim:Adam", "eps=-1"), "--optimizer_args eps=-1: --optimizer torch.optim:Adam cannot be made"),
+        (
+            of("torch.optim:AdamW", "weight_decay=1e200"),
+            "--optimizer_args weight_decay=1e200: --optimizer torch.optim:AdamW makes a weight of 1 infinite or NaN",
+        ),
         (scheduled("ReduceLROnPlateau"), f"--lr_scheduler {SCHEDULE}ReduceLROnPlateau: it follows a metric"),
         (scheduled("StepLR"), f"--lr_scheduler_args (none): --lr_scheduler {SCHEDULE}StepLR cannot be made"),
         (scheduled("StepLR", "stepsize=3"), "accepted is step_size, gamma"),
@@ -153,7 +157,7 @@ def test_a_schedule_is_read_as_factors():
     [
         (scheduled("StepLR", "step_size=1", "gamma=-1"), "StepLR gives step 2 the learning rate -0.0001; it must"),
         (scheduled("StepLR", "step_size=1", "gamma=.nan"), "StepLR gives step 2 the learning rate nan"),
-        (scheduled("ExponentialLR", "gamma=1e200"), "gamma=1e200: --lr_scheduler torch.optim.lr_scheduler:Exponential"),
+        (scheduled("ExponentialLR", "gamma=1e200"), "--lr_scheduler_args gamma=1e200: --lr_scheduler torch.opt"),
         (scheduled("StepLR", "step_size=0"), "--lr_scheduler_args step_size=0: --lr_scheduler torch.optim.lr_sched"),
     ],
 )
