@@ -314,6 +314,11 @@ def _check_optimizer(config: Config) -> None:
         raise ValueError(
             f"--use_8bit_adam is another optimizer than --optimizer {optimization.optimizer}; leave one of them out"
         )
+    if optimization.optimizer_args and not rules.is_path(optimization.optimizer):
+        raise ValueError(
+            f"--optimizer_args {' '.join(optimization.optimizer_args)}: --optimizer {optimization.optimizer} has "
+            "flags of its own, --adam_* and --prodigy_*; give these, or a class such as --optimizer torch.optim:AdamW"
+        )
     for flag in ("optimizer", "lr_scheduler"):
         names = [word.partition("=")[0] for word in getattr(optimization, f"{flag}_args") or ()]
         if taken := [name for name in names if name in ("lr", "params", "optimizer") or names.count(name) > 1]:

@@ -791,11 +791,11 @@ class Optimization:
         range=(NOT_NEGATIVE, at_most(10_000_000)),
         on_resume=LENGTH,
     )
-    learning_rate: float = flag(0.0001, "learning rate after warm-up", range=NOT_NEGATIVE)
+    learning_rate: float = flag(0.0001, "learning rate after warm-up", range=(NOT_NEGATIVE, at_most(10_000)))
     text_encoder_lr: float | None = flag(
         None,
         "learning rate of the text encoders; default: the family's, or --learning_rate",
-        range=NOT_NEGATIVE,
+        range=(NOT_NEGATIVE, at_most(10_000)),
         used=rules.when("train_text_encoder"),
     )
     scale_lr: bool = flag(

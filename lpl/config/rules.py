@@ -245,12 +245,12 @@ def argument(word: str) -> str:
     name, equals, text = word.partition("=")
     try:
         value = value_of(text)
-        plain = all(item is None or isinstance(item, str | int | float) for item in _items(value))
+        plain = all(map(_is_plain, _items(value)))
     except yaml.YAMLError:
         plain = False
     if not (name.isidentifier() and equals and plain):
         raise ArgumentTypeError(
-            f"{word!r}: accepted is NAME=VALUE, with a number, a word, true, false, null or a list of these"
+            f"{word!r}: accepted is NAME=VALUE, with a finite number, a word, true, false, null or a list of these"
         )
     return word
 
@@ -280,6 +280,10 @@ def _number(value: Any) -> Any:
 
 def _items(value: Any) -> Sequence[Any]:
     return value if isinstance(value, tuple) else (value,)
+
+
+def _is_plain(value: Any) -> bool:
+    return math.isfinite(value) if isinstance(value, float) else value is None or isinstance(value, str | int)
 
 
 def mask_range(name: str) -> Range:

@@ -331,9 +331,9 @@ def _other_processes(measured: Mapping[str, Any], values: Mapping[str, Any], pro
 
 
 def _said(value: Any) -> str:
-    return (
-        "none" if value is None else " ".join(map(as_word, value)) if isinstance(value, list) else str(value).lower()
-    )
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return " ".join(map(as_word, value)) if isinstance(value, list) else str(value)
 
 
 def checkpoint_path(output_dir: str | Path, step: int) -> Path:

@@ -1,8 +1,8 @@
 """Optimizers and learning rate schedules by the path of their class, ``package.module:Class``.
 
 Nothing else knows which class it is. A class gets the learning rates of the flags, and its own settings from
-``--optimizer_args`` and ``--lr_scheduler_args``; what these leave out has the class's defaults. One step on a small
-weight of its own, a *trial*, shows what a class needs before anything is downloaded:
+``--optimizer_args`` and ``--lr_scheduler_args``; what these leave out has the class's defaults. Two steps on a small
+weight of its own, a *trial*, show what a class needs before anything is downloaded:
 
 - Classes for matrices only, such as Muon, refuse a vector. They get all weights of two dimensions; AdamW, with the
   flags that it has here, gets the others.
@@ -13,6 +13,7 @@ weight of its own, a *trial*, shows what a class needs before anything is downlo
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib import import_module
@@ -30,6 +31,8 @@ from lpl.tools.words import first_line, warn
 
 
 ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay", "adam_weight_decay_text_encoder")
+ROUNDING = 1e-9  # of a schedule that ends at 0
+OBJECTS = {"schedulers", "lr_lambda"}  # arguments of torch's schedules that are no plain values
 SIDE = 256  # of the weight that is tried: large enough for states in 8 bits
 
 
@@ -86,7 +89,7 @@ def check_optimizer(optimization: Optimization, given: Collection[str] = ()) -> 
 
 
 class Trial(NamedTuple):
-    """What one step shows of a class.
+    """What two steps show of a class.
 
     Args:
         matrices_only: it takes weights of two dimensions only.
@@ -114,7 +117,7 @@ def _tried(path: str, words: tuple[str, ...] | None) -> Trial:
     step = inspect.signature(kind.step).parameters.get("closure")
     if step is not None and step.default is inspect.Parameter.empty:
         raise ValueError(f"--optimizer {path}: it computes the loss several times a step (closure); choose another")
-    matrix, vector = nn.Parameter(torch.zeros(SIDE, SIDE)), nn.Parameter(torch.zeros(SIDE))
+    matrix, vector = nn.Parameter(torch.ones(SIDE, SIDE)), nn.Parameter(torch.ones(SIDE))
     optimizer = _made(kind, optimization, [matrix], 1e-4)
     try:
         kind([vector], lr=1e-4, **optimization.optimizer_arguments)
@@ -127,7 +130,8 @@ def _tried(path: str, words: tuple[str, ...] | None) -> Trial:
         with torch.random.fork_rng(devices=[]):
             if averages:
                 optimizer.train()  # type: ignore[attr-defined]
-            optimizer.step()
+            for _ in range(2):
+                optimizer.step()
         share = sum(map(_bytes, _tensors(optimizer.state_dict()["state"]))) / _bytes(matrix)
     except Exception as error:  # of a package
         if not has_gpu():
@@ -135,6 +139,11 @@ def _tried(path: str, words: tuple[str, ...] | None) -> Trial:
                 f"--optimizer {path}: its step fails here ({first_line(error)}); choose another"
             ) from error
         share = 2.0  # it needs the GPU; as AdamW
+    if not bool(matrix.isfinite().all()):
+        raise ValueError(
+            f"--optimizer_args {' '.join(words or ()) or '(none)'}: --optimizer {path} makes a weight of 1 infinite "
+            "or NaN in two steps; change them"
+        )
     return Trial(matrices_only, averages, share)
 
 
@@ -238,7 +247,7 @@ def hyperparameters(optimizer: Any) -> set[str]:
 
 
 def bytes_by_path(parameters: Sequence[Tensor], optimization: Optimization) -> int:
-    """Bytes of the state for some parameters, about: in proportion to what one step has shown."""
+    """Bytes of the state for some parameters, about: in proportion to what the trial has shown."""
     found = tried(optimization)
     theirs = [p for p in parameters if p.ndim == 2 or not found.matrices_only]
     taken = sum(map(_bytes, theirs))
@@ -269,18 +278,22 @@ def factors(optimization: Optimization, steps: int) -> list[float]:
     Raises:
         ValueError: for a class that cannot be used, with the flag to change.
     """
-    path = optimization.lr_scheduler
+    path, words = optimization.lr_scheduler, " ".join(optimization.lr_scheduler_args or ()) or "(none)"
     kind, rate = class_at("--lr_scheduler", path, LRScheduler), optimization.learning_rate or 1.0
+    given = f"--lr_scheduler_args {words}: --lr_scheduler {path}"
+    if unfit := OBJECTS.intersection(inspect.signature(kind).parameters):
+        raise ValueError(
+            f"--lr_scheduler {path}: its {min(unfit)} takes objects or functions, which no flag can give; choose "
+            "another class"
+        )
     if "metrics" in inspect.signature(kind.step).parameters:
         raise ValueError(f"--lr_scheduler {path}: it follows a metric, and here a schedule follows the step only")
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=rate)
     try:
         scheduler = kind(optimizer, **optimization.scheduler_arguments)
     except Exception as error:  # of a package
-        words = " ".join(optimization.lr_scheduler_args or ()) or "(none)"
         raise ValueError(
-            f"--lr_scheduler_args {words}: --lr_scheduler {path} cannot be made ({first_line(error)}); accepted is "
-            f"{', '.join(_settings(kind)) or 'nothing'}"
+            f"{given} cannot be made ({first_line(error)}); accepted is {', '.join(_settings(kind)) or 'nothing'}"
         ) from error
     table = [float(optimizer.param_groups[0]["lr"]) / rate]
     optimizer.step()  # torch warns otherwise
@@ -292,5 +305,12 @@ def factors(optimization: Optimization, steps: int) -> list[float]:
                 f"--lr_scheduler {path}: it ends after {step} steps, and the run has {steps}; change "
                 "--lr_scheduler_args or --max_train_steps"
             ) from error
+        except Exception as error:  # of a package
+            raise ValueError(f"{given} fails after {step} steps ({first_line(error)})") from error
         table.append(float(optimizer.param_groups[0]["lr"]) / rate)
+    if wrong := [factor for factor in table if not -ROUNDING < factor < math.inf]:
+        raise ValueError(
+            f"{given} gives step {table.index(wrong[0]) + 1} the learning rate {wrong[0] * rate:g}; it must be a "
+            "finite number, 0 or more"
+        )
     return table

@@ -34,7 +34,7 @@ def write_single_file(description: Description, folder: Path, target: Path, prec
     for name, prefix, convert in components_of(description.family, description.parts):
         config = json.loads((folder / name / "config.json").read_text(encoding="utf-8"))
         try:
-            state = {key: _cast(tensor, precision) for key, tensor in _weights(folder / name).items()}
+            state = {key: _cast(key, tensor, precision) for key, tensor in _weights(folder / name).items()}
             found = convert(config, state)
         except ValueError as error:
             raise ValueError(f"the {name} cannot be written: {error}") from error
@@ -50,8 +50,18 @@ def _weights(folder: Path) -> dict[str, Tensor]:
     return {key: tensor for name in names for key, tensor in load_file(folder / name).items()}
 
 
-def _cast(tensor: Tensor, precision: str | None) -> Tensor:
-    return tensor.to(DTYPES[SHORT[precision]]) if precision and tensor.is_floating_point() else tensor
+def _cast(name: str, tensor: Tensor, precision: str | None) -> Tensor:
+    """A weight in that precision.
+
+    Raises:
+        ValueError: where a finite number becomes infinite.
+    """
+    if precision is None or not tensor.is_floating_point():
+        return tensor
+    cast = tensor.to(DTYPES[SHORT[precision]])
+    if bool((cast.isinf() & tensor.isfinite()).any()):
+        raise ValueError(f"{name} has numbers that {precision} cannot hold; choose bf16")
+    return cast
 
 
 def _marks(description: Description, objective: str) -> dict[str, Tensor]:

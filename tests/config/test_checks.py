@@ -112,6 +112,8 @@ ALONE = cases(  # wrong whatever the pipeline: what is given, what the sentence 
     ({"num_validation_samples": 0}, ["--num_validation_samples 0", "more than 0"]),
     ({"train_batch_size": 0}, ["--train_batch_size 0", "more than 0"]),
     ({"learning_rate": "nan"}, ["--learning_rate nan", "0 or more"]),
+    ({"learning_rate": "1e300"}, ["--learning_rate 1e+300", "at most 10,000"]),
+    ({"text_encoder_lr": "1e300", "train_text_encoder": True}, ["--text_encoder_lr 1e+300", "at most 10,000"]),
     ({"learning_rate": "fast"}, ["--learning_rate", "fast"]),
     ({"lr_warmup_steps": -1}, ["--lr_warmup_steps -1", "0 or more"]),
     ({"proportion_empty_prompts": 1.5}, ["--proportion_empty_prompts 1.5", "between 0 and 1"]),
@@ -169,6 +171,12 @@ ALONE = cases(  # wrong whatever the pipeline: what is given, what the sentence 
     ({"optimizer": "torch.optim:SGD", "use_8bit_adam": True}, ["--use_8bit_adam", "--optimizer torch.optim:SGD"]),
     ({"optimizer": "torch.optim:SGD", "optimizer_args": "lr=1"}, ["--optimizer_args lr", "--learning_rate"]),
     ({"optimizer": "torch.optim:SGD", "optimizer_args": "=1"}, ["--optimizer_args", "'=1'", "NAME=VALUE"]),
+    ({"optimizer": "torch.optim:SGD", "optimizer_args": "eps=.inf"}, ["--optimizer_args", "finite number"]),
+    ({"optimizer": "torch.optim:SGD", "optimizer_args": "betas=[0.9,nan]"}, ["--optimizer_args", "finite number"]),
+    (
+        {"optimizer_args": "weight_decay=0.1"},
+        ["--optimizer_args weight_decay=0.1", "--optimizer AdamW", "--adam_*", "torch.optim:AdamW"],
+    ),
     ({"optimizer": "torch.optim:SGD", "optimizer_args": "a={b: 1}"}, ["--optimizer_args", "NAME=VALUE"]),
     ({"optimizer": "prodigy", "use_8bit_adam": True}, ["--use_8bit_adam", "--optimizer prodigy"]),
     (

@@ -283,7 +283,7 @@ def test_a_class_is_not_imported_because_a_stranger_names_it(name, hub, capsys, 
     message = refused(capsys)
     assert f"--config user/run: {name} has 'stranger:Optimizer'" in message and f"--without {name}" in message
     assert getattr(rerun(f"--{name}", "torch.optim:SGD").optimization, name) == "torch.optim:SGD"
-    rerun("--without", name)
+    assert getattr(rerun("--without", name).optimization, f"{name}_args") is None
     assert not (tmp_path / "mark").exists()
 
 

@@ -224,6 +224,18 @@ def test_precision(dtype, expected, sd_pipeline, tmp_path):
     assert torch.equal(tensors[name], weights["conv_out.weight"].to(expected))
 
 
+def test_a_number_that_the_precision_cannot_hold_is_refused(sd_pipeline, tmp_path):
+    folder = shutil.copytree(sd_pipeline, tmp_path / "sd")
+    weights = folder / "unet/diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    state["conv_out.weight"][0, 0] = 1e5
+    save_file(state, weights)
+    with pytest.raises(ValueError, match="the unet cannot be written: conv_out.weight has numbers that fp16 cannot"):
+        export(folder, "fp16")
+    assert not list(folder.glob("*.safetensors"))
+    export(folder, "bf16")
+
+
 def test_the_only_variant_is_taken(sd_pipeline, tmp_path):
     folder = shutil.copytree(sd_pipeline, tmp_path / "sd")
     for file in folder.glob("*/*.safetensors"):
@@ -392,6 +404,35 @@ def test_the_command_refuses_in_a_sentence(tmp_path, capsys):
     ):
         with pytest.raises(SystemExit, match=words):
             main([str(folder)])
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("sd/unet/diffusion_pytorch_model.safetensors", "this place belongs to what is in"),
+        ("sd/unet/new.safetensors", "this place belongs to what is in"),
+        ("sd/../sd/pytorch_lora_weights.safetensors", "this place belongs to what is in"),
+        ("sd/model_index.json", "the file is a .safetensors file"),
+        ("model", "the file is a .safetensors file"),
+        ("sd", "this is a folder; give a file in it, such as"),
+        ("taken/model.safetensors", "taken is no folder; give a folder that can be written to"),
+    ],
+)
+def test_a_file_that_must_not_be_written_is_refused_first(name, words, sd_pipeline, tmp_path, monkeypatch):
+    folder, target = shutil.copytree(sd_pipeline, tmp_path / "sd"), tmp_path / name
+    (tmp_path / "taken").write_bytes(b"")
+    (folder / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    monkeypatch.setattr("lpl.publishing.export.read_pipeline", lambda model: pytest.fail("too late"))
+    with pytest.raises(SystemExit) as end:
+        main([str(folder), "--output", str(target)])
+    assert f"error: --output {target}: " in str(end.value) and words in str(end.value)
+
+
+def test_an_earlier_file_is_replaced(sd_pipeline, tmp_path):
+    folder = shutil.copytree(sd_pipeline, tmp_path / "sd")
+    export(folder, output=folder / "own.safetensors")
+    tensors = load_file(export(folder, "fp16", folder / "own.safetensors"))
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
 
 
 def test_what_the_families_list():

@@ -305,6 +305,15 @@ def test_another_length_is_named_where_the_schedule_depends_on_it(tmp_path, capl
             assert name not in said_of(caplog, tmp_path, lr_scheduler=schedule, **{name: 7})
 
 
+def test_a_refused_value_is_named_as_it_was_given(tmp_path):
+    with pytest.raises(ValueError, match="--optimizer torch.optim:Adafactor: the run to resume has AdamW,"):
+        resumed = {"optimizer": "torch.optim:Adafactor", "use_8bit_adam": False}
+        (tmp_path / "recipe.yaml").write_text("optimizer: AdamW\nuse_8bit_adam: false\n")
+        check_recipe(tmp_path / "checkpoint-1", resumed, 1)
+    with pytest.raises(ValueError, match="--use_8bit_adam true: the run to resume has false,"):
+        check_recipe(tmp_path / "checkpoint-1", {"optimizer": "AdamW", "use_8bit_adam": True}, 1)
+
+
 def test_another_number_of_processes_is_named(tmp_path, caplog):
     measured = {"num_processes": 2, "global_batch": 8}
     assert said_of(caplog, tmp_path, measured, processes=2) == said_of(caplog, tmp_path) == ""

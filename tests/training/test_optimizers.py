@@ -47,9 +47,17 @@ def scheduled(name, *arguments, **flags):
             "unexpected keyword argument 'beta'); accepted is betas, eps, weight_decay, amsgrad",
         ),
         (of("torch.optim:Adam", "eps=-1"), "--optimizer_args eps=-1: --optimizer torch.optim:Adam cannot be made"),
+        (
+            of("torch.optim:AdamW", "weight_decay=1e200"),
+            "--optimizer_args weight_decay=1e200: --optimizer torch.optim:AdamW makes a weight of 1 infinite or NaN",
+        ),
         (scheduled("ReduceLROnPlateau"), f"--lr_scheduler {SCHEDULE}ReduceLROnPlateau: it follows a metric"),
         (scheduled("StepLR"), f"--lr_scheduler_args (none): --lr_scheduler {SCHEDULE}StepLR cannot be made"),
         (scheduled("StepLR", "stepsize=3"), "accepted is step_size, gamma"),
+        (scheduled("LambdaLR"), f"--lr_scheduler {SCHEDULE}LambdaLR: its lr_lambda takes objects or functions, which"),
+        (scheduled("MultiplicativeLR"), "its lr_lambda takes objects or functions"),
+        (scheduled("SequentialLR", "milestones=[2]"), "its schedulers takes objects or functions"),
+        (scheduled("ChainedScheduler"), "its schedulers takes objects or functions"),
         (Optimization(lr_scheduler="torch.optim:Adam"), "--lr_scheduler torch.optim:Adam: this is no class of"),
     ],
 )
@@ -142,3 +150,24 @@ def test_a_schedule_is_read_as_factors():
         ValueError, match="OneCycleLR: it ends after 4 steps, and the run has 6; change --lr_scheduler"
     ):
         factors(cycle, 6)
+
+
+@pytest.mark.parametrize(
+    "optimization, said",
+    [
+        (scheduled("StepLR", "step_size=1", "gamma=-1"), "StepLR gives step 2 the learning rate -0.0001; it must"),
+        (scheduled("StepLR", "step_size=1", "gamma=.nan"), "StepLR gives step 2 the learning rate nan"),
+        (scheduled("ExponentialLR", "gamma=1e200"), "--lr_scheduler_args gamma=1e200: --lr_scheduler torch.opt"),
+        (scheduled("StepLR", "step_size=0"), "--lr_scheduler_args step_size=0: --lr_scheduler torch.optim.lr_sched"),
+    ],
+)
+def test_a_schedule_without_usable_learning_rates_is_refused(optimization, said):
+    with pytest.raises(ValueError) as error:
+        factors(optimization, 4)
+    assert said in str(error.value)
+
+
+def test_a_schedule_may_end_at_zero_with_rounding():
+    for start in (0.1, 0.3, 0.7, 1.0):
+        table = factors(scheduled("LinearLR", f"start_factor={start}", "end_factor=0", "total_iters=7"), 9)
+        assert table[-1] == pytest.approx(0, abs=1e-12)
