@@ -158,10 +158,14 @@ def offload(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def rest_blocks(
-    model: nn.Module, device: torch.device, host: bool = True, packed: Collection[nn.Module] = ()
+    model: nn.Module,
+    device: torch.device,
+    host: bool = True,
+    packed: Collection[nn.Module] = (),
+    layers: Sequence[str] = (),
 ) -> Sequence[nn.Module]:
     """Let the frozen weights of each block come when it runs; returns the blocks. All else stays where it is."""
-    blocks, taken = blocks_of(model), set[nn.Module]()
+    blocks, taken = blocks_of(model, layers), set[nn.Module]()
     for block in blocks:  # inner ones first
         owners = [module for module in block.modules() if module not in taken]
         taken.update(owners)
@@ -232,7 +236,7 @@ def place(part: nn.Module, trained: TrainedParts, config: Config, device: torch.
         offload(part, device)
     host, packs = moves and config.lora.group_offload, config.lora.quantize_base == FP8
     if part is trained.denoiser and (host or packs):
-        rest_blocks(part, device, host, in_8_bits(part) if packs else ())
+        rest_blocks(part, device, host, in_8_bits(part) if packs else (), trained.family.sharded_layers)
         # DDP would send the stand-ins to all processes.
         frozen = [name for name, weight in trained.named_parameters() if not weight.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(trained, frozen)
