@@ -18,7 +18,7 @@ from lpl.config.choices import SET_METRICS
 from lpl.evaluation.metrics import SMALLER_IS_BETTER
 from lpl.evaluation.report import ENERGY, short_names, title
 from lpl.tools import layout
-from lpl.tools.files import entries
+from lpl.tools.files import number_entries
 
 
 UNLIKELY = 0.05  # 6 seeds that agree, or 8 of 9
@@ -98,7 +98,7 @@ def measures_of(evaluation: Mapping[str, Any], runs: Sequence[Run], first: str |
     energy = {kind: [results[run.label]["high_frequency_energy"] for run in those] for kind, those in of_kind.items()}
     real = evaluation["reference"]["high_frequency_energy"]
     found.append(Measure(f"{ENERGY} (real images: {real:.4f})", None, energy))
-    logs = {run.label: entries(run.folder / layout.LOG) for run in runs}
+    logs = {run.label: number_entries(run.folder / layout.LOG) for run in runs}
     for key, words in HELD_OUT.items():
         if all(any(key in entry for entry in log) for log in logs.values()):
             last = {label: [entry[key] for entry in log if key in entry][-1] for label, log in logs.items()}

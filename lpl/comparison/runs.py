@@ -21,7 +21,7 @@ from typing import Any
 
 from lpl.config.recipes import read_entries, take_measured
 from lpl.tools import layout
-from lpl.tools.files import entries
+from lpl.tools.files import number_entries
 from lpl.tools.process import SIGNALS
 from lpl.tools.results import lora_entries, pipeline_entries
 from lpl.tools.words import warn
@@ -60,12 +60,12 @@ class Run:
     @property
     def steps(self) -> int:
         """Optimizer steps in the log."""
-        return max((entry["step"] for entry in entries(self.folder / layout.LOG)), default=0)
+        return max((entry["step"] for entry in number_entries(self.folder / layout.LOG)), default=0)
 
     @property
     def seconds(self) -> float:
         """Time of all optimizer steps, without validation and checkpoints."""
-        return training_seconds(entries(self.folder / layout.LOG), self.facts["global_batch"])
+        return training_seconds(number_entries(self.folder / layout.LOG), self.facts["global_batch"])
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from lpl.distillation.fit import LOG, Measurement
 from lpl.distillation.pairs import Pairs
 from lpl.loss import LatentPerceptualLoss
 from lpl.student import Student, StudentLoss
-from lpl.tools.files import entries, write_text
+from lpl.tools.files import number_entries, write_text
 from lpl.tools.layout import CARD
 from lpl.tools.pictures import label_axes, new_figure, save_figure
 
@@ -111,7 +111,7 @@ def _draw(folder: Path, found: Measurement, pairs: Pairs) -> None:
     values.set_xscale("log")
     values.set_yscale("log")
     label_axes(values, "Value", "LPL", "student")
-    log = entries(folder / LOG)
+    log = number_entries(folder / LOG)
     steps.plot([entry["step"] for entry in log], [entry["cosine"] for entry in log])
     label_axes(steps, "While it was trained", "step", "cosine, held-out images")
     save_figure(figure, folder / PICTURE)

@@ -27,7 +27,7 @@ from lpl.publishing.public_recipe import publish_recipe
 from lpl.publishing.run_card import RunCard
 from lpl.publishing.uploads import GRACE, Snapshot, Uploads
 from lpl.tools import layout
-from lpl.tools.files import entries, visible_files
+from lpl.tools.files import number_entries, visible_files
 from lpl.tools.pictures import loss_curves
 from lpl.tools.privacy import is_hub_id
 from lpl.tools.results import lora_entries, pipeline_entries, scheduler_entries, single_files
@@ -101,7 +101,7 @@ def _take_all(source: Path, target: Path) -> None:
 
 def _finish(folder: Path, card: RunCard) -> None:
     """Make what takes time from the snapshot alone: the curves, and the card that shows them."""
-    loss_curves(entries(folder / layout.LOG), folder / layout.CURVES)
+    loss_curves(number_entries(folder / layout.LOG), folder / layout.CURVES)
     write_model_card(folder, card)
 
 

@@ -254,7 +254,8 @@ def _other_denoiser(plan: Plan) -> tuple[str, str, str] | None:
 
 def _lpl_in(records: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """The last weight of LPL in a log, and its mean share of the loss."""
-    with_lpl = [record for record in records if record.get("lpl_weight", 0) > 0 and "lpl_share" in record]
+    seen = [record for record in records if math.isfinite(record.get("lpl_share", math.nan))]
+    with_lpl = [record for record in seen if 0 < record.get("lpl_weight", 0) < math.inf]
     if not with_lpl:
         return {}
     share = sum(record["lpl_share"] for record in with_lpl) / len(with_lpl)

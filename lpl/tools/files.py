@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import stat
@@ -89,9 +90,20 @@ def entries(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def number_entries(path: Path) -> list[dict[str, Any]]:
+    """The entries of a log of numbers; null, which was not finite, is NaN."""
+    return [{name: math.nan if value is None else value for name, value in entry.items()} for entry in entries(path)]
+
+
 def lines(entries: list[dict[str, Any]]) -> str:
-    """The text of a JSON Lines log, the inverse of :func:`entries`."""
-    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    """The text of a JSON Lines log, the inverse of :func:`entries`; JSON has no NaN and no infinity: they are null."""
+    return "".join(json.dumps(_with_null(entry), ensure_ascii=False, allow_nan=False) + "\n" for entry in entries)
+
+
+def _with_null(entry: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in entry.items()
+    }
 
 
 def visible_files(folder: Path, place: Path) -> Iterator[Path]:

@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 from lpl.config.groups import Output, Validation
 from lpl.student import FAITHFUL
 from lpl.tools import layout
-from lpl.tools.files import entries, lines, write_text
+from lpl.tools.files import entries, lines, number_entries, write_text
 from lpl.training.losses import BatchLosses
 from lpl.training.start import Length, Run
 
@@ -244,7 +244,7 @@ class Log:
 
     def records(self) -> list[dict[str, Any]]:
         """Every entry so far; a line that a crash cut short ends them."""
-        return entries(self.path)
+        return number_entries(self.path)
 
     def _append(self, step: int, record: dict[str, float]) -> None:
         self.accelerator.log(record, step=step)

@@ -1,6 +1,7 @@
 """The log: means over the steps since the last entry, one file that a resumed run goes on with, and the trackers."""
 
 import json
+import math
 import sys
 from types import SimpleNamespace
 
@@ -216,6 +217,14 @@ def test_without_a_finite_loss_there_is_none_in_the_entry(logging, bars):
     log.write(1, 1e-4)
     assert bars[0].postfix["loss"] == "not finite"
     assert "loss" not in log.records()[0] and "inside" in log.records()[0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_file_stays_json_where_a_number_is_not_finite(logging, value):
+    log = logging()
+    log.validation(1, {"validation_loss": value, "lpl_share": value})
+    json.loads(log.path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert math.isnan(log.records()[0]["validation_loss"]) and not log.has_lpl()
 
 
 # What is seen of LPL
