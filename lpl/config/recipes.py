@@ -158,7 +158,7 @@ def _values(
             raise ValueError(f"--without {name}: the recipe has no such flag{close_match(name, entries)}")
     values = {}
     for name, value in entries.items():
-        if name in without or name.removesuffix("_args") in without:  # arguments go with their class
+        if name in without or str(name).removesuffix("_args") in without:  # arguments go with their class
             continue
         if name == "hub_token":
             raise ValueError(

@@ -173,6 +173,7 @@ def test_the_machines_memory_beside_a_gpu(status):
 
 def test_nothing_is_left_to_save(status):
     flags = {"train_batch_size": 1, "rank": 1, "gradient_checkpointing": True, "mixed_precision": "bf16"}
+    flags |= {"quantize_base": "fp8"}
     said = explanation(status(Stage.STEP, lpl_weight=0, use_8bit_adam=True, **flags), OUT)
     assert "what saves memory" not in said and said.endswith("\nthis run has no checkpoint to resume from")
 

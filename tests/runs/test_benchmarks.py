@@ -150,6 +150,7 @@ def grown(monkeypatch, folder, over, changes, *flags):
     return json.loads((folder / f"growth_{over}{how}.json").read_text())["curves"]
 
 
+@pytest.mark.slow
 def test_growth_is_counted(monkeypatch, tmp_path):
     small = replace(growth.SD15, resolution=64)
     curves = grown(monkeypatch, tmp_path, "batch", {"values": (1, 2), "curves": {"SD 1.5": small}}, "--scale", "tiny")
@@ -231,6 +232,7 @@ def test_gpu_script_on_a_cpu(tmp_path):
     assert all(run["estimated_memory"] > 0 and run["operations"] > 0 for run in with_lpl)
 
 
+@pytest.mark.slow
 def test_data_at_scale(monkeypatch, tmp_path):
     monkeypatch.setattr(data_scale, "SIZES", {"few": 3})
     monkeypatch.setattr(data_scale, "PROCESSES", (1, 2, 7))

@@ -419,6 +419,7 @@ def test_every_option_at_once(sd_pipeline, image_folder, tmp_path, monkeypatch):
     }
     assert loss.call_args.kwargs == {
         "blocks": ("up_1", "mid"),
+        "compile_for": None,
         "gradient_checkpointing": True,
         "normalization": "separate",
         "detach_statistics": True,

@@ -101,6 +101,7 @@ def test_in_half_precision_and_with_weights_that_stay_gathered(sharded_runs, sd_
         assert sum("validation_loss" in json.loads(record) for record in records) == 5
 
 
+@pytest.mark.slow
 def test_lora_and_text_encoders(sharded_runs, sd_pipeline, image_folder, tmp_path):
     lora = {"lora": True, "learning_rate": 0.01}
     encoder = {"train_text_encoder": True, "use_ema": None, "gradient_checkpointing": True}

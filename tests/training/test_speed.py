@@ -70,6 +70,7 @@ def test_another_kernel_gives_the_same_losses(flux_pipeline, image_folder, tmp_p
         train(flux_pipeline, image_folder, tmp_path / "cudnn", attention_backend="_native_cudnn")
 
 
+@pytest.mark.slow
 def test_the_decoder_is_compiled_for_a_few_sizes_and_gives_the_same_loss(monkeypatch):
     """What is padded changes neither the loss nor its gradient, but for the order of sums."""
     counter = CompileCounterWithBackend("eager")
