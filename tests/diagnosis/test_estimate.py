@@ -136,6 +136,7 @@ def test_another_decoder_whatever_was_loaded_before(counted, tmp_path, monkeypat
     assert tiny.operations[Stage.LPL_STEP] != own.operations[Stage.LPL_STEP]
 
 
+@pytest.mark.slow
 def test_a_student_is_counted(counted, sd_pipeline, tmp_path):
     """It takes the place of LPL, whose memory is needed only while w is measured, and for corrections."""
     loss = LatentPerceptualLoss(AutoencoderKL.from_pretrained(sd_pipeline, subfolder="vae", use_safetensors=True))
@@ -226,6 +227,7 @@ def test_accumulated_gradients_are_there_in_the_next_micro_batch(counted):
     assert two.operations[Stage.STEP] == 2 * one.operations[Stage.STEP]
 
 
+@pytest.mark.slow
 def test_flags_that_save_memory_do(counted):
     flags = {"resolution": 64, "train_batch_size": 4}
     plain = counted(precision="bf16", **flags)
@@ -272,6 +274,7 @@ def test_the_command_needs_configurations_only(configurations, tmp_path, capsys,
     assert rows["on 8GB"].startswith("fits: ") and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_told_with_what_would(configurations, tmp_path, capsys, monkeypatch):
     from lpl.config import command_line
 

@@ -121,7 +121,7 @@ def run_card(folder, base):
     return Image.open(image)
 
 
-LAUNCHED = ("stable-diffusion-xl", "stable-diffusion-3")  # the others in the long tests
+LAUNCHED = ("stable-diffusion-3",)  # the others in the long tests
 
 
 @pytest.mark.parametrize(
