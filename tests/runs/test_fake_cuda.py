@@ -139,6 +139,7 @@ def test_no_step_waits_with_caches(results_of, sdxl_pipeline, image_folder, tmp_
     check(results_of(loops), updates=2 * len(KINDS))
 
 
+@pytest.mark.slow
 def test_faults_are_found(results_of):
     flags = SHORT | {"train_batch_size": 8}
     loops = {fault: (FAMILY_OF["stable-diffusion"], [flags], fault) for fault in FAULTS}

@@ -110,7 +110,11 @@ def test_the_real_compiler_gives_the_same_loss():
     torch.testing.assert_close(predicted[1].grad, predicted[0].grad, rtol=0, atol=1e-4 * float(largest))
 
 
-@pytest.mark.parametrize("flags", [{"lora": True, "gradient_checkpointing": True}, {"use_ema": True}], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [{"use_ema": True}, pytest.param({"lora": True, "gradient_checkpointing": True}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_a_compiled_run_gives_the_same_losses_and_files(flags, sd_pipeline, image_folder, tmp_path, monkeypatch):
     counter = CompileCounterWithBackend("eager")
     monkeypatch.setattr(features, "BACKEND", counter)
