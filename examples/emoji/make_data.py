@@ -1,11 +1,11 @@
 """Make a small data set of 3D emoji: one object on white, with its name as caption.
 
-    python examples/emoji/make_data.py --output_dir emoji                        # from the npm registry, 16 MB
-    python examples/emoji/make_data.py --output_dir emoji --package FILE.tgz     # from a file that is there
+    npm pack @lobehub/fluent-emoji-3d@1.1.0  # 16 MB
+    python examples/emoji/make_data.py --package lobehub-fluent-emoji-3d-1.1.0.tgz --output_dir emoji
 
-The pictures are Microsoft's Fluent emoji in 3D under the MIT licence, as the npm package ``@lobehub/fluent-emoji-3d``
-has them: 256 px on a transparent ground, named by their code points. Captions are the names that Unicode gives these.
-Flags, key caps and code points that Python's Unicode does not know are left out.
+The pictures are Microsoft's Fluent emoji in 3D under the MIT licence, as that npm package has them: 256 px on a
+transparent ground, named by their code points. Captions are the names that Unicode gives these. Flags, key caps and
+code points that Python's Unicode does not know are left out.
 
 ``train/`` has the pictures without a skin tone. ``held_out/`` has those of people with a medium skin tone, each of
 which has a picture without a tone in ``train/``: what is held out is a colour, not an object.
@@ -19,7 +19,6 @@ import io
 import sys
 import tarfile
 import unicodedata
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from datasets import Dataset, Features, Image, Value
 from PIL import Image as Picture
 
 
-PACKAGE = "https://registry.npmjs.org/@lobehub/fluent-emoji-3d/-/fluent-emoji-3d-1.1.0.tgz"
+PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
 SHA512 = (
     "5a5ab69554ad4e7afc043a48274a449d328ee0bb83c71a931214ef46d0f50cb4"
     "45d267bba207914232a87a10c75ee549d9069e720979c1106feb4954006de1ee"
@@ -99,16 +98,12 @@ def on_white(content: bytes, side: int) -> bytes:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--package", help="the package's .tgz; default: it is downloaded")
+    parser.add_argument("--package", type=Path, required=True, help="the file that npm pack has downloaded")
     parser.add_argument("--resolution", type=int, default=96)
     args = parser.parse_args()
-    if args.package:
-        package = Path(args.package).read_bytes()
-    else:
-        with urllib.request.urlopen(PACKAGE, timeout=60) as answer:
-            package = answer.read()
+    package = args.package.read_bytes() if args.package.is_file() else b""
     if hashlib.sha512(package).hexdigest() != SHA512:
-        parser.error(f"--package: this is not version 1.1.0 of the package; it is at {PACKAGE}")
+        parser.error(f"--package {args.package}: this is not the file that npm pack {PACKAGE} downloads")
     parts: dict[str, list[dict[str, Any]]] = {"train": [], "held_out": []}
     for points, content in emoji(package):
         tones = {point for point in points if point in TONES and len(points) > 1}

@@ -8,7 +8,6 @@ from diffusers import (
     ChromaTransformer2DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
-    Krea2Transformer2DModel,
     SD3Transformer2DModel,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -25,7 +24,7 @@ from diffusers.loaders.single_file_utils import (
     convert_z_image_transformer_checkpoint_to_diffusers,
 )
 from safetensors.torch import load_file
-from tiny import seeded
+from tiny import seeded, tiny_krea2_transformer
 from tiny_families import load
 from torch import nn
 
@@ -124,26 +123,6 @@ WAN = [  # the weights of the original
     *(f"blocks.0.{kind}_attn.{layer}" for kind in ("self", "cross") for layer in "qkvo"),
     *("blocks.0.ffn.0", "blocks.0.ffn.2", "head.head"),
 ]
-
-
-def tiny_krea2_transformer():
-    return Krea2Transformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=32,
-        timestep_embed_dim=16,
-        text_hidden_dim=16,
-        num_text_layers=2,
-        text_num_attention_heads=2,
-        text_num_key_value_heads=2,
-        text_intermediate_size=16,
-        num_layerwise_text_blocks=1,
-        num_refiner_text_blocks=1,
-        axes_dims_rope=(4, 6, 6),
-    )
 
 
 Z_IMAGE = [  # the weights of the original

@@ -55,4 +55,4 @@ def test_what_is_trained_on_and_what_is_held_out(monkeypatch, tmp_path):
 def test_another_package_is_refused(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         make(monkeypatch, tmp_path, ["1f600"], digest="other")
-    assert "--package: this is not version 1.1.0" in capsys.readouterr().err
+    assert "this is not the file that npm pack @lobehub/fluent-emoji-3d@1.1.0 downloads" in capsys.readouterr().err

@@ -796,6 +796,26 @@ def tiny_ernie_image(folder):
     return Path(folder)
 
 
+def tiny_krea2_transformer():
+    return Krea2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        timestep_embed_dim=16,
+        text_hidden_dim=16,
+        num_text_layers=2,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=2,
+        text_intermediate_size=16,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 6, 6),
+    )
+
+
 def tiny_krea2(folder):
     """Krea2Pipeline with two layers of a Qwen3-VL."""
     tokenizer = _qwen_tokenizer()
@@ -805,23 +825,7 @@ def tiny_krea2(folder):
     vision["deepstack_visual_indexes"] = []
     with seeded(11):
         text_encoder = Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision))
-        transformer = Krea2Transformer2DModel(
-            in_channels=16,
-            num_layers=1,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            intermediate_size=32,
-            timestep_embed_dim=16,
-            text_hidden_dim=16,
-            num_text_layers=2,
-            text_num_attention_heads=2,
-            text_num_key_value_heads=2,
-            text_intermediate_size=16,
-            num_layerwise_text_blocks=1,
-            num_refiner_text_blocks=1,
-            axes_dims_rope=(4, 6, 6),
-        )
+        transformer = tiny_krea2_transformer()
     pipeline = Krea2Pipeline(
         tokenizer=tokenizer,
         text_encoder=text_encoder,

@@ -70,6 +70,18 @@ def test_another_kernel_gives_the_same_losses(flux_pipeline, image_folder, tmp_p
         train(flux_pipeline, image_folder, tmp_path / "cudnn", attention_backend="_native_cudnn")
 
 
+def assert_alike(plain, compiled, count, rtol):
+    """Value and gradient of two losses are the same for that many latents."""
+    latents = torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(count))
+    predicted = [(latents * 0.9 + 0.1).requires_grad_() for _ in range(2)]
+    values = [loss(given, latents) for loss, given in zip((plain, compiled), predicted, strict=True)]
+    for value in values:
+        value.sum().backward()
+    torch.testing.assert_close(values[1], values[0], rtol=rtol, atol=0)
+    largest = predicted[0].grad.abs().max()
+    torch.testing.assert_close(predicted[1].grad, predicted[0].grad, rtol=0, atol=rtol * float(largest))
+
+
 @pytest.mark.slow
 def test_the_decoder_is_compiled_for_a_few_sizes_and_gives_the_same_loss(monkeypatch):
     """What is padded changes neither the loss nor its gradient, but for the order of sums."""
@@ -82,14 +94,7 @@ def test_the_decoder_is_compiled_for_a_few_sizes_and_gives_the_same_loss(monkeyp
     assert [compiled.extractor.padded_size(count) for count in (*sizes, 7)] == [1, 4, 4, 6, 6, 7]
     graphs = []
     for count in sizes:
-        latents = torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(count))
-        predicted = [(latents * 0.9 + 0.1).requires_grad_() for _ in range(2)]
-        values = [loss(given, latents) for loss, given in zip((plain, compiled), predicted, strict=True)]
-        for value in values:
-            value.sum().backward()
-        torch.testing.assert_close(values[1], values[0], rtol=1e-5, atol=0)
-        largest = predicted[0].grad.abs().max()
-        torch.testing.assert_close(predicted[1].grad, predicted[0].grad, rtol=0, atol=1e-5 * float(largest))
+        assert_alike(plain, compiled, count, 1e-5)
         graphs.append(counter.frame_count)
     assert graphs == [graphs[0] * times for times in (1, 2, 2, 3, 3)]
 
@@ -100,14 +105,7 @@ def test_the_real_compiler_gives_the_same_loss():
     torch._dynamo.reset()
     vae = tiny_vae()
     plain, compiled = LatentPerceptualLoss(vae, ["mid"]), LatentPerceptualLoss(vae, ["mid"], compile_for=2)
-    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    predicted = [(latents * 0.9 + 0.1).requires_grad_() for _ in range(2)]
-    values = [loss(given, latents) for loss, given in zip((plain, compiled), predicted, strict=True)]
-    for value in values:
-        value.sum().backward()
-    torch.testing.assert_close(values[1], values[0], rtol=1e-4, atol=0)
-    largest = predicted[0].grad.abs().max()
-    torch.testing.assert_close(predicted[1].grad, predicted[0].grad, rtol=0, atol=1e-4 * float(largest))
+    assert_alike(plain, compiled, 2, 1e-4)
 
 
 @pytest.mark.parametrize(
