@@ -1,34 +1,44 @@
 """The rows of the study: a *row* continues the training of a base with its own flags, on the same data and noise.
 
-`--rows` of run.py takes the names of rows; `flags` are added to SETTINGS. Rows of one objective share a base, the
-model trained from scratch without LPL.
+`--rows` of run.py takes the names of rows; `flags` are added to SETTINGS. A *base* is a model trained without LPL: the
+pipeline of examples/emoji, or one of BASES, which run.py trains. Rows with `of` measure another row's model under
+another `sampling`.
 """
 
 from dataclasses import dataclass, field
 
 
 SETTINGS = {
-    "resolution": 64,
+    "resolution": 96,
+    "max_sequence_length": 4,
     "train_batch_size": 32,
     "mixed_precision": "bf16",
     "use_ema": True,
-    "proportion_empty_prompts": 0,
+    "proportion_empty_prompts": 0.1,
     "lr_scheduler": "cosine",
+    "cache_latents": True,
+    "cache_text_embeddings": True,
     "report_to": "none",
     "logging_steps": 50,
 }
-BASE = {
-    "from_scratch": True,
+SAMPLING = {"num_inference_steps": 20, "guidance_scale": 1}
+FLOW = "flow_matching"  # the base that examples/emoji has trained
+ANEW = {
     "lpl_weight": "0",
-    "max_train_steps": 4000,
+    "max_train_steps": 6000,
     "learning_rate": 1e-3,
     "lr_warmup_steps": 200,
     "adam_weight_decay": 0.01,
     "ema_decay": 0.998,
     "seed": 100,
 }
-ROW = {"max_train_steps": 600, "learning_rate": 3e-4, "lr_warmup_steps": 20, "ema_decay": 0.99}
-OBJECTIVES = ("flow_matching", "epsilon", "v_prediction")
+BASES: dict[str, dict[str, object]] = {
+    "epsilon": ANEW | {"prediction_type": "epsilon"},
+    "v_prediction": ANEW | {"prediction_type": "v_prediction"},
+    "early": ANEW | {"from_scratch": True, "max_train_steps": 3000},
+    "earlier": ANEW | {"from_scratch": True, "max_train_steps": 1000},
+}
+ROW = {"max_train_steps": 400, "learning_rate": 2e-4, "lr_warmup_steps": 20, "ema_decay": 0.99}
 
 
 @dataclass(frozen=True)
@@ -38,22 +48,24 @@ class Row:
     table: str
     label: str
     flags: dict[str, object] = field(default_factory=dict)
-    objective: str = "flow_matching"
+    base: str = FLOW
     paper: str = ""  # what the paper reports for it: FID on ImageNet-1k at 512 px, and words
-    timed: bool = True  # False: other jobs ran beside it, so its times tell nothing
-    without: str | None = None  # the row that its change is relative to; None: its objective's without LPL
+    without: str = "flow"  # the row without LPL that its change is relative to
+    of: str | None = None  # the row whose model is measured
+    sampling: dict[str, object] = field(default_factory=dict)
 
 
-LPL = {"lpl_weight": "auto:0.2"}
+NONE: dict[str, object] = {"lpl_weight": "0"}
+LPL: dict[str, object] = {"lpl_weight": "auto:0.2"}
 STUDENT = LPL | {"lpl_student": "{study}/student"}
 ROWS = {
     # Table 3: with LPL or without, by objective
-    "flow": Row("objective", "flow matching", {"lpl_weight": "0"}, paper="4.54"),
+    "flow": Row("objective", "flow matching", NONE, paper="4.54"),
     "flow_lpl": Row("objective", "flow matching, LPL", LPL, paper="3.61"),
-    "epsilon": Row("objective", "epsilon", {"lpl_weight": "0"}, "epsilon", paper="4.88"),
-    "epsilon_lpl": Row("objective", "epsilon, LPL", LPL, "epsilon", paper="3.79"),
-    "v": Row("objective", "v prediction", {"lpl_weight": "0"}, "v_prediction", paper="4.72", timed=False),
-    "v_lpl": Row("objective", "v prediction, LPL", LPL, "v_prediction", paper="3.84", timed=False),
+    "epsilon": Row("objective", "epsilon", NONE, "epsilon", "4.88", "epsilon"),
+    "epsilon_lpl": Row("objective", "epsilon, LPL", LPL, "epsilon", "3.79", "epsilon"),
+    "v": Row("objective", "v prediction", NONE, "v_prediction", "4.72", "v"),
+    "v_lpl": Row("objective", "v prediction, LPL", LPL, "v_prediction", "3.84", "v"),
     # Fig. 10: the weight
     "share_5": Row("weight", "share of 5%", {"lpl_weight": "auto:0.05"}),
     "share_50": Row("weight", "share of 50%", {"lpl_weight": "auto:0.5"}),
@@ -77,8 +89,9 @@ ROWS = {
     "mid": Row("blocks", "mid", LPL | {"lpl_blocks": "mid"}, paper="no gain"),
     "mid_up_0": Row("blocks", "mid, up_0", LPL | {"lpl_blocks": "mid up_0"}, paper="no gain to speak of"),
     "mid_up_1": Row("blocks", "mid, up_0, up_1", LPL | {"lpl_blocks": "mid up_0 up_1"}, paper="better by more than 1"),
+    "mid_up_2": Row("blocks", "mid, up_0 to up_2", LPL | {"lpl_blocks": "mid up_0 up_1 up_2"}, paper="near the best"),
     "rgb": Row("blocks", "pixels", LPL | {"lpl_blocks": "rgb"}, paper="worse than without LPL"),
-    # Fig. 7: threshold, as it is at 64 px
+    # Fig. 7: threshold, as it is at 96 px
     "tau_1": Row("threshold", "tau = 1", LPL | {"lpl_sigma_threshold": 1, "lpl_threshold_base_resolution": 0}),
     "tau_3": Row(
         "threshold",
@@ -87,46 +100,47 @@ ROWS = {
         paper="best from 3 to 6",
     ),
     "tau_12": Row("threshold", "tau = 12", LPL | {"lpl_sigma_threshold": 12, "lpl_threshold_base_resolution": 0}),
-    # Quality against time
-    "every_4": Row("time", "every 4th step", LPL | {"lpl_every": 4}),
-    "samples_4": Row("time", "4 samples of a batch", LPL | {"lpl_max_samples": 4}),
-    "flow_longer": Row("time", "without LPL, for as long", {"lpl_weight": "0", "max_train_steps": "as flow_lpl"}),
+    # Fig. 11: decay of the EMA
+    "ema_0": Row("ema", "no EMA", NONE | {"ema_decay": 0}, without="ema_0"),
+    "ema_0_lpl": Row("ema", "no EMA, LPL", LPL | {"ema_decay": 0}, without="ema_0"),
+    "ema_997": Row("ema", "decay of 0.997", NONE | {"ema_decay": 0.997}, without="ema_997"),
+    "ema_997_lpl": Row("ema", "decay of 0.997, LPL", LPL | {"ema_decay": 0.997}, without="ema_997"),
+    # Table 4: how long the base was trained before
+    "earlier": Row("before", "base of 1,000 steps", NONE, "earlier", without="earlier"),
+    "earlier_lpl": Row("before", "base of 1,000 steps, LPL", LPL, "earlier", without="earlier"),
+    "early": Row("before", "base of 3,000 steps", NONE, "early", without="early"),
+    "early_lpl": Row("before", "base of 3,000 steps, LPL", LPL, "early", without="early"),
+    # Where the gradients conflict
+    "projected": Row("conflict", "LPL's conflicting part removed", LPL | {"lpl_project_conflicts": True}),
 }
+# Fig. 9 and guidance: the same models, sampled otherwise
+for table, name, label, values in (
+    ("sampling", "num_inference_steps", "{} sampling steps", (5, 10, 50)),
+    ("guidance", "guidance_scale", "guidance {}", (1.5, 2, 3, 4)),
+):
+    for value in values:
+        key = f"{table}_{value:g}".replace(".", "_")
+        for row in ("flow", "flow_lpl"):
+            ROWS[key + row.removeprefix("flow")] = Row(
+                table,
+                label.format(value) + (", LPL" if row == "flow_lpl" else ""),
+                ROWS[row].flags,
+                without=key,
+                of=row,
+                sampling={name: value},
+            )
 # LPL for less: what a student, its corrections, a small decoder and fewer steps with LPL keep of its gain
 CHEAP: dict[str, tuple[str, dict[str, object]]] = {
-    "plain": ("without LPL", {"lpl_weight": "0"}),
-    "lpl": ("LPL", LPL),
-    "student": ("student", LPL | {"lpl_student": "{study}/student"}),
-    "corrected": (
-        "student, corrected every 8th step",
-        LPL | {"lpl_student": "{study}/student", "lpl_correct_every": 8},
-    ),
-    "brief": ("less faithful student", LPL | {"lpl_student": "{study}/brief_student"}),
-    "brief_corrected": (
-        "less faithful student, corrected every 8th step",
-        LPL | {"lpl_student": "{study}/brief_student", "lpl_correct_every": 8},
-    ),
+    "student": ("student", STUDENT),
+    "corrected": ("student, corrected every 8th step", STUDENT | {"lpl_correct_every": 8}),
     "tiny": ("small distilled decoder", LPL | {"lpl_vae_name_or_path": "{study}/small_decoder"}),
     "every_4": ("every 4th step", LPL | {"lpl_every": 4}),
     "every_8": ("every 8th step", LPL | {"lpl_every": 8}),
-    "longer": ("without LPL, for as long as LPL", {"lpl_weight": "0", "max_train_steps": "as {kind}_lpl"}),
-    "longer_student": (
-        "without LPL, for as long as the student",
-        {"lpl_weight": "0", "max_train_steps": "as {kind}_student"},
-    ),
+    "samples_4": ("4 samples of a batch", LPL | {"lpl_max_samples": 4}),
+    "longer": ("without LPL, for as long as LPL", NONE | {"max_train_steps": "as {}_lpl"}),
+    "longer_student": ("without LPL, for as long as the student", NONE | {"max_train_steps": "as {}_student"}),
 }
-for objective, kind in (("flow_matching", "cheap_flow"), ("epsilon", "cheap_epsilon")):
+for plain in ("flow", "epsilon"):
     for name, (label, flags) in CHEAP.items():
-        own = {
-            flag: value.replace("{kind}", kind) if isinstance(value, str) else value for flag, value in flags.items()
-        }
-        words = f"{objective.replace('_', ' ')}, {label}"
-        ROWS[f"{kind}_{name}"] = Row("cheap", words, own, objective, without=f"{kind}_plain")
-
-
-PLAIN = {"flow_matching": "flow", "epsilon": "epsilon", "v_prediction": "v"}  # the row without LPL, by objective
-
-
-def without(row: Row) -> str:
-    """The row without LPL that a row is compared with."""
-    return row.without or PLAIN[row.objective]
+        own = {flag: value.replace("{}", plain) if isinstance(value, str) else value for flag, value in flags.items()}
+        ROWS[f"{plain}_{name}"] = Row("cheap", f"{ROWS[plain].label}, {label}", own, ROWS[plain].base, "", plain)

@@ -1,46 +1,65 @@
-"""Trains and measures rows of the study, with several seeds each.
-
-Finished rows are not run again, and interrupted ones resume from their last checkpoint.
+"""Trains and measures rows of the study, with several seeds each, and records them in results.json.
 
     python examples/study/run.py --rows flow flow_lpl --seeds 0 1 2
+    python examples/study/run.py --rows all --max_minutes 480
     python examples/study/run.py --list
 
-Needs the output of `examples/study/prepare.sh`. A student and a small decoder are made when a row needs them. Several
-runs are trained at a time, with one thread each. `metrics.jsonl` and the trained pipeline are written to
-`study/rows/NAME/SEED/`, the measurements to `evaluation/` in there. A row that gets as much time as another one needs
-the times of that row and of the one without LPL, so these are run first.
+The queue takes rows in the order of rows.py, one seed after the other. It skips what results.json has, goes on with a
+run that was interrupted, and begins none after `--max_minutes`. What a row needs besides examples/emoji (another base,
+a student, a small decoder) is made first. Runs have one thread each.
+
+A run has its log and its pipeline in `study/rows/NAME/SEED/`, and its images and measurements in
+`study/measured/NAME/SEED/`. A row that gets the time of another one needs the recorded speeds of that one and of the
+row without LPL.
 """
 
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
+from threading import Lock
+from typing import Any
 
-from rows import BASE, OBJECTIVES, ROW, ROWS, SETTINGS, Row, without
+import numpy as np
+import torch
+from features import load, places_of, read
+from PIL import Image
+from rows import BASES, FLOW, ROW, ROWS, SAMPLING, SETTINGS, Row
+
+from lpl.comparison.runs import training_seconds
+from lpl.evaluation.results import REAL
 
 
 HERE = Path(__file__).resolve().parent
-SCRIPT = HERE.parents[1] / "train_text_to_image_lpl.py"
+ROOT = HERE.parents[1]
+SCRIPT = ROOT / "train_text_to_image_lpl.py"
+EMOJI = ROOT / "examples/emoji"
+DATA = EMOJI / "data/train"
+RESULTS = HERE / "results.json"
+NETWORK = "examples.study.features:load"
 AS = "as "  # before the row whose time is given, in the place of a number of steps
 METRICS = ("fid", "kid", "precision", "recall", "density", "coverage")
-IMAGES = 1280
+BANDS = {"band_1": (0, 1 / 8), "band_2": (1 / 8, 1 / 4), "band_3": (1 / 4, 3 / 8), "band_4": (3 / 8, 1 / 2)}
 DISTILL = (
-    *("-m", "lpl.distill", "--pretrained_model_name_or_path", "{study}/bases/flow_matching"),
-    *("--train_data_dir", "{study}/data/train", "--caption_column", "label", "--resolution", "64"),
-    *("--output_dir", "{study}/{name}"),
+    *("-m", "lpl.distill", "--pretrained_model_name_or_path", str(EMOJI / "pipeline"), "--resolution", "96"),
+    *("--train_data_dir", str(DATA), "--max_sequence_length", "4", "--output_dir", "{study}/student"),
+    *("--num_pairs", "4096", "--steps", "1500"),
 )
 MADE = {  # what rows name as {study}/NAME: its command, and the file that this writes last
-    "student": ((*DISTILL, "--num_pairs", "6000", "--steps", "2000"), "README.md"),
-    "brief_student": (DISTILL, "README.md"),
+    "student": (DISTILL, "README.md"),
     "small_decoder": ((str(HERE / "small_decoder.py"), "--study", "{study}"), "config.json"),
 }
 RESUMING = {"checkpointing_steps": 200, "checkpoints_total_limit": 1, "resume_from_checkpoint": "latest"}
+RECORDING = Lock()
+
+
+# Commands ------------------------------------------------------------------------------------------------------------
 
 
 def arguments(flags: Mapping[str, object]) -> list[str]:
@@ -57,8 +76,8 @@ def call(command: list[str], log: Path) -> None:
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(SCRIPT.parent),
-        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": str(ROOT),
+        "ACCELERATE_USE_CPU": str(not torch.cuda.is_available()).lower(),
     }
     with log.open("w") as file:
         done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
@@ -66,39 +85,53 @@ def call(command: list[str], log: Path) -> None:
         raise RuntimeError(f"{' '.join(command)} failed, see {log}")
 
 
-def train(study: Path, source: Path, folder: Path, flags: Mapping[str, object]) -> None:
-    where = {
-        "pretrained_model_name_or_path": source,
-        "train_data_dir": study / "data/train",
-        "caption_column": "label",
-        "output_dir": folder,
-    }
-    line = [word.replace("{study}", str(study)) for word in arguments(where | SETTINGS | RESUMING | flags)]
-    call([sys.executable, str(SCRIPT), *line], folder.with_suffix(".log"))
-    for checkpoint in folder.glob("checkpoint-*"):  # otherwise they would be measured as well
-        shutil.rmtree(checkpoint)
+# What rows need ------------------------------------------------------------------------------------------------------
 
 
-def train_base(study: Path, objective: str) -> None:
-    folder = study / "bases" / objective
+def base_folder(study: Path, name: str) -> Path:
+    return EMOJI / "pipeline" if name == FLOW else study / "bases" / name
+
+
+def make_base(study: Path, name: str) -> None:
+    folder = base_folder(study, name)
     if not (folder / "model_index.json").is_file():
-        train(study, study / "untrained", folder, BASE | {"prediction_type": objective})
-        print(f"{folder} is trained", flush=True)
+        train(study, EMOJI / "pipeline", folder, BASES[name])
 
 
 def make(study: Path, name: str) -> None:
     """What rows need besides the base; a command that is stopped is called again."""
     command, last = MADE[name]
     if not (study / name / last).is_file():
-        words = [word.format(study=study, name=name) for word in command]
-        call([sys.executable, *words], study / f"{name}.log")
-        print(f"{study / name} is made", flush=True)
+        call([sys.executable, *(word.replace("{study}", str(study)) for word in command)], study / f"{name}.log")
 
 
-def needed(rows: Iterable[Row]) -> list[str]:
+def write_images(folder: Path, images: Sequence[Image.Image], captions: Sequence[str]) -> None:
+    """An imagefolder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"{number:06d}.png" for number in range(len(images))]
+    for name, image in zip(names, images):
+        image.save(folder / name)
+    rows = [json.dumps({"file_name": name, "text": caption}) + "\n" for name, caption in zip(names, captions)]
+    (folder / "metadata.jsonl").write_text("".join(rows))
+
+
+def needed(row: Row) -> list[str]:
     """Names in MADE."""
-    values = {value for row in rows for value in row.flags.values()}
-    return [name for name in MADE if "{study}/" + name in values]
+    return [name for name in MADE if "{study}/" + name in row.flags.values()]
+
+
+# One run -------------------------------------------------------------------------------------------------------------
+
+
+def train(study: Path, source: Path, folder: Path, flags: Mapping[str, object]) -> None:
+    where = {
+        "pretrained_model_name_or_path": source,
+        "train_data_dir": DATA,
+        "data_cache_dir": study / "cache",
+        "output_dir": folder,
+    }
+    line = [word.replace("{study}", str(study)) for word in arguments(where | SETTINGS | RESUMING | flags)]
+    call([sys.executable, str(SCRIPT), *line], folder.with_suffix(".log"))
 
 
 def given_time_of(row: Row) -> str | None:
@@ -107,94 +140,146 @@ def given_time_of(row: Row) -> str | None:
     return steps.removeprefix(AS) if steps.startswith(AS) else None
 
 
-def steps_for_the_time_of(study: Path, name: str) -> int:
+def steps_for_the_time_of(name: str, results: Mapping[str, Any]) -> int:
     """Steps without LPL that take as long as all of that row's; the same for all seeds."""
-    ratio = time_of_a_step(study / "rows" / name) / time_of_a_step(study / "rows" / without(ROWS[name]))
-    return round(ROW["max_train_steps"] * ratio)
+    speed = {
+        row: mean(run["images_per_second"] for run in results[row].values()) for row in (name, ROWS[name].without)
+    }
+    return round(ROW["max_train_steps"] * speed[ROWS[name].without] / speed[name])
 
 
-def time_of_a_step(row: Path) -> float:
-    """Seconds per image, a mean over the row's finished seeds: of each one the fastest entry of its log, which other
-    jobs disturbed least."""
-    finished = [folder for folder in sorted(row.glob("*/")) if (folder / "model_index.json").is_file()]
-    return mean(1 / max(speeds(folder)) for folder in finished)
+def train_row(study: Path, name: str, seed: int) -> Path:
+    """The folder of the trained run."""
+    row, folder = ROWS[name], study / "rows" / name / str(seed)
+    if not (folder / "model_index.json").is_file():
+        make_base(study, row.base)
+        for made in needed(row):
+            make(study, made)
+        flags = ROW | row.flags | {"seed": seed}
+        if (other := given_time_of(row)) is not None:
+            flags["max_train_steps"] = steps_for_the_time_of(other, recorded())
+        train(study, base_folder(study, row.base), folder, flags)
+    return folder
 
 
-def speeds(folder: Path) -> list[float]:
-    """Images per second, entry by entry."""
-    return [json.loads(line)["images_per_second"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def train_row(study: Path, row: Row, name: str, seed: int) -> None:
-    folder = study / "rows" / name / str(seed)
-    if (folder / "model_index.json").is_file():
-        return
-    flags = ROW | row.flags | {"seed": seed, "prediction_type": row.objective}
-    if (other := given_time_of(row)) is not None:
-        flags["max_train_steps"] = steps_for_the_time_of(study, other)
-    train(study, study / "bases" / row.objective, folder, flags)
-    print(f"{name}, seed {seed}: trained", flush=True)
-
-
-def measure(study: Path, folder: Path, steps: int) -> None:
-    """Draw as many images as the reference set has, of the same classes, and compare both."""
-    output = folder / "evaluation"
-    if (output / "evaluation.json").is_file():
-        return
+def evaluate(study: Path, generated: Path, output: Path, sampling: Mapping[str, object] = SAMPLING) -> None:
+    """Compares a model, which draws one image for each caption of the data set, or a folder, with the pictures."""
+    reference = study / "reference"
+    if not (reference / "metadata.jsonl").is_file():
+        images, captions = read(DATA)
+        write_images(reference, [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images], captions)
     options = {
-        "generated": folder,
-        "reference": study / "data/reference/train",
+        "generated": f"model={generated}",
+        "reference": reference,
         "output_dir": output,
         "metrics": " ".join(METRICS),
-        "features": "examples.study.features:load",
-        "num_images": IMAGES,
+        "features": NETWORK,
         "resolution": SETTINGS["resolution"],
-        "num_inference_steps": steps,
-        "guidance_scale": 1,
+        "max_sequence_length": SETTINGS["max_sequence_length"],
         "batch_size": 64,
+        "dtype": "bfloat16",
         "seed": 0,
     }
-    call([sys.executable, "-m", "lpl.evaluate", *arguments(options)], folder.with_suffix(".evaluation.log"))
-    found = json.loads((output / "evaluation.json").read_text())
-    print(folder, json.dumps(found)[:200], flush=True)
+    call([sys.executable, "-m", "lpl.evaluate", *arguments(options | dict(sampling))], output / "log")
+
+
+def image_numbers(output: Path) -> dict[str, float]:
+    """What results.json has of a set of images."""
+    evaluation = json.loads((output / "evaluation.json").read_text())
+    result = evaluation["results"][-1]
+    return {
+        **{metric: estimate["value"] for metric, estimate in result["metrics"][NETWORK].items()},
+        "recognised": recognised(output),
+        "energy": result["high_frequency_energy"],
+        **bands(evaluation["spectrum"]),
+    }
+
+
+def run_numbers(run: Path) -> dict[str, float]:
+    """What results.json has of a training."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    shares = [record["lpl_share"] for record in records if record.get("lpl_share")]
+    return {
+        "steps": records[-1]["step"],
+        "seconds": training_seconds(records, SETTINGS["train_batch_size"]),
+        "images_per_second": max(record["images_per_second"] for record in records),  # other jobs disturb the others
+        "lpl_weight": records[-1]["lpl_weight"],
+        **({"lpl_share": mean(shares)} if shares else {}),
+    }
+
+
+@torch.no_grad()
+def recognised(output: Path) -> float:
+    """Share of the drawn images that the feature network takes for what their captions say."""
+    folder = next(output.glob("images/*/metadata.jsonl")).parent
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    images = torch.from_numpy(np.stack([np.asarray(Image.open(folder / row["file_name"])) for row in rows]))
+    places = places_of(read(DATA)[1])
+    right = torch.tensor([places[row["text"]] for row in rows])
+    network = load()
+    named = torch.cat([network.named(part) for part in images.permute(0, 3, 1, 2).split(128)])
+    return (named == right).float().mean().item()
+
+
+def bands(spectrum: Mapping[str, Any]) -> dict[str, float]:
+    """Power relative to the real images' (geometric mean over the frequencies of each of BANDS)."""
+    frequencies = np.array(spectrum["frequencies"])
+    power = {name: np.array(values) for name, values in spectrum["log_power"].items()}
+    real = power.pop(REAL)
+    (drawn,) = power.values()
+    inside = {band: (frequencies > low) & (frequencies <= high) for band, (low, high) in BANDS.items()}
+    return {band: float(10 ** (drawn - real)[places].mean()) for band, places in inside.items()}
+
+
+# The queue -----------------------------------------------------------------------------------------------------------
+
+
+def recorded() -> dict[str, Any]:
+    """Row -> seed -> numbers, of all finished runs."""
+    return json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else {}
+
+
+def record(name: str, seed: int, found: Mapping[str, float]) -> None:
+    with RECORDING:
+        results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"rows": {}}
+        results["rows"].setdefault(name, {})[str(seed)] = found
+        RESULTS.with_suffix(".part").write_text(json.dumps(results, indent=1) + "\n")
+        RESULTS.with_suffix(".part").rename(RESULTS)
+
+
+def do(study: Path, name: str, seed: int) -> None:
+    """Trains, measures and records one run."""
+    run, output = train_row(study, ROWS[name].of or name, seed), study / "measured" / name / str(seed)
+    evaluate(study, run, output, SAMPLING | ROWS[name].sampling)
+    record(name, seed, image_numbers(output) | run_numbers(run))
+    print(f"{name}, seed {seed}: {recorded()[name][str(seed)]}", flush=True)
+
+
+def queue(names: list[str], seeds: list[int], results: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Rows and seeds that are not recorded yet."""
+    for name in names:
+        yield from ((name, seed) for seed in seeds if str(seed) not in results.get(name, {}))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--study", type=Path, default=Path("study"), help="output folder of prepare.sh")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
+    parser.add_argument("--study", type=Path, default=Path("study"), help="folder for models and images")
+    parser.add_argument("--rows", nargs="+", choices=("all", *ROWS), default=["all"], metavar="ROW")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--workers", type=int, default=2, help="number of simultaneous runs")
-    parser.add_argument("--sampling_steps", type=int, default=20)
-    parser.add_argument("--only", choices=("bases", "train", "measure"), help="run one stage only")
+    parser.add_argument("--workers", type=int, default=1, help="number of simultaneous runs")
+    parser.add_argument("--max_minutes", type=float, default=float("inf"), help="begin no run after that time")
     parser.add_argument("--list", action="store_true", help="list the rows and exit")
     args = parser.parse_args()
+    names = list(ROWS) if "all" in args.rows else args.rows
     if args.list:
-        for name, row in ROWS.items():
-            print(f"{name:28s} {row.table:12s} {row.label:55s} {' '.join(arguments(row.flags))}")
+        for name in names:
+            row, runs = ROWS[name], recorded().get(name, {})
+            print(f"{name:20s} {row.table:11s} {row.label:50s} {len(runs)} runs  {' '.join(arguments(row.flags))}")
         return
-    os.environ["STUDY"] = str(args.study)  # features.py finds its weights there
-    others = [other for row in args.rows if (other := given_time_of(ROWS[row]))]
-    plain = [without(ROWS[other]) for other in others]
-    rows = list(dict.fromkeys([*plain, *others, *args.rows]))
-    stages = [row for row in rows if not given_time_of(ROWS[row])], [row for row in rows if given_time_of(ROWS[row])]
-    objectives = [name for name in OBJECTIVES if any(ROWS[row].objective == name for row in rows)]
+    end = time.monotonic() + 60 * args.max_minutes
     with ThreadPoolExecutor(args.workers) as pool:
-        if args.only in (None, "bases"):
-            list(pool.map(lambda name: train_base(args.study, name), objectives))
-        if args.only == "bases":
-            return
-        if args.only != "measure":
-            list(pool.map(lambda name: make(args.study, name), needed(ROWS[row] for row in rows)))
-
-        def do(name: str, seed: int) -> None:
-            if args.only in (None, "train"):
-                train_row(args.study, ROWS[name], name, seed)
-            if args.only in (None, "measure"):
-                measure(args.study, args.study / "rows" / name / str(seed), args.sampling_steps)
-
-        for stage in stages:  # a stage begins when the one before is complete
-            list(pool.map(lambda run: do(*run), [(name, seed) for seed in args.seeds for name in stage]))
+        runs = queue(names, args.seeds, recorded())
+        list(pool.map(lambda run: do(args.study.resolve(), *run) if time.monotonic() < end else None, runs))
 
 
 if __name__ == "__main__":

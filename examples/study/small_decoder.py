@@ -17,8 +17,11 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from tqdm import trange
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "emoji"))
 from train_autoencoder import load_pictures, random_windows, reconstruction_loss
+
+
+EMOJI = Path(__file__).resolve().parents[1] / "emoji"
 
 
 WIDTH = 24
@@ -32,8 +35,8 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     args = parser.parse_args()
     torch.manual_seed(0)
-    teacher = AutoencoderKL.from_pretrained(args.study / "untrained", subfolder="vae").eval().requires_grad_(False)
-    pictures = load_pictures(args.study / "data/train")
+    teacher = AutoencoderKL.from_pretrained(EMOJI / "pipeline", subfolder="vae").eval().requires_grad_(False)
+    pictures = load_pictures(EMOJI / "data/train")[0]
     levels = len(teacher.config.block_out_channels)
     small = AutoencoderTiny(
         latent_channels=teacher.config.latent_channels,

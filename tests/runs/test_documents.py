@@ -401,7 +401,7 @@ def test_the_cheaper_ways_have_what_was_measured():
 
 
 def study():
-    return json.loads(text_of(ROOT / "examples/study/results.json"))["rows"]
+    return json.loads(text_of(ROOT / "benchmarks/results/study_photographs.json"))["rows"]
 
 
 def test_readme_has_the_results_of_the_study():
