@@ -376,6 +376,22 @@ def test_a_resumed_run_goes_on_where_the_checkpoint_stands(logging):
     assert [entry["step"] for entry in lines(resumed.samples_path)] == [1, 2]
 
 
+def test_a_run_resumed_between_two_entries_writes_the_same(logging, clock):
+    """Every sum is in the state, in its place."""
+    log = logging()
+    add(log, 1.0, 0.8, 0.4, grad=(3.0, 2.0), by_block=[[0.1, 0.3], [0.9, 0.8]], cosines=[0.5, -0.25], levels=[4, 1])
+    state = log.state()
+    resumed = logging(first_step=1)
+    resumed._resume(state)
+    for each in (log, resumed):
+        add(each, 3.0, 2.2, 1.6, step=2, grad=(1.0, 2.0), cosines=[0.1], levels=[1])
+        clock.now += 1.0
+        each.write(2, 1e-4)
+        clock.now -= 1.0
+    one, other = lines(log.path)
+    assert one == other and one["loss"] == 2.0 and one["lpl_gradient_cosine/0.05_to_0.1"] == pytest.approx(-0.075)
+
+
 def test_a_validation_that_comes_again_is_there_once(logging):
     """Killed behind it, but before the checkpoint knew of it; a training entry without a loss stays."""
     log = logging(debug_loss=True)
