@@ -50,6 +50,7 @@ from lpl.families.derived import with_derived
 from lpl.families.description import Description, read_pipeline
 from lpl.families.resolve import resolve, with_decoder_dtype
 from lpl.gate import random_window, rows_inside, sigma_threshold_at, subset
+from lpl.gradients import noise_level
 from lpl.masking import LossMask, pooled_mean
 from lpl.objectives import Objective, diffusion_weight, dream_shift
 from lpl.publishing import hub
@@ -315,6 +316,7 @@ def optimizer_step(
         with accelerator.accumulate(model):
             found = losses(model, batch, with_lpl, correction)
             if with_lpl:
+                found.compare_gradients(project=losses.lpl.lpl_project_conflicts)
                 weight.observe(found.diffusion_loss, found.lpl)
             total = found.diffusion_loss + weight.every * w * found.lpl  # LPL on every n-th step counts n-fold there
             for observer in observers:
@@ -349,7 +351,8 @@ class Losses:
     def __call__(self, model: nn.Module, batch: Batch, with_lpl: bool, correction: int = 0) -> BatchLosses:
         family, objective, diffusion, device = self.family, self.objective, self.diffusion, self.family.vae.device
         # Timesteps and gate are known on the CPU: the step never waits to learn which rows to decode.
-        inside = rows_inside(objective.sigma(batch["timestep"]), self.threshold(*self.size(batch)))
+        sigma, threshold = objective.sigma(batch["timestep"]), self.threshold(*self.size(batch))
+        inside, levels = rows_inside(sigma, threshold), noise_level(sigma, threshold)
         chosen = subset(inside, batch["lpl_choice"][:, 0], self.lpl.lpl_max_samples) if with_lpl else inside[:0]
         noise, timesteps, rows = (x.to(device, non_blocking=True) for x in (batch["noise"], batch["timestep"], chosen))
         mask = self.mask(batch, device)
@@ -383,9 +386,8 @@ class Losses:
             errors = weights * errors
 
         # LPL, averaged over the whole batch: rows outside the threshold count as 0 (Eq. 2)
-        found = BatchLosses(
-            errors, torch.zeros((), device=device), model_output, len(inside), with_lpl, weights=weights
-        )
+        no_lpl, levels = torch.zeros((), device=device), levels.to(device, non_blocking=True)
+        found = BatchLosses(errors, no_lpl, model_output, len(inside), with_lpl, weights=weights, levels=levels)
         if len(rows):
             assert self.lpl_loss is not None
             predicted_latents = objective.clean_latents(model_output[rows], noisy_latents[rows], timesteps[rows])

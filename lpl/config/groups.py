@@ -623,6 +623,11 @@ class Lpl:
         training_only=True,
         used=rules.less_than("lpl_crop", "resolution"),
     )
+    lpl_project_conflicts: bool = flag(
+        False,
+        "remove from LPL's gradient at the model's output what opposes that of the diffusion loss, sample by sample",
+        training_only=True,
+    )
     lpl_chunk_size: int | None = flag(
         None,
         "number of samples that LPL decodes at a time; smaller saves memory; default: auto, as many as need 2 GiB",

@@ -9,6 +9,8 @@ the steps since the last entry:
 * ``lpl_weight``: w of the last step; ``lpl_share``: w LPL / (L_diffusion + w LPL), in expectation.
 * ``lpl_gradient_share``: |w dLPL/dD| / (|w dLPL/dD| + |dL_diffusion/dD|), norms of the gradient at the model's output
   over a whole optimizer step, the last one with LPL.
+* ``lpl_gradient_cosine``: mean cosine of these two gradients over the samples that LPL was computed on, before any
+  projection; ``lpl_gradient_cosine/0.1_to_0.25``, ...: over those whose sigma is such a share of the threshold.
 * ``inside``: share of samples below the sigma threshold; ``images_per_second``: of all processes together.
 
 A number that was not measured since the last entry is left out. Time within :meth:`Log.paused` does not count.
@@ -35,6 +37,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lpl.config.groups import Output, Validation
+from lpl.gradients import LEVEL_NAMES, summed_by_level
 from lpl.student import FAITHFUL
 from lpl.tools import layout
 from lpl.tools.files import entries, lines, number_entries, write_text
@@ -126,9 +129,11 @@ class Log:
         self._rows += losses.rows
         if losses.by_block is not None:
             self._by_block += _where(finite, losses.by_block)
-        if losses.with_lpl and any(map(self.is_due, range(step, step + self.lpl_every))):
-            gradients = losses.gradients(weight)  # an entry comes before the next step with LPL
-            self._squares += _where(gradients.isfinite().all(), gradients)
+        if losses.cosines is not None and losses.levels is not None:
+            self._cosines += summed_by_level(losses.cosines, losses.levels)
+        if losses.squares is not None and any(map(self.is_due, range(step, step + self.lpl_every))):
+            squares = torch.stack([weight.square(), torch.ones_like(weight)]) * losses.squares
+            self._squares += _where(squares.isfinite().all(), squares)  # an entry comes before the next step with LPL
             self._seen = True
         if losses.fidelity is not None:
             self._fidelity += losses.fidelity.summed()
@@ -162,7 +167,9 @@ class Log:
     def _means(self, sums: Sequence[float]) -> dict[str, float]:
         """The numbers of an entry from the sums of :meth:`_summed`."""
         loss, diffusion_loss, lpl, weighted, count, with_lpl, of_lpl, of_diffusion, _, rows, *rest = sums
-        fidelity, by_block = rest[: len(self._fidelity)], rest[len(self._fidelity) :]
+        levels, places = len(LEVEL_NAMES), len(self._fidelity)
+        cosines, counts, rest = rest[:levels], rest[levels : 2 * levels], rest[2 * levels :]
+        fidelity, by_block = rest[:places], rest[places:]
         record: dict[str, float] = {}
         if count:  # else no loss was finite
             diffusion_loss /= count
@@ -174,6 +181,10 @@ class Log:
         if self._seen:
             norms = math.sqrt(of_lpl), math.sqrt(of_diffusion)
             record["lpl_gradient_share"] = norms[0] / sum(norms) if any(norms) else 0.0
+        if sum(counts):
+            record["lpl_gradient_cosine"] = sum(cosines) / sum(counts)
+            found = zip(LEVEL_NAMES, cosines, counts, strict=True)
+            record |= {f"lpl_gradient_cosine/{name}": total / number for name, total, number in found if number}
         if rows:
             parts, kept = by_block[: len(self.blocks)], by_block[len(self.blocks) :]
             record |= {f"lpl/{name}": part / max(with_lpl, 1) for name, part in zip(self.blocks, parts, strict=True)}
@@ -185,7 +196,7 @@ class Log:
 
     def state(self) -> list[list[float]]:
         """The sums since the last entry, a list for each process. Every process calls it; waits for the device."""
-        sums = torch.cat([self._sums, self._squares, self._fidelity, self._by_block.flatten()])
+        sums = torch.cat([self._sums, self._squares, *self._of_samples()])
         host = [self._count, self._rows, self._inside, self._seen]
         exact = torch.float32 if sums.device.type == "mps" else torch.float64
         mine = torch.cat([sums.to(exact), torch.tensor(host, dtype=exact, device=sums.device)])
@@ -195,14 +206,14 @@ class Log:
 
     def _resume(self, state: list[list[float]]) -> None:
         """Continue from what :meth:`state` returned; with another number of processes or blocks, from zero."""
-        device, blocks, fidelity = self.accelerator.device, len(self.blocks), len(self._fidelity)
-        if len(state) != self.accelerator.num_processes or len(state[0]) != 14 + fidelity + 2 * blocks:
+        device = self.accelerator.device
+        sizes = [6, 2, *map(len, self._of_samples())]
+        if len(state) != self.accelerator.num_processes or len(state[0]) != 2 + sum(sizes) + 4:
             return
         step, seconds, *sums, count, rows, inside, seen = state[self.accelerator.process_index]
         self._last_step = int(step)
-        parts = torch.tensor(sums, device=device).split([6, 2, fidelity, 2 * blocks])
-        self._sums, self._squares, self._fidelity, by_block = parts
-        self._by_block = by_block.view(2, blocks)
+        self._sums, self._squares, cosines, self._fidelity, by_block = torch.tensor(sums, device=device).split(sizes)
+        self._cosines, self._by_block = cosines.view_as(self._cosines), by_block.view_as(self._by_block)
         self._count, self._rows = int(count), int(rows)
         self._inside, self._seen = inside, bool(seen)
         self._since -= seconds
@@ -213,6 +224,7 @@ class Log:
         # Of the micro-batches with finite losses: the losses, their number, the number with LPL.
         self._sums, self._squares = torch.zeros(6, device=device), torch.zeros(2, device=device)
         self._by_block = torch.zeros(2, len(self.blocks), device=device)  # as in BatchLosses
+        self._cosines = torch.zeros(2, len(LEVEL_NAMES), device=device)  # as of summed_by_level
         # Of the samples that a student was corrected on: cosine, squared relative error, and their number
         self._fidelity = torch.zeros(3 if self.student else 0, device=device)
         self._count = self._rows = 0  # micro-batches, and samples that LPL has seen
@@ -221,7 +233,11 @@ class Log:
     def _summed(self) -> Tensor:
         """The sums of this process as one vector."""
         host = self._sums.new_tensor([self._inside, self._rows])
-        return torch.cat([self._sums, self._squares, host, self._fidelity, self._by_block.flatten()])
+        return torch.cat([self._sums, self._squares, host, *self._of_samples()])
+
+    def _of_samples(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The sums over samples, each as a vector."""
+        return self._cosines.flatten(), self._fidelity, self._by_block.flatten()
 
     def validation(self, step: int, numbers: Mapping[str, float]) -> None:
         """An entry of its own for what a validation has measured after a step."""

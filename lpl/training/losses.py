@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lpl.autoencoders import encode, feature_vae, sampled_latents
 from lpl.config.groups import Lpl
-from lpl.loss import LatentPerceptualLoss
+from lpl.gradients import conflict, cosine
+from lpl.loss import Formed, LatentPerceptualLoss
 from lpl.student import Fidelity, StudentLoss, load_student
 from lpl.tools.machine import DTYPES
 from lpl.training.speed import lay_out
@@ -34,6 +35,10 @@ class BatchLosses:
     corrected: tuple[Tensor, Tensor] | None = None  # places in the batch, and LPL less the student's value there
     fidelity: Fidelity | None = None  # of a student, on the samples that it was corrected on
     weights: Tensor | None = None  # (B,), of each sample for both terms, ``errors`` has it already; None: all 1
+    levels: Tensor | None = None  # (B,), noise level of each sample (lpl/gradients.py)
+    # Of both terms' gradients at D, once compared: (B,), NaN where one is zero; and |dLPL/dD|^2, |dL_diffusion/dD|^2
+    cosines: Tensor | None = None
+    squares: Tensor | None = None
 
     def take(self, rows: Tensor, lpl: Tensor, share: float, lpl_loss: LatentPerceptualLoss | StudentLoss) -> None:
         """Record LPL of some rows, both (n,), which stand for that share of the batch."""
@@ -69,15 +74,25 @@ class BatchLosses:
             found[rows, 1] |= values.isfinite().logical_not()
         return found
 
-    def gradients(self, weight: Tensor) -> Tensor:
-        """|w dLPL/dD|^2 and |dL_diffusion/dD|^2, (2,); before the backward pass, whose graph is kept."""
-        squares = []
-        for term in (weight * self.lpl, self.diffusion_loss):
-            squares.append(torch.zeros_like(self.lpl))
-            if term.requires_grad:  # not so for LPL where no sample was inside
-                (gradient,) = torch.autograd.grad(term, self.model_output, retain_graph=True)
-                squares[-1] = gradient.square().sum()
-        return torch.stack(squares)
+    def compare_gradients(self, project: bool = False) -> None:
+        """Compare both terms' gradients at D, before the backward pass, whose graph is kept.
+
+        Args:
+            project: take what conflicts with the diffusion loss's gradient out of LPL's; LPL's value stays.
+        """
+        of_lpl, of_diffusion = self._gradient(self.lpl), self._gradient(self.diffusion_loss)
+        self.cosines = cosine(of_lpl, of_diffusion)
+        if project:
+            opposed = conflict(of_lpl, of_diffusion)
+            of_lpl = of_lpl - opposed
+            self.lpl = self.lpl + Formed.apply(self.model_output, torch.zeros_like(self.errors), -opposed).sum()
+        self.squares = torch.stack([of_lpl.square().sum(), of_diffusion.square().sum()])
+
+    def _gradient(self, term: Tensor) -> Tensor:
+        """The gradient of a term, (), at D."""
+        if not term.requires_grad:  # LPL where no sample was inside
+            return torch.zeros_like(self.model_output)
+        return torch.autograd.grad(term, self.model_output, retain_graph=True)[0]
 
 
 def clean_latents(vae: ModelMixin, batch: Mapping[str, Any]) -> Tensor:

@@ -143,6 +143,7 @@ OWN = {  # SPEC.md, and what this project adds
     "lpl_student": None,
     "lpl_correct_every": 0,
     "lpl_crop": None,
+    "lpl_project_conflicts": False,
     "lpl_chunk_size": None,
     "aspect_ratio_buckets": None,
     "bucket_step": None,

@@ -140,6 +140,7 @@ TRAINING_ONLY = {
     "lpl_every": 4,
     "lpl_max_samples": 2,
     "lpl_crop": 16,
+    "lpl_project_conflicts": True,
     "lpl_gradient_checkpointing": True,
     "lpl_student": "user/student",
     "lpl_correct_every": 4,
@@ -355,6 +356,18 @@ def test_the_gradients_share_by_hand(sd_pipeline, image_folder, tmp_path, monkey
     (gradient,) = torch.autograd.grad(0.3 * call(loss, predicted, latents).sum() / 4, predicted)
     of_lpl, of_diffusion = gradient.norm().item(), 2 * math.sqrt(record["diffusion_loss"] / (4 * 4 * 8 * 8))
     assert record["lpl_gradient_share"] == pytest.approx(of_lpl / (of_lpl + of_diffusion), rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:--prediction_type")
+def test_projection_changes_the_update_and_no_loss_of_the_same_weights(sd_pipeline, image_folder, tmp_path):
+    """Random weights conflict here."""
+    flags = {"prediction_type": "flow_matching", "train_batch_size": 4, "lpl_weight": 0.3, "lpl_sigma_threshold": 1000}
+    options = {"projected": {"lpl_project_conflicts": True}, "plain": {}}
+    runs = [train(sd_pipeline, image_folder, tmp_path / name, **flags | options[name]) for name in options]
+    (ours, our_next), (others, other_next) = map(metrics, runs)
+    assert ours.pop("lpl_gradient_share") < others.pop("lpl_gradient_share")
+    assert ours == others and ours["lpl_gradient_cosine"] < 0
+    assert our_next["loss"] != other_next["loss"] and not same(*(weights(run / "unet") for run in runs))
 
 
 def test_looking_changes_nothing(cheap, sd_pipeline, image_folder, tmp_path):

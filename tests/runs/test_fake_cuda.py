@@ -23,6 +23,7 @@ from lpl.student import Student, probe
 
 
 SHORT = {"max_train_steps": 1, "gradient_accumulation_steps": 1, "mixed_precision": "bf16"}
+SHORT |= {"lpl_project_conflicts": True}
 SUPPORT = ROOT / "tests" / "support"
 
 

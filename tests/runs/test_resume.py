@@ -27,7 +27,10 @@ RUN = {
 LORA = {"lora": True, "rank": 2, "lora_dropout": 0.3}
 VARIANTS = {
     "several epochs": ("sd", {"train_batch_size": 7}),
-    "accumulation": ("sd", {"gradient_accumulation_steps": 3, "offload_ema": True}),
+    "accumulation": (
+        "sd",
+        {"gradient_accumulation_steps": 3, "offload_ema": True, "lpl_project_conflicts": True},
+    ),
     "loader processes": ("sd", {"dataloader_num_workers": 2, "foreach_ema": True}),
     "bf16": ("sd", {"mixed_precision": "bf16", "lpl_every": 2, "lpl_start_step": 1}),
     "LoRA with dropout": ("sd", LORA),  # draws from the global random state

@@ -116,21 +116,24 @@ def add(
     size=2,
     grad=None,
     samples=None,
+    cosines=(),
+    levels=(),
 ):
     """A micro-batch of `size` samples. `grad`: of both terms at the model's output, one number each. `samples`: their
-    diffusion losses, by index in the data set."""
-    output = torch.zeros(2, requires_grad=grad is not None)
-    by_output = output * torch.tensor(grad or (0.0, 0.0))  # of LPL, of the diffusion loss
+    diffusion losses, by index in the data set. `cosines`: of the gradients, of samples at these noise levels."""
     samples = samples or dict.fromkeys(range(size), diffusion_loss)
     losses = BatchLosses(
-        torch.tensor(list(samples.values())) + by_output[1],
-        lpl + by_output[0],
-        output,
+        torch.tensor(list(samples.values())),
+        torch.tensor(lpl),
+        torch.zeros(2),
         inside,
         with_lpl,
         0 if by_block is None else rows,
         None if by_block is None else torch.tensor(by_block),
+        levels=torch.tensor(levels, dtype=torch.long),
     )
+    if with_lpl:
+        losses.cosines, losses.squares = torch.tensor(cosines), torch.tensor(grad or (0.0, 0.0)).square()
     log.observe(step, {"index": torch.tensor(list(samples))}, losses, torch.tensor(loss), WEIGHT)
 
 
@@ -280,30 +283,56 @@ def test_the_gradients_share_is_that_of_the_norms_over_the_whole_step(logging):
     assert log.records()[1]["lpl_gradient_share"] == pytest.approx(0.75)
 
 
-def test_gradients_are_looked_at_in_the_last_step_with_lpl_before_an_entry(logging, monkeypatch):
+def test_the_gradients_share_is_that_of_the_last_step_with_lpl_before_an_entry(logging):
     """Entries after 5, 10 and 12; with LPL are the steps 1, 4, 7 and 10."""
-    looked = []
-    monkeypatch.setattr(BatchLosses, "gradients", lambda losses, weight: looked.append(step) or torch.ones(2))
     log = logging(lpl_every=3, logging_steps=5, checkpointing_steps=100, last_step=12)
     for step in range(1, 13):
-        add(log, step=step, with_lpl=step % 3 == 1)
-    assert looked == [4, 10]
-    assert [step for step in range(1, 13) if log.is_due(step)] == [5, 10, 12]
+        add(log, step=step, with_lpl=step % 3 == 1, grad=(2.0 * step, 1.0))
+        if log.is_due(step):
+            log.write(step, 1e-4)
+    found = {record["step"]: record.get("lpl_gradient_share") for record in log.records()}
+    assert found == {5: pytest.approx(4 / 5), 10: pytest.approx(10 / 11), 12: None}
+
+
+def test_cosines_are_means_over_samples_by_noise_level(logging):
+    """Of all steps with LPL since the last entry; a sample without a cosine counts nowhere."""
+    log = logging()
+    add(log, cosines=[0.5, -0.5, math.nan], levels=[4, 1, 1])
+    add(log, step=2, cosines=[0.0], levels=[4])
+    add(log, step=3, with_lpl=False)
+    add(log, step=4, cosines=[math.nan], levels=[0])
+    log.write(4, 1e-4)
+    add(log, step=5, with_lpl=False)
+    log.write(5, 1e-4)
+    first, second = log.records()
+    found = {name: value for name, value in first.items() if "cosine" in name}
+    names = "lpl_gradient_cosine", "lpl_gradient_cosine/0.05_to_0.1", "lpl_gradient_cosine/0.5_to_1"
+    assert found == dict(zip(names, (0.0, -0.5, 0.25))) and not any("cosine" in name for name in second)
 
 
 def test_processes_with_different_numbers_inside(logging):
     """The other one saw two samples where this one saw one: kept shares are means over samples, parts over batches."""
     log = logging()
-    add(log, lpl=1.0, by_block=[[1.0, 0.0], [0.4, 1.0]], rows=1, grad=(3.0, 0.0))
+    add(log, lpl=1.0, by_block=[[1.0, 0.0], [0.4, 1.0]], rows=1, grad=(3.0, 0.0), cosines=[0.9], levels=[2])
     ours = log._summed()
     log._reset()
-    add(log, lpl=3.0, by_block=[[2.0, 1.0], [2.0, 1.4]], rows=2, inside=2, grad=(4.0, 2.5))
+    add(
+        log,
+        lpl=3.0,
+        by_block=[[2.0, 1.0], [2.0, 1.4]],
+        rows=2,
+        inside=2,
+        grad=(4.0, 2.5),
+        cosines=[0.0, 0.3],
+        levels=[2, 2],
+    )
     log.accelerator.reduce = lambda theirs, kind: (ours + theirs) / 2
     log.write(1, 1e-4)
     record = log.records()[0]
     expected = {"lpl": 2.0, "lpl/mid": 1.5, "lpl/up_0": 0.5, "kept/mid": 0.8, "kept/up_0": 0.8, "inside": 0.75}
     assert {name: record[name] for name in expected} == pytest.approx(expected)
     assert record["lpl_gradient_share"] == pytest.approx(0.5)  # 0.5 * 5 to 2.5
+    assert record["lpl_gradient_cosine"] == record["lpl_gradient_cosine/0.1_to_0.25"] == pytest.approx(0.4)
 
 
 # Speed
@@ -345,6 +374,22 @@ def test_a_resumed_run_goes_on_where_the_checkpoint_stands(logging):
     resumed = logging(first_step=2)
     assert resumed.records() == lines(resumed.path) == kept[:5]
     assert [entry["step"] for entry in lines(resumed.samples_path)] == [1, 2]
+
+
+def test_a_run_resumed_between_two_entries_writes_the_same(logging, clock):
+    """Every sum is in the state, in its place."""
+    log = logging()
+    add(log, 1.0, 0.8, 0.4, grad=(3.0, 2.0), by_block=[[0.1, 0.3], [0.9, 0.8]], cosines=[0.5, -0.25], levels=[4, 1])
+    state = log.state()
+    resumed = logging(first_step=1)
+    resumed._resume(state)
+    for each in (log, resumed):
+        add(each, 3.0, 2.2, 1.6, step=2, grad=(1.0, 2.0), cosines=[0.1], levels=[1])
+        clock.now += 1.0
+        each.write(2, 1e-4)
+        clock.now -= 1.0
+    one, other = lines(log.path)
+    assert one == other and one["loss"] == 2.0 and one["lpl_gradient_cosine/0.05_to_0.1"] == pytest.approx(-0.075)
 
 
 def test_a_validation_that_comes_again_is_there_once(logging):

@@ -8,24 +8,38 @@ import torch
 from lpl.training.losses import BatchLosses
 
 
-def squares(*vectors):
-    return [sum(value**2 for value in vector) for vector in vectors]
+def compared(of_lpl, of_diffusion, project=False):
+    """Losses whose gradients at the model's output are these, two samples of (2, 1, 1), and that output."""
+    output = torch.zeros(2, 2, 1, 1, requires_grad=True)
+    by_term = [output.squeeze() * torch.tensor(gradient) for gradient in (of_lpl, of_diffusion)]
+    terms = BatchLosses(2 * by_term[1].sum(1), 3 + by_term[0].sum(), output, 2, True)
+    terms.compare_gradients(project)
+    return terms, output
 
 
 def test_gradients_at_the_models_output():
-    output = torch.tensor([1.0, -2.0], requires_grad=True) * 1
-    terms = BatchLosses(output.square(), 3 * output.sum(), output, 2, True)
-    found = terms.gradients(torch.tensor(0.5))
-    assert found.tolist() == pytest.approx(squares((1.5, 1.5), (1.0, -2.0))) and not found.requires_grad
+    terms, output = compared([[3.0, 4.0], [0.0, 0.0]], [[4.0, 3.0], [1.0, 2.0]])
+    assert terms.cosines[0].item() == pytest.approx(24 / 25) and terms.cosines[1].isnan()
+    assert terms.squares.tolist() == [25.0, 30.0] and not terms.squares.requires_grad
     (terms.diffusion_loss + terms.lpl).backward()  # the graph is still there
+    assert output.grad.squeeze().tolist() == [[7.0, 7.0], [1.0, 2.0]]
+
+
+def test_what_conflicts_is_taken_out_of_lpls_gradient():
+    """Of the sample whose cosine is negative; the value stays, and the cosine is that of before."""
+    terms, output = compared([[-1.0, 2.0], [3.0, 4.0]], [[2.0, 0.0], [4.0, -3.0]], project=True)
+    assert terms.lpl.item() == 3.0 and terms.cosines[0].item() == pytest.approx(-(5**-0.5))
+    assert terms.squares.tolist() == [4.0 + 25.0, 4.0 + 25.0]
+    (0.5 * terms.lpl).backward()
+    assert output.grad.squeeze().tolist() == [[0.0, 1.0], [1.5, 2.0]]
 
 
 def test_without_a_sample_inside_lpl_has_no_gradient():
-    output = torch.tensor([1.0, -2.0], requires_grad=True) * 1
-    assert BatchLosses(output.square(), torch.zeros(()), output, 0, True).gradients(torch.tensor(0.5)).tolist() == [
-        0.0,
-        5.0,
-    ]
+    output = torch.ones(2, 1, 1, 1, requires_grad=True) * 1
+    for project in (False, True):
+        terms = BatchLosses(output.flatten().square(), torch.zeros(()), output, 0, True)
+        terms.compare_gradients(project)
+        assert terms.squares.tolist() == [0.0, 2.0] and terms.cosines.isnan().all() and not terms.lpl.any()
 
 
 def test_the_parts_of_blocks_add_up_to_what_is_taken():
