@@ -94,7 +94,7 @@ def base_folder(study: Path, name: str) -> Path:
 
 def make_base(study: Path, name: str) -> None:
     folder = base_folder(study, name)
-    if not (folder / "model_index.json").is_file():
+    if name in BASES and not (folder / "model_index.json").is_file():
         train(study, EMOJI / "pipeline", folder, BASES[name])
 
 
