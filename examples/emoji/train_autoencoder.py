@@ -197,10 +197,10 @@ def train(pictures: torch.Tensor, device: str, args: argparse.Namespace) -> tupl
     saved, end = time.monotonic(), time.monotonic() + 60 * args.max_minutes
     bar = tqdm(total=args.steps, initial=step, mininterval=5)
     while step < args.steps and time.monotonic() < end:
+        torch.manual_seed(args.seed * args.steps + step)
         if levels_at(step, args) > levels:
             levels, born = levels_at(step, args), step
             vae, optimizer = with_levels(levels, smaller=vae)
-        torch.manual_seed(args.seed * args.steps + step)
         short = step < SHORT_WINDOWS * args.steps
         window, count = (side // 2, args.batch_size) if short else (side, args.batch_size // 4)
         chosen = torch.randint(len(pictures), (count,))

@@ -1,14 +1,18 @@
-"""The data set of emoji: what is trained on, what is held out, and under which names."""
+"""The emoji: what is trained on, what is held out, and under which names; and how their autoencoder is trained."""
 
 import hashlib
 import importlib.util
 import io
+import itertools
 import sys
 import tarfile
 
 import pyarrow.parquet
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
 from trainer import ROOT
 
 
@@ -56,3 +60,51 @@ def test_another_package_is_refused(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         make(monkeypatch, tmp_path, ["1f600"], digest="other")
     assert "this is not the file that npm pack @lobehub/fluent-emoji-3d@1.1.0 downloads" in capsys.readouterr().err
+
+
+# The autoencoder -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def autoencoder(monkeypatch):
+    """The module that trains it, with noise of 16 px for pictures."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples/emoji"))
+    module = importlib.import_module("train_autoencoder")
+    pictures = torch.randint(256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(0)).byte()
+    monkeypatch.setattr(module, "load_pictures", lambda data: (pictures, []))
+    return module
+
+
+def trained(autoencoder, monkeypatch, folder, minutes=600.0):
+    words = ["--data", "-", "--output_dir", folder, "--steps", 20, "--batch_size", 4, "--channels", 8, 8, 16]
+    words += ["--save_minutes", 1, "--max_minutes", minutes]
+    monkeypatch.setattr(sys, "argv", ["train_autoencoder.py", *map(str, words)])
+    autoencoder.main()
+    return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+def test_an_autoencoder_that_was_stopped_goes_on_exactly(autoencoder, monkeypatch, tmp_path):
+    whole = trained(autoencoder, monkeypatch, tmp_path / "whole")
+    clock = itertools.count(0, 30)  # seconds; every look at the clock takes half a minute
+    monkeypatch.setattr(autoencoder.time, "monotonic", lambda: next(clock))
+    runs = 0
+    while not (tmp_path / "parts/reconstructions.png").is_file():
+        parts = trained(autoencoder, monkeypatch, tmp_path / "parts", minutes=3)
+        runs += 1
+    assert runs > 3 and parts.keys() == whole.keys()
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
+def test_a_grown_autoencoder_begins_with_the_outer_levels(autoencoder):
+    smaller = autoencoder.grown(None, (8, 8), 4, 16)
+    nn.init.normal_(smaller.decoder.up_blocks[1].resnets[0].conv2.weight)
+    larger = autoencoder.grown(smaller, (8, 8, 16), 4, 16)
+    for one, other in (
+        (smaller.encoder.down_blocks[0], larger.encoder.down_blocks[0]),
+        (smaller.decoder.up_blocks[1], larger.decoder.up_blocks[2]),
+    ):
+        for name, weight in one.state_dict().items():
+            assert torch.equal(weight, other.state_dict()[name]), name
+    inner = larger.decoder.up_blocks[0].resnets[0]
+    features = torch.randn(1, 16, 4, 4)
+    assert torch.equal(inner(features, None), features)
