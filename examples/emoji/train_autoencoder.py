@@ -95,9 +95,11 @@ def grown(vae: AutoencoderKL | None, channels: tuple[int, ...], latent_channels:
     return larger
 
 
-def levels_at(step: int, args: argparse.Namespace) -> int:
-    """Levels of the autoencoder at a step."""
-    return next((levels for levels, share in GROWTH.items() if step < share * args.steps), len(args.channels))
+def stage_at(step: int, args: argparse.Namespace) -> tuple[int, int]:
+    """Levels of the autoencoder at a step, and the step from which it has had them."""
+    ends = [math.ceil(share * args.steps) for share in GROWTH.values()]
+    passed = sum(end <= step for end in ends)
+    return [*GROWTH, len(args.channels)][passed], [0, *ends][passed]
 
 
 def reconstruction_pair(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -188,18 +190,17 @@ def train(pictures: torch.Tensor, device: str, args: argparse.Namespace) -> tupl
 
     state = torch.load(place, map_location=device) if place.is_file() else {"step": 0}
     step = state["step"]
-    levels = levels_at(max(step - 1, 0), args)
+    levels, begun = stage_at(max(step - 1, 0), args)
     vae, optimizer = with_levels(levels)
     if step:
         vae.load_state_dict(state["vae"])
         optimizer.load_state_dict(state["optimizer"])
-    born = -WARMUP if step else 0
     saved, end = time.monotonic(), time.monotonic() + 60 * args.max_minutes
     bar = tqdm(total=args.steps, initial=step, mininterval=5)
     while step < args.steps and time.monotonic() < end:
         torch.manual_seed(args.seed * args.steps + step)
-        if levels_at(step, args) > levels:
-            levels, born = levels_at(step, args), step
+        if stage_at(step, args) != (levels, begun):
+            levels, begun = stage_at(step, args)
             vae, optimizer = with_levels(levels, smaller=vae)
         short = step < SHORT_WINDOWS * args.steps
         window, count = (side // 2, args.batch_size) if short else (side, args.batch_size // 4)
@@ -209,7 +210,7 @@ def train(pictures: torch.Tensor, device: str, args: argparse.Namespace) -> tupl
             output, target, kl = reconstruction_pair(vae, images)
         loss = reconstruction_loss(output.float(), target.float()) + KL_WEIGHT * kl
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step / args.steps, step - born, args.learning_rate)
+            group["lr"] = learning_rate(step / args.steps, step - begun, args.learning_rate)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
