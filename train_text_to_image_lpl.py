@@ -79,6 +79,7 @@ from lpl.training.preflight import check_captions, preflight
 from lpl.training.provenance import start_recipe, update_recipe
 from lpl.training.result import Result
 from lpl.training.sampling import draws_of
+from lpl.training.sharding import Sharding
 from lpl.training.skipped_steps import SkippedSteps
 from lpl.training.speed import check_model, speed_up
 from lpl.training.start import (
@@ -130,7 +131,7 @@ def train(config: Config, status: Status) -> None:
         images = inputs.images
         trained = status.trained = trained_parts(family, config)
         speed_up(trained, config, accelerator)
-        average = place_models(trained, config, description, accelerator)
+        average = place_models(trained, config, description, accelerator, Sharding.asked(accelerator))
         needs_decoder = config.lpl.enabled or inputs.held_out_images is not None
         fast = config.optimization.compile_for, config.optimization.channels_last
         decoder = family.vae, config.lpl, config.model.cache_dir, *fast

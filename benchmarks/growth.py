@@ -15,38 +15,29 @@ an all-reduce twice that. Writes a JSON file, and draws all results that are the
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import os
 import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
-from unittest import mock
 
 import torch
-from torch import Tensor, distributed
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.tensor import DTensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import recipes
 from benchmarks.counted import ARCHITECTURES, METHOD, completed
 from benchmarks.lpl_cost import seconds
 from benchmarks.operations import student_operations
-from lpl import LatentPerceptualLoss
 from lpl.config import Config
 from lpl.data.dataset import Batch
-from lpl.diagnosis.counting import HOST, Counting, as_on_gpu
-from lpl.diagnosis.estimate import Rehearsal
+from lpl.diagnosis.counting import Counting
+from lpl.diagnosis.estimate import Rehearsal, rehearsal
 from lpl.diagnosis.needs import bytes_of, count_parameters
 from lpl.diagnosis.without_weights import OneGpu, model_without_weights
 from lpl.distillation.command import default_width
@@ -54,8 +45,8 @@ from lpl.families.description import Description
 from lpl.objectives import FlowMatching
 from lpl.student import Student, StudentLoss
 from lpl.tools.pictures import label_axes, new_figure, save_figure
-from lpl.training import sharding
-from lpl.training.given_lora import Adapters, shapes_of
+from lpl.training.given_lora import Adapters
+from lpl.training.sharding import Sharding
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -195,8 +186,6 @@ class Exchange(Counting):
         self.sent = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # it comes back with its shards
         if func in WHOLE:
             tensors, passes = WHOLE[func](args)
             self.sent += passes * (self.processes - 1) / self.processes * bytes_of(tensors)
@@ -209,50 +198,6 @@ WHOLE: dict[Any, Callable[[Any], tuple[Sequence[Tensor], int]]] = {  # the whole
     c10d._reduce_scatter_base_.default: lambda args: ([args[1]], 1),
     c10d.allreduce_.default: lambda args: (args[0], 2),
 }
-
-
-class Shard(OneGpu):
-    """One of several GPUs with FSDP2."""
-
-    device = HOST  # FSDP2 asks torch for the device, which has to be there
-
-    def __init__(self, mixed_precision: str, processes: int) -> None:
-        super().__init__(mixed_precision, processes)
-        self.state, self.parallelism_config = SimpleNamespace(), None
-
-    def prepare(self, optimizer: Any) -> Any:  # type: ignore[override]
-        optimizer.optimizer = optimizer
-        return optimizer
-
-
-DEVICE: Any = FakeTensor.device
-
-
-@contextmanager
-def group(processes: int) -> Iterator[None]:
-    """Within, there are other processes, which do nothing, and accelerate's configuration asks for FSDP2."""
-    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
-    mesh = sharding.init_device_mesh(HOST.type, (processes,))
-    asked = mock.patch.dict(os.environ, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
-    try:
-        with asked, mock.patch.object(sharding, "init_device_mesh", lambda *_: mesh):
-            yield
-    finally:
-        distributed.destroy_process_group()
-
-
-@contextmanager
-def on_host() -> Iterator[None]:
-    """Within :func:`as_on_gpu`, tensors are on the host for FSDP2, and on the GPU for LPL."""
-    gpu, call = FakeTensor.device, LatentPerceptualLoss.__call__
-
-    def on_gpu(*args: Any, **kwargs: Any) -> Tensor:
-        with mock.patch.object(FakeTensor, "device", gpu):
-            return call(*args, **kwargs)
-
-    host = mock.patch.object(FakeTensor, "device", DEVICE)
-    with host, mock.patch.object(LatentPerceptualLoss, "__call__", on_gpu):
-        yield
 
 
 def count(training: Training, scale: str = "real") -> dict[str, Any]:
@@ -268,22 +213,16 @@ def count(training: Training, scale: str = "real") -> dict[str, Any]:
 @cache  # any number of processes with DDP is alike
 def _count(training: Training, scale: str) -> dict[str, Any]:
     """What :func:`count` gives, with what FSDP2 sends."""
-    sharded, processes = training.sharded, training.processes
-    counting, found = Exchange(processes), dict[str, Any]()
+    counting, found = Exchange(training.processes), dict[str, Any]()
+    sharding = Sharding() if training.sharded else None
     with completed(training.architecture, training.words("bf16"), scale) as (config, description):
-        accelerator = (Shard if sharded else OneGpu)("bf16", processes)
-        objective, drawn = description.objective(config.model.objective), draws(config, description)
-        adapters = shapes_of(config, description)
-        others, place = (group(processes), on_host()) if sharded else (nullcontext(), nullcontext())
-        with others, counting, as_on_gpu(), place:
-            run = Rehearsal(config, description, objective, METHOD, accelerator, adapters)
+        drawn = draws(config, description)
+        how = config, description, METHOD, "bf16", counting, training.processes, sharding
+        with rehearsal(*how) as run:
             parameters = count_parameters(run.trained.denoiser, trained_only=False)
             gradients = bytes_of(run.trained.weights())
             run.begin()
             for way, step in ways(run, description.space[0], lambda: run.batch(*drawn)):
-                if sharded:  # its first pass leaves tensors in cycles of references
-                    step()
-                    gc.collect()
                 counting.reset()
                 step()
                 found[way] = {"memory": counting.peak, "operations": counting.operations, "sent": counting.sent}

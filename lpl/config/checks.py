@@ -368,26 +368,31 @@ def _check_validation(config: Config) -> None:
 def _check_gpu(config: Config) -> None:
     if config.validation.for_gpu is None:
         return
-    gpu_memory(config.validation.for_gpu)
+    gpus(config.validation.for_gpu)
     if not config.validation.dry_run:
         raise ValueError("--for_gpu estimates what a run would need and takes no step; add --dry_run")
 
 
-def gpu_memory(text: str) -> int:
-    """Bytes of a GPU that is given by its memory, or by its name.
+def gpus(text: str) -> tuple[int | None, int]:
+    """How many GPUs, if the text says so, and the bytes of one, which is given by its memory or its name.
 
     Raises:
         ValueError: with what is accepted.
 
-    >>> gpu_memory("24GB") == 24 * 2**30, gpu_memory("RTX 4090") == 24564 * 2**20
+    >>> gpus("24GB") == (None, 24 * 2**30), gpus("8 x RTX 4090") == (8, 24564 * 2**20)
     (True, True)
     """
-    name = re.sub(r"[\s_]|(?<=[a-z])-", "", text.lower()).removeprefix("nvidia").removeprefix("geforce")
+    count, one = re.fullmatch(r"(?:([1-9]\d*)\s*x\s*)?(.*)", text.lower(), re.DOTALL).groups()  # type: ignore[union-attr]
+    name = re.sub(r"[\s_]|(?<=[a-z])-", "", one).removeprefix("nvidia").removeprefix("geforce")
+    several = int(count) if count else None
     if name in GPUS:
-        return GPUS[name] * 2**20
+        return several, GPUS[name] * 2**20
     if (match := re.fullmatch(r"(\d+(?:\.\d+)?)(gi?b)?", name)) and float(match[1]) > 0:
-        return int(float(match[1]) * 2**30)
-    raise ValueError(f"--for_gpu {text}: accepted are a GPU's memory, such as 24GB, and {', '.join(GPUS)}")
+        return several, int(float(match[1]) * 2**30)
+    raise ValueError(
+        f"--for_gpu {text}: accepted are a GPU's memory, such as 24GB, and {', '.join(GPUS)}, each also with a number "
+        "of GPUs, such as 8x24GB"
+    )
 
 
 def _check_evaluation(config: Config) -> None:

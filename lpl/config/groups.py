@@ -955,8 +955,9 @@ class Validation:
     )
     for_gpu: str | None = flag(
         None,
-        f"with --dry_run: estimate for a GPU with that memory, such as 24GB, or of that name ({', '.join(GPUS)}); "
-        "needs neither GPU, weights nor data",
+        f"with --dry_run: estimate for a GPU with that memory, such as 24GB, or of that name ({', '.join(GPUS)}), or "
+        "for several, such as 8x24GB, with FSDP2 if accelerate's configuration asks for it; needs neither GPU, "
+        "weights nor data",
         own=True,
         in_recipe=False,
     )

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -45,7 +46,7 @@ class Counting(TorchDispatchMode):
 
     Attributes:
         current, peak: bytes of live storages, now and at most since :meth:`reset`.
-        host: bytes of live storages in pinned memory, which are not counted otherwise.
+        host: bytes of live storages in the CPU's memory, which are not counted otherwise: pinned, or :meth:`offload`.
         operations: floating-point operations since :meth:`reset`, a multiplication and its addition being two.
     """
 
@@ -56,6 +57,7 @@ class Counting(TorchDispatchMode):
         self.fake = FAKE if fake else None
         self.current = self.peak = self.operations = self.host = 0
         self._live: dict[int, int] = {}  # bytes of a storage by its id
+        self._resting: dict[int, int] = {}  # of those in the CPU's memory
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:  # the wrapper that torch puts around costs more than the rest
@@ -72,14 +74,38 @@ class Counting(TorchDispatchMode):
             self.current -= self._live.get(key, 0)
             self._live[key] = 0
 
+    def offload(self, tensors: Iterable[Tensor]) -> None:
+        """Count some tensors, and what shares their memory, as the CPU's."""
+        for tensor in tensors:
+            key = id(tensor.untyped_storage())
+            size, self._live[key] = self._live.get(key, 0), 0
+            self._resting[key] = self._resting.get(key, 0) + size
+            self.current, self.host = self.current - size, self.host + size
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage, of which torch has freed or allocated the memory in place."""
+        key = id(storage)
+        if key in self._live:
+            before, self._live[key] = self._live[key], _in_blocks(storage)
+            self.current += self._live[key] - before
+            self.peak = max(self.peak, self.current)
+
+    def rests(self, tensor: Tensor) -> bool:
+        """Whether it is in the CPU's memory."""
+        return self._resting.get(id(tensor.untyped_storage()), 0) > 0
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it comes back with its shards
         if func is torch.ops.prim.device.default:  # more than half of all calls
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         if pinned := bool(kwargs.get("pin_memory")):
             kwargs = kwargs | {"pin_memory": False}
+        if func is aten._pin_memory.default:
+            func, pinned = aten.clone.default, True
         if self.fake is None:
             out = func(*args, **kwargs)
         else:
@@ -135,16 +161,21 @@ class Counting(TorchDispatchMode):
         key = id(storage)
         if key in self._live:
             return
-        size = -(-storage.nbytes() // BLOCK) * BLOCK
-        self._live[key], host = (0, size) if pinned else (size, 0)
-        weakref.finalize(storage, self._free, key, host).atexit = False
-        self.host += host
-        self.current += size - host
+        size = self._live[key] = _in_blocks(storage)
+        weakref.finalize(storage, self._free, key).atexit = False
+        self.current += size
+        if pinned:
+            self.offload([tensor])
         self.peak = max(self.peak, self.current)
 
-    def _free(self, key: int, host: int) -> None:
+    def _free(self, key: int) -> None:
         self.current -= self._live.pop(key)
-        self.host -= host
+        self.host -= self._resting.pop(key, 0)
+
+
+def _in_blocks(storage: torch.UntypedStorage) -> int:
+    """Bytes, as an allocator rounds them up."""
+    return -(-storage.nbytes() // BLOCK) * BLOCK
 
 
 def _value(tensor: Tensor) -> bool | int | float:
@@ -169,7 +200,7 @@ def _kind(func: Any) -> Kind:
     name = schema.name.split("::")[1]
     if func in IN_PLACE or (name.endswith("_") and name not in ("resize_", "set_") and len(schema.returns) == 1):
         return Kind.IN_PLACE
-    if not any(aliases):
+    if not any(aliases) and not schema.name.startswith("fsdp::"):  # whose results are views, untold
         plain = all(str(returned.type) in ("Tensor", "Optional[Tensor]") for returned in schema.returns)
         return Kind.NEW if plain and schema.returns else Kind.OTHER
     views = not any(alias and alias.is_write for alias in aliases) and name in VIEWS

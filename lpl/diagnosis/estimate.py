@@ -5,14 +5,16 @@ own step runs on them. Memory is what live tensors take at a time, at its *peak*
 step without LPL, a step with LPL in which every sample is inside, drawing a sample, saving. An *operation* is a
 floating-point one of a matrix product, convolution or attention.
 
+With FSDP2, what is trained is in torch's own shards (:mod:`lpl.diagnosis.shards`), and memory is that of one process.
+
 What is estimated, not counted: CUDA's context, the libraries' workspaces and the allocator's gaps (``CONTEXT``).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -20,6 +22,7 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lpl.autoencoders import decode, drop_encoder, unscale
 from lpl.config import Config
@@ -27,6 +30,7 @@ from lpl.config.groups import Data, Lpl
 from lpl.data.dataset import Batch, LatentSpace
 from lpl.diagnosis.counting import Counting, as_on_gpu
 from lpl.diagnosis.needs import bytes_of, count_parameters, optimizer_bytes
+from lpl.diagnosis.shards import Shard, on_host, other_processes
 from lpl.diagnosis.status import Stage
 from lpl.diagnosis.without_weights import OneGpu, family_without_weights, model_without_weights
 from lpl.families import Conditions, Family
@@ -39,6 +43,7 @@ from lpl.training.given_lora import Adapters, shapes_of
 from lpl.training.losses import lpl_weight, perceptual_loss
 from lpl.training.memory import offload_vaes
 from lpl.training.parts import TrainedParts
+from lpl.training.sharding import Sharding, local
 from lpl.training.start import place_models, trained_parts
 from lpl.training.updates import prepare
 
@@ -75,7 +80,8 @@ class Estimate:
         parameters: trained and all parameters of each part of the pipeline.
         memory: bytes at the peak of each stage.
         operations: of an optimizer step, of one whose samples are all inside, and of the text encoders alone.
-        host: bytes of what rests in the CPU's memory: the EMA with --offload_ema, and offloaded weights.
+        host: bytes of what rests in the CPU's memory: the EMA with --offload_ema, offloaded weights, and with FSDP2's
+            offload the shards with their gradients and optimizer state.
         student_operations: of a step with --lpl_student without a correction; 0 without a student.
     """
 
@@ -102,6 +108,7 @@ class Rehearsal:
     Args:
         objective: made outside, since its tables are on the host.
         adapters: LoRA that the flags name, read outside.
+        counting: is told what the CPU's memory holds; None: nothing is counted.
     """
 
     def __init__(
@@ -112,7 +119,9 @@ class Rehearsal:
         method: Method,
         accelerator: OneGpu,
         adapters: Adapters,
+        counting: Counting | None = None,
     ) -> None:
+        self.counting = counting
         self.config, self.description, self.accelerator, self.method = config, description, accelerator, method
         optimization, stands_in = config.optimization, cast(Any, accelerator)
         family = family_without_weights(config, description, accelerator.mixed_precision)
@@ -120,7 +129,7 @@ class Rehearsal:
         self.packed = _pack(family.denoiser, config.lora.quantize_base)
         self.trained = trained_parts(family, config, adapters)
         here = config.changed(offload_ema=False, non_ema_revision=None)  # what is offloaded is left out of the count
-        self.average = place_models(self.trained, here, description, stands_in)
+        self.average = place_models(self.trained, here, description, stands_in, accelerator.sharding)
         self.lpl_loss = (
             perceptual_loss(*_decoder(family, config.lpl, config.model.cache_dir)) if config.lpl.enabled else None
         )
@@ -132,27 +141,38 @@ class Rehearsal:
         self.losses = method.losses(family, objective, self.lpl_loss, config.lpl, config.diffusion)
         self.student = _student(config.lpl, config.model.cache_dir) if config.lpl.enabled else None
         self.state: list[Tensor] = []
+        if self.average is not None and (optimization.offload_ema or self.resting):
+            self._offload(self.average.shadow_params)
+        for weight in self.resting:
+            weight.register_post_accumulate_grad_hook(lambda weight: self._offload([cast(Tensor, weight.grad)]))
 
     @property
-    def offloaded(self) -> Sequence[Tensor]:
-        """The weights of the EMA that the CPU holds."""
-        return self.average.shadow_params if self.average is not None and self.config.optimization.offload_ema else ()
+    def resting(self) -> list[nn.Parameter]:
+        """Trained weights whose shards the CPU holds, with their gradients, optimizer state and EMA."""
+        sharding = self.accelerator.sharding
+        offloads = sharding is not None and sharding.offload
+        return [weight for weight in self.trained.weights() if offloads and isinstance(weight, DTensor)]
+
+    def _offload(self, tensors: Iterable[Tensor]) -> None:
+        if self.counting is not None:
+            self.counting.offload(local(tensors))
 
     def begin(self) -> None:
-        """Create the optimizer's state."""
+        """Create the optimizer's state, by an update: the first one of shards has torch work out whole tensors."""
         optimizer: Any = self.updates.optimizer
-        if self.config.optimization.optimizer == "AdamW" and not self.config.optimization.use_8bit_adam:
-            self._fill_gradients()
-            optimizer.step()
-            optimizer.zero_grad()
-            return
-        count = optimizer_bytes(self.trained.weights(), self.config.optimization)
-        self.state = [torch.empty(count, dtype=torch.uint8)]
-        optimizer.step = lambda: None
+        if self.config.optimization.optimizer != "AdamW" or self.config.optimization.use_8bit_adam:
+            count = optimizer_bytes(local(self.trained.weights()), self.config.optimization)
+            self.state = [torch.empty(count, dtype=torch.uint8)]
+            optimizer.step = lambda: None
+        self._fill_gradients()
+        self.updates.step()
+        for weight in self.resting:
+            self._offload([*self.state, *filter(torch.is_tensor, optimizer.state[weight].values())])
 
     def _fill_gradients(self) -> None:
         for parameter in self.trained.weights():
             parameter.grad = torch.empty_like(parameter)
+        self._offload(cast(Tensor, weight.grad) for weight in self.resting)
 
     def measure_a_sample(self) -> None:
         """Let LPL find out how many samples it decodes at a time, which it does once and not in each step."""
@@ -270,6 +290,36 @@ def _pack(denoiser: nn.Module, quantize_base: str | None) -> list[Tensor]:
     return [torch.empty(int(PACKED[quantize_base] * numbers), dtype=torch.uint8), torch.empty_like(largest)]
 
 
+@contextmanager
+def rehearsal(
+    config: Config,
+    description: Description,
+    method: Method,
+    mixed_precision: str,
+    counting: Counting,
+    processes: int = 1,
+    sharding: Sharding | None = None,
+    on_gpu: bool = True,
+) -> Iterator[Rehearsal]:
+    """A run that is counted within; arguments as those of :func:`estimate`.
+
+    Args:
+        on_gpu: False: on the device that is here.
+    """
+    objective, adapters = description.objective(config.model.objective), shapes_of(config, description)
+    accelerator = OneGpu(mixed_precision, processes)
+    with ExitStack() as within:
+        if sharding is not None:
+            sharding = within.enter_context(other_processes(sharding, processes))
+            accelerator = Shard(mixed_precision, processes, sharding)
+        within.enter_context(counting)
+        if on_gpu:
+            within.enter_context(as_on_gpu())
+        if sharding is not None:
+            within.enter_context(on_host(counting))
+        yield Rehearsal(config, description, objective, method, accelerator, adapters, counting)
+
+
 def estimate(
     config: Config,
     description: Description,
@@ -278,6 +328,7 @@ def estimate(
     processes: int = 1,
     stages: Sequence[Stage] = (Stage.STEP, Stage.LPL_STEP, Stage.SAMPLES),
     counting: Counting | None = None,
+    sharding: Sharding | None = None,
 ) -> Estimate:
     """Count what a run needs; nothing is loaded or computed.
 
@@ -287,27 +338,27 @@ def estimate(
         processes: GPUs.
         stages: those that are counted, beside loading and saving.
         counting: counts on the device that is here instead of on a GPU, to compare with it.
+        sharding: of what is trained, over several processes; None: each has a copy of it.
     """
     config = with_decoder_dtype(config, mixed_precision)
     optimization, lpl = config.optimization, config.lpl
-    batch_size, accelerator = optimization.train_batch_size, OneGpu(mixed_precision, processes)
-    objective = description.objective(config.model.objective)
-    flow = isinstance(objective, FlowMatching)
+    batch_size, on_gpu = optimization.train_batch_size, counting is None
+    flow = isinstance(description.objective(config.model.objective), FlowMatching)
     timesteps = torch.zeros(max(batch_size, 2), dtype=torch.float32 if flow else torch.long)
-    choice, on_gpu = torch.rand(batch_size, 2), as_on_gpu() if counting is None else nullcontext()
-    counting = counting or Counting()
+    choice, counting = torch.rand(batch_size, 2), counting or Counting()
     memory: dict[Stage, int] = {}
     operations: dict[Stage, int] = {}
-    adapters = shapes_of(config, description)
-    with counting, on_gpu:
-        run = Rehearsal(config, description, objective, method, accelerator, adapters)
+    how = config, description, method, mixed_precision, counting, processes, sharding, on_gpu
+    with rehearsal(*how) as run:
         if run.packed:
             layers = (module for module in run.trained.denoiser.modules() if type(module) is nn.Linear)
             counting.leave_out(layer.weight for layer in layers if not layer.weight.requires_grad)
-        counting.leave_out(run.offloaded)
-        memory[Stage.LOADING], pinned = counting.current, counting.host
+        memory[Stage.LOADING] = counting.current
         run.begin()
-        memory[Stage.SAVING] = counting.current  # what is written goes through the CPU's memory, tensor by tensor
+        # What is written goes through the CPU's memory, tensor by tensor; sharded ones are made whole before.
+        whole = max(bytes_of([weight]) for weight in run.trained.parameters()) if run.trained.sharded else 0
+        memory[Stage.SAVING] = counting.current + whole
+        host = counting.host + bytes_of(local(run.resting))  # and their gradients
         counting.reset()
         run.conditions(run.batch(timesteps[:batch_size], choice))
         text_encoders = counting.operations
@@ -335,7 +386,6 @@ def estimate(
         parameters = {
             name: (count_parameters(part), count_parameters(part, False)) for name, part in _parts(run.trained)
         }
-        host = bytes_of(run.offloaded) + pinned
     text_encoders *= optimization.gradient_accumulation_steps
     return Estimate(parameters, memory, operations, text_encoders, host, student_operations)
 

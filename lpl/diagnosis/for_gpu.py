@@ -9,10 +9,11 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 from lpl.config import Config
-from lpl.config.checks import gpu_memory
+from lpl.config.checks import gpus
 from lpl.config.choices import RANK
 from lpl.config.command_line import build_parser, given_flags
 from lpl.diagnosis.counting import Counting, as_on_gpu
@@ -23,9 +24,10 @@ from lpl.diagnosis.without_weights import OneGpu, family_without_weights
 from lpl.families.derived import with_derived
 from lpl.families.description import Description, read_pipeline
 from lpl.families.resolve import resolve
-from lpl.tools.words import Rows, counted, pixels, short_count, size, table
+from lpl.tools.words import Rows, counted, pixels, short_count, size, table, warn
 from lpl.training.given_lora import with_adapters
 from lpl.training.optimizers import check_optimizer
+from lpl.training.sharding import Sharding, asks_for_fsdp, check_sharding
 from lpl.training.start import trained_parts
 
 
@@ -63,6 +65,7 @@ def attempts(
     capacity: int,
     found: Estimate,
     processes: int = 1,
+    sharding: Sharding | None = None,
     seconds: float = LONGEST,
 ) -> list[Attempt]:
     """Flags of :func:`remedies`, added one after the other until the run fits, as far as each saves memory.
@@ -75,14 +78,15 @@ def attempts(
     started, tried, taken = time.monotonic(), set[str](), list[Attempt]()
     while not found.fits(capacity) and time.monotonic() - started < seconds:
         stage = max(found.memory, key=lambda stage: (found.memory[stage], stage is Stage.LPL_STEP))
-        flags = _flags(config, description, mixed_precision, stage)
+        flags = _flags(config, description, mixed_precision, stage, sharding)
         row = next((row for row in flags if row not in tried), None)
         if row is None:
             break
         tried.add(row)
         precision = "bf16" if "mixed_precision bf16" in row else mixed_precision
         another = changed(config, row)
-        better = estimate(another, description, method, precision, processes, _stages(found))
+        count = partial(estimate, description=description, method=method, processes=processes, sharding=sharding)
+        better = count(another, mixed_precision=precision, stages=_stages(found))
         if better.peak >= found.peak:
             continue
         batch, smaller = (each.optimization.train_batch_size for each in (config, another))
@@ -91,7 +95,7 @@ def attempts(
             smaller = _fitting_batch({batch: found.peak, smaller: better.peak}, capacity - CONTEXT)
             row = f"--train_batch_size {smaller} --gradient_accumulation_steps {accumulated // smaller}"
             another = changed(config, row)
-            better = estimate(another, description, method, precision, processes, _stages(found))
+            better = count(another, mixed_precision=precision, stages=_stages(found))
         if smaller < batch and taken and taken[-1].flags.startswith("--train_batch_size"):
             taken.pop()
         config, found, mixed_precision = another, better, precision
@@ -120,13 +124,23 @@ def _stages(found: Estimate) -> tuple[Stage, ...]:
     return (step, *(stage for stage in (Stage.SAMPLES,) if stage in found.memory))
 
 
-def _flags(config: Config, description: Description, mixed_precision: str, stage: Stage) -> list[str]:
-    """Flags that need less memory at a stage, those first that keep the run's numbers."""
+def _flags(
+    config: Config, description: Description, mixed_precision: str, stage: Stage, sharding: Sharding | None
+) -> list[str]:
+    """Flags that need less memory at a stage and go with the sharding, those first that keep the run's numbers."""
     accelerator: Any = OneGpu(mixed_precision)
     with Counting(), as_on_gpu():
         trained = trained_parts(family_without_weights(config, description, mixed_precision), config)
         rows = remedies(Status(config, accelerator, trained, stage, step=1))
-    return [row.flags for row in rows]
+    return [row.flags for row in rows if not _refused(sharding, changed(config, row.flags))]
+
+
+def _refused(sharding: Sharding | None, config: Config) -> bool:
+    try:
+        check_sharding(sharding, config)
+    except ValueError:
+        return True
+    return False
 
 
 # Words ---------------------------------------------------------------------------------------------------------------
@@ -140,27 +154,44 @@ def print_estimate(config: Config, method: Method) -> None:
     """
     if int(os.environ.get("RANK", 0)):
         return  # the first process tells
+    processes, capacity = asked_for(config)
     check_optimizer(config.optimization, config.given)  # outside the count, which a trial step would be part of
     config = with_derived(config, weights=False)
     description = read_pipeline(config.model, config.lpl.lpl_blocks, weights=False)
     config = with_adapters(resolve(config, description), description)
     precision = config.optimization.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    name = config.validation.for_gpu
-    assert name is not None
-    capacity = gpu_memory(name)
+    sharding = Sharding.asked(cast(Any, OneGpu(precision, processes)))
+    check_sharding(sharding, config)
+    if sharding is None and asks_for_fsdp():
+        warn("FSDP2 (in accelerate's configuration) shards nothing on one GPU; give several, as in --for_gpu 8x80GB")
     stages = [Stage.STEP, Stage.LPL_STEP]
     if config.validation.validation_prompts or config.evaluation.eval_steps is not None:
         stages.append(Stage.SAMPLES)
-    found = estimate(config, description, method, precision, processes, stages)
-    print(_report(config, found, name, capacity, precision, processes), flush=True)
+    found = estimate(config, description, method, precision, processes, stages, sharding=sharding)
+    print(_report(config, found, capacity, precision, processes, sharding), flush=True)
     if found.fits(capacity):
         return
     print("\nLooking for flags that make it fit, for a minute or so ...", flush=True)
     started = time.monotonic()
-    tried = attempts(config, description, method, precision, capacity, found, processes)
-    rows = _remedies(tried, capacity, time.monotonic() - started >= LONGEST)
+    tried = attempts(config, description, method, precision, capacity, found, processes, sharding)
+    rows = _remedies(tried, capacity, time.monotonic() - started >= LONGEST, sharding)
     print(f"\n{table({'What would make it fit': rows})}", flush=True)
+
+
+def asked_for(config: Config) -> tuple[int, int]:
+    """How many GPUs --for_gpu or the launcher asks for, and the bytes of one.
+
+    Raises:
+        ValueError: where they contradict each other.
+    """
+    text, launched = config.validation.for_gpu, int(os.environ.get("WORLD_SIZE", 1))
+    assert text is not None
+    count, capacity = gpus(text)
+    if count is not None and launched not in (1, count):
+        raise ValueError(
+            f"--for_gpu {text}: the launcher has started {launched} processes; launch one (--num_processes 1)"
+        )
+    return count or launched, capacity
 
 
 STAGES = {
@@ -172,8 +203,11 @@ STAGES = {
 }
 
 
-def _report(config: Config, found: Estimate, name: str, capacity: int, precision: str, processes: int) -> str:
-    optimization, every = config.optimization, config.lpl.lpl_every
+def _report(
+    config: Config, found: Estimate, capacity: int, precision: str, processes: int, sharding: Sharding | None
+) -> str:
+    optimization, every, name = config.optimization, config.lpl.lpl_every, config.validation.for_gpu
+    on_each, for_each = (" on each GPU", " for each GPU") if processes > 1 else ("", "")
     parts = [
         (
             part,
@@ -183,8 +217,8 @@ def _report(config: Config, found: Estimate, name: str, capacity: int, precision
     ]
     memory = [(words, size(found.memory[stage])) for stage, words in STAGES.items() if stage in found.memory]
     if found.host:
-        memory.append(("of the CPU", f"{size(found.host)}, what is offloaded"))
-    fits = "fits" if found.fits(capacity) else "does not fit"
+        memory.append(("of the CPU", f"{size(found.host)}{for_each}, what is offloaded"))
+    fits = f"{'fits' if found.fits(capacity) else 'does not fit'}{on_each}"
     memory.append((f"on {name}", f"{fits}: {size(found.peak)} and about {size(CONTEXT)} for CUDA of {size(capacity)}"))
     plain, with_lpl = (found.operations.get(stage) for stage in (Stage.STEP, Stage.LPL_STEP))
     assert plain is not None
@@ -202,7 +236,7 @@ def _report(config: Config, found: Estimate, name: str, capacity: int, precision
     step = (
         f"{optimization.train_batch_size} samples x {optimization.gradient_accumulation_steps} at "
         f"{pixels(*config.data.size)}, {precision if precision != 'no' else 'float32'}, "
-        f"{counted(processes, 'GPU')}"
+        f"{counted(processes, 'GPU')}{_engine(sharding)}"
     )
     sections: dict[str, Rows] = {
         "What is trained": [*parts, ("a step", step)],
@@ -215,11 +249,19 @@ def _report(config: Config, found: Estimate, name: str, capacity: int, precision
     )
 
 
-def _remedies(tried: Sequence[Attempt], capacity: int, in_time_only: bool) -> Rows:
+def _engine(sharding: Sharding | None) -> str:
+    if sharding is None:
+        return ""
+    return ", FSDP2 with shards in CPU memory" if sharding.offload else ", FSDP2"
+
+
+def _remedies(tried: Sequence[Attempt], capacity: int, in_time_only: bool, sharding: Sharding | None = None) -> Rows:
     rows = [(attempt.flags, f"{size(attempt.found.peak)} with these and the ones above") for attempt in tried]
     if not tried or not tried[-1].found.fits(capacity):
         ended = f"the search ended after {LONGEST:.0f} s" if in_time_only else "no other flags save memory"
-        rows.append(("in the end", f"{ended}; see docs/hardware.md, give the flags above, or a larger GPU"))
+        offload = ", fsdp_offload_params: true in accelerate's configuration"
+        more = "" if sharding is None else f", more GPUs{'' if sharding.offload else offload}"
+        rows.append(("in the end", f"{ended}; see docs/hardware.md, give the flags above{more}, or a larger GPU"))
     return rows
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -21,6 +23,7 @@ from lpl.tools.machine import DTYPES, SHORT
 from lpl.tools.trust import components_in
 from lpl.training.loading import denoiser_class, precisions
 from lpl.training.parts import TrainedParts
+from lpl.training.sharding import Sharding
 
 
 TOKENS = 77  # of a caption, where the flags do not say: CLIP's
@@ -131,10 +134,12 @@ class OneGpu:
 
     device = GPU
     scaler = None
+    sharding: Sharding | None = None
     gradient_accumulation_steps = 1  # further micro-batches are computed from this one
 
     def __init__(self, mixed_precision: str, processes: int = 1) -> None:
         self.mixed_precision, self.num_processes = mixed_precision, processes
+        self.state, self.parallelism_config = SimpleNamespace(), os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG")
         self._buckets: list[Tensor] = []
 
     def prepare(self, trained: TrainedParts, optimizer: Any) -> tuple[nn.Module, Any]:

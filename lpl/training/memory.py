@@ -59,7 +59,7 @@ class Resting(NamedTuple):
             largest = numbers.float().flatten(1).abs().amax(1).view(-1, *(1,) * (weight.ndim - 1))
             scales = largest.clamp(min=torch.finfo(torch.float32).tiny * 512) / torch.finfo(FLOAT8).max
             numbers, scales = (numbers / scales).to(FLOAT8), scales.to(device)
-        return cls(on_host(numbers) if host else numbers.to(device), scales, _stand_in(weight, device))
+        return cls(on_host(numbers, device) if host else numbers.to(device), scales, _stand_in(weight, device))
 
     def wake(self, device: torch.device, host: bool) -> nn.Parameter:
         numbers = on_device(self.numbers, device) if host else self.numbers
@@ -129,10 +129,9 @@ class Group:
         module.register_forward_hook(leave, always_call=True)
 
 
-def on_host(tensor: Tensor) -> Tensor:
-    """A copy in pinned memory of the CPU; the host does not wait for it."""
-    pinned = tensor.device.type == "cuda" or torch.cuda.is_available()
-    copied = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
+def on_host(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy in memory of the CPU, pinned for the GPU that it comes back to; the host does not wait for it."""
+    copied = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=device.type == "cuda")
     return copied.copy_(tensor, non_blocking=True)
 
 
@@ -191,7 +190,7 @@ def offload_activations(model: nn.Module) -> None:
         weight = isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
         if weight or tensor.nbytes < SMALL or not has_own_memory(tensor.device):
             return tensor
-        return on_host(tensor), tensor.device
+        return on_host(tensor, tensor.device), tensor.device
 
     def unpack(packed: Tensor | tuple[Tensor, torch.device]) -> Tensor:
         return packed if isinstance(packed, Tensor) else on_device(*packed)

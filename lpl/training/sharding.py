@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, str_to_bool
 from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -39,10 +39,12 @@ class Sharding:
     Args:
         reshard_after_forward: drop gathered weights between forward and backward pass: less memory, one more transfer.
         offload: shards, gradients and optimizer state are in CPU memory.
+        mesh: the processes; None: all of accelerate's.
     """
 
     reshard_after_forward: bool = True
     offload: bool = False
+    mesh: DeviceMesh | None = None
 
     @classmethod
     def asked(cls, accelerator: Accelerator) -> Sharding | None:
@@ -51,7 +53,7 @@ class Sharding:
         Raises:
             ValueError: for what cannot work, with the line of the configuration.
         """
-        if not str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
+        if not asks_for_fsdp():
             return None
         if os.environ.get("FSDP_VERSION", "1") != "2":
             raise ValueError(
@@ -89,7 +91,7 @@ class Sharding:
         on_gpu = accelerator.device.type != "cpu"
         half = torch.bfloat16 if accelerator.mixed_precision == "bf16" and not lora else None
         options: dict[str, Any] = {
-            "mesh": init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
+            "mesh": self.mesh or init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
             "reshard_after_forward": self.reshard_after_forward,
             # Timesteps lose their value in half precision, so inputs stay as they are.
             "mp_policy": MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False),
@@ -110,6 +112,11 @@ class Sharding:
         for module in part.modules():  # of ignored parameters' modules, and what no parameter brings along
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(accelerator.device))
+
+
+def asks_for_fsdp() -> bool:
+    """Whether accelerate's configuration asks for FSDP, of whatever version."""
+    return bool(str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")))
 
 
 def check_sharding(sharding: Sharding | None, config: Config) -> None:

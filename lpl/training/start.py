@@ -351,14 +351,21 @@ def trained_parts(family: Family, config: Config, adapters: Adapters | None = No
 
 
 def place_models(
-    trained: TrainedParts, config: Config, description: Description, accelerator: Accelerator
+    trained: TrainedParts,
+    config: Config,
+    description: Description,
+    accelerator: Accelerator,
+    sharding: Sharding | None,
 ) -> MovingAverage | None:
     """Move the models to the device; returns the EMA, if there is one.
+
+    Args:
+        sharding: of what is trained; None: it is whole in each process.
 
     Raises:
         ValueError: where weights are not finite.
     """
-    family, sharding = trained.family, Sharding.asked(accelerator)
+    family = trained.family
     for part in (family.vae, family.denoiser, *family.text_encoders):
         if sharding is None or part not in trained.parts.values():
             place(part, trained, config, accelerator.device)

@@ -25,6 +25,10 @@ from benchmarks import (
     recipes,
     same_result,
 )
+from benchmarks.counted import METHOD, completed
+from lpl.diagnosis.estimate import estimate
+from lpl.diagnosis.status import Stage
+from lpl.training.sharding import Sharding
 
 
 def run(monkeypatch, module, path, *flags):
@@ -185,6 +189,11 @@ def test_growth_with_processes(monkeypatch, tmp_path):
         ours, theirs = shards["ways"][way], whole["ways"][way]
         assert ours["operations"] == theirs["operations"] and ours["memory"] < theirs["memory"]
         assert theirs["sent"] == 2 * 4 * whole["parameters"] * 3 / 4 == pytest.approx(ours["sent"], rel=0.01)
+    with completed(small.architecture, small.words("bf16"), "tiny") as (config, description):
+        found = estimate(config, description, METHOD, "bf16", 4, sharding=Sharding())  # as --for_gpu counts it
+    for way, stage in ((growth.PLAIN, Stage.STEP), (growth.LPL, Stage.LPL_STEP)):
+        assert shards["ways"][way]["memory"] == pytest.approx(found.memory[stage], abs=2**12)
+        assert shards["ways"][way]["operations"] == found.operations[stage]
 
 
 def test_growth_is_measured(monkeypatch, tmp_path, capsys):

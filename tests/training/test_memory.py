@@ -86,7 +86,7 @@ def test_a_training_over_a_base_of_torchao_is_close(base, sd3_pipeline, image_fo
 def test_inputs_of_blocks_wait_elsewhere(device, monkeypatch):
     """Of a checkpointed layer its input; of one that is not, what its backward pass needs, but no weight."""
     moved, on_host = [], memory.on_host
-    monkeypatch.setattr(memory, "on_host", lambda tensor: moved.append(tuple(tensor.shape)) or on_host(tensor))
+    monkeypatch.setattr(memory, "on_host", lambda x, device: moved.append(tuple(x.shape)) or on_host(x, device))
     hidden = nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 4))
     model, inputs = nn.Sequential(nn.Linear(3, 4), Checkpointed(hidden), nn.Linear(4, 5)), torch.ones(2, 3)
     model(inputs).square().sum().backward()
