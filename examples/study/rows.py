@@ -16,6 +16,7 @@ SETTINGS = {
     "use_ema": True,
     "proportion_empty_prompts": 0.1,
     "lr_scheduler": "cosine",
+    "center_crop": True,
     "cache_latents": True,
     "cache_text_embeddings": True,
     "report_to": "none",
