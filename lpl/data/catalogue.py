@@ -16,9 +16,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from io import BytesIO
 from itertools import chain, groupby
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import fsspec
 import numpy as np
@@ -136,7 +137,7 @@ def _files(images: pyarrow.StructArray) -> pyarrow.StringArray:
 
 
 def _images(images: Dataset, column: str, rows: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Yields the undecoded images of rows in order; bytes are not copied."""
+    """Yields the undecoded images of rows in order; bytes are not copied yet."""
     for start, group in groupby(rows, lambda row: row // ROWS * ROWS):
         part = images[start : start + ROWS][column].combine_chunks()
         contents, paths = (compute.struct_field(part, name) for name in ("bytes", "path"))
@@ -157,8 +158,8 @@ def _looked_at(image: dict[str, Any], folders: Sequence[str], digests: bool) -> 
         return (0, 0), NONE if digests else None
     try:
         if content is not None:
-            content = content.as_buffer()
-            opened = Image.open(cast(IO[bytes], pyarrow.BufferReader(content)), formats=FORMATS)
+            content = content.as_py()
+            opened = Image.open(BytesIO(content), formats=FORMATS)
         else:
             opened = open_image(image, folders)
             assert opened is not None

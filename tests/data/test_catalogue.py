@@ -1,6 +1,7 @@
 """The index of images: each is opened once, and never again unless it changes; nothing stale is believed."""
 
 import hashlib
+import io
 import os
 import time
 
@@ -103,6 +104,16 @@ def test_images_in_parquet_are_known_by_their_row(folder, tmp_path, opened):
 
     assert found().sizes.tolist() == [[30, 42], [30, 40]] and len(opened) == 2
     assert found().digests[1] == hashlib.sha256((folder / "0.png").read_bytes()).hexdigest() and len(opened) == 2
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
+def test_images_in_parquet_have_any_format(form, tmp_path):
+    """Pillow tries other formats before; one of those reads by lines, which not every file object can."""
+    content = io.BytesIO()
+    Image.new("RGB", (20, 10)).save(content, form)
+    dataset = Dataset.from_list([{"image": {"bytes": content.getvalue(), "path": None}}])
+    found = Catalogue.of(dataset, "image", [], tmp_path / "cache", digests=True)
+    assert found.sizes.tolist() == [[10, 20]] and found.digests == [hashlib.sha256(content.getvalue()).hexdigest()]
 
 
 def test_a_damaged_index_is_made_anew(folder, tmp_path):
