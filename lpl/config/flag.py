@@ -16,6 +16,7 @@ import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from enum import Enum, auto
+from functools import partial
 from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 
@@ -52,6 +53,8 @@ class OnResume(Enum):
     SILENT = auto()  # the training does not depend on it
     LENGTH = auto()  # warned of only if the learning rate schedule depends on the length
 
+
+REFUSED, SILENT, LENGTH = OnResume.REFUSED, OnResume.SILENT, OnResume.LENGTH
 
 AS_TRAINED = object()  # held_out: the held-out losses use the run's own value
 
@@ -115,6 +118,10 @@ def flag(default: Any, help: str, *, range: Range | Sequence[Range] = (), **rule
     """Declare a flag; ``rules`` are the arguments of :class:`Flag`."""
     ranges = (range,) if isinstance(range, Range) else tuple(range)
     return field(default=default, metadata={"flag": Flag(help, ranges=ranges, **rules)})
+
+
+silent_flag = partial(flag, on_resume=SILENT)
+own_flag = partial(flag, on_resume=SILENT, own=True)
 
 
 def kind_of(group: type, name: str) -> Any:

@@ -15,7 +15,7 @@ import torch
 from lpl.autoencoders import decoder_parts, downscaling_factor
 from lpl.config.choices import FP8, LORA
 from lpl.config.config import FLAGS
-from lpl.config.groups import REFUSED
+from lpl.config.flag import REFUSED
 from lpl.data.loader import worker_count
 from lpl.diagnosis.status import Stage, Status
 from lpl.gate import accepted_crops

@@ -177,7 +177,8 @@ def _usable_row(images: TrainingImages, latents: CachedLatents, usable: Sequence
     for row, _ in images.candidates(images.row_of(index)):
         if usable[row] and latents.is_good(row):
             return row
-    raise ValueError("--cache_latents: no image of the data set can be encoded")
+    why = next(iter(latents.bad.values()), "none can be opened as an image")
+    raise ValueError(f"--cache_latents: no image of the data set can be encoded: {why}")
 
 
 def _encode(

@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from lpl.config.choices import ENDLESS_SCHEDULERS
 from lpl.config.config import FLAGS
 from lpl.config.data_sets import as_word
-from lpl.config.groups import LENGTH, REFUSED, SILENT
+from lpl.config.flag import LENGTH, REFUSED, SILENT
 from lpl.config.rules import is_path
 from lpl.data.fingerprint import other_data
 from lpl.tools import layout

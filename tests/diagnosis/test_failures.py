@@ -17,7 +17,7 @@ from trainer import metrics, same, script, train, weights
 from lpl import features
 from lpl.config import Config
 from lpl.config.config import FLAGS
-from lpl.config.groups import REFUSED
+from lpl.config.flag import REFUSED
 from lpl.data.dataset import TrainingImages
 from lpl.data.streaming import LostShard
 from lpl.data.timeouts import HungLoader
