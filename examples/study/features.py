@@ -11,6 +11,7 @@ With `python -m lpl.evaluate`, use `--features examples.study.features:load`.
 import argparse
 import io
 import math
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,7 @@ def load() -> Features:
     return network.eval()
 
 
+@cache
 def read(folder: Path) -> tuple[Tensor, list[str]]:
     """uint8 (N, 3, 96, 96) and captions."""
     table = pyarrow.parquet.read_table(folder)

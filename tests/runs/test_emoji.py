@@ -10,6 +10,7 @@ import tarfile
 import pyarrow.parquet
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -60,6 +61,30 @@ def test_another_package_is_refused(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         make(monkeypatch, tmp_path, ["1f600"], digest="other")
     assert "this is not the file that npm pack @lobehub/fluent-emoji-3d@1.1.0 downloads" in capsys.readouterr().err
+
+
+def test_the_shipped_data_set():
+    parts = [pyarrow.parquet.read_table(ROOT / f"examples/emoji/data/{part}") for part in ("train", "held_out")]
+    assert [len(part) for part in parts] == [1579, 302]
+    assert set(parts[1]["text"].to_pylist()) <= set(parts[0]["text"].to_pylist())
+    assert "MIT License" in (ROOT / "examples/emoji/data/README.md").read_text()
+
+
+# The pipeline --------------------------------------------------------------------------------------------------------
+
+
+def test_the_shipped_pipeline_draws_what_it_is_asked_for(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples/study"))
+    features = importlib.import_module("features")
+    pipeline = DiffusionPipeline.from_pretrained(ROOT / "examples/emoji/pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    captions = pyarrow.parquet.read_table(ROOT / "examples/emoji/data/train")["text"].to_pylist()
+    options = {"height": 96, "width": 96, "max_sequence_length": 4, "num_inference_steps": 10, "guidance_scale": 2.0}
+    images = pipeline(captions[100::150], generator=torch.manual_seed(0), output_type="np", **options).images
+    places = features.places_of(captions)
+    with torch.no_grad():
+        named = features.load().named(torch.from_numpy(images).permute(0, 3, 1, 2) * 255)
+    assert sum(named == torch.tensor([places[caption] for caption in captions[100::150]])) >= 6
 
 
 # The autoencoder -----------------------------------------------------------------------------------------------------

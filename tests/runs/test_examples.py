@@ -24,7 +24,10 @@ def commands_in(text):
         yield ["7" if re.fullmatch(r"\$\d", word) else word for word in words if not word.startswith("${@")]
 
 
-@pytest.mark.parametrize("name", ["examples/quickstart/finetune.sh", "examples/quickstart/train_denoiser.sh"])
+@pytest.mark.parametrize(
+    "name",
+    [f"examples/{name}.sh" for name in ("quickstart/finetune", "quickstart/train_denoiser", "emoji/train_denoiser")],
+)
 def test_the_commands_that_are_shown_parse(name):
     commands = list(commands_in((ROOT / name).read_text()))
     assert commands
