@@ -95,11 +95,13 @@ class Trial(NamedTuple):
         matrices_only: it takes weights of two dimensions only.
         averages: it has ``train`` and ``eval``.
         share: bytes of its state per byte of the weights.
+        shapes: each tensor of its state is a number or has its weight's shape, so that it is sharded as the weight is.
     """
 
     matrices_only: bool
     averages: bool
     share: float
+    shapes: bool = True
 
 
 def tried(optimization: Optimization) -> Trial:
@@ -132,19 +134,21 @@ def _tried(path: str, words: tuple[str, ...] | None) -> Trial:
                 optimizer.train()  # type: ignore[attr-defined]
             for _ in range(2):
                 optimizer.step()
-        share = sum(map(_bytes, _tensors(optimizer.state_dict()["state"]))) / _bytes(matrix)
+        state = list(_tensors(optimizer.state_dict()["state"]))
+        share = sum(map(_bytes, state)) / _bytes(matrix)
+        shapes = all(tensor.ndim == 0 or tensor.shape == matrix.shape for tensor in state)
     except Exception as error:  # of a package
         if not has_gpu():
             raise ValueError(
                 f"--optimizer {path}: its step fails here ({first_line(error)}); choose another"
             ) from error
-        share = 2.0  # it needs the GPU; as AdamW
+        share, shapes = 2.0, True  # it needs the GPU; as AdamW
     if not bool(matrix.isfinite().all()):
         raise ValueError(
             f"--optimizer_args {' '.join(words or ()) or '(none)'}: --optimizer {path} makes a weight of 1 infinite "
             "or NaN in two steps; change them"
         )
-    return Trial(matrices_only, averages, share)
+    return Trial(matrices_only, averages, share, shapes)
 
 
 def _made(kind: type[Any], optimization: Optimization, parameters: Any, rate: float) -> Optimizer:
@@ -227,9 +231,10 @@ def cannot_shard(optimization: Optimization) -> bool:
     """Whether it is known not to update sharded weights."""
     if not is_path(optimization.optimizer):
         return optimization.use_8bit_adam or optimization.optimizer == "prodigy"
-    if optimization.optimizer == "torch.optim:Adafactor":
+    if optimization.optimizer.startswith("bitsandbytes"):
         return True
-    return optimization.optimizer.startswith("bitsandbytes") or tried(optimization).averages
+    found = tried(optimization)
+    return found.averages or not found.shapes  # a state of other shapes could be saved, and not be resumed
 
 
 def name_of(optimizer: Any) -> str:

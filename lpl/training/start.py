@@ -37,7 +37,7 @@ from lpl.families import Family
 from lpl.families.description import Description
 from lpl.tools import layout
 from lpl.tools.results import lora_entries, pipeline_entries
-from lpl.tools.words import first_line
+from lpl.tools.words import first_line, warn
 from lpl.training.average import MovingAverage
 from lpl.training.base_model import identity
 from lpl.training.checkpoints import (
@@ -53,7 +53,7 @@ from lpl.training.loading import average_from_revision, load_family, weight_dtyp
 from lpl.training.memory import place
 from lpl.training.parts import TrainedParts
 from lpl.training.preemption import OTHERS_WAIT
-from lpl.training.sharding import Sharding, check_sharding
+from lpl.training.sharding import Sharding, asks_for_fsdp, check_sharding
 
 
 logger = logging.getLogger(__name__)
@@ -217,7 +217,10 @@ def start_accelerator(config: Config, idle_weights: bool = False) -> Accelerator
             f"accelerate's configuration accumulates {accelerator.gradient_accumulation_steps} micro-batches, and "
             f"--gradient_accumulation_steps is {micro_batches}; give the flag, and leave it out there"
         )
-    check_sharding(Sharding.asked(accelerator), config)
+    sharding = Sharding.asked(accelerator)
+    check_sharding(sharding, config)
+    if sharding is None and asks_for_fsdp():
+        warn("FSDP2 (in accelerate's configuration) shards nothing in one process; launch several by --num_processes")
     if config.optimization.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator

@@ -18,6 +18,7 @@ from lpl.tools import layout
 from lpl.training import sharding
 from lpl.training.average import averaged
 from lpl.training.sharding import Sharding, blocks_of, check_sharding, in_step, like
+from lpl.training.start import start_accelerator
 from tests.evaluation.test_command import photos  # noqa: F401
 from tests.evaluation.test_training import FLAGS as EVALUATED
 from tests.evaluation.test_training import found
@@ -233,6 +234,10 @@ def test_accelerates_configuration(variables, precision, processes, said, monkey
         ({"group_offload": True, "lora": True}, "fsdp_offload_params: true"),
         ({"use_8bit_adam": True}, "--use_8bit_adam: it cannot update sharded weights"),
         ({"optimizer": "prodigy"}, "--optimizer prodigy: it cannot update sharded weights"),
+        ({"optimizer": "prodigyopt:Prodigy"}, "Prodigy: it cannot update sharded weights"),
+        ({"optimizer": "torch.optim:Adafactor"}, "Adafactor: it cannot update sharded weights"),
+        ({"optimizer": "torch.optim._adafactor:Adafactor"}, "Adafactor: it cannot update sharded weights"),
+        ({"optimizer": "schedulefree:AdamWScheduleFree"}, "ScheduleFree: it cannot update sharded weights"),
         ({"non_ema_revision": "v1", "use_ema": True}, "leave out --non_ema_revision, or --use_ema"),
         ({"channels_last": True}, "--channels_last is not supported with FSDP2"),
         ({"offload_ema": True, "use_ema": True}, "fsdp_offload_params"),
@@ -243,6 +248,18 @@ def test_flags(flags, said):
     check_sharding(None, config)
     with pytest.raises(ValueError, match=said):
         check_sharding(Sharding(offload=True), config)
+
+
+@pytest.mark.parametrize("path", ["torch.optim:AdamW", "torch.optim:Muon", "torch.optim:RMSprop", "torch.optim:SGD"])
+def test_classes_whose_state_is_shaped_as_the_weights(path):
+    check_sharding(Sharding(), Config().changed(optimizer=path))
+
+
+def test_one_process_has_nobody_to_share_with(monkeypatch):
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.warns(match="shards nothing in one process"):
+        start_accelerator(Config().changed(report_to="none"))
 
 
 def test_lora_takes_any_optimizer():
