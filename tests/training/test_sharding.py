@@ -78,7 +78,7 @@ def test_a_training_of_all_weights(sharded_runs, sd_pipeline, image_folder, tmp_
     sharded_runs((sd_pipeline, image_folder, first, FLAGS), (sd_pipeline, image_folder, turned, FLAGS | resumed))
     train(sd_pipeline, image_folder, then, **ONE | {"resume_from_checkpoint": str(first / "checkpoint-2")})
     for folder in (first, turned):
-        assert entries(folder) == pytest.approx(entries(alone), rel=1e-5)
+        assert entries(folder) == pytest.approx(entries(alone), rel=1e-5), folder.name
         assert (folder / "samples/step-000004.png").is_file()
     for folder in (first, then, turned):
         close(weights(alone / "unet"), weights(folder / "unet"))  # the EMA
