@@ -34,6 +34,7 @@ COLUMNS = {  # headings and formats
     "density": ("density ↑", "{:.3f}"),
     "coverage": ("coverage ↑", "{:.3f}"),
     "recognised": ("recognised ↑", "{:.1%}"),
+    "psnr": ("PSNR, dB ↑", "{:.2f}"),
     "energy": ("high frequencies", "{:.4f}"),
     "lpl_share": ("LPL's share", "{:.1%}"),
     "steps": ("steps", "{:,.0f}"),

@@ -189,7 +189,7 @@ def image_numbers(output: Path) -> dict[str, float]:
     result = evaluation["results"][-1]
     return {
         **{metric: estimate["value"] for metric, estimate in result["metrics"][NETWORK].items()},
-        "recognised": recognised(output),
+        **paired(output),
         "energy": result["high_frequency_energy"],
         **bands(evaluation["spectrum"]),
     }
@@ -209,16 +209,21 @@ def run_numbers(run: Path) -> dict[str, float]:
 
 
 @torch.no_grad()
-def recognised(output: Path) -> float:
-    """Share of the drawn images that the feature network takes for what their captions say."""
+def paired(output: Path) -> dict[str, float]:
+    """How each drawn image compares with the picture of its caption: the share that the feature network takes for that
+    emoji, and the mean PSNR, in dB."""
     folder = next(output.glob("images/*/metadata.jsonl")).parent
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    images = torch.from_numpy(np.stack([np.asarray(Image.open(folder / row["file_name"])) for row in rows]))
-    places = places_of(read(DATA)[1])
-    right = torch.tensor([places[row["text"]] for row in rows])
+    drawn = torch.from_numpy(np.stack([np.asarray(Image.open(folder / row["file_name"])) for row in rows]))
+    drawn = drawn.permute(0, 3, 1, 2)
+    pictures, captions = read(DATA)
+    places, first = places_of(captions), {caption: row for row, caption in reversed(list(enumerate(captions)))}
     network = load()
-    named = torch.cat([network.named(part) for part in images.permute(0, 3, 1, 2).split(128)])
-    return (named == right).float().mean().item()
+    named = torch.cat([network.named(part) for part in drawn.split(128)])
+    right = torch.tensor([places[row["text"]] for row in rows])
+    errors = drawn.float() - pictures[[first[row["text"]] for row in rows]].float()
+    psnr = 10 * torch.log10(255**2 / errors.square().mean((1, 2, 3)).clamp(min=1e-3))
+    return {"recognised": (named == right).float().mean().item(), "psnr": psnr.mean().item()}
 
 
 def bands(spectrum: Mapping[str, Any]) -> dict[str, float]:
