@@ -20,9 +20,13 @@ import sys
 import tarfile
 import unicodedata
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet
+import torch
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as Picture
 
@@ -93,6 +97,14 @@ def on_white(content: bytes, side: int) -> bytes:
         output, "JPEG", quality=93, subsampling=0
     )
     return output.getvalue()
+
+
+@cache
+def read_pictures(folder: Path) -> tuple[torch.Tensor, list[str]]:
+    """What `main` has written: uint8 (N, 3, side, side), and captions."""
+    table = pyarrow.parquet.read_table(folder)
+    pictures = [np.asarray(Picture.open(io.BytesIO(row["bytes"]))) for row in table["image"].to_pylist()]
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous(), table["text"].to_pylist()
 
 
 def main() -> None:

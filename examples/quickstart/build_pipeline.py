@@ -1,4 +1,4 @@
-"""Builds the untrained text-to-image pipeline of the quickstart, a tiny Stable Diffusion 3, in 70 seconds on one core.
+"""Builds an untrained text-to-image pipeline, a tiny Stable Diffusion 3; for the quickstart in 70 seconds on one core.
 
 Its parts:
 - the autoencoder comes from train_autoencoder.py (--vae);
@@ -16,11 +16,14 @@ since transformers keeps the type of the file.
 
     python examples/quickstart/build_pipeline.py --vae quickstart/autoencoder --data quickstart/data \\
         --output_dir quickstart/untrained_pipeline
+
+../emoji/train_pipeline.sh builds that of the emoji.
 """
 
 import argparse
 import json
 import random
+import sys
 from pathlib import Path
 
 import torch
@@ -29,7 +32,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from tokenizers import pre_tokenizers, trainers
 from torch import nn
 from tqdm import trange
-from train_autoencoder import RESOLUTION, center_crops, load_pictures, random_windows, to_unit_range
+from train_autoencoder import center_crops, load_pictures, random_windows, to_unit_range
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
@@ -40,8 +43,11 @@ from transformers import (
 )
 
 
-PROMPT_TOKENS = 16  # the longest caption has 12 with its two ends; every token costs attention in all the steps
-TEXT_WIDTH = 96
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "emoji"))
+from make_data import read_pictures
+
+
+PROMPT_TOKENS = 16  # the longest caption has 14 with its two ends; every token costs attention in all the steps
 
 
 def load_captions(data: Path) -> list[str]:
@@ -69,16 +75,16 @@ def build_tokenizer(captions: list[str]) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=PROMPT_TOKENS)
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer, layers: int) -> CLIPTextModelWithProjection:
+def build_text_encoder(tokenizer: CLIPTokenizer, layers: int, width: int) -> CLIPTextModelWithProjection:
     """Small, and otherwise CLIP's; Stable Diffusion 3 takes the tokens of its last layer but one."""
     return CLIPTextModelWithProjection(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=4 * TEXT_WIDTH,
-            projection_dim=TEXT_WIDTH,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            projection_dim=width,
             num_hidden_layers=layers,
-            num_attention_heads=TEXT_WIDTH // 32,
+            num_attention_heads=width // 32,
             max_position_embeddings=PROMPT_TOKENS,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -100,18 +106,27 @@ def build_t5(width: int) -> tuple[T5EncoderModel, T5Tokenizer]:
     return encoder, tokenizer
 
 
-def build_image_tower() -> nn.Module:
-    """Pictures of 64 pixels -> (B, TEXT_WIDTH). Only the training of the text encoders needs it."""
+def build_image_tower(width: int) -> nn.Module:
+    """Pictures -> (B, width). Only the training of the text encoders needs it."""
     widths = (3, 32, 64, 128, 128)
     layers: list[nn.Module] = []
     for before, after in zip(widths, widths[1:]):
         layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.SiLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], TEXT_WIDTH))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], width))
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     """(B, PROMPT_TOKENS), exactly as the pipeline tokenizes prompts"""
     return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
+def moved(pictures: torch.Tensor, side: int, most: int = 8) -> torch.Tensor:
+    """Random windows; of pictures with no room, all moved alike on a white ground. uint8 -> pixels [-1, 1]"""
+    if pictures.shape[-1] > side:
+        return random_windows(pictures, side)
+    down, right = (random.randint(0, 2 * most) for _ in range(2))
+    padded = F.pad(to_unit_range(pictures), (most,) * 4, value=1.0)
+    return padded[:, :, down : down + side, right : right + side]
 
 
 def drop_words(caption: str, chance: float = 0.3) -> str:
@@ -136,11 +151,12 @@ def train_text_encoders(
     tokenizer: CLIPTokenizer,
     pictures: torch.Tensor,
     captions: list[str],
+    side: int,
     steps: int,
     batch_size: int = 64,
 ) -> None:
     """Trains the encoders on captions with words left out, then prints how well captions and pictures match."""
-    tower, scale = build_image_tower(), nn.Parameter(torch.tensor(2.0))
+    tower, scale = build_image_tower(encoders[0].config.projection_dim), nn.Parameter(torch.tensor(2.0))
     parameters = [*tower.parameters(), scale, *(p for encoder in encoders for p in encoder.parameters())]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=steps)
@@ -148,7 +164,7 @@ def train_text_encoders(
     bar = trange(steps, desc="text encoders", mininterval=5)
     for _ in bar:
         chosen = torch.randint(len(pictures), (batch_size,))
-        images = tower(random_windows(pictures[chosen], RESOLUTION))
+        images = tower(moved(pictures[chosen], side))
         tokens = tokenize(tokenizer, [drop_words(captions[index]) for index in chosen.tolist()])
         same = (numbers[chosen, None] == numbers[chosen]).float()
         logits = [scale.exp() * similarity(encoder(tokens).text_embeds, images) for encoder in encoders]
@@ -158,7 +174,7 @@ def train_text_encoders(
         optimizer.step()
         schedule.step()
         bar.set_postfix_str(f"loss {losses.mean().item():.2f}", refresh=False)
-    report_retrieval(encoders, tower, tokenizer, pictures, captions)
+    report_retrieval(encoders, tower, tokenizer, center_crops(pictures, len(pictures), side), captions)
 
 
 @torch.no_grad()
@@ -169,9 +185,9 @@ def report_retrieval(
     pictures: torch.Tensor,
     captions: list[str],
 ) -> None:
-    """Prints how often a picture's caption is among the two closest ones (every subject has two captions)."""
+    """Prints how often a picture's caption is among the two closest ones (a photograph's subject has two captions)."""
     distinct = sorted(set(captions))
-    images = tower(to_unit_range(center_crops(pictures, len(pictures))))  # (N, TEXT_WIDTH)
+    images = tower(to_unit_range(pictures))  # (N, width)
     own = torch.tensor([distinct.index(caption) for caption in captions])
     for number, encoder in enumerate(encoders, start=1):
         closest = similarity(encoder(tokenize(tokenizer, distinct)).text_embeds, images).topk(2, dim=0).indices
@@ -181,7 +197,7 @@ def report_retrieval(
 
 def build_transformer(vae: AutoencoderKL, text_width: int, layers: int, heads: int) -> SD3Transformer2DModel:
     """Stable Diffusion 3's transformer, initialised as DiT's: all blocks start as the identity, the output as zero."""
-    sample_size = RESOLUTION // 2 ** (len(vae.config.block_out_channels) - 1)
+    sample_size = vae.config.sample_size // 2 ** (len(vae.config.block_out_channels) - 1)
     transformer = SD3Transformer2DModel(
         sample_size=sample_size,
         patch_size=2,
@@ -193,7 +209,7 @@ def build_transformer(vae: AutoencoderKL, text_width: int, layers: int, heads: i
         caption_projection_dim=heads * 32,
         joint_attention_dim=text_width,  # tokens of the two encoders side by side
         pooled_projection_dim=text_width,
-        pos_embed_max_size=sample_size,  # 8 tokens a side would do; twice as many admit pictures of 128 pixels
+        pos_embed_max_size=sample_size,  # half as many tokens would do; these admit pictures of twice the side
         qk_norm="rms_norm",
     )
     for module in transformer.modules():
@@ -209,7 +225,9 @@ def build_transformer(vae: AutoencoderKL, text_width: int, layers: int, heads: i
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vae", type=Path, required=True, help="Folder written by train_autoencoder.py.")
-    parser.add_argument("--data", type=Path, required=True, help="Folder written by prepare_data.py.")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="Folder written by prepare_data.py, or with a Parquet file."
+    )
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the pipeline.")
     parser.add_argument("--layers", type=int, default=4, help="Blocks of the transformer (default: %(default)s).")
     parser.add_argument(
@@ -217,6 +235,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--text_steps", type=int, default=200, help="Training steps of the text encoders (default: %(default)s)."
+    )
+    parser.add_argument(
+        "--text_width", type=int, default=96, help="Of the text encoders, a multiple of 32 (default: %(default)s)."
     )
     parser.add_argument("--seed", type=int, default=0, help="Random seed (default: %(default)s).")
     args = parser.parse_args()
@@ -229,22 +250,23 @@ def main() -> None:
     args = parse_args()
     torch.manual_seed(args.seed)
     random.seed(args.seed)
-    pictures, captions = load_pictures(args.data), load_captions(args.data)
+    parquet = any(args.data.glob("*.parquet"))
+    pictures, captions = read_pictures(args.data) if parquet else (load_pictures(args.data), load_captions(args.data))
     if len(pictures) != len(captions):
         raise ValueError(
             f"--data {args.data} has {len(pictures)} pictures, {len(captions)} captions: prepare it again"
         )
 
-    tokenizer = build_tokenizer(captions)
-    encoders = [build_text_encoder(tokenizer, layers=2), build_text_encoder(tokenizer, layers=3)]
-    train_text_encoders(encoders, tokenizer, pictures, captions, args.text_steps)
+    tokenizer, side = build_tokenizer(captions), AutoencoderKL.load_config(args.vae)["sample_size"]
+    encoders = [build_text_encoder(tokenizer, layers, args.text_width) for layers in (2, 3)]
+    train_text_encoders(encoders, tokenizer, pictures, captions, side, args.text_steps)
     vae = AutoencoderKL.from_pretrained(args.vae)
-    text_width = TEXT_WIDTH * len(encoders)
+    text_width = args.text_width * len(encoders)
     transformer = build_transformer(vae, text_width, args.layers, args.heads)
     t5, t5_tokenizer = build_t5(text_width)
     pipeline = StableDiffusion3Pipeline(
         transformer=transformer.half(),
-        # No shift of the noise levels: SD3's 3.0 makes up for the redundancy of 1024 pixels, and 64 have none.
+        # No shift of the noise levels: SD3's 3.0 makes up for the redundancy of 1024 pixels; small ones have none.
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
         vae=vae.half(),
         text_encoder=encoders[0].eval(),

@@ -60,16 +60,18 @@ def random_windows(pictures: torch.Tensor, side: int) -> torch.Tensor:
     return to_unit_range(torch.where(mirrored, windows.flip(-1), windows))
 
 
-def build_autoencoder(channels: tuple[int, ...] = (32, 48, 96)) -> AutoencoderKL:
+def build_autoencoder(
+    channels: tuple[int, ...] = (32, 48, 96), latent_channels: int = 8, side: int = RESOLUTION
+) -> AutoencoderKL:
     """An autoencoder like SD3's, without quant convolutions; without attention, so that windows of any size agree."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(channels),
         up_block_types=("UpDecoderBlock2D",) * len(channels),
         block_out_channels=channels,
         layers_per_block=1,
-        latent_channels=8,
+        latent_channels=latent_channels,
         norm_num_groups=8,
-        sample_size=RESOLUTION,
+        sample_size=side,
         use_quant_conv=False,
         use_post_quant_conv=False,
         mid_block_add_attention=False,
@@ -132,11 +134,11 @@ def psnr(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return 10 * torch.log10(255**2 / error.clamp(min=1e-3))
 
 
-def save_comparison(vae: AutoencoderKL, pictures: torch.Tensor, path: Path, columns: int = 10, rows: int = 4) -> None:
+def save_comparison(vae: AutoencoderKL, originals: torch.Tensor, path: Path, columns: int = 10, rows: int = 4) -> None:
     """Saves rows of originals, each above the row of its reconstructions, at twice the size."""
-    originals = center_crops(pictures, rows * columns)
+    originals, side = originals[: rows * columns], originals.shape[-1]
     pairs = torch.stack([originals, reconstruct(vae, originals)]).unflatten(1, (rows, columns))
-    sheet = pairs.permute(1, 0, 4, 2, 5, 3).reshape(rows * 2 * RESOLUTION, columns * RESOLUTION, 3)
+    sheet = pairs.permute(1, 0, 4, 2, 5, 3).reshape(rows * 2 * side, columns * side, 3)
     image = Image.fromarray(sheet.numpy())
     image.resize((image.width * 2, image.height * 2), Image.Resampling.NEAREST).save(path)
 
@@ -218,7 +220,7 @@ def main() -> None:
 
     sample = center_crops(pictures, 256)
     quality = psnr(reconstruct(vae, sample), sample)
-    save_comparison(vae, pictures, args.output_dir / "reconstructions.png")
+    save_comparison(vae, center_crops(pictures, 40), args.output_dir / "reconstructions.png")
     print(f"PSNR {quality.mean():.2f} dB (worst picture {quality.min():.2f}), saved to {args.output_dir}")
 
 

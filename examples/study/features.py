@@ -9,19 +9,19 @@ With `python -m lpl.evaluate`, use `--features examples.study.features:load`.
 """
 
 import argparse
-import io
 import math
-from functools import cache
+import sys
 from pathlib import Path
 
-import numpy as np
-import pyarrow.parquet
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import trange
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "emoji"))
+from make_data import read_pictures
 
 
 DIM = 64
@@ -56,14 +56,6 @@ def load() -> Features:
     return network.eval()
 
 
-@cache
-def read(folder: Path) -> tuple[Tensor, list[str]]:
-    """uint8 (N, 3, 96, 96) and captions."""
-    table = pyarrow.parquet.read_table(folder)
-    pictures = [np.asarray(Image.open(io.BytesIO(row["bytes"]))) for row in table["image"].to_pylist()]
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2), table["text"].to_pylist()
-
-
 def places_of(captions: list[str]) -> dict[str, int]:
     """Each caption's place in the alphabetical order of all."""
     return {caption: place for place, caption in enumerate(sorted(set(captions)))}
@@ -90,7 +82,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     args = parser.parse_args()
     torch.manual_seed(0)
-    images, captions = read(args.data)
+    images, captions = read_pictures(args.data)
     places, network = places_of(captions), Features()
     numbers = torch.tensor([places[caption] for caption in captions])
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.05)

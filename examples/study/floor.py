@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
-from features import read
+from features import read_pictures
 from run import DATA, EMOJI, evaluate, image_numbers, record, write_images
 
 
@@ -20,7 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", type=Path, default=Path("study"))
     args = parser.parse_args()
-    images, captions = read(DATA)
+    images, captions = read_pictures(DATA)
     vae, processor, decoded = (
         AutoencoderKL.from_pretrained(EMOJI / "pipeline", subfolder="vae"),
         VaeImageProcessor(),

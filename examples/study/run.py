@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from features import load, places_of, read
+from features import load, places_of, read_pictures
 from PIL import Image
 from rows import BASES, FLOW, ROW, ROWS, SAMPLING, SETTINGS, Row
 
@@ -166,7 +166,7 @@ def evaluate(study: Path, generated: Path, output: Path, sampling: Mapping[str, 
     """Compares a model, which draws one image for each caption of the data set, or a folder, with the pictures."""
     reference = study / "reference"
     if not (reference / "metadata.jsonl").is_file():
-        images, captions = read(DATA)
+        images, captions = read_pictures(DATA)
         write_images(reference, [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images], captions)
     options = {
         "generated": f"model={generated}",
@@ -216,7 +216,7 @@ def paired(output: Path) -> dict[str, float]:
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     drawn = torch.from_numpy(np.stack([np.asarray(Image.open(folder / row["file_name"])) for row in rows]))
     drawn = drawn.permute(0, 3, 1, 2)
-    pictures, captions = read(DATA)
+    pictures, captions = read_pictures(DATA)
     places, first = places_of(captions), {caption: row for row, caption in reversed(list(enumerate(captions)))}
     network = load()
     named = torch.cat([network.named(part) for part in drawn.split(128)])

@@ -17,13 +17,13 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from tqdm import trange
 
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "emoji"))
-from train_autoencoder import load_pictures, random_windows, reconstruction_loss
+from make_data import read_pictures
+from train_autoencoder import random_windows, reconstruction_loss
 
 
 EMOJI = Path(__file__).resolve().parents[1] / "emoji"
-
-
 WIDTH = 24
 BATCH = 16
 
@@ -36,7 +36,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     teacher = AutoencoderKL.from_pretrained(EMOJI / "pipeline", subfolder="vae").eval().requires_grad_(False)
-    pictures = load_pictures(EMOJI / "data/train")[0]
+    pictures = read_pictures(EMOJI / "data/train")[0]
     levels = len(teacher.config.block_out_channels)
     small = AutoencoderTiny(
         latent_channels=teacher.config.latent_channels,

@@ -94,16 +94,16 @@ def test_the_shipped_pipeline_draws_what_it_is_asked_for(monkeypatch):
 def autoencoder(monkeypatch):
     """The module that trains it, with noise of 16 px for pictures."""
     monkeypatch.syspath_prepend(str(ROOT / "examples/emoji"))
-    module = importlib.import_module("train_autoencoder")
-    pictures = torch.randint(256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(0)).byte()
-    monkeypatch.setattr(module, "load_pictures", lambda data: (pictures, []))
+    module = importlib.import_module("grow_autoencoder")
+    pictures = torch.randint(256, (40, 3, 16, 16), generator=torch.Generator().manual_seed(0)).byte()
+    monkeypatch.setattr(module, "read_pictures", lambda data: (pictures, []))
     return module
 
 
 def trained(autoencoder, monkeypatch, folder, minutes=600.0):
     words = ["--data", "-", "--output_dir", folder, "--steps", 20, "--batch_size", 4, "--channels", 8, 8, 16]
     words += ["--save_minutes", 1, "--max_minutes", minutes]
-    monkeypatch.setattr(sys, "argv", ["train_autoencoder.py", *map(str, words)])
+    monkeypatch.setattr(sys, "argv", ["grow_autoencoder.py", *map(str, words)])
     autoencoder.main()
     return load_file(folder / "diffusion_pytorch_model.safetensors")
 

@@ -49,7 +49,7 @@ def test_bases_are_trained_without_lpl(name):
 
 def test_every_emoji_is_recognised():
     """The shipped feature network belongs to the shipped pictures."""
-    images, captions = features.read(run.DATA)
+    images, captions = features.read_pictures(run.DATA)
     network, places = features.load(), features.places_of(captions)
     chosen = slice(0, None, 20)
     with torch.no_grad():
@@ -77,7 +77,7 @@ def measured(folder: Path, fid: float) -> None:
     result = {"images": 2, "metrics": {run.NETWORK: {"fid": {"value": fid}}}, "high_frequency_energy": 0.02}
     powers = {REAL: [0.0, 0.0], "model": [0.0, -1.0]}
     evaluation = {"results": [result], "spectrum": {"frequencies": [0.1, 0.5], "log_power": powers}}
-    images, captions = features.read(run.DATA)
+    images, captions = features.read_pictures(run.DATA)
     pictures = [Image.fromarray(images[place].permute(1, 2, 0).numpy()) for place in (3, 3)]
     run.write_images(folder / "images/model", pictures, [captions[3], captions[4]])
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
@@ -197,7 +197,7 @@ def test_a_cell_is_mean_and_deviation():
 def test_the_report_is_written(tmp_path, monkeypatch, commands):
     """Page and pictures of a small study; a second time nothing changes."""
     start(monkeypatch, tmp_path, "--rows", "flow", "flow_lpl", "--seeds", "0")
-    images, captions = features.read(run.DATA)
+    images, captions = features.read_pictures(run.DATA)
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images[:5]]
     run.write_images(tmp_path / "study/reference", pictures, captions[:5])
     page = tmp_path / "results.md"
