@@ -373,8 +373,8 @@ FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
 @pytest.fixture
-def reported(configurations, tmp_path, capsys, monkeypatch):
-    """`reported(gpus, environment, *flags)`: the rows of the report, and what is said besides."""
+def reported(configurations, tmp_path, capsys, monkeypatch, recwarn):
+    """`reported(gpus, environment, *flags)`: the rows of the report, and the warnings."""
     from lpl.config import command_line
 
     def report(for_gpu, environment, *flags):
@@ -383,9 +383,10 @@ def reported(configurations, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(script, "CONFIG", command_line.parse(words))
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
+        recwarn.clear()
         script.main()
-        told = capsys.readouterr()
-        return dict(re.findall(r"^  (\S.*?)  +(.*)$", told.out, re.MULTILINE)), told.err
+        warnings = " ".join(str(warning.message) for warning in recwarn)
+        return dict(re.findall(r"^  (\S.*?)  +(.*)$", capsys.readouterr().out, re.MULTILINE)), warnings
 
     return report
 
