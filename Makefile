@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-# Optimizer steps of the quickstart, and the folder for its data and results.
+# Optimizer steps of the quickstart, and the folder for its results.
 QUICKSTART_STEPS ?= 400
 QUICKSTART ?= quickstart
 
@@ -25,12 +25,11 @@ $(READY): requirements.txt requirements-dev.txt constraints.txt
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt -c constraints.txt
 	touch $@
 
-quickstart: $(READY)  ## fine-tune a small pipeline with LPL on real pictures, on a CPU
-	$(BIN)/python examples/quickstart/prepare_data.py --output_dir $(QUICKSTART)/data
-	PATH="$(CURDIR)/$(BIN):$$PATH" examples/quickstart/finetune.sh $(QUICKSTART)/data $(QUICKSTART)/output $(QUICKSTART_STEPS)
+quickstart: $(READY)  ## fine-tune a small pipeline with LPL on emoji, on a CPU
+	PATH="$(CURDIR)/$(BIN):$$PATH" examples/quickstart/finetune.sh $(QUICKSTART)/output $(QUICKSTART_STEPS)
 	@echo "See $(QUICKSTART)/output/samples/before_after.png and $(QUICKSTART)/output/loss_curves.png"
 
-quickstart-weights: $(READY)  ## train the quickstart's pipeline from scratch, without LPL (under two hours on 2 cores)
+quickstart-weights: $(READY)  ## train the quickstart's pipeline from scratch, without LPL (under three hours on a core)
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/quickstart/train_pipeline.sh $(QUICKSTART)
 
 test: $(READY)  ## run all tests, or those given by TESTS=...

@@ -103,7 +103,7 @@ def _blocks(training: Training, count: int) -> Training:
 
 CHECKPOINTING = ("--gradient_checkpointing",)
 SD15, SD35 = Training("sd15"), Training("sd35-medium", flags=CHECKPOINTING)
-QUICKSTART = Training("quickstart", resolution=64, batch=4, flags=("--max_sequence_length", "16"))
+QUICKSTART = Training("quickstart", resolution=96, batch=4, flags=("--max_sequence_length", "4"))
 GROWTH = {
     "batch": Growth(
         "batch size, at 512 px",
@@ -117,7 +117,7 @@ GROWTH = {
         (256, 512, 1024, 2048),
         {"SD 1.5": SD15},
         lambda training, value: replace(training, resolution=value),
-        ((32, 64, 128), QUICKSTART),
+        ((48, 96, 192), QUICKSTART),
     ),
     "blocks": Growth(
         "decoder blocks that LPL compares, at 512 px, batch size 1",

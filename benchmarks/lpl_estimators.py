@@ -8,8 +8,8 @@ its standard deviation. With g the gradient of the batch's mean LPL with respect
     bias = |E g' - g| / |g|          added variance = E |g' - E g'|^2 / |g|^2
 
 over all possible draws of an estimator: every subset, every tile. Also counts how often strided quantiles change a
-mask. The quickstart's student, which belongs to 64 px and the denoiser's own estimates, is compared on those, of crops
-that it was not trained on.
+mask. The quickstart's student, which belongs to 96 px and the denoiser's own estimates, is compared on those, of
+pictures that it was not trained on.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -41,7 +39,7 @@ from lpl.distillation.pairs import is_held_out
 from lpl.student import load_student
 
 
-ROOT = Path(__file__).resolve().parent.parent
+QUICKSTART = Path(__file__).resolve().parent.parent / "examples/quickstart"
 PICTURES = ("astronaut", "cat", "coffee", "brick")
 SIDE = 256
 CROPS = (128, 64)
@@ -139,16 +137,14 @@ def measure(vae: AutoencoderKL) -> dict[str, dict[str, float]]:
 
 
 def students() -> dict[str, dict[str, float]]:
-    """The quickstart's student with and without corrections, on some of its held-out crops."""
+    """The quickstart's student with and without corrections, on some of its held-out pictures."""
     with TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "examples/quickstart/prepare_data.py"), "--output_dir", folder + "/data"]
-        subprocess.run(command, check=True)
-        words = ["--pretrained_model_name_or_path", str(ROOT / "examples/quickstart/pipeline")]
-        words += ["--train_data_dir", folder + "/data", "--output_dir", folder + "/student", "--resolution", "64"]
+        words = ["--pretrained_model_name_or_path", str(QUICKSTART / "pipeline"), "--max_sequence_length", "4"]
+        words += ["--train_data_dir", str(QUICKSTART / "data/train"), "--output_dir", folder, "--resolution", "96"]
         source, _ = distill.source_of(*distill.parsed(words), torch.device("cpu"))
         latents, predicted, _ = source([number for number in range(PAIRS) if is_held_out(number)])
     loss = LatentPerceptualLoss(source.vae)
-    student = load_student(str(ROOT / "examples/quickstart/student"), loss)
+    student = load_student(str(QUICKSTART / "student"), loss)
     whole, alone = (gradient(lambda z, of=of: of(z, latents).mean(), predicted) for of in (loss, student))
     results = {"--lpl_student": compare([alone], whole)}
     for n in (2, 8, 16):
@@ -161,7 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "lpl_estimators.json")
     args = parser.parse_args()
-    vae = AutoencoderKL.from_pretrained(ROOT / "examples/quickstart/pipeline", subfolder="vae").eval()
+    vae = AutoencoderKL.from_pretrained(QUICKSTART / "pipeline", subfolder="vae").eval()
     results = measure(vae.requires_grad_(False)) | students()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(results, indent=1))

@@ -1,7 +1,7 @@
 """One training in many ways, in real processes: is it the same loss curve? Writes the table of docs/reliability.md.
 
-    python -m benchmarks.same_result --train_data_dir quickstart/data/train           # print it
-    python -m benchmarks.same_result --train_data_dir quickstart/data/train --write   # and write it into the page
+    python -m benchmarks.same_result           # print it
+    python -m benchmarks.same_result --write   # and write it into the page
 
 Each way takes the same 16 images a step, LPL included. Sums are rounded in another order if the batch is split
 otherwise, so curves differ. The bound is what rounding does to this very training: three runs in one process begin
@@ -35,6 +35,7 @@ from lpl.tools.files import entries
 
 
 ROOT = Path(__file__).resolve().parent.parent
+QUICKSTART = ROOT / "examples/quickstart"
 DOCS = ROOT / "docs" / "reliability.md"
 START, END = "<!-- same result -->", "<!-- end of same result -->"
 IMAGES, SHARDS = 16, 8  # in a step; of the streamed data
@@ -204,8 +205,8 @@ def table(rows: Sequence[Mapping[str, Any]], bound: Mapping[str, list[float]], s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pretrained_model_name_or_path", type=Path, default=ROOT / "examples/quickstart/pipeline")
-    parser.add_argument("--train_data_dir", type=Path, required=True)
+    parser.add_argument("--pretrained_model_name_or_path", type=Path, default=QUICKSTART / "pipeline")
+    parser.add_argument("--train_data_dir", type=Path, default=QUICKSTART / "data/train")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--folder", type=Path, help="where the runs are kept, and gone on with")
     parser.add_argument("--write", action="store_true", help="write the table into docs/reliability.md")

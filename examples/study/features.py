@@ -3,7 +3,7 @@
 It is trained on all pictures, moved, scaled and recoloured a little, but neither blurred nor sharpened: how sharp a
 picture is shall count. Fréchet distances on these features compare models of this study only.
 
-    python examples/study/features.py --data examples/emoji/data/train
+    python examples/study/features.py
 
 With `python -m lpl.evaluate`, use `--features examples.study.features:load`.
 """
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from tqdm import trange
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "emoji"))
-from make_data import read_pictures
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
+from make_data import DATA, read_pictures
 
 
 DIM = 64
@@ -75,7 +75,7 @@ def changed(images: Tensor) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the Parquet file of examples/emoji")
+    parser.add_argument("--data", type=Path, default=DATA / "train", help="folder with a Parquet file of make_data.py")
     parser.add_argument("--output", type=Path, default=WEIGHTS)
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch_size", type=int, default=64)

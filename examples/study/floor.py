@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 from features import read_pictures
-from run import DATA, EMOJI, evaluate, image_numbers, record, write_images
+from run import DATA, QUICKSTART, evaluate, image_numbers, record, write_images
 
 
 @torch.no_grad()
@@ -22,7 +22,7 @@ def main() -> None:
     args = parser.parse_args()
     images, captions = read_pictures(DATA)
     vae, processor, decoded = (
-        AutoencoderKL.from_pretrained(EMOJI / "pipeline", subfolder="vae"),
+        AutoencoderKL.from_pretrained(QUICKSTART / "pipeline", subfolder="vae"),
         VaeImageProcessor(),
         [],
     )

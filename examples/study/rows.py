@@ -1,7 +1,7 @@
 """The rows of the study: a *row* continues the training of a base with its own flags, on the same data and noise.
 
 `--rows` of run.py takes the names of rows; `flags` are added to SETTINGS. A *base* is a model trained without LPL: the
-pipeline of examples/emoji, or one of BASES, which run.py trains. Rows with `of` measure another row's model under
+pipeline of examples/quickstart, or one of BASES, which run.py trains. Rows with `of` measure another row's model under
 another `sampling`.
 """
 
@@ -23,7 +23,7 @@ SETTINGS = {
     "logging_steps": 50,
 }
 SAMPLING = {"num_inference_steps": 20, "guidance_scale": 1}
-FLOW = "flow_matching"  # the base that examples/emoji has trained
+FLOW = "flow_matching"  # the base that examples/quickstart has trained
 ANEW = {
     "lpl_weight": "0",
     "max_train_steps": 6000,

@@ -5,8 +5,8 @@
     python examples/study/run.py --list
 
 The queue takes rows in the order of rows.py, one seed after the other. It skips what results.json has, goes on with a
-run that was interrupted, and begins none after `--max_minutes`. What a row needs besides examples/emoji (another base,
-a student, a small decoder) is made first. Runs have one thread each.
+run that was interrupted, and begins none after `--max_minutes`. What a row needs besides examples/quickstart (another
+base, a student, a small decoder) is made first. Runs have one thread each.
 
 A run has its log and its pipeline in `study/rows/NAME/SEED/`, and its images and measurements in
 `study/measured/NAME/SEED/`. A row that gets the time of another one needs the recorded speeds of that one and of the
@@ -39,15 +39,15 @@ from lpl.evaluation.results import REAL
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SCRIPT = ROOT / "train_text_to_image_lpl.py"
-EMOJI = ROOT / "examples/emoji"
-DATA = EMOJI / "data/train"
+QUICKSTART = ROOT / "examples/quickstart"
+DATA = QUICKSTART / "data/train"
 RESULTS = HERE / "results.json"
 NETWORK = "examples.study.features:load"
 AS = "as "  # before the row whose time is given, in the place of a number of steps
 METRICS = ("fid", "kid", "precision", "recall", "density", "coverage")
 BANDS = {"band_1": (0, 1 / 8), "band_2": (1 / 8, 1 / 4), "band_3": (1 / 4, 3 / 8), "band_4": (3 / 8, 1 / 2)}
 DISTILL = (
-    *("-m", "lpl.distill", "--pretrained_model_name_or_path", str(EMOJI / "pipeline"), "--resolution", "96"),
+    *("-m", "lpl.distill", "--pretrained_model_name_or_path", str(QUICKSTART / "pipeline"), "--resolution", "96"),
     *("--train_data_dir", str(DATA), "--max_sequence_length", "4", "--output_dir", "{study}/student"),
     *("--num_pairs", "4096", "--steps", "1500"),
 )
@@ -89,13 +89,13 @@ def call(command: list[str], log: Path) -> None:
 
 
 def base_folder(study: Path, name: str) -> Path:
-    return EMOJI / "pipeline" if name == FLOW else study / "bases" / name
+    return QUICKSTART / "pipeline" if name == FLOW else study / "bases" / name
 
 
 def make_base(study: Path, name: str) -> None:
     folder = base_folder(study, name)
     if name in BASES and not (folder / "model_index.json").is_file():
-        train(study, EMOJI / "pipeline", folder, BASES[name])
+        train(study, QUICKSTART / "pipeline", folder, BASES[name])
 
 
 def make(study: Path, name: str) -> None:

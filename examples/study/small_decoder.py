@@ -18,12 +18,11 @@ from tqdm import trange
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "emoji"))
 from make_data import read_pictures
 from train_autoencoder import random_windows, reconstruction_loss
 
 
-EMOJI = Path(__file__).resolve().parents[1] / "emoji"
+QUICKSTART = Path(__file__).resolve().parents[1] / "quickstart"
 WIDTH = 24
 BATCH = 16
 
@@ -35,8 +34,8 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     args = parser.parse_args()
     torch.manual_seed(0)
-    teacher = AutoencoderKL.from_pretrained(EMOJI / "pipeline", subfolder="vae").eval().requires_grad_(False)
-    pictures = read_pictures(EMOJI / "data/train")[0]
+    teacher = AutoencoderKL.from_pretrained(QUICKSTART / "pipeline", subfolder="vae").eval().requires_grad_(False)
+    pictures = read_pictures(QUICKSTART / "data/train")[0]
     levels = len(teacher.config.block_out_channels)
     small = AutoencoderTiny(
         latent_channels=teacher.config.latent_channels,

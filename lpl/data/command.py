@@ -82,7 +82,7 @@ def build_parser() -> Parser:
         usage="%(prog)s (FOLDER | --dataset_name NAME | --config RECIPE) [flags]",
         description="Show what will be trained on.",
     )
-    parser.add_argument("folder", nargs="?", metavar="FOLDER", help="the same as --train_data_dir")
+    parser.add_argument("folder", nargs="?", type=str, metavar="FOLDER", help="the same as --train_data_dir")
     add_group(parser, Request)
     add_flags(parser, SHARED_FLAGS)
     return parser

@@ -1,5 +1,6 @@
 """The command line: every flag of diffusers' scripts with its type and default, and a help of its own."""
 
+import importlib
 import os
 import sys
 import warnings
@@ -364,6 +365,16 @@ def test_the_help_that_is_committed(monkeypatch):
     text = build_parser(prog="train_text_to_image_lpl.py").format_help()
     assert text.split() == HELP.read_text().split()
     assert all(f"--{name}" in text for name in flags())
+
+
+COMMANDS = ("comparison", "data", "distillation", "evaluation", "inspection", "publishing")
+
+
+@pytest.mark.parametrize("module", [*(f"{room}.command" for room in COMMANDS), "publishing.export"])
+def test_every_command_has_a_help(module):
+    parser = importlib.import_module(f"lpl.{module}").build_parser()
+    text = parser.format_help()
+    assert text.startswith("usage: ") and "--help" in text
 
 
 def test_help_shows_defaults_that_are_in_force():

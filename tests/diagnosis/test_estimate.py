@@ -289,7 +289,7 @@ def test_shards_are_what_real_shards_take(exact, monkeypatch):
     quickstart = ROOT / "examples" / "quickstart" / "pipeline"
     flags = {
         "pipeline": quickstart,
-        "max_sequence_length": 16,
+        "max_sequence_length": 4,
         "lpl_no_outlier_mask": True,
         "gradient_accumulation_steps": 2,
         "processes": 2,

@@ -1,6 +1,5 @@
 """What examples/ shows is run here, not admired; README and docs/ in test_documents.py."""
 
-import json
 import os
 import re
 import shlex
@@ -24,12 +23,9 @@ def commands_in(text):
         yield ["7" if re.fullmatch(r"\$\d", word) else word for word in words if not word.startswith("${@")]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [f"examples/{name}.sh" for name in ("quickstart/finetune", "quickstart/train_denoiser", "emoji/train_denoiser")],
-)
+@pytest.mark.parametrize("name", ["finetune", "train_denoiser"])
 def test_the_commands_that_are_shown_parse(name):
-    commands = list(commands_in((ROOT / name).read_text()))
+    commands = list(commands_in((ROOT / f"examples/quickstart/{name}.sh").read_text()))
     assert commands
     for words in commands:
         build_parser().parse_args(words)
@@ -91,30 +87,3 @@ def test_training_without_the_extra_is_refused_in_a_line(loss_alone):
     done = loss_alone(str(ROOT / "train_text_to_image_lpl.py"), *words)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "not installed: accelerate, datasets, peft, transformers; install the wheel with its extra" in done.stderr
-
-
-def test_the_quickstart_data(tmp_path):
-    script = ROOT / "examples" / "quickstart" / "prepare_data.py"
-    subprocess.run([sys.executable, str(script), "--output_dir", str(tmp_path)], check=True, capture_output=True)
-    rows = [json.loads(line) for line in Path(tmp_path, "train", "metadata.jsonl").read_text().splitlines()]
-    assert len(rows) > 900 and len({row["text"] for row in rows}) >= 30
-    assert all(Path(tmp_path, "train", row["file_name"]).is_file() for row in rows)
-
-
-def test_the_shipped_pipeline_is_small_and_samples():
-    folder = ROOT / "examples" / "quickstart" / "pipeline"
-    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 20e6
-    pipeline = DiffusionPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    prompts, size = ["a photo of a tabby cat", "a wall of bricks"], {"height": 64, "width": 64}
-    arguments = {
-        "num_inference_steps": 10,
-        "guidance_scale": 2.0,
-        "max_sequence_length": 16,
-        "output_type": "np",
-    } | size
-    images = pipeline(prompts, generator=torch.manual_seed(0), **arguments).images
-    assert images.shape == (2, 64, 64, 3) and images[0].std() > 0.05
-    # bricks are grey and a tabby cat is not: the prompt decides
-    saturation = [(image.max(-1) - image.min(-1)).mean() for image in images]
-    assert saturation[0] > 1.5 * saturation[1]

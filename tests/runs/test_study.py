@@ -125,7 +125,7 @@ def test_the_queue_trains_measures_and_records(tmp_path, monkeypatch, commands):
     ] * 2
     steps = ROW["max_train_steps"]
     assert [each.max_train_steps for each in args] == [steps] * 4 + [2 * steps] * 2  # LPL's step takes twice as long
-    assert all(each.pretrained_model_name_or_path == str(run.EMOJI / "pipeline") for each in args)
+    assert all(each.pretrained_model_name_or_path == str(run.QUICKSTART / "pipeline") for each in args)
     evaluations = [evaluate.parse(command[3:]).request for command in commands if "lpl.evaluate" in command]
     assert len(evaluations) == 6
     assert all((each.num_inference_steps, each.guidance_scale, each.seed) == (20, 1, 0) for each in evaluations)
@@ -155,7 +155,7 @@ def test_what_a_row_needs_is_made_first(tmp_path, monkeypatch, commands):
     made = [command for command in commands if "lpl.distill" in command or "small_decoder" in command[1]]
     assert len(made) == 2
     own, config = distill.parsed(next(command[3:] for command in made if "lpl.distill" in command))
-    assert own.pretrained_model_name_or_path == str(run.EMOJI / "pipeline") and config.data.resolution == 96
+    assert own.pretrained_model_name_or_path == str(run.QUICKSTART / "pipeline") and config.data.resolution == 96
     base, student, tiny = trainings(commands)
     assert base.output_dir.endswith("bases/epsilon") and base.prediction_type == "epsilon"
     assert student.pretrained_model_name_or_path == tiny.pretrained_model_name_or_path == base.output_dir

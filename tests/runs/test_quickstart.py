@@ -1,4 +1,4 @@
-"""The emoji: what is trained on, what is held out, and under which names; and how their autoencoder is trained."""
+"""The quickstart: its emoji, its pipeline, and how its autoencoder is trained."""
 
 import hashlib
 import importlib.util
@@ -17,7 +17,7 @@ from torch import nn
 from trainer import ROOT
 
 
-SPEC = importlib.util.spec_from_file_location("make_data", ROOT / "examples/emoji/make_data.py")
+SPEC = importlib.util.spec_from_file_location("make_data", ROOT / "examples/quickstart/make_data.py")
 make_data = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(make_data)
 
@@ -64,10 +64,10 @@ def test_another_package_is_refused(monkeypatch, tmp_path, capsys):
 
 
 def test_the_shipped_data_set():
-    parts = [pyarrow.parquet.read_table(ROOT / f"examples/emoji/data/{part}") for part in ("train", "held_out")]
+    parts = [pyarrow.parquet.read_table(ROOT / f"examples/quickstart/data/{part}") for part in ("train", "held_out")]
     assert [len(part) for part in parts] == [1579, 302]
     assert set(parts[1]["text"].to_pylist()) <= set(parts[0]["text"].to_pylist())
-    assert "MIT License" in (ROOT / "examples/emoji/data/README.md").read_text()
+    assert "MIT License" in (ROOT / "examples/quickstart/data/README.md").read_text()
 
 
 # The pipeline --------------------------------------------------------------------------------------------------------
@@ -76,9 +76,11 @@ def test_the_shipped_data_set():
 def test_the_shipped_pipeline_draws_what_it_is_asked_for(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples/study"))
     features = importlib.import_module("features")
-    pipeline = DiffusionPipeline.from_pretrained(ROOT / "examples/emoji/pipeline")
+    folder = ROOT / "examples/quickstart/pipeline"
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 20e6
+    pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    captions = pyarrow.parquet.read_table(ROOT / "examples/emoji/data/train")["text"].to_pylist()
+    captions = pyarrow.parquet.read_table(ROOT / "examples/quickstart/data/train")["text"].to_pylist()
     options = {"height": 96, "width": 96, "max_sequence_length": 4, "num_inference_steps": 10, "guidance_scale": 2.0}
     images = pipeline(captions[100::150], generator=torch.manual_seed(0), output_type="np", **options).images
     places = features.places_of(captions)
@@ -93,8 +95,8 @@ def test_the_shipped_pipeline_draws_what_it_is_asked_for(monkeypatch):
 @pytest.fixture
 def autoencoder(monkeypatch):
     """The module that trains it, with noise of 16 px for pictures."""
-    monkeypatch.syspath_prepend(str(ROOT / "examples/emoji"))
-    module = importlib.import_module("grow_autoencoder")
+    monkeypatch.syspath_prepend(str(ROOT / "examples/quickstart"))
+    module = importlib.import_module("train_autoencoder")
     pictures = torch.randint(256, (40, 3, 16, 16), generator=torch.Generator().manual_seed(0)).byte()
     monkeypatch.setattr(module, "read_pictures", lambda data: (pictures, []))
     return module
@@ -103,7 +105,7 @@ def autoencoder(monkeypatch):
 def trained(autoencoder, monkeypatch, folder, minutes=600.0):
     words = ["--data", "-", "--output_dir", folder, "--steps", 20, "--batch_size", 4, "--channels", 8, 8, 16]
     words += ["--save_minutes", 1, "--max_minutes", minutes]
-    monkeypatch.setattr(sys, "argv", ["grow_autoencoder.py", *map(str, words)])
+    monkeypatch.setattr(sys, "argv", ["train_autoencoder.py", *map(str, words)])
     autoencoder.main()
     return load_file(folder / "diffusion_pytorch_model.safetensors")
 

@@ -1,7 +1,7 @@
 """Make a small data set of 3D emoji: one object on white, with its name as caption.
 
     npm pack @lobehub/fluent-emoji-3d@1.1.0  # 16 MB
-    python examples/emoji/make_data.py --package lobehub-fluent-emoji-3d-1.1.0.tgz --output_dir emoji
+    python examples/quickstart/make_data.py --package lobehub-fluent-emoji-3d-1.1.0.tgz
 
 The pictures are Microsoft's Fluent emoji in 3D under the MIT licence, as that npm package has them: 256 px on a
 transparent ground, named by their code points. Captions are the names that Unicode gives these. Flags, key caps and
@@ -43,11 +43,12 @@ MEDIUM = 0x1F3FD
 LETTERS = range(0x1F1E6, 0x1F200)  # of flags
 TAGS = range(0xE0000, 0xE0080)  # of the flags of England, Scotland and Wales
 SIGNS = {"FEMALE SIGN": "woman", "MALE SIGN": "man"}
+DATA = Path(__file__).resolve().parent / "data"  # as it is stored here
 README = """# Fluent emoji, 3D
 
 {train} pictures in `train/` and {held_out} in `held_out/`, {side} px, each with its name. Made by
-`examples/emoji/make_data.py` of the npm package `@lobehub/fluent-emoji-3d` 1.1.0, which has Microsoft's Fluent emoji
-(https://github.com/microsoft/fluentui-emoji).
+`examples/quickstart/make_data.py` of the npm package `@lobehub/fluent-emoji-3d` 1.1.0, which has Microsoft's
+Fluent emoji (https://github.com/microsoft/fluentui-emoji).
 
 MIT License. Copyright (c) Microsoft Corporation.
 
@@ -109,7 +110,7 @@ def read_pictures(folder: Path) -> tuple[torch.Tensor, list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--output_dir", type=Path, default=DATA, help="default: data/ beside this script")
     parser.add_argument("--package", type=Path, required=True, help="the file that npm pack has downloaded")
     parser.add_argument("--resolution", type=int, default=96)
     args = parser.parse_args()
