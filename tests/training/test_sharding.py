@@ -10,9 +10,12 @@ from accelerate import debug_launcher
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from tiny_families import TINY, data_fixture
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from trainer import train, weights
 
 from lpl.config import Config
+from lpl.diagnosis.shards import other_processes
 from lpl.families import find_family
 from lpl.tools import layout
 from lpl.training import sharding
@@ -150,6 +153,20 @@ def test_a_run_that_is_published(changes, hub, sharded_runs, sd_pipeline, image_
     first, *_, last = [commit.files for commit in repository.branches["main"].history()[::-1]][1:]
     weights_file = layout.LORA if changes else "unet/diffusion_pytorch_model.safetensors"
     assert weights_file in first and weights_file in last and first[weights_file] != last[weights_file]
+
+
+def halves():
+    """A process of two, which takes its half of a tensor."""
+    rank = start_accelerator(Config()).process_index
+    weight = distribute_tensor(torch.zeros(4), init_device_mesh("cpu", (2,)), [Shard(0)])
+    assert like(torch.arange(4.0), weight.detach()).to_local().tolist() == [2 * rank, 2 * rank + 1]
+
+
+def test_a_count_leaves_nothing_to_real_shards():
+    """torch keeps what it has found out of sharded tensors, and what belongs to a count says that this is process 0."""
+    with other_processes(Sharding(), 2) as counted:
+        distribute_tensor(torch.zeros(4), counted.mesh, [Shard(0)]).detach()
+    debug_launcher(halves, num_processes=2)
 
 
 def test_a_failed_save_leaves_no_average_in_place_of_the_weights():
