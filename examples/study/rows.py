@@ -1,8 +1,8 @@
 """The rows of the study: a *row* continues the training of a base with its own flags, on the same data and noise.
 
-`--rows` of run.py takes the names of rows; `flags` are added to SETTINGS. A *base* is a model trained without LPL: the
-pipeline of examples/quickstart, or one of BASES, which run.py trains. Rows with `of` measure another row's model under
-another `sampling`.
+`--rows` of run.py takes the names of rows; `flags` are added to SETTINGS. A *base* is a model trained without LPL: one
+of BASES, which run.py trains, or the quickstart's pipeline. Rows with `of` measure another row's model under another
+`sampling`.
 """
 
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 SETTINGS = {
     "resolution": 96,
     "max_sequence_length": 4,
-    "train_batch_size": 32,
+    "train_batch_size": 16,
     "mixed_precision": "bf16",
     "use_ema": True,
     "proportion_empty_prompts": 0.1,
@@ -23,9 +23,11 @@ SETTINGS = {
     "logging_steps": 50,
 }
 SAMPLING = {"num_inference_steps": 20, "guidance_scale": 1}
-FLOW = "flow_matching"  # the base that examples/quickstart has trained
+CONVERGED = "quickstart"  # the base that is there: its denoiser was trained for 16,000 steps
 ANEW = {
+    "from_scratch": True,
     "lpl_weight": "0",
+    "train_batch_size": 32,
     "max_train_steps": 6000,
     "learning_rate": 1e-3,
     "lr_warmup_steps": 200,
@@ -34,10 +36,11 @@ ANEW = {
     "seed": 100,
 }
 BASES: dict[str, dict[str, object]] = {
+    "flow": ANEW,
     "epsilon": ANEW | {"prediction_type": "epsilon"},
-    "v_prediction": ANEW | {"prediction_type": "v_prediction"},
-    "early": ANEW | {"from_scratch": True, "max_train_steps": 3000},
-    "earlier": ANEW | {"from_scratch": True, "max_train_steps": 1000},
+    "v": ANEW | {"prediction_type": "v_prediction"},
+    "early": ANEW | {"max_train_steps": 3000},
+    "earlier": ANEW | {"max_train_steps": 1000},
 }
 ROW = {"max_train_steps": 400, "learning_rate": 2e-4, "lr_warmup_steps": 20, "ema_decay": 0.99}
 
@@ -49,7 +52,7 @@ class Row:
     table: str
     label: str
     flags: dict[str, object] = field(default_factory=dict)
-    base: str = FLOW
+    base: str = "flow"
     paper: str = ""  # what the paper reports for it: FID on ImageNet-1k at 512 px, and words
     without: str = "flow"  # the row without LPL that its change is relative to
     of: str | None = None  # the row whose model is measured
@@ -65,8 +68,8 @@ ROWS = {
     "flow_lpl": Row("objective", "flow matching, LPL", LPL, paper="3.61"),
     "epsilon": Row("objective", "epsilon", NONE, "epsilon", "4.88", "epsilon"),
     "epsilon_lpl": Row("objective", "epsilon, LPL", LPL, "epsilon", "3.79", "epsilon"),
-    "v": Row("objective", "v prediction", NONE, "v_prediction", "4.72", "v"),
-    "v_lpl": Row("objective", "v prediction, LPL", LPL, "v_prediction", "3.84", "v"),
+    "v": Row("objective", "v prediction", NONE, "v", "4.72", "v"),
+    "v_lpl": Row("objective", "v prediction, LPL", LPL, "v", "3.84", "v"),
     # Fig. 10: the weight
     "share_5": Row("weight", "share of 5%", {"lpl_weight": "auto:0.05"}),
     "share_50": Row("weight", "share of 50%", {"lpl_weight": "auto:0.5"}),
@@ -111,6 +114,8 @@ ROWS = {
     "earlier_lpl": Row("before", "base of 1,000 steps, LPL", LPL, "earlier", without="earlier"),
     "early": Row("before", "base of 3,000 steps", NONE, "early", without="early"),
     "early_lpl": Row("before", "base of 3,000 steps, LPL", LPL, "early", without="early"),
+    "late": Row("before", "base of 16,000 steps", NONE, CONVERGED, without="late"),
+    "late_lpl": Row("before", "base of 16,000 steps, LPL", LPL, CONVERGED, without="late"),
     # Where the gradients conflict
     "projected": Row("conflict", "LPL's conflicting part removed", LPL | {"lpl_project_conflicts": True}),
 }

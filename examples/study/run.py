@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from features import load, places_of, read_pictures
 from PIL import Image
-from rows import BASES, FLOW, ROW, ROWS, SAMPLING, SETTINGS, Row
+from rows import BASES, ROW, ROWS, SAMPLING, SETTINGS, Row
 
 from lpl.comparison.runs import training_seconds
 from lpl.evaluation.results import REAL
@@ -88,14 +88,12 @@ def call(command: list[str], log: Path) -> None:
 # What rows need ------------------------------------------------------------------------------------------------------
 
 
-def base_folder(study: Path, name: str) -> Path:
-    return QUICKSTART / "pipeline" if name == FLOW else study / "bases" / name
-
-
-def make_base(study: Path, name: str) -> None:
-    folder = base_folder(study, name)
-    if name in BASES and not (folder / "model_index.json").is_file():
+def make_base(study: Path, name: str) -> Path:
+    """The folder of the base, trained if it is not there."""
+    folder = study / "bases" / name if name in BASES else QUICKSTART / "pipeline"
+    if not (folder / "model_index.json").is_file():
         train(study, QUICKSTART / "pipeline", folder, BASES[name])
+    return folder
 
 
 def make(study: Path, name: str) -> None:
@@ -152,13 +150,13 @@ def train_row(study: Path, name: str, seed: int) -> Path:
     """The folder of the trained run."""
     row, folder = ROWS[name], study / "rows" / name / str(seed)
     if not (folder / "model_index.json").is_file():
-        make_base(study, row.base)
+        base = make_base(study, row.base)
         for made in needed(row):
             make(study, made)
         flags = ROW | row.flags | {"seed": seed}
         if (other := given_time_of(row)) is not None:
             flags["max_train_steps"] = steps_for_the_time_of(other, recorded())
-        train(study, base_folder(study, row.base), folder, flags)
+        train(study, base, folder, flags)
     return folder
 
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "examples/study"))
 import features
 import report
 import run
-from rows import BASES, FLOW, ROW, ROWS, SAMPLING, SETTINGS
+from rows import BASES, CONVERGED, ROW, ROWS, SAMPLING, SETTINGS
 from run import RESUMING, arguments
 
 
@@ -36,7 +36,7 @@ def test_rows_are_command_lines(name):
         if flag != "max_train_steps":
             given = getattr(args, flag)
             assert given == value or str(given) == value or given == value.split(), flag
-    assert row.base in (FLOW, *BASES) and row.sampling.keys() <= SAMPLING.keys()
+    assert row.base in (CONVERGED, *BASES) and row.sampling.keys() <= SAMPLING.keys()
     assert ROWS[row.without].flags["lpl_weight"] == "0" and ROWS[row.without].sampling == row.sampling
     assert row.of is None or ROWS[row.of].flags == row.flags
 

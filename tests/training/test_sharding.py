@@ -163,7 +163,7 @@ def halves():
 
 
 def test_a_count_leaves_nothing_to_real_shards():
-    """torch keeps what it has found out of sharded tensors, and what belongs to a count says that this is process 0."""
+    """torch keeps what it has found out of sharded tensors; of those of a count, that this is process 0."""
     with other_processes(Sharding(), 2) as counted:
         distribute_tensor(torch.zeros(4), counted.mesh, [Shard(0)]).detach()
     debug_launcher(halves, num_processes=2)
