@@ -119,13 +119,13 @@ def trainings(commands):
 
 def test_the_queue_trains_measures_and_records(tmp_path, monkeypatch, commands):
     start(monkeypatch, tmp_path, "--rows", "flow", "flow_lpl", "flow_longer", "--seeds", "0", "1")
-    args = trainings(commands)
-    assert [Path(each.output_dir).parent.name for each in args] == ["flow"] * 2 + ["flow_lpl"] * 2 + [
-        "flow_longer"
-    ] * 2
+    base, *args = trainings(commands)
+    assert base.output_dir.endswith("bases/flow") and base.from_scratch
+    names = ["flow"] * 2 + ["flow_lpl"] * 2 + ["flow_longer"] * 2
+    assert [Path(each.output_dir).parent.name for each in args] == names
     steps = ROW["max_train_steps"]
     assert [each.max_train_steps for each in args] == [steps] * 4 + [2 * steps] * 2  # LPL's step takes twice as long
-    assert all(each.pretrained_model_name_or_path == str(run.QUICKSTART / "pipeline") for each in args)
+    assert all(each.pretrained_model_name_or_path == base.output_dir for each in args)
     evaluations = [evaluate.parse(command[3:]).request for command in commands if "lpl.evaluate" in command]
     assert len(evaluations) == 6
     assert all((each.num_inference_steps, each.guidance_scale, each.seed) == (20, 1, 0) for each in evaluations)
@@ -144,7 +144,7 @@ def test_no_run_begins_after_the_time_is_over(tmp_path, monkeypatch, commands):
 
 def test_a_model_is_measured_under_another_sampling(tmp_path, monkeypatch, commands):
     start(monkeypatch, tmp_path, "--rows", "guidance_2_lpl", "flow_lpl", "--seeds", "0")
-    assert len(trainings(commands)) == 1
+    assert len(trainings(commands)) == 2  # the base and the row
     evaluations = [evaluate.parse(command[3:]).request for command in commands if "lpl.evaluate" in command]
     assert [each.guidance_scale for each in evaluations] == [2, 1]
     assert len({each.generated for each in evaluations}) == 1 and len({each.output_dir for each in evaluations}) == 2
@@ -157,6 +157,7 @@ def test_what_a_row_needs_is_made_first(tmp_path, monkeypatch, commands):
     own, config = distill.parsed(next(command[3:] for command in made if "lpl.distill" in command))
     assert own.pretrained_model_name_or_path == str(run.QUICKSTART / "pipeline") and config.data.resolution == 96
     base, student, tiny = trainings(commands)
+    assert base.pretrained_model_name_or_path == str(run.QUICKSTART / "pipeline")
     assert base.output_dir.endswith("bases/epsilon") and base.prediction_type == "epsilon"
     assert student.pretrained_model_name_or_path == tiny.pretrained_model_name_or_path == base.output_dir
     assert student.lpl_student.endswith("study/student") and tiny.lpl_vae_name_or_path.endswith("small_decoder")
