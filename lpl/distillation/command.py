@@ -318,6 +318,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
     logging.getLogger("httpx2").setLevel(logging.WARNING)
+    logging.getLogger("diffusers.pipelines").setLevel(logging.ERROR)  # they log every caption that they truncate
     plain_warnings(PROGRAM)
     try:
         own, config = parsed(sys.argv[1:] if argv is None else argv)
