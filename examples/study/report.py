@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python examples/study/report.py --study study
 
-Each table replaces the text between its two marks in docs/results.md. Rows without results are marked "not run". The
+Each table replaces the text between its two marks in docs/results.md, and names the rows that have not been run. The
 text between the tables is written by hand: check it when a new row has been run. The pictures need the study's folder.
 """
 
@@ -83,10 +83,12 @@ def table(kind: str, found: Mapping[str, Runs]) -> str:
     columns = {key: column for key, column in COLUMNS.items() if key != "kept" or kind == "cheap"}
     lines = [["", *(heading for heading, _ in columns.values()), "seeds", "the paper", "row"]]
     for name in names:
-        runs = found.get(name, {})
-        numbers = cells(runs, columns) if runs else ["not run", *[""] * (len(columns) - 1)]
-        lines.append([ROWS[name].label, *numbers, ", ".join(runs), ROWS[name].paper, f"`{name}`"])
-    return f"{markdown_rows(lines)}\n\n`python examples/study/run.py --rows {' '.join(own)}`"
+        if runs := found.get(name):
+            lines.append([ROWS[name].label, *cells(runs, columns), ", ".join(runs), ROWS[name].paper, f"`{name}`"])
+    parts = [markdown_rows(lines)] if len(lines) > 1 else []
+    if missing := [f"`{name}`" for name in names if name not in found]:
+        parts.append(f"Not run: {', '.join(missing)}.")
+    return "\n\n".join([*parts, f"`python examples/study/run.py --rows {' '.join(own)}`"])
 
 
 def spectrum_table(found: Mapping[str, Runs]) -> str:
@@ -130,6 +132,33 @@ def overview(found: Mapping[str, Runs], path: Path) -> None:
     save_figure(figure, path)
 
 
+def gain_for_time(found: Mapping[str, Runs], path: Path, plain: str = "flow") -> None:
+    """Change of the Fréchet distance over the training's time, both relative to training without LPL; of LPL, and of
+    what costs less. Means over seeds."""
+    from matplotlib.figure import Figure
+
+    own = [f"{plain}_lpl", *(name for name, row in ROWS.items() if row.table == "cheap" and row.without == plain)]
+    points = {
+        name: (mean(run["time"] * run["steps"] / found[plain][seed]["steps"] for seed, run in runs.items()), runs)
+        for name in own
+        if (runs := {seed: run for seed, run in found.get(name, {}).items() if "change" in run})
+    }
+    figure = Figure(figsize=(8, 4), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    axes.plot([1], [0], "o", color="#555753")
+    axes.annotate(ROWS[plain].label, (1, 0), xytext=(6, 4), textcoords="offset points", fontsize=8)
+    for name, (time, runs) in points.items():
+        change = mean(run["change"] for run in runs.values())
+        colour = "#555753" if ROWS[name].flags["lpl_weight"] == "0" else "#c4601d"
+        axes.plot([time], [change], "o", color=colour)
+        words = ROWS[name].label.removeprefix(f"{ROWS[plain].label}, ")
+        axes.annotate(words, (time, change), xytext=(6, 4), textcoords="offset points", fontsize=8)
+    axes.yaxis.set_major_formatter("{x:+.0%}")
+    axes.margins(x=0.25)
+    label_axes(axes, "Change of the Fréchet distance (lower is better)", "time of the training, without LPL: 1", "")
+    save_figure(figure, path)
+
+
 def pictures(study: Path, folder: Path, names: Iterable[str] = ("flow", "flow_lpl"), seed: str = "0") -> None:
     """Images without LPL and with it, and the real ones; and enlarged parts of them."""
     preprocessing = Preprocessing(int(str(SETTINGS["resolution"])))
@@ -150,6 +179,7 @@ def main() -> None:
     found, page = compared(recorded()), DOCS / "results.md"
     page.write_text(filled(page.read_text(encoding="utf-8"), found), encoding="utf-8")
     overview(found, DOCS / "study_rows.png")
+    gain_for_time(found, DOCS / "study_cost.png")
     if args.study:
         pictures(args.study, DOCS)
 
