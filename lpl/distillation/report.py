@@ -108,8 +108,9 @@ def _draw(folder: Path, found: Measurement, pairs: Pairs) -> None:
     values.scatter(found.exact, found.value, s=6, alpha=0.5)
     ends = [float(found.exact.min()), float(found.exact.max())]
     values.plot(ends, ends, color="grey", linewidth=0.8)
-    values.set_xscale("log")
-    values.set_yscale("log")
+    values.loglog()
+    for axis in (values.xaxis, values.yaxis):
+        axis.set_minor_formatter("")  # they would cover one another
     label_axes(values, "Value", "LPL", "student")
     log = number_entries(folder / LOG)
     steps.plot([entry["step"] for entry in log], [entry["cosine"] for entry in log])
