@@ -61,7 +61,7 @@ class Row:
 
 NONE: dict[str, object] = {"lpl_weight": "0"}
 LPL: dict[str, object] = {"lpl_weight": "auto:0.2"}
-STUDENT = LPL | {"lpl_student": "{study}/student"}
+STUDENT = LPL | {"lpl_student": "examples/quickstart/student"}
 ROWS = {
     # Table 3: with LPL or without, by objective
     "flow": Row("objective", "flow matching", NONE, paper="4.54"),

@@ -6,7 +6,7 @@
 
 The queue takes rows in the order of rows.py, one seed after the other. It skips what results.json has, goes on with a
 run that was interrupted, and begins none after `--max_minutes`. What a row needs besides examples/quickstart (another
-base, a student, a small decoder) is made first. Runs have one thread each.
+base, a small decoder) is made first. Runs have one thread each.
 
 A run has its log and its pipeline in `study/rows/NAME/SEED/`, and its images and measurements in
 `study/measured/NAME/SEED/`. A row that gets the time of another one needs the recorded speeds of that one and of the
@@ -46,15 +46,6 @@ NETWORK = "examples.study.features:load"
 AS = "as "  # before the row whose time is given, in the place of a number of steps
 METRICS = ("fid", "kid", "precision", "recall", "density", "coverage")
 BANDS = {"band_1": (0, 1 / 8), "band_2": (1 / 8, 1 / 4), "band_3": (1 / 4, 3 / 8), "band_4": (3 / 8, 1 / 2)}
-DISTILL = (
-    *("-m", "lpl.distill", "--pretrained_model_name_or_path", str(QUICKSTART / "pipeline"), "--resolution", "96"),
-    *("--train_data_dir", str(DATA), "--max_sequence_length", "4", "--output_dir", "{study}/student"),
-    *("--num_pairs", "4096", "--steps", "1500"),
-)
-MADE = {  # what rows name as {study}/NAME: its command, and the file that this writes last
-    "student": (DISTILL, "README.md"),
-    "small_decoder": ((str(HERE / "small_decoder.py"), "--study", "{study}"), "config.json"),
-}
 RESUMING = {"checkpointing_steps": 200, "checkpoints_total_limit": 1, "resume_from_checkpoint": "latest"}
 RECORDING = Lock()
 
@@ -80,7 +71,7 @@ def call(command: list[str], log: Path) -> None:
         "ACCELERATE_USE_CPU": str(not torch.cuda.is_available()).lower(),
     }
     with log.open("w") as file:
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed, see {log}")
 
@@ -96,11 +87,9 @@ def make_base(study: Path, name: str) -> Path:
     return folder
 
 
-def make(study: Path, name: str) -> None:
-    """What rows need besides the base; a command that is stopped is called again."""
-    command, last = MADE[name]
-    if not (study / name / last).is_file():
-        call([sys.executable, *(word.replace("{study}", str(study)) for word in command)], study / f"{name}.log")
+def make_small_decoder(study: Path) -> None:
+    if not (study / "small_decoder/config.json").is_file():
+        call([sys.executable, str(HERE / "small_decoder.py"), "--study", str(study)], study / "small_decoder.log")
 
 
 def write_images(folder: Path, images: Sequence[Image.Image], captions: Sequence[str]) -> None:
@@ -111,11 +100,6 @@ def write_images(folder: Path, images: Sequence[Image.Image], captions: Sequence
         image.save(folder / name)
     rows = [json.dumps({"file_name": name, "text": caption}) + "\n" for name, caption in zip(names, captions)]
     (folder / "metadata.jsonl").write_text("".join(rows))
-
-
-def needed(row: Row) -> list[str]:
-    """Names in MADE."""
-    return [name for name in MADE if "{study}/" + name in row.flags.values()]
 
 
 # One run -------------------------------------------------------------------------------------------------------------
@@ -151,8 +135,8 @@ def train_row(study: Path, name: str, seed: int) -> Path:
     row, folder = ROWS[name], study / "rows" / name / str(seed)
     if not (folder / "model_index.json").is_file():
         base = make_base(study, row.base)
-        for made in needed(row):
-            make(study, made)
+        if "lpl_vae_name_or_path" in row.flags:
+            make_small_decoder(study)
         flags = ROW | row.flags | {"seed": seed}
         if (other := given_time_of(row)) is not None:
             flags["max_train_steps"] = steps_for_the_time_of(other, recorded())

@@ -10,7 +10,6 @@ from PIL import Image
 from trainer import ROOT
 
 from lpl.config.command_line import build_parser
-from lpl.distillation import command as distill
 from lpl.evaluation import command as evaluate
 from lpl.evaluation.results import REAL
 
@@ -92,11 +91,9 @@ def commands(monkeypatch, tmp_path):
         started.append(command)
         if "{study}" in " ".join(command):
             raise AssertionError(command)
-        if command[2] == "lpl.distill" or "small_decoder" in command[1]:
-            made = command[command.index("--output_dir") + 1] if command[1] == "-m" else f"{command[-1]}/small_decoder"
-            Path(made).mkdir(exist_ok=True)
-            for name in ("config.json", "README.md"):
-                Path(made, name).write_text("{}")
+        if "small_decoder" in command[1]:
+            Path(command[-1], "small_decoder").mkdir()
+            Path(command[-1], "small_decoder/config.json").write_text("{}")
         elif command[1] == str(run.SCRIPT):
             slower = 1 if command[command.index("--lpl_weight") + 1] == "0" else 2
             trained(Path(command[command.index("--output_dir") + 1]), [PLAIN_SPEED / slower] * 2)
@@ -152,15 +149,12 @@ def test_a_model_is_measured_under_another_sampling(tmp_path, monkeypatch, comma
 
 def test_what_a_row_needs_is_made_first(tmp_path, monkeypatch, commands):
     start(monkeypatch, tmp_path, "--rows", "epsilon_student", "epsilon_tiny", "--seeds", "0")
-    made = [command for command in commands if "lpl.distill" in command or "small_decoder" in command[1]]
-    assert len(made) == 2
-    own, config = distill.parsed(next(command[3:] for command in made if "lpl.distill" in command))
-    assert own.pretrained_model_name_or_path == str(run.QUICKSTART / "pipeline") and config.data.resolution == 96
+    assert len([command for command in commands if "small_decoder" in command[1]]) == 1
     base, student, tiny = trainings(commands)
     assert base.pretrained_model_name_or_path == str(run.QUICKSTART / "pipeline")
     assert base.output_dir.endswith("bases/epsilon") and base.prediction_type == "epsilon"
     assert student.pretrained_model_name_or_path == tiny.pretrained_model_name_or_path == base.output_dir
-    assert student.lpl_student.endswith("study/student") and tiny.lpl_vae_name_or_path.endswith("small_decoder")
+    assert (ROOT / student.lpl_student).is_dir() and tiny.lpl_vae_name_or_path.endswith("small_decoder")
 
 
 # The report ----------------------------------------------------------------------------------------------------------
