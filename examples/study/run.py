@@ -40,7 +40,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SCRIPT = ROOT / "train_text_to_image_lpl.py"
 QUICKSTART = ROOT / "examples/quickstart"
-DATA = QUICKSTART / "data/train"
+TRAIN = QUICKSTART / "data/train"  # what bases are trained on, and the feature network
+DATA = QUICKSTART / "data/held_out"  # what rows are trained on, and compared with
 RESULTS = HERE / "results.json"
 NETWORK = "examples.study.features:load"
 AS = "as "  # before the row whose time is given, in the place of a number of steps
@@ -83,7 +84,7 @@ def make_base(study: Path, name: str) -> Path:
     """The folder of the base, trained if it is not there."""
     folder = study / "bases" / name if name in BASES else QUICKSTART / "pipeline"
     if not (folder / "model_index.json").is_file():
-        train(study, QUICKSTART / "pipeline", folder, BASES[name])
+        train(study, QUICKSTART / "pipeline", TRAIN, folder, BASES[name])
     return folder
 
 
@@ -105,10 +106,10 @@ def write_images(folder: Path, images: Sequence[Image.Image], captions: Sequence
 # One run -------------------------------------------------------------------------------------------------------------
 
 
-def train(study: Path, source: Path, folder: Path, flags: Mapping[str, object]) -> None:
+def train(study: Path, source: Path, data: Path, folder: Path, flags: Mapping[str, object]) -> None:
     where = {
         "pretrained_model_name_or_path": source,
-        "train_data_dir": DATA,
+        "train_data_dir": data,
         "data_cache_dir": study / "cache",
         "output_dir": folder,
     }
@@ -140,7 +141,7 @@ def train_row(study: Path, name: str, seed: int) -> Path:
         flags = ROW | row.flags | {"seed": seed}
         if (other := given_time_of(row)) is not None:
             flags["max_train_steps"] = steps_for_the_time_of(other, recorded())
-        train(study, base, folder, flags)
+        train(study, base, DATA, folder, flags)
     return folder
 
 
@@ -179,13 +180,16 @@ def image_numbers(output: Path) -> dict[str, float]:
 
 def run_numbers(run: Path) -> dict[str, float]:
     """What results.json has of a training."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (held_out,) = [entry for entry in entries if "validation_loss" in entry and entry["step"]]
+    records = [entry for entry in entries if "loss" in entry]
     shares = [record["lpl_share"] for record in records if record.get("lpl_share")]
     return {
         "steps": records[-1]["step"],
         "seconds": training_seconds(records, SETTINGS["train_batch_size"]),
         "images_per_second": max(record["images_per_second"] for record in records),  # other jobs disturb the others
         "lpl_weight": records[-1]["lpl_weight"],
+        **{name: held_out[name] for name in ("validation_loss", "validation_lpl")},
         **({"lpl_share": mean(shares)} if shares else {}),
     }
 
@@ -199,11 +203,11 @@ def paired(output: Path) -> dict[str, float]:
     drawn = torch.from_numpy(np.stack([np.asarray(Image.open(folder / row["file_name"])) for row in rows]))
     drawn = drawn.permute(0, 3, 1, 2)
     pictures, captions = read_pictures(DATA)
-    places, first = places_of(captions), {caption: row for row, caption in reversed(list(enumerate(captions)))}
-    network = load()
+    row_of = {caption: row for row, caption in enumerate(captions)}
+    places, network = places_of(read_pictures(TRAIN)[1]), load()
     named = torch.cat([network.named(part) for part in drawn.split(128)])
     right = torch.tensor([places[row["text"]] for row in rows])
-    errors = drawn.float() - pictures[[first[row["text"]] for row in rows]].float()
+    errors = drawn.float() - pictures[[row_of[row["text"]] for row in rows]].float()
     psnr = 10 * torch.log10(255**2 / errors.square().mean((1, 2, 3)).clamp(min=1e-3))
     return {"recognised": (named == right).float().mean().item(), "psnr": psnr.mean().item()}
 

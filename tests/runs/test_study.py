@@ -48,7 +48,7 @@ def test_bases_are_trained_without_lpl(name):
 
 def test_every_emoji_is_recognised():
     """The shipped feature network belongs to the shipped pictures."""
-    images, captions = features.read_pictures(run.DATA)
+    images, captions = features.read_pictures(run.TRAIN)
     network, places = features.load(), features.places_of(captions)
     chosen = slice(0, None, 20)
     with torch.no_grad():
@@ -65,9 +65,10 @@ def trained(folder: Path, speeds: list[float], share: float = 0.0) -> None:
     folder.mkdir(parents=True)
     (folder / "model_index.json").write_text("{}")
     lines = [
-        {"step": 50 * number, "images_per_second": speed, "lpl_weight": share, "lpl_share": share}
+        {"step": 50 * number, "loss": 0.5, "images_per_second": speed, "lpl_weight": share, "lpl_share": share}
         for number, speed in enumerate(speeds, 1)
     ]
+    lines += [{"step": step, "validation_loss": 0.5, "validation_lpl": 0.2} for step in (0, 100)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -116,13 +117,12 @@ def trainings(commands):
 
 def test_the_queue_trains_measures_and_records(tmp_path, monkeypatch, commands):
     start(monkeypatch, tmp_path, "--rows", "flow", "flow_lpl", "flow_longer", "--seeds", "0", "1")
-    base, *args = trainings(commands)
-    assert base.output_dir.endswith("bases/flow") and base.from_scratch
+    args = trainings(commands)
     names = ["flow"] * 2 + ["flow_lpl"] * 2 + ["flow_longer"] * 2
     assert [Path(each.output_dir).parent.name for each in args] == names
     steps = ROW["max_train_steps"]
     assert [each.max_train_steps for each in args] == [steps] * 4 + [2 * steps] * 2  # LPL's step takes twice as long
-    assert all(each.pretrained_model_name_or_path == base.output_dir for each in args)
+    assert all(each.pretrained_model_name_or_path == str(run.QUICKSTART / "pipeline") for each in args)
     evaluations = [evaluate.parse(command[3:]).request for command in commands if "lpl.evaluate" in command]
     assert len(evaluations) == 6
     assert all((each.num_inference_steps, each.guidance_scale, each.seed) == (20, 1, 0) for each in evaluations)
@@ -141,7 +141,7 @@ def test_no_run_begins_after_the_time_is_over(tmp_path, monkeypatch, commands):
 
 def test_a_model_is_measured_under_another_sampling(tmp_path, monkeypatch, commands):
     start(monkeypatch, tmp_path, "--rows", "guidance_2_lpl", "flow_lpl", "--seeds", "0")
-    assert len(trainings(commands)) == 2  # the base and the row
+    assert len(trainings(commands)) == 1
     evaluations = [evaluate.parse(command[3:]).request for command in commands if "lpl.evaluate" in command]
     assert [each.guidance_scale for each in evaluations] == [2, 1]
     assert len({each.generated for each in evaluations}) == 1 and len({each.output_dir for each in evaluations}) == 2
@@ -152,6 +152,7 @@ def test_what_a_row_needs_is_made_first(tmp_path, monkeypatch, commands):
     assert len([command for command in commands if "small_decoder" in command[1]]) == 1
     base, student, tiny = trainings(commands)
     assert base.pretrained_model_name_or_path == str(run.QUICKSTART / "pipeline")
+    assert base.from_scratch and base.train_data_dir == str(run.TRAIN)
     assert base.output_dir.endswith("bases/epsilon") and base.prediction_type == "epsilon"
     assert student.pretrained_model_name_or_path == tiny.pretrained_model_name_or_path == base.output_dir
     assert (ROOT / student.lpl_student).is_dir() and tiny.lpl_vae_name_or_path.endswith("small_decoder")
