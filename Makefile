@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 # Optimizer steps of the quickstart, and the folder for its results.
-QUICKSTART_STEPS ?= 400
+QUICKSTART_STEPS ?= 300
 QUICKSTART ?= quickstart
 
 # Tests to run; empty: all.

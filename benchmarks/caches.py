@@ -118,7 +118,7 @@ def main() -> None:
             pipeline = QUICKSTART / "pipeline" if quickstart else mid_sized(folder / "mid-sized")
             few = () if quickstart else ("--max_train_samples", "16")
             MODELS[model] = (*MODELS[model], *few)
-            results[model] = measured(model, pipeline, QUICKSTART / "data" / "train", folder, args.steps, args.repeats)
+            results[model] = measured(model, pipeline, QUICKSTART / "data" / "plain", folder, args.steps, args.repeats)
     record = {
         "hardware": f"CPU ({platform.machine()}), OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}",
         "torch": version("torch"),

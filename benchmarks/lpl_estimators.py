@@ -140,7 +140,7 @@ def students() -> dict[str, dict[str, float]]:
     """The quickstart's student with and without corrections, on some of its held-out pictures."""
     with TemporaryDirectory() as folder:
         words = ["--pretrained_model_name_or_path", str(QUICKSTART / "pipeline"), "--max_sequence_length", "4"]
-        words += ["--train_data_dir", str(QUICKSTART / "data/train"), "--output_dir", folder, "--resolution", "96"]
+        words += ["--train_data_dir", str(QUICKSTART / "data/plain"), "--output_dir", folder, "--resolution", "96"]
         source, _ = distill.source_of(*distill.parsed(words), torch.device("cpu"))
         latents, predicted, _ = source([number for number in range(PAIRS) if is_held_out(number)])
     loss = LatentPerceptualLoss(source.vae)

@@ -206,7 +206,7 @@ def table(rows: Sequence[Mapping[str, Any]], bound: Mapping[str, list[float]], s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pretrained_model_name_or_path", type=Path, default=QUICKSTART / "pipeline")
-    parser.add_argument("--train_data_dir", type=Path, default=QUICKSTART / "data/train")
+    parser.add_argument("--train_data_dir", type=Path, default=QUICKSTART / "data/plain")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--folder", type=Path, help="where the runs are kept, and gone on with")
     parser.add_argument("--write", action="store_true", help="write the table into docs/reliability.md")

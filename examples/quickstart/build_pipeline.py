@@ -209,7 +209,7 @@ def build_transformer(vae: AutoencoderKL, text_width: int, layers: int, heads: i
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vae", type=Path, required=True, help="Folder written by train_autoencoder.py.")
-    parser.add_argument("--data", type=Path, default=DATA / "train", help="folder with a Parquet file of make_data.py")
+    parser.add_argument("--data", type=Path, default=DATA / "plain", help="folder with a Parquet file of make_data.py")
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the pipeline.")
     parser.add_argument("--layers", type=int, default=4, help="Blocks of the transformer (default: %(default)s).")
     parser.add_argument(

@@ -1,9 +1,9 @@
 """Draws docs/log_curves.png: the log of a healthy run of the quickstart, and of two in trouble.
 
-    MORE="--validation_every_nth 20 --validation_steps 50 --report_to none"
-    examples/quickstart/finetune.sh quickstart/healthy 400 $MORE
-    examples/quickstart/finetune.sh quickstart/learning_rate 400 $MORE --learning_rate 5e-3
-    examples/quickstart/finetune.sh quickstart/weight 400 $MORE --lpl_weight 20
+    MORE="--validation_every_nth 10 --validation_steps 50 --report_to none"
+    examples/quickstart/finetune.sh quickstart/healthy 300 $MORE
+    examples/quickstart/finetune.sh quickstart/learning_rate 300 $MORE --learning_rate 5e-3
+    examples/quickstart/finetune.sh quickstart/weight 300 $MORE --lpl_weight 20
     PYTHONPATH=. python examples/quickstart/log_curves.py
 
 The folder logs holds the metrics.jsonl of each run; without arguments, these are drawn.

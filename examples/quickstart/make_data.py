@@ -7,8 +7,8 @@ The pictures are Microsoft's Fluent emoji in 3D under the MIT licence, as that n
 transparent ground, named by their code points. Captions are the names that Unicode gives these. Flags, key caps and
 code points that Python's Unicode does not know are left out.
 
-``train/`` has the pictures without a skin tone. ``held_out/`` has those of people with a medium skin tone, each of
-which has a picture without a tone in ``train/``: what is held out is a colour, not an object.
+``plain/`` has the pictures without a skin tone, which the quickstart's pipeline was trained on. ``toned/`` has those of
+people with a medium skin tone, which the quickstart learns; each of them has a picture without a tone in ``plain/``.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SIGNS = {"FEMALE SIGN": "woman", "MALE SIGN": "man"}
 DATA = Path(__file__).resolve().parent / "data"  # as it is stored here
 README = """# Fluent emoji, 3D
 
-{train} pictures in `train/` and {held_out} in `held_out/`, {side} px, each with its name. Made by
+{plain} pictures in `plain/` and {toned} in `toned/`, {side} px, each with its name. Made by
 `examples/quickstart/make_data.py` of the npm package `@lobehub/fluent-emoji-3d` 1.1.0, which has Microsoft's
 Fluent emoji (https://github.com/microsoft/fluentui-emoji).
 
@@ -117,23 +117,23 @@ def main() -> None:
     package = args.package.read_bytes() if args.package.is_file() else b""
     if hashlib.sha512(package).hexdigest() != SHA512:
         parser.error(f"--package {args.package}: this is not the file that npm pack {PACKAGE} downloads")
-    parts: dict[str, list[dict[str, Any]]] = {"train": [], "held_out": []}
+    parts: dict[str, list[dict[str, Any]]] = {"plain": [], "toned": []}
     for points, content in emoji(package):
         tones = {point for point in points if point in TONES and len(points) > 1}
-        part = "train" if not tones else "held_out" if tones == {MEDIUM} else None
+        part = "plain" if not tones else "toned" if tones == {MEDIUM} else None
         text = name_of(points)
         if part and text:
             image = {"bytes": on_white(content, args.resolution), "path": None}
             parts[part].append({"image": image, "text": text, "code_points": "-".join(f"{p:x}" for p in points)})
-    known = {row["text"] for row in parts["train"]}
-    parts["held_out"] = [row for row in parts["held_out"] if row["text"] in known]
+    known = {row["text"] for row in parts["plain"]}
+    parts["toned"] = [row for row in parts["toned"] if row["text"] in known]
     for part, rows in parts.items():
         folder = args.output_dir / part
         folder.mkdir(parents=True, exist_ok=True)
         Dataset.from_list(rows, features=FEATURES).to_parquet(folder / "emoji.parquet")
     counts = {part: len(rows) for part, rows in parts.items()}
     (args.output_dir / "README.md").write_text(README.format(side=args.resolution, **counts))
-    print(f"{counts['train']} pictures in {args.output_dir / 'train'}, {counts['held_out']} in held_out")
+    print(f"{counts['plain']} pictures in {args.output_dir / 'plain'}, {counts['toned']} in toned")
 
 
 if __name__ == "__main__":

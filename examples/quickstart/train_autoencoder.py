@@ -220,7 +220,7 @@ def train(pictures: torch.Tensor, device: str, args: argparse.Namespace) -> tupl
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA / "train", help="folder with a Parquet file of make_data.py")
+    parser.add_argument("--data", type=Path, default=DATA / "plain", help="folder with a Parquet file of make_data.py")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the autoencoder")
     parser.add_argument("--steps", type=int, default=9000, help="number of steps (default: %(default)s)")
     parser.add_argument("--max_minutes", type=float, default=600, help="stop, to go on later (default: %(default)s)")

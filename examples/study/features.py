@@ -75,7 +75,7 @@ def changed(images: Tensor) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA / "train", help="folder with a Parquet file of make_data.py")
+    parser.add_argument("--data", type=Path, default=DATA / "plain", help="folder with a Parquet file of make_data.py")
     parser.add_argument("--output", type=Path, default=WEIGHTS)
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch_size", type=int, default=64)

@@ -35,7 +35,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     teacher = AutoencoderKL.from_pretrained(QUICKSTART / "pipeline", subfolder="vae").eval().requires_grad_(False)
-    pictures = read_pictures(QUICKSTART / "data/train")[0]
+    pictures = read_pictures(QUICKSTART / "data/plain")[0]
     levels = len(teacher.config.block_out_channels)
     small = AutoencoderTiny(
         latent_channels=teacher.config.latent_channels,

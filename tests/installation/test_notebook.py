@@ -8,7 +8,7 @@ from nbclient import NotebookClient
 from trainer import ROOT
 
 
-STEPS, FEWER = "quickstart/output 400", "quickstart/output 2"
+STEPS, FEWER = "quickstart/output 300", "quickstart/output 2"
 
 
 @pytest.mark.slow

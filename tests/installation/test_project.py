@@ -87,7 +87,7 @@ def test_the_notebook_is_valid_and_without_outputs():
 
 def test_the_notebooks_commands_are_the_quickstarts():
     makefile = (ROOT / "Makefile").read_text()
-    values = {"$(BIN)/": "", "$(QUICKSTART_STEPS)": "400", "$(QUICKSTART)": "quickstart"}
+    values = {"$(BIN)/": "", "$(QUICKSTART_STEPS)": "300", "$(QUICKSTART)": "quickstart"}
     for name, value in values.items():
         makefile = makefile.replace(name, value)
     (command,) = re.findall(r"examples/quickstart/finetune.sh .*", makefile)
