@@ -7,8 +7,8 @@ The pictures are Microsoft's Fluent emoji in 3D under the MIT licence, as that n
 transparent ground, named by their code points. Captions are the names that Unicode gives these. Flags, key caps and
 code points that Python's Unicode does not know are left out.
 
-``plain/`` has the pictures without a skin tone, which the quickstart's pipeline was trained on. ``toned/`` has those of
-people with a medium skin tone, which the quickstart learns; each of them has a picture without a tone in ``plain/``.
+``plain/`` has the pictures without a skin tone, which the quickstart's pipeline was trained on. ``toned/`` has those
+of people with a medium skin tone, which the quickstart learns; each has a picture without a tone in ``plain/``.
 """
 
 from __future__ import annotations
