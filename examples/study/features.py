@@ -44,6 +44,14 @@ class Features(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.head(F.adaptive_avg_pool2d(self.body(images.float() / 127.5 - 1), 3).flatten(1))
 
+    def texture(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, 96, 96) -> (B, 96): mean and standard deviation of each channel after the second convolution.
+
+        Edges and shades count here, and what is shown does not.
+        """
+        maps = self.body[:4](images.float() / 127.5 - 1)
+        return torch.cat([maps.mean((2, 3)), maps.std((2, 3))], 1)
+
     def named(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, 96, 96) -> numbers of captions (B,), in alphabetical order."""
         return self.classify(self(images)).argmax(1)

@@ -26,8 +26,10 @@ HERE = Path(__file__).resolve().parent
 DOCS = HERE.parents[1] / "docs"
 COLUMNS = {  # headings and formats
     "change": ("change of Fréchet", "{:+.1%}"),
+    "texture_change": ("of textures", "{:+.1%}"),
     "kept": ("of LPL's gain", "{:.0%}"),
     "fid": ("Fréchet ↓", "{:.2f}"),
+    "texture": ("of textures ↓", "{:.2f}"),
     "recognised": ("recognised ↑", "{:.1%}"),
     "psnr": ("PSNR, dB ↑", "{:.2f}"),
     "validation_loss": ("diffusion loss ↓", "{:.4f}"),
@@ -51,6 +53,7 @@ def compared(results: Mapping[str, Runs]) -> dict[str, dict[str, dict[str, float
         for seed in runs.keys() & found.get(plain, {}).keys() if name != plain else ():
             run, other = runs[seed], found[plain][seed]
             run["change"] = run["fid"] / other["fid"] - 1
+            run["texture_change"] = run["texture"] / other["texture"] - 1
             run["time"] = other["images_per_second"] / run["images_per_second"]
             lpl = found.get(f"{plain}_lpl", {}).get(seed)
             if ROWS[name].table == "cheap" and lpl:

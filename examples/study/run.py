@@ -33,6 +33,7 @@ from PIL import Image
 from rows import BASES, ROW, ROWS, SAMPLING, SETTINGS, Row
 
 from lpl.comparison.runs import training_seconds
+from lpl.evaluation.metrics import frechet_distance
 from lpl.evaluation.results import REAL
 
 
@@ -172,7 +173,7 @@ def image_numbers(output: Path) -> dict[str, float]:
     result = evaluation["results"][-1]
     return {
         **{metric: estimate["value"] for metric, estimate in result["metrics"][NETWORK].items()},
-        **paired(output),
+        **own_measures(output),
         "energy": result["high_frequency_energy"],
         **bands(evaluation["spectrum"]),
     }
@@ -195,9 +196,9 @@ def run_numbers(run: Path) -> dict[str, float]:
 
 
 @torch.no_grad()
-def paired(output: Path) -> dict[str, float]:
-    """How each drawn image compares with the picture of its caption: the share that the feature network takes for that
-    emoji, and the mean PSNR, in dB."""
+def own_measures(output: Path) -> dict[str, float]:
+    """What lpl.evaluate does not measure: the Fréchet distance of textures, the share of the images that the feature
+    network takes for what their captions say, and the mean PSNR to the picture of the same caption, in dB."""
     folder = next(output.glob("images/*/metadata.jsonl")).parent
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     drawn = torch.from_numpy(np.stack([np.asarray(Image.open(folder / row["file_name"])) for row in rows]))
@@ -206,10 +207,17 @@ def paired(output: Path) -> dict[str, float]:
     row_of = {caption: row for row, caption in enumerate(captions)}
     places, network = places_of(read_pictures(TRAIN)[1]), load()
     named = torch.cat([network.named(part) for part in drawn.split(128)])
+    textures = (
+        torch.cat([network.texture(part) for part in images.split(128)]).numpy() for images in (drawn, pictures)
+    )
     right = torch.tensor([places[row["text"]] for row in rows])
     errors = drawn.float() - pictures[[row_of[row["text"]] for row in rows]].float()
     psnr = 10 * torch.log10(255**2 / errors.square().mean((1, 2, 3)).clamp(min=1e-3))
-    return {"recognised": (named == right).float().mean().item(), "psnr": psnr.mean().item()}
+    return {
+        "texture": frechet_distance(*textures),
+        "recognised": (named == right).float().mean().item(),
+        "psnr": psnr.mean().item(),
+    }
 
 
 def bands(spectrum: Mapping[str, Any]) -> dict[str, float]:

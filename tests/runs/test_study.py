@@ -57,6 +57,15 @@ def test_every_emoji_is_recognised():
     assert sum(right) > 0.95 * len(right)
 
 
+def test_blur_changes_textures():
+    images = features.read_pictures(run.DATA)[0][:8]
+    blurred = torch.nn.functional.avg_pool2d(images.float(), 3, stride=1, padding=1)
+    network = features.load()
+    with torch.no_grad():
+        sharp, moved, soft = (network.texture(each) for each in (images, images.roll(4, -1), blurred))
+    assert sharp.shape == (8, 96) and (soft - sharp).norm() > 5 * (moved - sharp).norm()
+
+
 # The queue -----------------------------------------------------------------------------------------------------------
 
 
@@ -162,7 +171,7 @@ def test_what_a_row_needs_is_made_first(tmp_path, monkeypatch, commands):
 
 
 def numbers(fid, speed=100.0):
-    return {"fid": fid, "images_per_second": speed, "steps": 400}
+    return {"fid": fid, "texture": fid, "images_per_second": speed, "steps": 400}
 
 
 def test_rows_are_compared_with_the_same_seed():
@@ -172,7 +181,8 @@ def test_rows_are_compared_with_the_same_seed():
     assert (found["flow_lpl"]["1"]["change"], found["flow_lpl"]["1"]["time"]) == (-0.25, 2)
     assert "change" not in found["flow"]["0"]
     lines = [line.split(" | ") for line in report.table("objective", found).splitlines()]
-    assert lines[2][:3] == ["| flow matching", "", "6.00 ± 2.83"] and lines[3][1:3] == ["-25.0%", "6.00"]
+    assert lines[2][:4] == ["| flow matching", "", "", "6.00 ± 2.83"]
+    assert lines[3][1:4] == ["-25.0%", "-25.0%", "6.00"]
     assert {len(line) for line in lines[:4]} == {len(lines[0])}
     assert lines[5] == ["Not run: `epsilon`, `epsilon_lpl`, `v`, `v_lpl`."]
     assert "--rows share_5 share_50 share_80 weight_3" in report.table("weight", found)
