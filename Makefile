@@ -29,7 +29,7 @@ quickstart: $(READY)  ## fine-tune a small pipeline with LPL on emoji, on a CPU
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/quickstart/finetune.sh $(QUICKSTART)/output $(QUICKSTART_STEPS)
 	@echo "See $(QUICKSTART)/output/samples/before_after.png and $(QUICKSTART)/output/loss_curves.png"
 
-quickstart-weights: $(READY)  ## train the quickstart's pipeline from scratch, without LPL (under three hours on a core)
+quickstart-weights: $(READY)  ## train the quickstart's pipeline from scratch, without LPL (under two hours on a core)
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/quickstart/train_pipeline.sh $(QUICKSTART)
 
 test: $(READY)  ## run all tests, or those given by TESTS=...

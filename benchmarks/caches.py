@@ -2,7 +2,7 @@
 
     python -m benchmarks.caches
 
-Two models: the quickstart's, on its data and as its command trains it; and a mid-sized Stable Diffusion with random
+Two models: the quickstart's, on the pictures that it was trained on; and a mid-sized Stable Diffusion with random
 weights, a UNet of 74 million parameters between CLIP's text encoder and the VAE at their full sizes. Each is trained
 without LPL and with it, in interleaved runs of a few steps that differ in the caches alone. Filling the caches is not
 counted: it comes before the first step, and encodes each image and caption once. Writes a JSON file.

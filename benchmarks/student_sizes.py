@@ -1,7 +1,7 @@
 """How faithful students of several widths and depths become on the same pairs: `results/student_sizes.json`.
 
     python -m benchmarks.student_sizes --pairs student --output_dir sizes -- \\
-        --pretrained_model_name_or_path PIPELINE --train_data_dir IMAGES --resolution 64
+        --pretrained_model_name_or_path PIPELINE --train_data_dir IMAGES --resolution 96 --max_sequence_length 4
 
 ``--pairs`` is the folder of a finished student; behind ``--`` stand the flags of its ``python -m lpl.distill``. Each
 size is a run of that command of its own, with the same pairs, seed and steps; the same command continues where it was

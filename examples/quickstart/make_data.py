@@ -47,8 +47,8 @@ DATA = Path(__file__).resolve().parent / "data"  # as it is stored here
 README = """# Fluent emoji, 3D
 
 {plain} pictures in `plain/` and {toned} in `toned/`, {side} px, each with its name. Made by
-`examples/quickstart/make_data.py` of the npm package `@lobehub/fluent-emoji-3d` 1.1.0, which has Microsoft's
-Fluent emoji (https://github.com/microsoft/fluentui-emoji).
+`examples/quickstart/make_data.py` of LobeHub's npm package `@lobehub/fluent-emoji-3d` 1.1.0 (MIT), which has
+Microsoft's Fluent emoji (https://github.com/microsoft/fluentui-emoji).
 
 MIT License. Copyright (c) Microsoft Corporation.
 

@@ -1,7 +1,7 @@
 """The study's feature network: it tells emoji from each other; its 64 activations are the features for the metrics.
 
-It is trained on all pictures, moved, scaled and recoloured a little, but neither blurred nor sharpened: how sharp a
-picture is shall count. Fréchet distances on these features compare models of this study only.
+It is trained on the emoji without a skin tone, moved, scaled and recoloured a little, but neither blurred nor
+sharpened: how sharp a picture is shall count. Fréchet distances on these features compare models of this study only.
 
     python examples/study/features.py
 

@@ -1,6 +1,6 @@
 """Measures the best that the study could reach: the pictures through the autoencoder alone, without a denoiser.
 
-    PYTHONPATH=. python examples/study/floor.py
+    python examples/study/floor.py
 
 Every generated image is decoded, so no model can be sharper than this. Recorded in results.json as `floor`.
 """
@@ -21,11 +21,8 @@ def main() -> None:
     parser.add_argument("--study", type=Path, default=Path("study"))
     args = parser.parse_args()
     images, captions = read_pictures(DATA)
-    vae, processor, decoded = (
-        AutoencoderKL.from_pretrained(QUICKSTART / "pipeline", subfolder="vae"),
-        VaeImageProcessor(),
-        [],
-    )
+    vae = AutoencoderKL.from_pretrained(QUICKSTART / "pipeline", subfolder="vae")
+    processor, decoded = VaeImageProcessor(), []
     for part in images.split(64):
         latents = vae.encode(part.float() / 127.5 - 1).latent_dist.mean
         decoded += processor.postprocess(vae.decode(latents).sample, "pil")

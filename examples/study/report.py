@@ -1,6 +1,6 @@
 """Writes results.json as the tables and figures of docs/results.md.
 
-    PYTHONPATH=. python examples/study/report.py --study study
+    python examples/study/report.py --study study
 
 Each table replaces the text between its two marks in docs/results.md, and names the rows that have not been run. The
 text between the tables is written by hand: check it when a new row has been run. The pictures need the study's folder.
@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from rows import ROWS, SETTINGS
-from run import recorded
+from run import recorded  # which lets the package be found
 
 from lpl.evaluation import Preprocessing, folder_images
 from lpl.evaluation.figures import paired_grid, zoomed_crops
@@ -168,7 +168,9 @@ def pictures(study: Path, folder: Path, names: Iterable[str] = ("flow", "flow_lp
     sets = [folder_images(place, preprocessing) for place in drawn]
     real = folder_images(study / "reference", preprocessing)
     captions = list(sets[0].captions or ())[:SHOWN]
-    rows = {label: [images[place] for place in range(SHOWN)] for label, images in zip(("plain", "with LPL"), sets)}
+    rows = {
+        label: [images[place] for place in range(SHOWN)] for label, images in zip(("without LPL", "with LPL"), sets)
+    }
     rows[REAL] = [real[list(real.captions or ()).index(caption)] for caption in captions]
     save_picture(paired_grid(rows, captions), folder / "study_samples.png")
     save_picture(zoomed_crops(rows, captions), folder / "study_crops.png")

@@ -1,14 +1,18 @@
 """The study's rows are command lines that the script takes, the queue goes on, and the page says what was recorded."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from trainer import ROOT
 
+from lpl import autoencoders
 from lpl.config.command_line import build_parser
 from lpl.evaluation import command as evaluate
 from lpl.evaluation.results import REAL
@@ -18,6 +22,7 @@ sys.path.insert(0, str(ROOT / "examples/study"))
 import features
 import report
 import run
+import small_decoder
 from rows import BASES, CONVERGED, ROW, ROWS, SAMPLING, SETTINGS
 from run import RESUMING, arguments
 
@@ -165,6 +170,25 @@ def test_what_a_row_needs_is_made_first(tmp_path, monkeypatch, commands):
     assert base.output_dir.endswith("bases/epsilon") and base.prediction_type == "epsilon"
     assert student.pretrained_model_name_or_path == tiny.pretrained_model_name_or_path == base.output_dir
     assert (ROOT / student.lpl_student).is_dir() and tiny.lpl_vae_name_or_path.endswith("small_decoder")
+
+
+def test_a_small_decoder_reads_what_a_run_gives_it():
+    """Scaled latents, which stand for the same raw ones as the teacher's."""
+    vae = AutoencoderKL.from_pretrained(run.QUICKSTART / "pipeline", subfolder="vae").eval()
+    small = small_decoder.untrained(vae)
+    with torch.no_grad():
+        scaled, target = small_decoder.example(vae, torch.rand(2, 3, 32, 32) * 2 - 1)
+        assert torch.equal(autoencoders.unscale(small, scaled), scaled)
+        torch.testing.assert_close(autoencoders.decode(vae, autoencoders.unscale(vae, scaled)), target)
+        assert small.decode(scaled).sample.shape == target.shape
+
+
+def test_the_command_finds_the_package():
+    """From another folder, without PYTHONPATH."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, ROOT / "examples/study/run.py", "--list", "--rows", "flow_lpl"]
+    done = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True)
+    assert "--lpl_weight auto:0.2" in done.stdout, done.stderr
 
 
 # The report ----------------------------------------------------------------------------------------------------------
