@@ -87,14 +87,13 @@ def test_step(batch_size, monkeypatch, tmp_path):
 
 
 def test_estimators(monkeypatch, tmp_path):
-    monkeypatch.setattr(lpl_estimators, "SIDE", 64)
-    monkeypatch.setattr(lpl_estimators, "PICTURES", ("cat", "coffee"))
-    monkeypatch.setattr(lpl_estimators, "CROPS", (32,))
+    monkeypatch.setattr(lpl_estimators, "SHEETS", 2)
+    monkeypatch.setattr(lpl_estimators, "CROPS", (96,))
     monkeypatch.setattr(lpl_estimators, "PAIRS", 48)
     record = run(monkeypatch, lpl_estimators, tmp_path / "estimators.json")
     assert record["--lpl_every 4"] == {"bias": 0, "added_variance": 3}
-    assert record["--lpl_max_samples 1 of 2"]["bias"] < 1e-4 < record["--lpl_crop 32, margin 0"]["bias"]
-    assert record["--lpl_crop 32, margin 16"]["added_variance"] > 1
+    assert record["--lpl_max_samples 1 of 2"]["bias"] < 1e-4 < record["--lpl_crop 96, margin 0"]["bias"]
+    assert record["--lpl_crop 96, margin 16"]["added_variance"] > 1
     alone, corrected = record["--lpl_student"], record["--lpl_student, --lpl_correct_every 8"]
     assert 0.1 < alone["bias"] < 0.5 and alone["added_variance"] == 0 and corrected["bias"] < 1e-4
     assert corrected["added_variance"] == pytest.approx(7 * alone["bias"] ** 2, rel=0.01)
