@@ -449,7 +449,7 @@ def test_the_log_page_has_the_ranges_of_its_logs():
         assert f"{low * 100:.0f} to {high:.0%}" in page, key
     assert f"| {trained[-1]['lpl_weight']:.2f} after 50 steps" in page
     for key in trained[0]:
-        assert f"`{key}`" in page or key.startswith(("lpl/up", "kept/up", "step")), key
+        assert f"`{key}`" in page or key.startswith(("lpl/up", "kept/up", "step", "lpl_gradient_cosine/")), key
 
 
 def test_the_site_needs_no_network():
