@@ -120,6 +120,15 @@ ROWS = {
     "earlier_lpl": Row("before", "base of 3,000 steps, LPL", LPL, "earlier", without="earlier"),
     "early": Row("before", "base of 6,000 steps", NONE, "early", without="early"),
     "early_lpl": Row("before", "base of 6,000 steps, LPL", LPL, "early", without="early"),
+    # How long LPL is trained with
+    **{
+        f"long{name}": Row("length", f"1,600 steps{label}", flags | {"max_train_steps": 1600}, without="long")
+        for name, label, flags in (
+            ("", "", NONE),
+            ("_lpl", ", LPL", LPL),
+            ("_student", ", student", STUDENT),
+        )
+    },
     # Where the gradients conflict
     "projected": Row("conflict", "LPL's conflicting part removed", LPL | {"lpl_project_conflicts": True}),
 }
