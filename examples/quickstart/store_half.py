@@ -6,6 +6,7 @@ diffusers loads them as float32 anyway. Takes seconds.
 """
 
 import argparse
+import re
 from pathlib import Path
 
 import torch
@@ -21,6 +22,8 @@ def main() -> None:
     pipeline.transformer.half()
     pipeline.vae.half()
     pipeline.save_pretrained(args.output_dir)
+    for file in args.output_dir.glob("**/*.json"):  # of the machine that it was trained on
+        file.write_text(re.sub(r' *"_name_or_path": ".*",\n', "", file.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
