@@ -68,7 +68,7 @@ class Row:
 NONE: dict[str, object] = {"lpl_weight": "0"}
 LPL: dict[str, object] = {"lpl_weight": "auto:0.2"}
 STUDENT = LPL | {"lpl_student": "examples/quickstart/student"}
-LONG: dict[str, object] = {"max_train_steps": 1600}
+LONG: dict[str, object] = {"max_train_steps": 1000}
 ROWS = {
     # Table 3: with LPL or without, by objective
     "flow": Row("objective", "flow matching", NONE, paper="4.54"),
@@ -122,9 +122,9 @@ ROWS = {
     "early": Row("before", "base of 6,000 steps", NONE, "early", without="early"),
     "early_lpl": Row("before", "base of 6,000 steps, LPL", LPL, "early", without="early"),
     # How long rows are
-    "long": Row("length", "1,600 steps", NONE | LONG, without="long"),
-    "long_lpl": Row("length", "1,600 steps, LPL", LPL | LONG, without="long"),
-    "long_student": Row("length", "1,600 steps, student", STUDENT | LONG, without="long"),
+    "long": Row("length", "1,000 steps", NONE | LONG, without="long"),
+    "long_lpl": Row("length", "1,000 steps, LPL", LPL | LONG, without="long"),
+    "long_student": Row("length", "1,000 steps, student", STUDENT | LONG, without="long"),
     # Where the gradients conflict
     "projected": Row("conflict", "LPL's conflicting part removed", LPL | {"lpl_project_conflicts": True}),
 }
