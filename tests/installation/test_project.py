@@ -87,7 +87,9 @@ def test_the_notebook_is_valid_and_without_outputs():
 
 def test_the_notebooks_commands_are_the_quickstarts():
     makefile = (ROOT / "Makefile").read_text()
-    values = {"$(BIN)/": "", "$(QUICKSTART_STEPS)": "300", "$(QUICKSTART)": "quickstart"}
+    (steps,) = re.findall(r"QUICKSTART_STEPS \?= (\d+)", makefile)
+    assert f"{steps} steps" in (ROOT / "README.md").read_text()
+    values = {"$(BIN)/": "", "$(QUICKSTART_STEPS)": steps, "$(QUICKSTART)": "quickstart"}
     for name, value in values.items():
         makefile = makefile.replace(name, value)
     (command,) = re.findall(r"examples/quickstart/finetune.sh .*", makefile)

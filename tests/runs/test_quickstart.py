@@ -4,6 +4,8 @@ import hashlib
 import importlib.util
 import io
 import itertools
+import re
+import shlex
 import sys
 import tarfile
 
@@ -87,6 +89,12 @@ def test_the_shipped_pipeline_draws_what_it_is_asked_for(monkeypatch):
     with torch.no_grad():
         named = features.load().named(torch.from_numpy(images).permute(0, 3, 1, 2) * 255)
     assert sum(named == torch.tensor([places[caption] for caption in captions[100::150]])) >= 6
+
+
+def test_samples_have_real_pictures_beside_them():
+    prompts = re.search(r"--validation_prompts (.*) \\\\", (ROOT / "examples/quickstart/finetune.sh").read_text())
+    captions = pyarrow.parquet.read_table(ROOT / "examples/quickstart/data/toned")["text"].to_pylist()
+    assert len(names := shlex.split(prompts[1])) == 8 and set(names) <= set(captions)
 
 
 # The autoencoder -----------------------------------------------------------------------------------------------------
