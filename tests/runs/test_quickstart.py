@@ -19,7 +19,8 @@ from torch import nn
 from trainer import ROOT
 
 
-SPEC = importlib.util.spec_from_file_location("make_data", ROOT / "examples/quickstart/make_data.py")
+QUICKSTART = ROOT / "examples/quickstart"
+SPEC = importlib.util.spec_from_file_location("make_data", QUICKSTART / "make_data.py")
 make_data = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(make_data)
 
@@ -66,10 +67,10 @@ def test_another_package_is_refused(monkeypatch, tmp_path, capsys):
 
 
 def test_the_shipped_data_set():
-    parts = [pyarrow.parquet.read_table(ROOT / f"examples/quickstart/data/{part}") for part in ("plain", "toned")]
+    parts = [pyarrow.parquet.read_table(QUICKSTART / f"data/{part}") for part in ("plain", "toned")]
     assert [len(part) for part in parts] == [1579, 302]
     assert set(parts[1]["text"].to_pylist()) <= set(parts[0]["text"].to_pylist())
-    assert "MIT License" in (ROOT / "examples/quickstart/data/README.md").read_text()
+    assert "MIT License" in (QUICKSTART / "data/README.md").read_text()
 
 
 # The pipeline --------------------------------------------------------------------------------------------------------
@@ -78,11 +79,11 @@ def test_the_shipped_data_set():
 def test_the_shipped_pipeline_draws_what_it_is_asked_for(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples/study"))
     features = importlib.import_module("features")
-    folder = ROOT / "examples/quickstart/pipeline"
+    folder = QUICKSTART / "pipeline"
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 20e6
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    captions = pyarrow.parquet.read_table(ROOT / "examples/quickstart/data/plain")["text"].to_pylist()
+    captions = pyarrow.parquet.read_table(QUICKSTART / "data/plain")["text"].to_pylist()
     options = {"height": 96, "width": 96, "max_sequence_length": 4, "num_inference_steps": 10, "guidance_scale": 2.0}
     images = pipeline(captions[100::150], generator=torch.manual_seed(0), output_type="np", **options).images
     places = features.places_of(captions)
@@ -92,9 +93,9 @@ def test_the_shipped_pipeline_draws_what_it_is_asked_for(monkeypatch):
 
 
 def test_samples_have_real_pictures_beside_them():
-    prompts = re.search(r"--validation_prompts (.*) \\\\", (ROOT / "examples/quickstart/finetune.sh").read_text())
-    captions = pyarrow.parquet.read_table(ROOT / "examples/quickstart/data/toned")["text"].to_pylist()
-    assert len(names := shlex.split(prompts[1])) == 8 and set(names) <= set(captions)
+    (prompts,) = re.findall(r"--validation_prompts (.*) .$", (QUICKSTART / "finetune.sh").read_text(), re.MULTILINE)
+    captions = pyarrow.parquet.read_table(QUICKSTART / "data/toned")["text"].to_pylist()
+    assert len(names := shlex.split(prompts)) == 8 and set(names) <= set(captions)
 
 
 # The autoencoder -----------------------------------------------------------------------------------------------------
@@ -103,7 +104,7 @@ def test_samples_have_real_pictures_beside_them():
 @pytest.fixture
 def autoencoder(monkeypatch):
     """The module that trains it, with noise of 16 px for pictures."""
-    monkeypatch.syspath_prepend(str(ROOT / "examples/quickstart"))
+    monkeypatch.syspath_prepend(str(QUICKSTART))
     module = importlib.import_module("train_autoencoder")
     pictures = torch.randint(256, (40, 3, 16, 16), generator=torch.Generator().manual_seed(0)).byte()
     monkeypatch.setattr(module, "read_pictures", lambda data: (pictures, []))
