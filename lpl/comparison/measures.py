@@ -23,7 +23,7 @@ from lpl.tools.files import number_entries
 
 UNLIKELY = 0.05  # 6 seeds that agree, or 8 of 9
 HELD_OUT = {"validation_loss": "diffusion loss on held-out images", "validation_lpl": "LPL on held-out images"}
-CHANCE = "If LPL made no difference, so many seeds or more would be alike with a probability of {:.2g}%."
+CHANCE = "If LPL made no difference, so many seeds or more would be alike with a probability of {:g}%."
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def verdict(measures: Sequence[Measure], base: str) -> str:
             head += " This is a hint: it takes 6 seeds that agree to make chance unlikely."
     else:
         head = f"Not distinguishable by the {first.title}: with LPL it is better in {counted} of {seeds} seeds."
-    return f"{head} {CHANCE.format(100 * chance)} In all seeds {lists}."
+    return f"{head} {CHANCE.format(round(100 * chance, 1))} In all seeds {lists}."
 
 
 def as_json(measure: Measure, base: str) -> dict[str, Any]:

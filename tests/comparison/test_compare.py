@@ -449,6 +449,7 @@ def test_a_verdict_says_no_more_than_the_seeds_do():
     assert "better with LPL: distance; worse: recall" in one
     mixed = verdict([measure("distance", "lower", [2.0, 2.0], [1.0, 3.0])], WITHOUT)
     assert mixed.startswith("Not distinguishable by the distance: with LPL it is better in 1 of 2 seeds")
+    assert "a probability of 100%" in mixed
     hint = verdict([measure("distance", "lower", [2.0] * 3, [1.0] * 3)], WITHOUT)
     assert (
         "is better with LPL in all 3 seeds (-50.0 ± 0.0%). This is a hint" in hint and "a probability of 25%" in hint
