@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 RUNS = {  # name of the log -> words, colour
     "healthy": ("healthy", "#2b5f9e"),
     "learning_rate": ("learning rate 25 times too high", "#c4601d"),
-    "weight": ("LPL's weight 50 times too high", "#4a8a3c"),
+    "weight": ("LPL's weight 68 times too high", "#4a8a3c"),
 }
 PANELS = {  # key -> title, scale
     "diffusion_loss": ("diffusion loss, mean of 50 steps", 1),
