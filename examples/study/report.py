@@ -8,15 +8,16 @@ text between the tables is written by hand: check it when a new row has been run
 
 import argparse
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
+from PIL.Image import Image
 from rows import ROWS, SETTINGS
 from run import recorded  # which lets the package be found
 
 from lpl.evaluation import Preprocessing, folder_images
-from lpl.evaluation.figures import paired_grid, zoomed_crops
+from lpl.evaluation.figures import busiest_square, crop_side, paired_grid, zoomed_crops
 from lpl.evaluation.report import markdown_rows
 from lpl.evaluation.results import REAL
 from lpl.tools.pictures import label_axes, save_figure, save_picture
@@ -40,7 +41,8 @@ COLUMNS = {  # headings and formats
 }
 SPECTRUM = {f"band_{number}": (f"to {number}/8", "{:.2f}") for number in range(1, 5)}  # cycles per pixel
 TABLES = tuple(dict.fromkeys(row.table for row in ROWS.values()))
-SHOWN = 10  # images in a row of the pictures
+SHOWN_ROWS = {"without LPL": "flow", "LPL, a fifth of the loss": "flow_lpl", "LPL, half of the loss": "share_50"}
+SHOWN, ENLARGED = 10, 5  # images in a row of the pictures
 
 Runs = Mapping[str, Mapping[str, float]]  # seed -> column -> number
 
@@ -161,19 +163,20 @@ def gain_for_time(found: Mapping[str, Runs], path: Path, plain: str = "flow") ->
     save_figure(figure, path)
 
 
-def pictures(study: Path, folder: Path, names: Iterable[str] = ("flow", "flow_lpl"), seed: str = "0") -> None:
-    """Images without LPL and with it, and the real ones; and enlarged parts of them."""
+def pictures(study: Path, folder: Path, seed: str = "0") -> None:
+    """Images of SHOWN_ROWS and the real ones; and enlarged, where the real ones have most detail."""
     preprocessing = Preprocessing(int(str(SETTINGS["resolution"])))
-    drawn = [next((study / "measured" / name / seed).glob("images/*/metadata.jsonl")).parent for name in names]
-    sets = [folder_images(place, preprocessing) for place in drawn]
     real = folder_images(study / "reference", preprocessing)
-    captions = list(sets[0].captions or ())[:SHOWN]
-    rows = {
-        label: [images[place] for place in range(SHOWN)] for label, images in zip(("without LPL", "with LPL"), sets)
-    }
+    rows, captions = dict[str, list[Image]](), list[str]()
+    for label, name in SHOWN_ROWS.items():
+        place = next((study / "measured" / name / seed).glob("images/*/metadata.jsonl")).parent
+        drawn = folder_images(place, preprocessing)
+        rows[label], captions = [drawn[number] for number in range(SHOWN)], list(drawn.captions or ())[:SHOWN]
     rows[REAL] = [real[list(real.captions or ()).index(caption)] for caption in captions]
+    corners = [busiest_square(image, crop_side(image)) for image in rows[REAL]]
     save_picture(paired_grid(rows, captions), folder / "study_samples.png")
-    save_picture(zoomed_crops(rows, captions), folder / "study_crops.png")
+    few = {label: images[:ENLARGED] for label, images in rows.items()}
+    save_picture(zoomed_crops(few, captions[:ENLARGED], corners=corners[:ENLARGED]), folder / "study_crops.png")
 
 
 def main() -> None:

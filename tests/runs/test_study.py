@@ -227,7 +227,7 @@ def test_a_cell_is_mean_and_deviation():
 
 def test_the_report_is_written(tmp_path, monkeypatch, commands):
     """Page and pictures of a small study; a second time nothing changes."""
-    start(monkeypatch, tmp_path, "--rows", "flow", "flow_lpl", "--seeds", "0")
+    start(monkeypatch, tmp_path, "--rows", *report.SHOWN_ROWS.values(), "--seeds", "0")
     images, captions = features.read_pictures(run.DATA)
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images[:5]]
     run.write_images(tmp_path / "study/reference", pictures, captions[:5])
@@ -235,6 +235,7 @@ def test_the_report_is_written(tmp_path, monkeypatch, commands):
     page.write_text((ROOT / "docs/results.md").read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.setattr(report, "DOCS", tmp_path)
     monkeypatch.setattr(report, "SHOWN", 2)
+    monkeypatch.setattr(report, "ENLARGED", 1)
     monkeypatch.setattr(sys, "argv", ["report.py", "--study", str(tmp_path / "study")])
     report.main()
     text = page.read_text(encoding="utf-8")
