@@ -28,7 +28,7 @@ DOCS = HERE.parents[1] / "docs"
 COLUMNS = {  # headings and formats
     "change": ("change of Fréchet", "{:+.1%}"),
     "texture_change": ("of textures", "{:+.1%}"),
-    "kept": ("of LPL's gain", "{:.0%}"),
+    "kept": ("of LPL's gain in textures", "{:.0%}"),
     "fid": ("Fréchet ↓", "{:.2f}"),
     "texture": ("of textures ↓", "{:.2f}"),
     "recognised": ("recognised ↑", "{:.1%}"),
@@ -41,6 +41,7 @@ COLUMNS = {  # headings and formats
 }
 SPECTRUM = {f"band_{number}": (f"to {number}/8", "{:.2f}") for number in range(1, 5)}  # cycles per pixel
 TABLES = tuple(dict.fromkeys(row.table for row in ROWS.values()))
+CHANGES = {"change": "Fréchet distance", "texture_change": "that of textures"}
 SHOWN_ROWS = {"without LPL": "flow", "LPL, a fifth of the loss": "flow_lpl", "LPL, half of the loss": "share_50"}
 SHOWN, ENLARGED = 10, 5  # images in a row of the pictures
 
@@ -59,7 +60,7 @@ def compared(results: Mapping[str, Runs]) -> dict[str, dict[str, dict[str, float
             run["time"] = other["images_per_second"] / run["images_per_second"]
             lpl = found.get(f"{plain}_lpl", {}).get(seed)
             if ROWS[name].table == "cheap" and lpl:
-                run["kept"] = (other["fid"] - run["fid"]) / (other["fid"] - lpl["fid"])
+                run["kept"] = (other["texture"] - run["texture"]) / (other["texture"] - lpl["texture"])
     return found
 
 
@@ -117,50 +118,50 @@ def filled(page: str, found: Mapping[str, Runs]) -> str:
 
 
 def overview(found: Mapping[str, Runs], path: Path) -> None:
-    """Fréchet distances of rows relative to the same seed without LPL, a point for each seed."""
+    """Both Fréchet distances of rows relative to the same seed without LPL, a point for each seed."""
     from matplotlib.figure import Figure
 
-    values = {name: [run["change"] for run in runs.values() if "change" in run] for name, runs in found.items()}
-    names = [name for name in reversed(ROWS) if values.get(name)]
-    figure = Figure(figsize=(8, 0.8 + 0.28 * len(names)), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    for place, name in enumerate(names):
-        colour = "#555753" if ROWS[name].flags.get("lpl_weight") == "0" else "#c4601d"
-        axes.plot(values[name], [place] * len(values[name]), "o", color=colour, markersize=5, alpha=0.6)
-        axes.plot([mean(values[name])], [place], "|", color=colour, markersize=16, markeredgewidth=2)
-    axes.set_ylim(-0.6, len(names) - 0.4)
-    axes.set_yticks(range(len(names)), [ROWS[name].label for name in names])
-    axes.axvline(0, color="#555753", linewidth=0.8, linestyle=":")
-    axes.xaxis.set_major_formatter("{x:+.0%}")
-    label_axes(axes, "Change of the Fréchet distance, by seed (left is better)", "", "")
+    names = [name for name in reversed(ROWS) if any("change" in run for run in found.get(name, {}).values())]
+    figure = Figure(figsize=(10, 0.8 + 0.28 * len(names)), dpi=120, layout="constrained")
+    for axes, (key, title) in zip(figure.subplots(1, 2, sharey=True), CHANGES.items()):
+        for place, name in enumerate(names):
+            values = [run[key] for run in found[name].values() if key in run]
+            axes.plot(values, [place] * len(values), "o", color=colour(name), markersize=5, alpha=0.6)
+            axes.plot([mean(values)], [place], "|", color=colour(name), markersize=16, markeredgewidth=2)
+        axes.set_ylim(-0.6, len(names) - 0.4)
+        axes.set_yticks(range(len(names)), [ROWS[name].label for name in names])
+        axes.axvline(0, color="#555753", linewidth=0.8, linestyle=":")
+        axes.xaxis.set_major_formatter("{x:+.0%}")
+        label_axes(axes, title, "change, left is better", "")
     save_figure(figure, path)
 
 
 def gain_for_time(found: Mapping[str, Runs], path: Path, plain: str = "flow") -> None:
-    """Change of the Fréchet distance over the training's time, both relative to training without LPL; of LPL, and of
-    what costs less. Means over seeds."""
+    """Change of both Fréchet distances over the training's time, relative to training without LPL; of LPL, and of what
+    costs less. Means over seeds."""
     from matplotlib.figure import Figure
 
-    own = [f"{plain}_lpl", *(name for name, row in ROWS.items() if row.table == "cheap" and row.without == plain)]
-    points = {
-        name: (mean(run["time"] * run["steps"] / found[plain][seed]["steps"] for seed, run in runs.items()), runs)
-        for name in own
-        if (runs := {seed: run for seed, run in found.get(name, {}).items() if "change" in run})
-    }
-    figure = Figure(figsize=(8, 4), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    axes.plot([1], [0], "o", color="#555753")
-    axes.annotate(ROWS[plain].label, (1, 0), xytext=(6, 4), textcoords="offset points", fontsize=8)
-    for name, (time, runs) in points.items():
-        change = mean(run["change"] for run in runs.values())
-        colour = "#555753" if ROWS[name].flags["lpl_weight"] == "0" else "#c4601d"
-        axes.plot([time], [change], "o", color=colour)
-        words = ROWS[name].label.removeprefix(f"{ROWS[plain].label}, ")
-        axes.annotate(words, (time, change), xytext=(6, 4), textcoords="offset points", fontsize=8)
-    axes.yaxis.set_major_formatter("{x:+.0%}")
-    axes.margins(x=0.25)
-    label_axes(axes, "Change of the Fréchet distance (lower is better)", "time of the training, without LPL: 1", "")
+    names = [f"{plain}_lpl", *(name for name, row in ROWS.items() if row.table == "cheap" and row.without == plain)]
+    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
+    for axes, (key, title) in zip(figure.subplots(1, 2), CHANGES.items()):
+        axes.axhline(0, color="#555753", linewidth=0.8, linestyle=":")
+        for name in names:
+            runs = {seed: run for seed, run in found.get(name, {}).items() if key in run}
+            if runs:
+                steps = (run["steps"] / found[plain][seed]["steps"] for seed, run in runs.items())
+                time = mean(run["time"] * longer for run, longer in zip(runs.values(), steps))
+                change = mean(run[key] for run in runs.values())
+                axes.plot([time], [change], "o", color=colour(name))
+                words = ROWS[name].label.removeprefix(f"{ROWS[plain].label}, ")
+                axes.annotate(words, (time, change), xytext=(6, 4), textcoords="offset points", fontsize=8)
+        axes.yaxis.set_major_formatter("{x:+.1%}")
+        axes.margins(x=0.3)
+        label_axes(axes, title, "time of the training, without LPL: 1", "change, lower is better")
     save_figure(figure, path)
+
+
+def colour(name: str) -> str:
+    return "#555753" if ROWS[name].flags["lpl_weight"] == "0" else "#c4601d"
 
 
 def pictures(study: Path, folder: Path, seed: str = "0") -> None:
