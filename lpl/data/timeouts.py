@@ -25,6 +25,7 @@ Batch = TypeVar("Batch")
 PATIENCE = 2  # a read that takes longer than this many timeouts has not noticed its timer
 STARTING = 60.0  # seconds that workers may take before their first read
 FLAG = "--dataloader_timeout"
+GONE = "is gone, in the middle of a batch"
 
 
 class TookTooLong(TimeoutError):
@@ -99,6 +100,11 @@ class Readings:
         """Seconds since a worker last began or ended a read."""
         return time.monotonic() - float(self._table[:, 2].abs().max())
 
+    def ended(self) -> set[int]:
+        """Numbers of the workers' processes that have begun to read, and are gone."""
+        alive = {child.pid for child in multiprocessing.active_children()}
+        return {int(number) for number in self._table[:, 0] if number} - alive
+
     def kill(self) -> None:
         """Kills the workers, which ignore other signals."""
         before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error of its own
@@ -119,12 +125,17 @@ def watched(
         name: returns the name of the sample at a place.
 
     Raises:
+        RuntimeError: if a worker is gone; torch says so too, but not where it is missed while it hands over a batch.
         HungLoader: if a read has not been interrupted by its own timeout, or if no batch comes though nothing is read.
     """
     waited = 0.0
     while True:
         try:
             batch = next(batches)
+        except (OSError, EOFError) as error:
+            if not (ended := readings.ended()):  # it is another file or connection
+                raise
+            raise RuntimeError(f"DataLoader worker (pid {ended}) {GONE}") from error
         except RuntimeError as error:
             if not str(error).startswith("DataLoader timed out"):
                 raise

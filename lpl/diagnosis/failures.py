@@ -12,7 +12,7 @@ import torch
 from lpl.config import Config
 from lpl.data.loader import worker_count
 from lpl.data.streaming import LostShard
-from lpl.data.timeouts import HungLoader
+from lpl.data.timeouts import GONE, HungLoader
 from lpl.diagnosis.needs import DiskNeeds, NoRoom
 from lpl.diagnosis.remedies import remedies
 from lpl.diagnosis.status import Stage, Status
@@ -103,7 +103,7 @@ def _loader_ended(status: Status, error: BaseException) -> str | None:
         return None
     if "Bus error" in said:
         words = "a process that loads images ran out of shared memory (/dev/shm; docker has --shm-size for it)"
-    elif "Killed" in said:
+    elif "Killed" in said or GONE in said:
         words = (
             f"a process that loads images was killed {status.words()}, as the system does when memory runs out; "
             f"{memory_in_words(torch.device('cpu'))}"

@@ -1,5 +1,6 @@
 """Reads that do not finish are given up; if one cannot be interrupted, the file is named."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -11,7 +12,7 @@ from datasets import Image as ImageFeature
 
 from lpl.data.dataset import TrainingImages
 from lpl.data.order import KeyedBatches
-from lpl.data.timeouts import HungLoader, Readings, TookTooLong, at_most
+from lpl.data.timeouts import HungLoader, Readings, TookTooLong, at_most, watched
 from tests.data.test_dataset import images_of, static
 from tests.data.test_loader import batches_of
 
@@ -140,6 +141,25 @@ def test_slow_files_one_after_the_other_are_no_hang(monkeypatch):
     monkeypatch.setattr(TrainingImages, "candidates", slow)
     batch = next(batches_of(images, KeyedBatches(4, 4, 0, 0, 1, 0), 1))
     assert batch["bad"] == []
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_worker_that_is_gone_is_told_from_a_lost_connection(gone):
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(0 if gone else 60,))
+    worker.start()
+    readings = Readings(1)
+    readings._table[0, 0] = worker.pid
+    if gone:
+        worker.join()
+
+    def batches():
+        raise ConnectionResetError("by peer")
+        yield
+
+    with pytest.raises(RuntimeError if gone else ConnectionResetError, match="is gone" if gone else "by peer"):
+        next(watched(batches(), readings, 0, str))
+    worker.kill()
+    worker.join()
 
 
 def test_readings_of_the_main_process_are_not_noted():

@@ -20,7 +20,7 @@ from lpl.config.config import FLAGS
 from lpl.config.flag import REFUSED
 from lpl.data.dataset import TrainingImages
 from lpl.data.streaming import LostShard
-from lpl.data.timeouts import HungLoader
+from lpl.data.timeouts import GONE, HungLoader
 from lpl.diagnosis.failures import Stage, explained, explanation
 from lpl.diagnosis.needs import NoRoom
 from lpl.tools.process import SIGNALS
@@ -213,6 +213,11 @@ def test_a_loaders_process_that_was_killed(sd_pipeline, image_folder, tmp_path, 
     said = ended(sd_pipeline, image_folder, tmp_path, **flags)
     assert "a process that loads images was killed in step " in said
     assert "try --dataloader_num_workers 0\ncheckpoint-" in said
+
+
+def test_a_loaders_process_that_is_missed(status):
+    said = explanation(status(), RuntimeError(f"DataLoader worker (pid {{7}}) {GONE}"))
+    assert said.startswith("a process that loads images was killed")
 
 
 def test_a_loader_without_shared_memory(status):
