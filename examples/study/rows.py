@@ -1,8 +1,8 @@
 """The rows of the study: a *row* continues the training of a base with its own flags, on the same data and noise.
 
-Rows learn emoji of people with a medium skin tone; bases know these without a tone. `--rows` of run.py
-takes the names of rows; `flags` are added to SETTINGS. A *base* is a model trained without LPL: the quickstart's
-pipeline, or one of BASES, which run.py trains. Rows with `of` measure another row's model under another `sampling`.
+Rows learn emoji of people with a medium skin tone; bases know these without a tone. `--rows` of run.py takes the names
+of rows; `flags` are added to SETTINGS. A *base* is a model trained without LPL: the quickstart's pipeline, or one of
+BASES, which run.py trains. Rows with `of` measure another row's model under another `sampling`.
 """
 
 from dataclasses import dataclass, field

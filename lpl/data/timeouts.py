@@ -135,7 +135,8 @@ def watched(
         except (OSError, EOFError) as error:
             if not (ended := readings.ended()):  # it is another file or connection
                 raise
-            raise RuntimeError(f"DataLoader worker (pid {ended}) {GONE}") from error
+            numbers = ", ".join(map(str, sorted(ended)))
+            raise RuntimeError(f"DataLoader worker (pid {numbers}) {GONE}") from error
         except RuntimeError as error:
             if not str(error).startswith("DataLoader timed out"):
                 raise

@@ -216,7 +216,7 @@ def test_a_loaders_process_that_was_killed(sd_pipeline, image_folder, tmp_path, 
 
 
 def test_a_loaders_process_that_is_missed(status):
-    said = explanation(status(), RuntimeError(f"DataLoader worker (pid {{7}}) {GONE}"))
+    said = explanation(status(), RuntimeError(f"DataLoader worker (pid 7) {GONE}"))
     assert said.startswith("a process that loads images was killed")
 
 
