@@ -14,7 +14,7 @@ from statistics import mean, stdev
 
 from PIL.Image import Image
 from rows import ROWS, SETTINGS
-from run import recorded  # which lets the package be found
+from run import IN_FLOAT32, recorded  # which lets the package be found
 
 from lpl.evaluation import Preprocessing, folder_images
 from lpl.evaluation.figures import busiest_square, crop_side, paired_grid, zoomed_crops
@@ -76,6 +76,17 @@ def cell(form: str, values: Sequence[float]) -> str:
     return form.format(mean(values)) + spread
 
 
+def seeds(runs: Runs) -> str:
+    """Those of results.json.
+
+    >>> seeds({"0": {}, "1": {}, "0-float32": {}})
+    '0, 1; in float32: 0'
+    """
+    float32 = [key.removesuffix(IN_FLOAT32) for key in runs if key.endswith(IN_FLOAT32)]
+    half = [key for key in runs if not key.endswith(IN_FLOAT32)]
+    return "; ".join(part for part in (", ".join(half), f"in float32: {', '.join(float32)}" * bool(float32)) if part)
+
+
 def cells(runs: Runs, columns: Mapping[str, tuple[str, str]]) -> list[str]:
     return [cell(form, [run[name] for run in runs.values() if name in run]) for name, (_, form) in columns.items()]
 
@@ -89,7 +100,7 @@ def table(kind: str, found: Mapping[str, Runs]) -> str:
     lines = [["", *(heading for heading, _ in columns.values()), "seeds", "the paper", "row"]]
     for name in names:
         if runs := found.get(name):
-            lines.append([ROWS[name].label, *cells(runs, columns), ", ".join(runs), ROWS[name].paper, f"`{name}`"])
+            lines.append([ROWS[name].label, *cells(runs, columns), seeds(runs), ROWS[name].paper, f"`{name}`"])
     parts = [markdown_rows(lines)] if len(lines) > 1 else []
     if missing := [f"`{name}`" for name in names if name not in found]:
         parts.append(f"Not run: {', '.join(missing)}.")

@@ -12,7 +12,6 @@ SETTINGS = {
     "resolution": 96,
     "max_sequence_length": 4,
     "train_batch_size": 16,
-    "mixed_precision": "bf16",
     "use_ema": True,
     "proportion_empty_prompts": 0.1,
     "lr_scheduler": "cosine",

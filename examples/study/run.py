@@ -6,7 +6,8 @@
 
 The queue takes rows in the order of rows.py, one seed after the other. It skips what results.json has, goes on with a
 run that was interrupted, and begins none after `--max_minutes`. What a row needs besides examples/quickstart (another
-base, a small decoder) is made first. Runs have one thread each.
+base, a small decoder) is made first. Runs have one thread each. They are in bfloat16 where the machine computes in it,
+else in float32: these are recorded beside the others, and compared with one another only.
 
 A run has its log and its pipeline in `study/rows/NAME/SEED/`, and its images and measurements in
 `study/measured/NAME/SEED/`. A row that gets the time of another one needs the recorded speeds of that one and of the
@@ -46,9 +47,11 @@ TRAIN = QUICKSTART / "data/plain"  # what bases are trained on, and the feature 
 DATA = QUICKSTART / "data/toned"  # what rows are trained on, and compared with
 RESULTS = HERE / "results.json"
 NETWORK = "examples.study.features:load"
+IN_FLOAT32 = "-float32"  # after a seed
 AS = "as "  # before the row whose time is given, in the place of a number of steps
 BANDS = {"band_1": (0, 1 / 8), "band_2": (1 / 8, 1 / 4), "band_3": (1 / 4, 3 / 8), "band_4": (3 / 8, 1 / 2)}
 RESUMING = {"checkpointing_steps": 200, "checkpoints_total_limit": 1, "resume_from_checkpoint": "latest"}
+HALF = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()  # many CPUs only emulate bfloat16
 RECORDING, MAKING = Lock(), Lock()
 
 
@@ -113,6 +116,7 @@ def train(study: Path, source: Path, data: Path, folder: Path, flags: Mapping[st
         "train_data_dir": data,
         "data_cache_dir": study / "cache",
         "output_dir": folder,
+        "mixed_precision": "bf16" if HALF else "no",
     }
     line = [word.replace("{study}", str(study)) for word in arguments(where | SETTINGS | RESUMING | flags)]
     call([sys.executable, str(SCRIPT), *line], folder.with_suffix(".log"))
@@ -127,14 +131,15 @@ def given_time_of(row: Row) -> str | None:
 def steps_for_the_time_of(name: str, results: Mapping[str, Any]) -> int:
     """Steps without LPL that take as long as all of that row's; the same for all seeds."""
     speed = {
-        row: mean(run["images_per_second"] for run in results[row].values()) for row in (name, ROWS[name].without)
+        row: mean(run["images_per_second"] for key, run in results[row].items() if is_alike(key))
+        for row in (name, ROWS[name].without)
     }
     return round(ROW["max_train_steps"] * speed[ROWS[name].without] / speed[name])
 
 
 def train_row(study: Path, name: str, seed: int) -> Path:
     """The folder of the trained run."""
-    row, folder = ROWS[name], study / "rows" / name / str(seed)
+    row, folder = ROWS[name], study / "rows" / name / key_of(seed)
     if not (folder / "model_index.json").is_file():
         with MAKING:  # two seeds of a row need the same
             base = make_base(study, row.base)
@@ -162,7 +167,7 @@ def evaluate(study: Path, generated: Path, output: Path, sampling: Mapping[str, 
         "resolution": SETTINGS["resolution"],
         "max_sequence_length": SETTINGS["max_sequence_length"],
         "batch_size": 64,
-        "dtype": "bfloat16",
+        "dtype": "bfloat16" if HALF else "float32",
         "seed": 0,
     }
     call([sys.executable, "-m", "lpl.evaluate", *arguments(options | dict(sampling))], output / "log")
@@ -231,31 +236,41 @@ def bands(spectrum: Mapping[str, Any]) -> dict[str, float]:
 # The queue -----------------------------------------------------------------------------------------------------------
 
 
+def key_of(seed: int) -> str:
+    """What a seed's run on a machine like this one is called."""
+    return f"{seed}" if HALF else f"{seed}{IN_FLOAT32}"
+
+
+def is_alike(key: str) -> bool:
+    """Whether a run was made on a machine like this one."""
+    return key.endswith(IN_FLOAT32) != HALF
+
+
 def recorded() -> dict[str, Any]:
-    """Row -> seed -> numbers, of all finished runs."""
+    """Row -> key of a seed -> numbers, of all finished runs."""
     return json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else {}
 
 
 def record(name: str, seed: int, found: Mapping[str, float]) -> None:
     with RECORDING:
         results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"rows": {}}
-        results["rows"].setdefault(name, {})[str(seed)] = found
+        results["rows"].setdefault(name, {})[key_of(seed)] = found
         RESULTS.with_suffix(".part").write_text(json.dumps(results, indent=1) + "\n")
         RESULTS.with_suffix(".part").rename(RESULTS)
 
 
 def do(study: Path, name: str, seed: int) -> None:
     """Trains, measures and records one run."""
-    run, output = train_row(study, ROWS[name].of or name, seed), study / "measured" / name / str(seed)
+    run, output = train_row(study, ROWS[name].of or name, seed), study / "measured" / name / key_of(seed)
     evaluate(study, run, output, SAMPLING | ROWS[name].sampling)
     record(name, seed, image_numbers(output) | run_numbers(run))
-    print(f"{name}, seed {seed}: {recorded()[name][str(seed)]}", flush=True)
+    print(f"{name}, seed {seed}: {recorded()[name][key_of(seed)]}", flush=True)
 
 
 def queue(names: list[str], seeds: list[int], results: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     """Rows and seeds that are not recorded yet."""
     for name in names:
-        yield from ((name, seed) for seed in seeds if str(seed) not in results.get(name, {}))
+        yield from ((name, seed) for seed in seeds if key_of(seed) not in results.get(name, {}))
 
 
 def main() -> None:

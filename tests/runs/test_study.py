@@ -117,6 +117,7 @@ def commands(monkeypatch, tmp_path):
 
     monkeypatch.setattr(run, "call", call)
     monkeypatch.setattr(run, "RESULTS", tmp_path / "results.json")
+    monkeypatch.setattr(run, "HALF", True)
     return started
 
 
@@ -146,6 +147,19 @@ def test_the_queue_trains_measures_and_records(tmp_path, monkeypatch, commands):
     commands.clear()
     start(monkeypatch, tmp_path, "--rows", "flow", "flow_lpl", "flow_longer", "--seeds", "0", "1")
     assert not commands
+
+
+def test_runs_in_float32_are_beside_the_others(tmp_path, monkeypatch, commands):
+    for half in (True, False, True):
+        monkeypatch.setattr(run, "HALF", half)
+        start(monkeypatch, tmp_path, "--rows", "flow", "flow_lpl", "--seeds", "0")
+    assert [each.mixed_precision for each in trainings(commands)] == ["bf16", "bf16", "no", "no"]
+    evaluations = [evaluate.parse(command[3:]).request for command in commands if "lpl.evaluate" in command]
+    assert [str(each.dtype).removeprefix("torch.") for each in evaluations] == ["bfloat16"] * 2 + ["float32"] * 2
+    found = report.compared(run.recorded())
+    assert found["flow_lpl"].keys() == {"0", "0-float32"}
+    assert all("change" in each for each in found["flow_lpl"].values())
+    assert "| 0; in float32: 0 |" in report.table("objective", found)
 
 
 def test_no_run_begins_after_the_time_is_over(tmp_path, monkeypatch, commands):
