@@ -65,20 +65,14 @@ class LossMask(NamedTuple):
         return self._replace(pixels=part)
 
 
-def masked_mean(values: Tensor, mask: LossMask | None) -> Tensor:
-    """The mean of each sample's values over the region, (B, C, h, w) -> (B,); 0 if the region is empty."""
-    return _mean_over(None if mask is None else mask.region(values.shape[-2:]), values, mask)
-
-
 def pooled_mean(values: Tensor, mask: LossMask | None) -> Tensor:
-    """The mean of each sample's values over the pooled mask, (B, C, h, w) -> (B,); 0 if the mask is black."""
-    return _mean_over(None if mask is None else mask.pooled(values.shape[-2:]), values, mask)
+    """The mean of each sample's values over the pooled mask, mixed with that over all positions as u says.
 
-
-def _mean_over(part: Tensor | None, values: Tensor, mask: LossMask | None) -> Tensor:
-    """The mean over a part, (B, 1, h, w), mixed with that over all positions as u says."""
-    if part is None or mask is None:
+    (B, C, h, w) -> (B,); if the mask is black, only u's part is left.
+    """
+    if mask is None:
         return values.flatten(1).mean(1)
+    part = mask.pooled(values.shape[-2:])
     share = values[0, 0].numel() / part.sum((1, 2, 3), keepdim=True).clamp(min=SMALLEST)  # 1 / the part's area
     weights = 1 - (1 - mask.unmasked_weight) * (1 - share * part)  # exactly 1 if the part is the whole map
     return (values * weights).flatten(1).mean(1)

@@ -2,7 +2,11 @@
 
 Vocabulary. f is the student, f_k its features at depth k, projected; z0 and z0_hat are scaled latents, (B, C, h, w).
 
-    S_b = sum_k mean_chw (f_k(z0_hat) - f_k(z0))^2
+    S_b = sum_k mean_c a_kc mean_hw (f_k(z0_hat) - f_k(z0))^2 / (var_kc + e)
+
+var is the variance of f_k(z0_hat) over positions: f's features are normalised as the loss's own are, here "shared". It
+is what makes S's pull *along* z0_hat, by which LPL sharpens, LPL's own: without it, f reproduces the rest of the
+gradient and has too little of that, for every sample alike. a_kc are positive and learnt, e is as in ``lpl/terms.py``.
 
 It is trained (``lpl/distillation``) so that S and its gradient with respect to z0_hat reproduce LPL and its gradient,
 for one VAE and one configuration of the loss, which its own configuration records.
@@ -17,7 +21,7 @@ denoiser's backward pass keeps nothing of the student.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +32,7 @@ from torch.nn import functional as F
 
 from lpl.autoencoders import exact_precision, latent_channels
 from lpl.loss import Formed, LatentPerceptualLoss, Measured
-from lpl.masking import LossMask, masked_mean
+from lpl.masking import LossMask
 from lpl.objectives import at_least_float32
 
 
@@ -70,8 +74,12 @@ class Student(ModelMixin, ConfigMixin):
         super().__init__()
         self.stem = nn.Conv2d(latent_channels, width, 3, padding=1)
         self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
-        self.projections = nn.ModuleList(nn.Conv2d(width, projection or width, 1) for _ in range(depth + 1))
-        self.log_scale = nn.Parameter(torch.zeros(()))  # of S, since LPL's own scale is far from 1
+        compared = projection or width
+        self.projections = nn.ModuleList(nn.Conv2d(width, compared, 1) for _ in range(depth + 1))
+        self.log_weights = nn.Parameter(torch.zeros(depth + 1, compared))  # log a
+        options = loss or {}
+        self.normalization = options.get("normalization", "shared")
+        self.detach_statistics = options.get("detach_statistics", False)
 
     def forward(self, latents: Tensor) -> list[Tensor]:
         x = self.stem(latents)
@@ -82,10 +90,44 @@ class Student(ModelMixin, ConfigMixin):
         return found
 
     def terms(self, predicted_latents: Tensor, latents: Tensor, mask: LossMask | None = None) -> Tensor:
-        """The parts of S by depth, (depth + 1, B); under a mask, means over the part of the image that it keeps."""
-        predicted, target = self(predicted_latents), self(latents)
-        parts = [masked_mean((x - y).square(), mask) for x, y in zip(predicted, target)]
-        return torch.stack(parts) * self.log_scale.exp()
+        """The parts of S by depth, (depth + 1, B); masks as in :mod:`lpl.masking`."""
+        maps = list(zip(self(predicted_latents), self(latents)))
+        everywhere = torch.ones_like(latents[:, :1])
+        if mask is None:
+            return self._terms(maps, everywhere)
+        masked = self._terms(maps, mask.region(latents.shape[-2:]).to(latents.dtype))
+        if not mask.unmasked_weight:
+            return masked
+        return masked + mask.unmasked_weight * (self._terms(maps, everywhere) - masked)
+
+    def _terms(self, maps: Sequence[tuple[Tensor, Tensor]], keep: Tensor) -> Tensor:
+        distances = (self._distance(x, y, keep) for x, y in maps)
+        return torch.stack([(a * distance).mean(1) for a, distance in zip(self.log_weights.exp(), distances)])
+
+    def _distance(self, x: Tensor, y: Tensor, keep: Tensor) -> Tensor:
+        """Mean squared difference of prediction and target over the kept positions, normalised, (B, P)."""
+        if self.normalization == "separate":
+            x, y = (
+                (z - mean) / (v.detach() if self.detach_statistics else v).sqrt()
+                for z, (mean, v) in ((z, _moments(z, keep)) for z in (x, y))
+            )
+        distance = _mean((x - y).square(), keep)
+        if self.normalization == "shared":
+            variance = _moments(x, keep)[1]
+            distance = distance / (variance.detach() if self.detach_statistics else variance)
+        return distance[:, :, 0, 0]
+
+
+def _mean(values: Tensor, keep: Tensor) -> Tensor:
+    """Over the kept positions, (B, P, h, w) and (B, 1, h, w) -> (B, P, 1, 1); 0 if there are none."""
+    return (values * keep).sum((2, 3), keepdim=True) / keep.sum((2, 3), keepdim=True).clamp(min=1)
+
+
+def _moments(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean, and variance plus e, of each channel over the kept positions."""
+    mean = _mean(x, keep)
+    variance = _mean((x - mean).square(), keep)
+    return mean, variance + 1e-4 * variance.detach().mean(1, keepdim=True) + 1e-12
 
 
 class _Block(nn.Module):
@@ -137,11 +179,15 @@ class Fidelity(NamedTuple):
 
     cosine: Tensor
     relative_error: Tensor  # |g_S - g_LPL| / |g_LPL|
+    pull: Tensor  # of g_S towards more contrast: -<g_S, z0_hat - its means over positions>
+    exact_pull: Tensor  # of g_LPL
 
     def summed(self) -> Tensor:
-        """Sums of cosine and squared relative error over the samples with a gradient, and their number, (3,)."""
+        """Sums of cosine, squared relative error and both pulls over the samples with a gradient, and their number,
+        (5,)."""
         known = self.relative_error.isfinite()
-        found = torch.stack([self.cosine, self.relative_error.square(), known.to(self.cosine.dtype)])
+        pulls = self.pull, self.exact_pull
+        found = torch.stack([self.cosine, self.relative_error.square(), *pulls, known.to(self.cosine.dtype)])
         return torch.where(known, found, torch.zeros_like(found)).sum(1)
 
 
@@ -160,14 +206,16 @@ def difference(
         _value_and_gradient(term, predicted_latents, latents, mask) for term in (student, loss)
     )
     correction = Formed.apply(predicted_latents, exact - value, exact_gradient - gradient)
-    return correction, fidelity(gradient, exact_gradient)
+    return correction, fidelity(gradient, exact_gradient, predicted_latents)
 
 
-def fidelity(gradient: Tensor, exact: Tensor) -> Fidelity:
-    """Compare two gradients, (B, C, h, w)."""
+def fidelity(gradient: Tensor, exact: Tensor, predicted_latents: Tensor) -> Fidelity:
+    """Compare two gradients with respect to the predicted latents, (B, C, h, w) each."""
     ours, theirs = gradient.flatten(1), exact.flatten(1)
+    contrast = predicted_latents.detach() - predicted_latents.detach().mean((2, 3), keepdim=True)
     error = (ours - theirs).norm(dim=1) / theirs.norm(dim=1)
-    return Fidelity(F.cosine_similarity(ours, theirs, dim=1), error)
+    pulls = (-(g * contrast.flatten(1)).sum(1) for g in (ours, theirs))
+    return Fidelity(F.cosine_similarity(ours, theirs, dim=1), error, *pulls)
 
 
 def _value_and_gradient(
@@ -234,8 +282,11 @@ def load_student(path: str, loss: LatentPerceptualLoss, cache_dir: str | None = 
     Raises:
         OSError, ValueError: if it cannot be loaded, or is none for this loss.
     """
-    student = Student.from_pretrained(path, cache_dir=cache_dir, use_safetensors=True)
+    loaded: Any = Student.from_pretrained(path, cache_dir=cache_dir, use_safetensors=True, output_loading_info=True)
+    student, found = loaded
     check_configuration(f"--lpl_student {path}", student.config, loss)
     check_decoder(f"--lpl_student {path}", student.config, loss.vae)
+    if found["missing_keys"]:
+        raise ValueError(f"--lpl_student {path}: it is of an earlier version; make one by python -m lpl.distill")
     nn.Module.to(student, loss.vae.device)
     return StudentLoss(student)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import tiny_vae
 
 from lpl import LatentPerceptualLoss
@@ -31,14 +32,28 @@ def gradient_of(function, predicted):
     return torch.autograd.grad(function(predicted), predicted)[0]
 
 
-def test_value_and_gradient_are_those_of_the_formula(student, pair):
-    """S_b = sum_k mean_chw (f_k(z0_hat) - f_k(z0))^2, with a factor that is learnt."""
+@pytest.mark.parametrize(
+    "options", [{}, {"detach_statistics": True}, {"normalization": "separate"}, {"normalization": "none"}]
+)
+def test_value_and_gradient_are_those_of_the_formula(options, loss, pair):
+    """S_b = sum_k mean_c a_kc mean_hw (f_k(z0_hat) - f_k(z0))^2 / (var_kc + e), normalised as the loss is."""
     predicted, latents = pair
+    torch.manual_seed(0)
+    student = Student(4, width=16, depth=2, loss=loss.options | options)
+    torch.nn.init.normal_(student.log_weights)
     ours = StudentLoss(student)
 
     def formula(z):
-        maps = zip(student(z), student(latents))
-        return student.log_scale.exp() * sum((x - y).square().mean((1, 2, 3)) for x, y in maps)
+        parts = []
+        for x, y, a in zip(student(z), student(latents), student.log_weights.exp()):
+            (mean, v), (mean_y, v_y) = ((z.mean((2, 3)), z.var((2, 3), correction=0)) for z in (x, y))
+            v, v_y = ((v + 1e-4 * v.mean(1, keepdim=True).detach())[:, :, None, None] for v in (v, v_y))
+            if options.get("normalization") == "separate":
+                x, y = (x - mean[:, :, None, None]) / v.sqrt(), (y - mean_y[:, :, None, None]) / v_y.sqrt()
+            if options.get("normalization"):
+                v = torch.ones(())
+            parts.append((a[:, None, None] * (x - y).square() / (v.detach() if options else v)).mean((1, 2, 3)))
+        return sum(parts)
 
     weights = torch.tensor([1.0, 2.0, 0.5])
     assert torch.allclose(ours(predicted, latents), formula(predicted), rtol=1e-5)
@@ -71,12 +86,24 @@ def test_fidelity_compares_the_gradients(student, loss, pair):
     assert torch.allclose(found.cosine, (one * other).sum(1) / one.norm(dim=1) / other.norm(dim=1), atol=1e-5)
     assert torch.allclose(found.relative_error, (one - other).norm(dim=1) / other.norm(dim=1), rtol=1e-4)
     _, of_equal = difference(ours, loss, latents, latents)  # no gradient, so no direction to compare
-    assert torch.equal(of_equal.summed(), torch.zeros(3)) and found.summed()[2] == 3
+    assert torch.equal(of_equal.summed(), torch.zeros(5)) and found.summed()[-1] == 3
+    centred = predicted - predicted.mean((2, 3), keepdim=True)
+    pulls = [-(gradient * centred.flatten(1)).sum(1) for gradient in (one, other)]
+    assert torch.allclose(found.pull, pulls[0], rtol=1e-4) and torch.allclose(found.exact_pull, pulls[1], rtol=1e-4)
 
 
 def test_it_loads_as_it_was_saved(student, loss, pair, tmp_path):
     student.save_pretrained(tmp_path)
     assert torch.equal(load_student(str(tmp_path), loss)(*pair), StudentLoss(student)(*pair))
+
+
+def test_weights_of_an_earlier_version_are_refused(student, loss, tmp_path):
+    student.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    save_file({name: x for name, x in weights.items() if name != "log_weights"}, tmp_path / "earlier.safetensors")
+    (tmp_path / "earlier.safetensors").rename(tmp_path / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ValueError, match=f"--lpl_student {tmp_path}: it is of an earlier version"):
+        load_student(str(tmp_path), loss)
 
 
 def test_half_precision_is_the_same_decoder(student, loss):

@@ -128,16 +128,18 @@ ROWS = {
     "projected": Row("conflict", "LPL's conflicting part removed", LPL | {"lpl_project_conflicts": True}),
 }
 # Fig. 9 and guidance: the same models, sampled otherwise
-for table, name, label, values in (
-    ("sampling", "num_inference_steps", "{} sampling steps", (5, 10, 50)),
-    ("guidance", "guidance_scale", "guidance {}", (1.5, 2, 3, 4)),
+SAMPLED = {"flow": ("", ""), "flow_lpl": ("_lpl", ", LPL"), "detach": ("_detach", ", LPL, statistics detached")}
+for table, name, label, values, names in (
+    ("sampling", "num_inference_steps", "{} sampling steps", (5, 10, 50), ("flow", "flow_lpl")),
+    ("guidance", "guidance_scale", "guidance {}", (1.5, 2, 3, 4), SAMPLED),
 ):
     for value in values:
         key = f"{table}_{value:g}".replace(".", "_")
-        for row in ("flow", "flow_lpl"):
-            ROWS[key + row.removeprefix("flow")] = Row(
+        for row in names:
+            ending, words = SAMPLED[row]
+            ROWS[key + ending] = Row(
                 table,
-                label.format(value) + (", LPL" if row == "flow_lpl" else ""),
+                label.format(value) + words,
                 ROWS[row].flags,
                 without=key,
                 of=row,

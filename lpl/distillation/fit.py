@@ -60,15 +60,19 @@ class Measurement:
 
     cosine: Tensor
     relative_error: Tensor
+    pull: Tensor
+    exact_pull: Tensor
     value: Tensor  # S
     exact: Tensor  # LPL
 
     def summary(self) -> dict[str, float]:
-        """Means, and the correlation of the logarithms of the values."""
+        """Means, the student's whole pull towards contrast relative to LPL's, and the correlation of the logarithms
+        of the values."""
         logs = torch.stack([self.value, self.exact]).clamp(min=1e-12).log()
         return {
             "cosine": self.cosine.mean().item(),
             "relative_error": self.relative_error.square().mean().sqrt().item(),
+            "pull": (self.pull.sum() / self.exact_pull.sum()).item(),
             "log_correlation": torch.corrcoef(logs)[0, 1].item() if logs.shape[1] > 1 else math.nan,
         }
 
@@ -81,7 +85,8 @@ def measure(student: Student, pairs: Pairs, batch_size: int, device: torch.devic
         predicted = chosen.predicted.to(device).requires_grad_()
         value = loss(predicted, chosen.latents.to(device))
         (gradient,) = torch.autograd.grad(value.sum(), predicted)
-        found.append([*fidelity(gradient.cpu(), chosen.gradient), value.detach().cpu(), chosen.value])
+        compared = fidelity(gradient.cpu(), chosen.gradient, chosen.predicted)
+        found.append([*compared, value.detach().cpu(), chosen.value])
     student.requires_grad_(True).train()
     return Measurement(*(torch.cat(column) for column in zip(*found)))
 
@@ -147,7 +152,7 @@ def _scale(student: Student, pairs: Pairs, batch_size: int, device: torch.device
     """Start where S is as large as LPL on average."""
     first = pairs.select(torch.arange(min(batch_size, len(pairs))))
     value = student.terms(first.predicted.to(device), first.latents.to(device)).sum(0).cpu()
-    student.log_scale.add_((first.value / value).log().mean())
+    student.log_weights.add_((first.value / value).log().mean())
 
 
 def _resume(

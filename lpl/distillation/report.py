@@ -144,6 +144,7 @@ accelerate launch train_text_to_image_lpl.py --lpl_student THIS_FOLDER_OR_ID ...
 |---|---|
 | cosine of its gradient with LPL's | {numbers["cosine"]:.3f} |
 | relative error of its gradient | {numbers["relative_error"]:.3f} |
+| pull of its gradient towards more contrast, relative to LPL's | {numbers["pull"]:.3f} |
 | correlation of the logarithms of the values | {numbers["log_correlation"]:.3f} |
 | operations, relative to LPL | {cost["operations"]:.3f} |
 | time, relative to LPL, on this machine's {cost["device"]} | {cost["time"]:.3f} |

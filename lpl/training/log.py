@@ -189,9 +189,10 @@ class Log:
             parts, kept = by_block[: len(self.blocks)], by_block[len(self.blocks) :]
             record |= {f"lpl/{name}": part / max(with_lpl, 1) for name, part in zip(self.blocks, parts, strict=True)}
             record |= {f"kept/{name}": share / rows for name, share in zip(self.blocks, kept, strict=True)}
-        if self.student and fidelity[2]:
-            cosine, error, corrected = fidelity
+        if self.student and fidelity[-1]:
+            cosine, error, pull, exact, corrected = fidelity
             record |= {"student_cosine": cosine / corrected, "student_error": math.sqrt(error / corrected)}
+            record["student_pull"] = pull / exact if exact else 0.0
         return record
 
     def state(self) -> list[list[float]]:
@@ -225,8 +226,8 @@ class Log:
         self._sums, self._squares = torch.zeros(6, device=device), torch.zeros(2, device=device)
         self._by_block = torch.zeros(2, len(self.blocks), device=device)  # as in BatchLosses
         self._cosines = torch.zeros(2, len(LEVEL_NAMES), device=device)  # as of summed_by_level
-        # Of the samples that a student was corrected on: cosine, squared relative error, and their number
-        self._fidelity = torch.zeros(3 if self.student else 0, device=device)
+        # Of the samples that a student was corrected on, as of Fidelity.summed
+        self._fidelity = torch.zeros(5 if self.student else 0, device=device)
         self._count = self._rows = 0  # micro-batches, and samples that LPL has seen
         self._inside, self._seen = 0.0, False
 

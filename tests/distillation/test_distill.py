@@ -168,6 +168,7 @@ def trained(made, sd_pipeline, image_folder, tmp_path_factory):
 def test_the_log_tells_how_faithful_the_student_is(trained, caplog):
     log = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     corrected = [entry["step"] for entry in log if "student_cosine" in entry]
+    assert corrected == [entry["step"] for entry in log if math.isfinite(entry.get("student_pull", math.nan))]
     assert corrected == [1, 3, 5]  # while w is measured, then on every 2nd step
     assert {"lpl/student_0", "lpl/student_1"} < log[1].keys() and log[1]["lpl"] > 0
 
