@@ -2,7 +2,8 @@
 
 Rows learn emoji of people with a medium skin tone; bases know these without a tone. `--rows` of run.py takes the names
 of rows; `flags` are added to SETTINGS. A *base* is a model trained without LPL: the quickstart's pipeline, or one of
-BASES, which run.py trains. Rows with `of` measure another row's model under another `sampling`.
+BASES, which run.py trains, anew or with another objective. Rows with `of` measure another row's model under another
+`sampling`.
 """
 
 from dataclasses import dataclass, field
@@ -34,11 +35,12 @@ ANEW = {
     "ema_decay": 0.998,
     "seed": 100,
 }
+OTHERWISE = {name: value for name, value in ANEW.items() if name != "from_scratch"} | {"max_train_steps": 3000}
 BASES: dict[str, dict[str, object]] = {
     "early": ANEW,
     "earlier": ANEW | {"max_train_steps": 3000},
-    "epsilon": ANEW | {"prediction_type": "epsilon"},
-    "v": ANEW | {"prediction_type": "v_prediction"},
+    "epsilon": OTHERWISE | {"prediction_type": "epsilon"},  # from the quickstart's weights
+    "v": OTHERWISE | {"prediction_type": "v_prediction"},
 }
 ROW = {
     "max_train_steps": 200,

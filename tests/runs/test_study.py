@@ -180,7 +180,7 @@ def test_what_a_row_needs_is_made_first(tmp_path, monkeypatch, commands):
     assert len([command for command in commands if "small_decoder" in command[1]]) == 1
     base, student, tiny = trainings(commands)
     assert base.pretrained_model_name_or_path == str(run.QUICKSTART / "pipeline")
-    assert base.from_scratch and base.train_data_dir == str(run.TRAIN)
+    assert not base.from_scratch and base.train_data_dir == str(run.TRAIN)
     assert base.output_dir.endswith("bases/epsilon") and base.prediction_type == "epsilon"
     assert student.pretrained_model_name_or_path == tiny.pretrained_model_name_or_path == base.output_dir
     assert (ROOT / student.lpl_student).is_dir() and tiny.lpl_vae_name_or_path.endswith("small_decoder")
