@@ -70,6 +70,7 @@ NONE: dict[str, object] = {"lpl_weight": "0"}
 LPL: dict[str, object] = {"lpl_weight": "auto:0.2"}
 STUDENT = LPL | {"lpl_student": "examples/quickstart/student"}
 LONG: dict[str, object] = {"max_train_steps": 1000}
+SMALL: dict[str, object] = {"lora": True, "rank": 16, "max_train_samples": 20, "learning_rate": 1e-3}
 ROWS = {
     # Table 3: with LPL or without, by objective
     "flow": Row("objective", "flow matching", NONE, paper="4.54"),
@@ -122,6 +123,10 @@ ROWS = {
     "earlier_lpl": Row("before", "base of 3,000 steps, LPL", LPL, "earlier", without="earlier"),
     "early": Row("before", "base of 6,000 steps", NONE, "early", without="early"),
     "early_lpl": Row("before", "base of 6,000 steps, LPL", LPL, "early", without="early"),
+    # A small domain
+    "small": Row("domain", "LoRA on 20 images", NONE | SMALL, without="small"),
+    "small_lpl": Row("domain", "LoRA on 20 images, LPL", LPL | SMALL, without="small"),
+    "small_student": Row("domain", "LoRA on 20 images, student", STUDENT | SMALL, without="small"),
     # How long rows are
     "long": Row("length", "1,000 steps", NONE | LONG, without="long"),
     "long_lpl": Row("length", "1,000 steps, LPL", LPL | LONG, without="long"),

@@ -37,6 +37,7 @@ from rows import BASES, ROW, ROWS, SAMPLING, SETTINGS, Row
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from lpl.evaluation.metrics import frechet_distance
 from lpl.evaluation.results import REAL
+from lpl.tools.layout import LORA
 
 
 HERE = Path(__file__).resolve().parent
@@ -48,6 +49,7 @@ DATA = QUICKSTART / "data/toned"  # what rows are trained on, and compared with
 RESULTS = HERE / "results.json"
 NETWORK = "examples.study.features:load"
 IN_FLOAT32 = "-float32"  # after a seed
+FINISHED = ("model_index.json", LORA)  # what a run writes at its end: a pipeline, or a LoRA
 AS = "as "  # before the row whose time is given, in the place of a number of steps
 BANDS = {"band_1": (0, 1 / 8), "band_2": (1 / 8, 1 / 4), "band_3": (1 / 4, 3 / 8), "band_4": (3 / 8, 1 / 2)}
 RESUMING = {"checkpointing_steps": 200, "checkpoints_total_limit": 1, "resume_from_checkpoint": "latest"}
@@ -140,7 +142,7 @@ def steps_for_the_time_of(name: str, results: Mapping[str, Any]) -> int:
 def train_row(study: Path, name: str, seed: int) -> Path:
     """The folder of the trained run."""
     row, folder = ROWS[name], study / "rows" / name / key_of(seed)
-    if not (folder / "model_index.json").is_file():
+    if not any((folder / name).is_file() for name in FINISHED):
         with MAKING:  # two seeds of a row need the same
             base = make_base(study, row.base)
             if "lpl_vae_name_or_path" in row.flags:
