@@ -21,8 +21,8 @@ from lpl.tools.files import entries, write_text
 
 
 RESULTS = Path(__file__).resolve().parent / "results" / "student_sizes.json"
-SIZES = ((48, 4), (96, 2), (96, 4), (96, 8), (192, 4))  # width, depth
-KEPT = ("width", "depth", "pairs", "cosine", "relative_error", "log_correlation", "cost")
+SIZES = ((32, 4), (48, 4), (64, 2), (64, 4), (96, 4), (64, 8))  # width, depth
+KEPT = ("width", "depth", "pairs", "cosine", "relative_error", "pull", "log_correlation", "cost")
 
 
 def train(pairs: Path, folder: Path, size: tuple[int, int], steps: int, words: list[str]) -> None:

@@ -11,8 +11,8 @@ Both losses have the same form, u times the loss of the whole image plus 1 - u t
 - LPL, and the student: 1 - u times the mean over the positions that the outlier mask keeps and where the pooled mask
   is above one half, statistics of the normalisation included, plus u times the mean without the mask.
 
-A mask that is 1 everywhere changes no bit of either. The outlier mask is found on the whole map. Nothing waits for a
-GPU.
+A mask that is 1 everywhere changes no bit of the diffusion loss and LPL. The outlier mask is found on the whole map.
+Nothing waits for a GPU.
 """
 
 from __future__ import annotations

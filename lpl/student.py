@@ -4,9 +4,9 @@ Vocabulary. f is the student, f_k its features at depth k, projected; z0 and z0_
 
     S_b = sum_k mean_c a_kc mean_hw (f_k(z0_hat) - f_k(z0))^2 / (var_kc + e)
 
-var is the variance of f_k(z0_hat) over positions: f's features are normalised as the loss's own are, here "shared". It
-is what makes S's pull *along* z0_hat, by which LPL sharpens, LPL's own: without it, f reproduces the rest of the
-gradient and has too little of that, for every sample alike. a_kc are positive and learnt, e is as in ``lpl/terms.py``.
+var is the variance of f_k(z0_hat) over positions; a_kc are positive and learnt, e is as in ``lpl/terms.py``. Features
+are normalised as the loss's own are: this is for "shared". The gradient through var pulls every prediction towards
+more contrast, as LPL's does, which sharpens; without it, a student has too little of that pull, for all samples alike.
 
 It is trained (``lpl/distillation``) so that S and its gradient with respect to z0_hat reproduce LPL and its gradient,
 for one VAE and one configuration of the loss, which its own configuration records.
@@ -38,7 +38,9 @@ from lpl.objectives import at_least_float32
 
 GROUPS = 8  # of the group norms
 PROBED = 4  # values of each of the decoder's parameters that identify it
-FAITHFUL = 0.8  # mean cosine below which a run warns
+FAITHFUL = 0.8  # mean cosine, and pull, below which a run warns
+PULLS = 0.02  # least LPL's pull towards contrast, relative to the largest possible one, for a ratio to be meaningful
+FORM = 2  # of S; 1 did not normalise features
 SAME_DECODER = 0.02  # largest relative difference of two probes; half precision is within 0.001
 
 
@@ -57,6 +59,7 @@ class Student(ModelMixin, ConfigMixin):
         decoder: :func:`probe` of the VAE.
         resolution: side in pixels of the images that it was made from; LPL's statistics are over whole images.
         fidelity: what was measured on held-out images.
+        form: FORM.
     """
 
     @register_to_config
@@ -70,15 +73,18 @@ class Student(ModelMixin, ConfigMixin):
         decoder: Mapping[str, list[float]] | None = None,
         resolution: int | None = None,
         fidelity: Mapping[str, Any] | None = None,
+        form: int = FORM,
     ) -> None:
         super().__init__()
         self.stem = nn.Conv2d(latent_channels, width, 3, padding=1)
         self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
         compared = projection or width
-        self.projections = nn.ModuleList(nn.Conv2d(width, compared, 1) for _ in range(depth + 1))
+        self.projections = nn.ModuleList(nn.Conv2d(width, compared, 1, bias=False) for _ in range(depth + 1))
         self.log_weights = nn.Parameter(torch.zeros(depth + 1, compared))  # log a
         options = loss or {}
-        self.normalization = options.get("normalization", "shared")
+        own = options.get("variant") == "reference"  # which normalises by the target's norm, without gradient
+        self.normalization = "none" if own else options.get("normalization", "shared")
+        self.absolute = options.get("distance") == "l1"
         self.detach_statistics = options.get("detach_statistics", False)
 
     def forward(self, latents: Tensor) -> list[Tensor]:
@@ -105,16 +111,21 @@ class Student(ModelMixin, ConfigMixin):
         return torch.stack([(a * distance).mean(1) for a, distance in zip(self.log_weights.exp(), distances)])
 
     def _distance(self, x: Tensor, y: Tensor, keep: Tensor) -> Tensor:
-        """Mean squared difference of prediction and target over the kept positions, normalised, (B, P)."""
+        """Mean difference of prediction and target over the kept positions, squared or absolute, normalised, (B, P).
+
+        Fewer than 2 positions have no variance, and give 0, as in LPL.
+        """
         if self.normalization == "separate":
             x, y = (
                 (z - mean) / (v.detach() if self.detach_statistics else v).sqrt()
                 for z, (mean, v) in ((z, _moments(z, keep)) for z in (x, y))
             )
-        distance = _mean((x - y).square(), keep)
+        difference = x - y
+        distance = _mean(difference.abs() if self.absolute else difference.square(), keep)
         if self.normalization == "shared":
             variance = _moments(x, keep)[1]
-            distance = distance / (variance.detach() if self.detach_statistics else variance)
+            variance = variance.detach() if self.detach_statistics else variance
+            distance = distance / (variance.sqrt() if self.absolute else variance)
         return distance[:, :, 0, 0]
 
 
@@ -124,10 +135,11 @@ def _mean(values: Tensor, keep: Tensor) -> Tensor:
 
 
 def _moments(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean, and variance plus e, of each channel over the kept positions."""
+    """Mean, and variance plus e, of each channel over the kept positions; infinite for fewer than 2."""
     mean = _mean(x, keep)
     variance = _mean((x - mean).square(), keep)
-    return mean, variance + 1e-4 * variance.detach().mean(1, keepdim=True) + 1e-12
+    variance = variance + 1e-4 * variance.detach().mean(1, keepdim=True) + 1e-12
+    return mean, torch.where(keep.sum((2, 3), keepdim=True) < 2, torch.inf, variance)
 
 
 class _Block(nn.Module):
@@ -181,13 +193,13 @@ class Fidelity(NamedTuple):
     relative_error: Tensor  # |g_S - g_LPL| / |g_LPL|
     pull: Tensor  # of g_S towards more contrast: -<g_S, z0_hat - its means over positions>
     exact_pull: Tensor  # of g_LPL
+    largest_pull: Tensor  # of a gradient as long as g_LPL
 
     def summed(self) -> Tensor:
-        """Sums of cosine, squared relative error and both pulls over the samples with a gradient, and their number,
-        (5,)."""
+        """Sums over the samples with a gradient: cosine, squared relative error, the pulls, and 1 for each; (6,)."""
         known = self.relative_error.isfinite()
-        pulls = self.pull, self.exact_pull
-        found = torch.stack([self.cosine, self.relative_error.square(), *pulls, known.to(self.cosine.dtype)])
+        cosine, error, *pulls = self
+        found = torch.stack([cosine, error.square(), *pulls, known.to(cosine.dtype)])
         return torch.where(known, found, torch.zeros_like(found)).sum(1)
 
 
@@ -212,10 +224,24 @@ def difference(
 def fidelity(gradient: Tensor, exact: Tensor, predicted_latents: Tensor) -> Fidelity:
     """Compare two gradients with respect to the predicted latents, (B, C, h, w) each."""
     ours, theirs = gradient.flatten(1), exact.flatten(1)
-    contrast = predicted_latents.detach() - predicted_latents.detach().mean((2, 3), keepdim=True)
-    error = (ours - theirs).norm(dim=1) / theirs.norm(dim=1)
-    pulls = (-(g * contrast.flatten(1)).sum(1) for g in (ours, theirs))
-    return Fidelity(F.cosine_similarity(ours, theirs, dim=1), error, *pulls)
+    predicted = predicted_latents.detach()
+    contrast = (predicted - predicted.mean((2, 3), keepdim=True)).flatten(1)
+    return Fidelity(
+        cosine=F.cosine_similarity(ours, theirs, dim=1),
+        relative_error=(ours - theirs).norm(dim=1) / theirs.norm(dim=1),
+        pull=-(ours * contrast).sum(1),
+        exact_pull=-(theirs * contrast).sum(1),
+        largest_pull=theirs.norm(dim=1) * contrast.norm(dim=1),
+    )
+
+
+def relative_pull(pull: float, exact: float, largest: float) -> float | None:
+    """The student's pull over LPL's, of sums over samples; None where LPL hardly pulls.
+
+    >>> relative_pull(0.9, 1.0, 10.0), relative_pull(0.9, 0.1, 10.0), relative_pull(0.9, -1.0, 10.0)
+    (0.9, None, None)
+    """
+    return pull / exact if exact > PULLS * largest else None
 
 
 def _value_and_gradient(
@@ -250,6 +276,8 @@ def check_configuration(what: str, config: Mapping[str, Any], loss: LatentPercep
     channels, made_for = latent_channels(loss.vae.config), config.get("loss")
     if config.get("_class_name") != Student.__name__ or not isinstance(made_for, Mapping):
         raise ValueError(f"{what}: it is no student; make one by python -m lpl.distill")
+    if config.get("form") != FORM:
+        raise ValueError(f"{what}: it is of an earlier version; make one by python -m lpl.distill")
     if config["latent_channels"] != channels:
         raise ValueError(
             f"{what}: it takes latents of {config['latent_channels']} channels, and this VAE's have {channels}"
@@ -282,11 +310,9 @@ def load_student(path: str, loss: LatentPerceptualLoss, cache_dir: str | None = 
     Raises:
         OSError, ValueError: if it cannot be loaded, or is none for this loss.
     """
-    loaded: Any = Student.from_pretrained(path, cache_dir=cache_dir, use_safetensors=True, output_loading_info=True)
-    student, found = loaded
-    check_configuration(f"--lpl_student {path}", student.config, loss)
+    config: Any = Student.load_config(path, cache_dir=cache_dir)
+    check_configuration(f"--lpl_student {path}", config, loss)
+    student = Student.from_pretrained(path, cache_dir=cache_dir, use_safetensors=True)
     check_decoder(f"--lpl_student {path}", student.config, loss.vae)
-    if found["missing_keys"]:
-        raise ValueError(f"--lpl_student {path}: it is of an earlier version; make one by python -m lpl.distill")
     nn.Module.to(student, loss.vae.device)
     return StudentLoss(student)

@@ -197,6 +197,17 @@ def test_the_student_under_masks(student, latents):
     assert torch.allclose(sum(student.last.terms.values()), expected)
 
 
+@pytest.mark.parametrize("positions", [0, 1, 2])
+def test_the_student_under_a_tiny_mask(positions, student, latents):
+    """Fewer than two positions have no variance; nothing explodes."""
+    mask = torch.zeros_like(masks(0).pixels)
+    side = mask.shape[-1] // latents[0].shape[-1]
+    mask[..., :side, : positions * side] = 1
+    value, gradient = with_gradient(student, *latents, mask=LossMask(mask))
+    assert torch.equal(value > 0, torch.full_like(value, positions == 2, dtype=torch.bool))
+    assert gradient.isfinite().all() and bool(gradient.any()) == (positions == 2)
+
+
 def test_corrections_under_a_mask(student, vae, latents):
     loss, mask = LatentPerceptualLoss(vae), left_half()
     correction, _ = difference(student, loss, *latents, mask)

@@ -1,12 +1,23 @@
 """The student of the decoder: its value and gradient, its corrections, and whose student it is."""
 
+import json
+
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from tiny import tiny_vae
 
 from lpl import LatentPerceptualLoss
-from lpl.student import Student, StudentLoss, check_configuration, check_decoder, difference, load_student, probe
+from lpl.student import (
+    Student,
+    StudentLoss,
+    check_configuration,
+    check_decoder,
+    difference,
+    fidelity,
+    load_student,
+    probe,
+    relative_pull,
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +44,15 @@ def gradient_of(function, predicted):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"detach_statistics": True}, {"normalization": "separate"}, {"normalization": "none"}]
+    "options",
+    [
+        {},
+        {"detach_statistics": True},
+        {"distance": "l1"},
+        {"normalization": "separate"},
+        {"normalization": "none"},
+        {"variant": "reference"},
+    ],
 )
 def test_value_and_gradient_are_those_of_the_formula(options, loss, pair):
     """S_b = sum_k mean_c a_kc mean_hw (f_k(z0_hat) - f_k(z0))^2 / (var_kc + e), normalised as the loss is."""
@@ -50,9 +69,12 @@ def test_value_and_gradient_are_those_of_the_formula(options, loss, pair):
             v, v_y = ((v + 1e-4 * v.mean(1, keepdim=True).detach())[:, :, None, None] for v in (v, v_y))
             if options.get("normalization") == "separate":
                 x, y = (x - mean[:, :, None, None]) / v.sqrt(), (y - mean_y[:, :, None, None]) / v_y.sqrt()
-            if options.get("normalization"):
+            if options.keys() & {"normalization", "variant"}:
                 v = torch.ones(())
-            parts.append((a[:, None, None] * (x - y).square() / (v.detach() if options else v)).mean((1, 2, 3)))
+            if "detach_statistics" in options:
+                v = v.detach()
+            difference = (x - y).abs() / v.sqrt() if "distance" in options else (x - y).square() / v
+            parts.append((a[:, None, None] * difference).mean((1, 2, 3)))
         return sum(parts)
 
     weights = torch.tensor([1.0, 2.0, 0.5])
@@ -86,10 +108,21 @@ def test_fidelity_compares_the_gradients(student, loss, pair):
     assert torch.allclose(found.cosine, (one * other).sum(1) / one.norm(dim=1) / other.norm(dim=1), atol=1e-5)
     assert torch.allclose(found.relative_error, (one - other).norm(dim=1) / other.norm(dim=1), rtol=1e-4)
     _, of_equal = difference(ours, loss, latents, latents)  # no gradient, so no direction to compare
-    assert torch.equal(of_equal.summed(), torch.zeros(5)) and found.summed()[-1] == 3
+    assert torch.equal(of_equal.summed(), torch.zeros(6)) and found.summed()[-1] == 3
     centred = predicted - predicted.mean((2, 3), keepdim=True)
     pulls = [-(gradient * centred.flatten(1)).sum(1) for gradient in (one, other)]
     assert torch.allclose(found.pull, pulls[0], rtol=1e-4) and torch.allclose(found.exact_pull, pulls[1], rtol=1e-4)
+
+
+def test_a_pull_is_compared_where_lpl_has_one():
+    """The exact gradient pulls towards contrast as strongly as it can, or away; the other, half as strongly."""
+    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    contrast = z - z.mean((2, 3), keepdim=True)
+    *pulls, number = fidelity(-contrast / 2, -contrast, z).summed()[2:].tolist()
+    largest = contrast.square().sum().item()
+    assert pulls == pytest.approx([largest / 2, largest, largest]) and number == 2
+    assert relative_pull(*pulls) == pytest.approx(0.5)
+    assert relative_pull(*fidelity(contrast / 2, contrast, z).summed()[2:5].tolist()) is None
 
 
 def test_it_loads_as_it_was_saved(student, loss, pair, tmp_path):
@@ -97,11 +130,10 @@ def test_it_loads_as_it_was_saved(student, loss, pair, tmp_path):
     assert torch.equal(load_student(str(tmp_path), loss)(*pair), StudentLoss(student)(*pair))
 
 
-def test_weights_of_an_earlier_version_are_refused(student, loss, tmp_path):
+def test_a_student_of_an_earlier_version_is_refused(student, loss, tmp_path):
     student.save_pretrained(tmp_path)
-    weights = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
-    save_file({name: x for name, x in weights.items() if name != "log_weights"}, tmp_path / "earlier.safetensors")
-    (tmp_path / "earlier.safetensors").rename(tmp_path / "diffusion_pytorch_model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({name: config[name] for name in config if name != "form"}))
     with pytest.raises(ValueError, match=f"--lpl_student {tmp_path}: it is of an earlier version"):
         load_student(str(tmp_path), loss)
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from PIL.Image import Image
-from rows import ROWS, SETTINGS
-from run import IN_FLOAT32, recorded  # which lets the package be found
+from rows import ROW, ROWS, SETTINGS, Row
+from run import IN_FLOAT32, key_of, recorded  # which lets the package be found
 
 from lpl.evaluation import Preprocessing, folder_images
 from lpl.evaluation.figures import busiest_square, crop_side, paired_grid, zoomed_crops
@@ -48,18 +48,47 @@ SHOWN, ENLARGED = 10, 5  # images in a row of the pictures
 Runs = Mapping[str, Mapping[str, float]]  # seed -> column -> number
 
 
+def by_precision(results: Mapping[str, Runs]) -> dict[str, dict[str, dict[str, float]]]:
+    """Runs in float32 as rows of their own, whose names end so.
+
+    >>> by_precision({"flow": {"0": {"fid": 4.0}, "0-float32": {"fid": 3.0}}})
+    {'flow': {'0': {'fid': 4.0}}, 'flow-float32': {'0': {'fid': 3.0}}}
+    """
+    found = dict[str, dict[str, dict[str, float]]]()
+    for name, runs in results.items():
+        for key, run in runs.items():
+            seed = key.removesuffix(IN_FLOAT32)
+            found.setdefault(name + key.removeprefix(seed), {})[seed] = dict(run)
+    return found
+
+
+def row_of(name: str) -> Row:
+    return ROWS[name.removesuffix(IN_FLOAT32)]
+
+
+def label_of(name: str) -> str:
+    return row_of(name).label + (", in float32" if name.endswith(IN_FLOAT32) else "")
+
+
+def both(name: str) -> tuple[str, str]:
+    """The names of a row in either precision."""
+    return name, name + IN_FLOAT32
+
+
 def compared(results: Mapping[str, Runs]) -> dict[str, dict[str, dict[str, float]]]:
-    """Adds change and time relative to the same seed without LPL, and what cheaper rows keep of LPL's gain."""
-    found = {name: {seed: dict(run) for seed, run in runs.items()} for name, runs in results.items()}
-    for name, runs in ((name, runs) for name, runs in found.items() if name in ROWS):
-        plain = ROWS[name].without
+    """Adds change and time relative to the same seed without LPL in the same precision, and what cheaper rows keep of
+    LPL's gain."""
+    found = by_precision(results)
+    for name, runs in ((name, runs) for name, runs in found.items() if name.removesuffix(IN_FLOAT32) in ROWS):
+        row, ending = row_of(name), name.removeprefix(name.removesuffix(IN_FLOAT32))
+        plain = row.without + ending
         for seed in runs.keys() & found.get(plain, {}).keys() if name != plain else ():
             run, other = runs[seed], found[plain][seed]
             run["change"] = run["fid"] / other["fid"] - 1
             run["texture_change"] = run["texture"] / other["texture"] - 1
             run["time"] = other["images_per_second"] / run["images_per_second"]
-            lpl = found.get(f"{plain}_lpl", {}).get(seed)
-            if ROWS[name].table == "cheap" and lpl:
+            lpl = found.get(f"{row.without}_lpl{ending}", {}).get(seed)
+            if row.table == "cheap" and lpl:
                 run["kept"] = (other["texture"] - run["texture"]) / (other["texture"] - lpl["texture"])
     return found
 
@@ -76,17 +105,6 @@ def cell(form: str, values: Sequence[float]) -> str:
     return form.format(mean(values)) + spread
 
 
-def seeds(runs: Runs) -> str:
-    """Those of results.json.
-
-    >>> seeds({"0": {}, "1": {}, "0-float32": {}})
-    '0, 1; in float32: 0'
-    """
-    float32 = [key.removesuffix(IN_FLOAT32) for key in runs if key.endswith(IN_FLOAT32)]
-    half = [key for key in runs if not key.endswith(IN_FLOAT32)]
-    return "; ".join(part for part in (", ".join(half), f"in float32: {', '.join(float32)}" * bool(float32)) if part)
-
-
 def cells(runs: Runs, columns: Mapping[str, tuple[str, str]]) -> list[str]:
     return [cell(form, [run[name] for run in runs.values() if name in run]) for name, (_, form) in columns.items()]
 
@@ -99,10 +117,11 @@ def table(kind: str, found: Mapping[str, Runs]) -> str:
     columns = {key: column for key, column in COLUMNS.items() if key != "kept" or kind == "cheap"}
     lines = [["", *(heading for heading, _ in columns.values()), "seeds", "the paper", "row"]]
     for name in names:
-        if runs := found.get(name):
-            lines.append([ROWS[name].label, *cells(runs, columns), seeds(runs), ROWS[name].paper, f"`{name}`"])
+        for key in both(name):
+            if runs := found.get(key):
+                lines.append([label_of(key), *cells(runs, columns), ", ".join(runs), ROWS[name].paper, f"`{name}`"])
     parts = [markdown_rows(lines)] if len(lines) > 1 else []
-    if missing := [f"`{name}`" for name in names if name not in found]:
+    if missing := [f"`{name}`" for name in names if not found.keys() & set(both(name))]:
         parts.append(f"Not run: {', '.join(missing)}.")
     return "\n\n".join([*parts, f"`python examples/study/run.py --rows {' '.join(own)}`"])
 
@@ -132,7 +151,8 @@ def overview(found: Mapping[str, Runs], path: Path) -> None:
     """Both Fréchet distances of rows relative to the same seed without LPL, a point for each seed."""
     from matplotlib.figure import Figure
 
-    names = [name for name in reversed(ROWS) if any("change" in run for run in found.get(name, {}).values())]
+    keys = (key for name in ROWS for key in both(name))
+    names = [key for key in keys if any("change" in run for run in found.get(key, {}).values())][::-1]
     figure = Figure(figsize=(10, 0.8 + 0.28 * len(names)), dpi=120, layout="constrained")
     for axes, (key, title) in zip(figure.subplots(1, 2, sharey=True), CHANGES.items()):
         for place, name in enumerate(names):
@@ -140,7 +160,7 @@ def overview(found: Mapping[str, Runs], path: Path) -> None:
             axes.plot(values, [place] * len(values), "o", color=colour(name), markersize=5, alpha=0.6)
             axes.plot([mean(values)], [place], "|", color=colour(name), markersize=16, markeredgewidth=2)
         axes.set_ylim(-0.6, len(names) - 0.4)
-        axes.set_yticks(range(len(names)), [ROWS[name].label for name in names])
+        axes.set_yticks(range(len(names)), [label_of(name) for name in names])
         axes.axvline(0, color="#555753", linewidth=0.8, linestyle=":")
         axes.xaxis.set_major_formatter("{x:+.0%}")
         label_axes(axes, title, "change, left is better", "")
@@ -152,18 +172,18 @@ def gain_for_time(found: Mapping[str, Runs], path: Path, plain: str = "flow") ->
     costs less. Means over seeds."""
     from matplotlib.figure import Figure
 
-    names = [f"{plain}_lpl", *(name for name, row in ROWS.items() if row.table == "cheap" and row.without == plain)]
+    cheap = (name for name, row in ROWS.items() if row.table == "cheap" and row.without == plain)
+    names = [key for name in (f"{plain}_lpl", *cheap) for key in both(name)]
     figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
     for axes, (key, title) in zip(figure.subplots(1, 2), CHANGES.items()):
         axes.axhline(0, color="#555753", linewidth=0.8, linestyle=":")
         for name in names:
-            runs = {seed: run for seed, run in found.get(name, {}).items() if key in run}
+            runs = [run for run in found.get(name, {}).values() if key in run]
             if runs:
-                steps = (run["steps"] / found[plain][seed]["steps"] for seed, run in runs.items())
-                time = mean(run["time"] * longer for run, longer in zip(runs.values(), steps))
-                change = mean(run[key] for run in runs.values())
+                time = mean(run["time"] * run["steps"] / int(str(ROW["max_train_steps"])) for run in runs)
+                change = mean(run[key] for run in runs)
                 axes.plot([time], [change], "o", color=colour(name))
-                words = ROWS[name].label.removeprefix(f"{ROWS[plain].label}, ")
+                words = label_of(name).removeprefix(f"{ROWS[plain].label}, ")
                 axes.annotate(words, (time, change), xytext=(6, 4), textcoords="offset points", fontsize=8)
         axes.yaxis.set_major_formatter("{x:+.1%}")
         axes.margins(x=0.3)
@@ -172,16 +192,23 @@ def gain_for_time(found: Mapping[str, Runs], path: Path, plain: str = "flow") ->
 
 
 def colour(name: str) -> str:
-    return "#555753" if ROWS[name].flags["lpl_weight"] == "0" else "#c4601d"
+    return "#555753" if row_of(name).flags["lpl_weight"] == "0" else "#c4601d"
 
 
-def pictures(study: Path, folder: Path, seed: str = "0") -> None:
-    """Images of SHOWN_ROWS and the real ones; and enlarged, where the real ones have most detail."""
-    preprocessing = Preprocessing(int(str(SETTINGS["resolution"])))
+def pictures(study: Path, folder: Path) -> None:
+    """The first seed's images of SHOWN_ROWS and the real ones; and enlarged, where the real ones have most detail.
+
+    Raises:
+        ValueError: where a row has not been measured in the study's folder.
+    """
+    seed, preprocessing = key_of(0), Preprocessing(int(str(SETTINGS["resolution"])))
     real = folder_images(study / "reference", preprocessing)
     rows, captions = dict[str, list[Image]](), list[str]()
     for label, name in SHOWN_ROWS.items():
-        place = next((study / "measured" / name / seed).glob("images/*/metadata.jsonl")).parent
+        place = next((study / "measured" / name / seed).glob("images/*/metadata.jsonl"), None)
+        if place is None:
+            raise ValueError(f"{study} has no images of {name}, {seed}: run it first, --rows {name} --seeds 0")
+        place = place.parent
         drawn = folder_images(place, preprocessing)
         rows[label], captions = [drawn[number] for number in range(SHOWN)], list(drawn.captions or ())[:SHOWN]
     rows[REAL] = [real[list(real.captions or ()).index(caption)] for caption in captions]

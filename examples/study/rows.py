@@ -35,12 +35,12 @@ ANEW = {
     "ema_decay": 0.998,
     "seed": 100,
 }
-OTHERWISE = {name: value for name, value in ANEW.items() if name != "from_scratch"} | {"max_train_steps": 3000}
+OTHER_OBJECTIVE = {name: value for name, value in ANEW.items() if name != "from_scratch"} | {"max_train_steps": 3000}
 BASES: dict[str, dict[str, object]] = {
     "early": ANEW,
     "earlier": ANEW | {"max_train_steps": 3000},
-    "epsilon": OTHERWISE | {"prediction_type": "epsilon"},  # from the quickstart's weights
-    "v": OTHERWISE | {"prediction_type": "v_prediction"},
+    "epsilon": OTHER_OBJECTIVE | {"prediction_type": "epsilon"},  # from the quickstart's weights
+    "v": OTHER_OBJECTIVE | {"prediction_type": "v_prediction"},
 }
 ROW = {
     "max_train_steps": 200,

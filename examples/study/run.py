@@ -53,7 +53,9 @@ FINISHED = ("model_index.json", LORA)  # what a run writes at its end: a pipelin
 AS = "as "  # before the row whose time is given, in the place of a number of steps
 BANDS = {"band_1": (0, 1 / 8), "band_2": (1 / 8, 1 / 4), "band_3": (1 / 4, 3 / 8), "band_4": (3 / 8, 1 / 2)}
 RESUMING = {"checkpointing_steps": 200, "checkpoints_total_limit": 1, "resume_from_checkpoint": "latest"}
-HALF = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()  # many CPUs only emulate bfloat16
+BFLOAT16 = (  # many CPUs only emulate it
+    torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+)
 RECORDING, MAKING = Lock(), Lock()
 
 
@@ -118,7 +120,7 @@ def train(study: Path, source: Path, data: Path, folder: Path, flags: Mapping[st
         "train_data_dir": data,
         "data_cache_dir": study / "cache",
         "output_dir": folder,
-        "mixed_precision": "bf16" if HALF else "no",
+        "mixed_precision": "bf16" if BFLOAT16 else "no",
     }
     line = [word.replace("{study}", str(study)) for word in arguments(where | SETTINGS | RESUMING | flags)]
     call([sys.executable, str(SCRIPT), *line], folder.with_suffix(".log"))
@@ -132,17 +134,19 @@ def given_time_of(row: Row) -> str | None:
 
 def steps_for_the_time_of(name: str, results: Mapping[str, Any]) -> int:
     """Steps without LPL that take as long as all of that row's; the same for all seeds."""
-    speed = {
-        row: mean(run["images_per_second"] for key, run in results[row].items() if is_alike(key))
-        for row in (name, ROWS[name].without)
-    }
+    speed = {}
+    for row in (name, ROWS[name].without):
+        runs = [run["images_per_second"] for key, run in results.get(row, {}).items() if is_alike(key)]
+        if not runs:
+            raise ValueError(f"the time of {row} is not known: run it on this machine first, --rows {row}")
+        speed[row] = mean(runs)
     return round(ROW["max_train_steps"] * speed[ROWS[name].without] / speed[name])
 
 
 def train_row(study: Path, name: str, seed: int) -> Path:
     """The folder of the trained run."""
     row, folder = ROWS[name], study / "rows" / name / key_of(seed)
-    if not any((folder / name).is_file() for name in FINISHED):
+    if not any((folder / file).is_file() for file in FINISHED):
         with MAKING:  # two seeds of a row need the same
             base = make_base(study, row.base)
             if "lpl_vae_name_or_path" in row.flags:
@@ -169,7 +173,7 @@ def evaluate(study: Path, generated: Path, output: Path, sampling: Mapping[str, 
         "resolution": SETTINGS["resolution"],
         "max_sequence_length": SETTINGS["max_sequence_length"],
         "batch_size": 64,
-        "dtype": "bfloat16" if HALF else "float32",
+        "dtype": "bfloat16" if BFLOAT16 else "float32",
         "seed": 0,
     }
     call([sys.executable, "-m", "lpl.evaluate", *arguments(options | dict(sampling))], output / "log")
@@ -240,12 +244,12 @@ def bands(spectrum: Mapping[str, Any]) -> dict[str, float]:
 
 def key_of(seed: int) -> str:
     """What a seed's run on a machine like this one is called."""
-    return f"{seed}" if HALF else f"{seed}{IN_FLOAT32}"
+    return f"{seed}" if BFLOAT16 else f"{seed}{IN_FLOAT32}"
 
 
 def is_alike(key: str) -> bool:
     """Whether a run was made on a machine like this one."""
-    return key.endswith(IN_FLOAT32) != HALF
+    return key.endswith(IN_FLOAT32) != BFLOAT16
 
 
 def recorded() -> dict[str, Any]:

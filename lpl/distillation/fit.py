@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from lpl.data.order import keyed_generator
 from lpl.distillation.pairs import Pairs
-from lpl.student import Student, StudentLoss, fidelity
+from lpl.student import Student, StudentLoss, fidelity, relative_pull
 from lpl.tools.files import lines, load_state, save_state, write_text
 
 
@@ -62,17 +62,17 @@ class Measurement:
     relative_error: Tensor
     pull: Tensor
     exact_pull: Tensor
+    largest_pull: Tensor
     value: Tensor  # S
     exact: Tensor  # LPL
 
-    def summary(self) -> dict[str, float]:
-        """Means, the student's whole pull towards contrast relative to LPL's, and the correlation of the logarithms
-        of the values."""
+    def summary(self) -> dict[str, float | None]:
+        """Means, the student's pull relative to LPL's, and the correlation of the logarithms of the values."""
         logs = torch.stack([self.value, self.exact]).clamp(min=1e-12).log()
         return {
             "cosine": self.cosine.mean().item(),
             "relative_error": self.relative_error.square().mean().sqrt().item(),
-            "pull": (self.pull.sum() / self.exact_pull.sum()).item(),
+            "pull": relative_pull(*(x.sum().item() for x in (self.pull, self.exact_pull, self.largest_pull))),
             "log_correlation": torch.corrcoef(logs)[0, 1].item() if logs.shape[1] > 1 else math.nan,
         }
 

@@ -125,6 +125,7 @@ def card(numbers: Mapping[str, Any], found: Measurement, pairs: Pairs) -> str:
     if not pairs.sigma.isnan().any():
         tables["sigma"] = binned(pairs.sigma, found)
     rows = "\n\n".join(_table(name, table) for name, table in tables.items())
+    pull = "LPL has none here" if numbers["pull"] is None else f"{numbers['pull']:.3f}"
     learned = "the denoiser's own estimates" if numbers["pairs_from"] == "predictions" else "errors that were made"
     return f"""---
 library_name: diffusers
@@ -144,7 +145,7 @@ accelerate launch train_text_to_image_lpl.py --lpl_student THIS_FOLDER_OR_ID ...
 |---|---|
 | cosine of its gradient with LPL's | {numbers["cosine"]:.3f} |
 | relative error of its gradient | {numbers["relative_error"]:.3f} |
-| pull of its gradient towards more contrast, relative to LPL's | {numbers["pull"]:.3f} |
+| pull of its gradient towards more contrast, relative to LPL's | {pull} |
 | correlation of the logarithms of the values | {numbers["log_correlation"]:.3f} |
 | operations, relative to LPL | {cost["operations"]:.3f} |
 | time, relative to LPL, on this machine's {cost["device"]} | {cost["time"]:.3f} |

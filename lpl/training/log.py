@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 
 from lpl.config.groups import Output, Validation
 from lpl.gradients import LEVEL_NAMES, summed_by_level
-from lpl.student import FAITHFUL
+from lpl.student import FAITHFUL, relative_pull
 from lpl.tools import layout
 from lpl.tools.files import entries, lines, number_entries, write_text
 from lpl.training.losses import BatchLosses
@@ -150,19 +150,27 @@ class Log:
         speed = (step - self._last_step) * self.length.global_batch / (now - self._since)
         record |= {"inside": sums[8] / self._count, "lr": lr, "images_per_second": speed}
         self._reset()
-        if record.get("student_cosine", 1.0) < FAITHFUL or record.get("student_error", 0.0) > 1.0:
-            logger.warning(
-                f"--lpl_student: at step {step} its gradient has a cosine of {record['student_cosine']:.2f} with "
-                f"LPL's and a relative error of {record['student_error']:.2f}; below {FAITHFUL} or above 1 it does "
-                "not fit these images or this denoiser: make one from them by python -m lpl.distill, or correct it "
-                "more often (--lpl_correct_every)"
-            )
+        if "student_cosine" in record:
+            self._check_student(step, **{name: value for name, value in record.items() if name.startswith("student_")})
         self._append(step, record)
         self._write_samples()
         self._last_step, self._since = step, time.perf_counter()
         if self._bar is not None:
             self._bar.set_postfix(_shown(record), refresh=False)
             self._bar.update(step - self._bar.n)
+
+    def _check_student(
+        self, step: int, student_cosine: float, student_error: float, student_pull: float = 1.0
+    ) -> None:
+        """Warn of a student that is not faithful."""
+        if min(student_cosine, student_pull) < FAITHFUL or student_error > 1.0:
+            logger.warning(
+                f"--lpl_student: at step {step} its gradient has a cosine of {student_cosine:.2f} with LPL's, a "
+                f"relative error of {student_error:.2f}, and {student_pull:.2f} of its pull towards contrast. With a "
+                f"cosine or pull below {FAITHFUL}, or an error above 1, it does not fit these images or this "
+                "denoiser: make one from them by python -m lpl.distill, or correct it more often "
+                "(--lpl_correct_every)"
+            )
 
     def _means(self, sums: Sequence[float]) -> dict[str, float]:
         """The numbers of an entry from the sums of :meth:`_summed`."""
@@ -190,9 +198,10 @@ class Log:
             record |= {f"lpl/{name}": part / max(with_lpl, 1) for name, part in zip(self.blocks, parts, strict=True)}
             record |= {f"kept/{name}": share / rows for name, share in zip(self.blocks, kept, strict=True)}
         if self.student and fidelity[-1]:
-            cosine, error, pull, exact, corrected = fidelity
+            cosine, error, *pulls, corrected = fidelity
             record |= {"student_cosine": cosine / corrected, "student_error": math.sqrt(error / corrected)}
-            record["student_pull"] = pull / exact if exact else 0.0
+            if (pull := relative_pull(*pulls)) is not None:
+                record["student_pull"] = pull
         return record
 
     def state(self) -> list[list[float]]:
@@ -227,7 +236,7 @@ class Log:
         self._by_block = torch.zeros(2, len(self.blocks), device=device)  # as in BatchLosses
         self._cosines = torch.zeros(2, len(LEVEL_NAMES), device=device)  # as of summed_by_level
         # Of the samples that a student was corrected on, as of Fidelity.summed
-        self._fidelity = torch.zeros(5 if self.student else 0, device=device)
+        self._fidelity = torch.zeros(6 if self.student else 0, device=device)
         self._count = self._rows = 0  # micro-batches, and samples that LPL has seen
         self._inside, self._seen = 0.0, False
 

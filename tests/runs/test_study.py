@@ -117,7 +117,7 @@ def commands(monkeypatch, tmp_path):
 
     monkeypatch.setattr(run, "call", call)
     monkeypatch.setattr(run, "RESULTS", tmp_path / "results.json")
-    monkeypatch.setattr(run, "HALF", True)
+    monkeypatch.setattr(run, "BFLOAT16", True)
     return started
 
 
@@ -150,16 +150,23 @@ def test_the_queue_trains_measures_and_records(tmp_path, monkeypatch, commands):
 
 
 def test_runs_in_float32_are_beside_the_others(tmp_path, monkeypatch, commands):
+    with pytest.raises(ValueError, match="run it on this machine first, --rows flow_lpl"):
+        start(monkeypatch, tmp_path, "--rows", "flow_longer", "--seeds", "0")
     for half in (True, False, True):
-        monkeypatch.setattr(run, "HALF", half)
+        monkeypatch.setattr(run, "BFLOAT16", half)
         start(monkeypatch, tmp_path, "--rows", "flow", "flow_lpl", "--seeds", "0")
     assert [each.mixed_precision for each in trainings(commands)] == ["bf16", "bf16", "no", "no"]
     evaluations = [evaluate.parse(command[3:]).request for command in commands if "lpl.evaluate" in command]
     assert [str(each.dtype).removeprefix("torch.") for each in evaluations] == ["bfloat16"] * 2 + ["float32"] * 2
-    found = report.compared(run.recorded())
-    assert found["flow_lpl"].keys() == {"0", "0-float32"}
-    assert all("change" in each for each in found["flow_lpl"].values())
-    assert "| 0; in float32: 0 |" in report.table("objective", found)
+    results = run.recorded()
+    assert results["flow_lpl"].keys() == {"0", "0-float32"}
+    results["flow"]["0-float32"] |= {"fid": 2.0, "images_per_second": 150.0}
+    found = report.compared(results)
+    assert [found[name]["0"]["change"] for name in ("flow_lpl", "flow_lpl-float32")] == [0, -0.5]
+    assert "| flow matching, LPL, in float32 | -50.0% |" in report.table("objective", found)
+    assert run.steps_for_the_time_of("flow_lpl", results) == 2 * ROW["max_train_steps"]
+    monkeypatch.setattr(run, "BFLOAT16", False)
+    assert run.steps_for_the_time_of("flow_lpl", results) == 3 * ROW["max_train_steps"]
 
 
 def test_no_run_begins_after_the_time_is_over(tmp_path, monkeypatch, commands):
