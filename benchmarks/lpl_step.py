@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", nargs="+", metavar="WAY", help="parts of the names of ways; the others are left out")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "lpl_step_cpu.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -108,6 +109,9 @@ def main() -> None:
 
     runs: dict[str, Callable[[], Tensor]] = {}
     options = ways(vae, tiny, side, args.batch_size)
+    if args.only:
+        wanted = ("without LPL", "lpl_student", *args.only)
+        options = {name: given for name, given in options.items() if any(part in name for part in wanted)}
     for name, given in options.items():
         runs[name] = lambda given=given: step(**given)
     step(None)  # allocates the gradients, which then count for no way
