@@ -7,6 +7,7 @@ text between the tables is written by hand: check it when a new row has been run
 """
 
 import argparse
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -173,21 +174,20 @@ def gain_for_time(found: Mapping[str, Runs], path: Path, plain: str = "flow") ->
     from matplotlib.figure import Figure
 
     cheap = (name for name, row in ROWS.items() if row.table == "cheap" and row.without == plain)
-    names = [key for name in (f"{plain}_lpl", *cheap) for key in both(name)]
-    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
+    names = [key for name in (f"{plain}_lpl", *cheap) for key in both(name) if found.get(key)]
+    figure = Figure(figsize=(12, 4), dpi=120, layout="constrained")
     for axes, (key, title) in zip(figure.subplots(1, 2), CHANGES.items()):
         axes.axhline(0, color="#555753", linewidth=0.8, linestyle=":")
-        for name in names:
-            runs = [run for run in found.get(name, {}).values() if key in run]
+        for name, marker in zip(names, itertools.cycle("osD^vPX*<>")):
+            runs = [run for run in found[name].values() if key in run]
             if runs:
                 time = mean(run["time"] * run["steps"] / int(str(ROW["max_train_steps"])) for run in runs)
-                change = mean(run[key] for run in runs)
-                axes.plot([time], [change], "o", color=colour(name))
                 words = label_of(name).removeprefix(f"{ROWS[plain].label}, ")
-                axes.annotate(words, (time, change), xytext=(6, 4), textcoords="offset points", fontsize=8)
+                axes.plot([time], [mean(run[key] for run in runs)], marker, color=colour(name), label=words, alpha=0.8)
         axes.yaxis.set_major_formatter("{x:+.1%}")
-        axes.margins(x=0.3)
+        axes.set_xlim(left=0)
         label_axes(axes, title, "time of the training, without LPL: 1", "change, lower is better")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     save_figure(figure, path)
 
 
