@@ -87,6 +87,7 @@ def reset_accelerate():
 def run(words):
     """The script's main() in this process, on the CPU. SystemExit where the command is refused."""
     reset_accelerate()
+    torch.set_num_threads(torch.get_num_threads())  # in a fork, loaders' threads would make torch's pool all at once
     argv = [str(ROOT / "train_text_to_image_lpl.py"), *words]
     on_cpu = mock.patch.dict(os.environ, ACCELERATE_USE_CPU="true")
     without_curves = mock.patch.object(script, "loss_curves")  # they take longer than the training
