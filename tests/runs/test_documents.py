@@ -397,6 +397,14 @@ def test_the_cheaper_ways_have_what_was_measured():
             wanted = [steps[name]["time"], steps[name]["memory"]]
             assert [float(cell) for cell in cells[2:]] == pytest.approx(wanted, abs=0.0051), name
     assert compared >= 15
+    whole, student, corrected = list(measured("lpl_step_student_cpu")["results"].values())[1:]
+    text = " ".join(page.split())
+    assert f"LPL takes {whole['time']:.2f} times" in text
+    assert f"width 256 takes {student['time']:.2f} times" in text
+    assert (
+        f"every 16th step {corrected['time']:.2f} times. Memory is {whole['memory']:.2f}, {student['memory']:.2f} and"
+        in text
+    )
 
 
 def study():
