@@ -160,16 +160,17 @@ class Log:
             self._bar.update(step - self._bar.n)
 
     def _check_student(
-        self, step: int, student_cosine: float, student_error: float, student_pull: float = 1.0
+        self, step: int, student_cosine: float, student_error: float, student_pull: float | None = None
     ) -> None:
         """Warn of a student that is not faithful."""
-        if min(student_cosine, student_pull) < FAITHFUL or student_error > 1.0:
+        weak = student_pull is not None and student_pull < FAITHFUL
+        if weak or student_cosine < FAITHFUL or student_error > 1.0:
+            pull = "" if student_pull is None else f" and {student_pull:.2f} of its pull towards contrast"
             logger.warning(
                 f"--lpl_student: at step {step} its gradient has a cosine of {student_cosine:.2f} with LPL's, a "
-                f"relative error of {student_error:.2f}, and {student_pull:.2f} of its pull towards contrast. With a "
-                f"cosine or pull below {FAITHFUL}, or an error above 1, it does not fit these images or this "
-                "denoiser: make one from them by python -m lpl.distill, or correct it more often "
-                "(--lpl_correct_every)"
+                f"relative error of {student_error:.2f}{pull}; with a cosine or pull below {FAITHFUL}, or an error "
+                "above 1, it does not fit these images or this denoiser: make one from them by python -m "
+                "lpl.distill, or correct it more often (--lpl_correct_every)"
             )
 
     def _means(self, sums: Sequence[float]) -> dict[str, float]:

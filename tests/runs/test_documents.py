@@ -166,7 +166,7 @@ def test_flags_have_the_defaults_that_are_stated():
     parser = build_parser()
     for page in (README, ROOT / "docs/flags.md"):
         table = re.findall(r"^\| `--(\w+)` \| `([^`]+)`", text_of(page), re.MULTILINE)
-        assert len(table) >= 3
+        assert len(table) >= 4
         for name, default in table:
             value = getattr(parser.parse_args([f"--{name}", *default.split()]), name)
             assert parser.get_default(name) in (value, *(value if isinstance(value, list) else ())), name
@@ -367,6 +367,7 @@ def test_readme_has_the_cost_that_is_counted():
     assert f"up to {more:.1f} GiB more memory and {min(ratios):.1f} to {max(ratios):.1f} times the operations" in text
     student, sd15 = " ".join(text_of(ROOT / "docs/student.md").split()), operations()[0]
     share = float(re.search(r"needs ([\d.]+)% of LPL's operations", student)[1]) / 100
+    assert f"with `--lpl_every 4` at most {1 + (max(ratios) - 1) / 4:.1f} times" in text
     assert f"at most {1 + (max(ratios) - 1) * share:.2f} times. [All costs]" in text
     assert (
         f"takes {sd15['a student']} times the operations of one without LPL instead of {sd15['x, at that share']}"
