@@ -12,10 +12,11 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 from PIL.Image import Image
-from rows import ROW, ROWS, SETTINGS, Row
-from run import IN_FLOAT32, key_of, recorded  # which lets the package be found
+from rows import ROW, ROWS, SETTINGS
+from run import IN_FLOAT32, key_of, recorded, speed_of  # which lets the package be found
 
 from lpl.evaluation import Preprocessing, folder_images
 from lpl.evaluation.figures import busiest_square, crop_side, paired_grid, zoomed_crops
@@ -46,52 +47,44 @@ CHANGES = {"change": "Fréchet distance", "texture_change": "that of textures"}
 SHOWN_ROWS = {"without LPL": "flow", "LPL, a fifth of the loss": "flow_lpl", "LPL, half of the loss": "share_50"}
 SHOWN, ENLARGED = 10, 5  # images in a row of the pictures
 
-Runs = Mapping[str, Mapping[str, float]]  # seed -> column -> number
+Runs = Mapping[str, Mapping[str, Any]]  # seed -> column -> number
 
 
-def by_precision(results: Mapping[str, Runs]) -> dict[str, dict[str, dict[str, float]]]:
-    """Runs in float32 as rows of their own, whose names end so.
-
-    >>> by_precision({"flow": {"0": {"fid": 4.0}, "0-float32": {"fid": 3.0}}})
-    {'flow': {'0': {'fid': 4.0}}, 'flow-float32': {'0': {'fid': 3.0}}}
-    """
-    found = dict[str, dict[str, dict[str, float]]]()
-    for name, runs in results.items():
-        for key, run in runs.items():
-            seed = key.removesuffix(IN_FLOAT32)
-            found.setdefault(name + key.removeprefix(seed), {})[seed] = dict(run)
-    return found
-
-
-def row_of(name: str) -> Row:
-    return ROWS[name.removesuffix(IN_FLOAT32)]
-
-
-def label_of(name: str) -> str:
-    return row_of(name).label + (", in float32" if name.endswith(IN_FLOAT32) else "")
-
-
-def both(name: str) -> tuple[str, str]:
-    """The names of a row in either precision."""
-    return name, name + IN_FLOAT32
-
-
-def compared(results: Mapping[str, Runs]) -> dict[str, dict[str, dict[str, float]]]:
-    """Adds change and time relative to the same seed without LPL in the same precision, and what cheaper rows keep of
-    LPL's gain."""
-    found = by_precision(results)
-    for name, runs in ((name, runs) for name, runs in found.items() if name.removesuffix(IN_FLOAT32) in ROWS):
-        row, ending = row_of(name), name.removeprefix(name.removesuffix(IN_FLOAT32))
-        plain = row.without + ending
-        for seed in runs.keys() & found.get(plain, {}).keys() if name != plain else ():
-            run, other = runs[seed], found[plain][seed]
+def compared(results: Mapping[str, Runs]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Adds change relative to the same seed without LPL in the same precision, time relative to steps without LPL on
+    such a machine, and what cheaper rows keep of LPL's gain. Of each row, the runs of the precision that has more."""
+    found = {name: {key: dict(run) for key, run in runs.items()} for name, runs in results.items()}
+    for name, row in ((name, row) for name, row in ROWS.items() if name != row.without):
+        runs, without = found.get(name, {}), found.get(row.without, {})
+        for key in runs.keys() & without.keys():
+            run, other = runs[key], without[key]
             run["change"] = run["fid"] / other["fid"] - 1
             run["texture_change"] = run["texture"] / other["texture"] - 1
-            run["time"] = other["images_per_second"] / run["images_per_second"]
-            lpl = found.get(f"{row.without}_lpl{ending}", {}).get(seed)
+            if (speed := speed_of(row.without, results, run["machine"])) is not None:
+                run["time"] = speed / run["images_per_second"]
+            lpl = found.get(f"{row.without}_lpl", {}).get(key)
             if row.table == "cheap" and lpl:
                 run["kept"] = (other["texture"] - run["texture"]) / (other["texture"] - lpl["texture"])
-    return found
+    return {name: in_one_precision(runs) for name, runs in found.items()}
+
+
+def in_one_precision(runs: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The runs of the precision that has more of them, bfloat16 where both have as many.
+
+    >>> in_one_precision({"0-float32": {}, "1": {}, "0": {}}), in_one_precision({"0": {}, "0-float32": {}})
+    ({'0': {}, '1': {}}, {'0': {}})
+    """
+    keys = [sorted(key for key in runs if key.endswith(IN_FLOAT32) == float32) for float32 in (False, True)]
+    return {key: runs[key] for key in max(keys, key=len)}
+
+
+def seeds(runs: Runs) -> str:
+    """
+    >>> seeds({"0": {}, "1": {}}), seeds({"0-float32": {}})
+    ('0, 1', '0, in float32')
+    """
+    words = ", ".join(key.removesuffix(IN_FLOAT32) for key in runs)
+    return words + (", in float32" if any(key.endswith(IN_FLOAT32) for key in runs) else "")
 
 
 def cell(form: str, values: Sequence[float]) -> str:
@@ -114,22 +107,21 @@ def table(kind: str, found: Mapping[str, Runs]) -> str:
     """One of TABLES, and the command that runs its rows."""
     own = [name for name, row in ROWS.items() if row.table == kind]
     others = dict.fromkeys(name for row in own for name in (ROWS[row].without, f"{ROWS[row].without}_lpl"))
-    names = [*(name for name in others if name not in own), *own]
-    columns = {key: column for key, column in COLUMNS.items() if key != "kept" or kind == "cheap"}
-    lines = [["", *(heading for heading, _ in columns.values()), "seeds", "the paper", "row"]]
+    names = [name for name in dict.fromkeys([*others, *own]) if found.get(name)]
+    lines = [["", *(heading for heading, _ in COLUMNS.values()), "seeds", "the paper", "row"]]
     for name in names:
-        for key in both(name):
-            if runs := found.get(key):
-                lines.append([label_of(key), *cells(runs, columns), ", ".join(runs), ROWS[name].paper, f"`{name}`"])
-    parts = [markdown_rows(lines)] if len(lines) > 1 else []
-    if missing := [f"`{name}`" for name in names if not found.keys() & set(both(name))]:
+        row = ROWS[name]
+        lines.append([row.label, *cells(found[name], COLUMNS), seeds(found[name]), row.paper, f"`{name}`"])
+    columns = [column for place, column in enumerate(zip(*lines)) if place == 0 or any(column[1:])]
+    parts = [markdown_rows(list(zip(*columns)))] if len(lines) > 1 else []
+    if missing := [f"`{name}`" for name in own if not found.get(name)]:
         parts.append(f"Not run: {', '.join(missing)}.")
     return "\n\n".join([*parts, f"`python examples/study/run.py --rows {' '.join(own)}`"])
 
 
 def spectrum_table(found: Mapping[str, Runs]) -> str:
     """Power relative to the real pictures', for all finished rows."""
-    lines = [[f"`{name}`", *cells(runs, SPECTRUM)] for name, runs in found.items()]
+    lines = [[f"`{name}`", *cells(found[name], SPECTRUM)] for name in ("floor", *ROWS) if found.get(name)]
     return markdown_rows([["cycles per pixel", *(heading for heading, _ in SPECTRUM.values())], *lines])
 
 
@@ -151,9 +143,9 @@ def filled(page: str, found: Mapping[str, Runs]) -> str:
 def overview(found: Mapping[str, Runs], path: Path) -> None:
     """Both Fréchet distances of rows relative to the same seed without LPL, a point for each seed."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
 
-    keys = (key for name in ROWS for key in both(name))
-    names = [key for key in keys if any("change" in run for run in found.get(key, {}).values())][::-1]
+    names = [name for name in ROWS if any("change" in run for run in found.get(name, {}).values())][::-1]
     figure = Figure(figsize=(10, 0.8 + 0.28 * len(names)), dpi=120, layout="constrained")
     for axes, (key, title) in zip(figure.subplots(1, 2, sharey=True), CHANGES.items()):
         for place, name in enumerate(names):
@@ -161,9 +153,9 @@ def overview(found: Mapping[str, Runs], path: Path) -> None:
             axes.plot(values, [place] * len(values), "o", color=colour(name), markersize=5, alpha=0.6)
             axes.plot([mean(values)], [place], "|", color=colour(name), markersize=16, markeredgewidth=2)
         axes.set_ylim(-0.6, len(names) - 0.4)
-        axes.set_yticks(range(len(names)), [label_of(name) for name in names])
+        axes.set_yticks(range(len(names)), [ROWS[name].label for name in names])
         axes.axvline(0, color="#555753", linewidth=0.8, linestyle=":")
-        axes.xaxis.set_major_formatter("{x:+.0%}")
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
         label_axes(axes, title, "change, left is better", "")
     save_figure(figure, path)
 
@@ -172,19 +164,20 @@ def gain_for_time(found: Mapping[str, Runs], path: Path, plain: str = "flow") ->
     """Change of both Fréchet distances over the training's time, relative to training without LPL; of LPL, and of what
     costs less. Means over seeds."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
 
     cheap = (name for name, row in ROWS.items() if row.table == "cheap" and row.without == plain)
-    names = [key for name in (f"{plain}_lpl", *cheap) for key in both(name) if found.get(key)]
+    names = [name for name in (f"{plain}_lpl", *cheap) if found.get(name)]
     figure = Figure(figsize=(12, 4), dpi=120, layout="constrained")
     for axes, (key, title) in zip(figure.subplots(1, 2), CHANGES.items()):
         axes.axhline(0, color="#555753", linewidth=0.8, linestyle=":")
         for name, marker in zip(names, itertools.cycle("osD^vPX*<>")):
-            runs = [run for run in found[name].values() if key in run]
+            runs = [run for run in found[name].values() if {key, "time"} <= run.keys()]
             if runs:
                 time = mean(run["time"] * run["steps"] / int(str(ROW["max_train_steps"])) for run in runs)
-                words = label_of(name).removeprefix(f"{ROWS[plain].label}, ")
+                words = ROWS[name].label.removeprefix(f"{ROWS[plain].label}, ")
                 axes.plot([time], [mean(run[key] for run in runs)], marker, color=colour(name), label=words, alpha=0.8)
-        axes.yaxis.set_major_formatter("{x:+.1%}")
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.set_xlim(left=0)
         label_axes(axes, title, "time of the training, without LPL: 1", "change, lower is better")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
@@ -192,7 +185,7 @@ def gain_for_time(found: Mapping[str, Runs], path: Path, plain: str = "flow") ->
 
 
 def colour(name: str) -> str:
-    return "#555753" if row_of(name).flags["lpl_weight"] == "0" else "#c4601d"
+    return "#555753" if ROWS[name].flags["lpl_weight"] == "0" else "#c4601d"
 
 
 def pictures(study: Path, folder: Path) -> None:

@@ -11,7 +11,7 @@ else in float32: these are recorded beside the others, and compared with one ano
 
 A run has its log and its pipeline in `study/rows/NAME/SEED/`, and its images and measurements in
 `study/measured/NAME/SEED/`. A row that gets the time of another one needs the recorded speeds of that one and of the
-row without LPL.
+row without LPL on such a machine.
 """
 
 import argparse
@@ -53,9 +53,15 @@ FINISHED = ("model_index.json", LORA)  # what a run writes at its end: a pipelin
 AS = "as "  # before the row whose time is given, in the place of a number of steps
 BANDS = {"band_1": (0, 1 / 8), "band_2": (1 / 8, 1 / 4), "band_3": (1 / 4, 3 / 8), "band_4": (3 / 8, 1 / 2)}
 RESUMING = {"checkpointing_steps": 200, "checkpoints_total_limit": 1, "resume_from_checkpoint": "latest"}
-BFLOAT16 = (  # many CPUs only emulate it
-    torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-)
+if torch.cuda.is_available():
+    MACHINE = torch.cuda.get_device_name()
+elif torch.cpu._is_amx_tile_supported():
+    MACHINE = "CPU with AMX"
+elif torch.cpu._is_avx512_bf16_supported():
+    MACHINE = "CPU with AVX-512 BF16"
+else:
+    MACHINE = "CPU without bfloat16"
+BFLOAT16 = MACHINE != "CPU without bfloat16"  # which many CPUs only emulate
 RECORDING, MAKING = Lock(), Lock()
 
 
@@ -132,15 +138,24 @@ def given_time_of(row: Row) -> str | None:
     return steps.removeprefix(AS) if steps.startswith(AS) else None
 
 
+def speed_of(name: str, results: Mapping[str, Any], machine: str) -> float | None:
+    """Mean images per second of a row's trainings on such a machine, if there are any there."""
+    training = ROWS[name].of or name
+    runs = (
+        run for other, row in ROWS.items() if (row.of or other) == training for run in results.get(other, {}).values()
+    )
+    speeds = [run["images_per_second"] for run in runs if run["machine"] == machine]
+    return mean(speeds) if speeds else None
+
+
 def steps_for_the_time_of(name: str, results: Mapping[str, Any]) -> int:
     """Steps without LPL that take as long as all of that row's; the same for all seeds."""
-    speed = {}
+    speeds = []
     for row in (name, ROWS[name].without):
-        runs = [run["images_per_second"] for key, run in results.get(row, {}).items() if is_alike(key)]
-        if not runs:
+        if (speed := speed_of(row, results, MACHINE)) is None:
             raise ValueError(f"the time of {row} is not known: run it on this machine first, --rows {row}")
-        speed[row] = mean(runs)
-    return round(ROW["max_train_steps"] * speed[ROWS[name].without] / speed[name])
+        speeds.append(speed)
+    return round(ROW["max_train_steps"] * speeds[1] / speeds[0])
 
 
 def train_row(study: Path, name: str, seed: int) -> Path:
@@ -190,7 +205,7 @@ def image_numbers(output: Path) -> dict[str, float]:
     }
 
 
-def run_numbers(run: Path) -> dict[str, float]:
+def run_numbers(run: Path) -> dict[str, Any]:
     """What results.json has of a training."""
     entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     (held_out,) = [entry for entry in entries if "validation_loss" in entry and entry["step"]]
@@ -198,6 +213,7 @@ def run_numbers(run: Path) -> dict[str, float]:
     shares = [record["lpl_share"] for record in records if record.get("lpl_share")]
     return {
         "steps": records[-1]["step"],
+        "machine": MACHINE,
         "images_per_second": max(record["images_per_second"] for record in records),  # other jobs disturb the others
         **{name: held_out[name] for name in ("validation_loss", "validation_lpl")},
         **({"lpl_share": mean(shares)} if shares else {}),
@@ -243,13 +259,8 @@ def bands(spectrum: Mapping[str, Any]) -> dict[str, float]:
 
 
 def key_of(seed: int) -> str:
-    """What a seed's run on a machine like this one is called."""
+    """What a seed's run in this machine's precision is called."""
     return f"{seed}" if BFLOAT16 else f"{seed}{IN_FLOAT32}"
-
-
-def is_alike(key: str) -> bool:
-    """Whether a run was made on a machine like this one."""
-    return key.endswith(IN_FLOAT32) != BFLOAT16
 
 
 def recorded() -> dict[str, Any]:
@@ -257,7 +268,7 @@ def recorded() -> dict[str, Any]:
     return json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else {}
 
 
-def record(name: str, seed: int, found: Mapping[str, float]) -> None:
+def record(name: str, seed: int, found: Mapping[str, Any]) -> None:
     with RECORDING:
         results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"rows": {}}
         results["rows"].setdefault(name, {})[key_of(seed)] = found

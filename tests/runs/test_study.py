@@ -154,6 +154,7 @@ def test_runs_in_float32_are_beside_the_others(tmp_path, monkeypatch, commands):
         start(monkeypatch, tmp_path, "--rows", "flow_longer", "--seeds", "0")
     for half in (True, False, True):
         monkeypatch.setattr(run, "BFLOAT16", half)
+        monkeypatch.setattr(run, "MACHINE", "new" if half else "old")
         start(monkeypatch, tmp_path, "--rows", "flow", "flow_lpl", "--seeds", "0")
     assert [each.mixed_precision for each in trainings(commands)] == ["bf16", "bf16", "no", "no"]
     evaluations = [evaluate.parse(command[3:]).request for command in commands if "lpl.evaluate" in command]
@@ -161,12 +162,27 @@ def test_runs_in_float32_are_beside_the_others(tmp_path, monkeypatch, commands):
     results = run.recorded()
     assert results["flow_lpl"].keys() == {"0", "0-float32"}
     results["flow"]["0-float32"] |= {"fid": 2.0, "images_per_second": 150.0}
-    found = report.compared(results)
-    assert [found[name]["0"]["change"] for name in ("flow_lpl", "flow_lpl-float32")] == [0, -0.5]
-    assert "| flow matching, LPL, in float32 | -50.0% |" in report.table("objective", found)
     assert run.steps_for_the_time_of("flow_lpl", results) == 2 * ROW["max_train_steps"]
-    monkeypatch.setattr(run, "BFLOAT16", False)
+    assert "| flow matching, LPL | +0.0% |" in report.table("objective", report.compared(results))
+    monkeypatch.setattr(run, "MACHINE", "old")
     assert run.steps_for_the_time_of("flow_lpl", results) == 3 * ROW["max_train_steps"]
+    del results["flow_lpl"]["0"]
+    found = report.compared(results)
+    assert (found["flow_lpl"]["0-float32"]["change"], found["flow_lpl"]["0-float32"]["time"]) == (-0.5, 3)
+    (line,) = [line for line in report.table("objective", found).splitlines() if "`flow_lpl`" in line]
+    assert line.startswith("| flow matching, LPL | -50.0% |") and "| 0, in float32 |" in line
+
+
+def test_times_are_of_one_machine():
+    """A model that is measured in another row was trained there too."""
+    results = {
+        "flow": {"0": numbers(4.0, 100.0, "fast")},
+        "sampling_5": {"0": numbers(4.0, 30.0, "slow")},
+        "flow_lpl": {"0": numbers(4.0, 10.0, "slow")},
+        "share_5": {"0": numbers(4.0, 10.0, "unknown")},
+    }
+    found = report.compared(results)
+    assert found["flow_lpl"]["0"]["time"] == 3 and found["share_5"]["0"].keys() & {"change", "time"} == {"change"}
 
 
 def test_no_run_begins_after_the_time_is_over(tmp_path, monkeypatch, commands):
@@ -215,20 +231,18 @@ def test_the_command_finds_the_package():
 # The report ----------------------------------------------------------------------------------------------------------
 
 
-def numbers(fid, speed=100.0):
-    return {"fid": fid, "texture": fid, "images_per_second": speed, "steps": 400}
+def numbers(fid, speed=100.0, machine="CPU"):
+    return {"fid": fid, "texture": fid, "images_per_second": speed, "machine": machine, "steps": 400}
 
 
 def test_rows_are_compared_with_the_same_seed():
-    found = report.compared(
-        {"flow": {"0": numbers(4.0), "1": numbers(8.0, 50.0)}, "flow_lpl": {"1": numbers(6.0, 25.0)}}
-    )
+    found = report.compared({"flow": {"0": numbers(4.0), "1": numbers(8.0)}, "flow_lpl": {"1": numbers(6.0, 50.0)}})
     assert (found["flow_lpl"]["1"]["change"], found["flow_lpl"]["1"]["time"]) == (-0.25, 2)
     assert "change" not in found["flow"]["0"]
     lines = [line.split(" | ") for line in report.table("objective", found).splitlines()]
-    assert lines[2][:4] == ["| flow matching", "", "", "6.00 ± 2.83"]
+    assert lines[2][:4] == ["| flow matching", "", "", "6.00 ± 2.83"] and "0, 1" in lines[2]
     assert lines[3][1:4] == ["-25.0%", "-25.0%", "6.00"]
-    assert {len(line) for line in lines[:4]} == {len(lines[0])}
+    assert {len(line) for line in lines[:4]} == {len(lines[0])} and "PSNR, dB ↑" not in lines[0]
     assert lines[5] == ["Not run: `epsilon`, `epsilon_lpl`, `v`, `v_lpl`."]
     assert "--rows share_5 share_50 share_80 weight_3" in report.table("weight", found)
 
