@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lpl.inspection.measure import ERRORS, MARGINS, METHODS, SCALES, STRIDE, Inspector
+from lpl.inspection.measure import ERRORS, KINDS, MARGINS, METHODS, SCALES, STRIDE, Inspector
 from lpl.tools.words import aligned, percent
 
 
@@ -38,6 +38,7 @@ def summary(inspector: Inspector) -> dict[str, Any]:
         },
         "balance": balance_summary(inspector.names, terms, inspector.depth_weights, inspector.lpl.lpl_blocks),
         "interpolation": interpolation_summary([found["interpolation"] for found in inspector.found]),
+        "errors": errors_summary([found["errors"] for found in inspector.found]),
     }
 
 
@@ -144,6 +145,14 @@ def balancing_weights(terms: np.ndarray) -> list[float]:
     means = np.exp(np.log(np.where(alive, terms, 1.0)).mean(0))
     first = means[alive][0] if alive.any() else 1.0
     return [float(f"{first / mean:.3g}") if good else 0.0 for mean, good in zip(means, alive)]
+
+
+def errors_summary(found: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
+    """Means over the images, by kind of error."""
+    return {
+        kind: {name: np.mean([image[kind][name] for image in found]).item() for name in found[0][kind]}
+        for kind in KINDS
+    }
 
 
 def interpolation_summary(found: Sequence[Mapping[str, Sequence[Mapping[str, float]]]]) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
     python -m lpl.inspect --pretrained_model_name_or_path PIPELINE --images FOLDER --output_dir inspected
 
-It writes four pictures, and ``inspect.json`` with their numbers:
+It writes five pictures, and ``inspect.json`` with their numbers:
 
 - ``features.png``: the decoder's feature maps, and what the masks remove from them (Fig. 3).
 - ``outliers.png``: how much is masked, how extreme it is, and where; :func:`outlier_advice` suggests the flags.
 - ``balance.png``: each block's term of Eq. 2 for estimates of a known error, and the depth weights that equalise the
   terms.
+- ``errors.png``: what errors of one size in the latent, 20% of its standard deviation, do to the image: a random one,
+  and those that the decoder hides and amplifies most, as far as a search finds them.
 - ``interpolation.png``: latents that are downscaled and upscaled again, and the resulting error in the latent, in the
   image, and in LPL (Sec. 7, Fig. 12).
 
@@ -40,7 +42,13 @@ from lpl.config.rules import from_a_file
 from lpl.data.folder import Contents, image_files
 from lpl.data.reading import FORMATS, to_rgb
 from lpl.inspection.advice import report, summary
-from lpl.inspection.figures import balance_figure, features_figure, interpolation_figure, outliers_figure
+from lpl.inspection.figures import (
+    balance_figure,
+    errors_figure,
+    features_figure,
+    interpolation_figure,
+    outliers_figure,
+)
 from lpl.inspection.measure import OUTLIER_SETTINGS, STEPS, Inspector
 from lpl.inspection.vae import check_vae, find_vae, load_vae, with_configuration
 from lpl.tools.files import check_writable, write_text
@@ -229,11 +237,12 @@ def write(
     names: Sequence[str],
     numbers: Mapping[str, Any],
 ) -> None:
-    """Write the four pictures and ``inspect.json``."""
+    """Write the pictures and ``inspect.json``."""
     for name, figure in (
         ("features", features_figure(inspector, images, names)),
         ("outliers", outliers_figure(inspector, numbers["outliers"])),
         ("balance", balance_figure(numbers["balance"])),
+        ("errors", errors_figure(inspector, names)),
         ("interpolation", interpolation_figure(inspector, images[0], names[0], numbers["interpolation"])),
     ):
         save_figure(figure, folder / f"{name}.png")

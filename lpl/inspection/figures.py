@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lpl.inspection.measure import Inspector
+from lpl.inspection.measure import KINDS, Inspector
 from lpl.outliers import outlier_mask
 from lpl.tools.pictures import COLOURS, INK, label_axes, new_figure
 from lpl.tools.words import percent
@@ -228,6 +228,23 @@ def interpolation_figure(inspector: Inspector, image: Image.Image, name: str, nu
             if column == 0:
                 axes.set_ylabel(label, fontsize=10, color=INK)
     _error_curves(parts[1].subplots(1, 2, sharex=True), inspector, numbers)
+    return figure
+
+
+def errors_figure(inspector: Inspector, names: Sequence[str]) -> Figure:
+    """Decoded latents with errors of one size, a row for each image: the usual loss is the same, LPL is not."""
+    rows = len(inspector.found)
+    figure = new_figure(10, 0.4 + 2.95 * rows, w_pad=0.03, h_pad=0.03)
+    panels: Any = figure.subplots(rows, 1 + len(KINDS), squeeze=False)
+    for row, (found, pictures, name) in enumerate(zip(inspector.found, inspector.decoded_errors, names)):
+        for column, (label, picture) in enumerate(zip(("no error", *KINDS), pictures)):
+            axes = _picture(panels[row, column], picture)
+            axes.set_title(label if row == 0 else "", fontsize=11, color=INK)
+            words = name
+            if column:
+                point = found["errors"][label]
+                words = f"error in the latent {point['latent_mse']:.2g}\nLPL {point['lpl']:.2f}"
+            axes.set_xlabel(words, fontsize=11, color=INK)
     return figure
 
 

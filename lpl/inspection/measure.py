@@ -37,7 +37,10 @@ METHODS = {  # of the rows of Fig. 12: the interpolation, and what is resized
     "bilinear, in the latent": ("bilinear", "latent"),
     "bicubic, in the latent": ("bicubic", "latent"),
 }
-STEPS = 1 + len(ERRORS) + len(METHODS) * len(SCALES)  # of the progress bar, per image
+ERROR = 0.2  # r of the errors of one size
+SEARCH_STEPS = 12
+KINDS = {"hidden by the decoder": -1, "random": 0, "amplified by the decoder": 1}  # and the direction of the search
+STEPS = 1 + len(ERRORS) + len(METHODS) * len(SCALES) + 2 * SEARCH_STEPS + 1  # of the progress bar, per image
 OUTLIER_SETTINGS = [name for name in MASK_DEFAULTS if name != "stride"]  # parameters of outlier_mask
 
 Settings = Mapping[str, Any]  # of outlier_mask, by the parameter's name
@@ -125,6 +128,32 @@ def resized(images: Tensor, scale: float, mode: str) -> Tensor:
     return F.interpolate(small, [height, width], mode=mode, align_corners=corners)
 
 
+def found_error(
+    decode: Callable[[Tensor], Tensor], latents: Tensor, error: Tensor, direction: int, step: Callable[[], Any]
+) -> Tensor:
+    """An error of the same size that changes the decoded image more than the given one, or less, (1, C, h, w).
+
+    SEARCH_STEPS steps along the gradient of the squared change of the pixels, on the sphere of that size.
+
+    Args:
+        decode: scaled latents -> pixels, differentiable.
+        direction: 1 for more, -1 for less, 0 for the error as it is.
+    """
+    intact, size = decode(latents), error.norm()
+    for number in range(SEARCH_STEPS if direction else 0):
+        with torch.enable_grad():
+            error.requires_grad_()
+            change = (decode(latents + error) - intact).square().sum()
+            (gradient,) = torch.autograd.grad(change, error)
+        error = error.detach()
+        gradient = gradient - (gradient * error).sum() / size.square() * error
+        length = 0.3 * (1 - number / SEARCH_STEPS) * size  # it settles
+        error = error + direction * length * gradient / gradient.norm().clamp(min=1e-12)
+        error = error * (size / error.norm())
+        step()
+    return error
+
+
 def as_image(pixels: Tensor) -> np.ndarray:
     """Pixels [-1, 1], (1, 3, H, W) -> uint8, (H, W, 3)."""
     return ((pixels[0].permute(1, 2, 0) + 1) * 127.5).round().byte().cpu().numpy()
@@ -159,6 +188,7 @@ class Inspector:
         self.depth_weights: dict[str, list[float]] = {}
         self.found: list[dict[str, Any]] = []
         self.latents: list[Tensor] = []
+        self.decoded_errors: list[list[np.ndarray]] = []  # decoded latents, intact and with an error of each kind
         # of the first image: its decoded latents, intact and by method and scale
         self.decoded: np.ndarray | None = None
         self.decoded_by: dict[tuple[str, float], np.ndarray] = {}
@@ -174,6 +204,7 @@ class Inspector:
         step()
         result |= self._terms(latents, generator, step)
         result["interpolation"] = self._interpolations(pixels, latents, step)
+        result["errors"] = self._errors_of_one_size(latents, generator, step)
         self.found.append(result)
         self.latents.append(latents.cpu())
 
@@ -229,13 +260,7 @@ class Inspector:
             for scale in SCALES:
                 changed = self.interpolate(pixels, latents, scale, mode, what)
                 decoded = self.decode(changed)
-                errors[label].append(
-                    {
-                        "latent_mse": (changed - latents).square().mean().item(),
-                        "pixel_mse": (decoded - intact).square().mean().item(),
-                        "lpl": self.loss_fn(changed, latents).item(),
-                    }
-                )
+                errors[label].append(self._three_errors(changed, latents, decoded, intact))
                 if self.decoded is None:
                     self.decoded_by[label, scale] = as_image(decoded)
                 step()
@@ -243,10 +268,35 @@ class Inspector:
             self.decoded = as_image(intact)
         return errors
 
+    def _errors_of_one_size(
+        self, latents: Tensor, generator: torch.Generator, step: Callable[[], Any]
+    ) -> dict[str, dict[str, float]]:
+        """The three errors by kind; keeps the decoded pictures."""
+        random, intact = perturbed(latents, ERROR, generator) - latents, self.decode(latents)
+        pictures, errors = [as_image(intact)], dict[str, dict[str, float]]()
+        for kind, direction in KINDS.items():
+            changed = latents + found_error(self._unclamped, latents, random.clone(), direction, step)
+            decoded = self.decode(changed)
+            errors[kind] = self._three_errors(changed, latents, decoded, intact)
+            pictures.append(as_image(decoded))
+        step()
+        self.decoded_errors.append(pictures)
+        return errors
+
+    def _three_errors(self, changed: Tensor, latents: Tensor, decoded: Tensor, intact: Tensor) -> dict[str, float]:
+        return {
+            "latent_mse": (changed - latents).square().mean().item(),
+            "pixel_mse": (decoded - intact).square().mean().item(),
+            "lpl": self.loss_fn(changed, latents).item(),
+        }
+
     def interpolate(self, pixels: Tensor, latents: Tensor, scale: float, mode: str, what: str) -> Tensor:
         """The latents of the resized image, or the resized latents, (1, C, h, w)."""
         return self.encode(resized(pixels, scale, mode)) if what == "pixels" else resized(latents, scale, mode)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents, (1, C, h, w) -> pixels [-1, 1], (1, 3, H, W), float32."""
-        return self.rgb(latents)[RGB].float().clamp(-1, 1)
+        return self._unclamped(latents).clamp(-1, 1)
+
+    def _unclamped(self, latents: Tensor) -> Tensor:
+        return self.rgb(latents)[RGB].float()

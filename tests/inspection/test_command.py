@@ -18,7 +18,7 @@ from lpl.inspection.vae import check_vae
 from tests.inspection.test_measure import noise_image
 
 
-FILES = {"features.png", "outliers.png", "balance.png", "interpolation.png", "inspect.json"}
+FILES = {"features.png", "outliers.png", "balance.png", "errors.png", "interpolation.png", "inspect.json"}
 
 
 def words(model, images, folder, *more):

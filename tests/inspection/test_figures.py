@@ -8,12 +8,13 @@ from tiny import tiny_vae
 from lpl.inspection.advice import summary
 from lpl.inspection.figures import (
     balance_figure,
+    errors_figure,
     features_figure,
     interpolation_figure,
     outliers_figure,
     plain_numbers,
 )
-from lpl.inspection.measure import METHODS, SCALES
+from lpl.inspection.measure import KINDS, METHODS, SCALES
 from tests.inspection.test_measure import inspected, noise_image
 
 
@@ -63,6 +64,17 @@ def test_interpolations_by_method_and_scale(inspector, numbers):
     assert len(pictures) == 2 + len(METHODS) * len(SCALES)
     assert [axes.get_ylabel() for axes in pictures if axes.get_ylabel()] == list(METHODS)
     assert all(len(axes.lines) == 2 * len(METHODS) for axes in curves)
+
+
+def test_errors_of_one_size_of_every_image(inspector):
+    figure = errors_figure(inspector, ["first", "second"])
+    assert [axes.get_title() for axes in figure.axes[: 1 + len(KINDS)]] == ["no error", *KINDS]
+    below = [axes.get_xlabel() for axes in figure.axes]
+    assert below[:: 1 + len(KINDS)] == ["first", "second"]
+    for number, found in enumerate(inspector.found):
+        start = number * (1 + len(KINDS)) + 1
+        for words, point in zip(below[start : start + len(KINDS)], found["errors"].values(), strict=True):
+            assert words == f"error in the latent {point['latent_mse']:.2g}\nLPL {point['lpl']:.2f}"
 
 
 @pytest.mark.parametrize("values, labels", [((1, 30), {"1", "2", "5", "10", "20"}), ((1, 1e5), {"1", "10", "10000"})])

@@ -13,10 +13,13 @@ from lpl.config.groups import Lpl
 from lpl.data.order import keyed_generator
 from lpl.inspection.advice import summary
 from lpl.inspection.measure import (
+    ERROR,
     ERRORS,
     METHODS,
+    SEARCH_STEPS,
     STEPS,
     Inspector,
+    found_error,
     gaussian_like,
     peaks,
     perturbed,
@@ -236,3 +239,27 @@ def test_pixels_are_resized_before_they_are_encoded():
     pixels = torch.rand(1, 3, 32, 32, generator=keyed_generator(1)) * 2 - 1
     changed = inspector.interpolate(pixels, inspector.encode(pixels), 2.0, "bilinear", "pixels")
     assert torch.equal(changed, inspector.encode(resized(pixels, 2.0, "bilinear")))
+
+
+# Errors of one size
+
+
+def test_errors_of_one_size_change_the_image_less_and_more():
+    inspector = inspected(tiny_vae("sd"), images=[noise_image()])
+    hidden, random, amplified = summary(inspector)["errors"].values()
+    expected = (ERROR * inspector.latents[0].std().item()) ** 2
+    assert random["latent_mse"] == pytest.approx(expected, rel=0.2)  # noise, of few values
+    for found in (hidden, amplified):
+        assert found["latent_mse"] == pytest.approx(random["latent_mse"], rel=1e-4)
+    assert hidden["pixel_mse"] < 0.8 * random["pixel_mse"] and amplified["pixel_mse"] > 1.2 * random["pixel_mse"]
+
+
+@pytest.mark.parametrize("direction, found", [(1, (2.0, 0.0)), (-1, (0.0, 2.0)), (0, (1.2, 1.6))])
+def test_the_search_finds_the_axes_of_a_linear_decoder(direction, found):
+    """Which amplifies the first value threefold."""
+    error = torch.tensor([1.2, 1.6])
+    steps = []
+    result = found_error(
+        lambda z: z * torch.tensor([3.0, 1.0]), torch.zeros(2), error, direction, lambda: steps.append(0)
+    )
+    assert result.tolist() == pytest.approx(found, abs=0.2) and len(steps) == (SEARCH_STEPS if direction else 0)
