@@ -392,6 +392,7 @@ class Losses:
         if len(rows):
             assert self.lpl_loss is not None
             predicted_latents = objective.clean_latents(model_output[rows], noisy_latents[rows], timesteps[rows])
+            found.estimates = predicted_latents
             window = self.window(batch, *latents.shape[-2:])
             masks = mask and mask.rows(rows)
             share = 1.0 if self.lpl.lpl_variant == "reference" else len(inside) / len(latents)
@@ -407,6 +408,7 @@ class Losses:
             )
             every_mask = mask and mask.rows(every_row)
             found.take(every_row, self.student(estimates, latents[every_row], every_mask), share, self.student)
+            found.estimates = estimates
             if correction:
                 off, found.fidelity = difference(self.student, self.lpl_loss, predicted_latents, latents[rows], masks)
                 found.correct(rows, off, share * correction)

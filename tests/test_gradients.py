@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import train_text_to_image_lpl as script
 from lpl import LatentPerceptualLoss
 from lpl.config.groups import Diffusion, Lpl
-from lpl.gradients import NOISE_LEVELS, conflict, cosine, noise_level, summed_by_level
+from lpl.gradients import NOISE_LEVELS, conflict, contrast, cosine, noise_level, summed_by_level
 from lpl.objectives import get_objective, training_scheduler
 from lpl.training.losses import clean_latents
 
@@ -67,6 +67,8 @@ class Case:
         lpl = LatentPerceptualLoss(tiny_vae("sd", torch.float64))(estimate[inside], latents[inside])
         (self.of_lpl,) = torch.autograd.grad(lpl.sum(), output, retain_graph=True)
         (self.of_diffusion,) = torch.autograd.grad((output - target).square().sum(), output)
+        centred = (estimate - estimate.mean((2, 3), keepdim=True)).detach()
+        self.pulls = F.cosine_similarity(self.of_lpl.flatten(1), centred.flatten(1))  # z0_hat falls with the output
         self.cosines = F.cosine_similarity(self.of_lpl.flatten(1), self.of_diffusion.flatten(1))
         self.conflicts = self.cosines < 0
         assert 2 < self.conflicts.sum() < len(SIGMAS) - 2
@@ -92,6 +94,22 @@ def test_cosines_by_two_gradients_in_float64(case):
     assert found.inside == len(SIGMAS) - 1 and found.levels.tolist() == LEVELS
     assert found.cosines[OUTSIDE].isnan()
     assert torch.allclose(found.cosines.nan_to_num().double(), case.cosines, atol=1e-4)
+
+
+def test_pulls_by_the_estimates_in_float64(case):
+    found, _ = case.losses()
+    assert found.pulls[OUTSIDE].isnan()
+    assert torch.allclose(found.pulls.nan_to_num().double(), case.pulls, atol=1e-4) and case.pulls.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_the_statistics_pull_towards_contrast(case, detach):
+    """Without their gradient, LPL is lower for smoother estimates."""
+    estimates, latents = torch.randn(2, 4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    lpl = LatentPerceptualLoss(case.vae, detach_statistics=detach)
+    (gradient,) = torch.autograd.grad(lpl(estimates.requires_grad_(), latents).sum(), estimates)
+    (up,) = torch.autograd.grad(contrast(estimates), estimates)
+    assert ((-cosine(gradient, up) > 0) != detach).all()
 
 
 def test_only_samples_that_lpl_was_computed_on_have_a_cosine(case):

@@ -107,7 +107,7 @@ def table(kind: str, found: Mapping[str, Runs]) -> str:
     """One of TABLES, and the command that runs its rows."""
     own = [name for name, row in ROWS.items() if row.table == kind]
     others = dict.fromkeys(name for row in own for name in (ROWS[row].without, f"{ROWS[row].without}_lpl"))
-    names = [name for name in dict.fromkeys([*others, *own]) if found.get(name)]
+    names = [name for name in (*(name for name in others if name not in own), *own) if found.get(name)]
     lines = [["", *(heading for heading, _ in COLUMNS.values()), "seeds", "the paper", "row"]]
     for name in names:
         row = ROWS[name]

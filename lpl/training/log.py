@@ -131,6 +131,8 @@ class Log:
             self._by_block += _where(finite, losses.by_block)
         if losses.cosines is not None and losses.levels is not None:
             self._cosines += summed_by_level(losses.cosines, losses.levels)
+        if losses.pulls is not None:
+            self._pulls += torch.stack([losses.pulls.nansum(), losses.pulls.isfinite().sum()])
         if losses.squares is not None and any(map(self.is_due, range(step, step + self.lpl_every))):
             squares = torch.stack([weight.square(), torch.ones_like(weight)]) * losses.squares
             self._squares += _where(squares.isfinite().all(), squares)  # an entry comes before the next step with LPL
@@ -178,6 +180,7 @@ class Log:
         loss, diffusion_loss, lpl, weighted, count, with_lpl, of_lpl, of_diffusion, _, rows, *rest = sums
         levels, places = len(LEVEL_NAMES), len(self._fidelity)
         cosines, counts, rest = rest[:levels], rest[levels : 2 * levels], rest[2 * levels :]
+        pull, pulled, *rest = rest
         fidelity, by_block = rest[:places], rest[places:]
         record: dict[str, float] = {}
         if count:  # else no loss was finite
@@ -194,6 +197,8 @@ class Log:
             record["lpl_gradient_cosine"] = sum(cosines) / sum(counts)
             found = zip(LEVEL_NAMES, cosines, counts, strict=True)
             record |= {f"lpl_gradient_cosine/{name}": total / number for name, total, number in found if number}
+        if pulled:
+            record["lpl_pull"] = pull / pulled
         if rows:
             parts, kept = by_block[: len(self.blocks)], by_block[len(self.blocks) :]
             record |= {f"lpl/{name}": part / max(with_lpl, 1) for name, part in zip(self.blocks, parts, strict=True)}
@@ -223,7 +228,9 @@ class Log:
             return
         step, seconds, *sums, count, rows, inside, seen = state[self.accelerator.process_index]
         self._last_step = int(step)
-        self._sums, self._squares, cosines, self._fidelity, by_block = torch.tensor(sums, device=device).split(sizes)
+        self._sums, self._squares, cosines, self._pulls, self._fidelity, by_block = torch.tensor(
+            sums, device=device
+        ).split(sizes)
         self._cosines, self._by_block = cosines.view_as(self._cosines), by_block.view_as(self._by_block)
         self._count, self._rows = int(count), int(rows)
         self._inside, self._seen = inside, bool(seen)
@@ -236,6 +243,7 @@ class Log:
         self._sums, self._squares = torch.zeros(6, device=device), torch.zeros(2, device=device)
         self._by_block = torch.zeros(2, len(self.blocks), device=device)  # as in BatchLosses
         self._cosines = torch.zeros(2, len(LEVEL_NAMES), device=device)  # as of summed_by_level
+        self._pulls = torch.zeros(2, device=device)  # their sum and number
         # Of the samples that a student was corrected on, as of Fidelity.summed
         self._fidelity = torch.zeros(6 if self.student else 0, device=device)
         self._count = self._rows = 0  # micro-batches, and samples that LPL has seen
@@ -246,9 +254,9 @@ class Log:
         host = self._sums.new_tensor([self._inside, self._rows])
         return torch.cat([self._sums, self._squares, host, *self._of_samples()])
 
-    def _of_samples(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _of_samples(self) -> tuple[Tensor, ...]:
         """The sums over samples, each as a vector."""
-        return self._cosines.flatten(), self._fidelity, self._by_block.flatten()
+        return self._cosines.flatten(), self._pulls, self._fidelity, self._by_block.flatten()
 
     def validation(self, step: int, numbers: Mapping[str, float]) -> None:
         """An entry of its own for what a validation has measured after a step."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lpl.autoencoders import encode, feature_vae, sampled_latents
 from lpl.config.groups import Lpl
-from lpl.gradients import conflict, cosine
+from lpl.gradients import conflict, contrast, cosine
 from lpl.loss import Formed, LatentPerceptualLoss
 from lpl.student import Fidelity, StudentLoss, load_student
 from lpl.tools.machine import DTYPES
@@ -36,8 +36,10 @@ class BatchLosses:
     fidelity: Fidelity | None = None  # of a student, on the samples that it was corrected on
     weights: Tensor | None = None  # (B,), of each sample for both terms, ``errors`` has it already; None: all 1
     levels: Tensor | None = None  # (B,), noise level of each sample (lpl/gradients.py)
+    estimates: Tensor | None = None  # z0_hat of the rows that LPL was computed on, (rows, C, h, w)
     # Of both terms' gradients at D, once compared: (B,), NaN where one is zero; and |dLPL/dD|^2, |dL_diffusion/dD|^2
     cosines: Tensor | None = None
+    pulls: Tensor | None = None  # LPL's, (B,), NaN where it has no gradient
     squares: Tensor | None = None
 
     def take(self, rows: Tensor, lpl: Tensor, share: float, lpl_loss: LatentPerceptualLoss | StudentLoss) -> None:
@@ -82,6 +84,8 @@ class BatchLosses:
         """
         of_lpl, of_diffusion = self._gradient(self.lpl), self._gradient(self.diffusion_loss)
         self.cosines = cosine(of_lpl, of_diffusion)
+        if self.estimates is not None:
+            self.pulls = -cosine(of_lpl, self._gradient(contrast(self.estimates)))
         if project:
             opposed = conflict(of_lpl, of_diffusion)
             of_lpl = of_lpl - opposed

@@ -31,18 +31,20 @@ def rows(text):
 class Steps:
     """Optimizer steps with fixed losses; every call is kept. ``memory`` is enough for no step, plain ones, or all."""
 
-    def __init__(self, weight, lpl=1.0, memory=2):
-        self.weight, self.lpl, self.memory = weight, lpl, memory
+    def __init__(self, weight, lpl=1.0, memory=2, pulls=None):
+        self.weight, self.lpl, self.memory, self.pulls = weight, lpl, memory, pulls
         self.calls = []  # (with LPL, largest timestep)
         self.corrections = []  # factors on LPL less the student, of the steps with LPL
 
-    def __call__(self, batches, with_lpl):
+    def __call__(self, batches, with_lpl, observers=()):
         timesteps = next(batches)["timestep"]
         self.calls.append((with_lpl, int(timesteps.max())))
         if self.memory < 1 + with_lpl:
             raise torch.OutOfMemoryError("too small a machine")
         if with_lpl:
             self.corrections.append(self.weight.correction(1))
+            for observer in observers:
+                observer.observe(1, {}, SimpleNamespace(pulls=self.pulls), None, None)
             lpl = self.lpl * (1 if timesteps.any() else 1000)  # the warm-up's losses are no measure of a run
             self.weight.observe(torch.tensor(2.0), torch.tensor(lpl))
             self.weight.end_step(lambda sums: sums)
@@ -167,6 +169,21 @@ def test_weight_and_share(planned, weight, lpl, said, warns):
     found, _ = dry_run(planned(lpl_weight=weight), lpl=lpl)
     assert found["weight"].startswith(said)
     assert ("--lpl_weight auto:0.2 finds" in found.get("warning", "")) is warns
+
+
+@pytest.mark.parametrize(
+    "pulls, said, warns",
+    [
+        ([0.04, 0.02, torch.nan], "+0.030 ± 0.003, the cosine with a rise of contrast, of 10 samples", False),
+        ([-0.04, -0.02], "-0.030 ± 0.003, ", True),
+        ([-0.5, 0.4], "-0.050 ± 0.150, ", False),  # it may be chance
+        ([torch.nan, torch.nan], None, False),
+    ],
+)
+def test_a_pull_towards_less_contrast_is_warned_of(planned, pulls, said, warns):
+    found, _ = dry_run(planned(), pulls=torch.tensor(pulls))
+    assert found.get("pull", "").startswith(said or "") and ("pull" in found) is (said is not None)
+    assert ("without --lpl_detach_statistics" in found.get("warning", "")) is warns
 
 
 def test_a_share_that_a_checkpoint_has_is_not_measured_again(planned):

@@ -118,6 +118,7 @@ def add(
     samples=None,
     cosines=(),
     levels=(),
+    pulls=(),
 ):
     """A micro-batch of `size` samples. `grad`: of both terms at the model's output, one number each. `samples`: their
     diffusion losses, by index in the data set. `cosines`: of the gradients, of samples at these noise levels."""
@@ -134,6 +135,7 @@ def add(
     )
     if with_lpl:
         losses.cosines, losses.squares = torch.tensor(cosines), torch.tensor(grad or (0.0, 0.0)).square()
+        losses.pulls = torch.tensor(pulls)
     log.observe(step, {"index": torch.tensor(list(samples))}, losses, torch.tensor(loss), WEIGHT)
 
 
@@ -333,6 +335,17 @@ def test_processes_with_different_numbers_inside(logging):
     assert {name: record[name] for name in expected} == pytest.approx(expected)
     assert record["lpl_gradient_share"] == pytest.approx(0.5)  # 0.5 * 5 to 2.5
     assert record["lpl_gradient_cosine"] == record["lpl_gradient_cosine/0.1_to_0.25"] == pytest.approx(0.4)
+
+
+def test_the_pull_is_a_mean_over_samples(logging):
+    log = logging()
+    add(log, pulls=[0.5, -0.25, math.nan])
+    add(log, step=2, pulls=[0.5])
+    log.write(2, 1e-4)
+    add(log, step=3, with_lpl=False)
+    log.write(3, 1e-4)
+    first, second = log.records()
+    assert first["lpl_pull"] == 0.25 and "lpl_pull" not in second
 
 
 # Speed
