@@ -22,6 +22,7 @@ from lpl.data.fingerprint import spaced
 from lpl.diagnosis.needs import check_disk, count_parameters
 from lpl.gate import is_inside, sigma_threshold_at
 from lpl.objectives import FlowMatching, Objective, own_objective, training_scheduler
+from lpl.tools.machine import slowness_of_bfloat16
 from lpl.tools.words import counted, percent, pixels, short_count
 from lpl.training.parts import TrainedParts
 from lpl.training.start import Length, Run
@@ -191,6 +192,7 @@ class Plan:
     def warnings(self) -> list[str]:
         """Why the run may do something else than intended."""
         found = [self._warmup_warning(), self._caption_warning(), self._bucket_warning(), self._dora_warning()]
+        found.append(self._precision_warning())
         return [*filter(None, found), *(self._lpl_warnings() if self.config.lpl.enabled else ())]
 
     def _warmup_warning(self) -> str | None:
@@ -202,6 +204,14 @@ class Plan:
             f"--lr_warmup_steps {optimization.lr_warmup_steps}: the run ends after {self.max_steps}, at "
             f"{percent(self.max_steps / steps)} of --learning_rate; give fewer, or a share of the run, such as 0.1"
         )
+
+    def _precision_warning(self) -> str | None:
+        accelerator = self.run.accelerator
+        if accelerator.device.type != "cpu" or accelerator.mixed_precision != "bf16":
+            return None
+        if (times := slowness_of_bfloat16()) < 3:
+            return None
+        return f"--mixed_precision bf16: this CPU is {times:.0f} times as slow with it; give no"
 
     def _dora_warning(self) -> str | None:
         if not self.config.lora.use_dora or self.trained.family.lora_layout is None:

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 import torch
@@ -55,6 +56,22 @@ def usable_device(name: str | None) -> torch.device:
 
 
 # Disk ----------------------------------------------------------------------------------------------------------------
+
+
+def slowness_of_bfloat16(size: int = 512) -> float:
+    """How many times as long as in float32 this machine's CPU takes for a product of matrices in bfloat16.
+
+    About 0.5 where it computes in bfloat16, and up to 20 where it only emulates it.
+    """
+    fastest = []
+    for dtype in (torch.bfloat16, torch.float32):
+        matrix, seconds = torch.ones(size, size, dtype=dtype), []
+        for _ in range(3):
+            start = time.perf_counter()
+            matrix @ matrix
+            seconds.append(time.perf_counter() - start)
+        fastest.append(min(seconds))
+    return fastest[0] / fastest[1]
 
 
 def free_space(folder: str | Path) -> int:

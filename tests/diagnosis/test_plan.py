@@ -18,8 +18,9 @@ from lpl.objectives import get_objective
 # The log at every start ----------------------------------------------------------------------------------------------
 
 
-def test_announcement(planned, caplog):
+def test_announcement(planned, caplog, monkeypatch):
     caplog.set_level(logging.INFO)
+    monkeypatch.setattr(plans, "slowness_of_bfloat16", lambda: 0.5)
     plan = planned(rank=2, mixed_precision="bf16", max_train_steps=6)
     plan.announce()
     text = caplog.text
@@ -47,7 +48,7 @@ def test_the_disk_is_checked_before_the_first_step(planned, caplog, monkeypatch)
     monkeypatch.setattr(needs, "free_space", lambda folder: 1000)
     with pytest.raises(NoRoom, match="--output_dir .*1000 bytes are free"):
         plan.announce()
-    plan.run.accelerator = SimpleNamespace(is_main_process=False, mixed_precision="no")
+    plan.run.accelerator = SimpleNamespace(is_main_process=False, mixed_precision="no", device=torch.device("cpu"))
     plan.announce()  # only the main process refuses
 
 
@@ -145,6 +146,19 @@ def test_lpl_that_begins_too_late(planned, flags, said):
 def test_a_warm_up_that_is_longer_than_the_run(planned, flags, said):
     warnings = planned(lpl_weight=0, max_train_steps=10, **{"lr_scheduler": "cosine"} | flags).warnings()
     assert len(warnings) == (said is not None) and all(warning.startswith(said) for warning in warnings)
+
+
+@pytest.mark.parametrize(
+    "precision, slowness, said",
+    [
+        ("bf16", 17.0, ["--mixed_precision bf16: this CPU is 17 times as slow with it; give no"]),
+        ("bf16", 0.5, []),
+        ("no", 17.0, []),
+    ],
+)
+def test_a_cpu_that_emulates_bfloat16_is_warned_of(planned, monkeypatch, precision, slowness, said):
+    monkeypatch.setattr(plans, "slowness_of_bfloat16", lambda: slowness)
+    assert planned(lpl_weight=0, mixed_precision=precision).warnings() == said
 
 
 def test_captions_that_are_cut_off(planned, caplog):

@@ -11,11 +11,17 @@ from lpl.tools.machine import (
     memory_in_words,
     peak_memory,
     reset_peak_memory,
+    slowness_of_bfloat16,
     wanted_memory,
 )
 
 
 MIB = 2**20
+
+
+def test_this_cpu_in_bfloat16():
+    """Between four times as fast, with AMX, and emulated."""
+    assert 0.01 < slowness_of_bfloat16() < 200
 
 
 def test_peak_memory_is_the_highest_since_the_reset():
