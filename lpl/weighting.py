@@ -26,7 +26,6 @@ from lpl.options import parse_weight
 
 
 logger = logging.getLogger(__name__)
-STUDENT_CHECKS = 10  # steps at the start on which LPL is computed too
 SHARE_RANGE = (0.05, 0.5)  # outside, the run warns: LPL has no effect, or dominates the diffusion loss
 
 
@@ -69,15 +68,14 @@ class LplWeight:
     def correction(self, step: int) -> int:
         """The factor on the difference between LPL and a student at an optimizer step with LPL, counted from 0.
 
-        It is 1, which gives LPL itself, on the first STUDENT_CHECKS steps that measure w for a share: so the log tells
-        early whether the student fits, and most of a run costs no more than the student. Then it is n on every n-th
+        It is 1, which gives LPL itself, while w is measured for a share, since that is LPL's; then n on every n-th
         step with LPL, else 0.
 
         >>> weight = LplWeight("0.3", 1, torch.device("cpu"), every=2, correct_every=2)
         >>> [weight.correction(step) for step in range(0, 10, 2)]
         [2, 0, 2, 0, 2]
         """
-        if self.share is not None and self.steps < min(self.measuring_steps, STUDENT_CHECKS):
+        if self.measuring and self.share is not None:
             return 1
         number = (step - self.start_step) // self.every
         return self.correct_every if self.correct_every and number % self.correct_every == 0 else 0

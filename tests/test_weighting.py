@@ -135,17 +135,6 @@ def test_a_share_given_on_resume_is_measured_anew(before):
     assert not weight.measuring and share(weight, LOSSES[1:3]) == pytest.approx(0.2)
 
 
-def test_a_student_is_checked_at_the_start():
-    """The share is measured on LPL itself at first, then on the student."""
-    weight = LplWeight("auto:0.2", 50, CPU, correct_every=7)
-    factors = []
-    for number in range(22):
-        factors.append(weight.correction(number))
-        step(weight, (1.0, 2.0))
-    assert factors == [1] * 10 + [0] * 4 + [7] + [0] * 6 + [7] and weight.measuring
-    assert not any(LplWeight("0.3", 50, CPU).correction(number) for number in range(20))
-
-
 def test_what_is_not_finite_is_not_measured():
     weight = LplWeight("auto:0.2", 2, CPU)
     step(weight, (float("nan"), 1.0))

@@ -68,7 +68,7 @@ class Row:
 
 NONE: dict[str, object] = {"lpl_weight": "0"}
 LPL: dict[str, object] = {"lpl_weight": "auto:0.2"}
-STUDENT = LPL | {"lpl_student": "examples/quickstart/student"}
+STUDENT = LPL | {"lpl_student": "examples/quickstart/student", "lpl_measuring_steps": 10}  # which compute LPL itself
 LONG: dict[str, object] = {"max_train_steps": 1000}
 SMALL: dict[str, object] = {"lora": True, "rank": 16, "max_train_samples": 20, "learning_rate": 1e-3}
 ROWS = {

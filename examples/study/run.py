@@ -144,7 +144,7 @@ def speed_of(name: str, results: Mapping[str, Any], machine: str) -> float | Non
     runs = (
         run for other, row in ROWS.items() if (row.of or other) == training for run in results.get(other, {}).values()
     )
-    speeds = [run["images_per_second"] for run in runs if run["machine"] == machine]
+    speeds = {run["images_per_second"] for run in runs if run["machine"] == machine}  # one of a training
     return mean(speeds) if speeds else None
 
 

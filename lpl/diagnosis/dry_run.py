@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -53,11 +53,12 @@ class Pulls:
 
     def observe(self, step: int, batch: Batch, losses: BatchLosses, total: Tensor, weight: Tensor) -> None:
         if losses.pulls is not None:
-            self.found.append(losses.pulls[losses.pulls.isfinite()].detach().float().cpu())
+            self.found.append(losses.pulls)
 
     def mean(self) -> tuple[float, float, int]:
         """Mean, its standard error, and the number of samples."""
-        pulls = torch.cat(self.found) if self.found else torch.zeros(0)
+        pulls = torch.cat(self.found).cpu() if self.found else torch.zeros(0)
+        pulls = pulls[pulls.isfinite()]
         count = len(pulls)
         error = pulls.std().item() / math.sqrt(count) if count > 1 else math.inf
         return (pulls.mean().item() if count else 0.0), error, count
@@ -98,7 +99,9 @@ class DryRun:
             self.weight.measuring_steps = self.weight.steps + MEASURED_STEPS
         self.weight.correct_every = 1  # with a student, LPL itself is timed first
         plain = self._measured(with_lpl=False)
-        with_lpl = self._measured(with_lpl=True) if self.plan.config.lpl.enabled and plain else None
+        with_lpl = (
+            self._measured(with_lpl=True, observers=(self.pulls,)) if self.plan.config.lpl.enabled and plain else None
+        )
         student = None
         if with_lpl and self.plan.config.lpl.lpl_student:
             self.weight.correct_every = self.weight.measuring_steps = 0
@@ -107,7 +110,7 @@ class DryRun:
             costs = plain, with_lpl, student
             print(Report(self.plan, self.updates, self.weight, *costs, self.pulls).text(), flush=True)
 
-    def _measured(self, with_lpl: bool) -> Cost | None:
+    def _measured(self, with_lpl: bool, observers: Sequence[Pulls] = ()) -> Cost | None:
         """The cost of a step, or None where it is out of memory."""
         accelerator, optimization = self.plan.run.accelerator, self.plan.config.optimization
         can_measure = reset_peak_memory(accelerator.device)
@@ -115,7 +118,7 @@ class DryRun:
             self._warm_up(with_lpl)
             _wait_for(accelerator.device)
             start = time.perf_counter()
-            inside = sum(self.step(self.batches, with_lpl, observers=(self.pulls,)) for _ in range(MEASURED_STEPS))
+            inside = sum(self.step(self.batches, with_lpl, observers=observers) for _ in range(MEASURED_STEPS))
             _wait_for(accelerator.device)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or accelerator.num_processes > 1:
@@ -233,9 +236,13 @@ class Report:
         mean, error, _ = self.pulls.mean()
         if mean + 2 * error >= 0:
             return None
+        given, lpl = self.plan.config.lpl, Lpl()
+        names = "lpl_variant", "lpl_normalization", "lpl_detach_statistics"
+        changed = ", ".join(f"--{name}" for name in names if getattr(given, name) != getattr(lpl, name))
+        way = f"leave out {changed}" if changed else "the denoiser may be too far from convergence for LPL"
         return (
-            "LPL pulls towards less contrast (the pull above is negative): with such losses, images in the study got "
-            "no sharper, and mostly worse; --lpl_normalization shared, without --lpl_detach_statistics, pulls upwards"
+            "LPL pulls towards less contrast (its pull is negative); in the study, with one seed, such losses made "
+            f"images no sharper or worse; {way}"
         )
 
     def _share(self) -> float:

@@ -132,7 +132,8 @@ class Log:
         if losses.cosines is not None and losses.levels is not None:
             self._cosines += summed_by_level(losses.cosines, losses.levels)
         if losses.pulls is not None:
-            self._pulls += torch.stack([losses.pulls.nansum(), losses.pulls.isfinite().sum()])
+            known = losses.pulls.isfinite()
+            self._pulls += torch.stack([_where(known, losses.pulls).sum(), known.sum()])
         if losses.squares is not None and any(map(self.is_due, range(step, step + self.lpl_every))):
             squares = torch.stack([weight.square(), torch.ones_like(weight)]) * losses.squares
             self._squares += _where(squares.isfinite().all(), squares)  # an entry comes before the next step with LPL

@@ -181,9 +181,9 @@ def test_weight_and_share(planned, weight, lpl, said, warns):
     ],
 )
 def test_a_pull_towards_less_contrast_is_warned_of(planned, pulls, said, warns):
-    found, _ = dry_run(planned(), pulls=torch.tensor(pulls))
+    found, _ = dry_run(planned(lpl_detach_statistics=True), pulls=torch.tensor(pulls))
     assert found.get("pull", "").startswith(said or "") and ("pull" in found) is (said is not None)
-    assert ("without --lpl_detach_statistics" in found.get("warning", "")) is warns
+    assert ("leave out --lpl_detach_statistics" in found.get("warning", "")) is warns
 
 
 def test_a_share_that_a_checkpoint_has_is_not_measured_again(planned):

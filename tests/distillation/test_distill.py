@@ -168,11 +168,11 @@ def trained(made, sd_pipeline, image_folder, tmp_path_factory):
 def test_the_log_tells_how_faithful_the_student_is(trained, caplog):
     log = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     corrected = [entry["step"] for entry in log if "student_cosine" in entry]
-    assert corrected == [1, 3, 5]  # the first step measures w, then on every 2nd step
+    assert corrected == [1, 3, 5]  # while w is measured, then on every 2nd step
     assert {"lpl/student_0", "lpl/student_1"} < log[1].keys() and log[1]["lpl"] > 0
 
 
-def test_the_first_steps_have_lpl_itself(trained, sd_pipeline, image_folder, tmp_path):
+def test_the_weight_is_measured_on_lpl_itself(trained, sd_pipeline, image_folder, tmp_path):
     plain = {name: RUN[name] for name in RUN if name != "lpl_correct_every"} | {"max_train_steps": 1}
     alone = train(sd_pipeline, image_folder, tmp_path / "run", lpl_sigma_threshold=1e6, **plain)
     assert metrics(alone, "lpl")[0] == pytest.approx(metrics(trained, "lpl")[0][:1], rel=1e-4)
