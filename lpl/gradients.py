@@ -7,8 +7,8 @@ sample's *noise level* is the number of the range of NOISE_LEVELS that its sigma
 Invariants. Samples are compared one by one, so that no result depends on how a batch is divided. A positive factor on
 a gradient, such as w, changes no cosine, and scales what conflicts. Nothing waits for a GPU.
 
-LPL's *pull* is the cosine of the step that lowers it with the one that raises the contrast of z0_hat. In the study
-(docs/results.md), a pull above 0 went with sharper images.
+LPL's *pull* is the cosine of the step that lowers it with the one that raises the contrast of z0_hat. With a trained
+denoiser, a pull above 0 went with sharper images (docs/results.md). Estimates far off pull any loss downwards.
 """
 
 from __future__ import annotations
@@ -42,13 +42,18 @@ def cosine(gradient: Tensor, other: Tensor) -> Tensor:
     return (gradient * other).sum(1) / (gradient.norm(dim=1) * other.norm(dim=1))
 
 
-def contrast(latents: Tensor) -> Tensor:
-    """Half the squared distance of latents from their channels' means, summed, (B, C, h, w) -> ().
+def centred(latents: Tensor) -> Tensor:
+    """Latents less their channels' means, (B, C, h, w): the direction in which their contrast rises.
 
-    >>> contrast(torch.tensor([[[[0.0, 2.0]], [[5.0, 5.0]]]])).item()
-    1.0
+    >>> centred(torch.tensor([[[[0.0, 2.0]], [[5.0, 5.0]]]])).flatten().tolist()
+    [-1.0, 1.0, 0.0, 0.0]
     """
-    return (latents - latents.mean((2, 3), keepdim=True)).square().sum() / 2
+    return latents - latents.mean((2, 3), keepdim=True)
+
+
+def contrast(latents: Tensor) -> Tensor:
+    """Half of the squares of the centred latents, summed, (B, C, h, w) -> ()."""
+    return centred(latents).square().sum() / 2
 
 
 def conflict(gradient: Tensor, other: Tensor) -> Tensor:

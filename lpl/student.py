@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lpl.autoencoders import exact_precision, latent_channels
+from lpl.gradients import centred
 from lpl.loss import Formed, LatentPerceptualLoss, Measured
 from lpl.masking import LossMask
 from lpl.objectives import at_least_float32
@@ -224,8 +225,7 @@ def difference(
 def fidelity(gradient: Tensor, exact: Tensor, predicted_latents: Tensor) -> Fidelity:
     """Compare two gradients with respect to the predicted latents, (B, C, h, w) each."""
     ours, theirs = gradient.flatten(1), exact.flatten(1)
-    predicted = predicted_latents.detach()
-    contrast = (predicted - predicted.mean((2, 3), keepdim=True)).flatten(1)
+    contrast = centred(predicted_latents.detach()).flatten(1)
     return Fidelity(
         cosine=F.cosine_similarity(ours, theirs, dim=1),
         relative_error=(ours - theirs).norm(dim=1) / theirs.norm(dim=1),

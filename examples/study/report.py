@@ -79,7 +79,8 @@ def in_one_precision(runs: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, 
 
 
 def seeds(runs: Runs) -> str:
-    """
+    """The seeds in words.
+
     >>> seeds({"0": {}, "1": {}}), seeds({"0-float32": {}})
     ('0, 1', '0, in float32')
     """

@@ -13,8 +13,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -42,7 +43,12 @@ logger = logging.getLogger(__name__)
 
 
 MEASURED_STEPS = 5  # optimizer steps of each kind, after one that is not counted
-Step = Callable[..., int]
+
+
+class Step(Protocol):
+    """Takes one optimizer step, and returns how many samples were inside."""
+
+    def __call__(self, batches: Iterator[Batch], with_lpl: bool, /, *, observers: Sequence[Pulls] = ()) -> int: ...
 
 
 @dataclass

@@ -137,10 +137,10 @@ def found_error(
 
     Args:
         decode: scaled latents -> pixels, differentiable.
-        direction: 1 for more, -1 for less, 0 for the error as it is.
+        direction: 1 for more, -1 for less.
     """
     intact, size = decode(latents), error.norm()
-    for number in range(SEARCH_STEPS if direction else 0):
+    for number in range(SEARCH_STEPS):
         with torch.enable_grad():
             error.requires_grad_()
             change = (decode(latents + error) - intact).square().sum()
@@ -176,7 +176,7 @@ class Inspector:
         self.vae, self.lpl, self.seed = vae, lpl, seed
         self.settings: dict[str, Any] = {name: getattr(lpl, f"lpl_outlier_{name}") for name in OUTLIER_SETTINGS}
         self.extractor = DecoderFeatureExtractor(features, lpl.lpl_blocks)
-        self.rgb = DecoderFeatureExtractor(features, (RGB,))
+        self.rgb = DecoderFeatureExtractor(features, (RGB,), gradient_checkpointing=True)
         self.names = self.extractor.block_names
         options: dict[str, Any] = {"normalization": lpl.lpl_normalization, "distance": lpl.lpl_distance}
         masks: dict[str, Any] = {"outliers": self.settings}
@@ -275,7 +275,10 @@ class Inspector:
         random, intact = perturbed(latents, ERROR, generator) - latents, self.decode(latents)
         pictures, errors = [as_image(intact)], dict[str, dict[str, float]]()
         for kind, direction in KINDS.items():
-            changed = latents + found_error(self._unclamped, latents, random.clone(), direction, step)
+            error = random
+            if direction:
+                error = found_error(self._unclamped, latents, random.clone(), direction, step)
+            changed = latents + error
             decoded = self.decode(changed)
             errors[kind] = self._three_errors(changed, latents, decoded, intact)
             pictures.append(as_image(decoded))

@@ -55,9 +55,6 @@ def usable_device(name: str | None) -> torch.device:
     return device
 
 
-# Disk ----------------------------------------------------------------------------------------------------------------
-
-
 def slowness_of_bfloat16(size: int = 512) -> float:
     """How many times as long as in float32 this machine's CPU takes for a product of matrices in bfloat16.
 
@@ -68,10 +65,13 @@ def slowness_of_bfloat16(size: int = 512) -> float:
         matrix, seconds = torch.ones(size, size, dtype=dtype), []
         for _ in range(3):
             start = time.perf_counter()
-            matrix @ matrix
+            torch.mm(matrix, matrix)
             seconds.append(time.perf_counter() - start)
         fastest.append(min(seconds))
     return fastest[0] / fastest[1]
+
+
+# Disk ----------------------------------------------------------------------------------------------------------------
 
 
 def free_space(folder: str | Path) -> int:

@@ -11,6 +11,7 @@ the steps since the last entry:
   over a whole optimizer step, the last one with LPL.
 * ``lpl_gradient_cosine``: mean cosine of these two gradients over the samples that LPL was computed on, before any
   projection; ``lpl_gradient_cosine/0.1_to_0.25``, ...: over those whose sigma is such a share of the threshold.
+* ``lpl_pull``: mean pull of the gradient that LPL has in the step (:mod:`lpl.gradients`), before any projection.
 * ``inside``: share of samples below the sigma threshold; ``images_per_second``: of all processes together.
 
 A number that was not measured since the last entry is left out. Time within :meth:`Log.paused` does not count.

@@ -254,7 +254,7 @@ def test_errors_of_one_size_change_the_image_less_and_more():
     assert hidden["pixel_mse"] < 0.8 * random["pixel_mse"] and amplified["pixel_mse"] > 1.2 * random["pixel_mse"]
 
 
-@pytest.mark.parametrize("direction, found", [(1, (2.0, 0.0)), (-1, (0.0, 2.0)), (0, (1.2, 1.6))])
+@pytest.mark.parametrize("direction, found", [(1, (2.0, 0.0)), (-1, (0.0, 2.0))])
 def test_the_search_finds_the_axes_of_a_linear_decoder(direction, found):
     """Which amplifies the first value threefold."""
     error = torch.tensor([1.2, 1.6])
@@ -262,4 +262,4 @@ def test_the_search_finds_the_axes_of_a_linear_decoder(direction, found):
     result = found_error(
         lambda z: z * torch.tensor([3.0, 1.0]), torch.zeros(2), error, direction, lambda: steps.append(0)
     )
-    assert result.tolist() == pytest.approx(found, abs=0.2) and len(steps) == (SEARCH_STEPS if direction else 0)
+    assert result.tolist() == pytest.approx(found, abs=0.2) and len(steps) == SEARCH_STEPS

@@ -392,12 +392,13 @@ def test_a_resumed_run_goes_on_where_the_checkpoint_stands(logging):
 def test_a_run_resumed_between_two_entries_writes_the_same(logging, clock):
     """Every sum is in the state, in its place."""
     log = logging()
-    add(log, 1.0, 0.8, 0.4, grad=(3.0, 2.0), by_block=[[0.1, 0.3], [0.9, 0.8]], cosines=[0.5, -0.25], levels=[4, 1])
+    of_samples = {"cosines": [0.5, -0.25], "levels": [4, 1], "pulls": [0.75, 0.5]}
+    add(log, 1.0, 0.8, 0.4, grad=(3.0, 2.0), by_block=[[0.1, 0.3], [0.9, 0.8]], **of_samples)
     state = log.state()
     resumed = logging(first_step=1)
     resumed._resume(state)
     for each in (log, resumed):
-        add(each, 3.0, 2.2, 1.6, step=2, grad=(1.0, 2.0), cosines=[0.1], levels=[1])
+        add(each, 3.0, 2.2, 1.6, step=2, grad=(1.0, 2.0), cosines=[0.1], levels=[1], pulls=[0.1])
         clock.now += 1.0
         each.write(2, 1e-4)
         clock.now -= 1.0
