@@ -68,7 +68,11 @@ class Row:
 
 NONE: dict[str, object] = {"lpl_weight": "0"}
 LPL: dict[str, object] = {"lpl_weight": "auto:0.2"}
-STUDENT = LPL | {"lpl_student": "examples/quickstart/student", "lpl_measuring_steps": 10}  # which compute LPL itself
+WEIGHTS = {
+    "flow": "0.3",
+    "epsilon": "0.1",
+}  # what LPL finds; given as numbers, so that the student is alone from the start
+STUDENT: dict[str, object] = {"lpl_weight": WEIGHTS["flow"], "lpl_student": "examples/quickstart/student"}
 LONG: dict[str, object] = {"max_train_steps": 1000}
 SMALL: dict[str, object] = {"lora": True, "rank": 16, "max_train_samples": 20, "learning_rate": 1e-3}
 ROWS = {
@@ -166,4 +170,6 @@ CHEAP: dict[str, tuple[str, dict[str, object]]] = {
 for plain in ("flow", "epsilon"):
     for name, (label, flags) in CHEAP.items():
         own = {flag: value.replace("{}", plain) if isinstance(value, str) else value for flag, value in flags.items()}
+        if "lpl_student" in own:
+            own["lpl_weight"] = WEIGHTS[plain]
         ROWS[f"{plain}_{name}"] = Row("cheap", f"{ROWS[plain].label}, {label}", own, ROWS[plain].base, "", plain)
