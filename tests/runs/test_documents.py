@@ -1,6 +1,7 @@
 """What README and docs/ say holds: links, commands, flags, figures. What README tells to run is run on tiny models."""
 
 import importlib
+import itertools
 import json
 import re
 import shlex
@@ -441,10 +442,10 @@ def test_readme_has_the_results_of_the_study_of_emoji():
     for key, numbers in rows["flow_lpl"].items():
         lower = [numbers[name] < rows["flow"][key][name] for name in (*change, "validation_loss", "validation_lpl")]
         assert all(lower)
-    assert "which kept all of LPL's gain with emoji in each of three seeds" in text
-    for objective in ("flow", "epsilon"):
-        for key, numbers in rows[f"{objective}_student"].items():
-            assert all(numbers[name] <= rows[f"{objective}_lpl"][key][name] for name in change), (objective, key)
+    assert "which kept at least 90% of LPL's gain with emoji in each seed" in text
+    for objective, (key, name) in itertools.product(("flow", "epsilon"), itertools.product("012", change)):
+        plain, lpl, student = (rows[objective + ending][key][name] for ending in ("", "_lpl", "_student"))
+        assert round((plain - student) / (plain - lpl), 2) >= 0.9, (objective, key, name)
 
 
 def test_the_ema_of_a_comparison_is_told_wherever_lpl_is_turned_off():
