@@ -15,7 +15,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from PIL.Image import Image
-from rows import ROW, ROWS, SETTINGS
+from rows import ROW, ROWS, SETTINGS, Row
 from run import IN_FLOAT32, key_of, recorded, speed_of  # which lets the package be found
 
 from lpl.evaluation import Preprocessing, folder_images
@@ -43,6 +43,7 @@ COLUMNS = {  # headings and formats
 }
 SPECTRUM = {f"band_{number}": (f"to {number}/8", "{:.2f}") for number in range(1, 5)}  # cycles per pixel
 TABLES = tuple(dict.fromkeys(row.table for row in ROWS.values()))
+ONE_SETTING = ("weight", "statistics", "masks", "depth", "blocks", "threshold")  # tables
 CHANGES = {"change": "Fréchet distance", "texture_change": "that of textures"}
 SHOWN_ROWS = {"without LPL": "flow", "LPL, a fifth of the loss": "flow_lpl", "LPL, half of the loss": "share_50"}
 SHOWN, ENLARGED = 10, 5  # images in a row of the pictures
@@ -144,28 +145,30 @@ def filled(page: str, found: Mapping[str, Runs]) -> str:
 def overview(found: Mapping[str, Runs], path: Path) -> None:
     """Both Fréchet distances of rows relative to the same seed without LPL, a point for each seed."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
 
     names = [name for name in ROWS if any("change" in run for run in found.get(name, {}).values())][::-1]
     figure = Figure(figsize=(10, 0.8 + 0.28 * len(names)), dpi=120, layout="constrained")
     for axes, (key, title) in zip(figure.subplots(1, 2, sharey=True), CHANGES.items()):
         for place, name in enumerate(names):
-            values = [run[key] for run in found[name].values() if key in run]
+            values = [100 * run[key] for run in found[name].values() if key in run]
             axes.plot(values, [place] * len(values), "o", color=colour(name), markersize=5, alpha=0.6)
             axes.plot([mean(values)], [place], "|", color=colour(name), markersize=16, markeredgewidth=2)
         axes.set_ylim(-0.6, len(names) - 0.4)
-        axes.set_yticks(range(len(names)), [ROWS[name].label for name in names])
+        axes.set_yticks(range(len(names)), [words(ROWS[name]) for name in names])
         axes.axvline(0, color="#555753", linewidth=0.8, linestyle=":")
-        axes.xaxis.set_major_formatter(PercentFormatter(1))
-        label_axes(axes, title, "change, left is better", "")
+        label_axes(axes, title, "change in %, left is better", "")
     save_figure(figure, path)
 
 
+def words(row: Row) -> str:
+    """A row's label, after what it changes if it changes one setting of LPL."""
+    return f"{row.table}: {row.label}" if row.table in ONE_SETTING else row.label
+
+
 def gain_for_time(found: Mapping[str, Runs], path: Path, plain: str = "flow") -> None:
-    """Change of both Fréchet distances over the training's time, relative to training without LPL; of LPL, and of what
-    costs less. Means over seeds."""
+    """Change of both Fréchet distances in % over the training's time, relative to training without LPL; of LPL, and of
+    what costs less. Means over seeds."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
 
     cheap = (name for name, row in ROWS.items() if row.table == "cheap" and row.without == plain)
     names = [name for name in (f"{plain}_lpl", *cheap) if found.get(name)]
@@ -176,11 +179,11 @@ def gain_for_time(found: Mapping[str, Runs], path: Path, plain: str = "flow") ->
             runs = [run for run in found[name].values() if {key, "time"} <= run.keys()]
             if runs:
                 time = mean(run["time"] * run["steps"] / int(str(ROW["max_train_steps"])) for run in runs)
-                words = ROWS[name].label.removeprefix(f"{ROWS[plain].label}, ")
-                axes.plot([time], [mean(run[key] for run in runs)], marker, color=colour(name), label=words, alpha=0.8)
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
+                label = ROWS[name].label.removeprefix(f"{ROWS[plain].label}, ")
+                change = 100 * mean(run[key] for run in runs)
+                axes.plot([time], [change], marker, color=colour(name), label=label, alpha=0.8)
         axes.set_xlim(left=0)
-        label_axes(axes, title, "time of the training, without LPL: 1", "change, lower is better")
+        label_axes(axes, title, "time of the training, without LPL: 1", "change in %, lower is better")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     save_figure(figure, path)
 
