@@ -17,6 +17,7 @@ row without LPL on such a machine.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -130,6 +131,8 @@ def train(study: Path, source: Path, data: Path, folder: Path, flags: Mapping[st
     }
     line = [word.replace("{study}", str(study)) for word in arguments(where | SETTINGS | RESUMING | flags)]
     call([sys.executable, str(SCRIPT), *line], folder.with_suffix(".log"))
+    for checkpoint in folder.glob("checkpoint-*"):  # lpl.evaluate would measure them too
+        shutil.rmtree(checkpoint)
 
 
 def given_time_of(row: Row) -> str | None:

@@ -84,6 +84,7 @@ def trained(folder: Path, speeds: list[float], share: float = 0.0) -> None:
     ]
     lines += [{"step": step, "validation_loss": 0.5, "validation_lpl": 0.2} for step in (0, 100)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "checkpoint-50").mkdir()
 
 
 def measured(folder: Path, fid: float) -> None:
@@ -144,6 +145,7 @@ def test_the_queue_trains_measures_and_records(tmp_path, monkeypatch, commands):
     found = json.loads((tmp_path / "results.json").read_text())["rows"]["flow_lpl"]["1"]
     assert (found["fid"], found["recognised"], found["images_per_second"]) == (1.0, 0.5, 50.0)
     assert (found["band_1"], found["band_4"]) == pytest.approx((1, 0.1))
+    assert not list((tmp_path / "study/rows").glob("*/*/checkpoint-*"))
     commands.clear()
     start(monkeypatch, tmp_path, "--rows", "flow", "flow_lpl", "flow_longer", "--seeds", "0", "1")
     assert not commands
