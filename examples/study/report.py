@@ -115,7 +115,7 @@ def table(kind: str, found: Mapping[str, Runs]) -> str:
         row = ROWS[name]
         lines.append([row.label, *cells(found[name], COLUMNS), seeds(found[name]), row.paper, f"`{name}`"])
     columns = [column for place, column in enumerate(zip(*lines)) if place == 0 or any(column[1:])]
-    parts = [markdown_rows(list(zip(*columns)))] if len(lines) > 1 else []
+    parts = [markdown_rows(list(zip(*columns)))] if any(found.get(name) for name in own) else []
     if missing := [f"`{name}`" for name in own if not found.get(name)]:
         parts.append(f"Not run: {', '.join(missing)}.")
     return "\n\n".join([*parts, f"`python examples/study/run.py --rows {' '.join(own)}`"])

@@ -42,6 +42,7 @@ from lpl.weighting import LplWeight
 logger = logging.getLogger(__name__)
 
 
+NO_PULL = 0.01
 MEASURED_STEPS = 5  # optimizer steps of each kind, after one that is not counted
 
 
@@ -236,19 +237,19 @@ class Report:
         """Whether lowering LPL raises the contrast of the estimates."""
         mean, error, count = self.pulls.mean()
         spread = f" ± {error:.3f}" if math.isfinite(error) else ""
-        return f"{mean:+.3f}{spread}, the cosine with a rise of contrast, of {counted(count, 'sample')}"
+        return f"{mean:+.3f}{spread} towards contrast, above 0 is good; cosine, mean of {counted(count, 'sample')}"
 
     def _pull_warning(self) -> str | None:
         mean, error, _ = self.pulls.mean()
-        if mean + 2 * error >= 0:
+        if mean + 2 * error >= NO_PULL:
             return None
         given, lpl = self.plan.config.lpl, Lpl()
         names = "lpl_variant", "lpl_normalization", "lpl_detach_statistics"
         changed = ", ".join(f"--{name}" for name in names if getattr(given, name) != getattr(lpl, name))
         way = f"leave out {changed}" if changed else "the denoiser may be too far from convergence for LPL"
         return (
-            "LPL pulls towards less contrast (its pull is negative); in the study, with one seed, such losses made "
-            f"images no sharper or worse; {way}"
+            f"LPL does not pull towards contrast (its pull is below {NO_PULL}); in the study, with one seed, such "
+            f"losses made images no sharper; {way}"
         )
 
     def _share(self) -> float:
@@ -272,6 +273,9 @@ class Report:
         memory = ""
         if plain.memory and with_lpl.memory:
             memory = f", {with_lpl.memory / plain.memory:.2f} x the peak memory"
+        if count := round(self._measuring_steps()):
+            given = self.plan.config.lpl.lpl_weight
+            rows.append(("", f"(its first {counted(count, 'step')} compute LPL too, for --lpl_weight {given})"))
         return [
             *rows,
             ("the student costs" if self.student else "LPL costs", f"{ratio:.2f} x the time{average}{memory}"),
@@ -296,8 +300,17 @@ class Report:
             seconds = whole_run_seconds(
                 config.lpl, plan.run.step, plan.max_steps, without_lpl=self.plain.seconds, with_lpl=cost.seconds
             )
+            seconds += self._measuring_steps() * ((self.with_lpl or cost).seconds - cost.seconds)
             rows.append(("time", f"about {duration(seconds)}, without samples and checkpoints"))
         return [*rows, ("validation", _validation_in_words(plan)), ("seed", str(plan.run.seed))]
+
+    def _measuring_steps(self) -> float:
+        """How many steps of a run with a student still compute LPL itself, to measure its share."""
+        lpl, step = self.plan.config.lpl, self.plan.run.step
+        if self.student is None or self.weight.share is None:
+            return 0
+        end = min(self.plan.max_steps, lpl.lpl_start_step + lpl.lpl_measuring_steps * lpl.lpl_every)
+        return max(0, end - max(step, lpl.lpl_start_step)) / lpl.lpl_every
 
     def _results(self) -> Rows:
         output, needs = self.plan.config.output, self._disk_needs()

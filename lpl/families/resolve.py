@@ -439,7 +439,7 @@ def _check_student(config: Config, path: str, vae: Mapping[str, Any]) -> None:
     if made_at not in (None, side):
         warn(
             f"--lpl_student {path}: it was made from images of {made_at} px, and the run's have {side} px, where it "
-            "may be another loss; the log has its fidelity (student_cosine, student_error, student_pull)"
+            "may be another loss; --lpl_weight auto:0.2 and --lpl_correct_every log its fidelity"
         )
 
 

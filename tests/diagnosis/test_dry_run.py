@@ -174,9 +174,14 @@ def test_weight_and_share(planned, weight, lpl, said, warns):
 @pytest.mark.parametrize(
     "pulls, said, warns",
     [
-        ([0.04, 0.02, torch.nan], "+0.030 ± 0.003, the cosine with a rise of contrast, of 10 samples", False),
-        ([-0.04, -0.02], "-0.030 ± 0.003, ", True),
-        ([-0.5, 0.4], "-0.050 ± 0.150, ", False),  # it may be chance
+        (
+            [0.04, 0.02, torch.nan],
+            "+0.030 ± 0.003 towards contrast, above 0 is good; cosine, mean of 10 samples",
+            False,
+        ),
+        ([-0.04, -0.02], "-0.030 ± 0.003 ", True),
+        ([0.006, 0.004], "+0.005 ± 0.000 ", True),
+        ([-0.5, 0.4], "-0.050 ± 0.150 ", False),  # it may be chance
         ([torch.nan, torch.nan], None, False),
     ],
 )
