@@ -68,10 +68,8 @@ class Row:
 
 NONE: dict[str, object] = {"lpl_weight": "0"}
 LPL: dict[str, object] = {"lpl_weight": "auto:0.2"}
-WEIGHTS = {
-    "flow": "0.3",
-    "epsilon": "0.1",
-}  # what LPL finds; given as numbers, so that the student is alone from the start
+# What auto:0.2 finds; as a number, so that a student is alone from the start
+WEIGHTS = {"flow": "0.3", "epsilon": "0.1"}
 STUDENT: dict[str, object] = {"lpl_weight": WEIGHTS["flow"], "lpl_student": "examples/quickstart/student"}
 LONG: dict[str, object] = {"max_train_steps": 1000}
 SMALL: dict[str, object] = {"lora": True, "rank": 16, "max_train_samples": 20, "learning_rate": 1e-3}

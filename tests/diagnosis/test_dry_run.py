@@ -15,7 +15,7 @@ from lpl.diagnosis import dry_run as report
 from lpl.diagnosis.dry_run import MEASURED_STEPS, Cost, DryRun, Report, whole_run_seconds
 from lpl.diagnosis.needs import DiskNeeds
 from lpl.tools import machine
-from lpl.tools.words import size
+from lpl.tools.words import duration, size
 from lpl.weighting import LplWeight
 from tests.data.test_streaming import write
 
@@ -304,6 +304,28 @@ def test_lpl_itself_is_timed_before_the_student(measured, planned, monkeypatch):
         DryRun(plan, steps, batches, SimpleNamespace(optimizer=plan.schedule.optimizer), weight).report()
     half = len(steps.corrections) // 2
     assert steps.corrections == [1] * half + [0] * half and half > MEASURED_STEPS
+
+
+@pytest.mark.parametrize(
+    "weight, done, every, seconds",
+    [
+        ("auto:0.2", 0, 1, 100 * 60 + 50 * 120),  # 50 steps of 180 s
+        ("auto:0.2", 30, 1, 70 * 60 + 20 * 120),
+        ("auto:0.2", 60, 1, 40 * 60),
+        ("0.3", 0, 1, 100 * 60),  # LPL itself is never computed
+        ("auto:0.2", 0, 4, 75 * 30 + 25 * 180),  # it is measured throughout
+    ],
+)
+def test_the_steps_that_measure_a_students_share_take_longer(planned, monkeypatch, weight, done, every, seconds):
+    monkeypatch.setattr("lpl.families.resolve._check_student", lambda *_: None)
+    plan = planned(lpl_student="user/student", lpl_weight=weight, lpl_every=every, max_train_steps=100)
+    plan.run.step = done
+    costs = Cost(30.0, None), Cost(180.0, None), Cost(60.0, None, 0.5)
+    said = Report(plan, SimpleNamespace(optimizer=None), LplWeight(weight, 50, CPU), *costs)
+    assert dict(said._run())["time"] == f"about {duration(seconds)}, without samples and checkpoints"
+    steps = {("auto:0.2", 0, 1): 50, ("auto:0.2", 30, 1): 20, ("auto:0.2", 0, 4): 25}.get((weight, done, every))
+    told = [words for _, words in said._costs() if "compute LPL too" in words]
+    assert told == ([f"(its first {steps} steps compute LPL too, for --lpl_weight {weight})"] if steps else [])
 
 
 def test_warnings_of_the_plan_are_in_the_report(planned):

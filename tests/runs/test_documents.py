@@ -450,7 +450,7 @@ def test_readme_has_the_results_of_the_study_of_emoji():
         rows[f"guidance_{scale}_lpl"]["0"]["fid"] / rows[f"guidance_{scale}"]["0"]["fid"] - 1
         for scale in ("1_5", 2, 3, 4)
     ]
-    assert f"with guidance, in one seed, it is {100 * min(guided):.0f} to {max(guided):.0%} higher" in text
+    assert f"with guidance, in one seed, the former is {100 * min(guided):.0f} to {max(guided):.0%} higher" in text
 
 
 def test_the_ema_of_a_comparison_is_told_wherever_lpl_is_turned_off():
