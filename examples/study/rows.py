@@ -162,12 +162,11 @@ CHEAP: dict[str, tuple[str, dict[str, object]]] = {
     "every_4": ("every 4th step", LPL | {"lpl_every": 4}),
     "every_8": ("every 8th step", LPL | {"lpl_every": 8}),
     "samples_4": ("4 samples of a batch", LPL | {"lpl_max_samples": 4}),
-    "longer": ("without LPL, for as long as LPL", NONE | {"max_train_steps": "as {}_lpl"}),
-    "longer_student": ("without LPL, for as long as the student", NONE | {"max_train_steps": "as {}_student"}),
+    # Step times do not depend on the objective
+    "longer": ("without LPL, for as long as LPL", NONE | {"max_train_steps": "as flow_lpl"}),
+    "longer_student": ("without LPL, for as long as the student", NONE | {"max_train_steps": "as flow_student"}),
 }
 for plain in ("flow", "epsilon"):
     for name, (label, flags) in CHEAP.items():
-        own = {flag: value.replace("{}", plain) if isinstance(value, str) else value for flag, value in flags.items()}
-        if "lpl_student" in own:
-            own["lpl_weight"] = WEIGHTS[plain]
+        own = flags | ({"lpl_weight": WEIGHTS[plain]} if "lpl_student" in flags else {})
         ROWS[f"{plain}_{name}"] = Row("cheap", f"{ROWS[plain].label}, {label}", own, ROWS[plain].base, "", plain)

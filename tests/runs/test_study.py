@@ -74,13 +74,14 @@ def test_blur_changes_textures():
 # The queue -----------------------------------------------------------------------------------------------------------
 
 
-def trained(folder: Path, speeds: list[float], share: float = 0.0) -> None:
+def trained(folder: Path, speeds: list[float], share: float = 0.0, steps: int = 100) -> None:
     """What the trainer leaves, as far as the study reads it."""
     folder.mkdir(parents=True)
     (folder / "model_index.json").write_text("{}")
+    ends = range(steps // len(speeds), steps + 1, steps // len(speeds))
     lines = [
-        {"step": 50 * number, "loss": 0.5, "images_per_second": speed, "lpl_weight": share, "lpl_share": share}
-        for number, speed in enumerate(speeds, 1)
+        {"step": step, "loss": 0.5, "images_per_second": speed, "lpl_weight": share, "lpl_share": share}
+        for step, speed in zip(ends, speeds)
     ]
     lines += [{"step": step, "validation_loss": 0.5, "validation_lpl": 0.2} for step in (0, 100)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -112,7 +113,8 @@ def commands(monkeypatch, tmp_path):
             Path(command[-1], "small_decoder/config.json").write_text("{}")
         elif command[1] == str(run.SCRIPT):
             slower = 1 if command[command.index("--lpl_weight") + 1] == "0" else 2
-            trained(Path(command[command.index("--output_dir") + 1]), [PLAIN_SPEED / slower] * 2)
+            steps = int(command[command.index("--max_train_steps") + 1])
+            trained(Path(command[command.index("--output_dir") + 1]), [PLAIN_SPEED / slower] * 2, steps=steps)
         else:
             measured(Path(command[command.index("--output_dir") + 1]), 1.0)
 
@@ -168,6 +170,9 @@ def test_runs_in_float32_are_beside_the_others(tmp_path, monkeypatch, commands):
     assert "| flow matching, LPL | +0.0% |" in report.table("objective", report.compared(results))
     monkeypatch.setattr(run, "MACHINE", "old")
     assert run.steps_for_the_time_of("flow_lpl", results) == 3 * ROW["max_train_steps"]
+    results["epsilon_longer"] = {"0": {"steps": 700, "machine": "old"}, "1": {"steps": 800, "machine": "new"}}
+    assert run.steps_for_the_time_of("flow_lpl", results) == 700  # every run that is given this time has as many
+    del results["epsilon_longer"]
     del results["flow_lpl"]["0"]
     found = report.compared(results)
     assert (found["flow_lpl"]["0-float32"]["change"], found["flow_lpl"]["0-float32"]["time"]) == (-0.5, 3)
