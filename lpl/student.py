@@ -42,6 +42,7 @@ PROBED = 4  # values of each of the decoder's parameters that identify it
 FAITHFUL = 0.8  # mean cosine, and pull, below which a run warns
 PULLS = 0.02  # least LPL's pull towards contrast, relative to the largest possible one, for a ratio to be meaningful
 FORM = 2  # of S; 1 did not normalise features
+FLAGS = {"mask_outliers": "--lpl_no_outlier_mask", "outliers": "--lpl_outlier_*"}  # of options; else --lpl_NAME
 SAME_DECODER = 0.02  # largest relative difference of two probes; half precision is within 0.001
 
 
@@ -284,9 +285,10 @@ def check_configuration(what: str, config: Mapping[str, Any], loss: LatentPercep
         )
     for name, value in loss.options.items():
         if made_for.get(name) != value:
+            flag = FLAGS.get(name, f"--lpl_{name}")
             raise ValueError(
                 f"{what}: it was made for {name} {made_for.get(name)} of the loss, and the run has {value}; change "
-                "the flag, or make a student for it by python -m lpl.distill"
+                f"{flag}, or make a student for it by python -m lpl.distill"
             )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, DatasetInfo, Features
 from datasets import Image as ImageFeature
 
+from lpl.config.groups import Data
 from lpl.data import masks
 from lpl.data.captions import caption_columns
 from lpl.data.folder import FILE_NAME, Contents
@@ -79,6 +80,8 @@ def folder_dataset(
     if contents.captioned:
         texts = text_captions(contents, cache, per_line)
         _warn_of_missing_texts(contents, texts, instance_prompt)
+        if caption_column != Data.caption_column:
+            logger.warning("%s: captions come from text files, not from --caption_column %s", folder, caption_column)
         if any(caption for caption, _ in texts):
             columns = {next(iter(caption_columns(caption_column, ()))): [caption for caption, _ in texts]} | columns
     dataset = Dataset.from_dict(columns, info=info)

@@ -78,7 +78,9 @@ def test_a_caption_in_each_line(tmp_path, caplog):
         {"a cat", "a dog"},
         {"a fox"},
     ]
-    assert "no effect" not in caplog.text
+    assert "no effect" not in caplog.text and "--caption_column" not in caplog.text
+    loaded(folder, caption_column="tags")
+    assert "captions come from text files, not from --caption_column tags" in caplog.text
     also(folder, {"metadata.jsonl": '{"file_name": "a.png", "text": "one\\ntwo"}'})
     assert loaded(folder, caption_per_line=True)[0, 0]["caption"] == "one\ntwo"
     assert "--caption_per_line has no effect" in caplog.text
