@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL.Image import Image
 from rows import ROW, ROWS, SETTINGS, Row
-from run import IN_FLOAT32, key_of, recorded, speed_of  # which lets the package be found
+from run import IN_FLOAT32, given_time_of, key_of, recorded, speed_of  # which lets the package be found
 
 from lpl.evaluation import Preprocessing, folder_images
 from lpl.evaluation.figures import busiest_square, crop_side, paired_grid, zoomed_crops
@@ -143,16 +143,19 @@ def filled(page: str, found: Mapping[str, Runs]) -> str:
 
 
 def overview(found: Mapping[str, Runs], path: Path) -> None:
-    """Both Fréchet distances of rows relative to the same seed without LPL, a point for each seed."""
+    """Both Fréchet distances of rows relative to the same seed and steps without LPL, a point for each seed, and the
+    mean of several."""
     from matplotlib.figure import Figure
 
-    names = [name for name in ROWS if any("change" in run for run in found.get(name, {}).values())][::-1]
+    equal = (name for name, row in ROWS.items() if given_time_of(row) is None)
+    names = [name for name in equal if any("change" in run for run in found.get(name, {}).values())][::-1]
     figure = Figure(figsize=(10, 0.8 + 0.28 * len(names)), dpi=120, layout="constrained")
     for axes, (key, title) in zip(figure.subplots(1, 2, sharey=True), CHANGES.items()):
         for place, name in enumerate(names):
             values = [100 * run[key] for run in found[name].values() if key in run]
             axes.plot(values, [place] * len(values), "o", color=colour(name), markersize=5, alpha=0.6)
-            axes.plot([mean(values)], [place], "|", color=colour(name), markersize=16, markeredgewidth=2)
+            if len(values) > 1:
+                axes.plot([mean(values)], [place], "|", color=colour(name), markersize=16, markeredgewidth=2)
         axes.set_ylim(-0.6, len(names) - 0.4)
         axes.set_yticks(range(len(names)), [words(ROWS[name]) for name in names])
         axes.axvline(0, color="#555753", linewidth=0.8, linestyle=":")
