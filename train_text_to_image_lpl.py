@@ -52,7 +52,7 @@ from lpl.families.resolve import resolve, with_decoder_dtype
 from lpl.gate import random_window, rows_inside, sigma_threshold_at, subset
 from lpl.gradients import noise_level
 from lpl.masking import LossMask, pooled_mean
-from lpl.objectives import Objective, diffusion_weight, dream_shift
+from lpl.objectives import Objective, dream_shift
 from lpl.publishing import hub
 from lpl.publishing.card import write_model_card
 from lpl.publishing.licence import base_licence
@@ -132,14 +132,26 @@ def train(config: Config, status: Status) -> None:
         trained = status.trained = trained_parts(family, config)
         speed_up(trained, config, accelerator)
         average = place_models(trained, config, description, accelerator, Sharding.asked(accelerator))
-        needs_decoder = config.lpl.enabled or inputs.held_out_images is not None
-        fast = config.optimization.compile_for, config.optimization.channels_last
-        decoder = family.vae, config.lpl, config.model.cache_dir, *fast
-        lpl_loss = perceptual_loss(*decoder) if needs_decoder else None
+        lpl_loss = None
+        if config.lpl.enabled or inputs.held_out_images is not None:
+            lpl_loss = perceptual_loss(
+                family.vae,
+                config.lpl,
+                config.model.cache_dir,
+                compile_for=config.optimization.compile_for,
+                channels_last=config.optimization.channels_last,
+            )
         student = student_of(config.lpl, lpl_loss, config.model.cache_dir)
         lpl_loss = offload_vaes(family.vae, lpl_loss, config.optimization, accelerator.device)
-    settings = config.lpl, config.diffusion, student, config.data.unmasked_weight
-    losses = Losses(family, images.objective, lpl_loss, *settings)
+    losses = Losses(
+        family=family,
+        objective=images.objective,
+        lpl_loss=lpl_loss,
+        lpl=config.lpl,
+        diffusion=config.diffusion,
+        student=student,
+        unmasked_weight=config.data.unmasked_weight,
+    )
     weight = lpl_weight(config.lpl, accelerator.device)  # w of Eq. 3
 
     # Optimizer, data, and all that a checkpoint holds; the same command resumes where the checkpoint stands
@@ -163,14 +175,22 @@ def train(config: Config, status: Status) -> None:
     # What watches the run, and what it leaves
     preemption = Preemption(accelerator)
     set_earlier_aside(run, config.lora.lora)
-    outputs = config.validation, config.output
-    log = Log(run, length, *outputs, config.lpl.lpl_every, losses.blocks, student is not None)
+    log = Log(run, length, config.validation, config.output, config.lpl.lpl_every, losses.blocks, student is not None)
     bad_samples = BadSamples(accelerator, images, run.folder, config.data.max_bad_samples, run.resumed is not None)
     skipped_steps = SkippedSteps(accelerator, config.optimization.max_skipped_steps, run.progress.skipped)
     validation = make_validation(plan, inputs, losses, average, log, preemption, status.now)
     describe = LoraMetadata(plan, description.parts, inputs.licence).add
-    samples_with = inputs.scheduler, inputs.classes, config.output.save_single_file
-    result = Result(run, describe, config.model, description, trained, average, *samples_with)
+    result = Result(
+        run,
+        describe,
+        config.model,
+        description,
+        trained,
+        average,
+        scheduler=inputs.scheduler,
+        classes=inputs.classes,
+        single_file=config.output.save_single_file,
+    )
     card = partial(make_card, plan, inputs, losses, log, validation)
     publication = make_publication(plan, result, card)
     pauses = Pauses(
@@ -377,9 +397,7 @@ class Losses:
             error = objective.clean_latents(model_output, noisy_latents, timesteps) - latents
         else:
             error = model_output - objective.target(latents, noise, timesteps)
-        loss_weight = diffusion_weight(
-            objective, timesteps, weighting_scheme=diffusion.weighting_scheme, snr_gamma=diffusion.snr_gamma
-        )
+        loss_weight = objective.weight(timesteps, diffusion.weighting_scheme, diffusion.snr_gamma)
         errors = loss_weight * pooled_mean(error.square(), mask)  # (B,)
         weights = batch.get("loss_weight")  # of each sample's data set; None: all 1
         if weights is not None:
@@ -391,26 +409,23 @@ class Losses:
         found = BatchLosses(errors, no_lpl, model_output, len(inside), with_lpl, weights=weights, levels=levels)
         if len(rows):
             assert self.lpl_loss is not None
-            predicted_latents = objective.clean_latents(model_output[rows], noisy_latents[rows], timesteps[rows])
+            seen = rows if self.student is None else inside.to(device, non_blocking=True)
+            predicted_latents = objective.clean_latents(model_output[seen], noisy_latents[seen], timesteps[seen])
             found.estimates = predicted_latents
-            window = self.window(batch, *latents.shape[-2:])
-            masks = mask and mask.rows(rows)
             share = 1.0 if self.lpl.lpl_variant == "reference" else len(inside) / len(latents)
             if self.student is None:
-                lpl = self.lpl_loss(predicted_latents, latents[rows], window, masks)  # (n,)
-                found.take(rows, lpl, share, self.lpl_loss)  # share * their mean: they stand for all inside
+                window = self.window(batch, *latents.shape[-2:])
+                lpl = self.lpl_loss(predicted_latents, latents[seen], window, mask and mask.rows(seen))  # (n,)
+                found.take(seen, lpl, share, self.lpl_loss)  # share * their mean: they stand for all inside
                 return found
 
             # The student on all inside, and n (LPL - S) on the rows: together LPL in expectation
-            every_row = inside.to(device, non_blocking=True)
-            estimates = objective.clean_latents(
-                model_output[every_row], noisy_latents[every_row], timesteps[every_row]
-            )
-            every_mask = mask and mask.rows(every_row)
-            found.take(every_row, self.student(estimates, latents[every_row], every_mask), share, self.student)
-            found.estimates = estimates
+            value = self.student(predicted_latents, latents[seen], mask and mask.rows(seen))
+            found.take(seen, value, share, self.student)
             if correction:
-                off, found.fidelity = difference(self.student, self.lpl_loss, predicted_latents, latents[rows], masks)
+                places = torch.searchsorted(inside, chosen).to(device, non_blocking=True)  # of the rows in ``seen``
+                exact = self.lpl_loss(predicted_latents[places], latents[rows], mask=mask and mask.rows(rows))
+                off, found.fidelity = difference(value, exact, predicted_latents, places)
                 found.correct(rows, off, share * correction)
         return found
 

@@ -100,9 +100,11 @@ def main() -> None:
         if loss is not None:
             predicted = objective.clean_latents(output, noisy, timesteps)[:rows]
             windows = () if window is None else (window,)
-            total = total + 0.1 * loss(predicted, latents[:rows], *windows).mean()
+            value = loss(predicted, latents[:rows], *windows)
+            total = total + 0.1 * value.mean()
             if corrected_by is not None:
-                total = total + 0.1 * every * difference(loss, corrected_by, predicted, latents[:rows])[0].mean()
+                exact, places = corrected_by(predicted, latents[:rows]), torch.arange(len(predicted), device=device)
+                total = total + 0.1 * every * difference(value, exact, predicted, places)[0].mean()
         total.backward()
         unet.zero_grad(set_to_none=False)  # keep the gradients' memory, so that it counts for no way
         return total

@@ -157,12 +157,12 @@ class LatentPerceptualLoss:
     @property
     def options(self) -> dict[str, Any]:
         """What decides the loss's values, as JSON can hold it."""
-        weighting = self.depth_weighting
+        weighting, blocks = self.depth_weighting, self.block_names
         return {
-            "blocks": list(self.block_names),
+            "blocks": list(blocks),
             "normalization": self.normalization,
             "detach_statistics": self.detach_statistics,
-            "depth_weighting": weighting if isinstance(weighting, str) else list(weighting.values()),
+            "depth_weighting": weighting if isinstance(weighting, str) else [weighting[name] for name in blocks],
             "mask_outliers": self.mask_outliers,
             "distance": self.distance,
             "variant": self.variant,

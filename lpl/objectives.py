@@ -110,7 +110,7 @@ class Objective:
         raise NotImplementedError
 
     def weight(self, timesteps: Tensor, weighting_scheme: str | None, snr_gamma: float | None) -> Tensor | float:
-        """The weight of each sample's diffusion loss, (B,), or 1.0 for all; see :func:`diffusion_weight`."""
+        """The weight of each sample's diffusion loss, (B,), or 1.0 for all; LPL is not weighted by it."""
         raise NotImplementedError
 
 
@@ -244,13 +244,11 @@ class FlowMatching(Objective):
         t = self.shift * t / (1 + (self.shift - 1) * t)
         return t * self.num_train_timesteps
 
-    def scheme_weight(self, timesteps: Tensor, weighting_scheme: str) -> Tensor:
-        """The weight of the diffusion loss, (B,), under ``--weighting_scheme`` (SD3, Sec. 3.1)."""
-        _, t = self.coefficients(timesteps)
-        return compute_loss_weighting_for_sd3(weighting_scheme, t.clamp(min=1 / self.num_train_timesteps))
-
     def weight(self, timesteps: Tensor, weighting_scheme: str | None, snr_gamma: float | None) -> Tensor | float:
-        return self.scheme_weight(timesteps, weighting_scheme or "none").float()
+        """That of ``--weighting_scheme`` (SD3, Sec. 3.1)."""
+        _, t = self.coefficients(timesteps)
+        t = t.clamp(min=1 / self.num_train_timesteps)
+        return compute_loss_weighting_for_sd3(weighting_scheme or "none", t).float()
 
 
 OBJECTIVES: dict[str, type[Objective]] = {c.name: c for c in (Epsilon, VPrediction, Sample, FlowMatching)}
@@ -362,13 +360,6 @@ def timestep_weights(
     weights = torch.ones(num_train_timesteps, dtype=torch.float64)
     weights[first:last] *= multiplier
     return weights
-
-
-def diffusion_weight(
-    objective: Objective, timesteps: Tensor, *, weighting_scheme: str | None = None, snr_gamma: float | None = None
-) -> Tensor | float:
-    """The weight of each sample's diffusion loss, (B,), or 1.0 for all; LPL is not weighted by it."""
-    return objective.weight(timesteps, weighting_scheme, snr_gamma)
 
 
 def dream_shift(

@@ -65,9 +65,8 @@ def _mask_by_parts(
     maps, kept = features.flatten(0, 1), mask.flatten(0, 1)  # (B C, H, W)
     height, width = maps.shape[1:]
     size, reach = max(1, CACHED_POSITIONS // (height * width)), (dilation + 1) // 2
-    fewest = min(reach, height) * min(
-        reach, width
-    )  # fewer dropped positions do not survive the dilation, not even in a corner
+    # Fewer dropped positions do not survive the dilation, not even in a corner
+    fewest = min(reach, height) * min(reach, width)
     for start in range(0, len(maps), size):
         within = within_bounds(maps[None, start : start + size], quantile, margin, stride)[0]
         dropped = height * width - np.count_nonzero(within.flatten(1).numpy(), axis=1)

@@ -49,14 +49,13 @@ SAME_DECODER = 0.02  # largest relative difference of two probes; half precision
 class Student(ModelMixin, ConfigMixin):
     """f: residual blocks of 3 x 3 convolutions at the latents' resolution, and a 1 x 1 projection at each depth.
 
-    ``student(latents)`` gives the projected features of each depth, depth + 1 maps of (B, P, h, w); the first is
+    ``student(latents)`` gives the projected features of each depth, depth + 1 maps of (B, width, h, w); the first is
     before the first block. It saves and loads as diffusers' models do.
 
     Args:
         latent_channels: C.
         width: channels of the blocks, a multiple of GROUPS.
         depth: number of residual blocks; each sees 2 positions further on every side.
-        projection: channels P that are compared at each depth; None = ``width``.
         loss: :attr:`LatentPerceptualLoss.options` of the loss that it reproduces.
         decoder: :func:`probe` of the VAE.
         resolution: side in pixels of the images that it was made from; LPL's statistics are over whole images.
@@ -70,7 +69,6 @@ class Student(ModelMixin, ConfigMixin):
         latent_channels: int = 4,
         width: int = 96,
         depth: int = 4,
-        projection: int | None = None,
         loss: Mapping[str, Any] | None = None,
         decoder: Mapping[str, list[float]] | None = None,
         resolution: int | None = None,
@@ -80,9 +78,8 @@ class Student(ModelMixin, ConfigMixin):
         super().__init__()
         self.stem = nn.Conv2d(latent_channels, width, 3, padding=1)
         self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
-        compared = projection or width
-        self.projections = nn.ModuleList(nn.Conv2d(width, compared, 1, bias=False) for _ in range(depth + 1))
-        self.log_weights = nn.Parameter(torch.zeros(depth + 1, compared))  # log a
+        self.projections = nn.ModuleList(nn.Conv2d(width, width, 1, bias=False) for _ in range(depth + 1))
+        self.log_weights = nn.Parameter(torch.zeros(depth + 1, width))  # log a
         options = loss or {}
         own = options.get("variant") == "reference"  # which normalises by the target's norm, without gradient
         self.normalization = "none" if own else options.get("normalization", "shared")
@@ -113,7 +110,7 @@ class Student(ModelMixin, ConfigMixin):
         return torch.stack([(a * distance).mean(1) for a, distance in zip(self.log_weights.exp(), distances)])
 
     def _distance(self, x: Tensor, y: Tensor, keep: Tensor) -> Tensor:
-        """Mean difference of prediction and target over the kept positions, squared or absolute, normalised, (B, P).
+        """Mean difference of prediction and target where kept, squared or absolute, normalised, (B, width).
 
         Fewer than 2 positions have no variance, and give 0, as in LPL.
         """
@@ -132,7 +129,7 @@ class Student(ModelMixin, ConfigMixin):
 
 
 def _mean(values: Tensor, keep: Tensor) -> Tensor:
-    """Over the kept positions, (B, P, h, w) and (B, 1, h, w) -> (B, P, 1, 1); 0 if there are none."""
+    """Over the kept positions, (B, width, h, w) and (B, 1, h, w) -> (B, width, 1, 1); 0 if there are none."""
     return (values * keep).sum((2, 3), keepdim=True) / keep.sum((2, 3), keepdim=True).clamp(min=1)
 
 
@@ -205,22 +202,20 @@ class Fidelity(NamedTuple):
         return torch.where(known, found, torch.zeros_like(found)).sum(1)
 
 
-def difference(
-    student: StudentLoss,
-    loss: LatentPerceptualLoss,
-    predicted_latents: Tensor,
-    latents: Tensor,
-    mask: LossMask | None = None,
-) -> tuple[Tensor, Fidelity]:
-    """LPL - S of each sample, (B,), whose gradient is g_LPL - g_S; and the student's fidelity there.
+def difference(value: Tensor, exact: Tensor, predicted_latents: Tensor, rows: Tensor) -> tuple[Tensor, Fidelity]:
+    """LPL - S of some rows, (m,), and the student's fidelity there.
 
     Added n-fold on every n-th step, it corrects the student.
+
+    Args:
+        value: S of all rows, (B,).
+        exact: LPL of those rows, (m,), computed on ``predicted_latents[rows]``.
+        predicted_latents: what both have gradients at, (B, C, h, w).
     """
-    (value, gradient), (exact, exact_gradient) = (
-        _value_and_gradient(term, predicted_latents, latents, mask) for term in (student, loss)
+    gradients = (
+        torch.autograd.grad(term.sum(), predicted_latents, retain_graph=True)[0][rows] for term in (value, exact)
     )
-    correction = Formed.apply(predicted_latents, exact - value, exact_gradient - gradient)
-    return correction, fidelity(gradient, exact_gradient, predicted_latents)
+    return exact - value[rows], fidelity(*gradients, predicted_latents[rows])
 
 
 def fidelity(gradient: Tensor, exact: Tensor, predicted_latents: Tensor) -> Fidelity:
@@ -243,15 +238,6 @@ def relative_pull(pull: float, exact: float, largest: float) -> float | None:
     (0.9, None, None)
     """
     return pull / exact if exact > PULLS * largest else None
-
-
-def _value_and_gradient(
-    loss: StudentLoss | LatentPerceptualLoss, predicted_latents: Tensor, latents: Tensor, mask: LossMask | None
-) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():
-        predicted = at_least_float32(predicted_latents.detach()).requires_grad_()
-        value = loss(predicted, latents, mask=mask)
-    return value.detach(), torch.autograd.grad(value.sum(), predicted)[0]
 
 
 # Whose student it is -------------------------------------------------------------------------------------------------

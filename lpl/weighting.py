@@ -37,6 +37,7 @@ class LplWeight:
         measuring_steps: number of optimizer steps with LPL over which both terms are measured.
         start_step, ramp_steps, every: which steps have LPL, and with how much of w, see :mod:`lpl.gate`.
         correct_every: with a student, n of its corrections; 0 = none.
+        loss: what decides LPL's values, such as the flags that differ from the defaults.
     """
 
     def __init__(
@@ -48,11 +49,13 @@ class LplWeight:
         ramp_steps: int = 0,
         every: int = 1,
         correct_every: int = 0,
+        loss: str = "",
     ) -> None:
-        self.text = text
+        self.text, self.loss = text, loss
         fixed, self.share = parse_weight(text)
         self.enabled = fixed != 0.0
         self.measuring_steps = measuring_steps
+        self._times = 1  # that many times measuring_steps, since no sample was inside
         self.start_step, self.ramp_steps, self.every = start_step, ramp_steps, every
         self.correct_every = correct_every
         self.steps = 0
@@ -87,7 +90,7 @@ class LplWeight:
     @property
     def measuring(self) -> bool:
         """Whether w is still being measured."""
-        return self.steps < self.measuring_steps
+        return self.steps < self._times * self.measuring_steps
 
     def observe(self, diffusion_loss: Tensor, lpl: Tensor) -> None:
         """Add the unweighted mean losses of one micro-batch, two of (); non-finite ones count as 0."""
@@ -116,7 +119,7 @@ class LplWeight:
             self.value = torch.where(lpl > 0, ratio, torch.zeros_like(ratio))
         if not self.measuring and not self.any_inside():
             logger.warning("no sample was inside the sigma threshold yet: the measurement of LPL's weight continues")
-            self.measuring_steps *= 2
+            self._times *= 2
         return not self.measuring
 
     def any_inside(self) -> bool:
@@ -158,17 +161,21 @@ class LplWeight:
         """The state for a checkpoint."""
         return {
             "text": self.text,
+            "loss": self.loss,
             "steps": self.steps,
-            "measuring_steps": self.measuring_steps,
+            "times": self._times,
             "sums": self._sums.clone(),
             "value": self.value.clone(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the measurement; it starts again if ``--lpl_weight`` has changed."""
+        """Restore the measurement; it starts again if ``--lpl_weight`` has changed, or the loss that w is for."""
         if state["text"] != self.text:
             logger.warning("--lpl_weight was %s in the checkpoint and is %s from here on", state["text"], self.text)
             return
-        self.steps, self.measuring_steps = state["steps"], state["measuring_steps"]
+        if self.share is not None and state.get("loss", self.loss) != self.loss:
+            logger.warning("--lpl_weight %s: it is measured again, since LPL is another one from here on", self.text)
+            return
+        self.steps, self._times = state["steps"], state.get("times", 1)
         self._sums = state["sums"].to(self._sums.device)
         self.value = state["value"].to(self._sums.device)

@@ -313,6 +313,22 @@ def test_what_a_call_has_measured():
     assert not loss.last.terms and not loss.last.kept
 
 
+def test_options_tell_losses_apart_and_not_how_they_were_written():
+    """Depth weights go with the blocks, in whichever order both are given."""
+    predicted, latents = pair(vae_of())
+    one, same, other = (
+        LatentPerceptualLoss(vae_of(), blocks=blocks, depth_weighting=weights)
+        for blocks, weights in (
+            (("mid", "up_0"), (1.0, 5.0)),
+            (("up_0", "mid"), (5.0, 1.0)),
+            (("up_0", "mid"), (1.0, 5.0)),
+        )
+    )
+    assert one.options == same.options != other.options
+    assert torch.equal(one(predicted, latents), same(predicted, latents))
+    assert not torch.allclose(one(predicted, latents), other(predicted, latents))
+
+
 def test_one_block_as_a_string():
     predicted, latents = pair(vae_of())
     one, many = (LatentPerceptualLoss(vae_of(), blocks=name, depth_weighting=[2.0]) for name in ("mid", ("mid",)))

@@ -91,12 +91,16 @@ def test_with_corrections_the_mean_gradient_is_that_of_lpl(every, student, loss,
     predicted, latents = pair
     ours = StudentLoss(student)
     plain = gradient_of(lambda z: ours(z, latents).sum(), predicted)
-    correction = gradient_of(lambda z: every * difference(ours, loss, z, latents)[0].sum(), predicted)
+
+    def off(z):
+        return difference(ours(z, latents), loss(z, latents), z, torch.arange(3))[0]
+
+    correction = gradient_of(lambda z: every * off(z).sum(), predicted)
     mean = sum([plain + correction, *[plain] * (every - 1)]) / every
     whole = gradient_of(lambda z: loss(z, latents).sum(), predicted)
     assert torch.allclose(mean, whole, atol=1e-5 * whole.abs().max().item())
     assert not torch.allclose(plain, whole, rtol=0.1)
-    value = ours(predicted, latents) + difference(ours, loss, predicted, latents)[0]
+    value = ours(predicted, latents) + off(predicted.clone().requires_grad_())
     assert torch.allclose(value, loss(predicted, latents), rtol=1e-5)
 
 
@@ -104,10 +108,17 @@ def test_fidelity_compares_the_gradients(student, loss, pair):
     predicted, latents = pair
     ours = StudentLoss(student)
     (one, other) = (gradient_of(lambda z, f=f: f(z, latents).sum(), predicted).flatten(1) for f in (ours, loss))
-    _, found = difference(ours, loss, predicted, latents)
+    at = predicted.clone().requires_grad_()
+    places = torch.tensor([2, 0])
+    off, found = difference(ours(at, latents), loss(at[places], latents[places]), at, places)
+    whole = difference(ours(at, latents), loss(at, latents), at, torch.arange(3))
+    assert torch.allclose(off, whole[0][places], rtol=1e-5)
+    assert torch.allclose(found.relative_error, whole[1].relative_error[places], rtol=1e-4)
+    found = whole[1]
     assert torch.allclose(found.cosine, (one * other).sum(1) / one.norm(dim=1) / other.norm(dim=1), atol=1e-5)
     assert torch.allclose(found.relative_error, (one - other).norm(dim=1) / other.norm(dim=1), rtol=1e-4)
-    _, of_equal = difference(ours, loss, latents, latents)  # no gradient, so no direction to compare
+    same = latents.clone().requires_grad_()  # there is no gradient, so no direction to compare
+    _, of_equal = difference(ours(same, latents), loss(same, latents), same, torch.arange(3))
     assert torch.equal(of_equal.summed(), torch.zeros(6)) and found.summed()[-1] == 3
     centred = predicted - predicted.mean((2, 3), keepdim=True)
     pulls = [-(gradient * centred.flatten(1)).sum(1) for gradient in (one, other)]

@@ -104,6 +104,23 @@ def test_a_restored_weight_goes_on_measuring():
         assert resumed.value == uninterrupted.value
 
 
+def test_another_number_of_measuring_steps_holds_after_a_resume():
+    saved = LplWeight("auto:0.2", 4, CPU)
+    step(saved, LOSSES[0])
+    weight = LplWeight("auto:0.2", 2, CPU)
+    weight.load_state_dict(saved.state_dict())
+    assert step(weight, LOSSES[1]) and share(weight, LOSSES[:2]) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(("text", "again"), [("auto:0.2", True), ("3.0", False)])
+def test_the_share_of_another_loss_is_measured_anew(text, again, caplog):
+    saved = LplWeight(text, 1, CPU, loss="shared")
+    step(saved, LOSSES[0])
+    weight = LplWeight(text, 1, CPU, loss="none")
+    weight.load_state_dict(saved.state_dict())
+    assert weight.measuring == again and ("it is measured again" in caplog.text) == again
+
+
 def test_a_saved_state_does_not_change_with_the_run():
     weight = LplWeight("auto:0.2", 4, CPU)
     step(weight, LOSSES[0])

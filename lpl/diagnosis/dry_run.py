@@ -14,7 +14,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -205,9 +205,8 @@ class Report:
             share = f"{short_count(of_part)} of {short_count(count)}" if of_part else short_count(count)
             rows.append((name, f"{how}, {share} parameters, {', '.join(precision)}"))
         precision = plan.run.accelerator.mixed_precision
-        optimizer = getattr(
-            self.updates.optimizer, "optimizer", self.updates.optimizer
-        )  # without accelerate's wrapper
+        optimizer = self.updates.optimizer
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
         rows += [("autocast", "none" if precision == "no" else precision), ("optimizer", name_of(optimizer))]
         return rows + list(zip(("learning rate", "of text encoders"), plan.learning_rates(), strict=False))
 
@@ -263,13 +262,15 @@ class Report:
             rows.append(("with LPL", cost_in_words(with_lpl)))
             if self.plan.config.lpl.lpl_student:
                 rows.append(("with the student", cost_in_words(self.student)))
-        with_lpl = self.student or with_lpl
+        with_lpl = self._lpl_cost()
         if not with_lpl or not plain:
             return rows
         if not with_lpl.inside:
             return [*rows, ("LPL costs", "unknown: no timed sample was inside; give a larger --train_batch_size")]
         ratio = 1 + (with_lpl.seconds / plain.seconds - 1) / every
         average = f" on average over {every} steps" if every > 1 else ""
+        if self.student and self.plan.config.lpl.lpl_correct_every:
+            average += ", corrections included"
         memory = ""
         if plain.memory and with_lpl.memory:
             memory = f", {with_lpl.memory / plain.memory:.2f} x the peak memory"
@@ -295,7 +296,7 @@ class Report:
         if config.lpl.enabled and config.lpl.lpl_start_step:
             ramp = f", ramped up over {config.lpl.lpl_ramp_steps} steps" if config.lpl.lpl_ramp_steps else ""
             rows.append(("LPL", f"from step {config.lpl.lpl_start_step + 1} on{ramp}"))
-        cost = (self.student or self.with_lpl) if config.lpl.enabled else self.plain
+        cost = self._lpl_cost() if config.lpl.enabled else self.plain
         if cost and self.plain:
             seconds = whole_run_seconds(
                 config.lpl, plan.run.step, plan.max_steps, without_lpl=self.plain.seconds, with_lpl=cost.seconds
@@ -303,6 +304,14 @@ class Report:
             seconds += self._measuring_steps() * ((self.with_lpl or cost).seconds - cost.seconds)
             rows.append(("time", f"about {duration(seconds)}, without samples and checkpoints"))
         return [*rows, ("validation", _validation_in_words(plan)), ("seed", str(plan.run.seed))]
+
+    def _lpl_cost(self) -> Cost | None:
+        """A step with LPL, or with the student and its share of the corrections, which need LPL's memory."""
+        student, exact, every = self.student, self.with_lpl, self.plan.config.lpl.lpl_correct_every
+        if student is None or exact is None or not every:
+            return student or exact
+        seconds = student.seconds + (exact.seconds - student.seconds) / every
+        return replace(student, seconds=seconds, memory=exact.memory)
 
     def _measuring_steps(self) -> float:
         """How many steps of a run with a student still compute LPL itself, to measure its share."""

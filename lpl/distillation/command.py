@@ -23,7 +23,7 @@ from typing import Any, cast
 import torch
 from datasets import Dataset
 from diffusers import FlowMatchEulerDiscreteScheduler
-from torch import nn
+from diffusers.models.modeling_utils import ModelMixin
 
 from lpl.autoencoders import downscaling_factor, feature_vae, latent_channels
 from lpl.config import Config
@@ -40,6 +40,7 @@ from lpl.distillation.report import PICTURE, cost, write_report
 from lpl.families.derived import with_derived
 from lpl.families.description import read_pipeline
 from lpl.families.resolve import resolve
+from lpl.features import DecoderFeatureExtractor
 from lpl.gate import sigma_threshold_at
 from lpl.inspection.command import image_size
 from lpl.inspection.vae import check_vae, find_vae, load_vae, with_configuration
@@ -161,7 +162,7 @@ def pipeline_source(config: Config, device: torch.device) -> tuple[Predictions, 
     images = _images(config, dataset, objective, space, description.empty_caption)
     family = load_family(config.model, config.lora, description, torch.float32)
     for part in (family.vae, family.denoiser, *family.text_encoders):
-        cast(nn.Module, part).to(device)
+        cast(ModelMixin, part).to(device)
     model = TrainedParts(family, config.lora).requires_grad_(False).eval()
     lpl = config.lpl
     tau = sigma_threshold_at(lpl.lpl_sigma_threshold, *data.size, lpl.lpl_threshold_base_resolution)
@@ -196,9 +197,13 @@ def _images(
     if data.max_train_samples is not None:
         dataset = dataset.shuffle(seed=seed).select(range(min(data.max_train_samples, len(dataset))))
     if len(dataset) < HELD_OUT:
-        raise ValueError(f"{HELD_OUT} images or more are needed, since every {HELD_OUT}th is held out")
-    rest = (config.diffusion, seed, empty_caption, config.model.cache_dir)
-    images = TrainingImages(dataset, objective, space, data, *rest)
+        raise ValueError(
+            f"{len(dataset)} images, but {HELD_OUT} or more are needed, since every {HELD_OUT}th is held out; give "
+            "more by --train_data_dir or --dataset_name, or a larger --max_train_samples"
+        )
+    images = TrainingImages(
+        dataset, objective, space, data, config.diffusion, seed, empty_caption, config.model.cache_dir
+    )
     images.check()
     return images
 
@@ -269,10 +274,12 @@ def run(own: Distillation, config: Config) -> dict[str, Any]:
     return numbers
 
 
-def default_width(vae: nn.Module) -> int:
+@torch.no_grad()
+def default_width(vae: ModelMixin) -> int:
     """Half of the channels of the decoder's widest block, at least 96."""
-    maps = [weight.shape[0] for weight in getattr(vae, "decoder", vae).parameters() if weight.ndim == 4]
-    return max(96, max(maps) // 2 // GROUPS * GROUPS)
+    latents = torch.zeros(1, latent_channels(vae.config), 8, 8, device=vae.device)
+    widest = max(maps.shape[1] for maps in DecoderFeatureExtractor(vae)(latents).values())
+    return max(96, widest // 2 // GROUPS * GROUPS)
 
 
 def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -286,8 +293,8 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         earlier = json.loads(place.read_text(encoding="utf-8"))
         for name, value in settings.items():
             if earlier.get(name) != value:
-                known = name in ("decoder", "loss")  # too long for a sentence
-                change = f"another {name}" if known else f"{name} {earlier.get(name)}, and now it is {value}"
+                too_long = name in ("decoder", "loss")
+                change = f"another {name}" if too_long else f"{name} {earlier.get(name)}, and now it is {value}"
                 raise ValueError(
                     f"--output_dir {folder}: it holds pairs that were made with {change}; give another folder, or "
                     f"delete this one's {PAIRS}"

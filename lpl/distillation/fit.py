@@ -162,10 +162,10 @@ def _resume(
         return 0, []
     state = load_state(folder / STATE)
     for name, value in asdict(schedule).items():
-        if state["schedule"][name] != value:
+        if name != "every" and state["schedule"][name] != value:
             raise ValueError(
-                f"--output_dir {folder}: it holds a student trained with {name} {state['schedule'][name]}, and now it "
-                f"is {value}; delete its {STATE} to train another one on the same pairs"
+                f"--output_dir {folder}: it holds a student trained with --{name} {state['schedule'][name]}, and now "
+                f"it is {value}; delete its {STATE} to train another one on the same pairs"
             )
     student.load_state_dict(state["student"])
     optimizer.load_state_dict(state["optimizer"])

@@ -70,11 +70,14 @@ class Pairs:
         """Those to train on, and those of held-out images.
 
         Raises:
-            ValueError: where there are too few images to hold one out.
+            ValueError: where no pair is of a held-out image.
         """
         held_out = is_held_out(self.image)
         if not held_out.any():
-            raise ValueError(f"{HELD_OUT} images or more are needed, since every {HELD_OUT}th is held out")
+            raise ValueError(
+                f"{len(self)} usable pairs, none of an image that is held out, which every {HELD_OUT}th is; give a "
+                "larger --num_pairs"
+            )
         return self.select(~held_out), self.select(held_out)
 
     def usable(self) -> Pairs:
@@ -145,16 +148,17 @@ class Errors:
     @torch.no_grad()
     def __call__(self, numbers: Sequence[int]) -> Estimates:
         keys = [divmod(number, len(self.images)) for number in numbers]
-        latents = self._latents(keys)
-        others = self._latents([(epoch, self._other(index)) for epoch, index in keys])
-        predicted = []
-        for row, number in enumerate(numbers):
-            generator = keyed_generator(self.images.seed, number, 0, ERROR)
-            kind = KINDS[int(torch.randint(len(KINDS), (), generator=generator))]
-            error = kind(latents[row].cpu(), others[row].cpu(), generator)
+        latents, predicted = self._latents(keys), []
+        generators = [keyed_generator(self.images.seed, number, 0, ERROR) for number in numbers]
+        kinds = [KINDS[int(torch.randint(len(KINDS), (), generator=generator))] for generator in generators]
+        mixed = [key for key, kind in zip(keys, kinds) if kind is mixture]
+        others = iter(self._latents([(epoch, self._other(index)) for epoch, index in mixed]) if mixed else ())
+        for z0, kind, generator in zip(latents, kinds, generators):
+            other = next(others) if kind is mixture else z0
+            error = kind(z0.cpu(), other.cpu(), generator)
             size = SMALLEST * (LARGEST / SMALLEST) ** torch.rand((), generator=generator)
-            rms = (latents[row].square().mean() / error.square().mean().clamp(min=1e-12)).sqrt().cpu()
-            predicted.append(latents[row] + (size * rms * error).to(latents.device))
+            rms = (z0.square().mean() / error.square().mean().clamp(min=1e-12)).sqrt().cpu()
+            predicted.append(z0 + (size * rms * error).to(z0.device))
         return latents, torch.stack(predicted), torch.full((len(numbers),), math.nan)
 
     def _latents(self, keys: Sequence[tuple[int, int]]) -> Tensor:

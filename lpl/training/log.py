@@ -129,7 +129,8 @@ class Log:
         self._inside += losses.inside / len(losses.errors)
         self._rows += losses.rows
         if losses.by_block is not None:
-            self._by_block += _where(finite, losses.by_block)
+            parts, kept = losses.by_block
+            self._by_block += torch.stack([_where(finite, parts), kept])
         if losses.cosines is not None and losses.levels is not None:
             self._cosines += summed_by_level(losses.cosines, losses.levels)
         if losses.pulls is not None:
@@ -146,13 +147,12 @@ class Log:
 
     def write(self, step: int, lr: float) -> None:
         """Log the means since the last call, and show them in the progress bar."""
-        sums = cast(
-            Tensor, self.accelerator.reduce(self._summed(), "mean")
-        ).tolist()  # waits for the device: the time is true
+        # Waits for the device, so that the time is true
+        sums = cast(Tensor, self.accelerator.reduce(self._summed(), "mean")).tolist()
         now = time.perf_counter()
         record = {"lpl_weight": float(self._weight)} | self._means(sums)
         speed = (step - self._last_step) * self.length.global_batch / (now - self._since)
-        record |= {"inside": sums[8] / self._count, "lr": lr, "images_per_second": speed}
+        record |= {"lr": lr, "images_per_second": speed}
         self._reset()
         if "student_cosine" in record:
             self._check_student(step, **{name: value for name, value in record.items() if name.startswith("student_")})
@@ -179,7 +179,7 @@ class Log:
 
     def _means(self, sums: Sequence[float]) -> dict[str, float]:
         """The numbers of an entry from the sums of :meth:`_summed`."""
-        loss, diffusion_loss, lpl, weighted, count, with_lpl, of_lpl, of_diffusion, _, rows, *rest = sums
+        loss, diffusion_loss, lpl, weighted, count, with_lpl, of_lpl, of_diffusion, inside, rows, *rest = sums
         levels, places = len(LEVEL_NAMES), len(self._fidelity)
         cosines, counts, rest = rest[:levels], rest[levels : 2 * levels], rest[2 * levels :]
         pull, pulled, *rest = rest
@@ -188,8 +188,8 @@ class Log:
         if count:  # else no loss was finite
             diffusion_loss /= count
             record |= {"loss": loss / count, "diffusion_loss": diffusion_loss}
-        if with_lpl or (count and self.lpl_every == 1):
-            lpl, weighted = (value / max(with_lpl, 1) for value in (lpl, weighted))
+        if with_lpl:
+            lpl, weighted = lpl / with_lpl, weighted / with_lpl
             total = diffusion_loss + weighted
             record |= {"lpl": lpl, "lpl_share": weighted / total if total else 0.0}
         if self._seen:
@@ -204,13 +204,14 @@ class Log:
         if rows:
             parts, kept = by_block[: len(self.blocks)], by_block[len(self.blocks) :]
             record |= {f"lpl/{name}": part / max(with_lpl, 1) for name, part in zip(self.blocks, parts, strict=True)}
-            record |= {f"kept/{name}": share / rows for name, share in zip(self.blocks, kept, strict=True)}
+            if not self.student:  # which looks everywhere
+                record |= {f"kept/{name}": share / rows for name, share in zip(self.blocks, kept, strict=True)}
         if self.student and fidelity[-1]:
             cosine, error, *pulls, corrected = fidelity
             record |= {"student_cosine": cosine / corrected, "student_error": math.sqrt(error / corrected)}
             if (pull := relative_pull(*pulls)) is not None:
                 record["student_pull"] = pull
-        return record
+        return record | {"inside": inside / self._count}
 
     def state(self) -> list[list[float]]:
         """The sums since the last entry, a list for each process. Every process calls it; waits for the device."""

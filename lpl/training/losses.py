@@ -147,5 +147,14 @@ def student_of(lpl: Lpl, lpl_loss: LatentPerceptualLoss | None, cache_dir: str |
 
 def lpl_weight(lpl: Lpl, device: torch.device) -> LplWeight:
     """w of Eq. 3 as the flags ask for it."""
-    schedule = lpl.lpl_start_step, lpl.lpl_ramp_steps, lpl.lpl_every, lpl.lpl_correct_every
-    return LplWeight(lpl.lpl_weight, lpl.lpl_measuring_steps, device, *schedule)
+    decides = lpl.loss_options() | {"blocks": lpl.lpl_blocks, "chunk_size": None}
+    return LplWeight(
+        lpl.lpl_weight,
+        lpl.lpl_measuring_steps,
+        device,
+        start_step=lpl.lpl_start_step,
+        ramp_steps=lpl.lpl_ramp_steps,
+        every=lpl.lpl_every,
+        correct_every=lpl.lpl_correct_every,
+        loss=str(sorted(decides.items())),
+    )

@@ -185,7 +185,7 @@ def called_in_precision(trained: nn.Module, accelerator: Accelerator) -> nn.Modu
     def forward(*inputs: Any) -> Tensor:
         with accelerator.autocast():
             output: Tensor = plain(*inputs)
-        return output.view_as(output)  # a gradient of this, as LPL's weight measures it, calls no hook of the shards
+        return output.view_as(output)  # whose gradient (BatchLosses.compare_gradients) calls no hook of the shards
 
     trained.forward = forward  # type: ignore[method-assign]
     return trained

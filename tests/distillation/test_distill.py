@@ -2,13 +2,17 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import tiny_vae
 from trainer import arguments, metrics, resolved, same, train, weights
 
 from benchmarks import student_sizes
+from lpl.config.groups import Lpl
+from lpl.diagnosis.dry_run import Cost, Report
 from lpl.distillation import command
 from lpl.distillation.fit import Schedule, fit
 from lpl.distillation.pairs import KINDS, Pairs
@@ -109,7 +113,7 @@ def test_other_settings_in_the_same_folder_are_refused(made, sd_pipeline, image_
     [
         (["--width", "12"], "--width 12: it must be a multiple of 8"),
         (["--steps", "0"], "--steps 0: it must be more than 0"),
-        (["--max_train_samples", "4"], "8 images or more are needed"),
+        (["--max_train_samples", "4"], "4 images, but 8 or more are needed"),
         (["--lpl_blocks", "up_9"], "--lpl_blocks up_9: there is no up_9"),
         (["--train_data_dir", "no/such"], "--train_data_dir no/such: "),
     ],
@@ -129,6 +133,13 @@ def test_a_vae_alone_needs_no_captions(sd_pipeline, image_folder, tmp_path):
     command.main(words(sd_pipeline / "vae", images, tmp_path / "s", "--num_pairs", "16", "--steps", "2"))
     numbers = json.loads((tmp_path / "s/distill.json").read_text())
     assert numbers["pairs_from"] == "errors" and math.isfinite(numbers["relative_error"])
+
+
+def test_a_width_follows_from_the_decoders_widest_block():
+    """Not from the weights, of which those of attention have three times the channels."""
+    assert command.default_width(tiny_vae("sd", block_out_channels=[32, 320], norm_num_groups=32)) == 160
+    assert command.default_width(tiny_vae("wan", base_dim=128)) == 128
+    assert command.default_width(tiny_vae("cosmos")) == 96
 
 
 def test_kinds_of_errors_differ():
@@ -208,6 +219,15 @@ def test_a_dry_run_tells_what_the_student_costs(made, sd_pipeline, image_folder,
     assert "with the student" in capsys.readouterr().out
 
 
+def test_a_dry_run_counts_the_corrections():
+    costs = Cost(1.0, 100, 0.5), Cost(5.0, 300, 0.5), Cost(1.2, 110, 0.5)
+    plan = SimpleNamespace(config=SimpleNamespace(lpl=Lpl(lpl_student="student", lpl_correct_every=4)))
+    cost = Report(plan, None, None, *costs)._lpl_cost()
+    assert (cost.seconds, cost.memory) == (pytest.approx(1.2 + (5.0 - 1.2) / 4), 300)
+    plan.config.lpl = Lpl(lpl_student="student")
+    assert Report(plan, None, None, *costs)._lpl_cost() == costs[2]
+
+
 # What others see -----------------------------------------------------------------------------------------------------
 
 
@@ -230,7 +250,7 @@ def test_a_hub_that_cannot_be_written_to_is_told_of_first(hub, sd_pipeline, imag
 
 
 def test_another_schedule_is_refused(made, sd_pipeline, image_folder):
-    with pytest.raises(SystemExit, match="trained with steps 6, and now it is 8"):
+    with pytest.raises(SystemExit, match="trained with --steps 6, and now it is 8"):
         command.main(words(sd_pipeline, image_folder, made, "--steps", "8"))
 
 

@@ -246,9 +246,13 @@ def test_parts_of_blocks_are_over_the_steps_with_lpl_and_kept_shares_over_the_sa
     seen = {name: value for name, value in record.items() if "/" in name}
     expected = {"lpl/mid": 0.5, "lpl/up_0": 1.0, "kept/mid": 2.0 / 3, "kept/up_0": 0.9}
     assert seen == pytest.approx(expected) and record["lpl"] == pytest.approx(1.5)
-    add(log, lpl=0.0, inside=0)
+    add(log, by_block=[[1.0, 2.0], [1.0, 1.0]], rows=1)
+    add(log, lpl=float("nan"), by_block=[[float("nan")] * 2, [0.5, 1.0]], rows=1)  # its masks count
     log.write(2, 1e-4)
-    assert not [name for name in log.records()[1] if "/" in name]
+    assert log.records()[-1]["kept/mid"] == 0.75
+    add(log, lpl=0.0, inside=0)
+    log.write(3, 1e-4)
+    assert not [name for name in log.records()[-1] if "/" in name]
 
 
 def test_steps_without_lpl_count_for_the_diffusion_loss_only(logging):
