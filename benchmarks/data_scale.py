@@ -43,7 +43,6 @@ from lpl.objectives import get_objective
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "data.md"
 START, END = "<!-- scale -->", "<!-- end of scale -->"
-IN_A_SHARD = 10_000  # images that a shard stands for
 SIZES = {"1M": 100, "12M": 1_200, "320M": 32_000}  # shards
 PROCESSES = (1, 8, 64, 1024)
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")

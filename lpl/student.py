@@ -212,10 +212,10 @@ def difference(value: Tensor, exact: Tensor, predicted_latents: Tensor, rows: Te
         exact: LPL of those rows, (m,), computed on ``predicted_latents[rows]``.
         predicted_latents: what both have gradients at, (B, C, h, w).
     """
-    gradients = (
+    ours, theirs = (
         torch.autograd.grad(term.sum(), predicted_latents, retain_graph=True)[0][rows] for term in (value, exact)
     )
-    return exact - value[rows], fidelity(*gradients, predicted_latents[rows])
+    return exact - value[rows], fidelity(ours, theirs, predicted_latents[rows])
 
 
 def fidelity(gradient: Tensor, exact: Tensor, predicted_latents: Tensor) -> Fidelity:

@@ -99,6 +99,8 @@ def make_base(study: Path, name: str) -> Path:
     """The folder of the base, trained if it is not there."""
     folder = study / "bases" / name if name in BASES else QUICKSTART / "pipeline"
     if not (folder / "model_index.json").is_file():
+        if name not in BASES:
+            raise ValueError(f"{folder} is not there: make it by examples/quickstart/train_pipeline.sh")
         train(study, QUICKSTART / "pipeline", TRAIN, folder, BASES[name])
     return folder
 
@@ -131,8 +133,6 @@ def train(study: Path, source: Path, data: Path, folder: Path, flags: Mapping[st
     }
     line = [word.replace("{study}", str(study)) for word in arguments(where | SETTINGS | RESUMING | flags)]
     call([sys.executable, str(SCRIPT), *line], folder.with_suffix(".log"))
-    for checkpoint in folder.glob("checkpoint-*"):  # lpl.evaluate would measure them too
-        shutil.rmtree(checkpoint)
 
 
 def given_time_of(row: Row) -> str | None:
@@ -178,15 +178,18 @@ def train_row(study: Path, name: str, seed: int) -> Path:
         if (other := given_time_of(row)) is not None:
             flags["max_train_steps"] = steps_for_the_time_of(other, recorded())
         train(study, base, DATA, folder, flags)
+    for checkpoint in folder.glob("checkpoint-*"):  # lpl.evaluate would measure them too
+        shutil.rmtree(checkpoint)
     return folder
 
 
 def evaluate(study: Path, generated: Path, output: Path, sampling: Mapping[str, object] = SAMPLING) -> None:
     """Compares a model, which draws one image for each caption of the data set, or a folder, with the pictures."""
     reference = study / "reference"
-    if not (reference / "metadata.jsonl").is_file():
-        images, captions = read_pictures(DATA)
-        write_images(reference, [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images], captions)
+    with MAKING:
+        if not (reference / "metadata.jsonl").is_file():
+            images, captions = read_pictures(DATA)
+            write_images(reference, [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images], captions)
     options = {
         "generated": f"model={generated}",
         "reference": reference,

@@ -388,20 +388,24 @@ def check_evaluation(evaluation: evaluate.Command, description: Description, res
 # The whole -----------------------------------------------------------------------------------------------------------
 
 
-def prepare(command: Command) -> tuple[Command, evaluate.Command]:
-    """Complete the training's configuration, and check everything; returns the completed command and the evaluation of
-    the runs."""
+def completed(command: Command) -> tuple[Command, Description]:
+    """The command with a complete configuration of the training, and its pipeline; writes nothing."""
     config = command.training
     check_words(config)
     config = with_derived(config)
     description = read_pipeline(config.model, config.lpl.lpl_blocks)
     command = replace(command, training=resolve(config, description))
     check_folder(command)
+    return command, description
+
+
+def evaluation_for(command: Command, description: Description) -> evaluate.Command:
+    """The evaluation of the runs; writes the images that are held out, if the reference is made of them."""
     kinds = (WITH, WITHOUT, *([LONGER] if command.request.equal_time else []))
     reference = reference_folder(command, description)
     evaluation = evaluation_of(command, command.runs(*kinds), reference)
     check_evaluation(evaluation, description, command.training.data.size[0])
-    return command, evaluation
+    return evaluation
 
 
 def begin(command: Command, lock: int) -> None:
@@ -453,8 +457,9 @@ def show(title: str, words: Sequence[str]) -> None:
 
 def compare(command: Command) -> report.Comparison:
     """Train, measure, and write everything."""
-    command, evaluation = prepare(command)
+    command, description = completed(command)
     with locked(command.folder) as lock:
+        evaluation = evaluation_for(command, description)
         begin(command, lock)
         runs = train(command, lock)
         return measure(command, evaluation, runs)

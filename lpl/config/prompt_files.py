@@ -40,7 +40,7 @@ def read_prompts(path: str) -> tuple[Entry, ...]:
     Raises:
         ValueError: if it cannot be read, has none, or has a line that is none.
     """
-    readers = {".txt": _lines, ".jsonl": _json_lines, ".yaml": _list, ".yml": _list, ".json": _list}
+    readers = {".txt": _lines, ".jsonl": _json_lines, ".yaml": _list, ".yml": _list, ".json": _json}
     what, reader = f"--validation_prompts_file {path}", readers.get(Path(path).suffix.lower())
     if reader is None:
         raise ValueError(f"{what}: accepted are files whose names end in {', '.join(readers)}")
@@ -94,7 +94,7 @@ def _with_options(line: str, where: str) -> Entry:
 
 def _json_lines(content: str) -> list[Entry]:
     entries: list[Entry] = []
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.split("\n"), 1):  # texts may have other ends of lines
         if line.strip():
             try:
                 entries.append(_entry(json.loads(line), f"line {number}"))
@@ -105,9 +105,19 @@ def _json_lines(content: str) -> list[Entry]:
 
 def _list(content: str) -> list[Entry]:
     try:
-        found = yaml.load(content, RecipeLoader)
+        return _entries(yaml.load(content, RecipeLoader))
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(str(error)) from error
+
+
+def _json(content: str) -> list[Entry]:
+    try:
+        return _entries(json.loads(content))
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+
+
+def _entries(found: Any) -> list[Entry]:
     if not isinstance(found, list):
         raise ValueError("it must be a list of prompts: texts, or mappings with a prompt")
     return [_entry(item, f"prompt {number}") for number, item in enumerate(found, 1)]

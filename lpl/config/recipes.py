@@ -18,6 +18,7 @@ import datetime
 import json
 import os
 import reprlib
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,9 +104,9 @@ class RecipeLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.YAMLError(f"it has {twice[0]} twice; leave one of them out")
+        twice, times = next(iter(Counter(str(key.value) for key, _ in node.value).most_common(1)), ("", 0))
+        if times > 1:
+            raise yaml.YAMLError(f"it has {twice} twice; leave one of them out")
         return super().construct_mapping(node, deep)
 
 

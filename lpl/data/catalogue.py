@@ -161,6 +161,8 @@ def _looked_at(image: dict[str, Any], folders: Sequence[str], digests: bool) -> 
             content = content.as_py()
             opened = Image.open(BytesIO(content), formats=FORMATS)
         else:
+            if "://" not in image["path"] and not os.path.isfile(image["path"]):
+                raise FileNotFoundError(image["path"])  # a pipe would never end
             opened = open_image(image, folders)
             assert opened is not None
         with opened:

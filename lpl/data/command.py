@@ -125,7 +125,8 @@ def _recipe(values: dict[str, Any], given: set[str]) -> dict[str, Any]:
 
 def _completed(config: Config, class_labels: bool) -> Config:
     """With the defaults that depend on other flags, as far as they are known without a pipeline."""
-    data, values = config.data, {"resolution": config.data.resolution or RESOLUTION}
+    data = config.data
+    values = {"resolution": data.resolution or RESOLUTION, "mask_column": data.column_of_masks}
     if data.aspect_ratio_buckets == AUTO and data.bucket_step is None:
         values["bucket_step"] = default_step(sides_of(values["resolution"])[0], MULTIPLE)
     if class_labels and "caption_column" not in config.given:

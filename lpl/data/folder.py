@@ -125,16 +125,18 @@ class Contents:
         """
         inside = os.path.join(os.path.abspath(folder), "")
         others = replace(self, files=[file for file in self.files if not file.startswith(inside)])
-        found = masks.in_folder(others.images, self.folder, Contents.of(folder)._pictures, folder)
+        found = others.masks_in(folder)
+        if not others.images:
+            raise ValueError(f"--mask_data_dir {folder}: the images lie in it; give a folder that has the masks only")
         if not found:
-            raise ValueError(
-                f"--mask_data_dir {folder}: no mask there has the name of an image, such as "
-                f"{os.path.splitext(os.path.basename(others.images[0]))[0]}.png"
-                if others.images
-                else ""
-            )
+            name = os.path.splitext(os.path.basename(others.images[0]))[0]
+            raise ValueError(f"--mask_data_dir {folder}: no mask there has the name of an image, such as {name}.png")
         vars(others)["masks"] = {**others.masks, **found}
         return others
+
+    def masks_in(self, folder: str) -> dict[str, str]:
+        """The loss masks of these images in another folder, by the path of their image without suffix."""
+        return masks.in_folder(self.images, self.folder, Contents.of(folder)._pictures, folder)
 
     @cached_property
     def _pictures(self) -> list[str]:

@@ -32,8 +32,9 @@ def described(contents: Contents) -> Iterator[tuple[str, int, Row]]:
         raise ValueError(f"{contents.folder} has metadata files of several kinds, {names}; keep those of one kind")
     for file in contents.metadata:
         for line, row in READ[suffix(file)](file):
-            if not isinstance(row.get(FILE_NAME), str | None):
-                raise ValueError(f"{file}, line {line}: {FILE_NAME} is {row[FILE_NAME]!r}, but must be a string")
+            for name in row:
+                if name.endswith(FILE_NAME) and not isinstance(row[name], str | None):
+                    raise ValueError(f"{file}, line {line}: {name} is {row[name]!r}, but must be a string")
             yield file, line, row
 
 

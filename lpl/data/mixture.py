@@ -46,14 +46,26 @@ def parts_of(data: Data, class_conditional: bool) -> list[Part]:
 def _kohya_parts(part: Part) -> list[Part]:
     if not (folders := kohya_folders(part.data)):
         return [part]
+    masks = {folder: _masks_of(part.data.mask_data_dir, folder) for folder in folders}
+    if not any(masks.values()):
+        masks = dict.fromkeys(folders, part.data.mask_data_dir)  # which is refused, with the reason
     parts = []
     for folder in folders:
         name = os.path.basename(folder)
         repeats, prompt = KOHYA.fullmatch(name).groups()  # type: ignore[union-attr]
         own = part.data.instance_prompt
         values = {"train_data_dir": folder, "instance_prompt": prompt if own is None else own}
+        values["mask_data_dir"] = masks[folder]
         parts.append(Part(name, replace(part.data, **values), part.repeats * int(repeats), part.loss_weight))
     return parts
+
+
+def _masks_of(masks: str | None, folder: str) -> str | None:
+    """Where the loss masks of one of kohya's folders are, a folder of its name or that of all; None: it has none."""
+    if masks is None:
+        return None
+    places = os.path.join(masks, os.path.basename(folder)), masks
+    return next((place for place in places if os.path.isdir(place) and Contents.of(folder).masks_in(place)), None)
 
 
 def kohya_folders(data: Data) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,8 +29,12 @@ TABLES = (".parquet", ".tar")
 def saved_splits(name: str) -> list[str]:
     """The splits of a folder that ``save_to_disk`` wrote; none if it did not."""
     if (index := Path(name, "dataset_dict.json")).is_file():
-        return json.loads(index.read_text(encoding="utf-8"))["splits"]
-    return ["train"] if Path(name, "state.json").is_file() else []
+        with suppress(ValueError):  # it is of another program
+            found = json.loads(index.read_text(encoding="utf-8"))
+            if isinstance(found, dict) and isinstance(found.get("splits"), list):
+                return found["splits"]
+    written = all(Path(name, file).is_file() for file in ("state.json", "dataset_info.json"))
+    return ["train"] if written else []
 
 
 def as_read(data: Data, class_conditional: bool = False) -> Data:

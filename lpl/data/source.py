@@ -176,6 +176,8 @@ def load_split(
         logger.warning("%s: --caption_per_line has no effect, since captions do not come from text files", where)
     dataset = with_column_of_json(dataset, data.caption_column)
     columns = columns_of(data, dataset.column_names or [])
+    if columns and num_classes is None:
+        dataset = _with_texts(dataset, columns, data.instance_prompt)
     check_columns(dataset, data.image_column, data.caption_column if columns else None, where, num_classes)
     pictures = [data.image_column]
     if data.mask_column is not None and (masks_needed or data.mask_column in (dataset.column_names or ())):
@@ -358,6 +360,19 @@ def _folder_hint(dataset: Dataset | IterableDataset, flag: str, column: str, num
         f"; a folder of images takes its captions from a metadata.jsonl with the keys file_name and {column}, "
         "or, as --train_data_dir, from .txt files with the images' names; --instance_prompt gives all the same one"
     )
+
+
+def _with_texts(
+    dataset: Dataset | IterableDataset, columns: Sequence[str], instance_prompt: str | None
+) -> Dataset | IterableDataset:
+    """Caption columns without any value, which have no type, become texts, unless there is no caption at all."""
+    types = dataset.features or {}
+    empty = [name for name in columns if getattr(types.get(name), "dtype", None) == "null"]
+    if instance_prompt is None and len(empty) == len(columns):
+        return dataset
+    for name in empty:
+        dataset = dataset.cast_column(name, Value("string"))
+    return dataset
 
 
 def _check_captions(dataset: Dataset | IterableDataset, column: str, where: str) -> None:

@@ -12,7 +12,7 @@ there, so that what a backward pass keeps has the sizes that it would have.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from functools import cache
@@ -181,10 +181,6 @@ def _in_blocks(storage: torch.UntypedStorage) -> int:
 def _value(tensor: Tensor) -> bool | int | float:
     """What the host reads where there is no data: all is well, and nothing was skipped."""
     return True if tensor.dtype == torch.bool else 0.0 if tensor.is_floating_point() else 0
-
-
-def _without_data(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
 
 
 class Kind(Enum):

@@ -43,9 +43,10 @@ from lpl.config.flag import NOT_NEGATIVE, POSITIVE, Range, add_group, built, fla
 from lpl.config.parser import Parser
 from lpl.data.folder import image_files, why_no_images
 from lpl.data.reading import FORMATS
+from lpl.data.texts import read_text
 from lpl.evaluation import MOST_BY_DEFAULT, NEAREST_K, check_libraries
 from lpl.evaluation.generation import generate, image_path, prompt_text
-from lpl.evaluation.images import ImageSet, Preprocessing, folder_images
+from lpl.evaluation.images import UNREADABLE, ImageSet, Preprocessing, folder_images
 from lpl.evaluation.metrics import check_bootstrap, check_counts
 from lpl.evaluation.networks import check_networks, load_networks, wanted_networks
 from lpl.evaluation.processes import processes
@@ -245,11 +246,14 @@ def read_prompts(request: Request) -> list[str]:
     """The lines of --prompts_file; empty without it.
 
     Raises:
-        ValueError: if the file has none.
+        ValueError: if the file cannot be read as UTF-8, or has none.
     """
     if request.prompts_file is None:
         return []
-    lines = Path(request.prompts_file).read_text(encoding="utf-8").splitlines()
+    try:
+        lines = read_text(request.prompts_file).splitlines()
+    except ValueError as error:
+        raise ValueError(f"--prompts_file {error}") from error
     if not (prompts := [line.strip() for line in lines if line.strip()]):
         raise ValueError(f"--prompts_file {request.prompts_file}: the file has no prompts")
     return prompts
@@ -314,8 +318,9 @@ def common_resolution(request: Request, states: Sequence[State]) -> int:
         return sides.pop()
     first = sorted(image_files(states[0].source))[0]
     try:
-        return min(Image.open(first, formats=FORMATS).size)
-    except OSError as error:
+        with Image.open(first, formats=FORMATS) as image:
+            return min(image.size)
+    except UNREADABLE as error:
         raise ValueError(f"--resolution is not given, and {first} cannot be read for it; give it") from error
 
 

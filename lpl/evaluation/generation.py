@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from lpl.evaluation.images import METADATA, UNREADABLE
 from lpl.evaluation.processes import in_parts, processes, threaded
-from lpl.evaluation.sources import Model, find_models, has_adapter
+from lpl.evaluation.sources import Model, has_adapter
 from lpl.families import Family
 from lpl.families.fit import component_class
 from lpl.objectives import own_objective
@@ -172,41 +172,32 @@ def _batched(family: Family, prompts: Sequence[str | int], size: tuple[int, int]
 
 
 def generate(
-    source: str | Model,
+    model: Model,
     prompts: Sequence[str | int],
     seeds: Sequence[int],
     folder: str | os.PathLike,
     *,
-    resolution: int | None = None,
-    steps: int | None = None,
-    guidance: float | None = None,
     batch_size: int = 8,
     device: torch.device | str | None = None,
     dtype: str = "float32",
-    progress: bool = True,
-    **flags: Any,
 ) -> Path:
     """Draw image i from prompts[i] and seeds[i] into a folder; each process draws a part, and waits for the others.
 
     Args:
-        source: a pipeline, a checkpoint, or a run, whose result is used, else its last checkpoint.
+        model: its configuration says at which size, with how many steps and which guidance (:meth:`Model.sampled`).
         prompts: captions, or class labels (numbers) of a class-conditional model.
         folder: empty, new, or one that this function has begun to fill under the same settings.
-        resolution: side in pixels; defaults, like ``steps`` and ``guidance``, to the run's, else to the pipeline's.
         device: defaults to that of this process.
         dtype: of denoiser and text encoders: float32, bfloat16 or float16.
-        flags: see :func:`lpl.evaluation.sources.find_models`.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: if the source is no model, or the folder holds other images.
+        ValueError: if the folder holds other images.
     """
     if len(prompts) != len(seeds) or not len(prompts):
         raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: give the same number of both, at least one")
-    model = find_models(source, **flags)[-1] if isinstance(source, str) else source
-    model = model.sampled(resolution, steps, guidance)
     state = processes(cpu=device is not None and torch.device(device).type == "cpu")
     folder = Path(folder)
     with state.main_process_first():
@@ -229,8 +220,8 @@ def generate(
             batch_size,
             DTYPES[dtype],
         )
-        shown = progress and state.is_main_process
-        for number, image in zip(tqdm(mine, desc=f"drawing {model.name}", disable=not shown), images, strict=True):
+        shown = tqdm(mine, desc=f"drawing {model.name}", disable=not state.is_main_process)
+        for number, image in zip(shown, images, strict=True):
             save_picture(image, image_path(folder, number))
     state.wait_for_everyone()
     return folder

@@ -26,6 +26,7 @@ from lpl.families import Family
 from lpl.families.derived import with_derived
 from lpl.families.description import Description, read_pipeline
 from lpl.families.resolve import resolved_resolution
+from lpl.tools.files import entries
 from lpl.tools.layout import CHECKPOINT_PREFIX, EMA, INDEX, LOG, LORA, PEFT_SUFFIX, PROGRESS, RECIPE
 from lpl.tools.results import check_one_kind
 from lpl.tools.trust import components_in
@@ -176,7 +177,9 @@ def find_models(source: str, label: str | None = None, **flags: Any) -> list[Mod
     if is_checkpoint(source):
         whole = find_models(str(Path(source).resolve().parent), label, **flags)
         step = Progress.load(Path(source)).step
-        return [model for model in whole if model.step == step]
+        if not (found := [model for model in whole if model.step == step]):
+            raise ValueError(f"--generated {source}: this checkpoint is not whole; give another one, or the run")
+        return found
     if not is_run(source):
         check_one_kind(f"--generated {source}", Path(source))
         config = config_of(flags).changed(pretrained_model_name_or_path=source, validation_inference_steps=None)
@@ -249,5 +252,4 @@ def _described(config: Config, source: str) -> tuple[Config, Description]:
 def _last_step(folder: Path) -> int | None:
     """The last step in the run's log; None without a log."""
     log = folder / LOG
-    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-    return max((json.loads(line)["step"] for line in lines if line.strip()), default=None)
+    return max((entry["step"] for entry in entries(log)), default=None) if log.is_file() else None

@@ -19,7 +19,7 @@ from peft.utils.other import get_pattern_key
 from lpl.autoencoders import RGB, SUPPORTED, decoder_blocks, downscaling_factor, skeleton
 from lpl.config import Config
 from lpl.config.checks import check_loss_options, warn_idle, warn_of_idle_flags
-from lpl.config.choices import ALL_LINEAR, MASK_COLUMN
+from lpl.config.choices import ALL_LINEAR
 from lpl.config.groups import Data
 from lpl.config.prompts import NEGATIVE, own_settings, size_of
 from lpl.config.sizes import AUTO, default_step, parse_sizes, sides_of
@@ -179,8 +179,7 @@ def _with_captions(config: Config, description: Description) -> Config:
     values: dict[str, Any] = {}
     if family.class_conditional and "caption_column" not in config.given:
         values["caption_column"] = "label"
-    if any(part.data.mask_data_dir is not None for part in config.data.parts):
-        values["mask_column"] = MASK_COLUMN
+    values["mask_column"] = config.data.column_of_masks
     if family.class_conditional and (given := [name for name in OF_TEXTS if name in config.given]):
         raise ValueError(f"--{given[0]} is for captions, and {family.name} is trained on class labels; leave it out")
     _check_encoder_dropout(config, description)

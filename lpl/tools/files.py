@@ -21,6 +21,7 @@ from torch import Tensor
 from lpl.tools.layout import INDEX
 
 
+READY = ".result.ready"  # a result that is whole, and takes the place of the earlier one
 UNFINISHED, REMOVED = ".unfinished", ".removed"  # suffixes of temporary names, which begin with a dot
 
 
@@ -180,22 +181,27 @@ def _delete(path: Path) -> None:
 def filled_whole(folder: str | os.PathLike) -> Iterator[Path]:
     """Context with an empty folder; its entries then replace those of ``folder`` one by one, a pipeline's index last.
 
-    A failure or kill inside the context leaves ``folder`` unchanged.
+    A failure or kill inside the context leaves ``folder`` unchanged; after a later kill, :func:`put_back` goes on.
     """
     folder = Path(folder)
+    put_back(folder)
     unfinished = folder / f".result{UNFINISHED}"
-    _delete(unfinished)
     unfinished.mkdir(parents=True)
     yield unfinished
     settle(unfinished)
-    for entry in sorted(unfinished.iterdir(), key=lambda path: path.name == INDEX):
+    _replace_by(unfinished.rename(folder / READY), folder)
+
+
+def _replace_by(ready: Path, folder: Path) -> None:
+    """Move the entries of a folder into another one, in place of those there."""
+    for entry in sorted(ready.iterdir(), key=lambda path: path.name == INDEX):
         with removed(folder / entry.name):
             entry.rename(folder / entry.name)
-    unfinished.rmdir()
+    ready.rmdir()
 
 
 def put_back(folder: str | os.PathLike) -> None:
-    """Repair a folder after a kill in :func:`filled_whole`: restore the entries that were not replaced yet."""
+    """Repair a folder after a kill in :func:`filled_whole`: all entries are the old ones, or all the new ones."""
     for hidden in Path(folder).glob(f".*{REMOVED}"):
         place = hidden.with_name(hidden.name.removeprefix(".").removesuffix(REMOVED))
         if place.exists():
@@ -203,6 +209,8 @@ def put_back(folder: str | os.PathLike) -> None:
         else:
             hidden.rename(place)
     _delete(Path(folder, f".result{UNFINISHED}"))
+    if (ready := Path(folder, READY)).is_dir():
+        _replace_by(ready, Path(folder))
 
 
 def remove_halves(folder: str | os.PathLike) -> None:

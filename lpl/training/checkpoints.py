@@ -389,8 +389,10 @@ def _save_with_room(save: Callable[[], None], folder: Path, spare: list[Path]) -
 
 def _above_limit(output_dir: str | Path, new: Path, total_limit: int | None, keep: int = 0) -> list[Path]:
     """The oldest checkpoints that are too many beside a new one, so that at least ``keep`` of them stay."""
+    if total_limit is None:
+        return []
     others = [path for path in find_checkpoints(output_dir) if path != new]
-    many = 0 if total_limit is None else min(len(others) + 1 - total_limit, len(others) - keep)
+    many = min(len(others) + 1 - total_limit, len(others) - keep)
     return others[: max(0, many)]
 
 

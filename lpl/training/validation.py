@@ -99,7 +99,8 @@ class Validation:
                 self.log.validation(step, self.held_out.compute(run, self.trained, self.average))
         if self.metrics is not None and self._due(step, self.metrics_every) and not self.preemption.asked_now():
             self.now(Stage.EVALUATION, step)
-            self.log.validation(step, self.metrics.run(run.accelerator, self.trained, self.average, step))
+            if numbers := self.metrics.run(run.accelerator, self.trained, self.average, step):  # else it was aborted
+                self.log.validation(step, numbers)
         run.progress.looked = not self.preemption.asked_now()
         run.ending = run.ending or not run.progress.looked
 
@@ -257,7 +258,9 @@ class Samples:
 
     def _has(self, name: str) -> bool:
         settings = self.folder / name / layout.SETTINGS
-        return bool(name) and settings.is_file() and json.loads(settings.read_text()) == self._settings()
+        if not name or not self.draws or not settings.is_file():
+            return False
+        return json.loads(settings.read_text()) == self._settings()
 
     def _settings(self) -> dict[str, Any]:
         """What decides the samples besides the weights."""

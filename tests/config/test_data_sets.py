@@ -1,6 +1,7 @@
 """The list of data sets: what it takes, what it is refused with, which of it is public."""
 
 import json
+import os
 
 import pytest
 import yaml
@@ -87,6 +88,12 @@ def test_a_list_is_public_if_all_of_it_is_on_the_hub(image_folder):
     given = [json.loads(word) for word in left_to_give({"datasets": local})["datasets"]]
     place = f"path/to/{image_folder.name}"
     assert given == [CATS, {"train_data_dir": place, "repeats": 2}] and local_sources({"datasets": local}) == [place]
+
+
+@pytest.mark.parametrize("flag", ["train_data_dir", "dataset_name"])
+def test_a_folder_of_ones_home(flag):
+    (part,) = Data(datasets=({flag: "~/cats"},)).parts
+    assert getattr(part.data, flag) == os.path.expanduser("~/cats")
 
 
 def test_one_data_set_is_a_part_by_itself():

@@ -10,6 +10,7 @@ from trainer import arguments, resolved
 
 from lpl.config import recipes
 from lpl.config.command_line import parse, recipe, words_of
+from lpl.config.prompt_files import read_prompts
 from lpl.config.prompts import KEYS
 from lpl.publishing.public_recipe import public_recipe
 
@@ -53,6 +54,19 @@ def test_every_kind_of_file_says_the_same(name, sd_pipeline, image_folder, tmp_p
     assert config.validation.validation_prompts == (WHOLE, "a dog -- in the snow")
 
 
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("prompts.json", json.dumps(["a cat \U0001f600\u2028on a mat"], indent="\t")),
+        ("prompts.jsonl", json.dumps("a cat \U0001f600\u2028on a mat", ensure_ascii=False)),
+    ],
+)
+def test_json_as_programs_write_it(name, content, tmp_path):
+    """Escaped pairs, tabs, and separators of lines within a text."""
+    path = file_of(tmp_path, name, content)["validation_prompts_file"]
+    assert read_prompts(path) == ("a cat \U0001f600\u2028on a mat",)
+
+
 def test_a_recipe_holds_the_prompts_and_not_their_file(sd_pipeline, image_folder, tmp_path):
     given = file_of(tmp_path, "prompts.txt", LINES)
     config = parse(words(tmp_path, sd_pipeline, image_folder, **given))
@@ -85,6 +99,7 @@ BAD_FILES = [
     ("prompts.txt", "a cat --d seven", ("line 1: --d takes a number, not 'seven'",)),
     ("prompts.jsonl", '"a dog"\n{"prompt": ', ("line 2 is no JSON",)),
     ("prompts.jsonl", "[1]", ("line 1 is [1]",)),
+    ("prompts.json", '["a dog", ', ("Expecting value",)),
     ("prompts.yaml", "prompt: a cat", ("must be a list",)),
     ("prompts.yaml", "- &a {prompt: x}\n- *a", ("reference",)),
     ("prompts.yaml", "- true", ("prompt 1 is True",)),

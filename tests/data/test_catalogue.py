@@ -88,6 +88,11 @@ def test_broken_and_missing_files_have_no_size(folder, tmp_path):
     assert found.sizes.tolist() == [[30, 40], [0, 0], [0, 0]] and found.digests[1:] == ["", ""]
 
 
+def test_a_pipe_is_not_opened(folder, tmp_path):
+    os.mkfifo(folder / "3.png")  # whoever opens it waits for ever
+    assert looked_up(folder, tmp_path).sizes[3].tolist() == [0, 0]
+
+
 def test_files_outside_of_the_data_set_are_not_opened(folder, tmp_path):
     found = Catalogue.of(listed(folder), "image", [str(tmp_path / "other")], tmp_path / "cache")
     assert not found.sizes.any()

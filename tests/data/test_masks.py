@@ -199,6 +199,29 @@ def test_a_folder_of_masks_with_other_names(folder, tmp_path_factory):
         load(folder, mask_data_dir=str(other), mask_column="mask")
 
 
+def test_a_folder_of_masks_that_has_the_images_too(folder):
+    with pytest.raises(ValueError, match="--mask_data_dir .*: the images lie in it"):
+        load(folder, mask_data_dir=str(folder), mask_column="mask")
+
+
+@pytest.mark.parametrize("mirrored", [True, False])
+def test_masks_of_kohyas_folders(mirrored, tmp_path):
+    """In a folder of the same name, or all in one folder; one of the data sets has none."""
+    for name in ("2_cat", "1_dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        static().save(tmp_path / "data" / name / f"{name}.png")
+    masks = tmp_path / "masks" / ("2_cat" if mirrored else "")
+    masks.mkdir(parents=True)
+    half(64, 48).save(masks / "2_cat.png")
+    flags = {"mask_data_dir": str(tmp_path / "masks"), "mask_column": "mask"}
+    images = over(load(tmp_path / "data", **flags), settings(train_data_dir=str(tmp_path / "data"), **flags))
+    whole = {images[0, row]["caption"]: bool((images[0, row]["mask"] == 1).all()) for row in range(len(images))}
+    assert whole == {"cat": False, "dog": True}
+    (masks / "2_cat.png").rename(masks / "other.png")
+    with pytest.raises(ValueError, match="no mask there has the name of an image"):
+        load(tmp_path / "data", **flags)
+
+
 def test_masks_that_are_not_used_are_said(folder, caplog):
     assert load(folder).column_names == ["image", "text"]
     assert "no effect without --mask_column mask" in caplog.text

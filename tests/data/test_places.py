@@ -10,7 +10,7 @@ from trainer import settings
 
 from lpl.data.places import as_read
 from lpl.data.streaming import load_streamed_images
-from tests.data.test_dataset import load_data, over, static
+from tests.data.test_dataset import load_data, loaded, over, static
 from tests.data.test_source import refused
 
 
@@ -92,6 +92,15 @@ def test_paths_that_lead_out_of_the_folder_are_not_opened(tmp_path):
     Dataset.from_dict(rows).to_parquet(tmp_path / "data" / "train.parquet")
     config = settings(dataset_name=str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"))
     refused(lambda: over(load_data(config)[0], config)[0, 0], "is not in the data set's folder")
+
+
+@pytest.mark.parametrize(
+    "name, content", [("state.json", "{}"), ("dataset_dict.json", '{"a": 1}'), ("dataset_dict.json", "")]
+)
+def test_files_of_other_programs_do_not_make_a_saved_data_set(name, content, tmp_path):
+    with_texts(tmp_path)
+    (tmp_path / name).write_text(content)
+    assert len(loaded(tmp_path)) == 2
 
 
 def test_a_whole_json_is_no_caption(tmp_path):

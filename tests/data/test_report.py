@@ -151,10 +151,14 @@ def test_class_labels(class_folder, shown):
     assert facts["captions"]["classes"][0][0] in said
 
 
-def test_masks_are_counted(folder, shown):
-    Image.new("L", (64, 64), 255).save(folder / "square-masklabel.png")
-    said, facts = shown(folder, "--resolution", 64, "--mask_column", "mask")
-    assert facts["masks"]["images"] == 1 and "1 of 7 have one" in said
+@pytest.mark.parametrize("apart", [False, True])
+def test_masks_are_counted(apart, folder, shown, tmp_path):
+    masks = tmp_path / "masks" if apart else folder
+    masks.mkdir(exist_ok=True)
+    Image.new("L", (64, 64), 255).save(masks / ("square.png" if apart else "square-masklabel.png"))
+    flags = ("--mask_data_dir", masks) if apart else ("--mask_column", "mask")
+    said, facts = shown(folder, "--resolution", 64, *flags)
+    assert facts["masks"]["images"] == 1 and "1 of 7 have one" in said and "no effect" not in said
 
 
 # The contact sheet ---------------------------------------------------------------------------------------------------

@@ -64,6 +64,16 @@ def test_captions_of_the_wrong_kind(captions):
     refused(lambda: check_columns(dataset, "image", "text", "--dataset_name x"), "'text'", "--caption_column")
 
 
+def test_a_caption_column_without_captions(tmp_path):
+    """It has no type; the prompt stands for all of them, as where there is no column."""
+    folder = folder_of(tmp_path / "data", {"a.png": static()})
+    (folder / "metadata.csv").write_text("file_name,text,tags\na.png,,x\n")
+    (folder / "metadata.jsonl").unlink(missing_ok=True)
+    assert loaded(folder, instance_prompt="a fox")[0, 0]["caption"] == "a fox"
+    assert loaded(folder, caption_column="text,tags")[0, 0]["caption"] == "x"
+    refused(lambda: loaded(folder), "'text'", "but its first value is None")
+
+
 def test_an_empty_data_set():
     features = Features({"image": ImageFeature(), "text": Value("string")})
     dataset = Dataset.from_dict({"image": [], "text": []}, features)

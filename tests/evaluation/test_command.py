@@ -372,7 +372,10 @@ def test_prompts_files_have_to_say_something(sd_pipeline, dit_pipeline, photos, 
     (tmp_path / "prompts.txt").write_text(" \n\n")
     with pytest.raises(ValueError, match="--prompts_file .*prompts.txt: the file has no prompts"):
         evaluated([sd_pipeline], photos, tmp_path / "out", **flags)
-    (tmp_path / "prompts.txt").write_text("goldfish\nunicorn\n")
+    (tmp_path / "prompts.txt").write_bytes("K\xe4fer".encode("latin-1"))
+    with pytest.raises(ValueError, match="--prompts_file .*prompts.txt is not in UTF-8"):
+        evaluated([sd_pipeline], photos, tmp_path / "out", **flags)
+    (tmp_path / "prompts.txt").write_text("\ufeffgoldfish\nunicorn\n", encoding="utf-8")
     with pytest.raises(ValueError, match="--prompts_file .*prompts.txt: unicorn: this model draws classes; give a cl"):
         evaluated([dit_pipeline], photos, tmp_path / "out", **flags)
 

@@ -14,13 +14,21 @@ from tiny_families import TINY
 from trainer import train
 
 from lpl.evaluation import generation
-from lpl.evaluation.generation import find_models, generate, image_path, load_model
+from lpl.evaluation.generation import generate, image_path, load_model
+from lpl.evaluation.sources import find_models
 from lpl.tools.layout import LORA
 
 
 FAMILIES = [fixtures[0].removesuffix("_pipeline") for fixtures in TINY.values()]
 FAINT = {"qwen_image", "flux2_klein", "flux2", "aura_flow"}  # tiny models whose captions change little
-SMALL = {"resolution": 32, "steps": 2, "guidance": 3.0, "device": "cpu", "progress": False}
+SMALL = {"resolution": 32, "steps": 2, "guidance": 3.0, "device": "cpu"}
+
+
+def drawn_by(source, prompts, seeds, folder, *, resolution, steps, guidance, **options):
+    model = find_models(source)[-1] if isinstance(source, str) else source
+    return generate(model.sampled(resolution, steps, guidance), prompts, seeds, folder, **options)
+
+
 RUN = {"max_train_steps": 4, "checkpointing_steps": 2, "lpl_weight": 0}
 
 
@@ -54,17 +62,17 @@ def nothing_loads(monkeypatch):
 def test_an_image_depends_on_its_prompt_and_seed_alone(name, request, tmp_path):
     pipeline = str(request.getfixturevalue(f"{name}_pipeline"))
     prompts = [1, 207, 1] if name == "dit" else ["a cat", "a much longer caption, of a dog", "a cat"]
-    together = pixels(generate(pipeline, prompts, [5, 6, 7], tmp_path / "together", batch_size=3, **SMALL))
-    alone = pixels(generate(pipeline, prompts, [5, 6, 7], tmp_path / "alone", batch_size=1, **SMALL))
+    together = pixels(drawn_by(pipeline, prompts, [5, 6, 7], tmp_path / "together", batch_size=3, **SMALL))
+    alone = pixels(drawn_by(pipeline, prompts, [5, 6, 7], tmp_path / "alone", batch_size=1, **SMALL))
     assert together.shape == (3, 32, 32, 3)
     assert np.abs(together - alone).max() <= 2  # of 255: sums of another length round otherwise
-    other = pixels(generate(pipeline, [prompts[1], prompts[1]], [5, 7], tmp_path / "other", **SMALL))
+    other = pixels(drawn_by(pipeline, [prompts[1], prompts[1]], [5, 7], tmp_path / "other", **SMALL))
     assert np.abs(other[0] - alone[0]).max() > (0 if name in FAINT else 2)  # another prompt
     assert np.abs(together[2] - together[0]).max() > 20  # another seed
 
 
 def test_it_is_the_pipelines_own_image(sd_pipeline, tmp_path):
-    folder = generate(str(sd_pipeline), ["a cat"], [3], tmp_path / "drawn", **SMALL)
+    folder = drawn_by(str(sd_pipeline), ["a cat"], [3], tmp_path / "drawn", **SMALL)
     pipeline = DiffusionPipeline.from_pretrained(sd_pipeline)
     settings = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 32, "width": 32}
     image = pipeline("a cat", generator=torch.Generator().manual_seed(3), **settings).images[0]
@@ -72,10 +80,10 @@ def test_it_is_the_pipelines_own_image(sd_pipeline, tmp_path):
 
 
 def test_the_folder_is_a_data_set(dit_pipeline, sd_pipeline, tmp_path):
-    folder = generate(str(sd_pipeline), ["eine Öse", "a dog"], [0, 1], tmp_path / "sd", **SMALL)
+    folder = drawn_by(str(sd_pipeline), ["eine Öse", "a dog"], [0, 1], tmp_path / "sd", **SMALL)
     lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
     assert lines[0] == {"file_name": "000000.png", "text": "eine Öse", "seed": 0}
-    folder = generate(str(dit_pipeline), [1, 5], [0, 1], tmp_path / "dit", **SMALL)
+    folder = drawn_by(str(dit_pipeline), [1, 5], [0, 1], tmp_path / "dit", **SMALL)
     lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     assert [(line["label"], line["text"]) for line in lines] == [(1, "goldfish"), (5, "5")]
 
@@ -86,8 +94,8 @@ def test_half_precision_leaves_the_vae_in_float32(name, request, tmp_path):
     family = load_model(find_models(pipeline)[0], dtype="bfloat16")
     assert family.denoiser.dtype == torch.bfloat16 and family.vae.dtype == torch.float32
     assert all(encoder.dtype == torch.bfloat16 for encoder in family.text_encoders)
-    exact = pixels(generate(pipeline, ["a cat"], [0], tmp_path / "exact", **SMALL))
-    half = pixels(generate(pipeline, ["a cat"], [0], tmp_path / "half", dtype="bfloat16", **SMALL))
+    exact = pixels(drawn_by(pipeline, ["a cat"], [0], tmp_path / "exact", **SMALL))
+    half = pixels(drawn_by(pipeline, ["a cat"], [0], tmp_path / "half", dtype="bfloat16", **SMALL))
     assert np.abs(half - exact).max() > 0 and np.abs(half - exact).mean() < 10
 
 
@@ -96,7 +104,7 @@ def test_half_precision_leaves_the_vae_in_float32(name, request, tmp_path):
 
 def test_images_that_are_there_are_kept(sd_pipeline, tmp_path, monkeypatch):
     folder, prompts = tmp_path / "drawn", ["a", "b", "c"]
-    generate(str(sd_pipeline), prompts, [0, 1, 2], folder, **SMALL)
+    drawn_by(str(sd_pipeline), prompts, [0, 1, 2], folder, **SMALL)
     before, intact = pixels(folder), files(folder)
     image_path(folder, 1).unlink()
     drawn = []
@@ -104,7 +112,7 @@ def test_images_that_are_there_are_kept(sd_pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr(
         generation, "draw", lambda family, prompts, *more: drawn.append(prompts) or draw(family, prompts, *more)
     )
-    generate(str(sd_pipeline), prompts, [0, 1, 2], folder, **SMALL)
+    drawn_by(str(sd_pipeline), prompts, [0, 1, 2], folder, **SMALL)
     assert drawn == [["b"]] and np.abs(pixels(folder) - before).max() <= 2
     after = files(folder)
     assert all(after[name] == intact[name] for name in intact if name != "000001.png")
@@ -114,7 +122,7 @@ def test_images_that_are_there_are_kept(sd_pipeline, tmp_path, monkeypatch):
 def test_a_broken_image_is_drawn_anew(damage, sd_pipeline, tmp_path):
     """As a full disk or a pulled plug leaves it."""
     folder, prompts = tmp_path / "drawn", ["a", "b", "c"]
-    generate(str(sd_pipeline), prompts, [0, 1, 2], folder, **SMALL)
+    drawn_by(str(sd_pipeline), prompts, [0, 1, 2], folder, **SMALL)
     before, intact = pixels(folder), files(folder)
     broken = image_path(folder, 1)
     if damage == "another kind":
@@ -122,20 +130,20 @@ def test_a_broken_image_is_drawn_anew(damage, sd_pipeline, tmp_path):
     else:
         whole = broken.read_bytes()
         broken.write_bytes(whole[: len(whole) // 2] if damage == "truncated" else b"no image")
-    generate(str(sd_pipeline), prompts, [0, 1, 2], folder, **SMALL)
+    drawn_by(str(sd_pipeline), prompts, [0, 1, 2], folder, **SMALL)
     after = files(folder)
     assert np.abs(pixels(folder) - before).max() <= 2 and Image.open(broken).format == "PNG"
     assert all(after[name] == intact[name] for name in intact if name != broken.name)
 
 
 def test_nothing_is_loaded_where_nothing_is_missing(sd_pipeline, tmp_path, request):
-    generate(str(sd_pipeline), ["a", "b"], [0, 1], tmp_path / "drawn", **SMALL)
+    drawn_by(str(sd_pipeline), ["a", "b"], [0, 1], tmp_path / "drawn", **SMALL)
     request.getfixturevalue("nothing_loads")
-    generate(str(sd_pipeline), ["a", "b"], [0, 1], tmp_path / "drawn", **SMALL)
-    generate(str(sd_pipeline), ["a"], [0], tmp_path / "drawn", **SMALL)  # fewer are there too
+    drawn_by(str(sd_pipeline), ["a", "b"], [0, 1], tmp_path / "drawn", **SMALL)
+    drawn_by(str(sd_pipeline), ["a"], [0], tmp_path / "drawn", **SMALL)  # fewer are there too
     assert len((tmp_path / "drawn" / "metadata.jsonl").read_text().splitlines()) == 2
     with pytest.raises(AssertionError, match="a model was loaded"):
-        generate(str(sd_pipeline), ["a", "b", "c"], [0, 1, 2], tmp_path / "drawn", **SMALL)
+        drawn_by(str(sd_pipeline), ["a", "b", "c"], [0, 1, 2], tmp_path / "drawn", **SMALL)
 
 
 def test_other_settings_are_refused_and_nothing_is_touched(sd_pipeline, tmp_path, nothing_loads, request):
@@ -143,10 +151,10 @@ def test_other_settings_are_refused_and_nothing_is_touched(sd_pipeline, tmp_path
     folder.mkdir()
     (folder / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="files that were not drawn here"):
-        generate(str(sd_pipeline), ["a"], [0], folder, **SMALL)
+        drawn_by(str(sd_pipeline), ["a"], [0], folder, **SMALL)
     (folder / "mine.txt").unlink()
     with pytest.raises(AssertionError):
-        generate(str(sd_pipeline), ["a"], [0], folder, **SMALL)
+        drawn_by(str(sd_pipeline), ["a"], [0], folder, **SMALL)
     before = files(folder)
     for changed, prompts, seeds in (
         ("num_inference_steps", ["a"], [0]),
@@ -155,7 +163,7 @@ def test_other_settings_are_refused_and_nothing_is_touched(sd_pipeline, tmp_path
     ):
         steps = {"steps": 3} if changed == "num_inference_steps" else {}
         with pytest.raises(ValueError, match=f"drawn with another {changed}; give another folder"):
-            generate(str(sd_pipeline), prompts, seeds, folder, **SMALL | steps)
+            drawn_by(str(sd_pipeline), prompts, seeds, folder, **SMALL | steps)
     assert files(folder) == before
 
 
@@ -188,8 +196,8 @@ def test_lora_is_loaded_onto_the_base_pipeline(name, request, image_folder, tmp_
         for value in saved.values():
             assert any(value.shape == own.shape and torch.equal(value.to(own.dtype), own) for own in adapters)
         assert not any(module.training for part in parts for module in part.modules())
-    drawn = pixels(generate(models[-1], ["a cat"], [0], tmp_path / "drawn", **SMALL))
-    base = pixels(generate(str(pipeline), ["a cat"], [0], tmp_path / "base", **SMALL))
+    drawn = pixels(drawn_by(models[-1], ["a cat"], [0], tmp_path / "drawn", **SMALL))
+    base = pixels(drawn_by(str(pipeline), ["a cat"], [0], tmp_path / "base", **SMALL))
     assert np.abs(drawn - base).max() > 2
 
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from trainer import same, weights
 
 from lpl.evaluation import sources
-from lpl.evaluation.generation import generate, load_model
+from lpl.evaluation.generation import load_model
 from lpl.evaluation.sources import find_models
-from tests.evaluation.test_generation import SMALL, pixels, run_folder
+from tests.evaluation.test_generation import SMALL, drawn_by, pixels, run_folder
 
 
 def test_defaults_are_the_runs_else_the_pipelines(sd_pipeline, run_folder):
@@ -84,11 +84,22 @@ def test_a_run_that_is_not_finished_has_its_checkpoints_on_the_base_pipeline(run
     shutil.copy(run_folder / "recipe.yaml", unfinished)
     (model,) = find_models(str(unfinished))
     assert model.step == 2 and model.config.model.pretrained_model_name_or_path == str(sd_pipeline)
-    drawn = generate(str(unfinished), ["a cat"], [0], tmp_path / "drawn", **SMALL)
+    drawn = drawn_by(str(unfinished), ["a cat"], [0], tmp_path / "drawn", **SMALL)
     (one,) = find_models(str(run_folder / "checkpoint-2"))
     assert one.step == 2 and one.label == "checkpoint-2"
-    alike = generate(one, ["a cat"], [0], tmp_path / "alike", **SMALL)
+    alike = drawn_by(one, ["a cat"], [0], tmp_path / "alike", **SMALL)
     assert np.array_equal(pixels(drawn), pixels(alike))
+
+
+def test_a_checkpoint_that_is_not_whole_is_refused(run_folder, tmp_path):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 3, "lo')  # cut short by a crash
+    assert find_models(str(run))[-1].step == find_models(str(run_folder))[-1].step
+    for file in (run / "checkpoint-2").rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match="checkpoint-2: this checkpoint is not whole"):
+        find_models(str(run / "checkpoint-2"))
 
 
 def test_a_moved_base_pipeline_is_named_by_its_flag(run_folder, sd_pipeline, tmp_path):

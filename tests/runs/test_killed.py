@@ -138,9 +138,9 @@ def test_a_checkpoint_without_its_last_file_is_passed_over(folder, caplog):
     assert "checkpoint-2 is not a whole checkpoint" in caplog.text
 
 
-@pytest.mark.parametrize("moment", range(5))
+@pytest.mark.parametrize("moment", range(6))
 def test_a_result_is_replaced_whole_or_not_at_all(moment, tmp_path, monkeypatch):
-    """Killed at any of its renames: after tidying up there is each part, old or new, and nothing else."""
+    """Killed at any of its renames: after tidying up all parts are old, or all are new, and nothing else is there."""
 
     def result(folder, text):
         (folder / "unet").mkdir()
@@ -161,5 +161,4 @@ def test_a_result_is_replaced_whole_or_not_at_all(moment, tmp_path, monkeypatch)
             result(folder, "new")
     tidy(tmp_path)
     found = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
-    new = {0: (), 1: (), 2: ("unet/weights",), 3: ("unet/weights",), 4: ("unet/weights", "model_index.json")}[moment]
-    assert found == {name: "new" if name in new else "old" for name in ("unet/weights", "model_index.json")}
+    assert found == dict.fromkeys(("unet/weights", "model_index.json"), "new" if moment else "old")

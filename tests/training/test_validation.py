@@ -147,6 +147,12 @@ def test_without_prompts_nothing_is_sampled(sampling):
     assert not idle.folder.exists()
 
 
+def test_samples_of_an_earlier_run_with_prompts_are_no_ones_without(sampling):
+    sampling.draw("a cat", step=1)
+    idle = sampling.samples()
+    assert idle.checkpoints(1) is None and idle.before_after(1) is None
+
+
 def test_samples_of_an_earlier_run_are_not_taken_for_this_ones(sampling):
     for prompts, average in (
         (["a cat", "a dog"], MovingAverage(sampling.trained.weights(), decay=0.9999)),

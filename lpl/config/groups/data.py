@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from lpl.config import data_sets, rules, sizes
-from lpl.config.choices import INTERPOLATION_MODES
+from lpl.config.choices import INTERPOLATION_MODES, MASK_COLUMN
 from lpl.config.flag import NOT_NEGATIVE, POSITIVE, SHARE, TWO_OR_MORE, flag, own_flag, silent_flag
 
 
@@ -193,12 +193,18 @@ class Data:
         parts = []
         for found in self.datasets:
             values = {name: value for name, value in found.items() if name not in data_sets.OWN}
-            for name in {"train_data_dir", "mask_data_dir"} & values.keys():
+            for name in set(data_sets.FOLDERS) & values.keys():
                 values[name] = os.path.expanduser(values[name])
             own = {name: found[name] for name in ("repeats", "loss_weight") if name in found}
             alone = replace(self, datasets=None, max_train_samples=None)
             parts.append(Part(data_sets.name_of(found), replace(alone, **values), **own))
         return parts
+
+    @property
+    def column_of_masks(self) -> str | None:
+        """--mask_column, or the one that --mask_data_dir fills."""
+        from_folder = any(part.data.mask_data_dir is not None for part in self.parts)
+        return MASK_COLUMN if from_folder else self.mask_column
 
     @property
     def holds_out_splits(self) -> bool:
