@@ -40,6 +40,7 @@ from lpl.objectives import at_least_float32
 GROUPS = 8  # of the group norms
 PROBED = 4  # values of each of the decoder's parameters that identify it
 FAITHFUL = 0.8  # mean cosine, and pull, below which a run warns
+PULLS_OF = 32  # samples that a pull is measured on; on a few it is mostly noise
 PULLS = 0.02  # least LPL's pull towards contrast, relative to the largest possible one, for a ratio to be meaningful
 FORM = 2  # of S; 1 did not normalise features
 FLAGS = {"mask_outliers": "--lpl_no_outlier_mask", "outliers": "--lpl_outlier_*"}  # of options; else --lpl_NAME

@@ -39,7 +39,7 @@ from tqdm.auto import tqdm
 
 from lpl.config.groups import Output, Validation
 from lpl.gradients import LEVEL_NAMES, summed_by_level
-from lpl.student import FAITHFUL, relative_pull
+from lpl.student import FAITHFUL, PULLS_OF, relative_pull
 from lpl.tools import layout
 from lpl.tools.files import entries, lines, number_entries, write_text
 from lpl.training.losses import BatchLosses
@@ -77,6 +77,7 @@ class Log:
         self.debug_loss = validation.debug_loss
         self.path, self.samples_path = run.folder / layout.LOG, run.folder / layout.SAMPLE_LOSSES
         self._reset()
+        self._student_pulls = torch.zeros(4, device=self.accelerator.device)  # since the last entry that has one
         self._samples: list[tuple[int, Tensor, Tensor]] = []  # step, index, and on the device the loss, both (B,)
         if run.is_main:
             self._continue(run.step, run.progress.looked)
@@ -141,7 +142,9 @@ class Log:
             self._squares += _where(squares.isfinite().all(), squares)  # an entry comes before the next step with LPL
             self._seen = True
         if losses.fidelity is not None:
-            self._fidelity += losses.fidelity.summed()
+            fidelity = losses.fidelity.summed()
+            self._fidelity += fidelity
+            self._student_pulls += fidelity[2:]
         if self.debug_loss:
             self._samples.append((step, batch["index"], losses.errors.detach()))
 
@@ -154,6 +157,8 @@ class Log:
         speed = (step - self._last_step) * self.length.global_batch / (now - self._since)
         record |= {"lr": lr, "images_per_second": speed}
         self._reset()
+        if "student_pull" in record:
+            self._student_pulls.zero_()
         if "student_cosine" in record:
             self._check_student(step, **{name: value for name, value in record.items() if name.startswith("student_")})
         self._append(step, record)
@@ -180,10 +185,10 @@ class Log:
     def _means(self, sums: Sequence[float]) -> dict[str, float]:
         """The numbers of an entry from the sums of :meth:`_summed`."""
         loss, diffusion_loss, lpl, weighted, count, with_lpl, of_lpl, of_diffusion, inside, rows, *rest = sums
-        levels, places = len(LEVEL_NAMES), len(self._fidelity)
+        levels = len(LEVEL_NAMES)
         cosines, counts, rest = rest[:levels], rest[levels : 2 * levels], rest[2 * levels :]
         pull, pulled, *rest = rest
-        fidelity, by_block = rest[:places], rest[places:]
+        (cosine, error, *_, corrected), (*pulls, pulled_on), by_block = rest[:6], rest[6:10], rest[10:]
         record: dict[str, float] = {}
         if count:  # else no loss was finite
             diffusion_loss /= count
@@ -206,10 +211,10 @@ class Log:
             record |= {f"lpl/{name}": part / max(with_lpl, 1) for name, part in zip(self.blocks, parts, strict=True)}
             if not self.student:  # which looks everywhere
                 record |= {f"kept/{name}": share / rows for name, share in zip(self.blocks, kept, strict=True)}
-        if self.student and fidelity[-1]:
-            cosine, error, *pulls, corrected = fidelity
+        if corrected:
             record |= {"student_cosine": cosine / corrected, "student_error": math.sqrt(error / corrected)}
-            if (pull := relative_pull(*pulls)) is not None:
+            enough = pulled_on * self.accelerator.num_processes >= PULLS_OF
+            if enough and (pull := relative_pull(*pulls)) is not None:
                 record["student_pull"] = pull
         return record | {"inside": inside / self._count}
 
@@ -231,9 +236,8 @@ class Log:
             return
         step, seconds, *sums, count, rows, inside, seen = state[self.accelerator.process_index]
         self._last_step = int(step)
-        self._sums, self._squares, cosines, self._pulls, self._fidelity, by_block = torch.tensor(
-            sums, device=device
-        ).split(sizes)
+        parts = torch.tensor(sums, device=device).split(sizes)
+        self._sums, self._squares, cosines, self._pulls, self._fidelity, self._student_pulls, by_block = parts
         self._cosines, self._by_block = cosines.view_as(self._cosines), by_block.view_as(self._by_block)
         self._count, self._rows = int(count), int(rows)
         self._inside, self._seen = inside, bool(seen)
@@ -248,7 +252,7 @@ class Log:
         self._cosines = torch.zeros(2, len(LEVEL_NAMES), device=device)  # as of summed_by_level
         self._pulls = torch.zeros(2, device=device)  # their sum and number
         # Of the samples that a student was corrected on, as of Fidelity.summed
-        self._fidelity = torch.zeros(6 if self.student else 0, device=device)
+        self._fidelity = torch.zeros(6, device=device)
         self._count = self._rows = 0  # micro-batches, and samples that LPL has seen
         self._inside, self._seen = 0.0, False
 
@@ -259,7 +263,8 @@ class Log:
 
     def _of_samples(self) -> tuple[Tensor, ...]:
         """The sums over samples, each as a vector."""
-        return self._cosines.flatten(), self._pulls, self._fidelity, self._by_block.flatten()
+        student = self._fidelity, self._student_pulls
+        return self._cosines.flatten(), self._pulls, *student, self._by_block.flatten()
 
     def validation(self, step: int, numbers: Mapping[str, float]) -> None:
         """An entry of its own for what a validation has measured after a step."""

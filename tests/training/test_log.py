@@ -13,6 +13,7 @@ from PIL import Image
 from runs import run_of
 from trainer import parsed
 
+from lpl.student import Fidelity
 from lpl.training import log as logs
 from lpl.training.log import Log, log_image
 from lpl.training.losses import BatchLosses
@@ -119,6 +120,7 @@ def add(
     cosines=(),
     levels=(),
     pulls=(),
+    fidelity=None,
 ):
     """A micro-batch of `size` samples. `grad`: of both terms at the model's output, one number each. `samples`: their
     diffusion losses, by index in the data set. `cosines`: of the gradients, of samples at these noise levels."""
@@ -132,6 +134,7 @@ def add(
         0 if by_block is None else rows,
         None if by_block is None else torch.tensor(by_block),
         levels=torch.tensor(levels, dtype=torch.long),
+        fidelity=fidelity,
     )
     if with_lpl:
         losses.cosines, losses.squares = torch.tensor(cosines), torch.tensor(grad or (0.0, 0.0)).square()
@@ -253,6 +256,18 @@ def test_parts_of_blocks_are_over_the_steps_with_lpl_and_kept_shares_over_the_sa
     add(log, lpl=0.0, inside=0)
     log.write(3, 1e-4)
     assert not [name for name in log.records()[-1] if "/" in name]
+
+
+def test_a_students_pull_is_that_of_many_samples(logging):
+    """Of 8 samples a step; the others are of each step."""
+    log = logging()
+    for step, pull in enumerate((0.0, 0.5, 1.0, 1.5, 0.5), 1):
+        ones = torch.ones(8)
+        add(log, step=step, fidelity=Fidelity(ones * step / 10, ones, pull * ones, ones, 2 * ones))
+        log.write(step, 1e-4)
+    found = [record.get("student_pull") for record in log.records()]
+    assert found == [None, None, None, pytest.approx(0.75), None]  # then it begins again
+    assert [record["student_cosine"] for record in log.records()] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
 
 
 def test_steps_without_lpl_count_for_the_diffusion_loss_only(logging):
