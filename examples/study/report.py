@@ -64,7 +64,7 @@ def compared(results: Mapping[str, Runs]) -> dict[str, dict[str, dict[str, Any]]
             if (speed := speed_of(row.without, results, run["machine"])) is not None:
                 run["time"] = speed / run["images_per_second"]
             lpl = found.get(f"{row.without}_lpl", {}).get(key)
-            if row.table == "cheap" and lpl:
+            if row.cheap and lpl:
                 run["kept"] = (other["texture"] - run["texture"]) / (other["texture"] - lpl["texture"])
     return {name: in_one_precision(runs) for name, runs in found.items()}
 
@@ -107,13 +107,15 @@ def cells(runs: Runs, columns: Mapping[str, tuple[str, str]]) -> list[str]:
 
 def table(kind: str, found: Mapping[str, Runs]) -> str:
     """One of TABLES, and the command that runs its rows."""
-    own = [name for name, row in ROWS.items() if row.table == kind]
+    own = [name for name, row in ROWS.items() if row.table == kind or (row.cheap and kind == "cheap")]
     others = dict.fromkeys(name for row in own for name in (ROWS[row].without, f"{ROWS[row].without}_lpl"))
     names = [name for name in (*(name for name in others if name not in own), *own) if found.get(name)]
-    lines = [["", *(heading for heading, _ in COLUMNS.values()), "seeds", "the paper", "row"]]
+    shown = {name: column for name, column in COLUMNS.items() if kind == "cheap" or name != "kept"}
+    lines = [["", *(heading for heading, _ in shown.values()), "seeds", "the paper", "row"]]
     for name in names:
         row = ROWS[name]
-        lines.append([row.label, *cells(found[name], COLUMNS), seeds(found[name]), row.paper, f"`{name}`"])
+        label = row.label if row.table == kind or row.table not in ONE_SETTING else words(row)
+        lines.append([label, *cells(found[name], shown), seeds(found[name]), row.paper, f"`{name}`"])
     columns = [column for place, column in enumerate(zip(*lines)) if place == 0 or any(column[1:])]
     parts = [markdown_rows(list(zip(*columns)))] if any(found.get(name) for name in own) else []
     if missing := [f"`{name}`" for name in own if not found.get(name)]:
@@ -173,7 +175,7 @@ def gain_for_time(found: Mapping[str, Runs], path: Path, plain: str = "flow") ->
     what costs less. Means over seeds."""
     from matplotlib.figure import Figure
 
-    cheap = (name for name, row in ROWS.items() if row.table == "cheap" and row.without == plain)
+    cheap = (name for name, row in ROWS.items() if row.cheap and row.without == plain)
     names = [name for name in (f"{plain}_lpl", *cheap) if found.get(name)]
     figure = Figure(figsize=(12, 4), dpi=120, layout="constrained")
     for axes, (key, title) in zip(figure.subplots(1, 2), CHANGES.items()):
@@ -182,7 +184,7 @@ def gain_for_time(found: Mapping[str, Runs], path: Path, plain: str = "flow") ->
             runs = [run for run in found[name].values() if {key, "time"} <= run.keys()]
             if runs:
                 time = mean(run["time"] * run["steps"] / int(str(ROW["max_train_steps"])) for run in runs)
-                label = ROWS[name].label.removeprefix(f"{ROWS[plain].label}, ")
+                label = words(ROWS[name]).removeprefix(f"{ROWS[plain].label}, ")
                 change = 100 * mean(run[key] for run in runs)
                 axes.plot([time], [change], marker, color=colour(name), label=label, alpha=0.8)
         axes.set_xlim(left=0)
