@@ -46,6 +46,7 @@ TABLES = tuple(dict.fromkeys(row.table for row in ROWS.values()))
 ONE_SETTING = ("weight", "statistics", "masks", "depth", "blocks", "threshold")  # tables
 CHANGES = {"change": "Fréchet distance", "texture_change": "that of textures"}
 SHOWN_ROWS = {"without LPL": "flow", "LPL, a fifth of the loss": "flow_lpl", "LPL, half of the loss": "share_50"}
+FAR = 3  # times LPL's largest gain: what gains more is drawn there, with its number
 SHOWN, ENLARGED = 10, 5  # images in a row of the pictures
 
 Runs = Mapping[str, Mapping[str, Any]]  # seed -> column -> number
@@ -180,13 +181,19 @@ def gain_for_time(found: Mapping[str, Runs], path: Path, plain: str = "flow") ->
     figure = Figure(figsize=(12, 4), dpi=120, layout="constrained")
     for axes, (key, title) in zip(figure.subplots(1, 2), CHANGES.items()):
         axes.axhline(0, color="#555753", linewidth=0.8, linestyle=":")
-        for name, marker in zip(names, itertools.cycle("osD^vPX*<>")):
-            runs = [run for run in found[name].values() if {key, "time"} <= run.keys()]
-            if runs:
+        points = {}
+        for name in names:
+            if runs := [run for run in found[name].values() if {key, "time"} <= run.keys()]:
                 time = mean(run["time"] * run["steps"] / int(str(ROW["max_train_steps"])) for run in runs)
-                label = words(ROWS[name]).removeprefix(f"{ROWS[plain].label}, ")
-                change = 100 * mean(run[key] for run in runs)
-                axes.plot([time], [change], marker, color=colour(name), label=label, alpha=0.8)
+                points[name] = time, 100 * mean(run[key] for run in runs)
+        lowest = FAR * min(change for name, (_, change) in points.items() if ROWS[name].flags["lpl_weight"] != "0")
+        for (name, (time, change)), marker in zip(points.items(), itertools.cycle("osD^vPX*<>")):
+            label = words(ROWS[name]).removeprefix(f"{ROWS[plain].label}, ")
+            axes.plot([time], [max(change, lowest)], marker, color=colour(name), label=label, alpha=0.8)
+            if change < lowest:  # beyond the picture
+                axes.annotate(
+                    f"{change:.0f} ↓", (time, lowest), xytext=(0, 8), textcoords="offset points", ha="center"
+                )
         axes.set_xlim(left=0)
         label_axes(axes, title, "time of the training, without LPL: 1", "change in %, lower is better")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
