@@ -115,6 +115,7 @@ def measure(vae: AutoencoderKL) -> dict[str, dict[str, float]]:
         "--lpl_blocks mid up_0 up_1 up_2": LatentPerceptualLoss(vae, blocks=("mid", "up_0", "up_1", "up_2")),
         "--lpl_blocks mid up_0 up_1": LatentPerceptualLoss(vae, blocks=("mid", "up_0", "up_1")),
         "--lpl_blocks mid up_0": LatentPerceptualLoss(vae, blocks=("mid", "up_0")),
+        "--lpl_blocks mid": LatentPerceptualLoss(vae, blocks=("mid",)),
         "--lpl_vae_dtype bfloat16": LatentPerceptualLoss(deepcopy(vae).to(torch.bfloat16)),
     }
     results |= {name: compare([estimate(other)], whole) for name, other in others.items()}

@@ -48,6 +48,7 @@ def ways(vae: AutoencoderKL, tiny: AutoencoderTiny, side: int, batch_size: int) 
         "--lpl_every 4": {"loss": whole, "every": 4},
         f"--lpl_max_samples {batch_size // 2}": {"loss": whole, "rows": batch_size // 2},
         "--lpl_crop, half of each side": {"loss": whole, "window": tile},
+        "--lpl_blocks mid": {"loss": LatentPerceptualLoss(vae, blocks=("mid",))},
         "--lpl_blocks mid up_0 up_1": {"loss": LatentPerceptualLoss(vae, blocks=("mid", "up_0", "up_1"))},
         "--lpl_no_outlier_mask": {"loss": LatentPerceptualLoss(vae, mask_outliers=False)},
         "--lpl_outlier_stride 4": {"loss": LatentPerceptualLoss(vae, outliers={"stride": 4})},

@@ -1,11 +1,9 @@
 """``python -m lpl.export``: see :mod:`lpl.publishing.export`."""
 
-import sys
-
 from lpl.tools.console import hush_libraries
 
 
-if __name__ == "__main__" and "--verbose" not in sys.argv:
+if __name__ == "__main__":
     hush_libraries()
 
 from lpl.publishing.export import main

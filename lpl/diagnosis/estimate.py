@@ -36,6 +36,7 @@ from lpl.diagnosis.without_weights import OneGpu, family_without_weights, model_
 from lpl.families import Conditions, Family
 from lpl.families.description import Description
 from lpl.families.resolve import with_decoder_dtype
+from lpl.loss import LatentPerceptualLoss
 from lpl.objectives import FlowMatching, Objective
 from lpl.student import Student, StudentLoss
 from lpl.tools.machine import DTYPES
@@ -130,9 +131,7 @@ class Rehearsal:
         self.trained = trained_parts(family, config, adapters)
         here = config.changed(offload_ema=False, non_ema_revision=None)  # what is offloaded is left out of the count
         self.average = place_models(self.trained, here, description, stands_in, accelerator.sharding)
-        self.lpl_loss = (
-            perceptual_loss(*_decoder(family, config.lpl, config.model.cache_dir)) if config.lpl.enabled else None
-        )
+        self.lpl_loss = _lpl_loss(family, config.lpl, config.model.cache_dir) if config.lpl.enabled else None
         self.lpl_loss = offload_vaes(family.vae, self.lpl_loss, optimization, accelerator.device)
         self.weight = lpl_weight(config.lpl, accelerator.device)
         plain = replace(optimization, optimizer="AdamW", use_8bit_adam=False, lr_scheduler="constant")
@@ -255,21 +254,18 @@ def _forget_encoders(family: Family, data: Data) -> Conditions:
     return {name: torch.as_tensor(value)[0] for name, value in conditions.items()}
 
 
-def _decoder(family: Family, lpl: Lpl, cache_dir: str | None) -> tuple[Any, Lpl, str | None]:
-    """Arguments of :func:`perceptual_loss`; a decoder of another precision or VAE is made from its configuration."""
+def _lpl_loss(family: Family, lpl: Lpl, cache_dir: str | None) -> LatentPerceptualLoss:
+    """The loss; a decoder of another precision or VAE is made from its configuration."""
     path, dtype = lpl.lpl_vae_name_or_path, DTYPES[lpl.decoder_dtype()]
     if path is None and family.vae.dtype == dtype:
-        return family.vae, lpl, cache_dir
+        return perceptual_loss(family.vae, lpl, cache_dir)
     # Any class's file is read so; AutoModel's name for it changes with what it has loaded before
     settings: Any = family.vae.config if path is None else AutoencoderKL.load_config(path, cache_dir=cache_dir)
-    other = (
-        model_without_weights(getattr(diffusers, settings["_class_name"]), settings, dtype)
-        .requires_grad_(False)
-        .eval()
-    )
+    other: Any = model_without_weights(getattr(diffusers, settings["_class_name"]), settings, dtype)
+    other.requires_grad_(False).eval()
     if path is None:  # a copy has no encoder
         drop_encoder(other)
-    return other, replace(lpl, lpl_vae_name_or_path=None), cache_dir
+    return perceptual_loss(other, replace(lpl, lpl_vae_name_or_path=None), cache_dir)
 
 
 def _student(lpl: Lpl, cache_dir: str | None) -> StudentLoss | None:

@@ -66,17 +66,15 @@ def attempts(
     found: Estimate,
     processes: int = 1,
     sharding: Sharding | None = None,
-    seconds: float = LONGEST,
 ) -> list[Attempt]:
     """Flags of :func:`remedies`, added one after the other until the run fits, as far as each saves memory.
 
     Args:
         capacity: bytes of the GPU.
         found: without any of them.
-        seconds: after which no further ones are tried.
     """
     started, tried, taken = time.monotonic(), set[str](), list[Attempt]()
-    while not found.fits(capacity) and time.monotonic() - started < seconds:
+    while not found.fits(capacity) and time.monotonic() - started < LONGEST:
         stage = max(found.memory, key=lambda stage: (found.memory[stage], stage is Stage.LPL_STEP))
         flags = _flags(config, description, mixed_precision, stage, sharding)
         row = next((row for row in flags if row not in tried), None)

@@ -162,7 +162,7 @@ def pipeline_source(config: Config, device: torch.device) -> tuple[Predictions, 
     images = _images(config, dataset, objective, space, description.empty_caption)
     family = load_family(config.model, config.lora, description, torch.float32)
     for part in (family.vae, family.denoiser, *family.text_encoders):
-        cast(ModelMixin, part).to(device)
+        cast(Any, part).to(device)
     model = TrainedParts(family, config.lora).requires_grad_(False).eval()
     lpl = config.lpl
     tau = sigma_threshold_at(lpl.lpl_sigma_threshold, *data.size, lpl.lpl_threshold_base_resolution)

@@ -195,12 +195,17 @@ class Family:
     def caption_lengths(self, captions: Sequence[str]) -> tuple[list[int], int]:
         """Tokens of each caption, and how many of them the text encoder takes; of several, the one that takes most."""
         names = [name.replace("text_encoder", "tokenizer") for name in self.text_encoder_names]
-        tokenizers = [of_text(tokenizer) for name in names if (tokenizer := getattr(self.pipeline, name)) is not None]
-        if not tokenizers or not captions:
+        found = {name: of_text(part) for name in names if (part := getattr(self.pipeline, name)) is not None}
+        if not found or not captions:
             return [], 0
-        limits = [min(self.tokens or each.model_max_length, each.model_max_length) for each in tokenizers]
-        tokenizer = tokenizers[limits.index(max(limits))]
-        return list(map(len, tokenizer(list(captions), verbose=False).input_ids)), max(limits)
+        lengths = self.token_lengths()
+        limits = {
+            name: lengths.get(name) or min(self.tokens or part.model_max_length, part.model_max_length)
+            for name, part in found.items()
+        }
+        longest = max(limits, key=lambda name: limits[name])
+        texts = self.texts(captions) if longest in lengths else list(captions)
+        return list(map(len, found[longest](texts, verbose=False).input_ids)), limits[longest]
 
     def predict(self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """The denoiser's output D, (B, C, h, w), for z_t and (B,) timesteps; without a learned variance."""

@@ -17,7 +17,7 @@ import torch
 from diffusers.loaders import single_file_utils as diffusers_utils
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_OFFLINE
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HTTPError, SafetensorsParsingError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -62,7 +62,7 @@ def read_header(source: str, revision: str | None, cache_dir: str | None) -> tup
         read = HfApi().parse_safetensors_file_metadata(
             place.repository, place.file, revision=place.revision or revision
         )
-    except (HTTPError, OSError, ValueError, SafetensorError) as error:
+    except (HTTPError, OSError, ValueError, SafetensorError, SafetensorsParsingError) as error:
         raise ValueError(_why_unreadable(place, first_line(error))) from error
     return {name: headers.empty(part.shape, part.dtype) for name, part in read.tensors.items()}, read.metadata
 

@@ -18,7 +18,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -60,6 +61,7 @@ from lpl.tools.words import first_line, warn
 VERSION = 2  # of what is made here
 PIPELINE, DENOISER = "--pretrained_model_name_or_path", "--denoiser_model_name_or_path"
 ORIGIN = "origin.json"  # of a converted file: whose configuration it has, and which of its components
+DENOISER_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json"]
 SMALL = ["*.json", "*/*.json", "*.txt", "*/*.txt", "*/*.model"]  # configurations and vocabularies
 Components = Mapping[str, tuple[str, str]]  # library and class by name
 
@@ -102,7 +104,11 @@ def derived(model: Model, weights: bool = True) -> Model:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
             warn(f"{_what(model, parts)}; this is done once, in {folder}")
-            _fill(unfinished, parts, model)
+            try:
+                _fill(unfinished, parts, model)
+            except BaseException:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                raise
             settle(unfinished)
             unfinished.rename(folder)
     return replace(model, folder=str(folder))
@@ -191,18 +197,15 @@ def _has_weights(name: str) -> bool:
 # Finding the parts ---------------------------------------------------------------------------------------------------
 
 
-class _naming:
-    """Within, a ValueError begins with the flag and its value."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, ValueError) and not str(error).startswith("--"):
-            raise ValueError(f"{self.what}: {error}") from error
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Context in which a ValueError begins with the flag and its value."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).startswith("--"):
+            raise
+        raise ValueError(f"{what}: {error}") from error
 
 
 def _parts(model: Model, path: str | None, weights: bool) -> _Parts:
@@ -211,7 +214,7 @@ def _parts(model: Model, path: str | None, weights: bool) -> _Parts:
     file = denoiser = None
     with _naming(what):
         if path is not None:
-            file = _looked_at(path, model)
+            file = _looked_at(path, model, model.revision)
             config = _config_of(model, file.header)
         else:
             config = model.source
@@ -257,10 +260,10 @@ def _read_lora(source: str, strength: float, parts: _Parts, model: Model) -> _Me
     return _Merged(source, strength, files, adapters)
 
 
-def _looked_at(path: str, model: Model) -> _File:
+def _looked_at(path: str, model: Model, revision: str | None) -> _File:
     if hub_file(path) is None and (why := why_no_file(path)):
         raise ValueError(why)
-    header, metadata = read_header(path, model.revision, model.cache_dir)
+    header, metadata = read_header(path, revision, model.cache_dir)
     if why := why_no_checkpoint(header):
         raise ValueError(why)
     return _File(path, Path(path), header, metadata)
@@ -277,28 +280,38 @@ def _config_of(model: Model, header: Header) -> str:
 
 
 def _found_denoiser(model: Model) -> _File | Path:
-    """The other denoiser: a file, or a folder, which is downloaded from the Hub."""
+    """The other denoiser: a file, or a folder, of which the configuration is downloaded from the Hub."""
     source = model.denoiser_model_name_or_path
     assert source is not None
     with _naming(f"{DENOISER} {source}"):
         if (path := single_file(source)) is not None:
-            return _looked_at(path, model)
+            return _looked_at(path, model, None)  # --revision is the pipeline's
         if Path(source).is_dir():
             if (Path(source) / INDEX).is_file():
                 raise ValueError("this is a pipeline; give the folder of its unet or transformer")
             if not (Path(source) / "config.json").is_file():
                 raise ValueError("this folder has no config.json; give that of a unet or transformer of diffusers")
             return Path(source)
-        return _snapshot(source, ["config.json", "*.safetensors", "*.safetensors.index.json"], model.cache_dir)
+        folder = _snapshot(source, ["config.json"], model.cache_dir)
+        if not (folder / "config.json").is_file():
+            raise ValueError("this repository has no config.json; give that of a unet or transformer of diffusers")
+        return folder
 
 
 def _downloaded_base(source: str, model: Model, patterns: list[str], revision: str | None) -> Path:
     return Path(source) if Path(source).is_dir() else _snapshot(source, patterns, model.cache_dir, revision)
 
 
-def _snapshot(source: str, patterns: list[str], cache_dir: str | None, revision: str | None = None) -> Path:
+def _snapshot(
+    source: str,
+    patterns: list[str],
+    cache_dir: str | None,
+    revision: str | None = None,
+    ignored: list[str] | None = None,
+) -> Path:
+    where: dict[str, Any] = {"cache_dir": cache_dir, "revision": revision}
     try:
-        return Path(snapshot_download(source, allow_patterns=patterns, cache_dir=cache_dir, revision=revision))
+        return Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=ignored, **where))
     except (HTTPError, OSError, ValueError) as error:
         raise ValueError(
             f"there is no such folder, and it cannot be read on the Hub ({first_line(error)}); for a single file, "
@@ -313,7 +326,13 @@ def _downloaded(parts: _Parts, model: Model, path: str | None) -> dict[str, Any]
     for name in ("file", "denoiser"):
         part = getattr(parts, name)
         if isinstance(part, _File):
-            new[name] = replace(part, place=local_file(part.source, model.revision, model.cache_dir))
+            revision = model.revision if name == "file" else None
+            new[name] = replace(part, place=local_file(part.source, revision, model.cache_dir))
+        elif part is not None and not Path(str(model.denoiser_model_name_or_path)).is_dir():
+            with _naming(f"{DENOISER} {model.denoiser_model_name_or_path}"):
+                new[name] = _snapshot(
+                    str(model.denoiser_model_name_or_path), DENOISER_FILES, model.cache_dir, ignored=["*/*"]
+                )
     if not Path(parts.base_name).is_dir() and parts.from_base():
         needed = parts.from_base()
         left = {name: None for name in parts.components if _has_weights(name) and name not in needed}

@@ -197,7 +197,8 @@ def _component_config(what: str, path: str, name: str, **where: str | None) -> M
     try:
         return _load_config(reader, path, subfolder=name, **where)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{what}: the pipeline has no {name} whose configuration can be read") from error
+        reason = "" if Path(path).is_dir() else f" ({first_line(error)})"  # of the Hub
+        raise ValueError(f"{what}: the pipeline has no {name} whose configuration can be read{reason}") from error
 
 
 def _used_vae_config(

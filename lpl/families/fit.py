@@ -8,6 +8,7 @@ are known by their :data:`Widths`: ``hidden_size`` of the embeddings, and ``proj
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
@@ -126,5 +127,6 @@ def encoder_widths(what: str, path: str, name: str, index: Mapping[str, Any], **
     try:
         config = encoder.config_class.from_pretrained(path, subfolder=name, **where).get_text_config()
     except Exception as error:  # the libraries raise a dozen kinds
-        raise ValueError(f"{what}: the pipeline has no {name} whose configuration can be read") from error
+        reason = "" if Path(path).is_dir() else f" ({first_line(error)})"  # of the Hub
+        raise ValueError(f"{what}: the pipeline has no {name} whose configuration can be read{reason}") from error
     return {"hidden_size": config.hidden_size, "projection_dim": getattr(config, "projection_dim", 0)}

@@ -15,6 +15,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +40,7 @@ from lpl.families.base import Family
 from lpl.families.checkpoint_files import local_file
 from lpl.families.lora_layout import LoraLayout, own_names
 from lpl.tools import layout
-from lpl.tools.privacy import hub_file, is_hub_id
+from lpl.tools.privacy import HubFile, hub_file, is_hub_id
 from lpl.tools.single_files import PICKLES
 from lpl.tools.words import first_line
 
@@ -109,12 +110,11 @@ class Adapter:
             use_dora=self.dora,
             use_rslora=self.rslora,
         )
-        before = {key: weight.requires_grad for key, weight in model.named_parameters()}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that of the trained adapter
             inject_adapter_in_model(config, model, adapter_name=name)
         for key, weight in model.named_parameters():
-            if key not in before and weight.dtype in (torch.float16, torch.bfloat16):
+            if f".{name}." in key and weight.dtype in (torch.float16, torch.bfloat16):
                 weight.data = weight.data.float()
         if whole:
             set_peft_model_state_dict(model, self._state(), adapter_name=name)
@@ -154,7 +154,11 @@ def lora_files(source: str, cache_dir: str | None = None) -> list[Path]:
     """
     if Path(source).suffix in PICKLES:
         raise ValueError("this is a pickle, which can run any code when it is read; give a .safetensors file")
-    if Path(source).is_file() or hub_file(source):
+    if Path(source).is_file():
+        return [Path(source)]
+    if (place := hub_file(source)) is not None:
+        if Path(place.file).name == PEFT_FILE:
+            _download_config(place, cache_dir)
         return [local_file(source, None, cache_dir)]
     if Path(source).is_dir():
         return [Path(source, name) for name in _chosen(_names_in(Path(source)))]
@@ -163,19 +167,32 @@ def lora_files(source: str, cache_dir: str | None = None) -> list[Path]:
     return _downloaded(source, cache_dir)
 
 
+def _download_config(place: HubFile, cache_dir: str | None) -> None:
+    """Get the settings of a file of peft beside it, if they are there; :func:`_of_peft` refuses it without them."""
+    name = str(Path(place.file).with_name(layout.PEFT_CONFIG))
+    with suppress(HTTPError, OSError):
+        hf_hub_download(place.repository, name, revision=place.revision, cache_dir=cache_dir)
+
+
 def _downloaded(repository: str, cache_dir: str | None) -> list[Path]:
     try:
         try:
             names = HfApi().list_repo_files(repository)
-        except (HTTPError, OSError):  # no network
-            there = Path(snapshot_download(repository, cache_dir=cache_dir, local_files_only=True))
+        except (HTTPError, OSError) as error:  # no network
+            try:
+                there = Path(snapshot_download(repository, cache_dir=cache_dir, local_files_only=True))
+            except (HTTPError, OSError):
+                raise error from None
             return [there / name for name in _chosen(_names_in(there))]
         chosen = _chosen(names)
         beside = [config for name in chosen if (config := str(Path(name).with_name(layout.PEFT_CONFIG))) in names]
         files = {name: Path(hf_hub_download(repository, name, cache_dir=cache_dir)) for name in (*chosen, *beside)}
         return [files[name] for name in chosen]
     except (HTTPError, OSError) as error:
-        raise ValueError(f"there is no such folder, and it cannot be read on the Hub ({first_line(error)})") from error
+        raise ValueError(
+            f"there is no such folder, and it cannot be read on the Hub ({first_line(error)}); if the repository is "
+            "gated or private, accept its licence on its page and run hf auth login"
+        ) from error
 
 
 def _names_in(folder: Path) -> list[str]:
@@ -232,16 +249,16 @@ def _read(file: Path, family: type[Family], models: Mapping[str, nn.Module]) -> 
         state = load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{file.name} is no whole safetensors file ({first_line(error)})") from error
-    if not any("lora" in name for name in state):
+    if not any("lora" in name.removeprefix("lora_") for name in state):  # all names of sd-scripts begin so
         kinds = next((kind for kind in ("hada", "lokr", "oft") if any(f".{kind}_" in name for name in state)), None)
         raise ValueError(f"this is no LoRA but {kinds}, which is not read" if kinds else "this is no LoRA")
     if all(name.startswith(PEFT_PREFIX) for name in state):
         return _of_peft(file, state, family)
-    if any(name.startswith("lora_") for name in state):
-        if (read := _of_kohya(state, family, models)) is not None:
-            return read
-        if any("dora_scale" in name for name in state):
-            raise ValueError("this is a DoRA in a layout that is not known, and diffusers would read it as a LoRA")
+    kohya = _of_kohya(state, family, models) if any(name.startswith("lora_") for name in state) else None
+    if kohya is not None:
+        return kohya
+    if any("dora_scale" in name for name in state):
+        raise ValueError("this is a DoRA in a layout that is not known, and diffusers would read it as a LoRA")
     return _of_diffusers(file, family, models)
 
 
@@ -249,7 +266,9 @@ def _of_peft(file: Path, state: Mapping[str, Tensor], family: type[Family]) -> d
     folder = file.parent.name
     name = folder.removesuffix(layout.PEFT_SUFFIX) if folder.endswith(layout.PEFT_SUFFIX) else family.denoiser_name
     config = file.with_name(layout.PEFT_CONFIG)
-    settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else None
+    if not config.is_file():
+        raise ValueError(f"{file.name} has no {config.name} beside it, which has its alpha")
+    settings = json.loads(config.read_text(encoding="utf-8"))
     return {name: _adapter({key.removeprefix(PEFT_PREFIX): value for key, value in state.items()}, settings)}
 
 
@@ -258,12 +277,13 @@ def _of_diffusers(file: Path, family: type[Family], models: Mapping[str, nn.Modu
     if not hasattr(loader, "lora_state_dict"):
         raise ValueError(f"{loader.__name__} loads no LoRA of this layout; give one that peft has saved")
     options: dict[str, Any] = {"weight_name": file.name, "use_safetensors": True, "return_lora_metadata": True}
+    options["return_alphas"] = True  # without it, Flux's and Chroma's loaders keep them to themselves
     options["unet_config"] = SimpleNamespace(**dict(cast(Any, models[family.denoiser_name]).config))
     if family.denoiser_name == "transformer":
         del options["unet_config"]
     try:
         found = loader.lora_state_dict(str(file.parent), **options)
-    except AssertionError as error:
+    except Exception as error:  # its converters raise half a dozen kinds
         raise ValueError(f"{WRONG_BASE}, or of a layout that diffusers does not know") from error
     state, metadata, alphas = found[0], found[-1], found[1] if len(found) == 3 else None
     adapters = {}
@@ -378,6 +398,8 @@ def _unstacked(
         raise ValueError(f"{WRONG_BASE}: the adapter of {names[0]} does not fit")
     rows = layout.in_order(model, names[0], up).split(sizes)
     lengths = state.get(f"{key}.dora_scale")
+    if lengths is not None and len(lengths) != len(up):
+        raise ValueError("this is a DoRA with norms over the inputs, as LyCORIS has them, which are not read")
     magnitudes = (
         [None] * len(names)
         if lengths is None
@@ -385,9 +407,11 @@ def _unstacked(
     )
     layers = {}
     for name, part, magnitude in zip(names, rows, magnitudes):
-        used = part.flatten(1).any(0) if len(names) > 1 else torch.ones(len(down), dtype=torch.bool)
-        if len(names) > 1 and not used.any():
-            continue
+        used = torch.ones(len(down), dtype=torch.bool)
+        if len(names) > 1 and up.any():  # else it has not been trained
+            used = part.flatten(1).any(0)
+            if not used.any():
+                continue
         used = used if part.ndim == 2 else torch.ones_like(used)
         kept = down[used], part[:, used].contiguous()
         layers[name] = Layer(*kept, scale * int(used.sum()), magnitude)

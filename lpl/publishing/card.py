@@ -212,8 +212,8 @@ class Result:
             name, revision = card.denoiser
             variant = {name: value for name, value in card.base_arguments.items() if name == "variant"}
             place = {"subfolder": name, "revision": revision, **variant}
-            words = [f"{key}={literal(value)}" for key, value in place.items()]
-            parts[name] = f"AutoModel.from_pretrained({', '.join([literal(shown(card.base_model)), *words])}"
+            given = [f"{key}={literal(value)}" for key, value in place.items()]
+            parts[name] = f"AutoModel.from_pretrained({', '.join([literal(shown(card.base_model)), *given])}"
         if card.other_denoiser:
             name, kind, source = card.other_denoiser
             config = literal(shown(card.file_config or card.base_model))

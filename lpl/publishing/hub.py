@@ -181,12 +181,16 @@ def _download_checkpoint(output: Output, target: Path) -> Path | None:
     """
     client, revision = api(output.hub_token), output.hub_revision
     full_id = name if "/" in (name := _name(output)) else f"{client.whoami()['name']}/{name}"
-    remote = last_checkpoint(client.list_repo_files(full_id, revision=revision))
-    if remote is None:
+    folders = last_checkpoints(client.list_repo_files(full_id, revision=revision))
+    if not folders:
         logger.warning(f"--resume_from_checkpoint hub: {full_id} has no checkpoint yet")
         return None
     source = {"revision": revision, "token": output.hub_token, "local_dir": target}
-    step = Progress.load(Path(hf_hub_download(full_id, f"{remote}/{layout.PROGRESS}", **source)).parent).step
+    steps = {
+        folder: Progress.load(Path(hf_hub_download(full_id, f"{folder}/{layout.PROGRESS}", **source)).parent).step
+        for folder in folders
+    }
+    remote, step = max(steps.items(), key=lambda entry: entry[1])
     local = find_checkpoints(output.output_dir)
     if local and Progress.load(local[-1]).step >= step:
         logger.info(
@@ -210,17 +214,16 @@ def _move_into(folder: Path, checkpoint: Path) -> None:
     checkpoint.rename(place)
 
 
-def last_checkpoint(files: list[str]) -> str | None:
-    """The folder of the latest whole checkpoint among a repository's files.
+def last_checkpoints(files: list[str]) -> list[str]:
+    """The folders of a repository's files of which one is its latest whole checkpoint: two if --hub_strategy changed.
 
-    >>> last_checkpoint(["checkpoint-5/progress.json", "checkpoint-10/progress.json", "checkpoint-20/config.json"])
-    'checkpoint-10'
+    >>> last_checkpoints(["checkpoint-5/progress.json", "checkpoint-10/progress.json", "checkpoint-20/config.json"])
+    ['checkpoint-10']
     """
     folders = [file.removesuffix(f"/{layout.PROGRESS}") for file in files if file.endswith(f"/{layout.PROGRESS}")]
-    if layout.LAST_CHECKPOINT in folders:
-        return layout.LAST_CHECKPOINT
     numbers = [int(match[1]) for folder in folders if (match := re.fullmatch(r"checkpoint-(\d+)", folder))]
-    return f"checkpoint-{max(numbers)}" if numbers else None
+    numbered = [f"checkpoint-{max(numbers)}"] if numbers else []
+    return [folder for folder in folders if folder == layout.LAST_CHECKPOINT] + numbered
 
 
 def api(token: str | None) -> HfApi:

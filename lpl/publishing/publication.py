@@ -158,9 +158,11 @@ class Publication:
         """
         if whole:
             made = snapshot.with_name("result")
-            self.save(made)
-            _take_all(made, snapshot)
-            shutil.rmtree(made)
+            try:
+                self.save(made)
+                _take_all(made, snapshot)
+            finally:
+                shutil.rmtree(made, ignore_errors=True)
         else:
             weights = checkpoint / layout.EMA if (checkpoint / layout.EMA).is_dir() else checkpoint
             for name in self.trained:

@@ -15,6 +15,7 @@ from lpl.tools.pictures import INK, PAPER, text_image
 
 
 SIDE = 240  # pixels, of the square that each picture is fitted into
+COLUMNS = 6
 GAP, MARGIN = 20, 28  # pixels between tiles, and around all of them
 FADED = 0.72  # share of paper where a picture fades
 TINTED = 0.5  # share of the tint
@@ -42,15 +43,13 @@ class Tile(NamedTuple):
     mask: Image.Image | None = None
 
 
-def contact_sheet(
-    tiles: Sequence[Tile], title: str, legend: Sequence[tuple[str, str]], columns: int = 6
-) -> Image.Image:
+def contact_sheet(tiles: Sequence[Tile], title: str, legend: Sequence[tuple[str, str]]) -> Image.Image:
     """Draws tiles in rows, under a title and the meanings of the colours.
 
     Args:
         legend: colours and what they mean.
     """
-    columns = max(1, min(columns, len(tiles)))
+    columns = max(1, min(COLUMNS, len(tiles)))
     width = max(2 * MARGIN + columns * (SIDE + GAP) - GAP, 640)
     head = _head(title, legend, width - 2 * MARGIN)
     rows = [[_drawn(tile) for tile in tiles[first : first + columns]] for first in range(0, len(tiles), columns)]

@@ -139,8 +139,12 @@ def _usual_mode(folder: Path) -> int:
 
 
 def _permit(path: Path, mode: int) -> None:
-    """Give a file the usual permissions: safetensors writes files that only their owner can read."""
-    if path.is_file() and stat.S_IMODE(path.stat().st_mode) != mode:
+    """Give a file the usual permissions: safetensors writes files that only their owner can read.
+
+    A hard link is left as it is: the file is somebody else's too.
+    """
+    found = path.stat()
+    if stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and stat.S_IMODE(found.st_mode) != mode:
         with suppress(OSError):  # some disks have no permissions
             path.chmod(mode)
 

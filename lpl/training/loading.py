@@ -6,7 +6,8 @@ are in the run's mixed precision. The VAE is always in float32: in half precisio
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ import diffusers
 import torch
 from accelerate import Accelerator
 from diffusers import AutoModel
+from safetensors import SafetensorError
 from torch import nn
 
 from lpl.config.groups import Lora, Model
@@ -21,9 +23,25 @@ from lpl.families import Family
 from lpl.families.description import Description
 from lpl.families.fit import component_class
 from lpl.families.tokens import of_text
-from lpl.tools.words import counted
+from lpl.tools.words import counted, first_line
 from lpl.training.average import MovingAverage
 from lpl.training.quantization import answer_in, quantization_config
+
+
+@contextmanager
+def loading_weights(what: str, hint: str = "") -> Iterator[None]:
+    """Context in which weights that cannot be loaded are a ValueError that names their flag.
+
+    Args:
+        what: the flag and its value.
+        hint: where to look.
+    """
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        if str(error).startswith("--"):  # it names a flag already
+            raise
+        raise ValueError(f"{what}: its weights cannot be loaded{hint} ({first_line(error)})") from error
 
 
 def load_family(model: Model, lora: Lora, description: Description, dtype: torch.dtype) -> Family:
@@ -147,8 +165,11 @@ def pipeline_source(model: Model, description: Description) -> dict[str, Any]:
 def replaced_components(model: Model) -> dict[str, nn.Module]:
     """The frozen components that come from elsewhere than the pipeline."""
     path = model.pretrained_vae_model_name_or_path
-    source = {"dtype": torch.float32, "cache_dir": model.cache_dir, "use_safetensors": True}
-    return {"vae": cast(nn.Module, AutoModel.from_pretrained(path, **source))} if path else {}
+    if not path:
+        return {}
+    with loading_weights(f"--pretrained_vae_model_name_or_path {path}"):
+        source = {"dtype": torch.float32, "cache_dir": model.cache_dir, "use_safetensors": True}
+        return {"vae": cast(nn.Module, AutoModel.from_pretrained(path, **source))}
 
 
 def fresh_denoiser(description: Description) -> nn.Module:

@@ -16,6 +16,7 @@ from lpl.gradients import conflict, contrast, cosine
 from lpl.loss import Formed, LatentPerceptualLoss
 from lpl.student import Fidelity, StudentLoss, load_student
 from lpl.tools.machine import DTYPES
+from lpl.training.loading import loading_weights
 from lpl.training.speed import lay_out
 from lpl.weighting import LplWeight
 
@@ -121,7 +122,8 @@ def perceptual_loss(
         compile_for: see :class:`LatentPerceptualLoss`.
         channels_last: lay out the decoder's convolutions so.
     """
-    decoder = feature_vae(vae, lpl.lpl_vae_name_or_path, DTYPES[lpl.decoder_dtype()], cache_dir)
+    with loading_weights(f"--lpl_vae_name_or_path {lpl.lpl_vae_name_or_path}"):
+        decoder = feature_vae(vae, lpl.lpl_vae_name_or_path, DTYPES[lpl.decoder_dtype()], cache_dir)
     if channels_last:
         lay_out(decoder)
     return LatentPerceptualLoss(
@@ -137,12 +139,13 @@ def student_of(lpl: Lpl, lpl_loss: LatentPerceptualLoss | None, cache_dir: str |
     """The student of --lpl_student; None: LPL is computed by the decoder, or not at all.
 
     Raises:
-        OSError, ValueError: if it cannot be loaded, or is none for this VAE and loss.
+        ValueError: if it cannot be loaded, or is none for this VAE and loss.
     """
     if lpl.lpl_student is None or not lpl.enabled:
         return None
     assert lpl_loss is not None
-    return load_student(lpl.lpl_student, lpl_loss, cache_dir)
+    with loading_weights(f"--lpl_student {lpl.lpl_student}"):
+        return load_student(lpl.lpl_student, lpl_loss, cache_dir)
 
 
 def lpl_weight(lpl: Lpl, device: torch.device) -> LplWeight:

@@ -22,6 +22,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
+    gather_object,
     set_seed,
 )
 
@@ -37,7 +38,7 @@ from lpl.families import Family
 from lpl.families.description import Description
 from lpl.tools import layout
 from lpl.tools.results import lora_entries, pipeline_entries
-from lpl.tools.words import first_line, warn
+from lpl.tools.words import warn
 from lpl.training.average import MovingAverage
 from lpl.training.base_model import identity
 from lpl.training.checkpoints import (
@@ -49,7 +50,7 @@ from lpl.training.checkpoints import (
     tidy,
 )
 from lpl.training.given_lora import Adapters
-from lpl.training.loading import average_from_revision, load_family, weight_dtype
+from lpl.training.loading import average_from_revision, load_family, loading_weights, weight_dtype
 from lpl.training.memory import place
 from lpl.training.parts import TrainedParts
 from lpl.training.preemption import OTHERS_WAIT
@@ -243,6 +244,11 @@ def start_or_resume(config: Config, accelerator: Accelerator, download: Callable
             if output.resume_from_checkpoint == "hub":
                 download(output)
         resumed = find_resumable(output.output_dir, output.resume_from_checkpoint)
+    if len(seen := set(gather_object([resumed.name if resumed else "none"]))) > 1:
+        raise ValueError(
+            f"--output_dir {output.output_dir}: the processes find different checkpoints ({', '.join(sorted(seen))}); "
+            "all machines need the same folder"
+        )
     if resumed is not None:
         progress = Progress.load(resumed)
         if seed not in (None, progress.seed):
@@ -328,13 +334,9 @@ def load_weights(config: Config, description: Description, accelerator: Accelera
     Raises:
         ValueError: where weights cannot be loaded.
     """
-    try:
+    what = f"--pretrained_model_name_or_path {config.model.source}"
+    with loading_weights(what, "; look at --variant and --revision"):
         return load_family(config.model, config.lora, description, weight_dtype(accelerator))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--pretrained_model_name_or_path {config.model.source}: its weights cannot be loaded; look at "
-            f"--variant and --revision ({first_line(error)})"
-        ) from error
 
 
 def trained_parts(family: Family, config: Config, adapters: Adapters | None = None) -> TrainedParts:

@@ -186,6 +186,14 @@ def test_the_encoder_that_takes_most_counts(sd3_pipeline, planned, tokens, limit
     assert found == limit and len(counts) == 1
 
 
+def test_an_instruction_counts_as_the_encoder_sees_it(lumina2_pipeline, planned):
+    """What the encoder takes has the instruction in front of the caption."""
+    family = planned(pipeline=lumina2_pipeline, lpl_weight=0).trained.family
+    (count,), limit = family.caption_lengths(["cat"])
+    (alone,) = map(len, family.pipeline.tokenizer(["cat"]).input_ids)
+    assert count > alone and limit == family.tokens
+
+
 # Learning rates and scheduler ----------------------------------------------------------------------------------------
 
 

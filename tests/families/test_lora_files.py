@@ -8,7 +8,7 @@ from loras import tiny_lora
 from safetensors.torch import load_file, save_file
 
 from lpl.autoencoders import skeleton
-from lpl.families import DiT, StableDiffusion, StableDiffusionXL
+from lpl.families import DiT, Flux, StableDiffusion, StableDiffusionXL, Wan
 from lpl.families.lora_files import Adapter, read_lora
 
 
@@ -106,9 +106,54 @@ def test_ranks_may_differ_from_layer_to_layer(sd_lora, sd_pipeline, tmp_path):
     assert all(layers[name].scaling["default"] == layer.alpha / layer.rank for name, layer in found.layers.items())
 
 
+def test_names_of_diffusers_may_have_alphas_too(flux_pipeline, tmp_path):
+    name = "transformer"
+    modules = dict(denoiser(flux_pipeline, name)[name].named_modules())
+    layer, module = next((layer, module) for layer, module in modules.items() if layer.endswith("attn.to_q"))
+    tensors = {
+        f"{name}.{layer}.lora_A.weight": torch.ones(2, module.in_features),
+        f"{name}.{layer}.lora_B.weight": torch.ones(module.out_features, 2),
+        f"{name}.{layer}.alpha": torch.tensor(1.0),
+    }
+    save_file(tensors, tmp_path / "file.safetensors")
+    found = read(tmp_path / "file.safetensors", flux_pipeline, Flux, name)[name]
+    assert (found.rank, found.alpha) == (2, 1.0)
+
+
+def test_an_adapter_leaves_the_precision_of_its_base(sd_lora, sd_pipeline):
+    model = denoiser(sd_pipeline)["unet"].to_empty(device="cpu").to(torch.bfloat16)
+    read(sd_lora, sd_pipeline)["unet"].inject(model, "default")
+    found = {(".default." in name, weight.dtype) for name, weight in model.named_parameters()}
+    assert found == {(True, torch.float32), (False, torch.bfloat16)}
+
+
+def test_pefts_file_needs_its_settings(sd_lora, sd_pipeline, tmp_path):
+    save_file({"base_model.model.conv_in.lora_A.weight": torch.ones(2, 2)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="has no adapter_config.json beside it, which has its alpha"):
+        read(tmp_path, sd_pipeline)
+
+
+@pytest.mark.parametrize("kohya", [True, False])
+def test_a_dora_that_would_be_read_as_a_lora_is_refused(kohya, sd_lora, sd_pipeline, tmp_path):
+    """With norms over the inputs, as LyCORIS writes them, and under names of diffusers."""
+    tensors = load_file(sd_lora / ("sd_comfyui.safetensors" if kohya else "pytorch_lora_weights.safetensors"))
+    name = next(name for name in tensors if name.endswith("down.weight" if kohya else "lora_A.weight"))
+    tensors[f"{name.rpartition('.lora_')[0]}.dora_scale"] = torch.ones(1, tensors[name].shape[1])
+    save_file(tensors, tmp_path / "file.safetensors")
+    with pytest.raises(ValueError, match="this is a DoRA"):
+        read(tmp_path / "file.safetensors", sd_pipeline)
+
+
+def test_a_lora_of_another_family_is_refused(sd_lora, wan_pipeline):
+    """Whatever the converters of diffusers raise."""
+    with pytest.raises(ValueError, match="it is of another base model"):
+        read(sd_lora / "sd_comfyui.safetensors", wan_pipeline, Wan, "transformer")
+
+
 @pytest.mark.parametrize(
     "tensors, words",
     [
+        ({"lora_unet_x.hada_w1_a": torch.zeros(2, 2)}, "this is no LoRA but hada"),
         ({"x.hada_w1_a": torch.zeros(2, 2)}, "this is no LoRA but hada"),
         ({"conv_in.weight": torch.zeros(2, 2)}, "this is no LoRA"),
         (

@@ -226,6 +226,14 @@ def test_the_last_checkpoint_comes_with_what_a_run_goes_on_with(hub, tmp_path):
         }
 
 
+@pytest.mark.parametrize("last, wanted", [(7, 10), (12, 12)])
+def test_of_two_strategies_the_later_checkpoint_counts(last, wanted, hub, tmp_path):
+    files = checkpoint(last, "last-checkpoint") | checkpoint(10, "checkpoint-10") | OF_THE_RUN
+    hub.repos["user/fox"] = Repository(files=files)
+    download("fox", tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").glob("*checkpoint*")] == [f"checkpoint-{wanted}"]
+
+
 def test_an_interrupted_download_is_no_checkpoint_and_goes_on(hub, tmp_path):
     hub.repos["user/fox"] = Repository(files=checkpoint(7, "last-checkpoint") | OF_THE_RUN)
     hub.faults.append(Fault("GET .*unet/w", status=403))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lpl.config.groups import Output
 from lpl.publishing import publication
 from lpl.publishing.publication import published, snapshot_of_result, take
 
@@ -82,3 +83,20 @@ def test_a_finished_folder_is_published_whole(tmp_path):
         "recipe.yaml",
     }
     assert "/home/me" not in (tmp_path / "snapshot/recipe.yaml").read_text()
+
+
+def test_a_result_that_cannot_be_saved_costs_its_own_snapshot_only(tmp_path, monkeypatch, caplog):
+    def save(folder):
+        (folder / "unet").mkdir(parents=True)  # raises where the last try has left something
+        if not queued and not caplog.text:
+            raise OSError("no space left")
+
+    queued = []
+    output = Output(output_dir=str(tmp_path), hub_strategy="every_save")
+    publishing = publication.Publication(output, "user/fox", save, (), lambda: None)
+    monkeypatch.setattr(publishing.uploads, "add", lambda snapshot: queued.append(snapshot.message))
+    for name, content in (("recipe.yaml", "seed: 0\n"), ("metrics.jsonl", "")):
+        (tmp_path / name).write_text(content)
+    for step in (1, 2):
+        publishing.checkpoint(tmp_path / "checkpoint-1", step)
+    assert queued == ["Step 2"] and "Nothing of step 1 can be published: no space left" in caplog.text

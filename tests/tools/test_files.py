@@ -1,6 +1,7 @@
 """Files are written atomically and durably, and states come back as they were."""
 
 import os
+import stat
 
 import pytest
 import torch
@@ -68,6 +69,16 @@ def test_a_whole_folder_is_flushed(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda number: flushed.append(os.fstat(number).st_ino))
     settle(tmp_path)
     assert {path.stat().st_ino for path in (tmp_path, *tmp_path.rglob("*"))} == set(flushed)
+
+
+def test_a_file_that_is_somebody_elses_too_keeps_its_permissions(tmp_path):
+    theirs, ours = tmp_path / "theirs", tmp_path / "folder" / "ours"
+    for path in (theirs, tmp_path / "folder" / "new"):
+        write_text(path, "text").chmod(0o400)
+    os.link(theirs, ours)
+    settle(tmp_path / "folder")
+    assert stat.S_IMODE(theirs.stat().st_mode) == 0o400
+    assert stat.S_IMODE((tmp_path / "folder/new").stat().st_mode) != 0o400
 
 
 def test_temporary_files_of_a_killed_process_are_removed(tmp_path):

@@ -41,6 +41,15 @@ def test_files_that_lack_weights_are_refused(file, change, words, sd_pipeline, i
     assert words in left.value.code and f"--pretrained_model_name_or_path {pipeline}" in left.value.code
 
 
+@pytest.mark.parametrize("flag", ["pretrained_vae_model_name_or_path", "lpl_vae_name_or_path"])
+def test_a_damaged_vae_is_named_by_its_flag(flag, sd_pipeline, image_folder, tmp_path):
+    vae = shutil.copytree(sd_pipeline / "vae", tmp_path / "vae")
+    (vae / "diffusion_pytorch_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(SystemExit) as left:
+        train(sd_pipeline, image_folder, tmp_path / "out", **{flag: vae})
+    assert f"--{flag} {vae}: its weights cannot be loaded" in left.value.code
+
+
 def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(sd_pipeline, image_folder, tmp_path):
     pipeline = shutil.copytree(sd_pipeline, tmp_path / "sd")
     path, config = pipeline / "text_encoder/model.safetensors", pipeline / "text_encoder/config.json"

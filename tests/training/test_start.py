@@ -62,6 +62,12 @@ def test_starting_afresh_beside_older_checkpoints_is_said(cpu, earlier, caplog):
     assert "checkpoint-10" in caplog.text and "--resume_from_checkpoint latest" in caplog.text
 
 
+def test_machines_without_a_common_folder_are_refused(cpu, earlier, monkeypatch):
+    monkeypatch.setattr("lpl.training.start.gather_object", lambda names: [*names, "none"])
+    with pytest.raises(ValueError, match=r"--output_dir .*different checkpoints \(checkpoint-10, none\)"):
+        start(earlier, resume_from_checkpoint="latest")
+
+
 def test_a_download_comes_before_the_search_for_a_checkpoint(cpu, tmp_path):
     def download(output):
         place = checkpoint_path(output.output_dir, 7)
