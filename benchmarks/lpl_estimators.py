@@ -143,7 +143,7 @@ def students() -> dict[str, dict[str, float]]:
     student = load_student(str(QUICKSTART / "student"), loss)
     whole, alone = (gradient(lambda z, of=of: of(z, latents).mean(), predicted) for of in (loss, student))
     results = {"--lpl_student": compare([alone], whole)}
-    for n in (2, 8, 16):
+    for n in (2, 8, 16, 32):
         corrected = [alone + n * (whole - alone), *[alone] * (n - 1)]
         results[f"--lpl_student, --lpl_correct_every {n}"] = compare(corrected, whole)
     return results

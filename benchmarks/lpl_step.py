@@ -6,8 +6,9 @@
 A step is forward and backward of Stable Diffusion 1.x's UNet at its real size (random weights, all of them trained, no
 optimizer) on every sample, and LPL with its VAE on the samples inside the threshold: here all of them, the most
 expensive case. All ways are timed in one process, interleaved; figures are relative to the step without LPL, times of
---lpl_every and --lpl_correct_every averaged over the steps, memory that of the step that needs most. The student has
-random weights, and the width that `python -m lpl.distill` gives it. Writes a JSON file.
+--lpl_every and --lpl_correct_every averaged over the steps, memory that of the step that needs most: what it allocates
+beside the models and their gradients, or with them. The student has random weights, and the width that
+`python -m lpl.distill` gives it. Writes a JSON file.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from lpl.distillation.command import default_width
 from lpl.student import Student, StudentLoss, difference
 
 
-CORRECT_EVERY = 16
+CORRECT_EVERY = 32  # with which they add less variance than --lpl_every 2 (benchmarks/lpl_estimators.py)
 
 
 def ways(vae: AutoencoderKL, tiny: AutoencoderTiny, side: int, batch_size: int) -> dict[str, dict[str, Any]]:
@@ -127,6 +128,7 @@ def main() -> None:
             times[name].append(seconds(run, device))
     middle = {name: statistics.median(values) for name, values in times.items()}
     plain = middle["without LPL"]
+    held = sum(weight.nbytes for model in (unet, unet, vae) for weight in model.parameters())  # unet: gradients too
     results = {}
     for name, given in options.items():
         every = given.get("every", 1)
@@ -134,6 +136,7 @@ def main() -> None:
         results[name] = {
             "time": round(((every - 1) * between + middle[name]) / every / plain, 3),
             "memory": round(memory[name] / memory["without LPL"], 3),
+            "memory_with_weights": round((memory[name] + held) / (memory["without LPL"] + held), 3),
         }
         print(f"{name:42s} time {results[name]['time']:6.3f}  memory {results[name]['memory']:6.3f}")
     record = {

@@ -45,7 +45,7 @@ FLAGS = {  # other flags; TINY stands for an AutoencoderTiny's folder
     "`--lpl_blocks mid up_0 up_1`": ("--lpl_blocks", "mid", "up_0", "up_1"),
     "AutoencoderTiny": ("--lpl_vae_name_or_path", "TINY"),
 }
-STUDENT, CORRECTED = "a student", "and `--lpl_correct_every 16`"
+STUDENT, CORRECTED = "a student", "and `--lpl_correct_every 32`"
 WIDTH, DEPTH = 256, 4  # of the student
 
 
@@ -87,7 +87,7 @@ def count(name: str, scale: str = "real") -> Row:
             _, _, other = counted(name, [*common, *words], scale=scale, stages=(Stage.LPL_STEP,))
             lpl[way] = other.operations[Stage.LPL_STEP] - plain
     lpl[STUDENT] = student_operations(*description.space, side)
-    lpl[CORRECTED] = lpl[STUDENT] + (with_lpl - plain) / 16
+    lpl[CORRECTED] = lpl[STUDENT] + (with_lpl - plain) / 32
     plain, with_lpl = (operations - found.text_encoder_operations for operations in (plain, with_lpl))
     tera = {way: operations / 1e12 for way, operations in lpl.items()}
     return Row(plain / 1e12, (with_lpl - plain) / 1e12, inside(config, description), tera)

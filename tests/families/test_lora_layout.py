@@ -209,7 +209,7 @@ def test_every_layer_of_a_transformer_is_found_under_its_original_name(family, b
     for name, layer in layers(model).items():
         down, up = (factor["default"].weight.flatten(1) for factor in (layer.lora_A, layer.lora_B))
         expected = ALPHA / RANK * (up @ (down @ vector(down.shape[1])))
-        torch.testing.assert_close(converted[f"{name}.weight"].flatten(), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(converted[f"{name}.weight"].flatten(), expected, atol=1e-3, rtol=1e-4)
 
 
 @pytest.fixture

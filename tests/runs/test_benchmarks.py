@@ -82,8 +82,8 @@ def test_step(batch_size, monkeypatch, tmp_path):
     monkeypatch.setattr(lpl_step, "AutoencoderKL", lambda **_: tiny_vae("sd"))
     flags = ("--resolution", "64", "--batch_size", str(batch_size), "--repeats", "1", "--threads", "1")
     record = run(monkeypatch, lpl_step, tmp_path / "step.json", *flags)
-    assert record["results"].pop("without LPL") == {"time": 1, "memory": 1}
-    assert len(record["results"]) == 13 and all(row["memory"] >= 0.9 for row in record["results"].values())
+    assert record["results"].pop("without LPL") == {"time": 1, "memory": 1, "memory_with_weights": 1}
+    assert len(record["results"]) == 14 and all(row["memory"] >= 0.9 for row in record["results"].values())
 
 
 def test_estimators(monkeypatch, tmp_path):

@@ -403,8 +403,8 @@ def test_the_cheaper_ways_have_what_was_measured():
     assert f"LPL takes {whole['time']:.2f} times" in text
     assert f"width 256 takes {student['time']:.2f} times" in text
     assert (
-        f"every 16th step {corrected['time']:.2f} times. Memory is {whole['memory']:.2f}, {student['memory']:.2f} and"
-        in text
+        f"every 32nd step {corrected['time']:.2f} times. Memory, with the UNet's weights and gradients, is "
+        f"{whole['memory_with_weights']:.2f}, {student['memory_with_weights']:.2f} and" in text
     )
 
 
