@@ -35,7 +35,7 @@ FIXTURES = [fixtures[0].removesuffix("_pipeline") for fixtures in TINY.values()]
 WITH_ENCODERS = ["sd", "sdxl", "sd3", "flux"]
 # Families whose LoRA only diffusers and peft read
 WITHOUT_OTHERS = {
-    *("pixart-alpha", "pixart-sigma", "dit", "sana", "lumina-2", "auraflow", "ernie-image", "krea-2"),
+    *("pixart-alpha", "pixart-sigma", "dit", "sana", "lumina-2", "auraflow"),
     *("kolors", "hunyuan-image"),
 }
 FLUX_DOUBLE_BLOCK = [f"transformer_blocks.0.{name}" for name in ("attn.to_q", "attn.to_k", "attn.to_v", "ff.net.2")]
