@@ -104,9 +104,9 @@ class RecipeLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        twice, times = next(iter(Counter(str(key.value) for key, _ in node.value).most_common(1)), ("", 0))
-        if times > 1:
-            raise yaml.YAMLError(f"it has {twice} twice; leave one of them out")
+        times = Counter(str(key.value) for key, _ in node.value)
+        if twice := [key for key, number in times.items() if number > 1]:
+            raise yaml.YAMLError(f"it has {twice[0]} twice; leave one of them out")
         return super().construct_mapping(node, deep)
 
 
