@@ -58,8 +58,11 @@ FAMILIES: tuple[type[Family], ...] = (
 )
 
 
-def find_family(pipeline_class_name: str | None) -> type[Family]:
+def find_family(pipeline_class_name: str | None, what: str = "--pretrained_model_name_or_path") -> type[Family]:
     """The family whose pipeline has that class name.
+
+    Args:
+        what: the flag that gives the pipeline, and its value.
 
     Raises:
         ValueError: if no family has it.
@@ -68,9 +71,7 @@ def find_family(pipeline_class_name: str | None) -> type[Family]:
         if family.pipeline_class.__name__ == pipeline_class_name:
             return family
     known = ", ".join(f"{family.pipeline_class.__name__} ({family.name})" for family in FAMILIES)
-    raise ValueError(
-        f"--pretrained_model_name_or_path: the pipeline's class is {pipeline_class_name}; supported are {known}"
-    )
+    raise ValueError(f"{what}: the pipeline's class is {pipeline_class_name}; supported are {known}")
 
 
 __all__ = ["FAMILIES", "Conditions", "Family", "find_family"]

@@ -220,7 +220,8 @@ def _parts(model: Model, path: str | None, weights: bool) -> _Parts:
             config = model.source
     if model.denoiser_model_name_or_path is not None:
         denoiser = _found_denoiser(model)
-    with _naming(what if path is None else f"--single_file_config {config}"):
+    what_base = what if path is None else f"--single_file_config {config}"
+    with _naming(what_base):
         base = _downloaded_base(config, model, SMALL, None if path is not None else model.revision)
         if not (base / INDEX).is_file():
             raise ValueError(
@@ -230,8 +231,8 @@ def _parts(model: Model, path: str | None, weights: bool) -> _Parts:
                 else f"this has no {INDEX}, so it is no pipeline of diffusers"
             )
         index = json.loads((base / INDEX).read_text(encoding="utf-8"))
-        family = find_family(index.get("_class_name"))
-        check_components(config, index)
+        family = find_family(index.get("_class_name"), what_base)
+        check_components(what_base, index)
     if file is not None:  # nobody misses its safety checker
         index |= {name: [None, None] for name in family.idle_components() if name in index}
     parts = _Parts(base, config, index, family, file, denoiser, (), weights)

@@ -102,13 +102,13 @@ def read_pipeline(model: Model, blocks: Sequence[str] | None = None, weights: bo
     except (OSError, ValueError) as error:
         why = why_no_pipeline(path) or _why_not_on_the_hub(path, first_line(error))
         raise ValueError(f"--pretrained_model_name_or_path {model.source}: {why}") from error
-    family = find_family(index.get("_class_name"))
     what = f"--pretrained_model_name_or_path {model.source}"
+    family = find_family(index.get("_class_name"), what)
     if why := family.why_refused(index):
         raise ValueError(f"{what}: {why}")
     if lacked := [package for package in family.packages if weights and missing(package)]:
         raise ValueError(f"{what}: its tokenizer needs {lacked[0]}: pip install {lacked[0]}")
-    check_components(model.source, index, family.pipeline_class._get_signature_keys(family.pipeline_class)[0])
+    check_components(what, index, family.pipeline_class._get_signature_keys(family.pipeline_class)[0])
     components = components_in(index)
     absent = dict.fromkeys(name for name, entry in components.items() if tuple(entry) == (None, None))
     absent |= dict.fromkeys(name for name in family.optional_components if name not in components)

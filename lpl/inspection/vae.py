@@ -60,7 +60,7 @@ def find_vae(model: Model, blocks: Sequence[str] | None = None) -> tuple[str | N
     except (OSError, ValueError):
         pass
     else:
-        check_components(model.source, index)
+        check_components(what, index)
         components = {name: entry[-1] for name, entry in components_in(index).items()}
         subfolders = [name for name, kind in components.items() if kind in SUPPORTED] or [VAE]
     for subfolder in subfolders:

@@ -75,7 +75,7 @@ def prepare_repository(output: Output, lora: bool = False) -> str:
     except (HTTPError, OSError, ValueError) as error:  # all that a request raises; ValueError for a bad name
         otherwise = "leave --push_to_hub out" if output.push_to_hub else ""
         raise HubError(f"{what}: {explain(error, name, otherwise)}") from error
-    _check_kind(full_id, there, lora)
+    _check_kind(what, full_id, there, lora)
     if private:
         _warn_if_public(full_id, token)
     return full_id
@@ -102,13 +102,13 @@ def check_not_source(config: Config, repository: str) -> None:
             )
 
 
-def _check_kind(repo_id: str, files: list[str], lora: bool) -> None:
+def _check_kind(what: str, repo_id: str, files: list[str], lora: bool) -> None:
     """Refuse a repository with a result of the other kind, which would stay beside this one, under its card."""
     other = re.compile(re.escape(layout.INDEX) if lora else rf"{layout.LORA}|[^/]+{layout.PEFT_SUFFIX}/.*")
     if found := next(filter(other.fullmatch, files), None):
         kinds = ("LoRA", "pipeline") if lora else ("pipeline", "LoRA")
         raise HubError(
-            f"--push_to_hub: {repo_id} has a {kinds[1]} ({found}), and this is a {kinds[0]}, whose card would be over "
+            f"{what}: {repo_id} has a {kinds[1]} ({found}), and this is a {kinds[0]}, whose card would be over "
             "both; give another --hub_model_id or --hub_revision"
         )
 

@@ -29,10 +29,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float)
 
 
-def check_components(path: str, index: Mapping[str, Any], modules: Iterable[str] = ()) -> None:
+def check_components(what: str, index: Mapping[str, Any], modules: Iterable[str] = ()) -> None:
     """Refuse a pipeline with a component whose class belongs to neither diffusers nor transformers.
 
     Args:
+        what: the flag and its value.
         index: the content of its ``model_index.json``.
         modules: entries that must be components.
 
@@ -47,7 +48,7 @@ def check_components(path: str, index: Mapping[str, Any], modules: Iterable[str]
             case [library, str()] if library in LIBRARIES:
                 continue
         raise ValueError(
-            f"--pretrained_model_name_or_path {path}: its {name} is {'.'.join(map(str, entry))}, which is no "
+            f"{what}: its {name} is {'.'.join(map(str, entry))}, which is no "
             "class of diffusers or transformers, and code of a repository is not run; give a pipeline without it"
         )
 

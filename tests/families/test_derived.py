@@ -17,6 +17,7 @@ from lpl.config.groups import Model
 from lpl.families.derived import derived, origin
 from lpl.families.description import read_pipeline
 from lpl.publishing.export import export
+from lpl.tools.layout import INDEX
 
 
 SD = ("unet", "vae", "sd_text_encoder")
@@ -189,6 +190,18 @@ def test_what_is_no_checkpoint_is_refused_by_its_header(tensors, words, made, tm
 def test_a_configuration_that_cannot_be_had_is_named(sd_file, made):
     with pytest.raises(ValueError, match="--single_file_config stable-diffusion-v1-5/.*: there is no such folder"):
         made(sd_file)  # offline
+
+
+def test_a_configuration_of_another_kind_is_named(sd_file, sd_pipeline, made, tmp_path):
+    folder = shutil.copytree(sd_pipeline, tmp_path / "other")
+    index = json.loads((folder / INDEX).read_text())
+    for change, words in (
+        ({"_class_name": "OtherPipeline"}, "the pipeline's class is OtherPipeline; supported are"),
+        ({"vae": ["other", "VAE"]}, "its vae is other.VAE, which is no class of"),
+    ):
+        (folder / INDEX).write_text(json.dumps(index | change))
+        with pytest.raises(ValueError, match=f"^--single_file_config {folder}: {words}"):
+            made(sd_file, single_file_config=str(folder))
 
 
 # Another denoiser ----------------------------------------------------------------------------------------------------
