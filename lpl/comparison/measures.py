@@ -23,7 +23,7 @@ from lpl.tools.files import number_entries
 
 UNLIKELY = 0.05  # 6 seeds that agree, or 8 of 9
 HELD_OUT = {"validation_loss": "diffusion loss on held-out images", "validation_lpl": "LPL on held-out images"}
-CHANCE = "If LPL made no difference, so many seeds or more would be alike with a probability of {:g}%."
+CHANCE = "If LPL made no difference, seeds would agree at least this much with a probability of {:g}%."
 
 
 @dataclass(frozen=True)

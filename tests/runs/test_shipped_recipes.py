@@ -182,7 +182,7 @@ def test_the_readme_lists_every_recipe_with_what_its_head_says():
 
 def test_the_commands_of_the_readme_parse(image_folder):
     commands = re.findall(r"^accelerate launch .*?[^\\]$", README, re.MULTILINE | re.DOTALL)
-    assert len(commands) == 3
+    assert len(commands) == 2
     for text in commands:
         words = shlex.split(text.replace("\\\n", " ").replace("path/to/images", str(image_folder)))
         assert words[2] == SCRIPT
