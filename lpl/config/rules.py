@@ -13,6 +13,7 @@ import yaml
 
 from lpl.config.choices import CLIP_SCORE, LR_SCHEDULERS, SET_METRICS
 from lpl.config.flag import Range, Values, number
+from lpl.config.sizes import sides_of
 from lpl.options import AUTO, MASK_RANGES
 from lpl.tools.privacy import HUB_ID, hub_file, is_hub_id
 
@@ -137,6 +138,10 @@ def divides_tags(flags: Values) -> bool:
 def less_than(name: str, other: str) -> Condition:
     """The flag ``name`` has a smaller value than another one."""
     return lambda flags: (flags[name] or 0) < flags[other]
+
+
+def crops_for_lpl(flags: Values) -> bool:
+    return (flags["lpl_crop"] or 0) < sides_of(flags["resolution"])[-1]
 
 
 def warms_up(flags: Values) -> bool:

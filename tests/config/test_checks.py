@@ -333,6 +333,7 @@ def test_negative_numbers_are_numbers(number, sd_pipeline, image_folder, tmp_pat
         ({"lpl_max_samples": 2}, "--lpl_max_samples"),  # --train_batch_size is 2
         ({"lpl_chunk_size": 2}, "--lpl_chunk_size"),
         ({"lpl_crop": 32}, "--lpl_crop"),
+        ({"lpl_crop": 64, "resolution": "32,64"}, "--lpl_crop"),
         ({"dream_detail_preservation": 0.5}, "--dream_detail_preservation"),
         ({"timestep_bias_multiplier": 2.0}, "--timestep_bias_multiplier"),
         ({"timestep_bias_strategy": "range", "timestep_bias_portion": 0.5}, "--timestep_bias_portion"),
@@ -384,6 +385,7 @@ EFFECTIVE = [
     ("sd_pipeline", {"lpl_weight": 0, "validation_every_nth": 2, "lpl_distance": "l1"}),
     ("sd_pipeline", {"lpl_weight": 0, "validation_every_nth": 2, "lpl_chunk_size": 1, "lpl_outlier_erosion": 7}),
     ("sd_pipeline", {"lpl_every": 2, "lpl_max_samples": 1, "lpl_crop": 16, "lpl_outlier_stride": 4}),
+    ("sd_pipeline", {"lpl_crop": 32, "resolution": "32,64"}),
     ("sd_pipeline", {"lpl_variant": "reference", "lpl_every": 2, "lpl_max_samples": 1, "lpl_chunk_size": 1}),
     ("sd_pipeline", {"dry_run": True, "lora": True}),
     ("sd3_pipeline", {"max_sequence_length": 128, "logit_std": 2.0, "logit_mean": 0.5}),

@@ -128,7 +128,7 @@ class Lpl:
         range=POSITIVE,
         held_out=None,
         training_only=True,
-        used=rules.less_than("lpl_crop", "resolution"),
+        used=rules.crops_for_lpl,
     )
     lpl_project_conflicts: bool = flag(
         False,
