@@ -137,12 +137,12 @@ def _caption(row: Mapping[str, Any], columns: Sequence[str]) -> Any:
 def spaced(length: int, count: int) -> list[int]:
     """At most ``count`` places, evenly spaced from the first to the last.
 
-    >>> spaced(3, 5), spaced(9, 5)
-    ([0, 1, 2], [0, 2, 4, 6, 8])
+    >>> spaced(3, 5), spaced(9, 5), spaced(9, 1)
+    ([0, 1, 2], [0, 2, 4, 6, 8], [0])
     """
     if length <= count:
         return list(range(length))
-    return [place * (length - 1) // (count - 1) for place in range(count)]
+    return [place * (length - 1) // max(count - 1, 1) for place in range(count)]
 
 
 def image_digest(image: Mapping[str, Any] | None, folders: Sequence[str]) -> str:

@@ -199,6 +199,11 @@ def test_tiles_show_what_is_wrong(folder, tmp_path):
 # What it refuses -----------------------------------------------------------------------------------------------------
 
 
+def test_a_sheet_of_one_image(folder, shown, tmp_path):
+    shown(folder, "--num_images", 1)
+    assert (tmp_path / "sheet.png").is_file()
+
+
 def test_nothing_to_train_on(tmp_path, shown):
     place = tmp_path / "images"
     place.mkdir()
