@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
@@ -34,6 +33,7 @@ from lpl.config.choices import ENDLESS_SCHEDULERS
 from lpl.config.config import FLAGS
 from lpl.config.data_sets import as_word
 from lpl.config.flag import LENGTH, REFUSED, SILENT
+from lpl.config.recipes import read_entries, take_measured
 from lpl.config.rules import is_path
 from lpl.data.fingerprint import other_data
 from lpl.tools import layout
@@ -254,9 +254,21 @@ def find_resumable(output_dir: str, name: str | None) -> Path | None:
 
 
 def recipe_of(resumable: Path) -> dict[str, Any]:
-    """The recipe beside a checkpoint; empty if there is none."""
+    """The recipe beside a checkpoint; empty if there is none.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
     file = resumable.resolve().parent / layout.RECIPE
-    return (yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None) or {}
+    if not file.is_file():
+        return {}
+    try:
+        return read_entries(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--resume_from_checkpoint {resumable.name}: {file} cannot be read ({first_line(error)}); repair it, or "
+            "delete it to resume without a comparison of the flags and the data"
+        ) from error
 
 
 def check_data(resumable: Path, now: Mapping[str, Any]) -> None:
@@ -265,7 +277,7 @@ def check_data(resumable: Path, now: Mapping[str, Any]) -> None:
     Args:
         now: :func:`lpl.data.fingerprint.data_facts` of this run.
     """
-    earlier = (recipe_of(resumable).get("measured") or {}).get("data") or {}
+    earlier = take_measured(recipe_of(resumable)).get("data") or {}
     if difference := other_data(earlier, now):
         shifted = earlier.get("images") != now.get("images")
         logger.warning(
@@ -298,7 +310,7 @@ def check_recipe(resumable: Path, values: Mapping[str, Any], processes: int, bas
                 f"{change}, and its checkpoints cannot be resumed otherwise; start another run, or change it back"
             )
         logger.warning("%s; the new value holds from here on", change)
-    measured = earlier.get("measured") or {}
+    measured = take_measured(earlier)
     for difference in (*_other_base(measured, earlier, values, base), *_other_processes(measured, values, processes)):
         logger.warning(difference)
 

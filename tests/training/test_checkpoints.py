@@ -203,6 +203,16 @@ def test_what_cannot_be_loaded_is_one_sentence(text, trained, sd_pipeline, image
     assert "\n" not in end.value.code
 
 
+@pytest.mark.parametrize("text", ["seed: [3", "- seed", "seed: 3\nseed: 4", ""])
+def test_a_damaged_recipe_is_one_sentence(text, trained, sd_pipeline, image_folder, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    (folder / "recipe.yaml").write_text(text)
+    flags = {"use_ema": True, "lpl_weight": 0, "seed": 3, "resume_from_checkpoint": "latest"}
+    with pytest.raises(SystemExit, match="--resume_from_checkpoint checkpoint-4: .*recipe.yaml cannot be read") as end:
+        train(sd_pipeline, image_folder, folder, **flags)
+    assert "\n" not in end.value.code
+
+
 def test_the_disk_holds_a_checkpoint_before_an_old_one_goes(state, tmp_path, monkeypatch):
     old, events = save_checkpoint(state, str(tmp_path), Progress(1, 0), 1), []
     fsync, delete = os.fsync, files._delete
