@@ -23,7 +23,7 @@ from datasets import List as ListFeature
 from lpl.config.groups import Data, Part
 from lpl.data.captions import CAPTION_COLUMNS, caption_columns, caption_rows, texts_of
 from lpl.data.folder import Contents
-from lpl.tools.words import counted
+from lpl.tools.words import counted, distinct
 
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def joined(parts: Sequence[Part], loaded: Sequence[Dataset], data: Data) -> Data
 
     If one of them has several caption columns, each keeps its own, and the column :data:`CAPTION_COLUMNS` names them.
     """
-    names = _unique([part.name for part in parts])
+    names = distinct([part.name for part in parts])
     words = [part.data.caption_column for part in parts]
     apart = data.several_caption_columns
     renamed = [
@@ -126,15 +126,6 @@ def joined(parts: Sequence[Part], loaded: Sequence[Dataset], data: Data) -> Data
             dataset = dataset.add_column(name, column, feature=features[name])  # type: ignore[arg-type]
         marked.append(dataset)
     return concatenate_datasets(marked)
-
-
-def _unique(names: Sequence[str]) -> list[str]:
-    """Names, of which equal ones get numbers.
-
-    >>> _unique(["cats", "dogs", "cats"])
-    ['cats (1)', 'dogs', 'cats (3)']
-    """
-    return [f"{name} ({place})" if names.count(name) > 1 else name for place, name in enumerate(names, 1)]
 
 
 def _renamed(dataset: Dataset, names: dict[str, str]) -> Dataset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import re
 import warnings
@@ -126,6 +127,21 @@ def counted(count: int, word: str) -> str:
     ('1 process', '2 processes', '2 images')
     """
     return f"{count} {word}{'' if count == 1 else 'es' if word.endswith('s') else 's'}"
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Names, of which a repeated one gets a number that no other name has.
+
+    >>> distinct(["a cat", "a dog", "a cat"]), distinct(["a cat", "a cat (2)", "a cat"])
+    (['a cat', 'a dog', 'a cat (2)'], ['a cat', 'a cat (2)', 'a cat (3)'])
+    """
+    taken, found = set(names), list[str]()
+    for name in names:
+        if name in found:
+            name = next(other for number in itertools.count(2) if (other := f"{name} ({number})") not in taken)
+            taken.add(name)
+        found.append(name)
+    return found
 
 
 def pixels(height: int, width: int) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from PIL import Image
 
 from lpl.tools.pictures import SMALLEST_TILE, labelled_grid
+from lpl.tools.words import distinct
 
 
 MOST_COLUMNS, MOST_ROWS = 12, 100
@@ -26,7 +27,7 @@ def compared(columns: Mapping[str, Sequence[Image.Image]], names: Sequence[str])
     """
     if len(names) > MOST_ROWS:
         logger.info(f"a grid that compares has the first {MOST_ROWS} of {len(names):,} samples")
-    labels = _distinct(names[:MOST_ROWS])
+    labels = distinct(names[:MOST_ROWS])
     rows = {label: [column[number] for column in columns.values()] for number, label in enumerate(labels)}
     room = int(math.sqrt(MOST_PIXELS / (len(columns) * len(rows))))
     longest = max(max(image.size) for row in rows.values() for image in row)
@@ -42,15 +43,3 @@ def evenly(steps: Sequence[int]) -> list[int]:
     if len(steps) <= MOST_COLUMNS:
         return list(steps)
     return [steps[round(number * (len(steps) - 1) / (MOST_COLUMNS - 1))] for number in range(MOST_COLUMNS)]
-
-
-def _distinct(names: Sequence[str]) -> list[str]:
-    """
-    >>> _distinct(["a cat", "a dog", "a cat"])
-    ['a cat', 'a dog', 'a cat (2)']
-    """
-    found: list[str] = []
-    for number, name in enumerate(names):
-        times = names[: number + 1].count(name)
-        found.append(name if times == 1 else f"{name} ({times})")
-    return found

@@ -101,6 +101,14 @@ def test_a_bad_image_is_replaced_within_its_data_set_and_named(two, tmp_path):
     assert images[0, 0]["caption"] == "x"  # nothing else is left
 
 
+def test_data_sets_of_one_name_are_told_apart(tmp_path):
+    folders = [folder_of(tmp_path / place / "cats", "a.png") for place in ("one", "two", "three")]
+    names = ("cats", "cats (2)", "cats")
+    entries = [{"train_data_dir": folder, "name": name} for folder, name in zip(folders, names)]
+    images, _ = images_of(entries, tmp_path)
+    assert images.file_names([0, 1, 2]) == {0: "cats: a.png", 1: "cats (2): a.png", 2: "cats (3): a.png"}
+
+
 def test_data_sets_with_several_caption_columns_beside_others(two, tmp_path):
     """Each draws of its own columns, by its own shares; a list in one of them makes no difference."""
     rows = [{"file_name": f"{name}.png", "text": "words", "tags": ["tag", "other"]} for name in "abc"]

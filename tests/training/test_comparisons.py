@@ -75,10 +75,10 @@ def test_names_stand_in_every_row_once_and_large_grids_shrink(monkeypatch):
     found = []
     monkeypatch.setattr(comparisons, "labelled_grid", lambda *given: found.append(given))
     image = Image.new("RGB", (1024, 512))
-    comparisons.compared({"step 1": [image] * 3, "step 2": [image] * 3}, ["a", "b", "a"])
+    comparisons.compared({"step 1": [image] * 3, "step 2": [image] * 3}, ["a", "a (2)", "a"])
     comparisons.compared({"step 1": [image] * 120, "step 2": [image] * 120}, ["a"] * 120)
     (rows, heads, tile), (many, _, smaller) = found
-    assert list(rows) == ["a", "b", "a (2)"] and heads == ["step 1", "step 2"] and tile is None
+    assert list(rows) == ["a", "a (2)", "a (3)"] and heads == ["step 1", "step 2"] and tile is None
     assert len(many) == comparisons.MOST_ROWS and smaller == int((64e6 / 200) ** 0.5)
     assert comparisons.evenly(range(100)) == [0, 9, 18, 27, 36, 45, 54, 63, 72, 81, 90, 99]
 
