@@ -7,11 +7,11 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate.utils import get_int_from_env
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lpl.config.groups import Data
 from lpl.data.dataset import Batch, TrainingImages, collate
@@ -52,18 +52,33 @@ def training_batches(
     Raises:
         HungLoader: from the iterator, if a worker cannot be interrupted while it reads a file.
     """
+    return watched_loader(
+        images,
+        lambda images: images,
+        batch_sampler=batches,
+        collate_fn=partial(collate, tokenize=tokenize),
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=worker_count(images.data) > 0,
+    )
+
+
+def watched_loader(
+    images: TrainingImages, dataset_of: Callable[[TrainingImages], Dataset], **options: Any
+) -> Iterator[Any]:
+    """Yields from a loader whose workers record what they read.
+
+    Args:
+        dataset_of: returns the loader's data set, given the images that record their reads.
+        options: further arguments of the loader.
+
+    Raises:
+        HungLoader: from the iterator, if a worker cannot be interrupted while it reads a file.
+    """
     workers = worker_count(images.data)
     seconds = images.data.dataloader_timeout if workers else 0
     images = replace(images, readings=Readings(workers))
     loader = DataLoader(
-        images,
-        batch_sampler=batches,
-        collate_fn=partial(collate, tokenize=tokenize),
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        timeout=seconds,
-        persistent_workers=workers > 0,
-        worker_init_fn=leave_signals_alone,
+        dataset_of(images), num_workers=workers, timeout=seconds, worker_init_fn=leave_signals_alone, **options
     )
-    iterator = cast(Iterator[Batch], iter(loader))
+    iterator = iter(loader)
     return watched(iterator, images.readings, seconds, images.name) if seconds else iterator

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
-from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
@@ -25,12 +24,11 @@ from lpl.data.buckets import Items
 from lpl.data.catalogue import Catalogue
 from lpl.data.dataset import TrainingImages
 from lpl.data.fingerprint import spaced
-from lpl.data.loader import worker_count
+from lpl.data.loader import watched_loader
 from lpl.data.masks import picture_in
 from lpl.data.reading import Picture
 from lpl.data.source import data_folders
-from lpl.data.timeouts import Readings, at_most, watched
-from lpl.tools.process import leave_signals_alone
+from lpl.data.timeouts import at_most
 from lpl.tools.words import Rows, counted, first_line, percent, pixels
 
 
@@ -272,21 +270,7 @@ def unreadable(images: TrainingImages, items: Sequence[int]) -> dict[int, str]:
     Raises:
         HungLoader: if a file cannot be read and its reading cannot be interrupted.
     """
-    workers = worker_count(images.data)
-    seconds = images.data.dataloader_timeout if workers else 0
-    images = replace(images, readings=Readings(workers))
-    loader = DataLoader(
-        _Reasons(images),
-        batch_size=None,
-        sampler=list(items),
-        collate_fn=tuple,
-        num_workers=workers,
-        timeout=seconds,
-        worker_init_fn=leave_signals_alone,
-    )
-    found: Iterator[tuple[int, str]] = iter(loader)
-    if seconds:
-        found = watched(found, images.readings, seconds, images.name)
+    found = watched_loader(images, _Reasons, batch_size=None, sampler=list(items), collate_fn=tuple)
     bad = {}
     for _ in tqdm(items, desc="decoding", delay=2, leave=False, unit=" images"):
         row, reason = next(found)

@@ -132,6 +132,8 @@ def watched(
     while True:
         try:
             batch = next(batches)
+        except StopIteration:
+            return
         except (OSError, EOFError) as error:
             if not (ended := readings.ended()):  # it is another file or connection
                 raise

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from lpl.autoencoders import drop_encoder, exact_precision, posterior
@@ -28,7 +28,7 @@ from lpl.data.cache import CachedEmbeddings, CachedLatents, Crop, fingerprint_of
 from lpl.data.captions import caption_rows, columns_of
 from lpl.data.catalogue import Catalogue, cache_root
 from lpl.data.dataset import TrainingImages, fixed
-from lpl.data.loader import worker_count
+from lpl.data.loader import watched_loader
 from lpl.data.masks import cropped_with, picture_in
 from lpl.data.reading import place_of
 from lpl.data.source import data_folders
@@ -36,7 +36,6 @@ from lpl.data.store import Entry, Store
 from lpl.data.timeouts import at_most
 from lpl.families import Family
 from lpl.families.description import Description
-from lpl.tools.process import leave_signals_alone
 from lpl.tools.words import first_line
 from lpl.training import memory
 from lpl.training.loading import load_text_encoder, precisions, weight_dtype
@@ -104,7 +103,7 @@ class Pixels(Dataset):
     def __getitem__(self, place: int) -> tuple[Work, dict[str, Tensor] | str]:
         work, images = self.work[place], self.images
         try:
-            with at_most(images.data.dataloader_timeout):
+            with images.readings.noted(work.row), at_most(images.data.dataloader_timeout):
                 folders = data_folders(images.data, images.cache_dir)
                 row = images.dataset[work.row]
                 picture = picture_in(row, images.data, folders, work.size)
@@ -190,12 +189,11 @@ def _encode(
         for _, places in groupby(range(len(pixels.work)), key=lambda place: pixels.work[place].size)
         for batch in _chunks(places, batch_size)
     ]
-    loader = DataLoader(
-        pixels,
-        batch_sampler=cast(Any, batches),
+    loader = watched_loader(
+        pixels.images,
+        lambda images: replace(pixels, images=images),
+        batch_sampler=batches,
         collate_fn=list,
-        num_workers=worker_count(pixels.images.data),
-        worker_init_fn=leave_signals_alone,
         generator=torch.Generator(),  # the global one draws the first weights of LoRA behind this
     )
     bad: dict[int, str] = {}

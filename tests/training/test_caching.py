@@ -1,7 +1,10 @@
 """Caches say what a direct computation says, whatever is cropped, flipped, drawn, masked, broken or changed."""
 
 import json
+import os
 import shutil
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from trainer import parsed
 from lpl.autoencoders import posterior
 from lpl.data.captions import caption_rows
 from lpl.data.store import Store
+from lpl.data.timeouts import HungLoader
 from lpl.training import caching
 
 
@@ -202,6 +206,25 @@ def test_bad_rows_are_replaced_as_without_caches(sd_pipeline, data, tmp_path):
     pair.check()
     assert [row for row, _ in pair.cached[0, 1]["bad"]] == [1, 2] and pair.cached[0, 4]["bad"][0][0] == 4
     assert "cannot be opened" in pair.cached[0, 1]["bad"][0][1]
+
+
+def test_workers_fill_the_same_cache(sd_pipeline, data, tmp_path):
+    cached_pair(sd_pipeline, data, tmp_path, dataloader_num_workers=1, dataloader_timeout=30).check()
+
+
+def test_a_read_that_cannot_be_interrupted_ends_the_run_and_is_named(sd_pipeline, data, tmp_path, monkeypatch):
+    """As code that hangs outside of Python: its process heeds no signal."""
+    main, read = os.getpid(), caching.picture_in
+
+    def hang(row, *rest):
+        if os.getpid() != main and row["image"]["path"].endswith(pictures(data)[2].name):
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+            time.sleep(1000)
+        return read(row, *rest)
+
+    monkeypatch.setattr(caching, "picture_in", hang)
+    with pytest.raises(HungLoader, match=f"{pictures(data)[2].name} .* took longer than --dataloader_timeout 0.5"):
+        cached_pair(sd_pipeline, data, tmp_path, dataloader_num_workers=1, dataloader_timeout=0.5)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
