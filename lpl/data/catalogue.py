@@ -19,9 +19,8 @@ from functools import partial
 from io import BytesIO
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow
 from datasets import Dataset
@@ -33,7 +32,7 @@ from tqdm.auto import tqdm
 from lpl.config.groups import Data
 from lpl.data.formats import FORMATS
 from lpl.data.index import Index, compute, in_threads, name_of, stamp_of
-from lpl.data.reading import open_image
+from lpl.data.reading import file_digest, open_image
 
 
 logger = logging.getLogger(__name__)
@@ -120,8 +119,7 @@ def digest_of(image: Mapping[str, Any] | None) -> str:
         return hashlib.sha256(image["bytes"]).hexdigest()
     if image is None or image["path"] is None:
         return NONE
-    with fsspec.open(image["path"], "rb") if "://" in image["path"] else open(image["path"], "rb") as file:
-        return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
+    return file_digest(image["path"])
 
 
 def _parts_of(images: Dataset, column: str) -> Iterator[pyarrow.StructArray]:

@@ -23,23 +23,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
-from typing import IO, Any, cast
+from typing import Any
 
-import fsspec
 from datasets import Dataset, IterableDataset
 from datasets import Image as ImageFeature
 
 from lpl.config.groups import Data
 from lpl.data.captions import caption_rows, columns_of
 from lpl.data.mixture import Mixture
-from lpl.data.reading import LARGEST_FILE, lies_in
+from lpl.data.reading import file_digest, lies_in
 from lpl.data.source import data_folders
 
 
 IMAGES = 512  # files read
 FIRST_ROWS = 16  # of a streamed data set
 READERS = 8  # threads, since files may lie on a network disk
-PART = 2**20  # bytes read at a time
 MISSING = "missing"  # stands for the digest of a file that cannot be read
 
 
@@ -152,22 +150,12 @@ def image_digest(image: Mapping[str, Any] | None, folders: Sequence[str]) -> str
         return hashlib.sha256(content).hexdigest()
     if path is None or not any(lies_in(path, str(folder)) for folder in folders):
         return MISSING
-    try:
-        return _file_digest(path)
-    except Exception:  # each kind of storage raises its own
-        return MISSING
-
-
-def _file_digest(path: str) -> str:
     if "://" not in path and not os.path.isfile(path):  # reading a pipe would block
         return MISSING
-    digest = hashlib.sha256()
-    with fsspec.open(path) if "://" in path else open(path, "rb") as file:
-        for _ in range(LARGEST_FILE // PART):
-            if not (part := cast(IO[bytes], file).read(PART)):
-                break
-            digest.update(part)
-    return digest.hexdigest()
+    try:
+        return file_digest(path)
+    except Exception:  # each kind of storage raises its own
+        return MISSING
 
 
 def shard_paths(dataset: IterableDataset) -> list[str]:

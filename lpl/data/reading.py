@@ -6,6 +6,7 @@ Images are opened in the formats of ``formats.py``, from the data set's own fold
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ RESAMPLING = {mode.name.lower(): mode for mode in Image.Resampling} | {"nearest_
 # A text or colour profile of over 1 MiB would cost the image; the limit for all texts of an image stays.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 LARGEST_FILE = 2**30  # bytes read of a file in an archive, which may unpack to any size
+PART = 2**20  # bytes of a file read at a time for its digest
 # Formats that say which value is white, if there are more than 8 bits; None: of no file
 DEEP = ("TIFF", "PNG", "PPM", "JPEG2000", "HEIF", None)
 ACCEPTED = "save it with 8 or 16 bits, or as floating-point numbers from 0 to 1"
@@ -149,6 +151,21 @@ def open_image(image: Mapping[str, Any] | Image.Image | None, folders: Sequence[
         return Image.open(path, formats=FORMATS)
     with fsspec.open(path) as file:
         return Image.open(BytesIO(cast(IO[bytes], file).read(LARGEST_FILE)), formats=FORMATS)
+
+
+def file_digest(path: str) -> str:
+    """sha256 in hex of a file, perhaps in an archive; of a larger one, of its first LARGEST_FILE bytes.
+
+    Raises:
+        OSError: if it cannot be read; fsspec's storages raise others.
+    """
+    digest = hashlib.sha256()
+    with fsspec.open(path) if "://" in path else open(path, "rb") as file:
+        for _ in range(LARGEST_FILE // PART):
+            if not (part := cast(IO[bytes], file).read(PART)):
+                break
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def why_outside(path: str) -> str:

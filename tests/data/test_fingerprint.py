@@ -12,7 +12,9 @@ from datasets.table import embed_table_storage
 from trainer import settings
 
 from lpl.data import fingerprint as module
+from lpl.data import reading
 from lpl.data.captions import columns_of
+from lpl.data.catalogue import digest_of
 from lpl.data.fingerprint import fingerprint, other_data, shard_paths
 from lpl.data.source import data_folders, load_training_images
 from lpl.data.streaming import load_streamed_images
@@ -177,17 +179,16 @@ def test_nothing_outside_of_the_data_set_is_read(tmp_path, monkeypatch):
         assert module.image_digest(image, ["hf://datasets/user/data"]) == module.MISSING
 
 
-def test_a_huge_file_is_read_to_a_bound(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "LARGEST_FILE", 4 * module.PART)
-    with open(tmp_path / "huge", "wb") as file:
-        file.truncate(40 * module.PART)
-    with open(tmp_path / "large", "wb") as file:
-        file.truncate(4 * module.PART)
-    digests = {
-        module.image_digest({"bytes": None, "path": str(tmp_path / name)}, [str(tmp_path)])
-        for name in ("huge", "large")
-    }
-    assert len(digests) == 1 and module.MISSING not in digests
+@pytest.mark.parametrize("of", [lambda image: module.image_digest(image, [image["path"]]), digest_of])
+def test_a_huge_file_is_read_to_a_bound(of, tmp_path, monkeypatch):
+    part = reading.PART
+    monkeypatch.setattr(reading, "LARGEST_FILE", 4 * part)
+    digests = []
+    for name, size in (("huge", 40 * part), ("large", 4 * part)):
+        with open(tmp_path / name, "wb") as file:
+            file.truncate(size)
+        digests.append(of({"bytes": None, "path": str(tmp_path / name)}))
+    assert digests == [hashlib.sha256(bytes(4 * part)).hexdigest()] * 2
 
 
 # Streamed data sets --------------------------------------------------------------------------------------------------
