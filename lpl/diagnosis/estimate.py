@@ -248,7 +248,7 @@ def _forget_encoders(family: Family, data: Data) -> Conditions:
         drop_encoder(family.vae)
     if not data.cache_text_embeddings:
         return {}
-    conditions = family.encode_prompts(["a caption"], cast(Any, family.text_encoders[0]).device)
+    conditions = family.encode_prompts(["a caption"], cast(Any, family.text_encoders[0]).device, None)
     names = [name for name in family.text_encoder_names if getattr(family.pipeline, name) is not None]
     family.release(dict.fromkeys(names, lambda: None))
     return {name: torch.as_tensor(value)[0] for name, value in conditions.items()}

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from lpl.families.architecture import Architecture
 from lpl.families.base import Conditions, Configs, Family, modulations
-from lpl.families.fit import Relation, latents
-from lpl.families.lora_layout import Table, by_table
-from lpl.families.single_file import Component, State, by_layers
+from lpl.families.fit import Relation, latents, needs
+from lpl.families.lora_layout import JOINT, Table, by_table
+from lpl.families.single_file import State, by_layers
 from lpl.families.tokens import Tokens, on_device
 from lpl.objectives import FlowMatching
 
@@ -83,21 +83,15 @@ def transformer_state(config: Mapping[str, Any], state: State) -> State:
 class AuraFlow(Family):
     name = "auraflow"
     pipeline_class = AuraFlowPipeline
-    denoiser_name = "transformer"
-    text_encoder_names = ("text_encoder",)
+    original_state = staticmethod(transformer_state)
     objectives = (FlowMatching.name,)  # the pipeline calls a method of the scheduler that DDIM lacks
     sequence_length = 256
-    lora_targets = (
-        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
-        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
-    )
+    lora_targets = JOINT
 
     def token_lengths(self) -> dict[str, int | None]:
         return {"tokenizer": self.tokens}
 
-    def encode_prompts(
-        self, captions: Sequence[str], device: torch.device, tokens: Tokens | None = None
-    ) -> Conditions:
+    def encode_prompts(self, captions: Sequence[str], device: torch.device, tokens: Tokens | None) -> Conditions:
         """As ``encode_prompt``, which copies tokens to the device itself."""
         found = on_device((tokens or self.tokenize(captions))["tokenizer"], device)
         embeddings = self.pipeline.text_encoder(**found)[0] * found["attention_mask"][..., None]
@@ -112,21 +106,13 @@ class AuraFlow(Family):
         return Architecture("auraflow-v1", cls.name, "https://github.com/cloneofsimo/minRF")
 
     @classmethod
-    def single_file(cls, configs: Configs) -> tuple[Component, ...]:
-        """The transformer alone: other programs load all else from files of its own."""
-        return (Component("transformer", "", transformer_state),)
-
-    @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:
         transformer, width = configs["transformer"], configs["text_encoder"]["hidden_size"]
         own = transformer["num_attention_heads"] * transformer["attention_head_dim"]
         return [
             *latents(transformer, configs["vae"]),
-            Relation("joint_attention_dim", transformer["joint_attention_dim"], (width,), "width of the text encoder"),
-            Relation(
-                *("caption_projection_dim", transformer["caption_projection_dim"], (own,)),
-                why="width of its own attention",
-            ),
+            needs(transformer, "joint_attention_dim", width, "width of the text encoder"),
+            needs(transformer, "caption_projection_dim", own, "width of its own attention"),
         ]
 
     @classmethod

@@ -28,7 +28,7 @@ from lpl.autoencoders import downscaling_factor
 from lpl.families.architecture import Architecture
 from lpl.families.fit import Relation
 from lpl.families.lora_layout import LoraLayout
-from lpl.families.single_file import Component
+from lpl.families.single_file import Component, State
 from lpl.families.tokens import Tokenize, Tokens, conditions_on_device, of_text
 from lpl.objectives import OBJECTIVES
 
@@ -49,8 +49,8 @@ class Family:
 
     name: ClassVar[str]  # as in the model card's tags
     pipeline_class: ClassVar[type[DiffusionPipeline]]
-    denoiser_name: ClassVar[str]  # the pipeline's component that is trained
-    text_encoder_names: ClassVar[tuple[str, ...]]
+    denoiser_name: ClassVar[str] = "transformer"  # the pipeline's component that is trained
+    text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
     optional_components: ClassVar[tuple[str, ...]] = ()  # a pipeline's index may lack them
     vaes: ClassVar[tuple[str, ...]] = (  # the pipeline can sample with these; LPL accepts more
         *("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny", "VQModel", "AutoencoderDC"),
@@ -72,6 +72,9 @@ class Family:
     text_encoder_learning_rate: ClassVar[float | None] = None  # default of --text_encoder_lr; None: --learning_rate
     text_encoder_weight_decay: ClassVar[float | None] = None  # likewise
     sharded_layers: ClassVar[tuple[str, ...]] = ()  # classes that FSDP2 gathers one by one; empty: the model's
+    # Converts a transformer's configuration and weights for a single file that holds it alone, which is how other
+    # programs read it; see Component.convert.
+    original_state: ClassVar[Callable[[Mapping[str, Any], State], State] | None] = None
     idle_weights: ClassVar[bool] = False  # whether weights of the denoiser take no part in its output
 
     def __init_subclass__(cls) -> None:
@@ -167,9 +170,7 @@ class Family:
             return conditions_on_device(batch["embeddings"], device)
         return self.encode_prompts(batch["caption"], device, batch.get("tokens"))
 
-    def encode_prompts(
-        self, captions: Sequence[str], device: torch.device, tokens: Tokens | None = None
-    ) -> Conditions:
+    def encode_prompts(self, captions: Sequence[str], device: torch.device, tokens: Tokens | None) -> Conditions:
         """The part of the conditions that comes from B captions.
 
         Args:
@@ -356,7 +357,7 @@ class Family:
     @classmethod
     def single_file(cls, configs: Configs) -> tuple[Component, ...]:
         """What is in a single file with the original's names; empty: this trainer writes none."""
-        return ()
+        return () if cls.original_state is None else (Component(cls.denoiser_name, "", cls.original_state),)
 
     # For --from_scratch
 

@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from lpl.families import flux
 from lpl.families.architecture import Architecture
 from lpl.families.base import Conditions, Configs, InPatches, packed, patch_positions, unpacked
-from lpl.families.fit import Relation, latents
+from lpl.families.fit import Relation, latents, needs
 from lpl.families.lora_layout import TRANSFORMER, LoraLayout, Table, by_table
-from lpl.families.single_file import Component, State, by_layers, with_scales
+from lpl.families.single_file import State, by_layers, with_scales
 from lpl.families.tokens import Tokens, with_tokens
 from lpl.objectives import FlowMatching
 
@@ -52,8 +52,7 @@ def transformer_state(config: Mapping[str, Any], state: State) -> State:
 class Chroma(InPatches):
     name = "chroma"
     pipeline_class = ChromaPipeline
-    denoiser_name = "transformer"
-    text_encoder_names = ("text_encoder",)
+    original_state = staticmethod(transformer_state)
     objectives = (FlowMatching.name,)  # the pipeline passes sigmas to the scheduler, which DDIM does not take
     sequence_length, max_sequence_length = 512, 512
     lora_targets = flux.Flux.lora_targets
@@ -62,9 +61,7 @@ class Chroma(InPatches):
     def token_lengths(self) -> dict[str, int | None]:
         return {"tokenizer": self.tokens}
 
-    def encode_prompts(
-        self, captions: Sequence[str], device: torch.device, tokens: Tokens | None = None
-    ) -> Conditions:
+    def encode_prompts(self, captions: Sequence[str], device: torch.device, tokens: Tokens | None) -> Conditions:
         """As ``encode_prompt``, which also makes positions on the CPU. The mask is one token longer than a caption."""
         embeddings, mask = with_tokens(self.pipeline, tokens, device)._get_t5_prompt_embeds(
             list(captions), device=device, max_sequence_length=self.tokens
@@ -94,20 +91,12 @@ class Chroma(InPatches):
         return Architecture(cls.name, "chroma", "https://huggingface.co/lodestones/Chroma", "networks.lora_flux")
 
     @classmethod
-    def single_file(cls, configs: Configs) -> tuple[Component, ...]:
-        """The transformer alone: other programs load all else from files of its own."""
-        return (Component("transformer", "", transformer_state),)
-
-    @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:
         transformer, width = configs["transformer"], configs["text_encoder"]["hidden_size"]
         return [
             *latents(transformer, configs["vae"], flux.PATCH),
-            Relation("joint_attention_dim", transformer["joint_attention_dim"], (width,), "width of the text encoder"),
-            Relation(
-                *("attention_head_dim", transformer["attention_head_dim"], (sum(transformer["axes_dims_rope"]),)),
-                why="sum of its axes_dims_rope",
-            ),
+            needs(transformer, "joint_attention_dim", width, "width of the text encoder"),
+            needs(transformer, "attention_head_dim", sum(transformer["axes_dims_rope"]), "sum of its axes_dims_rope"),
         ]
 
     @classmethod

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, DiTPipeline
+from diffusers import DiTPipeline
 from diffusers.models.embeddings import LabelEmbedding
 from diffusers.models.normalization import AdaLayerNormZero
 from torch import Tensor, nn
@@ -28,7 +28,6 @@ def labels_of(captions: Sequence[Any]) -> Tokens:
 class DiT(Family):
     name = "dit"
     pipeline_class = DiTPipeline
-    denoiser_name = "transformer"
     text_encoder_names = ()
     num_classes = CLASSES
     empty_share = 0.1  # as DiT was trained
@@ -36,10 +35,8 @@ class DiT(Family):
     # The model itself calls the embeddings of its first block, behind the last one.
     sharded_layers = ("BasicTransformerBlock", "CombinedTimestepLabelEmbeddings")
 
-    def __init__(
-        self, pipeline: DiffusionPipeline, max_sequence_length: int | None = None, guidance_scale: float = 3.5
-    ) -> None:
-        super().__init__(pipeline, max_sequence_length, guidance_scale)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         # Each block would drop labels independently, with the global generator: a sample would have a class in some
         # blocks only. The data set drops labels instead. The embedding keeps the row of the null class.
         for module in self.denoiser.modules():
@@ -50,9 +47,7 @@ class DiT(Family):
     def tokenize(self) -> Callable[[Sequence[Any]], Tokens]:
         return labels_of
 
-    def encode_prompts(
-        self, captions: Sequence[Any], device: torch.device, tokens: Tokens | None = None
-    ) -> Conditions:
+    def encode_prompts(self, captions: Sequence[Any], device: torch.device, tokens: Tokens | None) -> Conditions:
         return on_device(tokens or labels_of(captions), device)
 
     def predict(self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:

@@ -11,17 +11,16 @@ from torch import Tensor, nn
 
 from lpl.autoencoders import downscaling_factor
 from lpl.families.base import Conditions, Configs, Family
-from lpl.families.fit import Relation, latents
+from lpl.families.fit import Relation, latents, needs
 from lpl.families.lora_layout import LoraLayout, own_names
-from lpl.families.single_file import Component, own_state
+from lpl.families.single_file import own_state
 from lpl.families.tokens import Tokens, in_front, lengths_of, on_device
 
 
 class ErnieImage(Family):
     name = "ernie-image"
     pipeline_class = ErnieImagePipeline
-    denoiser_name = "transformer"
-    text_encoder_names = ("text_encoder",)
+    original_state = staticmethod(own_state)
     optional_components = ("pe", "pe_tokenizer")  # a language model that rewrites prompts
     vaes = ("AutoencoderKLFlux2",)
     objectives = ("flow_matching",)  # the pipeline passes sigmas to the scheduler, which DDIM does not take
@@ -35,9 +34,7 @@ class ErnieImage(Family):
     def token_lengths(self) -> dict[str, int | None]:
         return {"tokenizer": self.tokens}
 
-    def encode_prompts(
-        self, captions: Sequence[str], device: torch.device, tokens: Tokens | None = None
-    ) -> Conditions:
+    def encode_prompts(self, captions: Sequence[str], device: torch.device, tokens: Tokens | None) -> Conditions:
         """All captions at once; ``encode_prompt`` has one after the other, without padding."""
         found = (tokens or self.tokenize(captions))["tokenizer"]
         lengths = lengths_of(found["attention_mask"])
@@ -63,21 +60,13 @@ class ErnieImage(Family):
         return {"use_pe": False}  # as in training: captions are not rewritten, and may have any length
 
     @classmethod
-    def single_file(cls, configs: Configs) -> tuple[Component, ...]:
-        """The transformer alone: other programs load all else from files of its own."""
-        return (Component("transformer", "", own_state),)
-
-    @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:
         transformer, width = configs["transformer"], configs["text_encoder"]["hidden_size"]
-        heads = transformer["num_attention_heads"]
+        own = transformer["num_attention_heads"] * sum(transformer["rope_axes_dim"])
         return [
             *latents(transformer, configs["vae"]),
-            Relation("text_in_dim", transformer["text_in_dim"], (width,), "width of the text encoder"),
-            Relation(
-                *("hidden_size", transformer["hidden_size"], (heads * sum(transformer["rope_axes_dim"]),)),
-                why="its num_attention_heads times the sum of its rope_axes_dim",
-            ),
+            needs(transformer, "text_in_dim", width, "width of the text encoder"),
+            needs(transformer, "hidden_size", own, "its num_attention_heads times the sum of its rope_axes_dim"),
         ]
 
     @classmethod

@@ -37,6 +37,11 @@ class Relation(NamedTuple):
     why: str
 
 
+def needs(denoiser: Mapping[str, Any], name: str, accepted: int | Collection[int], why: str) -> Relation:
+    """The relation of a number of the denoiser's configuration."""
+    return Relation(name, denoiser[name], (accepted,) if isinstance(accepted, int) else accepted, why)
+
+
 def latents(
     denoiser: Mapping[str, Any], vae: Mapping[str, Any], patch: int = 1, variance: bool = False
 ) -> list[Relation]:
@@ -67,8 +72,8 @@ def captions(transformer: Mapping[str, Any], width: int) -> list[Relation]:
     """A transformer that projects the text encoder's embeddings to its own width, and attends to them there."""
     own = transformer["num_attention_heads"] * transformer["attention_head_dim"]
     return [
-        Relation("caption_channels", transformer["caption_channels"], (width,), "width of the text encoder"),
-        Relation("cross_attention_dim", transformer["cross_attention_dim"], (own,), "width of its own attention"),
+        needs(transformer, "caption_channels", width, "width of the text encoder"),
+        needs(transformer, "cross_attention_dim", own, "width of its own attention"),
     ]
 
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from lpl.families.architecture import Architecture
 from lpl.families.base import Conditions, Configs, InPatches, modulations, packed, patch_positions, unpacked
-from lpl.families.fit import Relation, latents
-from lpl.families.lora_layout import ADDED_QKV, QKV, TRANSFORMER, LoraLayout, Table, by_table
-from lpl.families.single_file import Component, State, by_layers, with_scales
+from lpl.families.fit import Relation, latents, needs
+from lpl.families.lora_layout import ADDED_QKV, JOINT, QKV, TRANSFORMER, LoraLayout, Table, by_table
+from lpl.families.single_file import State, by_layers, with_scales
 from lpl.families.tokens import Tokens, with_tokens
 from lpl.objectives import FlowMatching
 
@@ -82,16 +82,15 @@ def transformer_state(config: Mapping[str, Any], state: State) -> State:
 class Flux(InPatches):
     name = "flux"
     pipeline_class = FluxPipeline
-    denoiser_name = "transformer"
     text_encoder_names = ("text_encoder", "text_encoder_2")
+    original_state = staticmethod(transformer_state)
     # The pipeline passes sigmas and a shift for the image's size to the scheduler. DDIM takes neither, so a model
     # trained on epsilon, v_prediction or sample could not be sampled.
     objectives = (FlowMatching.name,)
     sequence_length, max_sequence_length = 512, 512
     trainable_text_encoders = ("text_encoder",)
     lora_targets = (
-        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
-        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+        *JOINT,
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     )
     lora_layout = LoraLayout(TRANSFORMER, partial(by_table, ORIGINAL), "lycoris", swapped=True)
@@ -99,9 +98,7 @@ class Flux(InPatches):
     def token_lengths(self) -> dict[str, int | None]:
         return {"tokenizer": self.pipeline.tokenizer_max_length, "tokenizer_2": self.tokens}
 
-    def encode_prompts(
-        self, captions: Sequence[str], device: torch.device, tokens: Tokens | None = None
-    ) -> Conditions:
+    def encode_prompts(self, captions: Sequence[str], device: torch.device, tokens: Tokens | None) -> Conditions:
         pipeline = with_tokens(self.pipeline, tokens, device)
         embeddings, pooled, _ = pipeline.encode_prompt(list(captions), device=device, max_sequence_length=self.tokens)
         return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}  # (B, tokens, dim), (B, dim)
@@ -123,17 +120,11 @@ class Flux(InPatches):
     @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:
         transformer, clip, t5 = configs["transformer"], configs["text_encoder"], configs["text_encoder_2"]
-        pooled, joint = transformer["pooled_projection_dim"], transformer["joint_attention_dim"]
         return [
             *latents(transformer, configs["vae"], PATCH),
-            Relation("pooled_projection_dim", pooled, (clip["hidden_size"],), "width of text_encoder"),
-            Relation("joint_attention_dim", joint, (t5["hidden_size"],), "width of text_encoder_2"),
-            Relation(
-                "attention_head_dim",
-                transformer["attention_head_dim"],
-                (sum(transformer["axes_dims_rope"]),),
-                "sum of its axes_dims_rope",
-            ),
+            needs(transformer, "pooled_projection_dim", clip["hidden_size"], "width of text_encoder"),
+            needs(transformer, "joint_attention_dim", t5["hidden_size"], "width of text_encoder_2"),
+            needs(transformer, "attention_head_dim", sum(transformer["axes_dims_rope"]), "sum of its axes_dims_rope"),
         ]
 
     @classmethod
@@ -144,11 +135,6 @@ class Flux(InPatches):
     def architecture(cls, configs: Configs, prediction_type: str | None) -> Architecture:
         name = "flux-1-dev" if cls.takes_guidance(configs) else "flux-1-schnell"
         return Architecture(name, "flux1", "https://github.com/black-forest-labs/flux", "networks.lora_flux")
-
-    @classmethod
-    def single_file(cls, configs: Configs) -> tuple[Component, ...]:
-        """The transformer alone: other programs load all else from files of its own."""
-        return (Component("transformer", "", transformer_state),)
 
     @classmethod
     def identity_layers(cls, denoiser: nn.Module) -> list[nn.Module]:

@@ -22,9 +22,9 @@ from lpl.autoencoders import downscaling_factor
 from lpl.families import flux
 from lpl.families.architecture import Architecture
 from lpl.families.base import Conditions, Configs, Family, modulations
-from lpl.families.fit import Relation, latents
+from lpl.families.fit import Relation, latents, needs
 from lpl.families.lora_layout import ADDED_QKV, QKV, LoraLayout, Table, by_table
-from lpl.families.single_file import Component, State, by_layers, with_scales
+from lpl.families.single_file import State, by_layers, with_scales
 from lpl.families.tokens import Tokens, chat_texts, on_device
 from lpl.objectives import FlowMatching
 
@@ -86,8 +86,7 @@ def transformer_state(config: Mapping[str, Any], state: State) -> State:
 class _Flux2(Family):
     """What both have in common."""
 
-    denoiser_name = "transformer"
-    text_encoder_names = ("text_encoder",)
+    original_state = staticmethod(transformer_state)
     vaes = ("AutoencoderKLFlux2",)  # the pipeline takes the latents' mean and deviation from its batch norm
     objectives = (FlowMatching.name,)  # the pipeline passes sigmas to the scheduler, which DDIM does not take
     sequence_length, max_sequence_length = 512, 512
@@ -98,9 +97,7 @@ class _Flux2(Family):
     lora_layout = LoraLayout({"transformer": "lora_unet"}, partial(by_table, ORIGINAL), swapped=True)
     layers: ClassVar[tuple[int, ...]]  # of the language model, whose outputs the transformer gets side by side
 
-    def encode_prompts(
-        self, captions: Sequence[str], device: torch.device, tokens: Tokens | None = None
-    ) -> Conditions:
+    def encode_prompts(self, captions: Sequence[str], device: torch.device, tokens: Tokens | None) -> Conditions:
         """As ``encode_prompt``, which copies tokens to the device itself, and lets the model predict the next word."""
         found = on_device((tokens or self.tokenize(captions))["tokenizer"], device)
         encoder = self.pipeline.text_encoder
@@ -128,23 +125,13 @@ class _Flux2(Family):
         )
 
     @classmethod
-    def single_file(cls, configs: Configs) -> tuple[Component, ...]:
-        """The transformer alone: other programs load all else from files of its own."""
-        return (Component("transformer", "", transformer_state),)
-
-    @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:
         transformer, width = configs["transformer"], configs["text_encoder"]["hidden_size"]
+        layers = len(cls.layers)
         return [
             *latents(transformer, configs["vae"]),
-            Relation(
-                *("joint_attention_dim", transformer["joint_attention_dim"], (len(cls.layers) * width,)),
-                why=f"{len(cls.layers)} times the width of the text encoder",
-            ),
-            Relation(
-                *("attention_head_dim", transformer["attention_head_dim"], (sum(transformer["axes_dims_rope"]),)),
-                why="sum of its axes_dims_rope",
-            ),
+            needs(transformer, "joint_attention_dim", layers * width, f"{layers} times the width of the text encoder"),
+            needs(transformer, "attention_head_dim", sum(transformer["axes_dims_rope"]), "sum of its axes_dims_rope"),
         ]
 
     @classmethod

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from lpl.autoencoders import downscaling_factor
 from lpl.families.architecture import Architecture
 from lpl.families.base import Conditions, Configs, InPatches, unpacked
-from lpl.families.fit import Relation, latents
+from lpl.families.fit import Relation, latents, needs
 from lpl.families.lora_layout import LoraLayout, own_names
 from lpl.families.tokens import Tokens, on_device
 from lpl.objectives import FlowMatching
@@ -63,7 +63,6 @@ def rows_of_each(expert: Tensor, count: int) -> list[int]:
 class HiDream(InPatches):
     name = "hidream-i1"
     pipeline_class = HiDreamImagePipeline
-    denoiser_name = "transformer"
     text_encoder_names = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
     objectives = (FlowMatching.name,)  # the pipeline gives the scheduler a shift, which DDIM does not take
     sequence_length = 128
@@ -90,9 +89,7 @@ class HiDream(InPatches):
             "tokenizer_4": min(tokens, pipeline.tokenizer_4.model_max_length),
         }
 
-    def encode_prompts(
-        self, captions: Sequence[str], device: torch.device, tokens: Tokens | None = None
-    ) -> Conditions:
+    def encode_prompts(self, captions: Sequence[str], device: torch.device, tokens: Tokens | None) -> Conditions:
         """As ``encode_prompt``, which lets Llama predict the next word and keeps its attention."""
         found = {name: on_device(part, device) for name, part in (tokens or self.tokenize(captions)).items()}
         pipeline = self.pipeline
@@ -153,13 +150,8 @@ class HiDream(InPatches):
                 Relation("caption_channels", channels, (configs[name]["hidden_size"],), f"width of {name}")
                 for channels, name in zip(transformer["caption_channels"], ("text_encoder_3", "text_encoder_4"))
             ),
-            Relation(
-                *("text_emb_dim", transformer["text_emb_dim"], (pooled,)), why="projections of both CLIP text encoders"
-            ),
-            Relation(
-                *("attention_head_dim", transformer["attention_head_dim"], (axes, 2 * axes)),
-                why="sum of its axes_dims_rope, or twice that",
-            ),
+            needs(transformer, "text_emb_dim", pooled, "projections of both CLIP text encoders"),
+            needs(transformer, "attention_head_dim", (axes, 2 * axes), "sum of its axes_dims_rope, or twice that"),
             Relation("number of llama_layers", len(transformer["llama_layers"]), (blocks,), "number of its blocks"),
         ]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, HunyuanImagePipeline
+from diffusers import HunyuanImagePipeline
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle
 from diffusers.models.transformers.transformer_hunyuanimage import HunyuanImageAdaNorm
 from diffusers.pipelines.hunyuan_image.pipeline_hunyuanimage import extract_glyph_text
@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lpl.autoencoders import downscaling_factor
 from lpl.families.base import Conditions, Configs, Family, modulations
-from lpl.families.fit import Relation, latents
+from lpl.families.fit import Relation, latents, needs
+from lpl.families.lora_layout import JOINT
 from lpl.families.qwen_image import filled_in
 from lpl.families.tokens import Tokenize, Tokens, lengths_of, on_device
 from lpl.objectives import FlowMatching
@@ -45,22 +46,16 @@ class TokenizeQuoted(Tokenize):
 class HunyuanImage(Family):
     name = "hunyuan-image"
     pipeline_class = HunyuanImagePipeline
-    denoiser_name = "transformer"
     text_encoder_names = ("text_encoder", "text_encoder_2")
     of_bytes = ("tokenizer_2",)
     vaes = ("AutoencoderKLHunyuanImage",)
     objectives = (FlowMatching.name,)  # the pipeline passes sigmas to the scheduler, which DDIM does not take
     sequence_length, max_sequence_length = 1000, 1000
     guidance_argument = "distilled_guidance_scale"
-    lora_targets = (
-        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
-        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
-    )
+    lora_targets = JOINT
 
-    def __init__(
-        self, pipeline: DiffusionPipeline, max_sequence_length: int | None = None, guidance_scale: float = 3.5
-    ) -> None:
-        super().__init__(pipeline, max_sequence_length, guidance_scale)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         if self.tokens:
             self.pipeline.tokenizer_max_length = self.tokens  # its call takes no length
 
@@ -88,9 +83,7 @@ class HunyuanImage(Family):
         lengths = self.token_lengths()
         return TokenizeQuoted({name: getattr(self.pipeline, name) for name in lengths}, lengths, self.texts)
 
-    def encode_prompts(
-        self, captions: Sequence[str], device: torch.device, tokens: Tokens | None = None
-    ) -> Conditions:
+    def encode_prompts(self, captions: Sequence[str], device: torch.device, tokens: Tokens | None) -> Conditions:
         """As ``encode_prompt``, which computes logits, and has what is in quotes one after the other."""
         tokens = tokens or self.tokenize(captions)
         first, second = tokens["tokenizer"], tokens["tokenizer_2"]
@@ -162,12 +155,9 @@ class HunyuanImage(Family):
         first, second = (configs[name]["hidden_size"] for name in cls.text_encoder_names)
         return [
             *latents(transformer, vae),
-            Relation("text_embed_dim", transformer["text_embed_dim"], (first,), "width of text_encoder"),
-            Relation("text_embed_2_dim", transformer["text_embed_2_dim"], (second,), "width of text_encoder_2"),
-            Relation(
-                *("attention_head_dim", transformer["attention_head_dim"], (sum(transformer["rope_axes_dim"]),)),
-                why="sum of its rope_axes_dim",
-            ),
+            needs(transformer, "text_embed_dim", first, "width of text_encoder"),
+            needs(transformer, "text_embed_2_dim", second, "width of text_encoder_2"),
+            needs(transformer, "attention_head_dim", sum(transformer["rope_axes_dim"]), "sum of its rope_axes_dim"),
         ]
 
     @classmethod

@@ -10,7 +10,7 @@ from diffusers.pipelines.kolors.pipeline_kolors import KolorsPipeline  # diffuse
 
 from lpl.families.architecture import Architecture
 from lpl.families.base import Conditions, Configs
-from lpl.families.fit import Relation, cross_attention, latents
+from lpl.families.fit import Relation, cross_attention, latents, needs
 from lpl.families.sdxl import StableDiffusionXL
 from lpl.families.single_file import Component
 from lpl.families.tokens import Tokens, on_device
@@ -28,9 +28,7 @@ class Kolors(StableDiffusionXL):
         """The pipeline always draws with that many: it does not hand on the length that its call takes."""
         return {"tokenizer": inspect.signature(KolorsPipeline.encode_prompt).parameters["max_sequence_length"].default}
 
-    def encode_prompts(
-        self, captions: Sequence[str], device: torch.device, tokens: Tokens | None = None
-    ) -> Conditions:
+    def encode_prompts(self, captions: Sequence[str], device: torch.device, tokens: Tokens | None) -> Conditions:
         """As ``encode_prompt``, with a mask for which the encoder need not wait for the device."""
         found = on_device((tokens or self.tokenize(captions))["tokenizer"], device)
         ids, mask = found["input_ids"], found["attention_mask"]  # padded in front
@@ -59,11 +57,10 @@ class Kolors(StableDiffusionXL):
     @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:
         unet, width = configs["unet"], configs["text_encoder"]["hidden_size"]
-        added = unet["projection_class_embeddings_input_dim"]
-        numbers = 6 * unet["addition_time_embed_dim"]  # original size, crop, target size
+        added = 6 * unet["addition_time_embed_dim"] + width  # 6: original size, crop, target size
         why = "6 of its addition_time_embed_dim, and the width of the text encoder"
         return [
             *latents(unet, configs["vae"]),
             *cross_attention(unet, width, "width of the text encoder"),
-            Relation("projection_class_embeddings_input_dim", added, (numbers + width,), why),
+            needs(unet, "projection_class_embeddings_input_dim", added, why),
         ]

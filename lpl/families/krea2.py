@@ -14,9 +14,9 @@ from diffusers import Krea2Pipeline
 from torch import Tensor, nn
 
 from lpl.families.base import Conditions, Configs, InPatches, packed, patch_positions, unpacked
-from lpl.families.fit import Relation, latents
+from lpl.families.fit import Relation, latents, needs
 from lpl.families.lora_layout import LoraLayout, Originals
-from lpl.families.single_file import Component, State, by_layers, with_scales
+from lpl.families.single_file import State, by_layers, with_scales
 from lpl.families.tokens import Tokenize, Tokens, on_device
 
 
@@ -90,8 +90,7 @@ class TokenizeWithSuffix(Tokenize):
 class Krea2(InPatches):
     name = "krea-2"
     pipeline_class = Krea2Pipeline
-    denoiser_name = "transformer"
-    text_encoder_names = ("text_encoder",)
+    original_state = staticmethod(transformer_state)
     vaes = ("AutoencoderKLQwenImage",)
     objectives = ("flow_matching",)  # the pipeline passes sigmas to the scheduler, which DDIM does not take
     sequence_length, max_sequence_length = 512, 512
@@ -117,9 +116,7 @@ class Krea2(InPatches):
         suffix = tuple(tokenizer.encode(self.pipeline.prompt_template_encode_suffix))
         return TokenizeWithSuffix({"tokenizer": tokenizer}, self.token_lengths(), self.texts, suffix)
 
-    def encode_prompts(
-        self, captions: Sequence[str], device: torch.device, tokens: Tokens | None = None
-    ) -> Conditions:
+    def encode_prompts(self, captions: Sequence[str], device: torch.device, tokens: Tokens | None) -> Conditions:
         """As ``encode_prompt``, which copies the suffix to the device in each step. Padding takes no positions."""
         found = on_device((tokens or self.tokenize(captions))["tokenizer"], device)
         ids, mask = found["input_ids"], found["attention_mask"].bool()
@@ -147,20 +144,12 @@ class Krea2(InPatches):
         return unpacked(output, PATCH, noisy_latents.shape)
 
     @classmethod
-    def single_file(cls, configs: Configs) -> tuple[Component, ...]:
-        """The transformer alone: other programs load all else from files of its own."""
-        return (Component("transformer", "", transformer_state),)
-
-    @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:
         transformer, width = configs["transformer"], configs["text_encoder"]["hidden_size"]
         return [
             *latents(transformer, configs["vae"], PATCH),
-            Relation("text_hidden_dim", transformer["text_hidden_dim"], (width,), "width of the text encoder"),
-            Relation(
-                *("attention_head_dim", transformer["attention_head_dim"], (sum(transformer["axes_dims_rope"]),)),
-                why="sum of its axes_dims_rope",
-            ),
+            needs(transformer, "text_hidden_dim", width, "width of the text encoder"),
+            needs(transformer, "attention_head_dim", sum(transformer["axes_dims_rope"]), "sum of its axes_dims_rope"),
         ]
 
     @classmethod

@@ -49,6 +49,7 @@ TRANSFORMER = {"transformer": "lora_unet", **TWO_ENCODERS}
 
 # Rows of one weight in every original with joint attention.
 QKV, ADDED_QKV = ("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+JOINT = (*QKV, "attn.to_out.0", *ADDED_QKV, "attn.to_add_out")  # LoRA's targets in joint attention
 
 
 def own_names(model: nn.Module, names: Iterable[str]) -> Originals:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from lpl.families.architecture import Architecture
 from lpl.families.base import Conditions, Configs, Family, modulations, tables_on_device
-from lpl.families.fit import Relation, latents
+from lpl.families.fit import Relation, latents, needs
 from lpl.families.lora_layout import QKV, Table, by_table
-from lpl.families.single_file import Component, State, by_layers
+from lpl.families.single_file import State, by_layers
 from lpl.families.tokens import Tokens, lengths_of, on_device
 from lpl.objectives import FlowMatching
 
@@ -82,8 +82,7 @@ class Lengths:
 class Lumina2(Family):
     name = "lumina-2"
     pipeline_class = Lumina2Pipeline
-    denoiser_name = "transformer"
-    text_encoder_names = ("text_encoder",)
+    original_state = staticmethod(transformer_state)
     objectives = (FlowMatching.name,)  # the pipeline passes sigmas to the scheduler, which DDIM does not take
     sequence_length, max_sequence_length = 256, 256
     no_float16 = ("text_encoder",)
@@ -95,9 +94,7 @@ class Lumina2(Family):
     def texts(self) -> Callable[[Sequence[str]], list[str]]:
         return partial(with_instruction, self.pipeline.system_prompt)
 
-    def encode_prompts(
-        self, captions: Sequence[str], device: torch.device, tokens: Tokens | None = None
-    ) -> Conditions:
+    def encode_prompts(self, captions: Sequence[str], device: torch.device, tokens: Tokens | None) -> Conditions:
         """As ``encode_prompt``, which compares tokens on the device and so waits for it."""
         found = (tokens or self.tokenize(captions))["tokenizer"]
         lengths = lengths_of(found["attention_mask"])
@@ -135,21 +132,13 @@ class Lumina2(Family):
         )
 
     @classmethod
-    def single_file(cls, configs: Configs) -> tuple[Component, ...]:
-        """The transformer alone: other programs load all else from files of its own."""
-        return (Component("transformer", "", transformer_state),)
-
-    @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:
         transformer, width = configs["transformer"], configs["text_encoder"]["hidden_size"]
-        heads = transformer["num_attention_heads"]
+        own = transformer["num_attention_heads"] * sum(transformer["axes_dim_rope"])
         return [
             *latents(transformer, configs["vae"]),
-            Relation("cap_feat_dim", transformer["cap_feat_dim"], (width,), "width of the text encoder"),
-            Relation(
-                *("hidden_size", transformer["hidden_size"], (heads * sum(transformer["axes_dim_rope"]),)),
-                why="its num_attention_heads times the sum of its axes_dim_rope",
-            ),
+            needs(transformer, "cap_feat_dim", width, "width of the text encoder"),
+            needs(transformer, "hidden_size", own, "its num_attention_heads times the sum of its axes_dim_rope"),
         ]
 
     @classmethod

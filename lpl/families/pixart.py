@@ -23,8 +23,6 @@ def in_lower_case(captions: Sequence[str]) -> list[str]:
 class PixArtSigma(Family):
     name = "pixart-sigma"
     pipeline_class = PixArtSigmaPipeline
-    denoiser_name = "transformer"
-    text_encoder_names = ("text_encoder",)
     sequence_length, max_sequence_length = 300, 512
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 
@@ -35,9 +33,7 @@ class PixArtSigma(Family):
     def texts(self) -> Callable[[Sequence[str]], list[str]]:
         return in_lower_case
 
-    def encode_prompts(
-        self, captions: Sequence[str], device: torch.device, tokens: Tokens | None = None
-    ) -> Conditions:
+    def encode_prompts(self, captions: Sequence[str], device: torch.device, tokens: Tokens | None) -> Conditions:
         pipeline = with_tokens(self.pipeline, tokens, device)
         embeddings, mask, _, _ = pipeline.encode_prompt(
             list(captions),

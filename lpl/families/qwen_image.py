@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from lpl.autoencoders import latent_channels
 from lpl.families.architecture import Architecture
 from lpl.families.base import Conditions, Configs, InPatches, packed, unpacked
-from lpl.families.fit import Relation
-from lpl.families.lora_layout import LoraLayout, own_names
-from lpl.families.single_file import Component, own_state
+from lpl.families.fit import Relation, needs
+from lpl.families.lora_layout import JOINT, LoraLayout, own_names
+from lpl.families.single_file import own_state
 from lpl.families.tokens import Tokens, in_front, lengths_of, on_device
 
 
@@ -30,17 +30,13 @@ def filled_in(template: str, captions: Sequence[str]) -> list[str]:
 class QwenImage(InPatches):
     name = "qwen-image"
     pipeline_class = QwenImagePipeline
-    denoiser_name = "transformer"
-    text_encoder_names = ("text_encoder",)
+    original_state = staticmethod(own_state)
     vaes = ("AutoencoderKLQwenImage",)
     objectives = ("flow_matching",)  # the pipeline passes sigmas to the scheduler, which DDIM does not take
     sequence_length, max_sequence_length = 512, 1024
     guidance_argument = "true_cfg_scale"
     idle_weights = True  # of the last block's text stream
-    lora_targets = (
-        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
-        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
-    )
+    lora_targets = JOINT
     lora_layout = LoraLayout({"transformer": "lora_unet"}, own_names, "lycoris")
 
     @property
@@ -55,9 +51,7 @@ class QwenImage(InPatches):
     def texts(self) -> Callable[[Sequence[str]], list[str]]:
         return partial(filled_in, self.pipeline.prompt_template_encode)
 
-    def encode_prompts(
-        self, captions: Sequence[str], device: torch.device, tokens: Tokens | None = None
-    ) -> Conditions:
+    def encode_prompts(self, captions: Sequence[str], device: torch.device, tokens: Tokens | None) -> Conditions:
         """As ``encode_prompt``, which waits for the device to select each caption's tokens, and computes logits."""
         found = (tokens or self.tokenize(captions))["tokenizer"]
         lengths = tuple(length - self._instruction for length in lengths_of(found["attention_mask"]))
@@ -99,25 +93,15 @@ class QwenImage(InPatches):
         return Architecture(cls.name, cls.name, "https://github.com/QwenLM/Qwen-Image")
 
     @classmethod
-    def single_file(cls, configs: Configs) -> tuple[Component, ...]:
-        """The transformer alone: other programs load all else from files of its own."""
-        return (Component("transformer", "", own_state),)
-
-    @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:
         transformer, channels = configs["transformer"], latent_channels(configs["vae"])
-        joint, width = transformer["joint_attention_dim"], configs["text_encoder"]["hidden_size"]
+        width = configs["text_encoder"]["hidden_size"]
         why = f"channels of the VAE's latents in patches of {PATCH} x {PATCH}"
         return [
-            Relation("in_channels", transformer["in_channels"], (channels * PATCH**2,), why),
-            Relation("out_channels", transformer["out_channels"], (channels,), "channels of the VAE's latents"),
-            Relation("joint_attention_dim", joint, (width,), "width of text_encoder"),
-            Relation(
-                "attention_head_dim",
-                transformer["attention_head_dim"],
-                (sum(transformer["axes_dims_rope"]),),
-                "sum of its axes_dims_rope",
-            ),
+            needs(transformer, "in_channels", channels * PATCH**2, why),
+            needs(transformer, "out_channels", channels, "channels of the VAE's latents"),
+            needs(transformer, "joint_attention_dim", width, "width of text_encoder"),
+            needs(transformer, "attention_head_dim", sum(transformer["axes_dims_rope"]), "sum of its axes_dims_rope"),
         ]
 
     @classmethod

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lpl.families.architecture import Architecture
 from lpl.families.base import Conditions, Configs, Family
 from lpl.families.fit import Relation, captions, latents
+from lpl.families.pixart import in_lower_case
 from lpl.families.tokens import Tokenize, Tokens, with_tokens
 
 
@@ -36,14 +37,9 @@ def order_of(groups: tuple[list[int], list[int]]) -> Tensor:
     return torch.tensor([*groups[0], *groups[1]]).argsort()
 
 
-def plain_texts(captions: Sequence[str]) -> list[str]:
-    """What encode_prompt gives the tokenizer for captions without the instruction."""
-    return [caption.lower().strip() for caption in captions]
-
-
 def instructed_texts(captions: Sequence[str]) -> list[str]:
     """What encode_prompt gives the tokenizer for captions with the instruction."""
-    return [PREFIX + text for text in plain_texts(captions)]
+    return [PREFIX + text for text in in_lower_case(captions)]
 
 
 @dataclass(frozen=True)
@@ -68,8 +64,6 @@ class TokenizeGroups:
 class Sana(Family):
     name = "sana"
     pipeline_class = SanaPipeline
-    denoiser_name = "transformer"
-    text_encoder_names = ("text_encoder",)
     sequence_length = 300
     no_float16 = ("text_encoder",)
 
@@ -81,13 +75,11 @@ class Sana(Family):
         lengths = None if self.tokens is None else instruction + self.tokens - 2, self.tokens
         instructed, plain = (
             Tokenize({"tokenizer": tokenizer}, {"tokenizer": length}, texts)
-            for length, texts in zip(lengths, (instructed_texts, plain_texts), strict=True)
+            for length, texts in zip(lengths, (instructed_texts, in_lower_case), strict=True)
         )
         return TokenizeGroups((instructed, plain))
 
-    def encode_prompts(
-        self, captions: Sequence[str], device: torch.device, tokens: Tokens | None = None
-    ) -> Conditions:
+    def encode_prompts(self, captions: Sequence[str], device: torch.device, tokens: Tokens | None) -> Conditions:
         """As the pipeline does by default: captions follow the instruction, the empty caption of guidance does not."""
         groups = grouped(captions)
         tokens = tokens or {"order": order_of(groups), "groups": (None, None)}

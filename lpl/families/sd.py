@@ -31,7 +31,6 @@ class StableDiffusion(Family):
     name = "stable-diffusion"
     pipeline_class = StableDiffusionPipeline
     denoiser_name = "unet"
-    text_encoder_names = ("text_encoder",)
     trainable_text_encoders = ("text_encoder",)
     lora_layout = LoraLayout({"unet": "lora_unet", "text_encoder": "lora_te"}, own_names)
 
@@ -43,9 +42,7 @@ class StableDiffusion(Family):
     def token_lengths(self) -> dict[str, int | None]:
         return {"tokenizer": self.pipeline.tokenizer.model_max_length}
 
-    def encode_prompts(
-        self, captions: Sequence[str], device: torch.device, tokens: Tokens | None = None
-    ) -> Conditions:
+    def encode_prompts(self, captions: Sequence[str], device: torch.device, tokens: Tokens | None) -> Conditions:
         pipeline = with_tokens(self.pipeline, tokens, device)
         embeddings, _ = pipeline.encode_prompt(list(captions), device, 1, False)
         return {"encoder_hidden_states": embeddings}  # (B, tokens, dim)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lpl.families.architecture import Architecture
 from lpl.families.base import Conditions, Configs, Family, modulations
-from lpl.families.fit import Relation, latents
-from lpl.families.lora_layout import ADDED_QKV, QKV, TRANSFORMER, LoraLayout, Table, by_table
+from lpl.families.fit import Relation, latents, needs
+from lpl.families.lora_layout import ADDED_QKV, JOINT, QKV, TRANSFORMER, LoraLayout, Table, by_table
 from lpl.families.single_file import Component, State, autoencoder, by_layers
 from lpl.families.tokens import Tokens, with_tokens
 
@@ -70,16 +70,12 @@ def transformer_state(config: Mapping[str, Any], state: State) -> State:
 class StableDiffusion3(Family):
     name = "stable-diffusion-3"
     pipeline_class = StableDiffusion3Pipeline
-    denoiser_name = "transformer"
     text_encoder_names = ("text_encoder", "text_encoder_2", "text_encoder_3")
     optional_components = ("text_encoder_3", "tokenizer_3")
     sequence_length, max_sequence_length = 77, 512
     trainable_text_encoders = ("text_encoder", "text_encoder_2")
     text_encoder_learning_rate, text_encoder_weight_decay = 5e-6, 1e-3  # as in diffusers' script
-    lora_targets = (
-        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
-        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
-    )
+    lora_targets = JOINT
     lora_layout = LoraLayout(TRANSFORMER, partial(by_table, ORIGINAL), "lycoris", swapped=True)
 
     def token_lengths(self) -> dict[str, int | None]:
@@ -87,9 +83,7 @@ class StableDiffusion3(Family):
         lengths = {"tokenizer": clip, "tokenizer_2": clip, "tokenizer_3": self.tokens}
         return {name: length for name, length in lengths.items() if getattr(self.pipeline, name) is not None}
 
-    def encode_prompts(
-        self, captions: Sequence[str], device: torch.device, tokens: Tokens | None = None
-    ) -> Conditions:
+    def encode_prompts(self, captions: Sequence[str], device: torch.device, tokens: Tokens | None) -> Conditions:
         pipeline = with_tokens(self.pipeline, tokens, device)
         captions = list(captions)
         embeddings, _, pooled, _ = pipeline.encode_prompt(
@@ -108,27 +102,17 @@ class StableDiffusion3(Family):
     @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:
         transformer, clips = configs["transformer"], [configs["text_encoder"], configs["text_encoder_2"]]
-        heads, joint = transformer["num_attention_heads"], transformer["joint_attention_dim"]
+        own = transformer["num_attention_heads"] * transformer["attention_head_dim"]
         width, pooled = (sum(clip[name] for clip in clips) for name in ("hidden_size", "projection_dim"))
         relations = [
             *latents(transformer, configs["vae"]),
             # The pipeline pads both CLIPs' embeddings to this width; where it is less, it would cut them.
-            Relation("joint_attention_dim", joint, range(width, sys.maxsize), "width of both CLIP text encoders"),
-            Relation(
-                "pooled_projection_dim",
-                transformer["pooled_projection_dim"],
-                (pooled,),
-                "projections of both CLIP text encoders",
-            ),
-            Relation(
-                "caption_projection_dim",
-                transformer["caption_projection_dim"],
-                (heads * transformer["attention_head_dim"],),
-                "width of its own attention",
-            ),
+            needs(transformer, "joint_attention_dim", range(width, sys.maxsize), "width of both CLIP text encoders"),
+            needs(transformer, "pooled_projection_dim", pooled, "projections of both CLIP text encoders"),
+            needs(transformer, "caption_projection_dim", own, "width of its own attention"),
         ]
         if t5 := configs.get("text_encoder_3"):
-            relations.append(Relation("joint_attention_dim", joint, (t5["hidden_size"],), "width of text_encoder_3"))
+            relations.append(needs(transformer, "joint_attention_dim", t5["hidden_size"], "width of text_encoder_3"))
         return relations
 
     @classmethod

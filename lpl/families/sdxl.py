@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lpl.families.architecture import STABILITY, Architecture
 from lpl.families.base import Conditions, Configs, Family
-from lpl.families.fit import Relation, cross_attention, latents
+from lpl.families.fit import Relation, cross_attention, latents, needs
 from lpl.families.lora_layout import TWO_ENCODERS, LoraLayout, Originals
 from lpl.families.single_file import Component, State, autoencoder, by_layers, clip, open_clip
 from lpl.families.tokens import Tokens, with_tokens
@@ -97,9 +97,7 @@ class StableDiffusionXL(Family):
     def token_lengths(self) -> dict[str, int | None]:
         return {name: getattr(self.pipeline, name).model_max_length for name in ("tokenizer", "tokenizer_2")}
 
-    def encode_prompts(
-        self, captions: Sequence[str], device: torch.device, tokens: Tokens | None = None
-    ) -> Conditions:
+    def encode_prompts(self, captions: Sequence[str], device: torch.device, tokens: Tokens | None) -> Conditions:
         pipeline = with_tokens(self.pipeline, tokens, device)
         embeddings, _, pooled, _ = pipeline.encode_prompt(
             list(captions), device=device, do_classifier_free_guidance=False
@@ -127,11 +125,11 @@ class StableDiffusionXL(Family):
     @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:
         unet, first, second = configs["unet"], configs["text_encoder"], configs["text_encoder_2"]
-        width, added = first["hidden_size"] + second["hidden_size"], unet["projection_class_embeddings_input_dim"]
-        numbers = 6 * unet["addition_time_embed_dim"]  # original size, crop, target size
+        width = first["hidden_size"] + second["hidden_size"]
+        added = 6 * unet["addition_time_embed_dim"] + second["projection_dim"]  # 6: original size, crop, target size
         why = "6 of its addition_time_embed_dim, and the projection of text_encoder_2"
         return [
             *latents(unet, configs["vae"]),
             *cross_attention(unet, width, "width of both text encoders"),
-            Relation("projection_class_embeddings_input_dim", added, (numbers + second["projection_dim"],), why),
+            needs(unet, "projection_class_embeddings_input_dim", added, why),
         ]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lpl.autoencoders import downscaling_factor
 from lpl.families.architecture import Architecture
 from lpl.families.base import Conditions, Configs, Family
-from lpl.families.fit import Relation, latents
+from lpl.families.fit import Relation, latents, needs
 from lpl.families.lora_layout import LoraLayout, Table, by_table
 from lpl.families.tokens import Tokens, on_device
 from lpl.objectives import FlowMatching
@@ -57,8 +57,6 @@ def cleaned(captions: Sequence[str]) -> list[str]:
 class Wan(Family):
     name = "wan"
     pipeline_class = WanPipeline
-    denoiser_name = "transformer"
-    text_encoder_names = ("text_encoder",)
     vaes = ("AutoencoderKLWan",)
     objectives = (FlowMatching.name,)  # the pipeline reads the scheduler's sigmas, which DDIM lacks
     draws_videos = True
@@ -73,9 +71,7 @@ class Wan(Family):
     def texts(self) -> Callable[[Sequence[str]], list[str]]:
         return cleaned
 
-    def encode_prompts(
-        self, captions: Sequence[str], device: torch.device, tokens: Tokens | None = None
-    ) -> Conditions:
+    def encode_prompts(self, captions: Sequence[str], device: torch.device, tokens: Tokens | None) -> Conditions:
         """As ``encode_prompt``, which cuts the embeddings by lengths that are on the device."""
         found = on_device((tokens or self.tokenize(captions))["tokenizer"], device)
         embeddings = self.pipeline.text_encoder(**found).last_hidden_state
@@ -111,7 +107,7 @@ class Wan(Family):
         transformer, width = configs["transformer"], configs["text_encoder"]["hidden_size"]
         return [
             *latents(transformer, configs["vae"]),
-            Relation("text_dim", transformer["text_dim"], (width,), "width of the text encoder"),
+            needs(transformer, "text_dim", width, "width of the text encoder"),
         ]
 
     @classmethod

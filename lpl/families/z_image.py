@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from lpl.families.architecture import Architecture
 from lpl.families.base import Conditions, Configs, InPatches, tables_on_device
-from lpl.families.fit import Relation, latents
+from lpl.families.fit import Relation, latents, needs
 from lpl.families.lora_layout import QKV, LoraLayout, Table, by_table
-from lpl.families.single_file import Component, State, by_layers
+from lpl.families.single_file import State, by_layers
 from lpl.families.tokens import Tokens, chat_texts, in_front, lengths_of, on_device
 
 
-PATCH = 2  # side of a patch in latents, of all published models
 TIMESTEPS = 1000  # the pipeline divides by it, whatever the scheduler has
 
 # Layers by their names in the original model
@@ -54,8 +53,7 @@ def transformer_state(config: Mapping[str, Any], state: State) -> State:
 class ZImage(InPatches):
     name = "z-image"
     pipeline_class = ZImagePipeline
-    denoiser_name = "transformer"
-    text_encoder_names = ("text_encoder",)
+    original_state = staticmethod(transformer_state)
     objectives = ("flow_matching",)  # the pipeline passes sigmas to the scheduler, which DDIM does not take
     sequence_length, max_sequence_length = 512, 512
     lora_targets = (
@@ -71,9 +69,7 @@ class ZImage(InPatches):
     def texts(self) -> Callable[[Sequence[str]], list[str]]:
         return partial(chat_texts, self.pipeline.tokenizer, enable_thinking=True)
 
-    def encode_prompts(
-        self, captions: Sequence[str], device: torch.device, tokens: Tokens | None = None
-    ) -> Conditions:
+    def encode_prompts(self, captions: Sequence[str], device: torch.device, tokens: Tokens | None) -> Conditions:
         """As ``encode_prompt``, which selects each caption's tokens and waits for the device."""
         found = (tokens or self.tokenize(captions))["tokenizer"]
         lengths = lengths_of(found["attention_mask"])
@@ -101,21 +97,13 @@ class ZImage(InPatches):
         return Architecture(cls.name, cls.name, "https://github.com/Tongyi-MAI/Z-Image")
 
     @classmethod
-    def single_file(cls, configs: Configs) -> tuple[Component, ...]:
-        """The transformer alone: other programs load all else from files of its own."""
-        return (Component("transformer", "", transformer_state),)
-
-    @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:
-        transformer = configs["transformer"]
-        heads, width = transformer["n_heads"], configs["text_encoder"]["hidden_size"]
+        transformer, width = configs["transformer"], configs["text_encoder"]["hidden_size"]
+        own = transformer["n_heads"] * sum(transformer["axes_dims"])
         return [
             *latents(transformer, configs["vae"]),
-            Relation("cap_feat_dim", transformer["cap_feat_dim"], (width,), "width of the text encoder"),
-            Relation(
-                *("dim", transformer["dim"], (heads * sum(transformer["axes_dims"]),)),
-                why="its n_heads times the sum of its axes_dims",
-            ),
+            needs(transformer, "cap_feat_dim", width, "width of the text encoder"),
+            needs(transformer, "dim", own, "its n_heads times the sum of its axes_dims"),
         ]
 
     @classmethod

@@ -13,14 +13,14 @@ def test_what_is_in_quotes_is_what_the_second_encoder_gets(hunyuan_image_pipelin
     """Next to captions that have none; the pipeline encodes one after the other."""
     family = load(hunyuan_image_pipeline)
     captions = ["a cat", "a sign, \"cats\" and 'dogs'", "the word “猫”"]
-    found = family.encode_prompts(captions, CPU)
+    found = family.encode_prompts(captions, CPU, None)
     _, _, embeddings, mask = family.pipeline.encode_prompt(captions, CPU, batch_size=3)
     torch.testing.assert_close(found["encoder_hidden_states_2"], embeddings)
     assert torch.equal(found["encoder_attention_mask_2"], mask)
     assert found["lengths_2"] == tuple(mask.sum(1).tolist()) and found["lengths_2"][0] == 0 < min(
         found["lengths_2"][1:]
     )
-    other = family.encode_prompts([captions[1].replace("cats", "owls")], CPU)["encoder_hidden_states_2"]
+    other = family.encode_prompts([captions[1].replace("cats", "owls")], CPU, None)["encoder_hidden_states_2"]
     assert not torch.allclose(found["encoder_hidden_states_2"][1], other[0])
 
 
