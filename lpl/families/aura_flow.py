@@ -14,15 +14,13 @@ from diffusers.models.transformers.auraflow_transformer_2d import AuraFlowPreFin
 from torch import Tensor, nn
 
 from lpl.families.architecture import Architecture
-from lpl.families.base import Conditions, Configs, Family, modulations
+from lpl.families.base import TIMESTEPS, Conditions, Configs, Family, modulations
 from lpl.families.fit import Relation, latents, needs
 from lpl.families.lora_layout import JOINT, Table, by_table
 from lpl.families.single_file import State, by_layers
 from lpl.families.tokens import Tokens, on_device
 from lpl.objectives import FlowMatching
 
-
-TIMESTEPS = 1000  # the pipeline divides by it, whatever the scheduler has
 
 # Layers by their names in the original model
 ORIGINAL: Table = {

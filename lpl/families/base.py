@@ -35,6 +35,8 @@ from lpl.objectives import OBJECTIVES
 
 Conditions = dict[str, Any]
 Configs = Mapping[str, Mapping[str, Any]]  # of the VAE and of the denoiser, by the component's name
+PATCH = 2  # side of a patch in latents, where no configuration has it: that of all published models
+TIMESTEPS = 1000  # that some pipelines divide by, whatever the scheduler has
 
 
 class Family:
@@ -192,6 +194,11 @@ class Family:
     def texts(self) -> Callable[[Sequence[str]], list[str]]:
         """B captions -> what ``encode_prompt`` gives the tokenizers. It holds no models either."""
         return list
+
+    @property
+    def _instruction(self) -> int:
+        """Tokens of the pipeline's template before the caption, whose embeddings are dropped, if it has one."""
+        return self.pipeline.prompt_template_encode_start_idx
 
     def caption_lengths(self, captions: Sequence[str]) -> tuple[list[int], int]:
         """Tokens of each caption, and how many of them the text encoder takes; of several, the one that takes most."""
@@ -374,7 +381,7 @@ class Family:
 
 
 class InPatches(Family):
-    """A family whose denoiser takes 2 x 2 patches of latents, of images of any size; no configuration has either."""
+    """A family whose denoiser takes latents in patches, of images of any size; no configuration has either."""
 
     @classmethod
     def native_resolution(cls, configs: Configs) -> int:
@@ -382,7 +389,7 @@ class InPatches(Family):
 
     @classmethod
     def resolution_multiple(cls, configs: Configs) -> int:
-        return 2 * downscaling_factor(configs["vae"])
+        return PATCH * downscaling_factor(configs["vae"])
 
 
 def modulations(denoiser: nn.Module, *kinds: type[nn.Module]) -> list[nn.Module]:
@@ -390,15 +397,15 @@ def modulations(denoiser: nn.Module, *kinds: type[nn.Module]) -> list[nn.Module]
     return [module.get_submodule("linear") for module in denoiser.modules() if isinstance(module, kinds)]
 
 
-def packed(noisy_latents: Tensor, patch: int) -> Tensor:
-    """Latents, (B, C, h, w), as patches in reading order, (B, h w / patch^2, C patch^2)."""
-    return F.pixel_unshuffle(noisy_latents, patch).flatten(2).mT
+def packed(noisy_latents: Tensor) -> Tensor:
+    """Latents, (B, C, h, w), as patches in reading order, (B, h w / PATCH^2, C PATCH^2)."""
+    return F.pixel_unshuffle(noisy_latents, PATCH).flatten(2).mT
 
 
-def unpacked(patches: Tensor, patch: int, size: Sequence[int]) -> Tensor:
+def unpacked(patches: Tensor, size: Sequence[int]) -> Tensor:
     """Patches in reading order as latents of a size, (..., h, w)."""
-    rows, columns = (side // patch for side in size[-2:])
-    return F.pixel_shuffle(patches.mT.unflatten(2, (rows, columns)), patch)
+    rows, columns = (side // PATCH for side in size[-2:])
+    return F.pixel_shuffle(patches.mT.unflatten(2, (rows, columns)), PATCH)
 
 
 def patch_positions(rows: int, columns: int, device: torch.device) -> Tensor:

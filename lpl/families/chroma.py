@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lpl.families import flux
 from lpl.families.architecture import Architecture
-from lpl.families.base import Conditions, Configs, InPatches, packed, patch_positions, unpacked
+from lpl.families.base import PATCH, TIMESTEPS, Conditions, Configs, InPatches, packed, patch_positions, unpacked
 from lpl.families.fit import Relation, latents, needs
 from lpl.families.lora_layout import TRANSFORMER, LoraLayout, Table, by_table
 from lpl.families.single_file import State, by_layers, with_scales
@@ -69,22 +69,22 @@ class Chroma(InPatches):
         return {"encoder_hidden_states": embeddings, "mask": mask}  # (B, tokens, dim), (B, tokens)
 
     def predict(self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
-        rows, columns = (side // flux.PATCH for side in noisy_latents.shape[2:])
+        rows, columns = (side // PATCH for side in noisy_latents.shape[2:])
         embeddings, mask = conditions["encoder_hidden_states"], conditions["mask"]
         mask = torch.cat([mask, mask.new_ones(len(mask), rows * columns)], 1)
         own: Any = self.denoiser
         if own.gradient_checkpointing:
             own._gradient_checkpointing_func = partial(_checkpointed, mask)
         output = denoiser(
-            hidden_states=packed(noisy_latents, flux.PATCH),
-            timestep=timesteps.to(noisy_latents.dtype) / flux.TIMESTEPS,
+            hidden_states=packed(noisy_latents),
+            timestep=timesteps.to(noisy_latents.dtype) / TIMESTEPS,
             encoder_hidden_states=embeddings,
             txt_ids=noisy_latents.new_zeros(embeddings.shape[1], 3),  # text has no position
             img_ids=patch_positions(rows, columns, noisy_latents.device).to(noisy_latents.dtype),
             attention_mask=mask,
             return_dict=False,
         )[0]
-        return unpacked(output, flux.PATCH, noisy_latents.shape)
+        return unpacked(output, noisy_latents.shape)
 
     @classmethod
     def architecture(cls, configs: Configs, prediction_type: str | None) -> Architecture:
@@ -94,7 +94,7 @@ class Chroma(InPatches):
     def relations(cls, configs: Configs) -> list[Relation]:
         transformer, width = configs["transformer"], configs["text_encoder"]["hidden_size"]
         return [
-            *latents(transformer, configs["vae"], flux.PATCH),
+            *latents(transformer, configs["vae"], PATCH),
             needs(transformer, "joint_attention_dim", width, "width of the text encoder"),
             needs(transformer, "attention_head_dim", sum(transformer["axes_dims_rope"]), "sum of its axes_dims_rope"),
         ]

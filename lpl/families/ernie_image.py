@@ -15,6 +15,7 @@ from lpl.families.fit import Relation, latents, needs
 from lpl.families.lora_layout import LoraLayout, own_names
 from lpl.families.single_file import own_state
 from lpl.families.tokens import Tokens, in_front, lengths_of, on_device
+from lpl.objectives import FlowMatching
 
 
 class ErnieImage(Family):
@@ -23,7 +24,7 @@ class ErnieImage(Family):
     original_state = staticmethod(own_state)
     optional_components = ("pe", "pe_tokenizer")  # a language model that rewrites prompts
     vaes = ("AutoencoderKLFlux2",)
-    objectives = ("flow_matching",)  # the pipeline passes sigmas to the scheduler, which DDIM does not take
+    objectives = (FlowMatching.name,)  # the pipeline passes sigmas to the scheduler, which DDIM does not take
     sequence_length, max_sequence_length = 512, 2048
     lora_targets = (
         *("self_attention.to_q", "self_attention.to_k", "self_attention.to_v", "self_attention.to_out.0"),

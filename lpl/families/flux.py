@@ -12,16 +12,23 @@ from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZ
 from torch import Tensor, nn
 
 from lpl.families.architecture import Architecture
-from lpl.families.base import Conditions, Configs, InPatches, modulations, packed, patch_positions, unpacked
+from lpl.families.base import (
+    PATCH,
+    TIMESTEPS,
+    Conditions,
+    Configs,
+    InPatches,
+    modulations,
+    packed,
+    patch_positions,
+    unpacked,
+)
 from lpl.families.fit import Relation, latents, needs
 from lpl.families.lora_layout import ADDED_QKV, JOINT, QKV, TRANSFORMER, LoraLayout, Table, by_table
 from lpl.families.single_file import State, by_layers, with_scales
 from lpl.families.tokens import Tokens, with_tokens
 from lpl.objectives import FlowMatching
 
-
-PATCH = 2  # side of a patch in latents; no configuration file has it
-TIMESTEPS = 1000  # the pipeline divides by it, whatever the scheduler has, and the transformer multiplies
 
 NORMS = "query_norm|key_norm"  # whose weights the original calls scale
 
@@ -107,7 +114,7 @@ class Flux(InPatches):
         rows, columns = (side // PATCH for side in noisy_latents.shape[2:])
         tokens = conditions["encoder_hidden_states"].shape[1]
         output = denoiser(
-            hidden_states=packed(noisy_latents, PATCH),
+            hidden_states=packed(noisy_latents),
             timestep=timesteps.to(noisy_latents.dtype) / TIMESTEPS,
             guidance=self.guidance(noisy_latents),
             txt_ids=noisy_latents.new_zeros(tokens, 3),  # text has no position
@@ -115,7 +122,7 @@ class Flux(InPatches):
             **conditions,
             return_dict=False,
         )[0]
-        return unpacked(output, PATCH, noisy_latents.shape)
+        return unpacked(output, noisy_latents.shape)
 
     @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:

@@ -21,15 +21,13 @@ from torch import Tensor, nn
 from lpl.autoencoders import downscaling_factor
 from lpl.families import flux
 from lpl.families.architecture import Architecture
-from lpl.families.base import Conditions, Configs, Family, modulations
+from lpl.families.base import TIMESTEPS, Conditions, Configs, Family, modulations
 from lpl.families.fit import Relation, latents, needs
 from lpl.families.lora_layout import ADDED_QKV, QKV, LoraLayout, Table, by_table
 from lpl.families.single_file import State, by_layers, with_scales
 from lpl.families.tokens import Tokens, chat_texts, on_device
 from lpl.objectives import FlowMatching
 
-
-TIMESTEPS = 1000  # the pipeline divides by it, whatever the scheduler has, and the transformer multiplies
 
 # Layers by their names in the original model
 ORIGINAL: Table = {

@@ -23,14 +23,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from lpl.autoencoders import downscaling_factor
 from lpl.families.architecture import Architecture
-from lpl.families.base import Conditions, Configs, InPatches, unpacked
+from lpl.families.base import PATCH, Conditions, Configs, InPatches, unpacked
 from lpl.families.fit import Relation, latents, needs
 from lpl.families.lora_layout import LoraLayout, own_names
 from lpl.families.tokens import Tokens, on_device
 from lpl.objectives import FlowMatching
 
 
-PATCH = 2  # side of a patch in latents, of all published models
 CLIP_TOKENS = 218  # that the pipeline gives the CLIP encoders at most
 
 
@@ -118,7 +117,7 @@ class HiDream(InPatches):
         finally:
             del own.unpatchify
         patches = patches[:, : rows * columns].unflatten(2, (PATCH**2, -1)).mT.flatten(2)
-        return -unpacked(patches, PATCH, noisy_latents.shape)
+        return -unpacked(patches, noisy_latents.shape)
 
     def call_arguments(self, prompt: str | int, height: int, width: int) -> dict[str, Any]:
         for name, value in self.attributes_for(height, width).items():

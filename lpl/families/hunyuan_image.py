@@ -63,11 +63,6 @@ class HunyuanImage(Family):
     def idle_components(cls) -> list[str]:
         return []  # the optional ones guide
 
-    @property
-    def _instruction(self) -> int:
-        """Tokens of the template before the caption, whose embeddings are dropped."""
-        return self.pipeline.prompt_template_encode_start_idx
-
     def token_lengths(self) -> dict[str, int | None]:
         return {
             "tokenizer": self.pipeline.tokenizer_max_length + self._instruction,

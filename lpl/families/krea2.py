@@ -13,15 +13,12 @@ import torch.nn.functional as F
 from diffusers import Krea2Pipeline
 from torch import Tensor, nn
 
-from lpl.families.base import Conditions, Configs, InPatches, packed, patch_positions, unpacked
+from lpl.families.base import PATCH, TIMESTEPS, Conditions, Configs, InPatches, packed, patch_positions, unpacked
 from lpl.families.fit import Relation, latents, needs
 from lpl.families.lora_layout import LoraLayout, Originals
 from lpl.families.single_file import State, by_layers, with_scales
 from lpl.families.tokens import Tokenize, Tokens, on_device
-
-
-PATCH = 2  # side of a patch in latents, of all published models
-TIMESTEPS = 1000  # that the transformer multiplies by
+from lpl.objectives import FlowMatching
 
 
 # Ours and the original's, the more special ones first
@@ -92,15 +89,10 @@ class Krea2(InPatches):
     pipeline_class = Krea2Pipeline
     original_state = staticmethod(transformer_state)
     vaes = ("AutoencoderKLQwenImage",)
-    objectives = ("flow_matching",)  # the pipeline passes sigmas to the scheduler, which DDIM does not take
+    objectives = (FlowMatching.name,)  # the pipeline passes sigmas to the scheduler, which DDIM does not take
     sequence_length, max_sequence_length = 512, 512
     lora_targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
     lora_layout = LoraLayout({"transformer": "lora_unet"}, originals)
-
-    @property
-    def _instruction(self) -> int:
-        """Tokens of the template before the caption, whose embeddings are dropped."""
-        return self.pipeline.prompt_template_encode_start_idx
 
     def token_lengths(self) -> dict[str, int | None]:
         suffix = self.pipeline.prompt_template_encode_num_suffix_tokens
@@ -135,13 +127,13 @@ class Krea2(InPatches):
         tokens = conditions["encoder_hidden_states"].shape[1]
         image = patch_positions(rows, columns, noisy_latents.device)
         output = denoiser(
-            hidden_states=packed(noisy_latents, PATCH),
+            hidden_states=packed(noisy_latents),
             timestep=timesteps.to(noisy_latents.dtype) / TIMESTEPS,
             position_ids=torch.cat([image.new_zeros(tokens, 3), image]),  # text has no position
             **conditions,
             return_dict=False,
         )[0]
-        return unpacked(output, PATCH, noisy_latents.shape)
+        return unpacked(output, noisy_latents.shape)
 
     @classmethod
     def relations(cls, configs: Configs) -> list[Relation]:

@@ -12,15 +12,12 @@ from torch import Tensor, nn
 
 from lpl.autoencoders import latent_channels
 from lpl.families.architecture import Architecture
-from lpl.families.base import Conditions, Configs, InPatches, packed, unpacked
+from lpl.families.base import PATCH, TIMESTEPS, Conditions, Configs, InPatches, packed, unpacked
 from lpl.families.fit import Relation, needs
 from lpl.families.lora_layout import JOINT, LoraLayout, own_names
 from lpl.families.single_file import own_state
 from lpl.families.tokens import Tokens, in_front, lengths_of, on_device
-
-
-PATCH = 2  # side of a patch in latents, of all published models
-TIMESTEPS = 1000  # the pipeline divides by it, whatever the scheduler has
+from lpl.objectives import FlowMatching
 
 
 def filled_in(template: str, captions: Sequence[str]) -> list[str]:
@@ -32,17 +29,12 @@ class QwenImage(InPatches):
     pipeline_class = QwenImagePipeline
     original_state = staticmethod(own_state)
     vaes = ("AutoencoderKLQwenImage",)
-    objectives = ("flow_matching",)  # the pipeline passes sigmas to the scheduler, which DDIM does not take
+    objectives = (FlowMatching.name,)  # the pipeline passes sigmas to the scheduler, which DDIM does not take
     sequence_length, max_sequence_length = 512, 1024
     guidance_argument = "true_cfg_scale"
     idle_weights = True  # of the last block's text stream
     lora_targets = JOINT
     lora_layout = LoraLayout({"transformer": "lora_unet"}, own_names, "lycoris")
-
-    @property
-    def _instruction(self) -> int:
-        """Tokens of the template before the caption, whose embeddings are dropped."""
-        return self.pipeline.prompt_template_encode_start_idx
 
     def token_lengths(self) -> dict[str, int | None]:
         return {"tokenizer": (self.tokens or self.pipeline.tokenizer_max_length) + self._instruction}
@@ -69,7 +61,7 @@ class QwenImage(InPatches):
         lengths, (rows, columns) = conditions["lengths"], (side // PATCH for side in noisy_latents.shape[2:])
         longest = max(lengths)
         output = denoiser(
-            hidden_states=packed(noisy_latents, PATCH),
+            hidden_states=packed(noisy_latents),
             timestep=timesteps.to(noisy_latents.dtype) / TIMESTEPS,
             guidance=self.guidance(noisy_latents),
             encoder_hidden_states=conditions["encoder_hidden_states"][:, :longest],
@@ -79,7 +71,7 @@ class QwenImage(InPatches):
             img_shapes=[[(1, rows, columns)]] * len(noisy_latents),
             return_dict=False,
         )[0]
-        return unpacked(output, PATCH, noisy_latents.shape)
+        return unpacked(output, noisy_latents.shape)
 
     def sampling_arguments(self) -> dict[str, Any]:
         return super().sampling_arguments() | {"negative_prompt": " "}  # without one, the pipeline does not guide

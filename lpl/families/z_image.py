@@ -11,14 +11,13 @@ from diffusers import ZImagePipeline
 from torch import Tensor, nn
 
 from lpl.families.architecture import Architecture
-from lpl.families.base import Conditions, Configs, InPatches, tables_on_device
+from lpl.families.base import TIMESTEPS, Conditions, Configs, InPatches, tables_on_device
 from lpl.families.fit import Relation, latents, needs
 from lpl.families.lora_layout import QKV, LoraLayout, Table, by_table
 from lpl.families.single_file import State, by_layers
 from lpl.families.tokens import Tokens, chat_texts, in_front, lengths_of, on_device
+from lpl.objectives import FlowMatching
 
-
-TIMESTEPS = 1000  # the pipeline divides by it, whatever the scheduler has
 
 # Layers by their names in the original model
 LAYERS: Mapping[str, tuple[str, ...]] = {
@@ -54,7 +53,7 @@ class ZImage(InPatches):
     name = "z-image"
     pipeline_class = ZImagePipeline
     original_state = staticmethod(transformer_state)
-    objectives = ("flow_matching",)  # the pipeline passes sigmas to the scheduler, which DDIM does not take
+    objectives = (FlowMatching.name,)  # the pipeline passes sigmas to the scheduler, which DDIM does not take
     sequence_length, max_sequence_length = 512, 512
     lora_targets = (
         *("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"),
