@@ -69,7 +69,6 @@ from lpl.tools.words import counted, plain_warnings, warn
 from lpl.training.preemption import EXIT_CODE
 
 
-logger = logging.getLogger(__name__)
 PROGRAM = "python -m lpl.compare"
 SCRIPT, INSTALLED = "train_text_to_image_lpl", "lpl-train"  # the second one is the wheel's command
 EXAMPLE = f"-- accelerate launch {SCRIPT}.py --pretrained_model_name_or_path PIPELINE --train_data_dir IMAGES"

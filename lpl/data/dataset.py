@@ -11,7 +11,6 @@ Sizes are (height, width) in pixels. :meth:`TrainingImages.size_of` alone decide
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -43,7 +42,6 @@ from lpl.objectives import Objective, timestep_density, timestep_weights
 from lpl.tools.words import first_line
 
 
-logger = logging.getLogger(__name__)
 Sample = dict[str, Any]
 Batch = dict[str, Any]
 Row = dict[str, Any]  # of a data set, by column

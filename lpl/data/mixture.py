@@ -10,7 +10,6 @@ A joined data set has the columns :data:`NAME`, :data:`REPEATS` and :data:`LOSS_
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Sequence
@@ -25,8 +24,6 @@ from lpl.data.captions import CAPTION_COLUMNS, caption_columns, caption_rows, te
 from lpl.data.folder import Contents
 from lpl.tools.words import counted, distinct
 
-
-logger = logging.getLogger(__name__)
 
 NAME, REPEATS, LOSS_WEIGHT = OWN_COLUMNS = ("lpl_data_set", "lpl_repeats", "lpl_loss_weight")
 # kohya's folders, "10_sks dog": repeats and the caption of images without one. No number of them has a leading zero or

@@ -12,7 +12,6 @@ What is estimated, not counted: CUDA's context, the libraries' workspaces and th
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -48,8 +47,6 @@ from lpl.training.sharding import Sharding, local
 from lpl.training.start import place_models, trained_parts
 from lpl.training.updates import prepare
 
-
-logger = logging.getLogger(__name__)
 
 CONTEXT = 2**30  # bytes of CUDA's context, workspaces and the allocator's gaps: assumed, not counted
 PACKED = {  # bytes of a quantised weight, with the scales of its blocks, if they are more than one of each row

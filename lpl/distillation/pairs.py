@@ -37,7 +37,7 @@ SHARD = 64  # pairs in a file
 SMALLEST, LARGEST = 0.05, 0.5  # sizes of the errors that are made
 DRAWS = 10_000  # of a timestep, until one is inside
 HELD_OUT = 8  # every 8th image is kept for measuring the student
-SOURCE, ERROR = 101, 102  # streams of random numbers, beside those of lpl.data.order
+ERROR = 102  # a stream of random numbers, beside those of lpl.data.order
 Estimates = tuple[Tensor, Tensor, Tensor]  # z0 and z0_hat, (n, C, h, w); sigma, (n,), NaN for errors that are made
 
 
