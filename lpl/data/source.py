@@ -14,7 +14,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import datasets.config
 import pandas
@@ -95,11 +95,12 @@ def _whole(
     """The split that ``flag`` names of each data set that has it, joined if there are several."""
     parts = [part for part in parts_of(data, num_classes is not None) if getattr(part.data, flag) is not None]
     if data.datasets is None and not is_mixture(parts):
-        return _map_style(parts[0].data, getattr(parts[0].data, flag), cache_dir, num_classes, classes)
+        return cast(Dataset, load_split(parts[0].data, getattr(parts[0].data, flag), cache_dir, num_classes, classes))
     loaded = []
     for part in parts:
         with naming(part, parts):
-            found = _map_style(part.data, getattr(part.data, flag), cache_dir, num_classes, (), masks_needed=False)
+            split = getattr(part.data, flag)
+            found = cast(Dataset, load_split(part.data, split, cache_dir, num_classes, masks_needed=False))
         if data.datasets is not None and flag == "train_split":
             found = _subset(found, part.data.max_train_samples, seed)
         loaded.append(found)
@@ -138,19 +139,6 @@ def _with_common_labels(
 def _subset(dataset: Dataset, count: int | None, seed: int) -> Dataset:
     """A random subset of ``count`` rows at most; None: all of them, in order."""
     return dataset if count is None else dataset.shuffle(seed=seed).select(range(min(count, len(dataset))))
-
-
-def _map_style(
-    data: Data,
-    split: str,
-    cache_dir: str | None,
-    num_classes: int | None,
-    classes: Sequence[str],
-    masks_needed: bool = True,
-) -> Dataset:
-    dataset = load_split(data, split, cache_dir, num_classes, classes, masks_needed)
-    assert isinstance(dataset, Dataset), "a streamed data set is loaded by load_streamed_images"
-    return dataset
 
 
 def load_split(

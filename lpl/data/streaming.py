@@ -31,7 +31,7 @@ from functools import partial
 from itertools import islice
 from math import ceil
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import pyarrow
 import torch
@@ -70,10 +70,12 @@ def load_streamed_images(
     Held-out data, and with --max_train_samples the training data, is read into memory: the first rows of the data
     set, whatever the seed. --validation_every_nth counts within each shard.
     """
-    dataset, held_out = _stream(data, data.train_split, cache_dir, num_classes, classes), None
+    dataset, held_out = load_split(data, data.train_split, cache_dir, num_classes, classes), None
+    assert isinstance(dataset, IterableDataset), "without --streaming, load_training_images loads the data set"
     rows = all_rows(dataset, data)
     if data.validation_split is not None:
-        other = _stream(data, data.validation_split, cache_dir, num_classes, class_names(dataset, data))
+        names = class_names(dataset, data)
+        other = cast(IterableDataset, load_split(data, data.validation_split, cache_dir, num_classes, names))
         held_out = fetched(other, all_rows(other, data), data.num_validation_samples, data)
     elif (every_nth := data.validation_every_nth) is not None:
         rows = ((index, row) for index, row in rows if is_trained(index, every_nth))
@@ -82,14 +84,6 @@ def load_streamed_images(
     if data.max_train_samples is not None:
         return fetched(dataset, rows, data.max_train_samples, data), held_out
     return dataset, held_out
-
-
-def _stream(
-    data: Data, split: str, cache_dir: str | None, num_classes: int | None, classes: Sequence[str]
-) -> IterableDataset:
-    dataset = load_split(data, split, cache_dir, num_classes, classes)
-    assert isinstance(dataset, IterableDataset), "without --streaming, load_training_images loads the data set"
-    return dataset
 
 
 def fetched(dataset: IterableDataset, rows: Iterable[Indexed], count: int, data: Data) -> Dataset:
@@ -184,10 +178,7 @@ class StreamedBatches(Sampler[list[Key]]):
         self.parts = ceil(num_processes / dataset.num_shards)  # units per shard
         self.position = list(position)
         self._begun: deque[tuple[int, int, int]] = deque()  # of each block: samples before it, its unit, its row
-        self._reading = (
-            0,
-            0.0,
-        )  # index of the row being read, and when its reading began, in time.monotonic()'s seconds
+        self._reading = 0, 0.0  # index of the row being read, and time.monotonic() when its reading began
 
     def __iter__(self) -> Iterator[list[Key]]:
         *start, done = self.position
