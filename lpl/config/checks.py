@@ -41,8 +41,7 @@ from lpl.config.groups import Lora, Lpl, Model
 from lpl.config.place_checks import check_places
 from lpl.config.prompts import check_entries
 from lpl.options import check_options, parse_weight
-from lpl.tools.layout import CHECKPOINT_PREFIX, INDEX, PEFT_SUFFIX
-from lpl.tools.layout import LORA as LORA_FILE
+from lpl.tools import layout
 from lpl.tools.places import lies_within
 from lpl.tools.privacy import HUB_ID
 from lpl.tools.single_files import single_file, why_no_file
@@ -159,7 +158,7 @@ def why_no_pipeline(path: str) -> str | None:
     place = Path(path)
     if place.is_file():
         return why_no_file(path)
-    if (place / "model_index.json").is_file():
+    if (place / layout.INDEX).is_file():
         return None
     if (place / "pytorch_lora_weights.safetensors").is_file() or list(place.glob("*/adapter_config.json")):
         return "this is a LoRA; give the pipeline that it was trained on, and this by --lora_init to go on training it"
@@ -169,7 +168,7 @@ def why_no_pipeline(path: str) -> str | None:
     except ValueError as error:
         return str(error)
     if place.is_dir():
-        return "this folder has no model_index.json, so it is no pipeline of diffusers"
+        return f"this folder has no {layout.INDEX}, so it is no pipeline of diffusers"
     if not HUB_ID.fullmatch(path):
         return "there is no such folder, and no repository on the Hub has such a name"
     return None
@@ -420,7 +419,7 @@ def _check_output(config: Config) -> None:
         folder = Path(place) if Path(place).is_dir() else Path(place).parent
         beside = Path(output.output_dir).resolve() in (
             folder.resolve(),
-            *([folder.resolve().parent] if folder.name.startswith(CHECKPOINT_PREFIX) else []),
+            *([folder.resolve().parent] if folder.name.startswith(layout.CHECKPOINT_PREFIX) else []),
         )
         fresh = output.resume_from_checkpoint is None and _holds_a_run(Path(output.output_dir))
         if os.path.exists(place) and (beside or (fresh and lies_within(place, output.output_dir))):
@@ -432,7 +431,8 @@ def _check_output(config: Config) -> None:
 
 def _holds_a_run(folder: Path) -> bool:
     """Whether a run that starts afresh there moves anything aside."""
-    return any(any(folder.glob(name)) for name in (INDEX, LORA_FILE, f"{CHECKPOINT_PREFIX}*", f"*{PEFT_SUFFIX}"))
+    names = layout.INDEX, layout.LORA, f"{layout.CHECKPOINT_PREFIX}*", f"*{layout.PEFT_SUFFIX}"
+    return any(any(folder.glob(name)) for name in names)
 
 
 def _check_written(config: Config) -> None:

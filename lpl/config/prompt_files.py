@@ -63,8 +63,7 @@ def _lines(content: str) -> list[Entry]:
     entries: list[Entry] = []
     for number, line in enumerate(content.splitlines(), 1):
         if line.strip() and not line.startswith("#"):
-            with_number = f"line {number}: "
-            entries.append(_with_options(line.strip(), with_number))
+            entries.append(_with_options(line.strip(), f"line {number}: "))
     return entries
 
 

@@ -77,7 +77,7 @@ class BadSamples:
         Returns:
             why the run must end, if there are more than the limit; the same in every process.
         """
-        gathered = gather_object([self._new]) if self.accelerator.num_processes > 1 else [self._new]
+        gathered = gather_object([self._new])
         new = {index: reason for part in gathered for index, reason in part.items() if index not in self._known}
         self._new = {}
         if not new:

@@ -246,10 +246,7 @@ def _with_sizes(config: Config, description: Description) -> Config:
     config = config.changed(**values)
     given = (
         (config.data.aspect_ratio_buckets, "aspect_ratio_buckets"),
-        (
-            config.validation.validation_sizes,
-            "validation_sizes",
-        ),
+        (config.validation.validation_sizes, "validation_sizes"),
     )
     for text, name in given:
         made = config.data.buckets if text == AUTO else () if text is None else (parse_sizes(text),)

@@ -136,7 +136,7 @@ def _latents(images: TrainingImages, family: Family, accelerator: Accelerator, b
         cast(nn.Module, family.vae).to(accelerator.device)
         mine = missing[accelerator.process_index :: accelerator.num_processes]
         bad = _encode(Pixels(images, latents, mine), family.vae, latents.store, accelerator, batch_size, len(missing))
-        for found in _gathered(accelerator, bad):
+        for found in gather_object([bad]):
             latents.bad.update(found)
         latents.store.refresh()
     _check_shared(accelerator, latents.store, lambda: [work.key for work in _missing(images, latents)])
@@ -372,7 +372,7 @@ def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 def _agreed(accelerator: Accelerator, find: Callable[[], list[Any]]) -> list[Any]:
     """What the main process finds: another run may fill the cache meanwhile."""
     found = [find() if accelerator.is_main_process else None]
-    return cast(list[Any], broadcast_object_list(found)[0] if accelerator.num_processes > 1 else found[0])
+    return cast(list[Any], broadcast_object_list(found)[0])
 
 
 def _check_shared(accelerator: Accelerator, store: Store, missing: Callable[[], list[str]]) -> None:
@@ -380,15 +380,11 @@ def _check_shared(accelerator: Accelerator, store: Store, missing: Callable[[], 
     if accelerator.num_processes == 1:
         return
     store.refresh()
-    if any(_gathered(accelerator, len(missing()))):
+    if any(gather_object([len(missing())])):
         raise ValueError(
             f"--data_cache_dir: some processes do not see what others wrote to {store.folder}; give a folder that all "
             "machines share"
         )
-
-
-def _gathered(accelerator: Accelerator, found: Any) -> list[Any]:
-    return gather_object([found]) if accelerator.num_processes > 1 else [found]
 
 
 def _configuration(model: Any) -> Any:

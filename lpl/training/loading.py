@@ -63,10 +63,7 @@ def load_family(model: Model, lora: Lora, description: Description, dtype: torch
         components[family.denoiser_name] = load_denoiser(
             model, lora.quantize_base, description, trained_in, model.non_ema_revision
         )
-    folder, source = (
-        pipeline_folder(model, description, components, whole=not lora.lora),
-        pipeline_source(model, description),
-    )
+    folder = pipeline_folder(model, description, components, whole=not lora.lora)
     for name in family.text_encoder_names:
         if name not in description.absent:
             components[name] = load_text_encoder(folder, name, description, dtypes[name], model.variant)
@@ -75,7 +72,7 @@ def load_family(model: Model, lora: Lora, description: Description, dtype: torch
         dtypes,
         max_sequence_length=model.max_sequence_length,
         guidance_scale=model.guidance_scale,
-        **source | family.left_out() | components,
+        **pipeline_source(model, description) | family.left_out() | components,
     )
     for name in family.text_encoder_names:
         _refuse_tokens(name, loaded)

@@ -5,22 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from lpl.config.groups import Output
+from lpl.data.dataset import Batches
+from lpl.data.streaming import StreamedBatches
 from lpl.training.checkpoints import TrainingState, checkpoint_path, save_checkpoint
 from lpl.training.log import Log
 from lpl.training.skipped_steps import SkippedSteps
 from lpl.training.start import Run
 from lpl.training.validation import Validation
-
-
-class Order(Protocol):
-    """The order in which batches are read."""
-
-    def positions(self, batch: int) -> list[list[int]]:
-        """What a resumed run needs to continue after that number of batches of each process."""
-        ...
 
 
 @dataclass
@@ -32,7 +25,7 @@ class Pauses:
     """
 
     state: TrainingState
-    order: Order
+    order: Batches | StreamedBatches
     log: Log
     skipped_steps: SkippedSteps
     validation: Validation

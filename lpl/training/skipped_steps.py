@@ -58,9 +58,8 @@ class SkippedSteps:
         if not skipped:
             return None
         mine = [found for found in map(_found, samples) if found[0] in skipped]
-        gathered = gather_object(mine) if self.accelerator.num_processes > 1 else mine
         causes: dict[int, list[str]] = {step: [] for step in skipped}
-        for step, names in gathered:
+        for step, names in gather_object(mine):
             causes[step] += names
         if self.accelerator.scaler is not None:  # fp16 finds the scale of its loss by gradients that overflow
             skipped = [step for step in skipped if causes[step] or self.accelerator.scaler.get_scale() < 1]

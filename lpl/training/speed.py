@@ -34,6 +34,7 @@ from lpl.families.description import Description
 from lpl.features import DecoderFeatureExtractor
 from lpl.tools.machine import has_gpu, missing
 from lpl.tools.words import close_match, first_line, warn
+from lpl.training.loading import weight_dtype
 from lpl.training.parts import TrainedParts
 
 
@@ -138,8 +139,7 @@ def try_backend(name: str, accelerator: Accelerator) -> None:
     Raises:
         ValueError: with why.
     """
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    query = torch.ones(1, 128, 2, 64, device=accelerator.device, dtype=half, requires_grad=True)
+    query = torch.ones(1, 128, 2, 64, device=accelerator.device, dtype=weight_dtype(accelerator), requires_grad=True)
     try:
         backend = AttentionBackendName(name)
         _maybe_download_kernel_for_backend(backend)
