@@ -526,8 +526,6 @@ def make_card(plan: Plan, inputs: Inputs, losses: Losses, log: Log, validation: 
         records=log.records(),
         prompts=inputs.prompts,
         example=validation.samples.draws[0].settings() if inputs.prompts else {},
-        classes=plan.images.class_names,
-        facts=plan.run.facts,
         licence=inputs.licence,
         results=validation.metrics.on_card() if validation.metrics is not None else ((), ""),
     )

@@ -48,7 +48,7 @@ from lpl.loss import LatentPerceptualLoss
 from lpl.objectives import Objective, get_objective
 from lpl.publishing import hub
 from lpl.publishing.publication import take
-from lpl.publishing.uploads import Snapshot, Uploads
+from lpl.publishing.uploads import upload
 from lpl.student import GROUPS, Student, probe
 from lpl.tools.files import check_writable, settle, write_text
 from lpl.tools.machine import DTYPES, usable_device
@@ -58,7 +58,6 @@ from lpl.training.loading import load_family
 from lpl.training.parts import TrainedParts
 
 
-logger = logging.getLogger(__name__)
 PROGRAM = "python -m lpl.distill"
 SHARED_FLAGS = (  # with the training script
     *("revision", "variant", "cache_dir", "prediction_type", "max_sequence_length", "guidance_scale"),
@@ -308,17 +307,12 @@ def push(output: Output, repository: str, numbers: Mapping[str, Any]) -> str:
     Raises:
         hub.HubError: with the reason.
     """
-    uploads = Uploads(output, repository)
-    try:
-        snapshot = uploads.new()
+
+    def fill(snapshot: Path) -> None:
         for name in PUBLISHED:
             take(Path(output.output_dir, name), snapshot / name)
-        uploads.add(Snapshot(snapshot, f"A student of LPL's decoder, cosine {numbers['cosine']:.3f}"))
-        if not uploads.wait():
-            raise hub.HubError(f"the upload to {repository} failed ({uploads.problem}); run the same command again.")
-        return uploads.url
-    finally:
-        uploads.remove()
+
+    return upload(output, repository, f"A student of LPL's decoder, cosine {numbers['cosine']:.3f}", fill)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

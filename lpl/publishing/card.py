@@ -32,7 +32,7 @@ from lpl.publishing.public_recipe import left_to_give, local_sources, rerun_comm
 from lpl.publishing.run_card import RunCard
 from lpl.tools import layout, words
 from lpl.tools.files import write_whole
-from lpl.tools.headers import names_in
+from lpl.tools.headers import read_header
 from lpl.tools.privacy import (
     hub_file,
     is_hub_id,
@@ -318,7 +318,7 @@ class Result:
     @property
     def single_file_place(self) -> str:
         """ComfyUI's folder for the single file: one for transformers alone has no VAE."""
-        names = names_in(self.folder / str(self.single_file))
+        names, _ = read_header(self.folder / str(self.single_file))
         return "checkpoints" if any(name.startswith("first_stage_model.") for name in names) else "diffusion_models"
 
     def call_arguments(self) -> dict[str, object]:

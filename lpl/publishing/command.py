@@ -21,7 +21,7 @@ from lpl.config.parser import Parser
 from lpl.publishing import hub
 from lpl.publishing.card_edits import address_card
 from lpl.publishing.publication import snapshot_of_result
-from lpl.publishing.uploads import Snapshot, Uploads
+from lpl.publishing.uploads import upload
 from lpl.tools import layout
 from lpl.tools.results import check_one_kind, lora_entries, missing_components, pipeline_entries
 from lpl.tools.words import why_no_folder
@@ -76,18 +76,13 @@ def publish(output: Output) -> str:
     folder = Path(output.output_dir)
     check_finished(folder)
     repository = hub.prepare_repository(output, bool(lora_entries(folder)))
-    uploads = Uploads(output, repository)
-    try:
-        snapshot = uploads.new()
+
+    def fill(snapshot: Path) -> None:
         snapshot_of_result(folder, snapshot, hub.address(repository, output.hub_revision))
         card = address_card(folder / layout.CARD, repository, output.hub_revision)
         (snapshot / layout.CARD).write_text(card, encoding="utf-8")
-        uploads.add(Snapshot(snapshot, "Publish a finished training"))
-        if not uploads.wait():
-            raise hub.HubError(f"the upload to {repository} failed ({uploads.problem}); run the same command again.")
-        return uploads.url
-    finally:
-        uploads.remove()
+
+    return upload(output, repository, "Publish a finished training", fill)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

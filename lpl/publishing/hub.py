@@ -265,7 +265,7 @@ def _check_write_permission(repo_id: str, token: str | None) -> None:
     try:
         api(token).auth_check(repo_id, write=True)
     except HfHubHTTPError as error:
-        if error.response.status_code in (401, 403):
+        if error.response.status_code in REFUSED:
             raise
         logger.debug("The Hub does not say whether %s can be written to: %s", repo_id, reason(error))
 

@@ -20,6 +20,7 @@ from lpl.data.dataset import TrainingImages
 from lpl.data.report import are_tags, frequent
 from lpl.diagnosis.plan import Plan
 from lpl.families.architecture import DIFFUSERS, SPECIFICATION, Architecture, prediction
+from lpl.publishing.card import encodable
 from lpl.tools import layout
 from lpl.tools.headers import add_metadata, content_hash
 from lpl.tools.privacy import hide_paths, shown, without_secrets
@@ -51,7 +52,7 @@ class LoraMetadata:
         hashes = {"modelspec.hash_sha256": f"0x{digest}", "sshs_model_hash": digest}
         implementation = self.architecture.implementation if path.name.endswith(layout.OTHERS_SUFFIX) else DIFFUSERS
         values = self.specification | {"modelspec.implementation": implementation} | self.kohya | hashes
-        add_metadata(path, {name: _encodable(value) for name, value in values.items() if value})
+        add_metadata(path, {name: encodable(value) for name, value in values.items() if value})
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -188,9 +189,4 @@ def _words(captions: Sequence[str | int], classes: Mapping[int, str]) -> list[st
 
 def _public(text: str) -> str:
     """Captions may hold anything."""
-    return _encodable(without_secrets(hide_paths(text)))
-
-
-def _encodable(text: str) -> str:
-    """Without what UTF-8 cannot hold."""
-    return text.encode(errors="replace").decode()
+    return encodable(without_secrets(hide_paths(text)))

@@ -115,8 +115,6 @@ class RunCard:
         records: Sequence[Mapping[str, float]],
         prompts: Sequence[str | int],
         example: Mapping[str, Any],
-        classes: Mapping[int, str],
-        facts: Mapping[str, Any],
         licence: Mapping[str, Any],
         results: tuple[Sequence[EvalResult], str] = ((), ""),
     ) -> RunCard:
@@ -127,8 +125,6 @@ class RunCard:
             records: entries of the run's log.
             prompts: validation prompts; the first one is the card's example.
             example: arguments of the pipeline's call for it.
-            classes: names of the data's classes by label.
-            facts: :func:`lpl.training.provenance.measured_facts`.
             licence: :func:`lpl.publishing.licence.base_licence`.
             results: metrics of the run's samples, as metadata and as Markdown.
         """
@@ -144,7 +140,7 @@ class RunCard:
             licence=licence,
             prompt=prompts[0] if prompts else general,
             example=example,
-            classes=classes,
+            classes=plan.images.class_names,
             denoiser=_denoiser_of_revision(plan),
             other_denoiser=_other_denoiser(plan),
             dtype=str(weight_dtype(run.accelerator)).removeprefix("torch."),
@@ -156,7 +152,7 @@ class RunCard:
             images=plan.images.rows,
             epoch=plan.images.length,
             sizes="" if plan.images.items is None else plan.sizes(3),
-            fingerprint=facts["data"]["fingerprint"],
+            fingerprint=run.facts["data"]["fingerprint"],
             steps=run.step,
             max_steps=plan.max_steps,
             batch_size=plan.global_batch,

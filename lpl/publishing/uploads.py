@@ -57,6 +57,24 @@ class Snapshot:
         shutil.rmtree(earlier.folder, ignore_errors=True)
 
 
+def upload(output: Output, repository: str, message: str, fill: Callable[[Path], object]) -> str:
+    """Upload in one commit what ``fill`` puts into a folder; returns the page's address.
+
+    Raises:
+        hub.HubError: with the reason.
+    """
+    uploads = Uploads(output, repository)
+    try:
+        snapshot = uploads.new()
+        fill(snapshot)
+        uploads.add(Snapshot(snapshot, message))
+        if not uploads.wait():
+            raise hub.HubError(f"the upload to {repository} failed ({uploads.problem}); run the same command again.")
+        return uploads.url
+    finally:
+        uploads.remove()
+
+
 class Uploads:
     """The uploads to one repository.
 

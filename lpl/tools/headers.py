@@ -50,12 +50,6 @@ def read_header(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         )
 
 
-def names_in(path: Path) -> set[str]:
-    """The names of a file's tensors."""
-    with path.open("rb") as file:
-        return set(_header(file)) - {METADATA}
-
-
 def content_hash(path: Path) -> str:
     """SHA-256 of a file's content, 64 hexadecimal digits. Metadata does not change it."""
     with path.open("rb") as file:
