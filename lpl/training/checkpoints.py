@@ -22,7 +22,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -71,14 +71,12 @@ class Progress:
     skipped: int = 0
     classes: list[str] = field(default_factory=list)
 
-    FILE: ClassVar[str] = layout.PROGRESS
-
     def save(self, folder: Path) -> None:
-        write_text(folder / self.FILE, json.dumps(asdict(self)))
+        write_text(folder / layout.PROGRESS, json.dumps(asdict(self)))
 
     @classmethod
     def load(cls, folder: Path) -> Progress:
-        return cls(**json.loads((folder / cls.FILE).read_text()))
+        return cls(**json.loads((folder / layout.PROGRESS).read_text()))
 
 
 @dataclass
@@ -90,9 +88,6 @@ class TrainingState:
     average: MovingAverage | None
     updates: Updates
     lpl_weight: LplWeight
-
-    FILE: ClassVar[str] = layout.STATE
-    RANDOM_FILE: ClassVar[str] = layout.RANDOM_STATE
 
     def check(self) -> None:
         """Called by every process.
@@ -123,9 +118,9 @@ class TrainingState:
         if self.average is not None:
             save_average(self.average, self.trained, folder)
         state = {"updates": updates, "lpl_weight": self.lpl_weight.state_dict()}
-        save_state(state, folder / self.FILE)
+        save_state(state, folder / layout.STATE)
         for process, its_random in enumerate(random):
-            save_state(its_random, folder / self.RANDOM_FILE.format(process))
+            save_state(its_random, folder / layout.RANDOM_STATE.format(process))
 
     def load(self, folder: Path) -> None:
         """Resume from there. Called by every process.
@@ -139,7 +134,7 @@ class TrainingState:
             raise ValueError(f"--resume_from_checkpoint {folder.name}: {first_line(error)}") from error
 
     def _load(self, folder: Path) -> None:
-        state = load_state(folder / self.FILE)
+        state = load_state(folder / layout.STATE)
         if self.average is not None and not load_average(self.average, self.trained, folder):
             logger.warning(
                 "--use_ema: the checkpoint has no moving average, so it starts from the checkpoint's weights"
@@ -147,7 +142,7 @@ class TrainingState:
         self.trained.load(folder)
         self.updates.load_state_dict(state["updates"])
         self.lpl_weight.load_state_dict(state["lpl_weight"])
-        random_file = folder / self.RANDOM_FILE.format(self.accelerator.process_index)
+        random_file = folder / layout.RANDOM_STATE.format(self.accelerator.process_index)
         if random_file.is_file():  # else there were fewer processes
             random = load_state(random_file)
             torch.set_rng_state(random["cpu"])
@@ -199,7 +194,8 @@ def set_aside(output_dir: str | Path, step: int) -> bool:
     """
     later = [path for path in _numbered(output_dir) if _number(path) > step]
     if later:
-        moved = ", ".join(f"{path.name} to {path.rename(_free_name(path)).name}" for path in later)
+        places = [path.rename(free_place(path.with_name(f"earlier-{path.name}"))) for path in later]
+        moved = ", ".join(f"{path.name} to {place.name}" for path, place in zip(later, places))
         logger.warning(
             f"--output_dir {output_dir}: this run starts at step {step}, so checkpoints of an earlier run beyond it "
             f"are renamed: {moved}; --resume_from_checkpoint accepts these names too"
@@ -207,11 +203,10 @@ def set_aside(output_dir: str | Path, step: int) -> bool:
     return bool(later)
 
 
-def _free_name(checkpoint: Path) -> Path:
-    """``earlier-checkpoint-N``, with another number behind it where that is taken."""
-    name = f"earlier-{checkpoint.name}"
-    places = map(checkpoint.with_name, chain([name], (f"{name}-{number}" for number in count(2))))
-    return next(place for place in places if not place.exists())
+def free_place(place: Path) -> Path:
+    """The same path, with a number behind it if that is taken."""
+    numbered = (place.with_name(f"{place.name}-{number}") for number in count(2))
+    return next(path for path in chain([place], numbered) if not path.exists())
 
 
 def tidy(output_dir: str | Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image
 
+from lpl.data.fingerprint import spaced
 from lpl.tools.pictures import SMALLEST_TILE, labelled_grid
 from lpl.tools.words import distinct
 
@@ -35,11 +36,5 @@ def compared(columns: Mapping[str, Sequence[Image.Image]], names: Sequence[str])
 
 
 def evenly(steps: Sequence[int]) -> list[int]:
-    """At most MOST_COLUMNS of them, with the first and the last.
-
-    >>> evenly(range(0, 24))[:3], evenly(range(0, 24))[-2:], evenly([0, 5])
-    ([0, 2, 4], [21, 23], [0, 5])
-    """
-    if len(steps) <= MOST_COLUMNS:
-        return list(steps)
-    return [steps[round(number * (len(steps) - 1) / (MOST_COLUMNS - 1))] for number in range(MOST_COLUMNS)]
+    """At most MOST_COLUMNS of them, with the first and the last."""
+    return [steps[place] for place in spaced(len(steps), MOST_COLUMNS)]

@@ -9,13 +9,11 @@ of the other kind: a pipeline where a LoRA is trained, or a LoRA where a pipelin
 from __future__ import annotations
 
 import logging
-from itertools import chain, count
-from pathlib import Path
 
 from lpl.tools import layout
 from lpl.tools.files import UNFINISHED
 from lpl.tools.results import lora_entries, pipeline_entries, scheduler_entries, single_files
-from lpl.training.checkpoints import set_aside
+from lpl.training.checkpoints import free_place, set_aside
 from lpl.training.start import Run
 
 
@@ -53,13 +51,7 @@ def set_earlier_aside(run: Run, lora: bool) -> None:
     unfinished.mkdir(exist_ok=True)
     for name in entries:
         (run.folder / name).rename(unfinished / name)
-    place = unfinished.rename(_free(run.folder / layout.EARLIER_RUN))
+    place = unfinished.rename(free_place(run.folder / layout.EARLIER_RUN))
     logger.warning(
         f"--output_dir {run.folder}: what an earlier run left there is moved to {place.name}: {', '.join(entries)}"
     )
-
-
-def _free(place: Path) -> Path:
-    """The same path, with a number behind it if that is taken."""
-    numbered = (place.with_name(f"{place.name}-{number}") for number in count(2))
-    return next(path for path in chain([place], numbered) if not path.exists())

@@ -101,13 +101,11 @@ class Adapters(NamedTuple):
 
 def shapes_of(config: Config, description: Description) -> Adapters:
     """The adapters for an estimate, whose models have no weights."""
-    lora, kind, cache_dir = config.lora, description.family, config.model.cache_dir
+    lora = config.lora
     if not lora.lora or (lora.lora_init is None and lora.training_adapter is None):
         return Adapters(whole=False)
-    models = _skeletons(config, description)
-    initial = read_lora("lora_init", lora.lora_init, kind, models, cache_dir) if lora.lora_init else {}
-    frozen = _of_denoiser(lora.training_adapter, kind, models, cache_dir) if lora.training_adapter else None
-    return Adapters(initial, frozen, whole=False)
+    given = _given(description.family, lora, _skeletons(config, description), config.model.cache_dir)
+    return given._replace(whole=False)
 
 
 def given_adapters(family: Family, lora: Lora, cache_dir: str | None) -> Adapters:
@@ -116,14 +114,15 @@ def given_adapters(family: Family, lora: Lora, cache_dir: str | None) -> Adapter
     Args:
         family: its models have no adapters yet.
     """
-    models: dict[str, Any] = {
-        family.denoiser_name: without_weights(family.denoiser)
-    }  # quantised ones have other shapes
+    models: dict[str, Any] = {family.denoiser_name: without_weights(family.denoiser)}  # quantised: other shapes
     encoders = ((name, getattr(family.pipeline, name)) for name in family.text_encoder_names)
     models |= {name: encoder for name, encoder in encoders if encoder is not None}
-    kind = type(family)
-    initial = read_lora("lora_init", lora.lora_init, kind, models, cache_dir) if lora.lora_init else {}
-    frozen = _of_denoiser(lora.training_adapter, kind, models, cache_dir) if lora.training_adapter else None
+    return _given(type(family), lora, models, cache_dir)
+
+
+def _given(family: type[Family], lora: Lora, models: Mapping[str, nn.Module], cache_dir: str | None) -> Adapters:
+    initial = read_lora("lora_init", lora.lora_init, family, models, cache_dir) if lora.lora_init else {}
+    frozen = _of_denoiser(lora.training_adapter, family, models, cache_dir) if lora.training_adapter else None
     return Adapters(initial, frozen)
 
 

@@ -9,7 +9,7 @@ import time
 import pytest
 from trainer import metrics, same, train, weights
 
-from lpl.tools import files
+from lpl.tools import files, layout
 from lpl.training.checkpoints import Progress, checkpoint_path, find_checkpoints, find_resumable, tidy
 
 
@@ -127,13 +127,13 @@ def names_of(folder):
 def test_one_whose_last_file_is_empty_is_not_put_in_place(folder):
     hidden = folder / f".checkpoint-3{files.UNFINISHED}"
     hidden.mkdir()
-    (hidden / Progress.FILE).write_text("")
+    (hidden / layout.PROGRESS).write_text("")
     tidy(folder)
     assert names_of(folder) == ["checkpoint-1", "checkpoint-2"] and not hidden.exists()
 
 
 def test_a_checkpoint_without_its_last_file_is_passed_over(folder, caplog):
-    (checkpoint_path(folder, 2) / Progress.FILE).unlink()
+    (checkpoint_path(folder, 2) / layout.PROGRESS).unlink()
     assert find_resumable(str(folder), "latest").name == "checkpoint-1"
     assert "checkpoint-2 is not a whole checkpoint" in caplog.text
 

@@ -8,8 +8,8 @@ import torch
 from commands import edited
 from trainer import launch, metrics, same, train, validation_metrics, weights
 
+from lpl.tools import layout
 from lpl.tools.files import load_state
-from lpl.training.checkpoints import TrainingState
 
 
 RUN = {
@@ -108,7 +108,7 @@ def test_two_processes_go_on_from_any_step(step, sd_pipeline, image_folder, tmp_
     flags = RUN | LORA | {"gradient_accumulation_steps": 2, "dataloader_num_workers": 1}
     two = ("--multi_gpu", "--num_processes", "2", "--main_process_port", "29617")
     whole = launch(sd_pipeline, image_folder, tmp_path / "whole", *two, **flags)
-    assert (whole / "checkpoint-5" / TrainingState.RANDOM_FILE.format(1)).is_file()  # the second one took part
+    assert (whole / "checkpoint-5" / layout.RANDOM_STATE.format(1)).is_file()  # the second one took part
     folder = interrupted(whole, step, tmp_path / "resumed")
     launch(sd_pipeline, image_folder, folder, *two, **flags, resume_from_checkpoint="latest")
     assert_equal(folder, whole, 5)

@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from trainer import arguments, metrics, run, same, train, weights
 
 from lpl.evaluation.sources import find_models
-from lpl.tools import files
+from lpl.tools import files, layout
 from lpl.tools.files import load_state
 from lpl.training import checkpoints
 from lpl.training.checkpoints import (
@@ -232,7 +232,7 @@ def test_the_disk_holds_a_checkpoint_before_an_old_one_goes(state, tmp_path, mon
     assert not old.exists() and events[-1] == f".{old.name}{files.REMOVED}"
     rest = [path.stat().st_ino for path in new.iterdir()]
     assert {*rest, new.stat().st_ino} <= set(events)
-    place = max(where for where, event in enumerate(events) if event == (new / Progress.FILE).stat().st_ino)
+    place = max(where for where, event in enumerate(events) if event == (new / layout.PROGRESS).stat().st_ino)
     assert new.stat().st_ino in events[place:] and tmp_path.stat().st_ino in events[place:]
 
 
