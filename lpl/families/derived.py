@@ -95,7 +95,7 @@ def derived(model: Model, weights: bool = True) -> Model:
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         _fill(folder, parts, model)
         return replace(model, folder=str(folder))
-    root = _root(model)
+    root = Path(model.cache_dir or HF_HOME, "lpl", "pipelines")
     root.mkdir(parents=True, exist_ok=True)
     folder = root / _key(model, parts)
     with WeakFileLock(root / f".{folder.name}.lock"):
@@ -122,10 +122,6 @@ def origin(model: Model) -> tuple[str, list[str]] | None:
         return None
     found = json.loads(file.read_text(encoding="utf-8"))
     return found["config"], found["components"]
-
-
-def _root(model: Model) -> Path:
-    return Path(model.cache_dir or HF_HOME, "lpl", "pipelines")
 
 
 @dataclass(frozen=True)
@@ -222,7 +218,8 @@ def _parts(model: Model, path: str | None, weights: bool) -> _Parts:
         denoiser = _found_denoiser(model)
     what_base = what if path is None else f"--single_file_config {config}"
     with _naming(what_base):
-        base = _downloaded_base(config, model, SMALL, None if path is not None else model.revision)
+        revision = None if path is not None else model.revision
+        base = Path(config) if Path(config).is_dir() else _snapshot(config, SMALL, model.cache_dir, revision)
         if not (base / INDEX).is_file():
             raise ValueError(
                 f"it has no {INDEX}; diffusers takes the file for {file and model_type(file.header)}, which is no "
@@ -297,10 +294,6 @@ def _found_denoiser(model: Model) -> _File | Path:
         if not (folder / "config.json").is_file():
             raise ValueError("this repository has no config.json; give that of a unet or transformer of diffusers")
         return folder
-
-
-def _downloaded_base(source: str, model: Model, patterns: list[str], revision: str | None) -> Path:
-    return Path(source) if Path(source).is_dir() else _snapshot(source, patterns, model.cache_dir, revision)
 
 
 def _snapshot(

@@ -95,14 +95,13 @@ def read_pipeline(model: Model, blocks: Sequence[str] | None = None, weights: bo
     Raises:
         ValueError: if there is no pipeline, or its family or its VAE is not supported.
     """
-    path = model.pipeline
+    path, what = model.pipeline, f"--pretrained_model_name_or_path {model.source}"
     where = {"revision": model.revision, "cache_dir": model.cache_dir}
     try:
         index = _load_config(DiffusionPipeline, path, **where)
     except (OSError, ValueError) as error:
         why = why_no_pipeline(path) or _why_not_on_the_hub(path, first_line(error))
-        raise ValueError(f"--pretrained_model_name_or_path {model.source}: {why}") from error
-    what = f"--pretrained_model_name_or_path {model.source}"
+        raise ValueError(f"{what}: {why}") from error
     family = find_family(index.get("_class_name"), what)
     if why := family.why_refused(index):
         raise ValueError(f"{what}: {why}")
@@ -114,17 +113,14 @@ def read_pipeline(model: Model, blocks: Sequence[str] | None = None, weights: bo
     absent |= dict.fromkeys(name for name in family.optional_components if name not in components)
     library, scheduler_class = components.get("scheduler", (None, None))
     if library != "diffusers" or not _is_class(scheduler_class, SchedulerMixin):
-        raise ValueError(
-            f"--pretrained_model_name_or_path {model.source}: this version of diffusers has no scheduler "
-            f"{scheduler_class}"
-        )
+        raise ValueError(f"{what}: this version of diffusers has no scheduler {scheduler_class}")
     vae, denoiser, scheduler = (
         _component_config(what, path, name, **where) for name in ("vae", family.denoiser_name, "scheduler")
     )
     if not _is_class(denoiser.get("_class_name"), ModelMixin):
         raise ValueError(
-            f"--pretrained_model_name_or_path {model.source}: this version of diffusers has no model "
-            f"{denoiser.get('_class_name')}, the class of its {family.denoiser_name}"
+            f"{what}: this version of diffusers has no model {denoiser.get('_class_name')}, the class of its "
+            f"{family.denoiser_name}"
         )
     unread = {"vae"} if model.pretrained_vae_model_name_or_path else set()
     unread |= {family.denoiser_name} if model.from_scratch else set()
