@@ -11,7 +11,7 @@ one with LPL. ``--equal_time`` adds a run without LPL, of as many steps as take 
 
 A dry run comes first, with all refusals of the training script. Then the runs follow one another, so that their times
 compare. The same command continues where it was stopped, with finished runs left alone; with more ``--seeds`` it adds
-runs. The reference defaults to the images that the training command holds out.
+runs. The reference defaults to --eval_data_dir of the training command, else to the images that it holds out.
 
 Files in the output folder: ``comparison.md`` (verdict, tables, picture), ``comparison.json``, ``comparison.png``;
 ``runs/``, the runs without checkpoints; ``evaluation/``, as of ``python -m lpl.evaluate``.
@@ -301,9 +301,11 @@ def reference_folder(command: Command, description: Description) -> str:
             "--reference is missing: a folder of real images with captions that are not trained on; or hold out a "
             "part of the training images by --validation_every_nth 10 in the training command"
         )
-    if data.streaming or data.max_train_samples is not None:
-        name = "streaming" if data.streaming else "max_train_samples"
-        raise ValueError(f"--{name}: what a run holds out depends on its seed; give --reference")
+    if data.streaming:
+        raise ValueError("--streaming: the images that a run holds out are not written to a folder; give --reference")
+    subsets = [data.max_train_samples, *(part.data.max_train_samples for part in data.parts)]
+    if data.validation_every_nth is not None and any(count is not None for count in subsets):
+        raise ValueError("--max_train_samples: what a run holds out depends on its seed; give --reference")
     folder = command.folder / REFERENCE
     if not (folder / METADATA).is_file() or not any(command.folder.glob(f"{RUNS}/*")):
         write_held_out(config, description, folder)

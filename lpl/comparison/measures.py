@@ -78,12 +78,12 @@ def measures_of(evaluation: Mapping[str, Any], runs: Sequence[Run], first: str |
     """All measures of the runs, whose labels are those of the evaluation's results.
 
     Args:
-        first: the metric that comes first.
+        first: the metric that comes first, through the first network.
     """
     results = {result["label"]: result for result in evaluation["results"]}
     names, kinds = short_names(evaluation), dict.fromkeys(run.kind for run in runs)
     of_kind = {kind: [run for run in runs if run.kind == kind] for kind in kinds}
-    found, place = [], 0
+    found, place = list[Measure](), None
     for network, metrics in results[runs[0].label]["metrics"].items():
         for metric in metrics:
             values = {
@@ -92,9 +92,9 @@ def measures_of(evaluation: Mapping[str, Any], runs: Sequence[Run], first: str |
             }
             several = f", {names[network]}" if len(names) > 1 and metric in SET_METRICS else ""
             better = "lower" if metric in SMALLER_IS_BETTER else "higher"
-            place = len(found) if metric == first and not place else place
+            place = len(found) if metric == first and place is None else place
             found.append(Measure(title(metric, network) + several, better, values))
-    found.insert(0, found.pop(place))
+    found.insert(0, found.pop(place or 0))
     energy = {kind: [results[run.label]["high_frequency_energy"] for run in those] for kind, those in of_kind.items()}
     real = evaluation["reference"]["high_frequency_energy"]
     found.append(Measure(f"{ENERGY} (real images: {real:.4f})", None, energy))

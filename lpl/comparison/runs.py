@@ -83,7 +83,7 @@ class Run:
         return read_entries(recipe)[name] if recipe.is_file() else None
 
     def words(self, launcher: Sequence[str], recipe: Path, steps: int | None = None) -> list[str]:
-        """The training command.
+        """The training command, which resumes where there is a checkpoint.
 
         Args:
             steps: --max_train_steps, if it is not the recipe's.
@@ -91,7 +91,9 @@ class Run:
         words = [*launcher, "--config", str(recipe), "--output_dir", str(self.folder), "--seed", str(self.seed)]
         words += [] if self.kind == WITH else ["--lpl_weight", "0"]
         words += [] if steps is None else ["--max_train_steps", str(steps)]
-        return [*words, "--resume_from_checkpoint", "latest"]
+        # A whole checkpoint that a kill left under another name counts: the run puts it in its place
+        begun = any(self.folder.glob(f"*{layout.CHECKPOINT_PREFIX}*"))
+        return [*words, *(["--resume_from_checkpoint", "latest"] if begun else [])]
 
     def finish(self) -> bool:
         """Delete the checkpoints of a run that has ended well, since they would be measured too; False without a

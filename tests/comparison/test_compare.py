@@ -104,6 +104,8 @@ def test_it_begins_with_a_dry_run_and_goes_on_where_it_was_stopped(compared):
     assert "--dry_run" in compared.calls[0] and not any("--dry_run" in line for line in compared.calls[1:])
     assert names[1:3] == ["without-3", "with-3"]  # the second one is stopped
     assert names[3:] == ["with-3", "without-4", "with-4", "longer-3", "longer-4"]
+    resumed = [line for line in compared.calls if "--resume_from_checkpoint" in line]
+    assert resumed == [compared.calls[3]]  # the others would warn that there is no checkpoint
 
 
 def test_the_run_with_lpl_is_the_training_command(compared, sd_pipeline, image_folder, tmp_path):
@@ -334,6 +336,15 @@ def test_a_reference_without_captions_is_refused(column, sd_pipeline, image_fold
         command.main(words(tmp_path / "c", line, "--reference", str(reference)))
 
 
+def test_a_random_part_of_one_of_the_data_sets_is_no_reference(sd_pipeline, image_folder, tmp_path):
+    """Each run draws it by its seed; a split of its own that is held out does not depend on it."""
+    part = {"train_data_dir": str(image_folder), "max_train_samples": 4}
+    flags = {"datasets": [json.dumps(part)], "train_data_dir": None, "validation_every_nth": 2}
+    line = words(tmp_path / "c", training(sd_pipeline, image_folder, **flags))
+    with pytest.raises(SystemExit, match="--max_train_samples: what a run holds out depends on its seed"):
+        command.main(line)
+
+
 def test_what_a_run_holds_out_has_its_captions_in_order(sd_pipeline, tmp_path):
     """Of several columns, with the trigger word, where the evaluation looks for them."""
     folder = also(images(tmp_path / "data", "a.png", "b.png"), {"a.txt": "x, y, z", "b.txt": "x"})
@@ -383,6 +394,19 @@ def test_the_folder_of_a_training_is_refused(compared, sd_pipeline, image_folder
 
 
 # Numbers and words
+
+
+def test_the_first_measure_is_through_the_first_network(tmp_path):
+    """Though another network has the same metric."""
+    folder_with(tmp_path / "a", [10], 4)
+    found = {"fid": {"value": 1.0}, "recall": {"value": 0.5}}
+    results = [{"label": Run(WITH, 0, tmp_path / "a").label, "high_frequency_energy": 0.1}]
+    results[0]["metrics"] = {"org/one": found, "org/two": found}
+    networks = {"org/one": {}, "org/two": {}}
+    evaluation = {"results": results, "networks": networks, "reference": {"high_frequency_energy": 0.1}}
+    for first, title in (("fid", "Fréchet distance, one"), ("recall", "recall, one"), ("clip_score", None)):
+        titles = [each.title for each in measures.measures_of(evaluation, [Run(WITH, 0, tmp_path / "a")], first)]
+        assert titles[0] == (title or "Fréchet distance, one") and len(titles) == 6
 
 
 def folder_with(folder, speeds, batch, **facts):
