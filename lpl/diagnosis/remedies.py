@@ -89,7 +89,8 @@ def _weights(status: Status) -> list[Remedy]:
     config, lora, optimization = status.config, status.config.lora, status.config.optimization
     text_encoders, crop = config.model.train_text_encoder, _smaller_crop(status)
     ema_on_gpu = optimization.use_ema and not optimization.offload_ema and status.device.type != "cpu"
-    bits = not missing("bitsandbytes")
+    elsewhere = status.device.type == "cuda" and not torch.cuda.is_available()  # for --for_gpu, a GPU's machine
+    bits = elsewhere or not missing("bitsandbytes")
     adam = optimization.optimizer == "AdamW" and not optimization.use_8bit_adam and bits
     has_state = status.stage in STEPS or status.step > 0
     gpu = has_gpu() or status.device.type == "cuda"
@@ -171,7 +172,8 @@ def _has_parts(status: Status) -> bool:
 
 def _bf16_saves(status: Status) -> bool:
     """Whether bf16 saves memory: activations in a step and in sampling, else frozen weights only."""
-    if status.mixed_precision != "no" or not (status.device.type == "cpu" or torch.cuda.is_bf16_supported()):
+    here = status.device.type == "cuda" and torch.cuda.is_available()  # else a GPU of --for_gpu, or a CPU
+    if status.mixed_precision != "no" or (here and not torch.cuda.is_bf16_supported()):
         return False
     if status.trained is None or status.stage not in (Stage.LOADING, Stage.SAVING):
         return True

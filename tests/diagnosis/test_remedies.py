@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from trainer import parsed
 
+from lpl.diagnosis import remedies as remedies_of
 from lpl.diagnosis.remedies import remedies
 from lpl.diagnosis.status import Stage, Status
 from tests.diagnosis.conftest import trained_parts
@@ -82,6 +83,15 @@ def test_before_the_models_are_there(status, with_gpu):
     run = status(Stage.LOADING, machine=ON_A_GPU, rank=2)
     run.trained = None
     assert names(run) == {"--mixed_precision", "--quantize_base", "--offload_frozen"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
+def test_a_gpu_that_is_not_there_has_what_a_gpus_machine_has(status, monkeypatch):
+    """As --for_gpu imagines it, whatever is installed here."""
+    monkeypatch.setattr(remedies_of, "missing", lambda package: package == "bitsandbytes")
+    advised = names(status(machine=ON_A_GPU, rank=2))
+    assert {"--mixed_precision", "--quantize_base"} <= advised
+    assert "--use_8bit_adam" in names(status(machine=ON_A_GPU)) and "--use_8bit_adam" not in names(status())
 
 
 def test_values_follow_the_flags_in_use(status):
