@@ -2,17 +2,20 @@
 
 ``evaluation/`` in the output folder holds the same files as ``python -m lpl.evaluate`` writes, with a *result* for
 each evaluated step. A resumed run continues the results it finds, and ends with the same pictures and card as an
-uninterrupted one. The weights are the moving average's if the run keeps one. Prompts and seeds are the same at each
-step, and in every run with the same reference, whatever the run's own seed. The drawn images of the run's first and
-last evaluation are kept.
+uninterrupted one; results against another reference are set aside. The weights are the moving average's if the run
+keeps one. Prompts and seeds are the same at each step, and in every run with the same reference, whatever the run's
+own seed. The drawn images of the run's first and last evaluation are kept.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import math
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +30,21 @@ from lpl.evaluation.generation import draw, image_path, prompt_text
 from lpl.evaluation.images import ImageSet, Preprocessing, folder_images, has_captions
 from lpl.evaluation.metrics import check_counts
 from lpl.evaluation.networks import check_networks, load_networks, wanted_networks
+from lpl.evaluation.processes import processes
 from lpl.evaluation.results import Reference, Settings, State
 from lpl.evaluation.sources import sampling_settings
 from lpl.evaluation.spectrum import Spectrum
 from lpl.families import Family
-from lpl.tools.layout import EVALUATION, EVALUATION_FILE, EVALUATION_IMAGES
+from lpl.tools.files import free_place
+from lpl.tools.layout import EARLIER_EVALUATION, EVALUATION, EVALUATION_FILE, EVALUATION_IMAGES
 from lpl.tools.machine import DTYPES
 from lpl.tools.pictures import save_picture
 from lpl.training.average import MovingAverage, averaged
 from lpl.training.parts import TrainedParts
 from lpl.training.preemption import Preemption
+
+
+logger = logging.getLogger(__name__)
 
 
 def check_evaluation(evaluation: Evaluation, model: Model) -> None:
@@ -135,12 +143,23 @@ class TrainingEvaluation:
         self.latest: dict[str, Any] = {"results": []}  # the content of evaluation.json
 
     def resume(self, step: int) -> None:
-        """Continue the results of an earlier part of the run, up to a step."""
+        """Continue the results of an earlier part of the run, up to a step, on the main process.
+
+        Results against another reference, or of another number of images, do not compare and are set aside.
+        """
         file = self.folder / EVALUATION_FILE
-        if not step or not file.is_file():
+        if not step or not processes().is_main_process or not file.is_file():
             return
-        self.latest = json.loads(file.read_text(encoding="utf-8"))
-        self.latest["results"] = [result for result in self.latest["results"] if result["step"] <= step]
+        found = json.loads(file.read_text(encoding="utf-8"))
+        found["results"] = [result for result in found["results"] if result["step"] <= step]
+        if found["results"] and (changed := self._changed(found)):
+            place = self.folder.rename(free_place(self.folder.with_name(EARLIER_EVALUATION)))
+            logger.warning(
+                f"--output_dir {self.output_dir}: what the run has measured so far does not compare with what it "
+                f"measures from here on ({changed}), and is moved to {place.name}"
+            )
+            return
+        self.latest = found
         for first in self.latest["results"][:1]:
             state = State(first["label"], first["source"], first["step"], self._images(first["step"]), first["drawn"])
             frequencies, powers = (self.latest["spectrum"][name] for name in ("frequencies", "log_power"))
@@ -148,6 +167,22 @@ class TrainingEvaluation:
                 power, energy = np.array(powers[state.name]), first["high_frequency_energy"]
                 state.spectrum = Spectrum(np.array(frequencies), power, energy)
                 self.states = [state]
+
+    def _changed(self, earlier: Mapping[str, Any]) -> str:
+        """What differs from an earlier evaluation in reference and number of images, in words; empty if nothing does.
+
+        The real images are told by what is measured of them, since their folder may have been moved.
+        """
+        reference, now = earlier["reference"], self.reference
+        energies = reference["high_frequency_energy"], now.spectrum.high_frequency_energy
+        alike = {
+            "another preprocessing of the images": reference["preprocessing"] == asdict(now.images.preprocessing),
+            "other real images": reference["images"] == len(now.images) and math.isclose(*energies, rel_tol=1e-6),
+            "another number of drawn images": all(
+                found["images"] == len(self.prompts) for found in earlier["results"]
+            ),
+        }
+        return ", ".join(words for words, same in alike.items() if not same)
 
     def _place(self, step: int | None) -> Path:
         return self.folder / EVALUATION_IMAGES / f"step-{step:06d}"

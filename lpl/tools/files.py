@@ -11,6 +11,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,12 @@ def put_back(folder: str | os.PathLike) -> None:
     _delete(Path(folder, f".result{UNFINISHED}"))
     if (ready := Path(folder, READY)).is_dir():
         _replace_by(ready, Path(folder))
+
+
+def free_place(place: Path) -> Path:
+    """The same path, with a number behind it if that is taken."""
+    numbered = (place.with_name(f"{place.name}-{number}") for number in count(2))
+    return next(path for path in chain([place], numbered) if not path.exists())
 
 
 def remove_halves(folder: str | os.PathLike) -> None:

@@ -31,6 +31,7 @@ EVALUATION_IMAGES = "images"
 EVALUATION_CURVES = "evaluation/curves.png"
 
 EARLIER_RUN = "earlier-run"  # what an earlier run left
+EARLIER_EVALUATION = "earlier-evaluation"  # what this run has measured against another reference
 
 # Checkpoints
 CHECKPOINT_PREFIX = "checkpoint-"

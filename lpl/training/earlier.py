@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 
 from lpl.tools import layout
-from lpl.tools.files import UNFINISHED
+from lpl.tools.files import UNFINISHED, free_place
 from lpl.tools.results import lora_entries, pipeline_entries, scheduler_entries, single_files
 from lpl.training.checkpoints import free_place, set_aside
 from lpl.training.start import Run
@@ -20,7 +20,7 @@ from lpl.training.start import Run
 logger = logging.getLogger(__name__)
 BESIDE = (  # what describes a result
     *(layout.LOG, layout.SAMPLE_LOSSES, layout.BAD_SAMPLES, layout.CURVES, layout.SAMPLES, layout.EVALUATION),
-    *(layout.RECIPE, layout.CARD),
+    *(layout.EARLIER_EVALUATION, layout.RECIPE, layout.CARD),
 )
 
 

@@ -146,6 +146,28 @@ def test_a_run_that_is_over_keeps_its_results(run, sd_pipeline, image_folder, fl
     assert equal(again, run)
 
 
+@pytest.mark.parametrize(
+    "changes, said",
+    [({"resolution": 64}, "another preprocessing"), ({"eval_num_images": 8}, "another number of drawn images")],
+)
+def test_results_that_do_not_compare_are_set_aside(
+    changes, said, run, sd_pipeline, image_folder, flags, tmp_path, caplog
+):
+    """Spectra of another resolution would not even be of the same length."""
+    again = cut_off(run, tmp_path)
+    train(sd_pipeline, image_folder, again, resume_from_checkpoint="latest", **flags | changes)
+    assert [result["step"] for result in found(again)["results"]] == [4]
+    assert f"({said}" in caplog.text and "is moved to earlier-evaluation" in caplog.text
+    earlier = json.loads((again / "earlier-evaluation/evaluation.json").read_text())
+    assert [result["step"] for result in earlier["results"]] == [0, 2, 4, 6]
+
+
+def test_real_images_may_be_moved(run, sd_pipeline, image_folder, flags, tmp_path):
+    again, photos = cut_off(run, tmp_path), shutil.copytree(flags["eval_data_dir"], tmp_path / "moved")
+    train(sd_pipeline, image_folder, again, resume_from_checkpoint="latest", **flags | {"eval_data_dir": photos})
+    assert [result["step"] for result in found(again)["results"]] == [0, 2, 4]
+
+
 def test_where_the_first_images_are_gone_the_last_are_shown(run, sd_pipeline, image_folder, flags, tmp_path):
     again = cut_off(run, tmp_path)
     shutil.rmtree(again / "evaluation/images/step-000000")
