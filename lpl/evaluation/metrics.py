@@ -6,7 +6,8 @@ numbers of the same network and the same preprocessing of the images. Libraries 
 - ``fid``: the Fréchet distance of two Gaussians with the features' means and covariances (Heusel et al., 2017), by
   torchmetrics in float64. It is 0 or more, and biased upwards: the fewer samples, the larger.
 - ``kid``: the squared maximum mean discrepancy under the kernel (x . y / D + 1)^3 (Binkowski et al., 2018), by
-  torchmetrics. It is unbiased, and may be negative.
+  torchmetrics. It is unbiased, and may be negative. It takes the two sets to be independent; an image that is drawn
+  from a real image's caption is not, so that where such *counterparts* are known, their pairs are left out.
 - ``precision``, ``recall`` (Kynkäänniemi et al., 2019), ``density``, ``coverage`` (Naeem et al., 2020), from distances
   that scikit-learn computes in chunks. The ball of a sample reaches to its k-th nearest neighbour. Precision is the
   share of generated samples in the ball of a real sample, recall the share of real samples in the ball of a generated
@@ -78,6 +79,7 @@ def compare(
     seed: int = 0,
     nearest_k: int = NEAREST_K,
     progress: bool = False,
+    counterparts: np.ndarray | None = None,
 ) -> dict[str, Estimate]:
     """The metrics of two sets of features.
 
@@ -90,6 +92,8 @@ def compare(
         nearest_k: k of :data:`NEIGHBOUR_METRICS`. Resamples keep the balls of the full set: a sample drawn twice would
             be its own neighbour.
         progress: show a progress bar over the resamples.
+        counterparts: the row of the reference whose caption each generated sample was drawn from, (N,); -1: none.
+            KID leaves these pairs out.
 
     Returns:
         metric -> estimate, in the order of ``metrics``.
@@ -110,8 +114,8 @@ def compare(
         resampled = tuple(frechet_distance(generated[mine], reference[yours]) for mine, yours in pairs)
         found["fid"] = Estimate(frechet_distance(generated, reference), resampled)
     if "kid" in metrics:
-        resampled = tuple(resampled_kid(generated, reference, *times).tolist()) if bootstrap else ()
-        found["kid"] = Estimate(kid(generated, reference, seed), resampled)
+        resampled = tuple(resampled_kid(generated, reference, *times, counterparts).tolist()) if bootstrap else ()
+        found["kid"] = Estimate(kid(generated, reference, seed, counterparts), resampled)
     if any(metric in NEIGHBOUR_METRICS for metric in metrics):
         once = [np.vstack([np.ones(one.shape[1]), one]) for one in times]
         for metric, values in neighbour_metrics(generated, reference, nearest_k, *once).items():
@@ -189,10 +193,14 @@ def frechet_distance(generated: np.ndarray, reference: np.ndarray) -> float:
     return max(0.0, float(_torchmetrics(metric, generated, reference)))
 
 
-def kid(generated: np.ndarray, reference: np.ndarray, seed: int = 0) -> float:
-    """The mean over subsets of min(1000, N, M) samples; a single subset if it holds all samples of both sets."""
+def kid(generated: np.ndarray, reference: np.ndarray, seed: int = 0, counterparts: np.ndarray | None = None) -> float:
+    """The mean over subsets of min(1000, N, M) samples; a single subset if it holds all samples of both sets. With
+    counterparts, which torchmetrics does not know, over all samples."""
     from torchmetrics.image.kid import KernelInceptionDistance
 
+    if counterparts is not None:
+        once = (np.ones((1, len(features))) for features in (generated, reference))
+        return float(resampled_kid(generated, reference, *once, counterparts)[0])
     size = min(KID_SUBSET, len(generated), len(reference))
     subsets = 1 if len(generated) == len(reference) == size else KID_SUBSETS
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -278,9 +286,14 @@ def _times(draws: np.ndarray) -> np.ndarray:
 
 
 def resampled_kid(
-    generated: np.ndarray, reference: np.ndarray, generated_times: np.ndarray, reference_times: np.ndarray
+    generated: np.ndarray,
+    reference: np.ndarray,
+    generated_times: np.ndarray,
+    reference_times: np.ndarray,
+    counterparts: np.ndarray | None = None,
 ) -> np.ndarray:
-    """KID of resamples, (R,), over all their samples instead of subsets; arguments as in :func:`neighbour_metrics`.
+    """KID of resamples, (R,), over all their samples instead of subsets; arguments as in :func:`neighbour_metrics` and
+    :func:`compare`.
 
     A resample only changes how often each sample counts, so that the kernel is computed once for all of them.
     """
@@ -288,8 +301,15 @@ def resampled_kid(
     for features, times in ((generated, generated_times), (reference, reference_times)):
         itself = times @ ((features**2).mean(1) + 1) ** 3  # pairs of a sample with itself
         within += (_kernel_sums(features, features, times, times) - itself) / (len(features) * (len(features) - 1))
-    across = _kernel_sums(generated, reference, generated_times, reference_times) / (len(generated) * len(reference))
-    return within - 2 * across
+    across = _kernel_sums(generated, reference, generated_times, reference_times)
+    pairs = np.full(len(across), float(len(generated) * len(reference)))
+    if counterparts is not None:
+        drawn = np.flatnonzero(counterparts >= 0)
+        of = counterparts[drawn]
+        times = generated_times[:, drawn] * reference_times[:, of]
+        across -= times @ ((generated[drawn] * reference[of]).mean(1) + 1) ** 3
+        pairs -= times.sum(1)
+    return within - 2 * across / pairs
 
 
 def _kernel_sums(one: np.ndarray, other: np.ndarray, one_times: np.ndarray, other_times: np.ndarray) -> np.ndarray:
@@ -369,7 +389,7 @@ def _consequence(metric: str, count: int, dim: int) -> str:
         )
         return f" for {dim} features: {rank}, and the distance is too large"
     if metric == "kid":
-        return f": its subsets are smaller than the usual {KID_SUBSET}; it is less certain, but unbiased"
+        return f": KID is usually that of {KID_SUBSET}; it is less certain, but unbiased"
     if metric in NEIGHBOUR_METRICS:
         return ": neighbours are far apart, and the value compares only with values of as many images"
     return ": their mean is uncertain"

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -239,8 +240,22 @@ def _compare(state: State, network: str, reference: Reference, estimates: Estima
             settings.seed,
             settings.nearest_k,
             progress=True,
+            counterparts=counterparts(state.pictures, reference.images),
         )
     return features.shape[1]
+
+
+def counterparts(generated: ImageSet, reference: ImageSet) -> np.ndarray | None:
+    """The real image whose caption each generated image has, (N,), or -1; None if no caption is shared.
+
+    Generated images of one caption take the real images of that caption in turn.
+    """
+    places: dict[str, list[int]] = {}
+    for place, caption in enumerate(reference.captions or ()):
+        places.setdefault(caption, []).append(place)
+    turns = {caption: cycle(found) for caption, found in places.items()}
+    found = [next(turns[caption]) if caption in turns else -1 for caption in generated.captions or ()]
+    return np.array(found) if any(place >= 0 for place in found) else None
 
 
 def _score_captions(state: State, reference: Reference, estimates: Estimates, keep: bool) -> int:

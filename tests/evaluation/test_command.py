@@ -24,6 +24,7 @@ from lpl.evaluation import Preprocessing, compare, folder_images, generation, hi
 from lpl.evaluation import command as evaluate
 from lpl.evaluation.metrics import halves
 from lpl.evaluation.networks import load_networks
+from lpl.evaluation.results import counterparts
 
 
 PICTURES = {"samples.png", "crops.png", "spectrum.png", "curves.png"}
@@ -187,7 +188,7 @@ def test_the_numbers_are_those_of_the_images_in_the_folder(command, evaluation, 
     preprocessing = Preprocessing(32)
     sets = [folder_images(place, preprocessing, progress=False) for place in (folder, photos)]
     features = [load_network(BlockMeans()).features(list(images)).numpy() for images in sets]
-    found = compare(*features, bootstrap=4, nearest_k=4)
+    found = compare(*features, bootstrap=4, nearest_k=4, counterparts=counterparts(*sets))
     for name, estimate in found.items():
         ours = result["metrics"][NETWORK][name]
         assert [ours["value"], ours["spread"]] == pytest.approx([estimate.value, estimate.spread])

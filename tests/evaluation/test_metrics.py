@@ -115,6 +115,34 @@ def test_kid_of_unequal_sets_is_averaged_over_subsets():
     assert value("kid", one, other, seed=0) == found != value("kid", one, other, seed=1)
 
 
+def test_kid_leaves_counterparts_out():
+    """Images drawn from the captions of real ones: of equal distributions, with correlated pairs."""
+    found, biased = [], []
+    for seed in range(20):
+        reference = gaussian(30, 16, seed)
+        noise = gaussian(30, 16, seed + 100)
+        generated = np.random.default_rng(seed).permutation((reference + 0.3 * noise) / np.sqrt(1 + 0.3**2))
+        places = np.random.default_rng(seed).permutation(30)
+        found.append(value("kid", generated, reference, counterparts=places))
+        biased.append(value("kid", generated, reference))
+    assert max(biased) < -0.2 and abs(np.mean(found)) < 3 * np.std(found) / np.sqrt(20) < 0.01
+
+
+def test_counterparts_are_left_out_of_resamples_as_often_as_they_are_in_them():
+    one, other, places = gaussian(12, 4, 0), gaussian(9, 4, 1), np.array([3, 3, 0, -1, -1, 8, 7, 6, 5, 4, 2, 1])
+    found = compare(one, other, ["kid"], bootstrap=2, counterparts=places)["kid"].resampled[0]
+    rng = np.random.default_rng(0)
+    mine, yours = (rng.integers(count, size=(2, count))[0] for count in (12, 9))
+
+    def kernel(x, y):
+        return (x @ y / len(x) + 1) ** 3
+
+    across = np.mean([kernel(one[i], other[j]) for i in mine for j in yours if places[i] != j])
+    whole = compare(one, other, ["kid"], bootstrap=2)["kid"].resampled[0]
+    plain = np.mean([kernel(one[i], other[j]) for i in mine for j in yours])
+    assert found == pytest.approx(whole + 2 * plain - 2 * across)
+
+
 def test_kid_takes_subsets_of_1000(monkeypatch):
     monkeypatch.setattr("lpl.evaluation.metrics.KID_SUBSET", 20)
     one, other = gaussian(60, 4, 0), gaussian(60, 4, 1, 1.0)

@@ -163,8 +163,8 @@ def test_results_that_do_not_compare_are_set_aside(
 
 
 def test_real_images_may_be_moved(run, sd_pipeline, image_folder, flags, tmp_path):
-    again, photos = cut_off(run, tmp_path), shutil.copytree(flags["eval_data_dir"], tmp_path / "moved")
-    train(sd_pipeline, image_folder, again, resume_from_checkpoint="latest", **flags | {"eval_data_dir": photos})
+    again, moved = cut_off(run, tmp_path), shutil.copytree(flags["eval_data_dir"], tmp_path / "moved")
+    train(sd_pipeline, image_folder, again, resume_from_checkpoint="latest", **flags | {"eval_data_dir": moved})
     assert [result["step"] for result in found(again)["results"]] == [0, 2, 4]
 
 
