@@ -114,8 +114,8 @@ def compare(
         resampled = tuple(frechet_distance(generated[mine], reference[yours]) for mine, yours in pairs)
         found["fid"] = Estimate(frechet_distance(generated, reference), resampled)
     if "kid" in metrics:
-        resampled = tuple(resampled_kid(generated, reference, *times, counterparts).tolist()) if bootstrap else ()
-        found["kid"] = Estimate(kid(generated, reference, seed, counterparts), resampled)
+        resampled = resampled_kid(generated, reference, *times, counterparts=counterparts) if bootstrap else ()
+        found["kid"] = Estimate(kid(generated, reference, seed, counterparts), tuple(map(float, resampled)))
     if any(metric in NEIGHBOUR_METRICS for metric in metrics):
         once = [np.vstack([np.ones(one.shape[1]), one]) for one in times]
         for metric, values in neighbour_metrics(generated, reference, nearest_k, *once).items():
@@ -200,7 +200,7 @@ def kid(generated: np.ndarray, reference: np.ndarray, seed: int = 0, counterpart
 
     if counterparts is not None:
         once = (np.ones((1, len(features))) for features in (generated, reference))
-        return float(resampled_kid(generated, reference, *once, counterparts)[0])
+        return float(resampled_kid(generated, reference, *once, counterparts=counterparts)[0])
     size = min(KID_SUBSET, len(generated), len(reference))
     subsets = 1 if len(generated) == len(reference) == size else KID_SUBSETS
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
