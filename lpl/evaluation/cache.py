@@ -103,5 +103,5 @@ def _read(path: Path, count: int) -> np.ndarray | None:
 def _write(path: Path, features: np.ndarray) -> None:
     try:
         write_whole(path, lambda unfinished: save_file({"features": features}, unfinished))
-    except OSError as error:  # the features themselves are fine
+    except (OSError, SafetensorError) as error:  # the features themselves are fine
         logger.warning("the features are not cached: %s (set %s to a writable folder)", error, CACHE)

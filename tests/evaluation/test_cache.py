@@ -10,6 +10,7 @@ import socket
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from lpl.evaluation import Preprocessing, compare, folder_images, listed_images, load_network, set_features
 from lpl.evaluation.cache import cache_folder, features_key
@@ -94,6 +95,15 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(images, cache, ca
     with caplog.at_level(logging.WARNING):
         found = set_features(images, load_network(Means()))
     assert len(found) == 7 and "not cached" in caplog.text
+
+
+def test_features_that_find_no_room_on_the_disk_are_not_cached(images, cache, caplog, monkeypatch):
+    def full(tensors, path):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("lpl.evaluation.cache.save_file", full)
+    assert len(set_features(images, load_network(Means()))) == 7
+    assert "not cached" in caplog.text and not list(cache.iterdir())
 
 
 def test_features_that_are_not_finite_are_refused_and_not_kept(images, cache):
