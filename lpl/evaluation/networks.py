@@ -25,6 +25,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedModel
@@ -38,6 +39,7 @@ from lpl.tools.words import first_line
 INCEPTION = "inception"
 INCEPTION_NEEDS = {"torch_fidelity": "torch-fidelity", "torchvision": "torchvision"}  # module -> package
 LIBRARIES = ("torch", "transformers", "pillow")  # whose versions features depend on
+UNPOOLED = ("data2vec-vision", "ijepa", "vit_mae")  # image models of transformers without a pooled output
 NO_NETWORK = (OSError, ValueError, ImportError)  # raised by transformers for a network that it cannot load
 
 
@@ -152,10 +154,20 @@ def _check_transformers(name: str, cache_dir: str | None, flag: str, text: bool)
         config = AutoConfig.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=False)
         model_class = MODEL_MAPPING.get(type(config), None)
     except NO_NETWORK as error:
+        if isinstance(error.__cause__, LocalEntryNotFoundError):
+            raise ValueError(
+                f"{flag} {name}: it is not in the cache, and the Hub cannot be reached; give a folder, or run this "
+                "once with access to the Hub"
+            ) from error
         raise ValueError(
             f"{flag} {name}: there is no such network, or it needs code of its own, which is not run; give a folder, "
             f"a Hub id or package.module:function ({first_line(error)})"
         ) from error
+    if config.model_type in UNPOOLED:
+        raise ValueError(
+            f"{flag} {name}: a {config.model_type} has no features of the image as a whole; give a DINOv2, CLIP or "
+            "the like"
+        )
     if Path(name).is_dir():  # on the Hub, transformers finds converted weights itself
         check_weights(f"{flag} {name}", name, [""], library="transformers")
     if text and not hasattr(model_class, "get_text_features"):

@@ -18,14 +18,17 @@ from transformers import (
     CLIPModel,
     CLIPVisionConfig,
     ConvNextImageProcessorPil,
+    Data2VecVisionConfig,
     Dinov2Config,
     Dinov2Model,
+    IJepaConfig,
     PoolFormerImageProcessorPil,
     ResNetConfig,
     ResNetModel,
     SiglipConfig,
     SiglipModel,
     ViTConfig,
+    ViTMAEConfig,
     ViTModel,
 )
 
@@ -291,9 +294,12 @@ def test_weights_that_lack_something_are_refused(dinov2, tmp_path):
         load_network(folder)
 
 
-@pytest.mark.parametrize("name", ["nowhere/at-all", "./no-folder"])
-def test_unknown_names_are_refused(name):
-    with pytest.raises(ValueError, match=f"^--features {name}: there is no such network"):
+@pytest.mark.parametrize(
+    "name, said",
+    [("nowhere/at-all", "it is not in the cache, and the Hub cannot be"), ("./no-folder", "there is no such network")],
+)
+def test_unknown_names_are_refused(name, said):
+    with pytest.raises(ValueError, match=f"^--features {name}: {said}"):
         load_network(name)
 
 
@@ -301,6 +307,13 @@ def test_language_models_are_refused(tmp_path):
     BertModel(BertConfig(vocab_size=20, **SIZES)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="bert is no image model"):
         load_network(str(tmp_path))
+
+
+@pytest.mark.parametrize("config", [Data2VecVisionConfig, IJepaConfig, ViTMAEConfig])
+def test_models_without_a_pooled_output_are_refused(config, tmp_path):
+    config(**SIZES).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"a {config.model_type} has no features of the image as a whole"):
+        check_network(str(tmp_path))
 
 
 def test_what_knows_no_captions_is_no_clip(dinov2, clip):
