@@ -105,9 +105,11 @@ def draw_samples(shown: Sequence[State], reference: ImageSet, folder: Path) -> N
 
 
 def draw_curves(evaluation: Mapping[str, Any], folder: Path) -> None:
-    """curves.png, if the evaluation has a series."""
+    """curves.png, if the evaluation has a series; else none is left from an earlier one."""
+    file = folder / "curves.png"
     counts = [result["label"] for result in evaluation["results"] if result["step"] is not None]
     if not any(counts.count(label) > 1 for label in counts):
+        file.unlink(missing_ok=True)
         return
     names, real = short_names(evaluation), evaluation["reference"]
     lines = [
@@ -126,7 +128,7 @@ def draw_curves(evaluation: Mapping[str, Any], folder: Path) -> None:
         for network, metrics in found.items()
         for metric in metrics
     }
-    save_figure(metric_curves(lines, better, REAL), folder / "curves.png")
+    save_figure(metric_curves(lines, better, REAL), file)
 
 
 def _panels(found: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

@@ -241,3 +241,5 @@ def test_what_is_written_can_be_read_again(reference, photos, tmp_path):
         assert f"- Warning: {warning}:\n  - {details[0]}" in text
     assert {file.name for file in tmp_path.glob("*.png")} == {"spectrum.png", "samples.png", "crops.png", "curves.png"}
     assert set(evaluation["spectrum"]["log_power"]) == {"a|b, step 0", "a|b, step 2", REAL}
+    report.draw_curves(evaluated(states[:1], reference), tmp_path)
+    assert not (tmp_path / "curves.png").exists()  # of an evaluation that no longer is there
