@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from safetensors import SafetensorError
 
 from lpl.tools.words import first_line, size
@@ -31,7 +32,7 @@ def missing(package: str) -> bool:
 
 def has_gpu() -> bool:
     """Whether accelerate will use a GPU."""
-    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 def usable_device(name: str | None) -> torch.device:

@@ -27,6 +27,15 @@ def test_the_slowness_is_that_of_the_fastest_products(monkeypatch):
     assert slowness_of_bfloat16(2) == 3
 
 
+@pytest.mark.parametrize("value, used", [("true", False), ("1", False), ("yes", False), ("no", True), (None, True)])
+def test_a_gpu_is_used_unless_accelerate_is_told_otherwise(value, used, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    if value is not None:
+        monkeypatch.setenv("ACCELERATE_USE_CPU", value)
+    assert machine.has_gpu() == used
+
+
 def test_peak_memory_is_the_highest_since_the_reset():
     device = torch.device("cpu")
     if not reset_peak_memory(device):
