@@ -54,7 +54,7 @@ from lpl.inspection.vae import check_vae, find_vae, load_vae, with_configuration
 from lpl.tools.files import check_writable, write_text
 from lpl.tools.machine import DTYPES, usable_device
 from lpl.tools.pictures import save_figure
-from lpl.tools.words import first_line
+from lpl.tools.words import first_line, plain_warnings
 
 
 SHARED_FLAGS = (  # with the training script
@@ -253,6 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     parser = build_parser()
     values = vars(parser.parse_args(sys.argv[1:] if argv is None else argv))
+    plain_warnings(parser.prog)
     try:
         numbers = run(*groups_of(values))
     except (OSError, ValueError) as error:  # OSError: weights cannot be loaded, or pictures cannot be written

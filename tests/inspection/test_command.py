@@ -21,6 +21,14 @@ from tests.inspection.test_measure import noise_image
 FILES = {"features.png", "outliers.png", "balance.png", "errors.png", "interpolation.png", "inspect.json"}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def as_before():
+    """The command changes how warnings are printed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warnings, "formatwarning", warnings.formatwarning)
+        yield
+
+
 def words(model, images, folder, *more):
     return [
         *("--pretrained_model_name_or_path", str(model), "--images", *map(str, images), "--output_dir", str(folder)),
@@ -59,6 +67,12 @@ def test_pictures_and_numbers_are_written(command, numbers, image_folder):
     for told in (numbers["balance"]["flags"], numbers["outliers"]["advice"]["why"], "mid", "16x32x32"):
         assert told in printed
     assert numbers["balance"]["flags"].startswith("--lpl_blocks mid up_1 --lpl_depth_weighting 1 ")
+
+
+def test_warnings_are_in_plain_words(command):
+    assert warnings.formatwarning("few images", UserWarning, "f.py", 1) == (
+        "python -m lpl.inspect: warning: few images\n"
+    )
 
 
 def test_a_vae_alone_will_do(tmp_path):
