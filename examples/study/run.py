@@ -64,16 +64,18 @@ else:
     MACHINE = "CPU without bfloat16"
 BFLOAT16 = MACHINE != "CPU without bfloat16"  # which many CPUs only emulate
 RECORDING, MAKING = Lock(), Lock()
+TRAINING: dict[tuple[str, str], Lock] = {}  # row and key of a seed: several rows measure one training
 
 
 # Commands ------------------------------------------------------------------------------------------------------------
 
 
 def arguments(flags: Mapping[str, object]) -> list[str]:
-    """A command line of flags; True stands for a switch."""
+    """A command line of flags; True stands for a switch, words for several values. Paths and lists are not split."""
     line: list[str] = []
     for name, value in flags.items():
-        line += [f"--{name}"] if value is True else [f"--{name}", *str(value).split()]
+        values = value.split() if isinstance(value, str) else value if isinstance(value, list) else [value]
+        line += [f"--{name}", *([] if value is True else map(str, values))]
     return line
 
 
@@ -166,8 +168,13 @@ def steps_for_the_time_of(name: str, results: Mapping[str, Any]) -> int:
     return round(ROW["max_train_steps"] * speeds[1] / speeds[0])
 
 
+def trained_row(study: Path, name: str, seed: int) -> Path:
+    """The folder of a run, trained unless it is there."""
+    with TRAINING.setdefault((name, key_of(seed)), Lock()):
+        return train_row(study, name, seed)
+
+
 def train_row(study: Path, name: str, seed: int) -> Path:
-    """The folder of the trained run."""
     row, folder = ROWS[name], study / "rows" / name / key_of(seed)
     if not any((folder / file).is_file() for file in FINISHED):
         with MAKING:  # two seeds of a row need the same
@@ -191,7 +198,7 @@ def evaluate(study: Path, generated: Path, output: Path, sampling: Mapping[str, 
             images, captions = read_pictures(DATA)
             write_images(reference, [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images], captions)
     options = {
-        "generated": f"model={generated}",
+        "generated": [f"model={generated}"],
         "reference": reference,
         "output_dir": output,
         "metrics": "fid",
@@ -289,7 +296,8 @@ def record(name: str, seed: int, found: Mapping[str, Any]) -> None:
 
 def do(study: Path, name: str, seed: int) -> None:
     """Trains, measures and records one run."""
-    run, output = train_row(study, ROWS[name].of or name, seed), study / "measured" / name / key_of(seed)
+    run, output = trained_row(study, ROWS[name].of or name, seed), study / "measured" / name / key_of(seed)
+    shutil.rmtree(output / "images", ignore_errors=True)  # of another training, in a folder of another name
     evaluate(study, run, output, SAMPLING | ROWS[name].sampling)
     record(name, seed, image_numbers(output) | run_numbers(run))
     print(f"{name}, seed {seed}: {recorded()[name][key_of(seed)]}", flush=True)

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -153,6 +155,38 @@ def test_the_queue_trains_measures_and_records(tmp_path, monkeypatch, commands):
     assert not commands
 
 
+def test_a_row_that_is_trained_anew_is_measured_by_its_own_images(tmp_path, monkeypatch, commands):
+    """The name of the folder of images changes with the weights."""
+    earlier = tmp_path / "study/measured/flow/0/images/earlier"
+    run.write_images(earlier, [Image.new("RGB", (96, 96))], [features.read_pictures(run.DATA)[1][0]])
+    start(monkeypatch, tmp_path, "--rows", "flow", "--seeds", "0")
+    assert not earlier.exists() and run.recorded()["flow"]["0"]["recognised"] == 0.5
+
+
+def test_rows_of_one_training_do_not_train_it_at_once(tmp_path, monkeypatch):
+    inside, seen = [], []
+
+    def train_row(study, name, seed):
+        inside.append(name)
+        time.sleep(0.05)
+        seen.append(len(inside))
+        inside.pop()
+        return study
+
+    monkeypatch.setattr(run, "train_row", train_row)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: run.trained_row(tmp_path, "flow", 0), range(4)))
+    assert seen == [1] * 4
+
+
+def test_a_folder_may_have_a_space_in_its_name(tmp_path, monkeypatch, commands):
+    start(monkeypatch, tmp_path / "my study", "--rows", "epsilon_tiny", "--seeds", "0")
+    folders = [Path(each.output_dir) for each in trainings(commands)]
+    assert folders and all((tmp_path / "my study/study") in folder.parents for folder in folders)
+    (evaluation,) = [evaluate.parse(command[3:]).request for command in commands if "lpl.evaluate" in command]
+    assert evaluation.generated == (f"model={folders[-1]}",)
+
+
 def test_runs_in_float32_are_beside_the_others(tmp_path, monkeypatch, commands):
     with pytest.raises(ValueError, match="run it on this machine first, --rows flow_lpl"):
         start(monkeypatch, tmp_path, "--rows", "flow_longer", "--seeds", "0")
@@ -259,6 +293,12 @@ def test_what_is_kept_of_the_gain():
     found = report.compared({name: {"0": run} for name, run in rows.items()})
     assert (found["flow_student"]["0"]["kept"], found["flow_student"]["0"]["change"]) == (0.75, 3.25 / 4 - 1)
     assert "kept" not in found["flow_lpl"]["0"] and "75%" in report.table("cheap", found)
+
+
+def test_the_cost_is_drawn_before_a_row_with_lpl_has_a_time(tmp_path):
+    results = {"flow": {"0": numbers(4.0, machine="new")}, "flow_lpl": {"0": numbers(3.0, machine="old")}}
+    report.gain_for_time(report.compared(results), tmp_path / "cost.png")
+    assert (tmp_path / "cost.png").stat().st_size > 1000
 
 
 def test_a_cell_is_mean_and_deviation():
