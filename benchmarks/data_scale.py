@@ -15,7 +15,6 @@ import argparse
 import io
 import json
 import os
-import re
 import subprocess
 import sys
 import tarfile
@@ -34,6 +33,7 @@ from diffusers import DDPMScheduler
 from PIL import Image
 from skimage import data as pictures
 
+from benchmarks.pages import filled
 from lpl.config import Config
 from lpl.data.dataset import LatentSpace
 from lpl.data.loader import training_batches
@@ -193,8 +193,7 @@ def main() -> None:
     text = tables(results)
     print(text)
     if args.write:
-        page = DOCS.read_text()
-        DOCS.write_text(re.sub(f"{START}.*?{END}", lambda _: f"{START}\n{text}\n{END}", page, flags=re.DOTALL))
+        DOCS.write_text(filled(DOCS.read_text(), START, END, text))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ checkpointing, text encoders and optimizer. A way's share of LPL is what is left
 from __future__ import annotations
 
 import argparse
-import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from datasets import Dataset
 from diffusers import AutoencoderTiny
 
 from benchmarks.counted import ARCHITECTURES, counted
+from benchmarks.pages import filled
 from lpl.config import Config
 from lpl.data.dataset import LatentSpace, TrainingImages
 from lpl.diagnosis.plan import DRAWS
@@ -141,8 +141,7 @@ def main() -> None:
     text = table([line(name, count(name)) for name in MODELS])
     print(text)
     if args.write:
-        pattern = re.compile(f"{re.escape(START)}.*?{re.escape(END)}", re.DOTALL)
-        DOCS.write_text(pattern.sub(lambda _: f"{START}\n{text}\n{END}", DOCS.read_text(), count=1))
+        DOCS.write_text(filled(DOCS.read_text(), START, END, text))
 
 
 if __name__ == "__main__":

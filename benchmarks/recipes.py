@@ -21,6 +21,7 @@ from pathlib import Path
 import yaml
 
 from benchmarks.counted import BY_PUBLIC_NAME, counted
+from benchmarks.pages import filled
 from lpl.diagnosis.estimate import CONTEXT
 from lpl.diagnosis.status import Stage
 
@@ -157,7 +158,7 @@ def write_hardware(names: Sequence[str]) -> None:
         page = re.sub(rf"^(\| `{name}` \|.*? \| 1 x \d+ GB \|) .*$", rf"\1 {cells[1]}", page, flags=re.MULTILINE)
     rows = [smaller_row(*row, needs(row[0], flags=row[1].split())) for row in SMALLER]
     table = "\n".join(["| recipe | with | GPU | with LPL | without |", "|---|---|---|---|---|", *rows])
-    HARDWARE.write_text(re.sub(f"{START}.*?{END}", f"{START}\n{table}\n{END}", page, flags=re.DOTALL))
+    HARDWARE.write_text(filled(page, START, END, table))
 
 
 def main() -> None:

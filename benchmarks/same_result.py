@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import re
 import shutil
 import signal
 import sys
@@ -30,6 +29,7 @@ import torch
 from datasets import Image, load_dataset
 from safetensors.torch import load_file, save_file
 
+from benchmarks.pages import filled
 from lpl.tools import layout
 from lpl.tools.files import entries
 
@@ -230,8 +230,7 @@ def main() -> None:
     text = table(rows, bound, args.steps)
     print(text)
     if args.write:
-        page = DOCS.read_text()
-        DOCS.write_text(re.sub(f"{START}.*?{END}", lambda _: f"{START}\n{text}\n{END}", page, flags=re.DOTALL))
+        DOCS.write_text(filled(DOCS.read_text(), START, END, text))
     if not all(row["inside"] for row in rows):
         sys.exit("a row is outside the bound")
 

@@ -8,7 +8,6 @@ text between the tables is written by hand: check it when a new row has been run
 
 import argparse
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -18,6 +17,7 @@ from PIL.Image import Image
 from rows import ROW, ROWS, SETTINGS, Row
 from run import IN_FLOAT32, given_time_of, key_of, recorded, speed_of  # which lets the package be found
 
+from benchmarks import pages
 from lpl.evaluation import Preprocessing, folder_images
 from lpl.evaluation.figures import busiest_square, crop_side, paired_grid, zoomed_crops
 from lpl.evaluation.report import markdown_rows
@@ -137,11 +137,7 @@ def filled(page: str, found: Mapping[str, Runs]) -> str:
         ValueError: where a mark is missing.
     """
     for mark, text in ({kind: table(kind, found) for kind in TABLES} | {"spectrum": spectrum_table(found)}).items():
-        begin, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
-        pattern = re.compile(f"{begin}.*?{end}", re.DOTALL)
-        if not pattern.search(page):
-            raise ValueError(f"the page has no {begin} ... {end}")
-        page = pattern.sub(lambda _, new=f"{begin}\n{text}\n{end}": new, page)
+        page = pages.filled(page, f"<!-- {mark} -->", f"<!-- end of {mark} -->", text)
     return page
 
 
@@ -186,7 +182,8 @@ def gain_for_time(found: Mapping[str, Runs], path: Path, plain: str = "flow") ->
             if runs := [run for run in found[name].values() if {key, "time"} <= run.keys()]:
                 time = mean(run["time"] * run["steps"] / int(str(ROW["max_train_steps"])) for run in runs)
                 points[name] = time, 100 * mean(run[key] for run in runs)
-        lowest = FAR * min(change for name, (_, change) in points.items() if ROWS[name].flags["lpl_weight"] != "0")
+        changes = [change for name, (_, change) in points.items() if ROWS[name].flags["lpl_weight"] != "0"]
+        lowest = FAR * min(changes, default=0)
         for (name, (time, change)), marker in zip(points.items(), itertools.cycle("osD^vPX*<>")):
             label = words(ROWS[name]).removeprefix(f"{ROWS[plain].label}, ")
             axes.plot([time], [max(change, lowest)], marker, color=colour(name), label=label, alpha=0.8)

@@ -22,6 +22,7 @@ from benchmarks import (
     lpl_estimators,
     lpl_step,
     operations,
+    pages,
     recipes,
     same_result,
 )
@@ -107,6 +108,13 @@ def test_caches(monkeypatch, tmp_path):
     record = run(monkeypatch, caches, tmp_path / "caches.json", "--models", name, "--steps", "2", "--repeats", "1")
     for row in record["images_per_second"][name].values():
         assert row["ratio"] == pytest.approx(row["with"] / row["without"], abs=0.01) and row["without"] > 0
+
+
+def test_a_page_without_the_marks_is_told_of():
+    assert pages.filled("a<b>old<c>d", "<b>", "<c>", "new") == "a<b>\nnew\n<c>d"
+    for page in ("a<b>old", "<c>old<b>", "old"):
+        with pytest.raises(ValueError, match="the page has no <b> ... <c>"):
+            pages.filled(page, "<b>", "<c>", "new")
 
 
 # What is counted -----------------------------------------------------------------------------------------------------
