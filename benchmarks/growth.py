@@ -261,13 +261,14 @@ def measure(training: Training, device: torch.device, repeats: int, scale: str =
         objective = description.objective(config.model.objective)
         timesteps, choice = (drawn.cpu() for drawn in draws(config, description))
         run = Rehearsal(config, description, objective, METHOD, accelerator, Adapters(whole=False))
+        run.begin()  # else the first step would be without the optimizer's state
         batch = run.batch(timesteps, choice)
         for name in ("pixels", "noise", "posterior_noise", "input_noise"):
             cast(Tensor, batch[name]).normal_()
         parameters = count_parameters(run.trained.denoiser, trained_only=False)
-        steps = dict(ways(run, description.space[0], lambda: batch))
-        times: dict[str, list[float]] = {way: [] for way in steps}
-        for way, step in steps.items():  # warm-up
+        steps, times = dict[str, Callable[[], None]](), dict[str, list[float]]()
+        for way, step in ways(run, description.space[0], lambda: batch):  # warm-up; the student is not yet there
+            steps[way], times[way] = step, []
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
             step()
