@@ -227,9 +227,9 @@ def markdown(runs: Sequence[Mapping[str, Any]]) -> str:
     """A table of all runs."""
     heads = ["model", "way", "s/step", "x", "GiB", "estimated", "TFLOP/s", "waits", "device"]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-    plain = {(run["case"], run["device"], run["scale"]): run.get("seconds") for run in runs if run["way"] == PLAIN}
+    plain = {where(run): run.get("seconds") for run in runs if run["way"] == PLAIN}
     for run in runs:
-        seconds, base = run.get("seconds"), plain.get((run["case"], run["device"], run["scale"]))
+        seconds, base = run.get("seconds"), plain.get(where(run))
         rate = run["operations"] / seconds / 1e12 if seconds and "operations" in run else None
         ratio = seconds / base if seconds and base else None
         memory = [run[key] / 2**30 if run.get(key) else None for key in ("memory", "estimated_memory")]
@@ -241,6 +241,20 @@ def markdown(runs: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def where(run: Mapping[str, Any]) -> tuple[str, str, str]:
+    """What times compare within: a model on a device, at a scale."""
+    return run["case"], run["device"], run["scale"]
+
+
+def label(run: Mapping[str, Any], several: bool) -> str:
+    """
+    Args:
+        several: whether runs of other devices are beside it.
+    """
+    parts = [run["case"], *(["tiny"] if run["scale"] == "tiny" else []), run["way"]]
+    return ", ".join([*parts, *([run["device"]] if several else [])])
+
+
 def draw(runs: Sequence[Mapping[str, Any]], file: Path) -> None:
     """Seconds of a step by model and way, relative to the step without LPL."""
     import matplotlib
@@ -248,14 +262,15 @@ def draw(runs: Sequence[Mapping[str, Any]], file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    base = {run["case"]: run["seconds"] for run in runs if run["way"] == PLAIN and run.get("seconds")}
-    shown = [run for run in runs if run.get("seconds") and run["case"] in base]
+    base = {where(run): run["seconds"] for run in runs if run["way"] == PLAIN and run.get("seconds")}
+    shown = [run for run in runs if run.get("seconds") and where(run) in base]
+    devices = {run["device"] for run in shown}
     figure, axes = plt.subplots(figsize=(9, 1 + 0.25 * max(4, len(shown))))
-    names = [f"{run['case']}, {run['way']}" for run in shown]
-    axes.barh(names, [run["seconds"] / base[run["case"]] for run in shown])
+    names = [label(run, several=len(devices) > 1) for run in shown]
+    axes.barh(names, [run["seconds"] / base[where(run)] for run in shown])
     axes.axvline(1.0, color="black", linewidth=0.5)
     axes.invert_yaxis()
-    axes.set_xlabel(f"time, relative to a step without LPL ({', '.join(sorted({r['device'] for r in runs}))})")
+    axes.set_xlabel(f"time, relative to a step without LPL ({', '.join(sorted(devices))})")
     figure.tight_layout()
     figure.savefig(file, dpi=100)
     plt.close(figure)
