@@ -178,7 +178,9 @@ def tables(results: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument(
+        "--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="those to do; others stay as they are recorded"
+    )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "data_scale.json")
     parser.add_argument("--write", action="store_true", help="write the tables into docs/data.md")
     parser.add_argument("--opened", type=Path, help=argparse.SUPPRESS)
@@ -188,7 +190,9 @@ def main() -> None:
         print(json.dumps(started(args.opened)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        results = {name: measured(name, SIZES[name], Path(folder)) for name in args.sizes}
+        found = {name: measured(name, SIZES[name], Path(folder)) for name in args.sizes}
+    earlier = json.loads(args.output.read_text()) if args.output.is_file() else {}
+    results = {name: (earlier | found)[name] for name in SIZES if name in earlier or name in found}
     args.output.write_text(json.dumps(results, indent=1))
     text = tables(results)
     print(text)

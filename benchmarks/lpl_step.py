@@ -71,9 +71,17 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", nargs="+", metavar="WAY", help="parts of the names of ways; the others are left out")
+    parser.add_argument("--only", nargs="+", metavar="WAY", help="parts of the names of ways; others stay as recorded")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "lpl_step_cpu.json")
     args = parser.parse_args()
+    about = {
+        "hardware": torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} threads",
+        "torch": version("torch"),
+        **{name: getattr(args, name) for name in ("dtype", "resolution", "batch_size", "repeats")},
+    }
+    earlier = json.loads(args.output.read_text()) if args.only and args.output.is_file() else about
+    if not about.items() <= earlier.items():
+        parser.error(f"--only: {args.output} is of another machine or other flags; give another --output")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
@@ -139,16 +147,10 @@ def main() -> None:
             "memory_with_weights": round((memory[name] + held) / (memory["without LPL"] + held), 3),
         }
         print(f"{name:42s} time {results[name]['time']:6.3f}  memory {results[name]['memory']:6.3f}")
-    record = {
-        "hardware": torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} threads",
-        "torch": version("torch"),
-        "dtype": args.dtype,
-        "resolution": args.resolution,
-        "batch_size": args.batch_size,
-        "repeats": args.repeats,
+    record = about | {
         "seconds_without_lpl": round(plain, 3),
         "mebibytes_without_lpl": round(memory["without LPL"] / 2**20),
-        "results": results,
+        "results": earlier.get("results", {}) | results,
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(record, indent=1))

@@ -5,7 +5,8 @@
 
 ``--pairs`` is the folder of a finished student; behind ``--`` stand the flags of its ``python -m lpl.distill``. Each
 size is a run of that command of its own, with the same pairs, seed and steps; the same command continues where it was
-stopped. Written is, for each size, what the student needs and its fidelity on the held-out pairs by step.
+stopped. Written is, for each size, what the student needs and its fidelity on the held-out pairs by step; other sizes
+in the file stay.
 """
 
 from __future__ import annotations
@@ -22,12 +23,18 @@ from lpl.tools.files import entries, write_text
 
 RESULTS = Path(__file__).resolve().parent / "results" / "student_sizes.json"
 SIZES = ((32, 4), (48, 4), (64, 2), (64, 4), (96, 4), (64, 8))  # width, depth
-KEPT = ("width", "depth", "pairs", "cosine", "relative_error", "pull", "log_correlation", "cost")
+KEPT = ("width", "depth", "pairs", "steps", "cosine", "relative_error", "pull", "log_correlation", "cost")
 
 
 def train(pairs: Path, folder: Path, size: tuple[int, int], steps: int, words: list[str]) -> None:
-    """Make a student of one size, unless it is there."""
+    """Make a student of one size, unless it is there.
+
+    Raises:
+        ValueError: if one of other steps is there.
+    """
     if (folder / "distill.json").is_file():
+        if (made := json.loads((folder / "distill.json").read_text())["steps"]) != steps:
+            raise ValueError(f"{folder} has a student of {made} steps; give --steps {made} or another --output_dir")
         return
     if not (folder / "pairs").is_dir():
         shutil.copytree(pairs / "pairs", folder / "pairs.part", dirs_exist_ok=True)
@@ -54,12 +61,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sizes", nargs="+", default=[f"{width}x{depth}" for width, depth in SIZES])
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(words[:place])
-    found = {}
+    found = json.loads(args.results.read_text()) if args.results.is_file() else {}  # of other --sizes
     for size in args.sizes:
         width, depth = map(int, size.split("x"))
         folder = args.output_dir / size
         train(args.pairs, folder, (width, depth), args.steps, words[place + 1 :])
-        found[size] = read(folder) | {"steps": args.steps}
+        found[size] = read(folder)
         print(json.dumps(found[size]), flush=True)
         write_text(args.results, json.dumps(found, indent=2) + "\n")
 

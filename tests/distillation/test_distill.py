@@ -283,6 +283,10 @@ def test_students_of_several_sizes_share_their_pairs(made, sd_pipeline, image_fo
     )
     assert small["cost"]["parameters"] < large["cost"]["parameters"]
     assert list(small["relative_error_by_step"]) == ["0", "2"]
+    assert small["steps"] == 2
     before = (tmp_path / "sizes/8x1/distill.json").stat().st_mtime_ns
-    student_sizes.main(line)
+    student_sizes.main([word for word in line if word != "16x2"])
     assert (tmp_path / "sizes/8x1/distill.json").stat().st_mtime_ns == before
+    assert json.loads((tmp_path / "sizes.json").read_text()) == found  # the other size stays
+    with pytest.raises(ValueError, match="has a student of 2 steps; give --steps 2"):
+        student_sizes.main(["3" if word == "2" else word for word in line])

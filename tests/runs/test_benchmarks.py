@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 from safetensors.torch import load_file
 from tiny import tiny_sd, tiny_vae
 from trainer import ROOT
@@ -27,7 +28,7 @@ from benchmarks import (
     same_result,
 )
 from benchmarks.counted import METHOD, completed
-from lpl.diagnosis.estimate import estimate
+from lpl.diagnosis.estimate import Rehearsal, estimate
 from lpl.diagnosis.status import Stage
 from lpl.training.sharding import Sharding
 
@@ -85,6 +86,11 @@ def test_step(batch_size, monkeypatch, tmp_path):
     record = run(monkeypatch, lpl_step, tmp_path / "step.json", *flags)
     assert record["results"].pop("without LPL") == {"time": 1, "memory": 1, "memory_with_weights": 1}
     assert len(record["results"]) == 14 and all(row["memory"] >= 0.9 for row in record["results"].values())
+    whole = json.loads((tmp_path / "step.json").read_text())["results"]
+    again = run(monkeypatch, lpl_step, tmp_path / "step.json", *flags, "--only", "lpl_crop")["results"]
+    assert list(again) == list(whole) and again["--lpl_every 4"] == whole["--lpl_every 4"]
+    with pytest.raises(SystemExit):
+        run(monkeypatch, lpl_step, tmp_path / "step.json", *flags[2:], "--resolution", "128", "--only", "lpl_crop")
 
 
 def test_estimators(monkeypatch, tmp_path):
@@ -203,6 +209,23 @@ def test_growth_with_processes(monkeypatch, tmp_path):
         assert shards["ways"][way]["operations"] == found.operations[stage]
 
 
+def test_the_student_is_not_there_in_steps_without_it(monkeypatch):
+    """Nor does any step lack the optimizer's state: both would change the memory that is measured on a GPU."""
+    events = []
+    for name in ("begin", "step"):
+        original = getattr(Rehearsal, name)
+
+        def seen(self, *args, original=original, name=name):
+            events.append(name)
+            return original(self, *args)
+
+        monkeypatch.setattr(Rehearsal, name, seen)
+    made = growth.model_without_weights
+    monkeypatch.setattr(growth, "model_without_weights", lambda *args: events.append("student") or made(*args))
+    growth.measure(replace(growth.QUICKSTART, resolution=32, batch=1), torch.device("cpu"), repeats=1)
+    assert events[:5] == ["begin", "step", "step", "student", "step"]
+
+
 def test_growth_is_measured(monkeypatch, tmp_path, capsys):
     changes = {"measured": ((1, 2), replace(growth.QUICKSTART, resolution=32))}
     curves = grown(monkeypatch, tmp_path, "batch", changes, "--measure", "--repeats", "1")
@@ -231,6 +254,20 @@ def test_gpu_results_are_kept_and_told(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu.subprocess, "run", lambda *args, **_: started.append(args))
     gpu.main(["--scale", "tiny", "--seconds", "0", "--output", str(output)])
     assert not started  # no time is left
+
+
+def test_times_of_several_devices_are_told_apart(tmp_path):
+    runs = [
+        {"case": "sd15", "scale": scale, "device": device, "way": way, "seconds": seconds}
+        for scale, device, speed in (("tiny", "CPU", 10), ("real", "one GPU", 1), ("real", "another", 2))
+        for way, seconds in ((gpu.PLAIN, 1 / speed), (gpu.LPL, 2 / speed))
+    ]
+    drawn = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Axes, "barh", lambda _, names, widths: drawn.update(zip(names, widths, strict=True)))
+        gpu.draw(runs, tmp_path / "gpu.png")
+    assert drawn["sd15, tiny, LPL, CPU"] == drawn["sd15, LPL, one GPU"] == drawn["sd15, LPL, another"] == 2
+    assert len(drawn) == 6
 
 
 @pytest.mark.slow
