@@ -193,9 +193,7 @@ def train(config: Config, status: Status) -> None:
     )
     card = partial(make_card, plan, inputs, losses, log, validation)
     publication = make_publication(plan, result, card)
-    pauses = Pauses(
-        state, order, log, skipped_steps, validation, config.output, publication and publication.checkpoint
-    )
+    pauses = Pauses(state, order, log, validation, config.output, publication and publication.checkpoint)
     start_recipe(config, run, images.dataset, plan.hardware, weight.facts())
 
     # The loop
@@ -542,6 +540,7 @@ def make_publication(plan: Plan, result: Result, card: Callable[[], RunCard]) ->
 def end_if_unhealthy(run: Run, bad_samples: BadSamples, skipped_steps: SkippedSteps) -> None:
     """End the run where more samples or steps have failed than the flags allow; the same in every process."""
     run.problem = "; ".join(filter(None, [bad_samples.write(), skipped_steps.write()]))
+    run.progress.skipped = skipped_steps.count
     run.ending = run.ending or bool(run.problem)
 
 

@@ -74,6 +74,7 @@ class RunCard:
     masks: str | None = None  # where loss masks come from, in words
     # How it was trained
     steps: int  # optimizer steps so far
+    skipped_steps: int = 0  # of them, those that changed nothing
     max_steps: int | None = None  # steps of the whole run; None: the run is over
     batch_size: int  # samples per optimizer step, over all devices and accumulation
     processes: int = 1
@@ -154,6 +155,7 @@ class RunCard:
             sizes="" if plan.images.items is None else plan.sizes(3),
             fingerprint=run.facts["data"]["fingerprint"],
             steps=run.step,
+            skipped_steps=run.progress.skipped,
             max_steps=plan.max_steps,
             batch_size=plan.global_batch,
             processes=run.accelerator.num_processes,

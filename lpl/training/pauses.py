@@ -11,7 +11,6 @@ from lpl.data.dataset import Batches
 from lpl.data.streaming import StreamedBatches
 from lpl.training.checkpoints import TrainingState, checkpoint_path, save_checkpoint
 from lpl.training.log import Log
-from lpl.training.skipped_steps import SkippedSteps
 from lpl.training.start import Run
 from lpl.training.validation import Validation
 
@@ -27,7 +26,6 @@ class Pauses:
     state: TrainingState
     order: Batches | StreamedBatches
     log: Log
-    skipped_steps: SkippedSteps
     validation: Validation
     output: Output
     publish: Callable[[Path, int, bool], None] | None = None
@@ -39,7 +37,7 @@ class Pauses:
         """Do what is due; time does not count for the images per second. Called by every process."""
         with self.log.paused():
             run.progress.looked = False
-            run.progress.log, run.progress.skipped = self.log.state(), self.skipped_steps.count
+            run.progress.log = self.log.state()
             run.progress.stream = self.order.positions(run.step * run.accelerator.gradient_accumulation_steps)
             saved = run.ending or self._saves(run)
             if saved:

@@ -15,11 +15,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from lpl.tools.words import counted
 from lpl.training.losses import BatchLosses
 
 
 logger = logging.getLogger(__name__)
 NAMED = 8  # samples of a step that are named
+DIVERGED = 4  # so many skipped steps of a report, if they are half of it, are no accident
 TERMS = ("diffusion loss", "LPL")
 
 
@@ -70,13 +72,18 @@ class SkippedSteps:
             names = causes[step]
             rest = f", and {len(names) - NAMED} more" if len(names) > NAMED else ""
             logger.warning(f"step {step} changed nothing: {', '.join(names[:NAMED]) or 'a gradient'}{rest} not finite")
-        logger.warning(f"{self.count} steps changed nothing so far, of at most {self.limit} (--max_skipped_steps)")
+        diverged = len(skipped) >= max(DIVERGED, len(numbers) / 2)
+        logger.warning(
+            f"{len(skipped)} of the last {counted(len(numbers), 'step')} changed nothing, {self.count} of at most "
+            f"{self.limit} (--max_skipped_steps) so far"
+            + ("; the weights have probably diverged, lower --learning_rate" if diverged else "")
+        )
         if self.count <= self.limit:
             return None
         return (
-            f"--max_skipped_steps {self.limit}: {self.count} steps had a loss or a gradient that is not finite, and "
-            "changed nothing; lower --learning_rate, look at the samples named above, or try --mixed_precision no; to "
-            "go on from here, raise the limit"
+            f"--max_skipped_steps {self.limit}: {counted(self.count, 'step')} had a loss or a gradient that is not "
+            "finite, and changed nothing; lower --learning_rate, look at the samples named above, or try "
+            "--mixed_precision no; to go on from here, raise the limit"
         )
 
 

@@ -11,7 +11,6 @@ from lpl.training.checkpoints import Progress, checkpoint_path, find_checkpoints
 from lpl.training.log import Log
 from lpl.training.pauses import Pauses
 from lpl.training.preemption import Preemption
-from lpl.training.skipped_steps import SkippedSteps
 from lpl.training.start import Length
 from lpl.training.validation import Samples, Validation
 
@@ -59,10 +58,8 @@ def pausing(state, sd_pipeline, image_folder, tmp_path):
             preemption=Preemption(state.accelerator),
             now=lambda stage, step: None,
         )
-        skipped, published = SkippedSteps(state.accelerator, 100, count=5), []
-        pauses = Pauses(
-            state, Order(), log, skipped, validation, config.output, lambda *given: published.append(given)
-        )
+        published = []
+        pauses = Pauses(state, Order(), log, validation, config.output, lambda *given: published.append(given))
         pauses.published = published
         return run, pauses
 
@@ -133,7 +130,7 @@ def test_a_checkpoint_holds_all_that_the_run_goes_on_with(pausing):
     expected = [row[2:] for row in pauses.log.state()]  # without the time
     pauses.take(run)
     progress = Progress.load(checkpoint_path(run.folder, 2))
-    assert (progress.stream, progress.skipped) == ([[6, 1]], 5)
+    assert (progress.stream, progress.skipped) == ([[6, 1]], 0)
     assert [row[2:] for row in progress.log] == expected and progress.log[0][2:8] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
 
 

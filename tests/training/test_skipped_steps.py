@@ -58,7 +58,9 @@ def test_such_a_step_is_named_and_leaves_no_trace(
         train(sd_pipeline, image_folder, tmp_path, **FLAGS, gradient_accumulation_steps=accumulation)
     text = " ".join(record.getMessage() for record in caplog.records)
     assert f"step 3 changed nothing: {said}" in text and "at timestep" in text
-    assert "1 steps changed nothing so far, of at most 100 (--max_skipped_steps)" in text
+    assert "1 of the last 1 step changed nothing, 1 of at most 100 (--max_skipped_steps) so far" in text
+    assert "diverged" not in text
+    assert "| Steps | 4, of which 1 changed nothing (" in (tmp_path / "README.md").read_text()
     for part in ("unet", "ema/unet"):
         second, third, fourth = (weights(tmp_path / f"checkpoint-{step}" / part) for step in (2, 3, 4))
         assert same(second, third) and not same(third, fourth)
@@ -145,7 +147,7 @@ def test_a_loss_scale_that_is_still_sought_is_no_fault(caplog):
     assert steps.write() is None and not caplog.records and steps.count == 0
     scale.value = 0.5
     steps.end_step(2, torch.tensor(1.0))
-    assert "--max_skipped_steps 0: 1 steps" in steps.write() and "step 2 changed nothing: a gradient" in caplog.text
+    assert "--max_skipped_steps 0: 1 step had" in steps.write() and "step 2 changed nothing: a gradient" in caplog.text
 
 
 def test_weights_of_a_pipeline_that_are_not_finite_are_refused(sd_pipeline, image_folder, tmp_path):
@@ -155,3 +157,14 @@ def test_weights_of_a_pipeline_that_are_not_finite_are_refused(sd_pipeline, imag
     unet.save_pretrained(broken / "unet")
     with pytest.raises(SystemExit, match="weights of unet are not finite"):
         train(broken, image_folder, tmp_path / "run", **FLAGS)
+
+
+def test_many_skipped_steps_are_called_by_their_name(caplog):
+    steps = SkippedSteps(SimpleNamespace(num_processes=1, scaler=None), 100)
+    for report in ([1, 1, 1, 0, 0, 0, 0], [1, 0, 1, 1, 1, 0]):
+        assert "diverged" not in caplog.text
+        for step, skipped in enumerate(report):
+            steps.end_step(step, torch.tensor(float(skipped)))
+        assert steps.write() is None
+    said = "4 of the last 6 steps changed nothing, 7 of at most 100 (--max_skipped_steps) so far; the weights have"
+    assert said in caplog.text and "lower --learning_rate" in caplog.text
