@@ -218,7 +218,7 @@ def train(config: Config, status: Status) -> None:
             log.write(run.step, updates.learning_rate)
         if pauses.are_due(run):
             pauses.take(run)  # checkpoint, samples, validation losses, metrics; published as --hub_strategy says
-    log.close_bar()
+    log.close_bar(run.step)
     if run.ending:
         end_early(run, preemption, publication)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 
 
@@ -25,3 +26,12 @@ def hush_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     for category in (FutureWarning, DeprecationWarning):  # for those who call the libraries
         warnings.simplefilter("ignore", category)
+
+
+class AboveBars(logging.Handler):
+    """Writes each line to stderr, above a progress bar that is there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm.auto import tqdm  # behind hush_libraries, whose delay it reads
+
+        tqdm.write(self.format(record), file=sys.stderr)

@@ -106,11 +106,18 @@ class Log:
     def start_bar(self) -> None:
         """Show the progress bar."""
         total, shown = self.length.max_steps, self.accelerator.is_main_process
-        self._bar = tqdm(total=total, initial=self.first_step, disable=not shown, desc="steps", delay=0)
+        self._bar = tqdm(total=total, initial=self.first_step, disable=not shown, desc="steps", delay=0, mininterval=1)
 
-    def close_bar(self) -> None:
+    def close_bar(self, step: int) -> None:
+        """The bar's end, after a step."""
+        self._advance(step)
         if self._bar is not None:
             self._bar.close()
+
+    def _advance(self, step: int) -> None:
+        """Show that the steps up to this one are under way: the device may be behind."""
+        if self._bar is not None:
+            self._bar.update(max(step - self._bar.n, 0))
 
     def observe(self, step: int, batch: Mapping[str, Any], losses: BatchLosses, total: Tensor, weight: Tensor) -> None:
         """Record one micro-batch, before its backward pass.
@@ -126,6 +133,7 @@ class Log:
         finite = terms.isfinite().all()
         self._sums += _where(finite, torch.cat([terms, counts]))
         self._count += 1
+        self._advance(step - 1)
         self._weight = weight
         self._inside += losses.inside / len(losses.errors)
         self._rows += losses.rows
@@ -166,7 +174,7 @@ class Log:
         self._last_step, self._since = step, time.perf_counter()
         if self._bar is not None:
             self._bar.set_postfix(_shown(record), refresh=False)
-            self._bar.update(step - self._bar.n)
+        self._advance(step)
 
     def _check_student(
         self, step: int, student_cosine: float, student_error: float, student_pull: float | None = None

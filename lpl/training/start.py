@@ -37,6 +37,7 @@ from lpl.data.streaming import StreamedBatches, load_streamed_images, training_i
 from lpl.families import Family
 from lpl.families.description import Description
 from lpl.tools import layout
+from lpl.tools.console import AboveBars
 from lpl.tools.results import lora_entries, pipeline_entries
 from lpl.tools.words import warn
 from lpl.training.average import MovingAverage
@@ -197,6 +198,7 @@ def start_accelerator(config: Config, idle_weights: bool = False) -> Accelerator
         format="%(asctime)s %(levelname)s: %(message)s",
         datefmt="%H:%M:%S",
         level=logging.INFO if accelerator.is_main_process else logging.ERROR,
+        handlers=[AboveBars()],
     )
     for library in ("accelerate", "httpx", "httpx2"):  # they log every file that they touch
         logging.getLogger(library).setLevel(logging.WARNING)

@@ -31,6 +31,7 @@ from lpl.families import Family
 from lpl.tools import layout
 from lpl.tools.files import write_text
 from lpl.tools.pictures import labelled_grid, save_picture
+from lpl.tools.words import counted
 from lpl.training.adapters import scaled
 from lpl.training.average import MovingAverage, averaged
 from lpl.training.comparisons import compared, evenly
@@ -178,7 +179,9 @@ class Samples:
             name = f"step-{run.step:06d}"
             if run.is_main:
                 self._clear(f"{name}*")
-            logger.info(f"drawing {len(self.draws)} samples{' before the training' if run.step == 0 else ''}")
+            logger.info(
+                f"drawing {counted(len(self.draws), 'sample')}{' before the training' if run.step == 0 else ''}"
+            )
             with self.family.whole():  # for all sizes, and both weights
                 with averaged(None, trained):
                     rows = {f"step {run.step}": self._sampled(run, trained, name)}
@@ -202,7 +205,7 @@ class Samples:
             self._clear("lora-scale-*")
             place.unlink(missing_ok=True)
         if self.scales and self.draws and (run.is_main or trained.sharded):
-            logger.info(f"drawing {len(self.draws)} samples at each strength of the LoRA")
+            logger.info(f"drawing {counted(len(self.draws), 'sample')} at each strength of the LoRA")
             columns = {}
             with averaged(average, trained), self.family.whole():
                 for scale in self.scales:

@@ -38,9 +38,9 @@ def run_watched(command, watch):
         start_bar(log)
         watch(True)
 
-    def ended(log):
+    def ended(log, step):
         watch(False)
-        close_bar(log)
+        close_bar(log, step)
 
     reset_accelerate()
     with (

@@ -7,6 +7,7 @@ import sys
 import warnings
 
 import pytest
+from tqdm.auto import tqdm
 from trainer import ROOT, arguments
 
 from lpl.tools import console
@@ -85,3 +86,14 @@ def test_what_matters_is_still_said(hushed):
         warnings.warn("something", kind, stacklevel=1)
     assert [warning.category for warning in hushed] == [UserWarning]
     assert float(os.environ["TQDM_DELAY"]) > 0  # a bar comes where something takes longer
+
+
+def test_a_line_is_written_above_a_bar(capsys):
+    handler = console.AboveBars()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    with tqdm(total=2, desc="steps", ascii=True, ncols=40, delay=0) as bar:
+        bar.update(1)
+        bar.refresh()
+        handler.emit(logging.LogRecord("lpl", logging.INFO, "", 0, "drawing", (), None))
+    lines = capsys.readouterr().err.split("\n")
+    assert "INFO: drawing" in [line.rpartition("\r")[2] for line in lines]

@@ -57,7 +57,7 @@ def clock(monkeypatch):
 class Bar:
     """A progress bar that keeps what it shows."""
 
-    def __init__(self, total, initial, disable, desc, delay):
+    def __init__(self, total, initial, disable, desc, delay, mininterval):
         self.total, self.n, self.closed, self.postfix = total, initial, False, None
 
     def set_postfix(self, values, refresh):
@@ -181,8 +181,8 @@ def test_an_entry_holds_the_means_since_the_last_one(logging, clock, bars):
     clock.now += 1.0
     log.write(3, 1e-4)
     assert lines(log.path)[1]["loss"] == 5.0 and lines(log.path)[1]["images_per_second"] == 4.0
-    log.close_bar()
-    assert bar.n == 3 and bar.closed
+    log.close_bar(4)
+    assert bar.n == 4 and bar.closed
 
 
 def test_nothing_is_fetched_between_entries(logging, monkeypatch):
