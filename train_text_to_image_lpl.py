@@ -564,10 +564,10 @@ def save(
     loss_curves(log.records(), run.folder / layout.CURVES)
     if weight.measuring and weight.steps:
         weight.report()
-    if weight.enabled and not log.has_lpl():
+    if weight.enabled and not log.has_lpl() and run.step > weight.start_step:  # of shorter runs, the plan told
         logger.warning(
             "no step was trained with LPL: no sample was inside the threshold (raise --lpl_sigma_threshold), or the "
-            "run was too short (lower --lpl_start_step)"
+            "run was too short"
         )
     write_model_card(run.folder, card())
     logger.info(f"the {'LoRA' if result.trained.lora else 'pipeline'} and its card are in {run.folder}")

@@ -403,7 +403,8 @@ def feature_vae(
         if vae.dtype == dtype:
             return vae
         decoder: Any = deepcopy(vae, {id(getattr(vae, "encoder", None)): nn.Identity()})
-        return nn.Module.to(decoder, dtype)  # diffusers' own ``to`` warns
+        nn.Module.to(decoder, dtype)  # diffusers' own ``to`` warns
+        return decoder
     other = AutoModel.from_pretrained(name_or_path, dtype=dtype, cache_dir=cache_dir, use_safetensors=True)
     return other.requires_grad_(False).eval().to(vae.device)
 

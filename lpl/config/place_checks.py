@@ -42,5 +42,5 @@ def check_place(name: str, place: str | None) -> None:
 
 def why_no_data(path: str) -> str | None:
     if Path(path).is_file() and Path(path).suffix.lower() in (".parquet", ".tar"):
-        return "this is a file; put it into a folder, and give that with --streaming"
+        return "this is a file; give its folder"
     return why_no_folder(path)

@@ -33,6 +33,7 @@ from lpl.tools.words import close_match, warn
 
 
 LARGEST_RECIPE = 1_000_000  # bytes
+SHIPPED = Path("examples", "recipes")  # of a clone
 MEASURED = "measured"  # the key of a recipe that is not a flag
 
 
@@ -71,8 +72,10 @@ def read_recipe(
     try:
         entries = _entries_on_the_hub(*repository, token, cache_dir) if repository else read_entries(source)
     except (OSError, ValueError) as error:
-        there = sorted(file.name for file in Path(source).parent.glob("*.yaml")) if not repository else []
+        there = sorted(file.name for file in Path(source).parent.glob("[!.]*.yaml")) if not repository else []
         beside = f"; beside it are {', '.join(there)}" if there and isinstance(error, FileNotFoundError) else ""
+        if (named := Path(SHIPPED, f"{source}.yaml")).is_file() and not repository:
+            beside = f"; did you mean {named}?"
         why = error if repository else f"it cannot be read ({error}){beside}{_if_of_others(source)}"
         raise ValueError(f"--config {source}: {why}") from error
     measured = take_measured(entries)

@@ -35,7 +35,7 @@ from lpl.data.buckets import bucketed
 from lpl.data.catalogue import Catalogue, cache_root
 from lpl.data.dataset import LatentSpace, TrainingImages
 from lpl.data.folder import listed_once, why_no_images
-from lpl.data.places import as_read
+from lpl.data.places import as_read, check_captions_of
 from lpl.data.report import DECODED, Look, items_to_decode, sections, unreadable
 from lpl.data.sheet import sheet_of
 from lpl.data.source import data_folders, load_training_images
@@ -107,6 +107,8 @@ def parsed(words: Sequence[str]) -> tuple[Request, Config]:
     for name, declared in (FLAGS | flags_of(Request)).items():
         if name in values:
             declared.check(name, values[name])
+    if not any(values[name] for name in ("train_data_dir", "dataset_name", "datasets")):
+        raise ValueError("give a folder of images, --dataset_name, or --config with a recipe that names its data")
     request = built(Request, values)
     config = _completed(config_of({name: values[name] for name in SHARED_FLAGS}, given), request.class_labels)
     check_data(config)
@@ -162,7 +164,8 @@ def look_at(request: Request, config: Config) -> Look:
     data, seed, cache_dir = config.data, config.optimization.seed or 0, config.model.cache_dir
     with _said() as said, listed_once():
         for part in data.parts:
-            _check_folder(as_read(part.data, request.class_labels))
+            _check_folder(read := as_read(part.data, request.class_labels))
+            check_captions_of(read, request.class_labels)
         load = load_streamed_images if data.streaming else load_training_images
         dataset, held_out = load(data, seed, cache_dir, CLASSES if request.class_labels else None)
         assert isinstance(dataset, Dataset), "of a stream, the first images are read"
@@ -182,7 +185,7 @@ def look_at(request: Request, config: Config) -> Look:
 
 def _check_folder(data: Data) -> None:
     if not data.dataset_name and not data.streaming and (why := why_no_images(data.folder)):
-        raise ValueError(f"--train_data_dir {data.folder}: {why}")
+        raise ValueError(f"--train_data_dir {data.train_data_dir}: {why}")
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Which flag reads a local folder, and columns that have to be looked for: paths of images, keys of a json.
 
 A folder may be given by either flag. ``--train_data_dir`` reads images with text files; ``--dataset_name`` reads what
-the library of data sets does: folders of ``save_to_disk``, ``.parquet`` and ``.tar`` files.
+the library of data sets does: folders of ``save_to_disk``, ``.parquet`` and ``.tar`` files. A folder of images has to
+have captions, or class labels.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from datasets import Dataset, IterableDataset
 from datasets import Image as ImageFeature
 
 from lpl.config.groups import Data
-from lpl.data.folder import Contents
+from lpl.data.folder import Contents, suffix
+from lpl.tools import layout
 
 
 Rows = Dataset | IterableDataset
@@ -103,3 +105,44 @@ def _with_column(dataset: Rows, source: str, column: str, function: Callable[[An
     values = [function(value) for value in dataset[source]]
     rest = dataset.remove_columns(column) if column == source else dataset
     return rest.add_column(column, values, feature=feature)  # type: ignore[arg-type]
+
+
+def check_captions_of(data: Data, class_conditional: bool) -> None:
+    """Refuse a folder of images without captions, or class labels; looks at names only.
+
+    Args:
+        data: one data set, see :func:`as_read`.
+
+    Raises:
+        ValueError: with an example of what is missing.
+    """
+    if data.dataset_name or data.streaming or (data.instance_prompt is not None and not class_conditional):
+        return
+    where, column, contents = f"--train_data_dir {data.train_data_dir}", data.caption_column, Contents.of(data.folder)
+    if contents.metadata or (contents.captioned and not class_conditional):
+        return
+    if not class_conditional:
+        raise ValueError(
+            f"{where}: there are no captions{_other_metadata(contents)}; put a metadata.jsonl "
+            f'beside the images, a line each, such as {{"file_name": "cat.png", "{column}": "a photo of a cat"}}, or '
+            "beside each image a text file of its name, cat.txt; or give all the same caption by --instance_prompt; "
+            "only DiT takes class folders"
+        )
+    recipes = [Path(file) for file in contents.files if file.endswith(os.sep + layout.RECIPE)]
+    if runs := [file.parent for file in recipes if (file.parent / layout.LOG).is_file()]:
+        raise ValueError(
+            f"{where}: {runs[0]} is the output folder of a run, whose pictures would be a class; move it elsewhere"
+        )
+    if len(contents.image_folders) < 2:
+        raise ValueError(
+            f"{where}: there are no class labels; put each class's images into a sub-folder, or a "
+            f'metadata.jsonl beside them, a line each, such as {{"file_name": "cat.png", "{column}": 0}}'
+        )
+
+
+def _other_metadata(contents: Contents) -> str:
+    """Names a file that may hold the captions under another name."""
+    files = [file for file in contents.files if suffix(file) in (".jsonl", ".json", ".csv", ".parquet", ".tsv")]
+    return (
+        f" ({os.path.basename(files[0])} is not read, since it is not called metadata.jsonl or .csv)" if files else ""
+    )

@@ -209,8 +209,8 @@ def drawn_caption(images: TrainingImages, item: int) -> str:
         return "(dropped)"
     try:
         found = images.caption(images.dataset[row], draws.choice, (0, item))
-    except ValueError as error:
-        return f"({first_line(error)})"
+    except ValueError:
+        return "(no caption)"
     return images.class_names.get(found, f"class {found}") if isinstance(found, int) else found
 
 
@@ -407,8 +407,8 @@ def _class_rows(captions: Facts) -> Rows:
 def _file_rows(files: Facts, images: int) -> Rows:
     decoded, bad, same = files["decoded"], files["unreadable"], files["same"]
     some = f"{decoded:,} of {images:,}, evenly spaced; --read_all decodes all of them"
-    rows = [("decoded", some if same is None else "all of them")]
-    rows.append(("unreadable", f"{counted(len(bad), 'image')}, which others replace" if bad else "none of them"))
+    rows = [("looked at", some if same is None else "all of them")]
+    rows.append(("unusable", f"{counted(len(bad), 'image')}, which others replace" if bad else "none of them"))
     rows += [("", f"{found['file'] or found['row']}: {shortened(found['reason'])}") for found in bad[:NAMED]]
     if len(bad) > NAMED:
         rows.append(("", f"and {len(bad) - NAMED} more; --json FILE lists all"))

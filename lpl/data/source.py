@@ -157,8 +157,8 @@ def load_split(
     Raises:
         ValueError: if it cannot be loaded, or a column is missing or of the wrong type.
     """
-    data = as_read(data, num_classes is not None)
     where = _named(data)
+    data = as_read(data, num_classes is not None)
     dataset = _opened(data, split, cache_dir, num_classes is not None)
     if data.caption_per_line and (data.dataset_name or data.streaming or Contents.of(data.folder).metadata):
         logger.warning("%s: --caption_per_line has no effect, since captions do not come from text files", where)

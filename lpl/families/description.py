@@ -177,9 +177,13 @@ def _why_not_on_the_hub(path: str, error: str) -> str:
         return error
     if path.startswith((".", "~")):
         return "there is no such folder, and no repository on the Hub has such a name"
-    offline = " since HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else ""
+    if HF_HUB_OFFLINE:
+        return (
+            "there is no such folder, and no pipeline of that name was downloaded before; since HF_HUB_OFFLINE is "
+            "set, it is not looked for on the Hub"
+        )
     return (
-        f"there is no such folder, and no such repository on the Hub with a model_index.json can be reached{offline} "
+        "there is no such folder, and no such repository on the Hub with a model_index.json can be reached "
         f"({error}); if it is gated or private, accept its licence on its page and run hf auth login"
     )
 

@@ -15,6 +15,9 @@ import warnings
 
 # Loggers that warn of packages that could be installed
 OF_PACKAGES = ("transformers.utils.import_utils", "bitsandbytes.backends.cpu.ops")
+# Beginnings of warnings for those who call the libraries, of no category of their own; the second one comes where a
+# recipe has more loader processes than a machine has cores
+OF_CALLS = ("The `?local_dir_use_symlinks", "This DataLoader will create")
 BARS_AFTER = 10  # seconds
 
 
@@ -26,6 +29,8 @@ def hush_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     for category in (FutureWarning, DeprecationWarning):  # for those who call the libraries
         warnings.simplefilter("ignore", category)
+    for message in OF_CALLS:
+        warnings.filterwarnings("ignore", message)
 
 
 class AboveBars(logging.Handler):

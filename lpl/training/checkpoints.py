@@ -242,8 +242,10 @@ def find_resumable(output_dir: str, name: str | None) -> Path | None:
         return checkpoints[-1] if checkpoints else None
     place = Path(name) if Path(name).is_dir() else Path(output_dir, name)
     if not is_whole(place):
+        there = ", ".join(path.name for path in find_checkpoints(output_dir)) or "none"
         raise ValueError(
-            f"--resume_from_checkpoint {name}: there is no whole checkpoint in that folder; give one, or latest"
+            f"--resume_from_checkpoint {name}: {place} is no whole checkpoint; give one, or latest (whole ones in "
+            f"{output_dir}: {there})"
         )
     return place
 

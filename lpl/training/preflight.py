@@ -10,9 +10,9 @@ from lpl.config import Config
 from lpl.config.choices import FP8, ON_A_GPU, QUANTIZED, TRACKERS
 from lpl.config.groups import Data, naming
 from lpl.data.catalogue import cache_root
-from lpl.data.folder import Contents, suffix, why_no_images
+from lpl.data.folder import Contents, why_no_images
 from lpl.data.mixture import parts_of
-from lpl.data.places import as_read
+from lpl.data.places import as_read, check_captions_of
 from lpl.data.source import held_out_names, shard_files
 from lpl.families import Family
 from lpl.tools import layout
@@ -54,41 +54,7 @@ def check_captions(data: Data, family: type[Family]) -> None:
     """
     for part in (parts := parts_of(data, family.class_conditional)):
         with naming(part, parts):
-            _check_captions_of(as_read(part.data, family.class_conditional), family)
-
-
-def _check_captions_of(data: Data, family: type[Family]) -> None:
-    if data.dataset_name or data.streaming or (data.instance_prompt is not None and not family.class_conditional):
-        return
-    folder, column, contents = data.folder, data.caption_column, Contents.of(data.folder)
-    if contents.metadata or (contents.captioned and not family.class_conditional):
-        return
-    if not family.class_conditional:
-        raise ValueError(
-            f"--train_data_dir {folder}: there are no captions{_other_metadata(contents)}; put a metadata.jsonl "
-            f'beside the images, a line each, such as {{"file_name": "cat.png", "{column}": "a photo of a cat"}}, or '
-            "beside each image a text file of its name, cat.txt; or give all the same caption by --instance_prompt; "
-            "only DiT takes class folders"
-        )
-    recipes = [Path(file) for file in contents.files if file.endswith(os.sep + layout.RECIPE)]
-    if runs := [file.parent for file in recipes if (file.parent / layout.LOG).is_file()]:
-        raise ValueError(
-            f"--train_data_dir {folder}: {runs[0]} is the output folder of a run, whose pictures would be a class; "
-            "move it elsewhere"
-        )
-    if len(contents.image_folders) < 2:
-        raise ValueError(
-            f"--train_data_dir {folder}: there are no class labels; put each class's images into a sub-folder, or a "
-            f'metadata.jsonl beside them, a line each, such as {{"file_name": "cat.png", "{column}": 0}}'
-        )
-
-
-def _other_metadata(contents: Contents) -> str:
-    """Names a file that may hold the captions under another name."""
-    files = [file for file in contents.files if suffix(file) in (".jsonl", ".json", ".csv", ".parquet", ".tsv")]
-    return (
-        f" ({os.path.basename(files[0])} is not read, since it is not called metadata.jsonl or .csv)" if files else ""
-    )
+            check_captions_of(as_read(part.data, family.class_conditional), family.class_conditional)
 
 
 def _check_data(data: Data) -> None:

@@ -261,7 +261,9 @@ def start_or_resume(config: Config, accelerator: Accelerator, download: Callable
                 f"--output_dir {output.output_dir} has checkpoints of an earlier run, {earlier[-1].name} among them; "
                 "this run starts afresh and moves them aside; to resume it, add --resume_from_checkpoint latest"
             )
-        elif pipeline_entries(folder := Path(output.output_dir)) or lora_entries(folder):
+        elif config.validation.dry_run and (
+            pipeline_entries(folder := Path(output.output_dir)) or lora_entries(folder)
+        ):
             logger.warning(
                 f"--output_dir {output.output_dir} has the result of an earlier run, which a run moves aside as soon "
                 "as it writes"

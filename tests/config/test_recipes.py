@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import yaml
-from trainer import arguments, parsed, resolved
+from trainer import ROOT, arguments, parsed, resolved
 
 from lpl.config.command_line import recipe
 from lpl.config.foreign import FOREIGN
@@ -178,6 +178,12 @@ def test_recipes_that_are_refused(text, words, sd_pipeline, image_folder, tmp_pa
 def test_a_recipe_that_is_not_there(sd_pipeline, image_folder, tmp_path, capsys):
     message = said(capsys, [*arguments(sd_pipeline, image_folder, tmp_path), "--config", "no/where.yaml"])
     assert "--config no/where.yaml" in message and "No such file" in message
+
+
+def test_a_recipe_may_be_meant_that_is_shipped(sd_pipeline, image_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    message = said(capsys, [*arguments(sd_pipeline, image_folder, tmp_path), "--config", "sdxl_lora"])
+    assert "did you mean examples/recipes/sdxl_lora.yaml?" in message
 
 
 def test_flags_of_a_recipe_can_be_left_out(sd_pipeline, image_folder, tmp_path):

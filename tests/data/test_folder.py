@@ -271,7 +271,7 @@ def test_a_place_without_images_is_described(tmp_path):
     "name, words",
     [
         ("a.zip", "archive; unpack it"),
-        ("a.parquet", "--streaming"),
+        ("a.parquet", "file; give its folder"),
         ("a.png", "file; give its folder"),
         ("dead", "link to"),
     ],

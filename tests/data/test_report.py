@@ -207,7 +207,11 @@ def test_a_sheet_of_one_image(folder, shown, tmp_path):
 def test_nothing_to_train_on(tmp_path, shown):
     place = tmp_path / "images"
     place.mkdir()
+    assert "give a folder of images" in shown(fails=True)
     assert "the folder has no images" in shown(place, fails=True)
+    (place / "mute.png").write_bytes(b"")
+    assert "there are no captions; put a metadata.jsonl beside" in shown(place, fails=True)
+    (place / "mute.png").unlink()
     (place / "a.png").write_text("x")
     (place / "a.txt").write_text("a")
     assert "nothing to train on: none of the images can be read" in shown(place, fails=True)

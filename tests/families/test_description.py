@@ -19,7 +19,10 @@ OF_FACTOR_2 = {
 }
 
 NOWHERE = cases(
-    ({"pretrained_model_name_or_path": "no/where"}, ["--pretrained_model_name_or_path no/where", "model_index.json"]),
+    (
+        {"pretrained_model_name_or_path": "no/where"},
+        ["--pretrained_model_name_or_path no/where", "no pipeline of that name"],
+    ),
     ({"lpl_vae_name_or_path": "no/where"}, ["--lpl_vae_name_or_path no/where"]),
     ({"pretrained_vae_model_name_or_path": "no/where"}, ["--pretrained_vae_model_name_or_path no/where"]),
 )
