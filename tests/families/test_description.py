@@ -21,7 +21,7 @@ OF_FACTOR_2 = {
 NOWHERE = cases(
     (
         {"pretrained_model_name_or_path": "no/where"},
-        ["--pretrained_model_name_or_path no/where", "no pipeline of that name"],
+        ["--pretrained_model_name_or_path no/where", "no pipeline of that"],
     ),
     ({"lpl_vae_name_or_path": "no/where"}, ["--lpl_vae_name_or_path no/where"]),
     ({"pretrained_vae_model_name_or_path": "no/where"}, ["--pretrained_vae_model_name_or_path no/where"]),
