@@ -345,7 +345,7 @@ COLOURS = {
     "LoRA": "#8f5902",
     "quickstart": "#777777",
 }
-LEGEND = {"LoRA": "LoRA recipes", "quickstart": "quickstart, time on a CPU", "DDP": "SD3.5 medium, DDP"}
+LEGEND = {"LoRA": "LoRA recipes", "quickstart": "earlier quickstart, 64 px, CPU time", "DDP": "SD3.5 medium, DDP"}
 LEGEND["FSDP2"] = "SD3.5 medium, FSDP2"
 
 
