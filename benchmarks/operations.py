@@ -23,11 +23,10 @@ from benchmarks.counted import ARCHITECTURES, counted
 from benchmarks.pages import filled
 from lpl.config import Config
 from lpl.data.dataset import LatentSpace, TrainingImages
-from lpl.diagnosis.plan import DRAWS
+from lpl.diagnosis.plan import share_inside, threshold_of
 from lpl.diagnosis.status import Stage
 from lpl.distillation.report import Operations
 from lpl.families.description import Description
-from lpl.gate import is_inside, sigma_threshold_at
 from lpl.student import Student, StudentLoss
 
 
@@ -106,10 +105,7 @@ def inside(config: Config, description: Description) -> float:
     """The share of the samples drawn in training that are inside LPL's threshold."""
     objective, space = description.objective(config.model.objective), LatentSpace(*description.space)
     images = TrainingImages(Dataset.from_dict({}), objective, space, config.data, config.diffusion, seed=0)
-    timesteps = torch.stack([images.timestep(0, index) for index in range(DRAWS)])
-    lpl = config.lpl
-    threshold = sigma_threshold_at(lpl.lpl_sigma_threshold, *config.data.size, lpl.lpl_threshold_base_resolution)
-    return float(is_inside(objective.sigma(timesteps), threshold).double().mean())
+    return share_inside(images, threshold_of(config))
 
 
 def line(name: str, row: Row) -> str:

@@ -22,9 +22,8 @@ from lpl.evaluation.figures import crop_side, most_different_square, zoomed_crop
 from lpl.evaluation.images import ImageSet
 from lpl.evaluation.report import in_columns, markdown_rows
 from lpl.evaluation.results import REAL, State
-from lpl.inspection.figures import COLOURS
 from lpl.tools.files import write_text
-from lpl.tools.pictures import INK, PAPER, label_axes, new_figure, save_picture
+from lpl.tools.pictures import COLOURS, INK, PAPER, label_axes, new_figure, save_picture
 from lpl.tools.words import duration
 
 

@@ -19,13 +19,13 @@ from typing import Protocol
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from lpl.config.command_line import loss_words
 from lpl.config.groups import Lpl
 from lpl.data.command import command_of
 from lpl.data.dataset import Batch
-from lpl.diagnosis.needs import DiskNeeds, count_parameters
+from lpl.diagnosis.needs import DiskNeeds, count_parameters, models_of
 from lpl.diagnosis.plan import DRAWS, Plan
 from lpl.diagnosis.remedies import remedies
 from lpl.diagnosis.status import Stage, Status
@@ -34,7 +34,6 @@ from lpl.tools.words import Rows, counted, duration, short_count, size, table
 from lpl.training.checkpoints import find_checkpoints
 from lpl.training.losses import BatchLosses
 from lpl.training.optimizers import name_of
-from lpl.training.parts import TrainedParts
 from lpl.training.updates import Updates
 from lpl.weighting import LplWeight
 
@@ -195,7 +194,7 @@ class Report:
         plan, config = self.plan, self.plan.config
         trained = set(map(id, plan.trained.weights()))
         rows = []
-        for name, part in _parts(plan.trained).items():
+        for name, part in models_of(plan.trained).items():
             of_part, count = count_parameters(part), count_parameters(part, trained_only=False)
             frozen = [parameter for parameter in part.parameters() if id(parameter) not in trained]
             how = "frozen" if not of_part else config.lora.words if config.lora.lora else "whole"
@@ -387,14 +386,6 @@ def cost_in_words(cost: Cost | None) -> str:
     if cost is None:
         return "out of memory"
     return f"{cost.seconds:.3g} s, peak memory {'not measured' if cost.memory is None else size(cost.memory)}"
-
-
-def _parts(trained: TrainedParts) -> dict[str, nn.Module]:
-    """The pipeline's models by name, the trained ones first."""
-    family = trained.family
-    names = [*trained.parts, family.denoiser_name, *family.text_encoder_names, "vae"]
-    parts = {name: getattr(family.pipeline, name) for name in names}
-    return {name: part for name, part in parts.items() if part is not None}
 
 
 def _device_name(accelerator: Accelerator) -> str:

@@ -28,7 +28,7 @@ from lpl.config import Config
 from lpl.config.groups import Data, Lpl
 from lpl.data.dataset import Batch, LatentSpace
 from lpl.diagnosis.counting import Counting, as_on_gpu
-from lpl.diagnosis.needs import bytes_of, count_parameters, optimizer_bytes
+from lpl.diagnosis.needs import bytes_of, count_parameters, models_of, optimizer_bytes
 from lpl.diagnosis.shards import Shard, on_host, other_processes
 from lpl.diagnosis.status import Stage
 from lpl.diagnosis.without_weights import OneGpu, family_without_weights, model_without_weights
@@ -42,7 +42,6 @@ from lpl.tools.machine import DTYPES
 from lpl.training.given_lora import Adapters, shapes_of
 from lpl.training.losses import lpl_weight, perceptual_loss
 from lpl.training.memory import offload_vaes
-from lpl.training.parts import TrainedParts
 from lpl.training.sharding import Sharding, local
 from lpl.training.start import place_models, trained_parts
 from lpl.training.updates import prepare
@@ -377,14 +376,8 @@ def estimate(
             if run.weight.share is None and not lpl.lpl_correct_every:  # LPL itself is never computed
                 memory[Stage.LPL_STEP] = counting.peak
         parameters = {
-            name: (count_parameters(part), count_parameters(part, False)) for name, part in _parts(run.trained)
+            name: (count_parameters(part), count_parameters(part, False))
+            for name, part in models_of(run.trained).items()
         }
     text_encoders *= optimization.gradient_accumulation_steps
     return Estimate(parameters, memory, operations, text_encoders, host, student_operations)
-
-
-def _parts(trained: TrainedParts) -> list[tuple[str, nn.Module]]:
-    family = trained.family
-    names = dict.fromkeys([*trained.parts, family.denoiser_name, *family.text_encoder_names, "vae"])
-    parts = ((name, getattr(family.pipeline, name)) for name in names)
-    return [(name, part) for name, part in parts if part is not None]

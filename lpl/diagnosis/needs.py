@@ -36,6 +36,14 @@ def count_parameters(part: nn.Module, trained_only: bool = True) -> int:
     return count
 
 
+def models_of(trained: TrainedParts) -> dict[str, nn.Module]:
+    """The pipeline's models by name, the trained ones first."""
+    family = trained.family
+    names = [*trained.parts, family.denoiser_name, *family.text_encoder_names, "vae"]
+    models = {name: getattr(family.pipeline, name) for name in names}
+    return {name: model for name, model in models.items() if model is not None}
+
+
 def optimizer_bytes(parameters: Iterable[Tensor], optimization: Optimization) -> int:
     """The optimizer's state for some parameters, from its first step on."""
     parameters = list(parameters)

@@ -259,14 +259,10 @@ class Plan:
 
     @property
     def threshold(self) -> float:
-        """tau at the size of the images."""
-        lpl = self.config.lpl
-        return sigma_threshold_at(lpl.lpl_sigma_threshold, *self.config.data.size, lpl.lpl_threshold_base_resolution)
+        return threshold_of(self.config)
 
     def share_inside(self) -> float:
-        """The share of the timesteps drawn in training at which LPL applies (Eq. 2)."""
-        timesteps = torch.stack([self.images.timestep(0, index) for index in range(DRAWS)])
-        return float(is_inside(self.objective.sigma(timesteps), self.threshold).double().mean())
+        return share_inside(self.images, self.threshold)
 
     def timesteps_inside(self) -> str:
         """The threshold as a condition on the timestep; for flow t is the fraction of the way to the noise."""
@@ -305,3 +301,15 @@ class Plan:
                 f"--lpl_ramp_steps {lpl.lpl_ramp_steps}: the run ends where LPL has {reached:.0%} of its weight"
             )
         return found
+
+
+def threshold_of(config: Config) -> float:
+    """tau at the size of the images."""
+    lpl = config.lpl
+    return sigma_threshold_at(lpl.lpl_sigma_threshold, *config.data.size, lpl.lpl_threshold_base_resolution)
+
+
+def share_inside(images: TrainingImages, threshold: float) -> float:
+    """The share of the timesteps drawn in training at which LPL applies (Eq. 2)."""
+    timesteps = torch.stack([images.timestep(0, index) for index in range(DRAWS)])
+    return float(is_inside(images.objective.sigma(timesteps), threshold).double().mean())

@@ -39,7 +39,7 @@ from lpl.config import groups
 from lpl.config.checks import check_outside, warn_idle
 from lpl.config.choices import CLIP, CLIP_SCORE, METRICS, NEIGHBOUR_METRICS, SET_METRICS
 from lpl.config.command_line import add_flags, given_flags
-from lpl.config.flag import NOT_NEGATIVE, POSITIVE, Range, add_group, built, flag, flags_of
+from lpl.config.flag import NOT_NEGATIVE, POSITIVE, add_group, built, flag, flags_of
 from lpl.config.parser import Parser
 from lpl.data.folder import image_files, why_no_images
 from lpl.data.reading import FORMATS
@@ -67,7 +67,6 @@ SHARED_FLAGS = (  # those of the training script
     *("revision", "variant", "cache_dir", "max_sequence_length", "caption_column", "image_interpolation_mode"),
     "verbose",
 )
-ONE_OR_MORE = Range(lambda value: value >= 1, "1 or more")
 
 
 # The command line ----------------------------------------------------------------------------------------------------
@@ -95,16 +94,16 @@ class Request:
     num_images: int | None = flag(
         None,
         f"images of each source; default: as many as the reference has, at most {MOST_BY_DEFAULT}; of a folder all",
-        range=ONE_OR_MORE,
+        range=POSITIVE,
     )
     resolution: int | None = flag(
         None,
         "side in pixels that images are drawn and compared at; default: the run's, of folders the first image's",
         range=POSITIVE,
     )
-    batch_size: int = flag(8, "images that are drawn and embedded at a time", range=ONE_OR_MORE)
+    batch_size: int = flag(8, "images that are drawn and embedded at a time", range=POSITIVE)
     num_inference_steps: int | None = flag(
-        None, "sampling steps; default: the run's, else the pipeline's", range=ONE_OR_MORE
+        None, "sampling steps; default: the run's, else the pipeline's", range=POSITIVE
     )
     guidance_scale: float | None = flag(
         None, "guidance of the sampling; default: the run's, else the pipeline's", range=NOT_NEGATIVE
@@ -122,7 +121,7 @@ class Request:
         range=NOT_NEGATIVE,
     )
     bootstrap: int = flag(0, "resamples of the images, for the spread of each number; 0: none")
-    nearest_k: int = flag(NEAREST_K, "neighbours for precision, recall, density and coverage", range=ONE_OR_MORE)
+    nearest_k: int = flag(NEAREST_K, "neighbours for precision, recall, density and coverage", range=POSITIVE)
     update_card: bool = flag(False, "put the numbers into the model card of each training run's folder")
     device: str | None = flag(None, "e.g. cpu or cuda:1; default: a GPU if there is one")
     dtype: str = flag("float32", "precision of the drawing, but for the VAE", choices=tuple(DTYPES))
@@ -309,7 +308,7 @@ def common_resolution(request: Request, states: Sequence[State]) -> int:
     Raises:
         ValueError: if the models differ, or if the first image cannot be read.
     """
-    sides = {min(state.model.config.data.size) for state in states if state.model}
+    sides = {state.model.config.data.size[0] for state in states if state.model}
     if len(sides) > 1:
         raise ValueError(f"--resolution: the models draw at {', '.join(map(str, sorted(sides)))} pixels; give one")
     if request.resolution is not None:

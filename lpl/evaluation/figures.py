@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from lpl.inspection.figures import COLOURS
-from lpl.tools.pictures import INK, PAPER, label_axes, labelled_grid
+from lpl.tools.pictures import COLOURS, INK, PAPER, label_axes, labelled_grid, new_figure
 
 
 if TYPE_CHECKING:
@@ -42,16 +41,13 @@ def spectrum_figure(spectra: Mapping[str, Spectrum], reference: str) -> Figure:
     Raises:
         ValueError: if the reference is not among them, or the frequencies differ.
     """
-    from matplotlib.figure import Figure  # not pyplot: no global state
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     if reference not in spectra:
         raise ValueError(f"{reference!r} is none of the spectra: {', '.join(spectra)}")
     frequencies, real = spectra[reference]
     for label, (others, _) in spectra.items():
         if not np.array_equal(others, frequencies):
             raise ValueError(f"{label} and {reference} differ in frequencies: give spectra of images of one size")
-    figure = Figure(figsize=(7, 7), dpi=120, layout=ConstrainedLayoutEngine(h_pad=0.1))
+    figure = new_figure(7, 7, dpi=120, h_pad=0.1)
     power, difference = figure.subplots(2, 1, sharex=True, height_ratios=[1.2, 1])
     generated = [label for label in spectra if label != reference]
     for label, colour in zip(generated, COLOURS * (1 + len(generated) // len(COLOURS))):
@@ -186,8 +182,6 @@ def metric_curves(
     Raises:
         ValueError: if no result has a step.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     if all(result.get("step") is None for result in results):
@@ -195,8 +189,7 @@ def metric_curves(
     names = list(dict.fromkeys(name for result in results for name in result["metrics"]))
     columns = min(2, len(names))
     lines = math.ceil(len(names) / columns)
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
-    figure = Figure(figsize=(5.5 * columns, 3.2 * lines), dpi=120, layout=layout)
+    figure = new_figure(5.5 * columns, 3.2 * lines, dpi=120, w_pad=0.12, h_pad=0.12)
     labels = list(dict.fromkeys(result.get("label", "") for result in results))
     colours = dict(zip(labels, COLOURS * (1 + len(labels) // len(COLOURS)))) | {reference: INK}
     handles = {}

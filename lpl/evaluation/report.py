@@ -232,7 +232,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 def markdown(evaluation: Mapping[str, Any]) -> str:
     """evaluation.md."""
-    lines = ["# Evaluation", "", markdown_table(evaluation), "", *notes(evaluation)]
+    lines = ["# Evaluation", "", markdown_rows(table(evaluation)), "", *notes(evaluation)]
     for words, details in evaluation["warnings"].items():
         lines += [f"- Warning: {words}:", *(f"  - {detail}" for detail in details)]
     return "\n".join([*lines, "", f"```bash\n{evaluation['command']}\n```", ""])
@@ -267,10 +267,6 @@ def notes(evaluation: Mapping[str, Any]) -> list[str]:
 
 def _enlarged(found: Mapping[str, Any]) -> str:
     return f"; {found['enlarged']} are enlarged, which blurs them" if found["enlarged"] else ""
-
-
-def markdown_table(evaluation: Mapping[str, Any]) -> str:
-    return markdown_rows(table(evaluation))
 
 
 def markdown_rows(rows: Sequence[Sequence[str]]) -> str:
@@ -330,7 +326,7 @@ def on_card(evaluation: Mapping[str, Any], label: str) -> tuple[list[EvalResult]
     lines = [
         f"### Against the real images of `{name}`",
         "",
-        markdown_table(evaluation),
+        markdown_rows(table(evaluation)),
         "",
         *notes(evaluation),
         *warned,

@@ -85,7 +85,7 @@ def _measured(image: Image.Image) -> tuple[tuple[int, int], np.ndarray]:
     """An image's size, and (K + 2,): its energy above half of Nyquist, its total energy, the power of each ring."""
     power = power_spectrum(np.asarray(image.convert("RGB")) @ LUMINANCE)
     high = power[_radii(power.shape) > NYQUIST / 2].sum()
-    return image.size, np.concatenate([[high, power.sum()], radial_average(power)[1]])
+    return image.size, np.concatenate([[high, power.sum()], radial_average(power)])
 
 
 def power_spectrum(luminance: np.ndarray) -> np.ndarray:
@@ -95,16 +95,12 @@ def power_spectrum(luminance: np.ndarray) -> np.ndarray:
     return np.abs(np.fft.fft2(values)) ** 2 / (window**2).sum()
 
 
-def radial_average(power: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean power over rings one bin wide, from above 0 to Nyquist; the corners beyond are left out.
-
-    Returns:
-        frequencies in cycles per pixel, (K,), and the mean power there, (K,), with K half of the shorter side.
-    """
+def radial_average(power: np.ndarray) -> np.ndarray:
+    """Mean power over rings one bin wide, from above 0 to Nyquist, (K,), with K half of the shorter side; the corners
+    beyond are left out."""
     side = min(power.shape)
     ring = np.rint(_radii(power.shape) * side).astype(int).ravel()
-    wanted = np.arange(1, side // 2 + 1)
-    return wanted / side, (np.bincount(ring, power.ravel()) / np.bincount(ring))[wanted]
+    return (np.bincount(ring, power.ravel()) / np.bincount(ring))[1 : side // 2 + 1]
 
 
 @lru_cache(maxsize=4)

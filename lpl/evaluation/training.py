@@ -120,7 +120,7 @@ class TrainingEvaluation:
         self.batch_size, self.output_dir = evaluation.eval_batch_size, output.output_dir
         self.folder = Path(output.output_dir, EVALUATION)
         source = _real_folder(evaluation)
-        preprocessing = Preprocessing(min(data.size), data.image_interpolation_mode)
+        preprocessing = Preprocessing(data.size[0], data.image_interpolation_mode)
         real = folder_images(source, preprocessing, data.caption_column)
         pool = results.prompts_of(real, source, type(family), names, "--eval_data_dir")
         count = _count(evaluation, len(real))

@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 from lpl.autoencoders import RGB, downscaling_factor, feature_vae
 from lpl.config.checks import check_outside, warn_idle
 from lpl.config.command_line import add_flags
-from lpl.config.flag import NOT_NEGATIVE, POSITIVE, Range, Values, add_group, built, flag, flags_of
+from lpl.config.flag import NOT_NEGATIVE, POSITIVE, Values, add_group, built, flag, flags_of
 from lpl.config.groups import Lpl, Model
 from lpl.config.parser import Parser
 from lpl.config.rules import from_a_file
@@ -73,7 +73,6 @@ SHARED_FLAGS = (  # with the training script
     *(f"lpl_outlier_{name}" for name in OUTLIER_SETTINGS),
 )
 LARGEST_DEFAULT_RESOLUTION = 512
-ONE_OR_MORE = Range(lambda value: value >= 1, "1 or more")
 NUMBERS = "inspect.json"
 
 
@@ -88,7 +87,7 @@ class Inspection:
         MISSING, "a pipeline or a VAE: a folder or an id on the Hub; or a single file", path=True
     )
     images: tuple[str, ...] = flag(MISSING, "image files, or folders of them", path=True)
-    num_images: int = flag(4, "images at most, evenly spread over those given", range=ONE_OR_MORE)
+    num_images: int = flag(4, "images at most, evenly spread over those given", range=POSITIVE)
     resolution: int | None = flag(
         None, "side of the square that is cropped from them in pixels; default: the VAE's", range=POSITIVE
     )

@@ -306,10 +306,10 @@ def test_classes_are_drawn_by_their_labels(dit_pipeline, class_folder, tmp_path)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"num_images": 0}, "--num_images 0: it must be 1 or more"),
-        ({"batch_size": 0}, "--batch_size 0: it must be 1 or more"),
+        ({"num_images": 0}, "--num_images 0: it must be more than 0"),
+        ({"batch_size": 0}, "--batch_size 0: it must be more than 0"),
         ({"bootstrap": 1}, "--bootstrap 1: it must be 2 or more"),
-        ({"nearest_k": 0}, "--nearest_k 0: it must be 1 or more"),
+        ({"nearest_k": 0}, "--nearest_k 0: it must be more than 0"),
         ({"guidance_scale": -1}, "--guidance_scale -1.0: it must be 0 or more"),
         ({"clip": "some/clip"}, "--clip some/clip is for clip_score"),
         ({"device": "teapot"}, "--device teapot: .*cpu"),

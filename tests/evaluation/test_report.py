@@ -226,7 +226,7 @@ def test_the_card_names_the_reference_and_warns(reference, photos):
     evaluation = evaluated([drawn("run", darker(photos), step=2)], reference)
     index, text = report.on_card(evaluation, "run")
     assert text.splitlines()[0] == "### Against the real images of `photos`" and "some/" not in text
-    assert report.markdown_table(evaluation) in text and "- Warning: there are few images for fid" in text
+    assert report.markdown_rows(report.table(evaluation)) in text and "- Warning: there are few images for fid" in text
     assert {entry.dataset_name for entry in index} == {"photos"} and len(index) == len(SET_METRICS)
 
 

@@ -36,7 +36,7 @@ def test_white_noise_has_its_variance_at_every_frequency():
     assert power[8:] == pytest.approx(np.full(24, np.log10(0.01)), abs=0.02)
     # of the few values in a small ring the mean logarithm lies below the logarithm of the mean
     assert (power[:8] < np.log10(0.01) + 0.02).all() and power[:8].min() > np.log10(0.01) - 0.25
-    rings = [radial_average(power_spectrum(np.asarray(image.convert("L")) / 255))[1] for image in noise(200)]
+    rings = [radial_average(power_spectrum(np.asarray(image.convert("L")) / 255)) for image in noise(200)]
     assert np.mean(rings, 0)[1:] == pytest.approx(np.full(31, 0.01), rel=0.15)  # the mean takes some of the first
     assert np.mean(rings, 0)[8:] == pytest.approx(np.full(24, 0.01), rel=0.06)
 
@@ -63,9 +63,7 @@ def test_power_by_the_plain_sums(photograph):
             amplitude = (faded * np.exp(-2j * np.pi * (v * y / height + u * x / width))).sum()
             ring = round(np.hypot(v / height, u / width) * 7)
             rings.setdefault(ring, []).append(abs(amplitude) ** 2 / (window**2).sum())
-    frequencies, power = radial_average(power_spectrum(values))
-    assert frequencies == pytest.approx([1 / 7, 2 / 7, 3 / 7])
-    assert power == pytest.approx([np.mean(rings[ring]) for ring in (1, 2, 3)])
+    assert radial_average(power_spectrum(values)) == pytest.approx([np.mean(rings[ring]) for ring in (1, 2, 3)])
 
 
 def test_luminance_weighs_the_colours():

@@ -120,7 +120,7 @@ def refuse(sd_pipeline, image_folder, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "more, said",
     [
-        (["--num_images", "0"], "--num_images 0: it must be 1 or more"),
+        (["--num_images", "0"], "--num_images 0: it must be more than 0"),
         (["--seed", "-1"], "--seed -1: it must be 0 or more"),
         (["--lpl_outlier_quantile", "0.5"], "--lpl_outlier_quantile 0.5: it must be more than 0 and less than 0.5"),
         (["--lpl_outlier_margin", "-2"], "--lpl_outlier_margin -2.0: it must be 0 or more"),
