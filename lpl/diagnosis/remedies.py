@@ -89,8 +89,7 @@ def _weights(status: Status) -> list[Remedy]:
     config, lora, optimization = status.config, status.config.lora, status.config.optimization
     text_encoders, crop = config.model.train_text_encoder, _smaller_crop(status)
     ema_on_gpu = optimization.use_ema and not optimization.offload_ema and status.device.type != "cpu"
-    elsewhere = status.device.type == "cuda" and not torch.cuda.is_available()  # for --for_gpu, a GPU's machine
-    bits = elsewhere or not missing("bitsandbytes")
+    bits = _is_imagined(status) or not missing("bitsandbytes")
     adam = optimization.optimizer == "AdamW" and not optimization.use_8bit_adam and bits
     has_state = status.stage in STEPS or status.step > 0
     gpu = has_gpu() or status.device.type == "cuda"
@@ -143,6 +142,11 @@ def _host(status: Status) -> list[Remedy]:
 # What a row depends on -----------------------------------------------------------------------------------------------
 
 
+def _is_imagined(status: Status) -> bool:
+    """Whether the GPU is one of --for_gpu, on a machine without any; it has what requirements.txt lists."""
+    return status.device.type == "cuda" and not torch.cuda.is_available()
+
+
 def _decoded_at_once(status: Status) -> int:
     """Samples that LPL decodes at a time; the held-out losses take all samples of a batch."""
     lpl, batch = status.config.lpl, status.config.optimization.train_batch_size
@@ -172,8 +176,8 @@ def _has_parts(status: Status) -> bool:
 
 def _bf16_saves(status: Status) -> bool:
     """Whether bf16 saves memory: activations in a step and in sampling, else frozen weights only."""
-    here = status.device.type == "cuda" and torch.cuda.is_available()  # else a GPU of --for_gpu, or a CPU
-    if status.mixed_precision != "no" or (here and not torch.cuda.is_bf16_supported()):
+    supported = status.device.type == "cpu" or _is_imagined(status) or torch.cuda.is_bf16_supported()
+    if status.mixed_precision != "no" or not supported:
         return False
     if status.trained is None or status.stage not in (Stage.LOADING, Stage.SAVING):
         return True

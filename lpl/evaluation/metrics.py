@@ -49,7 +49,7 @@ KID_SUBSETS = 100
 SAMPLES_PER_FEATURE = 10  # our choice for a Fréchet distance
 ENOUGH_FOR_NEIGHBOURS = 1000  # our choice
 ENOUGH_FOR_MEANS = 100  # our choice
-ROWS = 4096  # of the kernel's matrix at a time
+ROWS = 1024  # of the kernel's matrix at a time
 WORKING_MEMORY = 256  # MiB of distances at a time
 
 
