@@ -20,7 +20,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
-from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,17 @@ from lpl.config.recipes import read_entries, take_measured
 from lpl.config.rules import is_path
 from lpl.data.fingerprint import other_data
 from lpl.tools import layout
-from lpl.tools.files import UNFINISHED, load_state, put_back, remove_halves, removed, save_state, settle, write_text
+from lpl.tools.files import (
+    UNFINISHED,
+    free_place,
+    load_state,
+    put_back,
+    remove_halves,
+    removed,
+    save_state,
+    settle,
+    write_text,
+)
 from lpl.tools.machine import is_full
 from lpl.tools.words import counted, first_line
 from lpl.training.average import MovingAverage, gathered, load_average, save_average
@@ -201,12 +210,6 @@ def set_aside(output_dir: str | Path, step: int) -> bool:
             f"are renamed: {moved}; --resume_from_checkpoint accepts these names too"
         )
     return bool(later)
-
-
-def free_place(place: Path) -> Path:
-    """The same path, with a number behind it if that is taken."""
-    numbered = (place.with_name(f"{place.name}-{number}") for number in count(2))
-    return next(path for path in chain([place], numbered) if not path.exists())
 
 
 def tidy(output_dir: str | Path) -> None:

@@ -13,7 +13,7 @@ import logging
 from lpl.tools import layout
 from lpl.tools.files import UNFINISHED, free_place
 from lpl.tools.results import lora_entries, pipeline_entries, scheduler_entries, single_files
-from lpl.training.checkpoints import free_place, set_aside
+from lpl.training.checkpoints import set_aside
 from lpl.training.start import Run
 
 
