@@ -200,11 +200,8 @@ class Report:
             how = "frozen" if not of_part else config.lora.words if config.lora.lora else "whole"
             bits = (config.lora.quantize_base or "") if part is plan.trained.denoiser else ""
             precision = [f"trained in {plan.precision_of(plan.trained.parameters_of(part))}"] if of_part else []
-            precision += (
-                [f"{'frozen ' if of_part else ''}in {bits.replace('bit', ' bits') or plan.precision_of(frozen)}"]
-                if frozen
-                else []
-            )
+            rest = f"{'frozen ' if of_part else ''}in {bits.replace('bit', ' bits') or plan.precision_of(frozen)}"
+            precision += [rest] if frozen else []
             share = f"{short_count(of_part)} of {short_count(count)}" if of_part else short_count(count)
             rows.append((name, f"{how}, {share} parameters, {', '.join(precision)}"))
         precision = plan.run.accelerator.mixed_precision
