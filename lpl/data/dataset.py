@@ -297,7 +297,7 @@ class TrainingImages(TorchDataset[Sample]):
                 if isinstance(error, TookTooLong):  # this process does not wait for it again
                     self.given_up[candidate] = first_line(error)
         names = ", ".join(part.data.dataset_name or part.data.folder for part in self.data.parts)
-        raise ValueError(f"{names}: no image can be used (the first: {bad[0][1]})")
+        raise ValueError(f"{names}: no image of the data set can be read (the first: {bad[0][1]})")
 
     @cached_property
     def captions(self) -> Captions:

@@ -224,7 +224,7 @@ def test_a_missing_image_in_a_column_gives_way_to_the_next_one():
 
 def test_not_one_readable_image_is_an_error(tmp_path):
     images = loaded(folder_of(tmp_path / "data", {"a.png": b"no", "b.png": b"pictures"}))
-    with pytest.raises(ValueError, match="data: no image can be used .the first: cannot identify"):
+    with pytest.raises(ValueError, match="data: no image of the data set can be read .the first: cannot identify"):
         images[0, 0]
 
 

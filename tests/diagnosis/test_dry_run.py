@@ -92,7 +92,7 @@ def test_the_steps_are_those_of_the_training(printed):
 def test_what_the_report_says(printed):
     said = rows(printed[0])
     assert said["unet"].startswith("whole, ") and said["unet"].endswith("trained in float32")
-    assert said["text_encoder"].startswith("frozen, ") and said["text_encoder"].endswith("frozen in float32")
+    assert said["text_encoder"].startswith("frozen, ") and said["text_encoder"].endswith(" parameters, in float32")
     assert said["threshold"] == "sigma <= 3 : t <= 673 of 1000"
     assert re.fullmatch(rf"auto:0\.2, which is [\d.]+: 20\.0% .* over {MEASURED_STEPS} steps", said["weight"])
     assert said["optimizer"] == "AdamW" and said["learning rate"] == "0.001 throughout"
