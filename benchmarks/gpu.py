@@ -182,7 +182,7 @@ def measure_all(args: argparse.Namespace) -> None:
         left_over(command, {"case": "tests/gpu", "way": "tests"}, args, end)
     for name in args.models:
         for way in args.ways:
-            own = ["--one", name, way, "--scale", args.scale, "--output", str(args.output)]
+            own = ["--one", "--models", name, f"--ways={way}", "--scale", args.scale, "--output", str(args.output)]
             left_over([sys.executable, "-m", "benchmarks.gpu", *own], {"case": name, "way": way}, args, end)
 
 
@@ -286,14 +286,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--output", type=Path, default=OUTPUT, help="JSON file; what it has is not measured again")
     add("--no_tests", action="store_true", help="without tests/gpu")
     add("--estimates", action="store_true", help="add what is counted to an existing file; needs no GPU")
-    add("--one", nargs=2, metavar=("MODEL", "WAY"), help=argparse.SUPPRESS)
+    add("--one", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.estimates:
         return add_estimates(args.output)
     if args.scale == "real" and not torch.cuda.is_available():
         sys.exit("gpu.py: error: models of real size need a GPU; give --scale tiny to try this on a CPU")
     if args.one:
-        name, way = args.one
+        (name,), (way,) = args.models, args.ways
         run = {"case": name, "way": way, "device": device_name(), "scale": args.scale}
         return keep(args.output, run | measure(name, way, args.scale))
     measure_all(args)
