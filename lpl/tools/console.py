@@ -39,4 +39,7 @@ class AboveBars(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm.auto import tqdm  # behind hush_libraries, whose delay it reads
 
-        tqdm.write(self.format(record), file=sys.stderr)
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except Exception:  # a terminal that is gone does not end a run, as with logging's own handlers
+            self.handleError(record)

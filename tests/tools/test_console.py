@@ -1,11 +1,13 @@
 """What the programs show: their own lines, and what matters of their libraries'."""
 
+import errno
 import logging
 import os
 import re
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 from tqdm.auto import tqdm
@@ -98,3 +100,11 @@ def test_a_line_is_written_above_a_bar(capsys):
         handler.emit(logging.LogRecord("lpl", logging.INFO, "", 0, "drawing", (), None))
     said = capsys.readouterr().err
     assert re.search(r"(^|[\r\n]|\x1b\[A)INFO: drawing\n", said), said  # \x1b[A: where bars of others are
+
+
+def test_a_terminal_that_is_gone_does_not_end_a_run(monkeypatch):
+    def gone(text):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=gone, flush=lambda: None))
+    console.AboveBars().emit(logging.LogRecord("lpl", logging.INFO, "", 0, "drawing", (), None))
