@@ -1,9 +1,9 @@
 """The rows of the study: a *row* continues the training of a base with its own flags, on the same data and noise.
 
 Rows learn emoji of people with a medium skin tone; bases know these without a tone. `--rows` of run.py takes the names
-of rows; `flags` are added to SETTINGS. A *base* is a model trained without LPL: the quickstart's pipeline, or one of
-BASES, which run.py trains, anew or with another objective. Rows with `of` measure another row's model under another
-`sampling`.
+of rows; `flags` are added to SETTINGS. A *base* is the model they begin with: the quickstart's pipeline, trained
+without LPL, or one of BASES, which run.py trains, anew, with another objective or with LPL's student. Rows with `of`
+measure another row's model under another `sampling`.
 """
 
 from dataclasses import dataclass, field
@@ -23,10 +23,15 @@ SETTINGS = {
     "logging_steps": 50,
 }
 SAMPLING = {"num_inference_steps": 20, "guidance_scale": 1}
+NONE: dict[str, object] = {"lpl_weight": "0"}
+LPL: dict[str, object] = {"lpl_weight": "auto:0.2"}
+# What auto:0.2 finds; as a number, so that a student is alone from the start
+WEIGHTS = {"flow": "0.3", "epsilon": "0.1"}
+STUDENT: dict[str, object] = {"lpl_weight": WEIGHTS["flow"], "lpl_student": "examples/quickstart/student"}
 CONVERGED = "quickstart"  # the base that is there: its denoiser was trained for 16,000 steps
 ANEW = {
     "from_scratch": True,
-    "lpl_weight": "0",
+    **NONE,
     "train_batch_size": 32,
     "max_train_steps": 6000,
     "learning_rate": 1e-3,
@@ -39,6 +44,7 @@ OTHER_OBJECTIVE = {name: value for name, value in ANEW.items() if name != "from_
 BASES: dict[str, dict[str, object]] = {
     "early": ANEW,
     "earlier": ANEW | {"max_train_steps": 3000},
+    "earlier_student": ANEW | {"max_train_steps": 3000} | STUDENT,
     "epsilon": OTHER_OBJECTIVE | {"prediction_type": "epsilon"},  # from the quickstart's weights
     "v": OTHER_OBJECTIVE | {"prediction_type": "v_prediction"},
 }
@@ -67,11 +73,6 @@ class Row:
     cheap: bool = False  # it is compared with what costs less than LPL, in the table "cheap" too
 
 
-NONE: dict[str, object] = {"lpl_weight": "0"}
-LPL: dict[str, object] = {"lpl_weight": "auto:0.2"}
-# What auto:0.2 finds; as a number, so that a student is alone from the start
-WEIGHTS = {"flow": "0.3", "epsilon": "0.1"}
-STUDENT: dict[str, object] = {"lpl_weight": WEIGHTS["flow"], "lpl_student": "examples/quickstart/student"}
 MID = LPL | {"lpl_blocks": "mid"}
 LONG: dict[str, object] = {"max_train_steps": 1000}
 SMALL: dict[str, object] = {"lora": True, "rank": 16, "max_train_samples": 20, "learning_rate": 1e-3}
@@ -123,6 +124,9 @@ ROWS = {
     # Table 4: how long the base was trained before
     "earlier": Row("before", "base of 3,000 steps", NONE, "earlier", without="earlier"),
     "earlier_lpl": Row("before", "base of 3,000 steps, LPL", LPL, "earlier", without="earlier"),
+    "earlier_student": Row(
+        "before", "base of 3,000 steps with the student, student", STUDENT, "earlier_student", without="earlier"
+    ),
     "early": Row("before", "base of 6,000 steps", NONE, "early", without="early"),
     "early_lpl": Row("before", "base of 6,000 steps, LPL", LPL, "early", without="early"),
     # A small domain
