@@ -208,7 +208,7 @@ def pictures(study: Path, folder: Path) -> None:
         ValueError: where a row has not been measured in the study's folder.
     """
     seed, preprocessing = key_of(0), Preprocessing(int(str(SETTINGS["resolution"])))
-    real = folder_images(study / "reference", preprocessing)
+    real = folder_images(study / "reference_toned", preprocessing)
     rows, captions = dict[str, list[Image]](), list[str]()
     for label, name in SHOWN_ROWS.items():
         place = next((study / "measured" / name / seed).glob("images/*/metadata.jsonl"), None)

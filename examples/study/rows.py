@@ -2,8 +2,8 @@
 
 Rows learn emoji of people with a medium skin tone; bases know these without a tone. `--rows` of run.py takes the names
 of rows; `flags` are added to SETTINGS. A *base* is the model they begin with: the quickstart's pipeline, trained
-without LPL, or one of BASES, which run.py trains, anew, with another objective or with LPL's student. Rows with `of`
-measure another row's model under another `sampling`.
+without LPL, or one of BASES, which run.py trains, anew, with another objective, with LPL's student or on guided
+samples. Rows with `of` measure another row's model under another `sampling`.
 """
 
 from dataclasses import dataclass, field
@@ -47,7 +47,10 @@ BASES: dict[str, dict[str, object]] = {
     "earlier_student": ANEW | {"max_train_steps": 3000} | STUDENT,
     "epsilon": OTHER_OBJECTIVE | {"prediction_type": "epsilon"},  # from the quickstart's weights
     "v": OTHER_OBJECTIVE | {"prediction_type": "v_prediction"},
+    "guided": OTHER_OBJECTIVE
+    | {"max_train_steps": 1500, "proportion_empty_prompts": 0, "train_data_dir": "{study}/guided"},
 }
+GUIDED = {"guidance_scale": 3}  # the quickstart's pipeline draws what the base "guided" learns: its best images
 ROW = {
     "max_train_steps": 200,
     "learning_rate": 2e-4,
@@ -129,6 +132,9 @@ ROWS = {
     ),
     "early": Row("before", "base of 6,000 steps", NONE, "early", without="early"),
     "early_lpl": Row("before", "base of 6,000 steps, LPL", LPL, "early", without="early"),
+    # A base whose images are guided ones without guidance
+    "guided": Row("guidance", "base distilled from guidance 3", NONE, "guided", without="guided"),
+    "guided_lpl": Row("guidance", "base distilled from guidance 3, LPL", LPL, "guided", without="guided"),
     # A small domain
     "small": Row("domain", "LoRA on 20 images", NONE | SMALL, without="small"),
     "small_lpl": Row("domain", "LoRA on 20 images, LPL", LPL | SMALL, without="small"),

@@ -25,14 +25,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
-from threading import Lock
+from threading import Lock, RLock
 from typing import Any
 
 import numpy as np
 import torch
 from features import load, places_of, read_pictures
 from PIL import Image
-from rows import BASES, ROW, ROWS, SAMPLING, SETTINGS, Row
+from rows import BASES, GUIDED, ROW, ROWS, SAMPLING, SETTINGS, Row
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -63,7 +63,7 @@ elif torch.cpu._is_avx512_bf16_supported():
 else:
     MACHINE = "CPU without bfloat16"
 BFLOAT16 = MACHINE != "CPU without bfloat16"  # which many CPUs only emulate
-RECORDING, MAKING = Lock(), Lock()
+RECORDING, MAKING = Lock(), RLock()
 TRAINING: dict[tuple[str, str], Lock] = {}  # row and key of a seed: several rows measure one training
 
 
@@ -103,8 +103,18 @@ def make_base(study: Path, name: str) -> Path:
     if not (folder / "model_index.json").is_file():
         if name not in BASES:
             raise ValueError(f"{folder} is not there: make it by examples/quickstart/train_pipeline.sh")
+        if "train_data_dir" in BASES[name]:
+            make_guided_samples(study)
         train(study, QUICKSTART / "pipeline", TRAIN, folder, BASES[name])
     return folder
+
+
+def make_guided_samples(study: Path) -> None:
+    """An imagefolder of what the quickstart's pipeline draws with guidance for the captions of TRAIN."""
+    drawn = study / "measured/guided_samples"
+    if not (study / "guided").is_dir():
+        evaluate(study, QUICKSTART / "pipeline", drawn, SAMPLING | GUIDED, TRAIN)
+        next(drawn.glob("images/*/metadata.jsonl")).parent.rename(study / "guided")
 
 
 def make_small_decoder(study: Path) -> None:
@@ -190,12 +200,14 @@ def train_row(study: Path, name: str, seed: int) -> Path:
     return folder
 
 
-def evaluate(study: Path, generated: Path, output: Path, sampling: Mapping[str, object] = SAMPLING) -> None:
-    """Compares a model, which draws one image for each caption of the data set, or a folder, with the pictures."""
-    reference = study / "reference"
+def evaluate(
+    study: Path, generated: Path, output: Path, sampling: Mapping[str, object] = SAMPLING, data: Path = DATA
+) -> None:
+    """Compares a model, which draws one image for each caption of a data set, or a folder, with the pictures."""
+    reference = study / f"reference_{data.name}"
     with MAKING:
         if not (reference / "metadata.jsonl").is_file():
-            images, captions = read_pictures(DATA)
+            images, captions = read_pictures(data)
             write_images(reference, [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images], captions)
     options = {
         "generated": [f"model={generated}"],

@@ -50,7 +50,7 @@ def test_rows_are_command_lines(name):
 @pytest.mark.parametrize("name", BASES)
 def test_bases_are_trained_without_lpl(name):
     args = build_parser().parse_args(arguments({"pretrained_model_name_or_path": "p"} | SETTINGS | BASES[name]))
-    assert args.lpl_weight == "0"
+    assert (args.lpl_weight == "0") == (args.lpl_student is None)
 
 
 def test_every_emoji_is_recognised():
@@ -312,7 +312,7 @@ def test_the_report_is_written(tmp_path, monkeypatch, commands):
     start(monkeypatch, tmp_path, "--rows", *report.SHOWN_ROWS.values(), "--seeds", "0")
     images, captions = features.read_pictures(run.DATA)
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images[:5]]
-    run.write_images(tmp_path / "study/reference", pictures, captions[:5])
+    run.write_images(tmp_path / "study/reference_toned", pictures, captions[:5])
     page = tmp_path / "results.md"
     page.write_text((ROOT / "docs/results.md").read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.setattr(report, "DOCS", tmp_path)
