@@ -236,7 +236,8 @@ def place(part: nn.Module, trained: TrainedParts, config: Config, device: torch.
     host, packs = moves and config.lora.group_offload, config.lora.quantize_base == FP8
     if part is trained.denoiser and (host or packs):
         rest_blocks(part, device, host, in_8_bits(part) if packs else (), trained.family.sharded_layers)
-        # DDP would send the stand-ins to all processes.
+    if part in trained.parts.values():
+        # DDP would send frozen weights to all processes, which have them; stand-ins and torchao's cannot be sent.
         frozen = [name for name, weight in trained.named_parameters() if not weight.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(trained, frozen)
     if part is trained.denoiser and moves and config.optimization.activation_offload:

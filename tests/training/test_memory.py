@@ -169,14 +169,40 @@ def test_sensitive_layers_stay_as_they_are(sd3_pipeline, image_folder, tmp_path)
     assert not [name for name in names if "norm" in name or "pos_embed" in name or "lora" in name]
 
 
-def test_several_processes_do_not_exchange_what_is_not_there(device, sd_pipeline, image_folder, tmp_path):
+def test_several_processes_do_not_exchange_what_is_not_there(device, sd_pipeline, image_folder, tmp_path, monkeypatch):
     """DDP would write the first process's stand-ins over those of the others, which have no memory."""
     flags = {"rank": 2, "gradient_checkpointing": True, "group_offload": True}
     config, description = parsed(sd_pipeline, image_folder, tmp_path, **flags)
     trained = TrainedParts(load_family(config.model, config.lora, description, torch.float32), config.lora)
     memory.place(trained.denoiser, trained, config, CPU)
+    assert sent_by_ddp(trained, monkeypatch)  # the adapter
+
+
+def test_several_processes_do_not_exchange_a_frozen_base(sd_pipeline, image_folder, tmp_path, monkeypatch):
+    """Each has loaded it, and the tensors of torchao cannot be sent."""
+    flags = {"rank": 2, "train_text_encoder": True}
+    config, description = parsed(sd_pipeline, image_folder, tmp_path, **flags)
+    family = load_family(config.model, config.lora, description, torch.float32)
+    trained = TrainedParts(family, config.lora, text_encoders=True)
+    for part in trained.parts.values():
+        memory.place(part, trained, config, CPU)
+    adapters = {weight.data_ptr() for weight in trained.weights()}
+    buffers = {buffer.data_ptr() for buffer in trained.buffers()}
+    assert sent_by_ddp(trained, monkeypatch) - buffers == adapters
+
+
+def sent_by_ddp(trained, monkeypatch):
+    """The addresses of the tensors that the first process sends to the others."""
+    sent, send = set(), distributed._broadcast_coalesced
+
+    def record(group, tensors, *args):
+        sent.update(tensor.data_ptr() for tensor in tensors)
+        return send(group, tensors, *args)
+
+    monkeypatch.setattr(distributed, "_broadcast_coalesced", record)
     distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
     try:
         DistributedDataParallel(trained)
     finally:
         distributed.destroy_process_group()
+    return sent
