@@ -237,9 +237,11 @@ def place(part: nn.Module, trained: TrainedParts, config: Config, device: torch.
     if part is trained.denoiser and (host or packs):
         rest_blocks(part, device, host, in_8_bits(part) if packs else (), trained.family.sharded_layers)
     if part in trained.parts.values():
-        # DDP would send frozen weights to all processes, which have them; stand-ins and torchao's cannot be sent.
-        frozen = [name for name, weight in trained.named_parameters() if not weight.requires_grad]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(trained, frozen)
+        # All processes have frozen weights, and buffers, which no step changes. DDP would send the former at the
+        # start, where stand-ins and torchao's cannot be sent, and the latter before each step: SD 3.5 medium's 0.9 GB.
+        same = [name for name, weight in trained.named_parameters() if not weight.requires_grad]
+        same += [name for name, _ in trained.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(trained, same)
     if part is trained.denoiser and moves and config.optimization.activation_offload:
         offload_activations(part)
     part.to(device)

@@ -178,21 +178,20 @@ def test_several_processes_do_not_exchange_what_is_not_there(device, sd_pipeline
     assert sent_by_ddp(trained, monkeypatch)  # the adapter
 
 
-def test_several_processes_do_not_exchange_a_frozen_base(sd_pipeline, image_folder, tmp_path, monkeypatch):
-    """Each has loaded it, and the tensors of torchao cannot be sent."""
-    flags = {"rank": 2, "train_text_encoder": True}
-    config, description = parsed(sd_pipeline, image_folder, tmp_path, **flags)
+@pytest.mark.parametrize("flags", [{"rank": 2, "train_text_encoder": True}, {}], ids=["lora", "whole"])
+def test_several_processes_exchange_only_what_is_trained(flags, sd3_pipeline, image_folder, tmp_path, monkeypatch):
+    """Each has loaded the rest: frozen weights, which torchao's tensors cannot be sent of, and tables of positions."""
+    config, description = parsed(sd3_pipeline, image_folder, tmp_path, **flags)
     family = load_family(config.model, config.lora, description, torch.float32)
-    trained = TrainedParts(family, config.lora, text_encoders=True)
+    trained = TrainedParts(family, config.lora, text_encoders=config.model.train_text_encoder)
     for part in trained.parts.values():
         memory.place(part, trained, config, CPU)
-    adapters = {weight.data_ptr() for weight in trained.weights()}
-    buffers = {buffer.data_ptr() for buffer in trained.buffers()}
-    assert sent_by_ddp(trained, monkeypatch) - buffers == adapters
+    assert list(trained.denoiser.buffers())
+    assert sent_by_ddp(trained, monkeypatch) == {weight.data_ptr() for weight in trained.weights()}
 
 
 def sent_by_ddp(trained, monkeypatch):
-    """The addresses of the tensors that the first process sends to the others."""
+    """The addresses of the tensors that the first process sends to the others, before and in two forward passes."""
     sent, send = set(), distributed._broadcast_coalesced
 
     def record(group, tensors, *args):
@@ -200,9 +199,12 @@ def sent_by_ddp(trained, monkeypatch):
         return send(group, tensors, *args)
 
     monkeypatch.setattr(distributed, "_broadcast_coalesced", record)
+    monkeypatch.setattr(trained, "forward", lambda: sum(weight.sum() for weight in trained.weights()))
     distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
     try:
-        DistributedDataParallel(trained)
+        model = DistributedDataParallel(trained)
+        for _ in range(2):
+            model().backward()
     finally:
         distributed.destroy_process_group()
     return sent
