@@ -21,6 +21,10 @@ from lpl.training.given_lora import FROZEN, Adapters, given_adapters, switch
 from lpl.training.lora import TEXT_ENCODER_TARGETS, add_lora, continue_lora, load_lora, save_lora
 
 
+# What families make conditions of, see lpl.families.base
+CONDITIONING = ("caption", "tokens", "original_size", "crop_top_left", "target_size")
+
+
 class TrainedParts(nn.Module):
     """The parts of a pipeline that are trained, and how they are called in a step.
 
@@ -123,9 +127,12 @@ class TrainedParts(nn.Module):
 
     def conditions(self, batch: Mapping[str, Any], device: torch.device) -> Mapping[str, Any]:
         """What :meth:`forward` takes besides latents and timesteps: the outputs of frozen text encoders, computed once
-        for all calls, or the batch itself where text encoders are trained and have to run inside."""
+        for all calls, or what they are made of where text encoders are trained and have to run inside.
+
+        All of it is on the device: DDP would copy the whole batch there, and wait for each copy.
+        """
         if self.text_encoders:
-            return batch
+            return {name: _moved(batch[name], device) for name in CONDITIONING if name in batch}
         with torch.no_grad(), exact_precision(device):
             return self.family.conditions(batch, device)
 
@@ -162,6 +169,13 @@ class TrainedParts(nn.Module):
                     raise ValueError(
                         f"the {name} in {folder} has other layers than that of this base model"
                     ) from error
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """A nest of dicts with its tensors on the device."""
+    if isinstance(value, dict):
+        return {name: _moved(item, device) for name, item in value.items()}
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
 
 def _checkpoint_gradients(part: Any) -> None:
