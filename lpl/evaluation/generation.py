@@ -149,7 +149,7 @@ def draw(
     for first in range(0, len(prompts), batch_size):
         part = slice(first, first + batch_size)
         autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-        with torch.no_grad(), autocast, decoding_exactly(family.vae):
+        with torch.no_grad(), autocast, family.encoding_exactly(), decoding_exactly(family.vae):
             drawn = cast(Any, family.pipeline)(
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
                 **sampling,

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
-from lpl.autoencoders import downscaling_factor
+from lpl.autoencoders import downscaling_factor, exact_precision
 from lpl.families.architecture import Architecture
 from lpl.families.fit import Relation
 from lpl.families.lora_layout import LoraLayout
@@ -163,6 +163,29 @@ class Family:
             for name in released:
                 setattr(self.pipeline, name, None)
             self._released = released
+
+    @contextmanager
+    def encoding_exactly(self) -> Iterator[None]:
+        """Within, frozen text encoders compute in their own precision, also under autocast: those that overflow in
+        float16 would do so under its autocast, whatever their weights are in."""
+        contexts, handles = list[AbstractContextManager[None]](), []
+
+        def enter(*_: Any) -> None:
+            contexts.append(exact_precision(self.vae.device))
+            contexts[-1].__enter__()
+
+        def leave(*_: Any) -> None:
+            contexts.pop().__exit__(None, None, None)
+
+        for encoder in self.text_encoders:
+            if not any(weight.requires_grad for weight in encoder.parameters()):
+                handles.append(encoder.register_forward_pre_hook(enter))
+                handles.append(encoder.register_forward_hook(leave, always_call=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     # In training
 

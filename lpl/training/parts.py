@@ -139,7 +139,8 @@ class TrainedParts(nn.Module):
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions | Mapping[str, Any]) -> Tensor:
         """D, (B, C, h, w), in the denoiser's precision."""
         if self.text_encoders:
-            conditions = self.family.conditions(conditions, noisy_latents.device)
+            with self.family.encoding_exactly():  # those that are not trained, such as a T5
+                conditions = self.family.conditions(conditions, noisy_latents.device)
         return self.family.predict(self.denoiser, noisy_latents, timesteps, cast(Conditions, conditions))
 
     def save(self, folder: str | Path) -> None:

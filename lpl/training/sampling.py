@@ -123,7 +123,7 @@ def sample(
         for draw in draws:
             if stop():
                 break
-            with accelerator.autocast(), decoding_exactly(family.vae):
+            with accelerator.autocast(), family.encoding_exactly(), decoding_exactly(family.vae):
                 drawn = pipeline(
                     num_inference_steps=draw.steps,
                     generator=torch.Generator().manual_seed(draw.seed),

@@ -25,3 +25,16 @@ def test_what_trained_text_encoders_are_given_is_on_the_device(sdxl_pipeline, im
     tensors = [leaf for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor)]
     assert len(tensors) > 4 and all(tensor.is_meta for tensor in tensors)
     assert not {"pixels", "bad"} & given.keys() and given["caption"] == batch["caption"]
+
+
+def test_text_encoders_that_are_not_trained_stay_in_their_own_precision(sd3_pipeline, image_folder, tmp_path):
+    """SD3's T5: under float16's autocast it overflows."""
+    trained = parts(sd3_pipeline, image_folder, tmp_path)
+    batch, seen = batch_of(trained.family), {}
+    for name in ("text_encoder", "text_encoder_3"):
+        encoder = getattr(trained.family.pipeline, name)
+        encoder.register_forward_hook(lambda *_, name=name: seen.update({name: torch.is_autocast_enabled("cpu")}))
+    latents = torch.zeros(len(batch["caption"]), 16, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        trained(latents, torch.ones(len(latents)), trained.conditions(batch, torch.device("cpu")))
+    assert seen == {"text_encoder": True, "text_encoder_3": False}

@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 
 from lpl.config.groups import Validation
-from lpl.training.sampling import decoding_exactly, draws_of
+from lpl.evaluation.generation import draw
+from lpl.training.sampling import decoding_exactly, draws_of, sample
 
 
 def pixels(images):
@@ -41,6 +43,20 @@ def test_the_vae_decodes_in_its_own_precision_under_autocast(sampling):
         (torch.float32, torch.float32),
         (torch.bfloat16, torch.bfloat16),
     ]
+
+
+def test_text_encoders_compute_in_their_own_precision_under_autocast(sampling):
+    """As in training; in float16, some would overflow."""
+    seen, encoder = [], sampling.family.text_encoders[0]
+    hook = encoder.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    accelerator = Accelerator(mixed_precision="bf16")
+    sample(sampling.family, sampling.scheduler, sampling.draws("a cat"), accelerator)
+    assert len(list(draw(sampling.family, ["a cat"], [0], (32, 32), steps=1, dtype=torch.bfloat16))) == 1
+    assert set(seen) == {False}
+    with accelerator.autocast():  # left as it was
+        encoder(torch.zeros(1, 4, dtype=torch.long))
+    hook.remove()
+    assert seen[-1]
 
 
 def test_a_prompt_is_drawn_with_what_it_says(sampling):
