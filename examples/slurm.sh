@@ -17,7 +17,8 @@ set -uo pipefail
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 tasks=${SLURM_GPUS_ON_NODE:-1}
-export WORLD_SIZE=$((tasks * SLURM_JOB_NUM_NODES))
+# The tasks of a node share its cores: LOCAL_WORLD_SIZE says how many loaders may divide them.
+export WORLD_SIZE=$((tasks * SLURM_JOB_NUM_NODES)) LOCAL_WORLD_SIZE=$tasks
 srun --ntasks="$WORLD_SIZE" --ntasks-per-node="$tasks" --kill-on-bad-exit=0 --wait=120 bash -c \
   'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python train_text_to_image_lpl.py --resume_from_checkpoint latest "$@"' \
   job "$@"
