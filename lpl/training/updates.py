@@ -69,6 +69,11 @@ def make_optimizer(optimization: Optimization, trained: TrainedParts, global_bat
                 "weight_decay": optimization.adam_weight_decay_text_encoder,
             }
         )
+    if optimization.use_8bit_adam or optimization.optimizer.startswith("bitsandbytes"):
+        # Its kernels lay weights out so in the first step, and take a state's numbers as they lie in memory. States
+        # with the strides of --channels_last would be saved in another order than the one that they are used in.
+        for weight in (weight for group in groups for weight in group["params"]):
+            weight.data = weight.data.contiguous()
     shared: dict[str, Any] = {
         "lr": optimization.learning_rate * factor,
         "betas": (optimization.adam_beta1, optimization.adam_beta2),

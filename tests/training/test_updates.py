@@ -1,13 +1,16 @@
 """An optimizer step follows the schedule and goes on from a checkpoint; one that is not finite changes nothing."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from trainer import reset_accelerate
 
 from lpl.config.groups import Optimization
 from lpl.tools.files import load_state, save_state
+from lpl.training.updates import make_optimizer
 
 
 OPTIMIZERS = [
@@ -111,3 +114,16 @@ def test_what_is_saved_goes_on(updates, kind, tmp_path):
 @pytest.mark.parametrize("given, steps", [(0, 0), (0.0, 0), (0.1, 21), (0.999, 200), (1, 1), (500, 500), (7.0, 7)])
 def test_a_warm_up_is_a_number_of_steps_or_a_share_of_the_run(given, steps):
     assert Optimization(lr_warmup_steps=given).warmup_steps(201 if given == 0.1 else 200) == steps
+
+
+@pytest.mark.parametrize("flags", [{"use_8bit_adam": True}, {"optimizer": "bitsandbytes.optim:Lion8bit"}], ids=str)
+def test_states_in_8_bits_lie_in_memory_as_they_are_saved(flags):
+    """On a GPU their kernels take numbers as they lie, and make the weights contiguous in the first step."""
+    pytest.importorskip("bitsandbytes")
+    model = nn.Conv2d(32, 64, 3).to(memory_format=torch.channels_last)
+    trained = SimpleNamespace(denoiser=model, text_encoders=[], parameters_of=lambda part: list(part.parameters()))
+    optimizer = make_optimizer(Optimization(**flags), trained, 1)
+    model(torch.randn(1, 32, 8, 8)).sum().backward()
+    optimizer.step()
+    weight = model.weight
+    assert weight.is_contiguous() and optimizer.state[weight]["state1"].is_contiguous()
