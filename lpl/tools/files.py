@@ -245,7 +245,8 @@ def save_state(state: Any, path: str | os.PathLike) -> Path:
     def described(value: Any) -> Any:
         if isinstance(value, Tensor):
             name = names.setdefault(id(value), str(len(names)))
-            tensors[name] = value.detach().contiguous()
+            value = value.detach()  # one of --channels_last is laid out anew where there is room for that
+            tensors[name] = value if value.is_contiguous() else value.cpu().contiguous()
             return {"tensor": name}
         if isinstance(value, dict):
             return {"dict": [[described(key), described(entry)] for key, entry in value.items()]}
