@@ -88,7 +88,7 @@ class Sharding:
             layers: classes of the layers that are gathered one by one; empty: those that the model's class names.
         """
         lora = any(not parameter.requires_grad for parameter in part.parameters())
-        kept = {parameter for parameter in part.parameters() if parameter.requires_grad} if lora else set()
+        kept = [parameter for parameter in part.parameters() if parameter.requires_grad] if lora else []
         on_gpu = accelerator.device.type != "cpu"
         half = torch.bfloat16 if accelerator.mixed_precision == "bf16" and not lora else None
         options: dict[str, Any] = {
@@ -97,10 +97,11 @@ class Sharding:
             # Timesteps lose their value in half precision, so inputs stay as they are.
             "mp_policy": MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False),
             "offload_policy": CPUOffloadPolicy(pin_memory=on_gpu) if self.offload else OffloadPolicy(),
-            "ignored_params": kept,
+            "ignored_params": set(kept),
         }
         for parameter in kept:
             parameter.data = parameter.data.to(accelerator.device)
+            distributed.broadcast(parameter.data, 0)  # as DDP does: new ones are random
         blocks = blocks_of(part, layers)
         if not blocks:
             raise ValueError(

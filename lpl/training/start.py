@@ -184,8 +184,11 @@ def start_accelerator(config: Config, idle_weights: bool = False) -> Accelerator
     accelerator = Accelerator(
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=OTHERS_WAIT),
-            # The last layers of a text encoder may be computed for nothing: SDXL takes the ones before.
-            DistributedDataParallelKwargs(find_unused_parameters=config.model.train_text_encoder or idle_weights),
+            DistributedDataParallelKwargs(
+                # The last layers of a text encoder may be computed for nothing: SDXL takes the ones before.
+                find_unused_parameters=config.model.train_text_encoder or idle_weights,
+                gradient_as_bucket_view=True,  # else what is sent is a second copy of all gradients
+            ),
         ],
         gradient_accumulation_steps=config.optimization.gradient_accumulation_steps,
         mixed_precision=config.optimization.mixed_precision,
