@@ -94,8 +94,9 @@ def parsed(words: Sequence[str]) -> tuple[Request, Config]:
     Raises:
         ValueError: with what was given, what is accepted, and the flag to change.
     """
-    parser, given = build_parser(), given_flags(build_parser(), words)
-    values = vars(parser.parse_args(words))
+    parser = build_parser()
+    values = vars(parser.parse_args(words))  # first, since --help is answered here and shows the defaults
+    given = given_flags(build_parser(), words)
     if values["config"] is not None:
         said = _recipe(values, given)
         parser.set_defaults(**said)

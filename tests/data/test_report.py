@@ -239,6 +239,13 @@ def test_what_strangers_write_does_not_reach_the_terminal(folder, shown):
     assert "\x1b" not in said and "a ?[31mred? one" in said
 
 
+def test_help_shows_the_defaults(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default: contact_sheet.png)" in text and "SUPPRESS" not in text
+
+
 def test_the_command_of_a_run(folder, tmp_path):
     """Given back, it shows the same data."""
     words = ("--resolution", 64, "--aspect_ratio_buckets", "auto", "--caption_prefix", "two words")
