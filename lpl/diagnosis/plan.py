@@ -192,9 +192,23 @@ class Plan:
 
     def warnings(self) -> list[str]:
         """Why the run may do something else than intended."""
-        found = [self._warmup_warning(), self._caption_warning(), self._bucket_warning(), self._dora_warning()]
-        found.append(self._precision_warning())
+        found = [
+            self._length_warning(),
+            self._warmup_warning(),
+            self._caption_warning(),
+            self._bucket_warning(),
+            self._dora_warning(),
+            self._precision_warning(),
+        ]
         return [*filter(None, found), *(self._lpl_warnings() if self.config.lpl.enabled else ())]
+
+    def _length_warning(self) -> str | None:
+        if self.run.step <= self.max_steps:  # equal: the run had ended, and is started again
+            return None
+        return (
+            f"no step is trained: the run to resume has {self.run.step}, beyond the {self.max_steps} asked for, which "
+            "count from its beginning; raise --max_train_steps, or --num_train_epochs, to train on"
+        )
 
     def _warmup_warning(self) -> str | None:
         optimization = self.config.optimization

@@ -39,6 +39,14 @@ def test_a_baseline_says_nothing_of_lpl(planned, caplog):
     assert "training all of unet, " in caplog.text and "LPL" not in caplog.text
 
 
+@pytest.mark.parametrize("step, said", [(5, False), (6, False), (7, True)])
+def test_a_run_that_is_resumed_beyond_its_length(planned, step, said):
+    plan = planned(max_train_steps=6)
+    plan.run.step = step
+    expected = "no step is trained: the run to resume has 7, beyond the 6 asked for"
+    assert any(expected in warning for warning in plan.warnings()) == said
+
+
 def test_the_disk_is_checked_before_the_first_step(planned, caplog, monkeypatch):
     plan = planned(max_train_steps=10, checkpointing_steps=1)
     disk = DiskNeeds.of(plan.trained, plan.config.optimization, plan.config.output, 10, 0)
