@@ -265,8 +265,8 @@ def _check_split(data: Data, split: str, where: str) -> None:
 def _holds_bytes(dataset: Dataset | IterableDataset, column: str) -> bool:
     """Whether a column holds image files as other programs than the library write them to parquet."""
     feature = (dataset.features or {}).get(column)
-    as_bytes = Value("binary")
-    return feature == as_bytes or (isinstance(feature, dict) and feature.get("bytes") == as_bytes)
+    value = feature.get("bytes") if isinstance(feature, dict) else feature
+    return value in (Value("binary"), Value("large_binary"))  # the latter is what polars writes
 
 
 def check_columns(

@@ -148,11 +148,14 @@ def test_a_data_set_of_save_to_disk(tmp_path):
     refused(lambda: load_split(data, "train", None), "save_to_disk", "without --streaming")
 
 
+@pytest.mark.parametrize("binary", [pyarrow.binary(), pyarrow.large_binary()], ids=["pandas", "polars"])
 @pytest.mark.parametrize("as_struct", [False, True])
-def test_images_that_pandas_wrote_to_parquet(as_struct, tmp_path):
+def test_images_that_other_programs_wrote_to_parquet(as_struct, binary, tmp_path):
     (tmp_path / "data").mkdir()
-    image = {"bytes": encoded(0), "path": None} if as_struct else encoded(0)
-    pyarrow.parquet.write_table(pyarrow.table({"image": [image], "text": ["a"]}), tmp_path / "data/a.parquet")
+    struct = pyarrow.struct({"bytes": binary, "path": pyarrow.string()})
+    image, kind = ({"bytes": encoded(0), "path": None}, struct) if as_struct else (encoded(0), binary)
+    table = pyarrow.table({"image": pyarrow.array([image], kind), "text": ["a"]})
+    pyarrow.parquet.write_table(table, tmp_path / "data/a.parquet")
     config = settings(dataset_name=str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"))
     assert over(load_data(config)[0], config)[0, 0]["bad"] == []
     images, _ = streamed(tmp_path / "data")
