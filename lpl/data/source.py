@@ -162,7 +162,8 @@ def load_split(
     dataset = _opened(data, split, cache_dir, num_classes is not None)
     if data.caption_per_line and (data.dataset_name or data.streaming or Contents.of(data.folder).metadata):
         logger.warning("%s: --caption_per_line has no effect, since captions do not come from text files", where)
-    dataset = with_column_of_json(dataset, data.caption_column)
+    for column in caption_columns(data.caption_column, dataset.column_names or []):
+        dataset = with_column_of_json(dataset, column)
     columns = columns_of(data, dataset.column_names or [])
     if columns and num_classes is None:
         dataset = _with_texts(dataset, columns, data.instance_prompt)

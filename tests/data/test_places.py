@@ -56,7 +56,8 @@ def shards(folder):
     folder.mkdir()
     with tarfile.open(folder / "000.tar", "w") as archive:
         for name in "ab":
-            for suffix, content in (("png", encoded(static())), ("json", json.dumps({"caption": name}).encode())):
+            texts = json.dumps({"caption": name, "again": f"again {name}"})
+            for suffix, content in (("png", encoded(static())), ("json", texts.encode())):
                 entry = tarfile.TarInfo(f"{name}.{suffix}")
                 entry.size = len(content)
                 archive.addfile(entry, io.BytesIO(content))
@@ -107,6 +108,15 @@ def test_a_whole_json_is_no_caption(tmp_path):
     shards(tmp_path / "data")
     config = settings(dataset_name=str(tmp_path / "data"), image_column="png", caption_column="json")
     refused(lambda: load_data(config), "strings", "did you mean --caption_column json.caption?")
+
+
+def test_several_keys_of_a_json_with_shares(tmp_path):
+    shards(tmp_path / "data")
+    columns = {"image_column": "png", "caption_column": "json.caption:0.5,json.again:0.5"}
+    config = settings(dataset_name=str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"), **columns)
+    images = over(load_data(config)[0], config)
+    captions = {images[epoch, index]["caption"] for epoch in range(10) for index in range(2)}
+    assert captions == {"a", "b", "again a", "again b"}
 
 
 def test_a_split_of_a_folder_is_left_to_the_library(tmp_path):
