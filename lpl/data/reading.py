@@ -17,7 +17,7 @@ from typing import IO, Any, cast
 import fsspec
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from lpl.data.formats import FORMATS
@@ -141,7 +141,7 @@ def open_image(image: Mapping[str, Any] | Image.Image | None, folders: Sequence[
     if not isinstance(image, Mapping):
         return image
     if image["bytes"] is not None:
-        return Image.open(BytesIO(image["bytes"]), formats=FORMATS)
+        return _opened_bytes(image["bytes"])
     path = image["path"]
     if path is None:
         return None
@@ -150,7 +150,14 @@ def open_image(image: Mapping[str, Any] | Image.Image | None, folders: Sequence[
     if "://" not in path:
         return Image.open(path, formats=FORMATS)
     with fsspec.open(path) as file:
-        return Image.open(BytesIO(cast(IO[bytes], file).read(LARGEST_FILE)), formats=FORMATS)
+        return _opened_bytes(cast(IO[bytes], file).read(LARGEST_FILE))
+
+
+def _opened_bytes(content: bytes) -> Image.Image:
+    try:
+        return Image.open(BytesIO(content), formats=FORMATS)
+    except UnidentifiedImageError:  # in whose message is an address in memory
+        raise UnidentifiedImageError(f"cannot identify image file in {len(content):,} bytes") from None
 
 
 def file_digest(path: str) -> str:

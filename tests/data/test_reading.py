@@ -70,6 +70,11 @@ def test_pixels_are_from_minus_one_to_one():
     assert pixels.dtype == torch.float32 and pixels.unique().tolist() == [-1.0, 1.0]
 
 
+def test_bytes_that_are_no_image_are_refused_in_words():
+    with pytest.raises(OSError, match="^cannot identify image file in 4 bytes$"):
+        read_picture({"bytes": b"text", "path": None}, [])
+
+
 def test_exif_rotation_is_applied():
     buffer = io.BytesIO()
     exif = Image.Exif()
