@@ -188,7 +188,8 @@ def image_size(resolution: int | None, config: Mapping[str, Any]) -> tuple[int, 
     if resolution % factor or resolution < 2 * factor:
         below = max(2, resolution // factor) * factor
         raise ValueError(
-            f"--resolution {resolution}: this VAE takes multiples of {factor}, such as {below} or {below + factor}"
+            f"--resolution {resolution}: this VAE takes multiples of {factor} from {2 * factor} on, such as "
+            f"{below} or {below + factor}"
         )
     return resolution, resolution
 
