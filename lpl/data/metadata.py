@@ -44,6 +44,11 @@ def _jsonl(file: str) -> Iterator[tuple[int, Row]]:
             continue
         try:
             row = json.loads(line)
+            if "\\ud" in line.lower():  # perhaps half of an emoji, of a text that was cut
+                json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start : error.end])
+            raise ValueError(f"{file}, line {number}: {half} is no whole character; remove it there") from None
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):

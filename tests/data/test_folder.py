@@ -221,6 +221,11 @@ def test_names_in_metadata_mean_the_file_that_is_there(tmp_path, caplog):
         ("metadata.csv", "file,text\na.png,x\n", ["file, text", "file_name"]),
         ("metadata.jsonl", '[\n{"file_name": "a.png", "text": "a"}\n]', ["metadata.jsonl, line 1", "file_name"]),
         ("metadata.jsonl", '{"file_name": "a.png", "text": "a"}\n{"file_name": "b', ["metadata.jsonl, line 2"]),
+        (
+            "metadata.jsonl",
+            r'{"file_name": "a.png", "text": "a \ud83d"}',
+            ["line 1", r"'\ud83d' is no whole character"],
+        ),
         ("metadata.jsonl", '{"file_name": 3, "text": "a"}', ["line 1", "file_name is 3"]),
         ("metadata.jsonl", '{"file_name": "a", "text": "a"}', ["none of the 1 files", "data/a for example", "suffix"]),
         ("metadata.jsonl", '{"file_name": "a.png", "text": 3}', ["'text'", "strings", "3"]),
