@@ -20,7 +20,7 @@ def leave_after(main: Callable[[], None]) -> NoReturn:
     end = None
     try:
         main()
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
         end = error  # keeps what main() holds alive: a loader waits for its processes when it is freed
     code = exit_code(end)
     logging.shutdown()
@@ -33,6 +33,9 @@ def exit_code(end: BaseException | None) -> int:
     """The exit code of a process that ends with this exception; prints to standard error what Python prints."""
     if end is None:
         return 0
+    if isinstance(end, KeyboardInterrupt):  # before a run takes signals itself, or of a command that does not
+        print("\ninterrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     if not isinstance(end, SystemExit):
         sys.excepthook(type(end), end, end.__traceback__)
         return 1

@@ -81,26 +81,27 @@ class Slow:
 batches = []
 
 
-def held_up():
-    """A run that is done, while one of its loader's processes reads, and a thread of an upload that was given up."""
+def held_up(end):
+    """A run that ends while one of its loader's processes reads, with a thread of an upload that was given up."""
     loader = DataLoader(Slow(), num_workers=1, persistent_workers=True, worker_init_fn=leave_signals_alone)
     batches.append(iter(loader))
     threading.Thread(target=time.sleep, args=(300,)).start()
     print(f"read {int(next(batches[0]))}")
-    sys.exit(75)
+    raise end
 
 
-def test_nothing_holds_the_exit_up():
+@pytest.mark.parametrize("end, code", [(SystemExit(75), 75), (KeyboardInterrupt(), 130)])
+def test_nothing_holds_the_exit_up(end, code):
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             sys.stdout = os.fdopen(writing, "w")
-            leave_after(held_up)
+            leave_after(lambda: held_up(end))
         finally:
             os._exit(99)
     os.close(writing)
-    assert code_of(child) == 75
+    assert code_of(child) == code
     # The pipe ends with the last process that has it: the loader's is gone too, and what was said has arrived.
     assert select.select([reading], [], [], 20)[0] and os.read(reading, 100) == b"read 0\n"
     assert select.select([reading], [], [], 20)[0] and os.read(reading, 100) == b""
@@ -109,7 +110,13 @@ def test_nothing_holds_the_exit_up():
 
 @pytest.mark.parametrize(
     "end, code, said",
-    [(None, 0, ""), (SystemExit(), 0, ""), (SystemExit(75), 75, ""), (SystemExit("why"), 1, "why\n")],
+    [
+        (None, 0, ""),
+        (SystemExit(), 0, ""),
+        (SystemExit(75), 75, ""),
+        (SystemExit("why"), 1, "why\n"),
+        (KeyboardInterrupt(), 130, "\ninterrupted\n"),
+    ],
 )
 def test_the_exit_code_is_pythons(end, code, said, capsys):
     assert exit_code(end) == code and capsys.readouterr().err == said
