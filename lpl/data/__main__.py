@@ -9,7 +9,8 @@ if __name__ == "__main__" and "--verbose" not in sys.argv:
     hush_libraries()
 
 from lpl.data.command import main
+from lpl.tools.process import leave_after
 
 
 if __name__ == "__main__":
-    main()
+    leave_after(main)

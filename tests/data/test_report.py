@@ -1,6 +1,7 @@
 """python -m lpl.data: what it counts, what it decodes, the contact sheet, and what it refuses."""
 
 import json
+import runpy
 import shlex
 from dataclasses import replace
 
@@ -237,6 +238,15 @@ def test_what_strangers_write_does_not_reach_the_terminal(folder, shown):
     (folder / "wide.txt").write_text("a \x1b[31mred\x07 one")
     said, _ = shown(folder, "--resolution", 64)
     assert "\x1b" not in said and "a ?[31mred? one" in said
+
+
+def test_ctrl_c_does_not_wait_for_the_workers(monkeypatch):
+    """They ignore it; see tests/tools/test_process.py."""
+    left = []
+    monkeypatch.setattr("sys.argv", ["lpl.data", "--verbose"])
+    monkeypatch.setattr("lpl.tools.process.leave_after", left.append)
+    runpy.run_module("lpl.data", run_name="__main__")
+    assert left == [command.main]
 
 
 def test_help_shows_the_defaults(capsys):
