@@ -174,7 +174,8 @@ def train(config: Config, status: Status) -> None:
 
     # What watches the run, and what it leaves
     preemption = Preemption(accelerator)
-    set_earlier_aside(run, config.lora.lora)
+    with run_errors(SCRIPT):
+        set_earlier_aside(run, config.lora.lora)
     log = Log(run, length, config.validation, config.output, config.lpl.lpl_every, losses.blocks, student is not None)
     bad_samples = BadSamples(accelerator, images, run.folder, config.data.max_bad_samples, run.resumed is not None)
     skipped_steps = SkippedSteps(accelerator, config.optimization.max_skipped_steps, run.progress.skipped)

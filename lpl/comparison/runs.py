@@ -30,7 +30,6 @@ from lpl.training.preemption import EXIT_CODE
 
 
 WITHOUT, WITH, LONGER = "without", "with", "longer"
-LOCK = ".lock"
 LABELS = {WITHOUT: "without LPL", WITH: "with LPL", LONGER: "without LPL, equal time"}
 FIXED = ("data", "base", "commits", "global_batch", "num_processes")  # facts that the runs of a seed share
 PRECISION = "mixed_precision"  # a flag, whose default is accelerate's
@@ -148,7 +147,7 @@ def locked(folder: Path) -> Iterator[int]:
         ValueError: if the folder is held already.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "a") as file:
+    with open(folder / layout.LOCK, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -19,6 +19,7 @@ import yaml
 
 from lpl.config.prompts import NEGATIVE, TEXT, Entry, entry_of
 from lpl.config.recipes import LARGEST_RECIPE, RecipeLoader
+from lpl.tools.words import decoded
 
 
 OPTION = re.compile(r"(?:^|\s)--([A-Za-z]+)(?=\s|$)")
@@ -49,7 +50,7 @@ def read_prompts(path: str) -> tuple[Entry, ...]:
             content = file.read(LARGEST_RECIPE + 1)
         if len(content) > LARGEST_RECIPE:
             raise ValueError(f"it has more than {LARGEST_RECIPE:,} bytes")
-        found = tuple(reader(content.decode("utf-8-sig")))
+        found = tuple(reader(decoded(content)))
     except OSError as error:
         raise ValueError(f"{what}: it cannot be read ({error.strerror})") from error
     except ValueError as error:

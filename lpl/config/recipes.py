@@ -147,7 +147,9 @@ def take_measured(entries: dict[Any, Any]) -> dict[Any, Any]:
 def recipe_text(values: Mapping[str, Any], measured: Mapping[str, Any] | None = None) -> str:
     """The text of a recipe file: the flags by name, then ``measured``."""
     flags = dict(sorted(values.items(), key=lambda entry: str(entry[0])))
-    return yaml.safe_dump(flags | ({MEASURED: dict(measured)} if measured else {}), sort_keys=False)
+    return yaml.safe_dump(
+        flags | ({MEASURED: dict(measured)} if measured else {}), sort_keys=False, allow_unicode=True
+    )
 
 
 # Values --------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from lpl.config.data_checks import parse_limit
 from lpl.data.dataset import TrainingImages
 from lpl.tools.files import entries, lines, write_text
 from lpl.tools.layout import BAD_SAMPLES
+from lpl.tools.words import counted
 
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,11 @@ class BadSamples:
             listed = [{"image": index, "file": names[index], "reason": new[index]} for index in sorted(new)]
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(lines(listed))
-            logger.warning("%s could not be read so far and were replaced; %s lists them", self._count(), self.path)
+            first = listed[0]
+            logger.warning(
+                f"--max_bad_samples: {self._count()} could not be read so far and had to be replaced, such as "
+                f"{first['file'] or first['image']} ({first['reason']}); {self.path} lists them"
+            )
         if self.limit is None or len(self._known) <= self.limit:
             return None
         return (
@@ -97,5 +102,6 @@ class BadSamples:
         )
 
     def _count(self) -> str:
-        total = "" if self.images.rows is None else f" of {self.images.rows}"
-        return f"{len(self._known)}{total} samples"
+        if self.images.rows is None:
+            return counted(len(self._known), "sample")
+        return f"{len(self._known)} of {counted(self.images.rows, 'sample')}"

@@ -19,6 +19,7 @@ import pyarrow
 from lpl.data.folder import Contents
 from lpl.data.index import Index, in_threads, name_of
 from lpl.data.reading import lies_in
+from lpl.tools.words import decoded
 
 
 WORTH = 10_000  # files; fewer are read faster than it is worth an index
@@ -60,7 +61,7 @@ def _caption(file: str, content: Content | None, per_line: bool) -> tuple[Captio
     if isinstance(content, OSError):
         return None, "with a text file that cannot be read"
     try:
-        text = decoded(content, file)
+        text = decoded(content)
     except ValueError:
         return None, "with a text file that is not in UTF-8"
     caption = [line for part in text.splitlines() if (line := _squeezed(part))] if per_line else _squeezed(text)
@@ -77,17 +78,10 @@ def read_text(file: str | os.PathLike[str]) -> str:
     Raises:
         ValueError: for another encoding.
     """
-    return decoded(Path(file).read_bytes(), file)
-
-
-def decoded(content: bytes, file: str | os.PathLike[str]) -> str:
-    """The text of a file's bytes, see :func:`read_text`."""
     try:
-        if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-            return content.decode("utf-16")
-        return content.decode().removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not in UTF-8; save it in that encoding ({error})") from None
+        return decoded(Path(file).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is {error}") from None
 
 
 # Their bytes ---------------------------------------------------------------------------------------------------------

@@ -230,7 +230,7 @@ class Report:
             return f"{setting}; not measured: {'no sample was inside' if self.with_lpl else 'out of memory'}"
         value = float(self.weight.value)
         number = f"{value:.4g}" if self.weight.share is None else f"{setting}, which is {value:.4g}"
-        return f"{number}: {share:.1%} of the total loss, measured over {self.weight.steps} steps"
+        return f"{number}: {share:.1%} of the total loss, measured over {counted(self.weight.steps, 'step')}"
 
     def _pull(self) -> str:
         """Whether lowering LPL raises the contrast of the estimates."""

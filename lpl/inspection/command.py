@@ -151,6 +151,8 @@ def find_images(given: Sequence[str], most: int) -> list[Path]:
     """
     files: list[Path] = []
     for name in given:
+        if not name:
+            raise ValueError("--images: the path is empty; give a file or a folder")
         found = sorted(image_files(name)) if Path(name).is_dir() else [Path(name)] if Path(name).is_file() else []
         if not found:
             what = Contents.of(name).without_images() if Path(name).is_dir() else "there is no such file or folder"

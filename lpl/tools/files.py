@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
 import os
@@ -19,11 +21,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lpl.tools.layout import INDEX
+from lpl.tools.layout import INDEX, LOCK
 
 
 READY = ".result.ready"  # a result that is whole, and takes the place of the earlier one
 UNFINISHED, REMOVED = ".unfinished", ".removed"  # suffixes of temporary names, which begin with a dot
+HELD: dict[Path, int] = {}  # folders that this process holds -> their locks, open until it ends
 
 
 def check_writable(
@@ -54,6 +57,38 @@ def check_writable(
         raise ValueError(
             f"{what}: {blocked} is a folder there, and a file of that name is written; give another folder"
         )
+
+
+def hold(what: str, folder: str | os.PathLike) -> None:
+    """Keep other processes out of a folder until this one ends, however it ends; the folder is made.
+
+    The lock is not passed on to processes that this one forks. Where the file system has no locks, and where the file
+    is another user's, nobody is kept out.
+
+    Args:
+        what: the flag and its value.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    place = Path(folder).resolve()
+    if place in HELD:
+        return
+    place.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = os.open(place / LOCK, os.O_WRONLY | os.O_CREAT, 0o666)
+    except OSError:
+        return
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return
+        raise ValueError(
+            f"{what}: another run writes to this folder now; wait for its end or stop it, or give another folder"
+        ) from error
+    HELD[place] = lock
 
 
 def write_whole(path: str | os.PathLike, write: Callable[[Path], object]) -> Path:

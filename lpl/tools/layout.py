@@ -43,5 +43,6 @@ EMA_COUNT = "ema.json"
 LAST_CHECKPOINT = "last-checkpoint"  # on the Hub, as transformers' Trainer names it
 
 # Temporary; all begin with a dot
+LOCK = ".lock"  # stays, and says nothing by itself: whether somebody holds it counts
 UPLOADS = ".uploads"
 DOWNLOADS = ".download"

@@ -120,6 +120,20 @@ def short_count(number: int) -> str:
     return str(number)
 
 
+def decoded(content: bytes) -> str:
+    """The text of a file's bytes in UTF-8, or in UTF-16 with a byte-order mark, as Windows writes it.
+
+    Raises:
+        ValueError: for another encoding.
+    """
+    try:
+        if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+            return content.decode("utf-16")
+        return content.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not in UTF-8; save it in that encoding ({error})") from None
+
+
 def counted(count: int, word: str) -> str:
     """A count with its noun.
 

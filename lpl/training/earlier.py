@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 
 from lpl.tools import layout
-from lpl.tools.files import UNFINISHED, free_place
+from lpl.tools.files import UNFINISHED, free_place, hold
 from lpl.tools.results import lora_entries, pipeline_entries, scheduler_entries, single_files
 from lpl.training.checkpoints import set_aside
 from lpl.training.start import Run
@@ -29,9 +29,13 @@ def set_earlier_aside(run: Run, lora: bool) -> None:
 
     Args:
         lora: it trains a LoRA.
+
+    Raises:
+        ValueError: another run writes there.
     """
     if not run.is_main:
         return
+    hold(f"--output_dir {run.folder}", run.folder)
     own = run.owns_folder
     moved = set_aside(run.folder, run.step if own else 0)
     pipeline, adapters = pipeline_entries(run.folder), lora_entries(run.folder)

@@ -38,6 +38,7 @@ from lpl.families import Family
 from lpl.families.description import Description
 from lpl.tools import layout
 from lpl.tools.console import AboveBars
+from lpl.tools.files import hold
 from lpl.tools.results import lora_entries, pipeline_entries
 from lpl.tools.words import warn
 from lpl.training.average import MovingAverage
@@ -240,11 +241,14 @@ def start_or_resume(config: Config, accelerator: Accelerator, download: Callable
             :func:`lpl.publishing.hub.download_run`.
 
     Raises:
-        ValueError: where the checkpoint is of something else than what the command trains.
+        ValueError: where the checkpoint is of something else than what the command trains, or another run writes to
+            the folder.
     """
     output, seed = config.output, config.optimization.seed
     with accelerator.main_process_first():
         if accelerator.is_main_process and not config.validation.dry_run:
+            if Path(output.output_dir).is_dir():  # else it is held as soon as it is made
+                hold(f"--output_dir {output.output_dir}", output.output_dir)
             tidy(output.output_dir)
             if output.resume_from_checkpoint == "hub":
                 download(output)

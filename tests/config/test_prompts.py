@@ -67,6 +67,11 @@ def test_json_as_programs_write_it(name, content, tmp_path):
     assert read_prompts(path) == ("a cat \U0001f600\u2028on a mat",)
 
 
+def test_a_file_as_windows_writes_it(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\r\nöl\r\n", encoding="utf-16", newline="")
+    assert read_prompts(str(tmp_path / "prompts.txt")) == ("a cat", "öl")
+
+
 def test_a_recipe_holds_the_prompts_and_not_their_file(sd_pipeline, image_folder, tmp_path):
     given = file_of(tmp_path, "prompts.txt", LINES)
     config = parse(words(tmp_path, sd_pipeline, image_folder, **given))
@@ -118,7 +123,7 @@ def test_a_file_that_is_not_there_or_no_text(sd_pipeline, image_folder, tmp_path
     given = {"validation_prompts_file": str(tmp_path / "none.txt")}
     assert "cannot be read" in refusal(capsys, words(tmp_path, sd_pipeline, image_folder, **given))
     (tmp_path / "none.txt").write_bytes(b"\xff\xfe\x00")
-    assert "utf-8" in refusal(capsys, words(tmp_path, sd_pipeline, image_folder, **given))
+    assert "save it in that encoding" in refusal(capsys, words(tmp_path, sd_pipeline, image_folder, **given))
 
 
 @pytest.mark.parametrize("name", ["validation_prompt", "validation_prompts"])

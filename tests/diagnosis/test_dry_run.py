@@ -196,7 +196,7 @@ def test_a_share_that_a_checkpoint_has_is_not_measured_again(planned):
     weight.observe(torch.tensor(4.0), torch.tensor(1.0))
     weight.end_step(lambda sums: sums)
     said, _ = dry_run(planned(), weight)
-    assert said["weight"] == "auto:0.2, which is 1: 20.0% of the total loss, measured over 1 steps"
+    assert said["weight"] == "auto:0.2, which is 1: 20.0% of the total loss, measured over 1 step"
 
 
 # Memory and disk -----------------------------------------------------------------------------------------------------
