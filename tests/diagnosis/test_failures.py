@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import debug_launcher
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from trainer import metrics, same, script, train, weights
+from trainer import metrics, same, script, train, unfinished, weights
 
 from lpl import features
 from lpl.config import Config
@@ -288,7 +288,7 @@ def test_a_file_that_may_not_be_so_large(sd_pipeline, image_folder, tmp_path):
     said = in_child(limited)
     assert said.startswith(f"train_text_to_image_lpl.py: error: {tmp_path / 'run/checkpoint-2'} cannot be written: ")
     assert "File too large" in said and "a checkpoint needs " in said
-    assert not list((tmp_path / "run").glob("*checkpoint*")) and not list((tmp_path / "run").glob(".*"))
+    assert not list((tmp_path / "run").glob("*checkpoint*")) and not unfinished(tmp_path / "run")
 
 
 @pytest.fixture
@@ -327,7 +327,7 @@ def test_a_full_disk_ends_the_run_with_what_was_whole(sd_pipeline, image_folder,
         "No space left on device" in said and "\ncheckpoint-4 is complete; to continue, run the same command" in said
     )
     assert sorted(path.name for path in (disk / "run").glob("*checkpoint*")) == ["checkpoint-2", "checkpoint-4"]
-    assert not list((disk / "run").glob(".*"))
+    assert not unfinished(disk / "run")
     small_disk(int(4 * CHECKPOINT + RESULT))
     train(sd_pipeline, image_folder, disk / "run", **flags, resume_from_checkpoint="latest")
     assert same(weights(disk / "run/unet"), weights(whole / "unet")) and metrics(disk / "run") == metrics(whole)
@@ -340,7 +340,7 @@ def test_a_checkpoint_that_would_go_anyway_makes_room(sd_pipeline, image_folder,
     disk = small_disk(4_750_000)  # each takes 1.7 MB, and writing the result 0.9 MB
     train(sd_pipeline, image_folder, disk / "run", **flags)
     assert [path.name for path in find_checkpoints(disk / "run")] == ["checkpoint-6", "checkpoint-8"]
-    assert (disk / "run/model_index.json").is_file() and not list((disk / "run").glob(".*"))
+    assert (disk / "run/model_index.json").is_file() and not unfinished(disk / "run")
     assert "the disk is full: checkpoint-2 is deleted to make room for checkpoint-6" in caplog.text
 
 

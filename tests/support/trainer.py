@@ -6,9 +6,11 @@ below; True is a flag without a value, a list one with several, None leaves a de
 """
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -21,6 +23,8 @@ from lpl.config.command_line import config_of, parse
 from lpl.families.derived import with_derived
 from lpl.families.description import read_pipeline
 from lpl.families.resolve import resolve
+from lpl.tools import layout
+from lpl.tools.files import hold
 from lpl.training import lora
 from lpl.training.given_lora import with_adapters
 from lpl.training.preflight import check_captions, preflight
@@ -114,6 +118,27 @@ def launch(pipeline, images, output_dir, /, *options, module="accelerate.command
     return Path(output_dir)
 
 
+@contextmanager
+def held_by_another(folder):
+    """Another process holds the folder within."""
+    context = multiprocessing.get_context("fork")
+    held, leave = context.Event(), context.Event()
+
+    def other():
+        hold("--output_dir", folder)
+        held.set()
+        leave.wait(60)
+
+    process = context.Process(target=other)
+    process.start()
+    try:
+        assert held.wait(60)
+        yield
+    finally:
+        leave.set()
+        process.join()
+
+
 def metrics(folder, *names):
     """The training entries of a run's log, without its speed; with names, those numbers of each."""
     records = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
@@ -127,6 +152,11 @@ def validation_metrics(folder):
     records = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     names = ("step", "validation_loss", "validation_lpl")
     return [[record.get(name) for name in names] for record in records if "validation_loss" in record]
+
+
+def unfinished(folder):
+    """What a run has left half-written."""
+    return [path.name for path in folder.glob(".*") if path.name != layout.LOCK]
 
 
 def weights(folder):

@@ -1,11 +1,11 @@
 """Files are written atomically and durably, and states come back as they were."""
 
-import multiprocessing
 import os
 import stat
 
 import pytest
 import torch
+from trainer import held_by_another
 
 from lpl.tools import files
 from lpl.tools.files import (
@@ -213,24 +213,10 @@ def test_the_module_reads_no_pickle():
 
 
 def test_a_folder_is_held_by_one_process(tmp_path):
-    """Until it ends; nothing is made where nothing is."""
-    context = multiprocessing.get_context("fork")
-    held, leave = context.Event(), context.Event()
-
-    def other():
-        files.hold("--output_dir run", tmp_path / "run")
-        held.set()
-        leave.wait(60)
-
-    process = context.Process(target=other)
-    process.start()
-    try:
-        assert held.wait(60)
+    """Until it ends."""
+    with held_by_another(tmp_path / "run"):
         with pytest.raises(ValueError, match="--output_dir run: another run writes to this folder now"):
             files.hold("--output_dir run", tmp_path / "run")
         files.hold("--output_dir run", tmp_path / "other")
-    finally:
-        leave.set()
-        process.join()
     files.hold("--output_dir run", tmp_path / "run")
     files.hold("--output_dir run", tmp_path / "run")

@@ -10,7 +10,7 @@ import torch
 import yaml
 from accelerate import Accelerator, debug_launcher
 from diffusers import UNet2DConditionModel
-from trainer import arguments, metrics, run, same, train, weights
+from trainer import arguments, metrics, run, same, train, unfinished, weights
 
 from lpl.evaluation.sources import find_models
 from lpl.tools import files, layout
@@ -56,7 +56,7 @@ def names(output_dir):
 
 def test_the_oldest_checkpoints_above_the_limit_are_dropped(trained):
     assert names(trained) == ["checkpoint-3", "checkpoint-4"]
-    assert not list(trained.glob(".*"))  # nothing unfinished
+    assert not unfinished(trained)
 
 
 def test_a_checkpoint_has_diffusers_layout(trained):

@@ -5,7 +5,7 @@ import os
 import shutil
 
 import pytest
-from trainer import same, train, weights
+from trainer import held_by_another, same, train, weights
 
 from lpl.evaluation.sources import find_models
 from lpl.publishing.command import check_finished
@@ -42,6 +42,12 @@ def test_files_have_the_permissions_that_the_umask_says(sd_pipeline, image_folde
     names = {file.name for file in files}
     assert {layout.LORA, "run_comfyui.safetensors", "state.safetensors", layout.CARD, layout.RECIPE, "00.png"} <= names
     assert {file.stat().st_mode & 0o777 for file in files} == {0o640}
+
+
+def test_a_folder_is_one_runs_at_a_time(sd_pipeline, image_folder, tmp_path):
+    with held_by_another(tmp_path / "run"), pytest.raises(SystemExit, match="another run writes to this folder now"):
+        train(sd_pipeline, image_folder, tmp_path / "run", **FLAGS)
+    train(sd_pipeline, image_folder, tmp_path / "run", **FLAGS)
 
 
 def test_an_earlier_result_is_set_aside(whole, sd_pipeline, image_folder, tmp_path, caplog):
