@@ -143,6 +143,7 @@ ROWS = {
     "long": Row("length", "1,000 steps", NONE | LONG, without="long"),
     "long_lpl": Row("length", "1,000 steps, LPL", LPL | LONG, without="long"),
     "long_student": Row("length", "1,000 steps, student", STUDENT | LONG, without="long"),
+    "long_half": Row("length", "1,000 steps, student, w = 1", STUDENT | LONG | {"lpl_weight": "1"}, without="long"),
     # Where the gradients conflict
     "projected": Row("conflict", "LPL's conflicting part removed", LPL | {"lpl_project_conflicts": True}),
 }
