@@ -69,7 +69,9 @@ def sharded_runs():
 def close(one, other):
     assert one.keys() == other.keys()
     for key, value in one.items():
-        torch.testing.assert_close(other[key], value, rtol=1e-4, atol=1e-5, msg=key)
+        if "k_proj.bias" in key:  # attention does not depend on it: its gradient is nothing but rounding errors
+            continue
+        torch.testing.assert_close(other[key], value, rtol=1e-4, atol=1e-5, msg=str(key))
 
 
 def test_a_training_of_all_weights(sharded_runs, sd_pipeline, image_folder, tmp_path):
