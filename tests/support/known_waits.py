@@ -47,6 +47,9 @@ KNOWN = {
     "diffusers.models.transformers.transformer_hidream_image:HiDreamImageTransformer2DModel.patchify": (
         "in each step: the transformer copies the size of the image, two numbers"
     ),
+    "diffusers.models.transformers.transformer_qwenimage:compute_text_seq_len_from_mask": (
+        "in each step with captions of several lengths: Qwen-Image's transformer copies one number"
+    ),
     "transformers.cache_utils:DynamicSlidingWindowLayer.lazy_initialization": (
         "in each step: Gemma makes a cache that nothing uses, and copies a number for each layer with a window"
     ),
