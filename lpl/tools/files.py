@@ -86,8 +86,8 @@ def hold(what: str, folder: str | os.PathLike) -> None:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             return
         raise ValueError(
-            f"{what}: another run writes to this folder now; wait for its end or stop it, or give another folder (if its "
-            f"machine has crashed and the file system has not noticed, remove {place / LOCK})"
+            f"{what}: another run writes to this folder now; wait for its end or stop it, or give another folder "
+            f"(if its machine has crashed and the file system has not noticed, remove {place / LOCK})"
         ) from error
     HELD[place] = lock
 
