@@ -231,10 +231,15 @@ def cannot_shard(optimization: Optimization) -> bool:
     """Whether it is known not to update sharded weights."""
     if not is_path(optimization.optimizer):
         return optimization.use_8bit_adam or optimization.optimizer == "prodigy"
-    if optimization.optimizer.startswith("bitsandbytes"):
+    if of_bitsandbytes(optimization):
         return True
     found = tried(optimization)
     return found.averages or not found.shapes  # a state of other shapes could be saved, and not be resumed
+
+
+def of_bitsandbytes(optimization: Optimization) -> bool:
+    """Whether it is of bitsandbytes, whose kernels take a weight's and a state's numbers as they lie in memory."""
+    return optimization.use_8bit_adam or optimization.optimizer.startswith("bitsandbytes")
 
 
 def name_of(optimizer: Any) -> str:

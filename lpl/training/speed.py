@@ -35,6 +35,7 @@ from lpl.features import DecoderFeatureExtractor
 from lpl.tools.machine import has_gpu, missing
 from lpl.tools.words import close_match, first_line, warn
 from lpl.training.loading import weight_dtype
+from lpl.training.optimizers import of_bitsandbytes
 from lpl.training.parts import TrainedParts
 
 
@@ -86,6 +87,8 @@ def check_model(config: Config, description: Description) -> None:
         if not convolutions(denoiser):
             effect = "changes the VAE only" if convolutions(vae) else "has no effect"
             warn(f"--channels_last {effect}: {type(denoiser).__name__} has no convolutions but those of patches")
+        elif of_bitsandbytes(config.optimization) and not config.lora.lora:
+            warn("--channels_last changes the VAE only: the optimizers of bitsandbytes take contiguous weights")
     if config.optimization.torch_compile and config.lpl.enabled and config.lpl.lpl_vae_name_or_path is None:
         DecoderFeatureExtractor(skeleton(description.vae), config.lpl.lpl_blocks, compile_for=1)
 

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lpl.config.groups import Optimization
 from lpl.config.rules import is_path
 from lpl.training.average import MovingAverage
-from lpl.training.optimizers import averages_weights, factors, hyperparameters, optimizer_by_path
+from lpl.training.optimizers import averages_weights, factors, hyperparameters, of_bitsandbytes, optimizer_by_path
 from lpl.training.parts import TrainedParts
 from lpl.training.sharding import average_gradients, called_in_precision, like, local, whole
 
@@ -69,9 +69,9 @@ def make_optimizer(optimization: Optimization, trained: TrainedParts, global_bat
                 "weight_decay": optimization.adam_weight_decay_text_encoder,
             }
         )
-    if optimization.use_8bit_adam or optimization.optimizer.startswith("bitsandbytes"):
-        # Its kernels lay weights out so in the first step, and take a state's numbers as they lie in memory. States
-        # with the strides of --channels_last would be saved in another order than the one that they are used in.
+    if of_bitsandbytes(optimization):
+        # It lays weights out so in the first step. States with the strides of --channels_last would be saved in
+        # another order than the one that they are used in.
         for weight in (weight for group in groups for weight in group["params"]):
             weight.data = weight.data.contiguous()
     shared: dict[str, Any] = {

@@ -38,18 +38,24 @@ def test_what_cannot_be_faster_is_refused_before_it_is_loaded(pipeline, flags, s
 
 
 @pytest.mark.parametrize(
-    "pipeline, said",
+    "pipeline, flags, said",
     [
-        (FLUX, ["--channels_last changes the VAE only: FluxTransformer2DModel has no convolutions but those of pat"]),
-        ("sd3_pipeline", ["--channels_last changes the VAE only: SD3Transformer2DModel has"]),
-        ("sana_pipeline", []),
-        (SD, []),
+        (
+            FLUX,
+            {},
+            ["--channels_last changes the VAE only: FluxTransformer2DModel has no convolutions but those of pat"],
+        ),
+        ("sd3_pipeline", {}, ["--channels_last changes the VAE only: SD3Transformer2DModel has"]),
+        ("sana_pipeline", {}, []),
+        (SD, {}, []),
+        (SD, {"use_8bit_adam": True}, ["--channels_last changes the VAE only: the optimizers of bitsandbytes"]),
+        (SD, {"use_8bit_adam": True, "lora": True}, []),
     ],
 )
-def test_no_convolutions_are_warned_of(pipeline, said, request, image_folder, tmp_path):
+def test_what_stays_contiguous_is_warned_of(pipeline, flags, said, request, image_folder, tmp_path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        parsed(request.getfixturevalue(pipeline), image_folder, tmp_path, channels_last=True)
+        parsed(request.getfixturevalue(pipeline), image_folder, tmp_path, channels_last=True, **flags)
     found = [str(item.message) for item in caught if "--channels_last" in str(item.message)]
     assert len(found) == len(said) and all(map(str.startswith, found, said))
 
