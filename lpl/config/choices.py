@@ -35,6 +35,7 @@ GPUS = {  # MiB, as nvidia-smi shows them
     "h200": 143771,
     "b200": 183359,
 }
+WITHOUT_BFLOAT16 = ("t4", "v100")
 PRECISIONS = ("fp32", "fp16", "bf16")  # of the weights in a single file
 MASK_COLUMN = "mask"  # of the loss masks of a folder of images
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from lpl.config import Config
 from lpl.config.checks import gpus
-from lpl.config.choices import RANK
+from lpl.config.choices import RANK, WITHOUT_BFLOAT16
 from lpl.config.command_line import build_parser, given_flags
 from lpl.diagnosis.counting import Counting, as_on_gpu
 from lpl.diagnosis.estimate import CONTEXT, Estimate, Method, estimate
@@ -162,6 +162,8 @@ def print_estimate(config: Config, method: Method) -> None:
     check_sharding(sharding, config)
     if sharding is None and asks_for_fsdp():
         warn("FSDP2 (in accelerate's configuration) shards nothing on one GPU; give several, as in --for_gpu 8x80GB")
+    if precision == "bf16" and cast(str, config.validation.for_gpu).lower().endswith(WITHOUT_BFLOAT16):
+        warn(f"--for_gpu {config.validation.for_gpu}: it only emulates bfloat16; give --mixed_precision fp16")
     stages = [Stage.STEP, Stage.LPL_STEP]
     if config.validation.validation_prompts or config.evaluation.eval_steps is not None:
         stages.append(Stage.SAMPLES)

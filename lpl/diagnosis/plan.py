@@ -222,8 +222,11 @@ class Plan:
 
     def _precision_warning(self) -> str | None:
         accelerator = self.run.accelerator
-        if accelerator.device.type != "cpu" or accelerator.mixed_precision != "bf16":
+        if accelerator.mixed_precision != "bf16":
             return None
+        if accelerator.device.type == "cuda":
+            computes = torch.cuda.is_bf16_supported(including_emulation=False)
+            return None if computes else "this GPU only emulates bfloat16; give --mixed_precision fp16"
         if (times := slowness_of_bfloat16()) < EMULATED:
             return None
         return (

@@ -391,6 +391,13 @@ def reported(configurations, tmp_path, capsys, monkeypatch, recwarn):
     return report
 
 
+def test_a_gpu_that_emulates_bfloat16_is_warned_of(reported):
+    said = "only emulates bfloat16; give --mixed_precision fp16"
+    assert f"--for_gpu 2xT4: it {said}" in reported("2xT4", {}, "--mixed_precision", "bf16")[1]
+    assert said not in reported("2xT4", {}, "--mixed_precision", "fp16")[1]
+    assert said not in reported("24GB", {}, "--mixed_precision", "bf16")[1]
+
+
 def test_the_command_counts_fsdp2(reported):
     """As accelerate's configuration says; the number of processes comes from the flag or from the launcher."""
     one, warning = reported("8GB", FSDP2)

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -171,6 +172,16 @@ def test_a_warm_up_that_is_longer_than_the_run(planned, flags, said):
 def test_a_cpu_that_emulates_bfloat16_is_warned_of(planned, monkeypatch, precision, slowness, said):
     monkeypatch.setattr(plans, "slowness_of_bfloat16", lambda: slowness)
     assert planned(lpl_weight=0, mixed_precision=precision).warnings() == said
+
+
+@pytest.mark.parametrize("computes", [True, False])
+def test_a_gpu_that_emulates_bfloat16_is_warned_of(planned, monkeypatch, computes):
+    plan = planned(lpl_weight=0, mixed_precision="bf16")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation: computes)
+    gpu = SimpleNamespace(device=torch.device("cuda"), mixed_precision="bf16", num_processes=1)
+    plan = replace(plan, run=replace(plan.run, accelerator=gpu))
+    said = "this GPU only emulates bfloat16; give --mixed_precision fp16"
+    assert plan.warnings() == ([] if computes else [said])
 
 
 def test_captions_that_are_cut_off(planned, caplog):
