@@ -60,6 +60,22 @@ def given_flags(parser: Parser, words: Sequence[str]) -> set[str]:
     return set(vars(parser.parse_args(words)))
 
 
+def read_shared(names: Collection[str], values: Mapping[str, Any], typed: Collection[str]) -> dict[str, Any]:
+    """What the recipe of --config says of some flags, for another program; its other flags are left aside.
+
+    Args:
+        values: of that program's flags.
+        typed: flags of the command line.
+
+    Raises:
+        ValueError: if it cannot be read, or a value is invalid.
+    """
+    parser = Parser()
+    add_flags(parser, names)
+    source = {"token": values["hub_token"], "cache_dir": values["cache_dir"]}
+    return read_recipe(parser, values["config"], values.get("without") or (), typed, strict=False, **source).values
+
+
 # Words -> configuration ----------------------------------------------------------------------------------------------
 
 
@@ -117,11 +133,7 @@ def _read(parser: Parser, words: Sequence[str]) -> Config:
     else:
         source = {"token": values["hub_token"], "cache_dir": values["cache_dir"]}
         said, measured = read_recipe(parser, values["config"], values["without"] or (), typed, **source)
-        given |= {
-            action.dest
-            for action in parser.flags
-            if action.dest in said and (said[action.dest] not in _not_given(action) or action.dest in FOREIGN)
-        }
+        given |= changed_by(said, parser)
         parser.set_defaults(**said)
         values = vars(parser.parse_args(words))
         if "lpl_weight" in typed and parse_weight(values["lpl_weight"]) == (0.0, None):
@@ -133,10 +145,18 @@ def _read(parser: Parser, words: Sequence[str]) -> Config:
     return _completed(translated(config, foreign))
 
 
-def _not_given(action: argparse.Action) -> tuple[Any, ...]:
-    """Values that a recipe records for a flag that was not given."""
-    former = FLAGS[action.dest].former_default if action.dest in FLAGS else None
-    return (action.default, [action.default], former)
+def changed_by(said: Mapping[str, Any], parser: Parser) -> set[str]:
+    """Names of the flags that a recipe changes: it records defaults too."""
+
+    def not_given(action: argparse.Action) -> tuple[Any, ...]:
+        former = FLAGS[action.dest].former_default if action.dest in FLAGS else None
+        return (action.default, [action.default], former)
+
+    return {
+        action.dest
+        for action in parser.flags
+        if action.dest in said and (said[action.dest] not in not_given(action) or action.dest in FOREIGN)
+    }
 
 
 def _forget_lpl(values: dict[str, Any], names: Collection[str]) -> set[str]:

@@ -17,19 +17,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from lpl.config import Config
 from lpl.config.checks import check_data, check_outside
-from lpl.config.command_line import add_flags, config_of, given_flags, words_of
+from lpl.config.command_line import add_flags, config_of, given_flags, read_shared, words_of
 from lpl.config.config import FLAGS
 from lpl.config.flag import POSITIVE, add_group, built, flag, flags_of
 from lpl.config.groups import Data
 from lpl.config.parser import Parser
-from lpl.config.recipes import read_recipe
 from lpl.config.sizes import AUTO, default_step, sides_of
 from lpl.data.buckets import bucketed
 from lpl.data.catalogue import Catalogue, cache_root
@@ -98,7 +96,7 @@ def parsed(words: Sequence[str]) -> tuple[Request, Config]:
     values = vars(parser.parse_args(words))  # first, since --help is answered here and shows the defaults
     given = given_flags(build_parser(), words)
     if values["config"] is not None:
-        said = _recipe(values, given)
+        said = read_shared(SHARED_FLAGS, values, given)
         parser.set_defaults(**said)
         values, given = vars(parser.parse_args(words)), given | said.keys()
     if (folder := values.pop("folder")) is not None:
@@ -115,15 +113,6 @@ def parsed(words: Sequence[str]) -> tuple[Request, Config]:
     check_data(config)
     _check_written(request, config)
     return request, config
-
-
-def _recipe(values: dict[str, Any], given: set[str]) -> dict[str, Any]:
-    """What a recipe says of the data; its other flags are left aside."""
-    flags = Parser(prog=PROGRAM)
-    add_flags(flags, SHARED_FLAGS)
-    source = {"token": values["hub_token"], "cache_dir": values["cache_dir"]}
-    without = values["without"] or ()
-    return read_recipe(flags, values["config"], without, given, strict=False, **source).values
 
 
 def _completed(config: Config, class_labels: bool) -> Config:

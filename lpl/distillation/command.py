@@ -1,9 +1,11 @@
 """Makes a student of a VAE's decoder, for --lpl_student of the training script.
 
     python -m lpl.distill --pretrained_model_name_or_path PIPELINE --train_data_dir IMAGES --output_dir student
+    python -m lpl.distill --config recipe.yaml --train_data_dir IMAGES --output_dir student
 
-With a pipeline, the student learns from the denoiser's own estimates of the images' latents, at noise levels inside
-LPL's threshold; with a VAE alone, or ``--pairs_from errors``, from latents with errors of several kinds and sizes. It
+The second one takes the model, the loss, the resolution and the precision from a recipe of the training script. With a
+pipeline, the student learns from the denoiser's own estimates of the images' latents, at noise levels inside LPL's
+threshold; with a VAE alone, or ``--pairs_from errors``, from latents with errors of several kinds and sizes. It
 reproduces the loss as the ``--lpl_*`` flags configure it. Every 8th image is held out to measure it.
 
 Files in the output folder: the student (``config.json`` and its weights), its card with ``fidelity.png``, and
@@ -16,7 +18,7 @@ import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,10 +27,10 @@ from datasets import Dataset
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.modeling_utils import ModelMixin
 
-from lpl.autoencoders import downscaling_factor, feature_vae, latent_channels
+from lpl.autoencoders import downscaling_factor, latent_channels
 from lpl.config import Config
 from lpl.config.checks import check_outside
-from lpl.config.command_line import add_flags, config_of, given_flags
+from lpl.config.command_line import add_flags, changed_by, config_of, given_flags, read_shared
 from lpl.config.flag import NOT_NEGATIVE, POSITIVE, Range, add_group, built, flag, flags_of
 from lpl.config.groups import Output
 from lpl.config.parser import Parser
@@ -44,34 +46,39 @@ from lpl.features import DecoderFeatureExtractor
 from lpl.gate import sigma_threshold_at
 from lpl.inspection.command import image_size
 from lpl.inspection.vae import check_vae, find_vae, load_vae, with_configuration
-from lpl.loss import LatentPerceptualLoss
 from lpl.objectives import Objective, get_objective
 from lpl.publishing import hub
 from lpl.publishing.publication import take
 from lpl.publishing.uploads import upload
 from lpl.student import GROUPS, Student, probe
 from lpl.tools.files import check_writable, settle, write_text
-from lpl.tools.machine import DTYPES, usable_device
+from lpl.tools.machine import usable_device
 from lpl.tools.privacy import shown
 from lpl.tools.words import plain_warnings
-from lpl.training.loading import load_family
+from lpl.training.loading import load_family, weight_dtype
+from lpl.training.losses import perceptual_loss
 from lpl.training.parts import TrainedParts
 
 
 PROGRAM = "python -m lpl.distill"
 SHARED_FLAGS = (  # with the training script
-    *("revision", "variant", "cache_dir", "prediction_type", "max_sequence_length", "guidance_scale"),
+    *("config", "revision", "variant", "cache_dir", "prediction_type", "max_sequence_length", "guidance_scale"),
     *("train_data_dir", "dataset_name", "dataset_config_name", "train_split", "image_column", "caption_column"),
     *("resolution", "center_crop", "random_flip", "max_train_samples", "image_interpolation_mode"),
     *("lpl_blocks", "lpl_normalization", "lpl_detach_statistics", "lpl_depth_weighting", "lpl_no_outlier_mask"),
     *("lpl_outlier_quantile", "lpl_outlier_margin", "lpl_outlier_dilation", "lpl_outlier_erosion"),
     *("lpl_outlier_stride", "lpl_distance", "lpl_variant", "lpl_vae_dtype", "lpl_sigma_threshold"),
-    *("lpl_threshold_base_resolution", "push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "verbose"),
+    *("lpl_threshold_base_resolution", "lpl_gradient_checkpointing", "mixed_precision"),
+    *("push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "verbose"),
 )
 NUMBERS, PAIRS, SETTINGS = "distill.json", "pairs", "settings.json"
 WIDTHS = Range(lambda value: value > 0 and value % GROUPS == 0, f"a multiple of {GROUPS}")
 PUBLISHED = ("config.json", "diffusion_pytorch_model.safetensors", "README.md", PICTURE, NUMBERS)
-OF_THE_HUB = ("push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "verbose", "cache_dir")
+OF_THIS_RUN = (  # they change no pair
+    *("config", "push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "verbose", "cache_dir"),
+    "lpl_gradient_checkpointing",
+)
+FROM_RECIPE = {*SHARED_FLAGS, "pretrained_model_name_or_path"} - {*OF_THIS_RUN} | {"lpl_gradient_checkpointing"}
 SOURCES = ("predictions", "errors")
 
 
@@ -79,7 +86,9 @@ SOURCES = ("predictions", "errors")
 class Distillation:
     """The command's own flags; names as in the training script."""
 
-    pretrained_model_name_or_path: str = flag(MISSING, "a pipeline or a VAE: a folder or an id on the Hub", path=True)
+    pretrained_model_name_or_path: str | None = flag(
+        None, "a pipeline or a VAE: a folder or an id on the Hub", path=True
+    )
     output_dir: str = flag(MISSING, "where the student, its card and its numbers go", path=True)
     pairs_from: str | None = flag(
         None,
@@ -108,7 +117,8 @@ class Distillation:
 def build_parser() -> Parser:
     parser = Parser(
         prog=PROGRAM,
-        usage="%(prog)s --pretrained_model_name_or_path PIPELINE --train_data_dir IMAGES --output_dir FOLDER [flags]",
+        usage="%(prog)s (--pretrained_model_name_or_path PIPELINE | --config RECIPE) --train_data_dir IMAGES "
+        "--output_dir FOLDER [flags]",
         description="Make a student of a VAE's decoder, which stands in for the latent perceptual loss.",
     )
     add_group(parser, Distillation)
@@ -122,11 +132,18 @@ def parsed(words: Sequence[str]) -> tuple[Distillation, Config]:
     Raises:
         ValueError: with what was given, what is accepted, and the flag to change.
     """
-    values = vars(build_parser().parse_args(words))
-    own = flags_of(Distillation)
+    parser, own = build_parser(), flags_of(Distillation)
+    values, given = vars(parser.parse_args(words)), given_flags(build_parser(), words)
+    if values["config"] is not None:
+        said = read_shared(FROM_RECIPE, values, given)
+        given |= changed_by(said, parser)
+        parser.set_defaults(**said)
+        values = vars(parser.parse_args(words))
+    given -= own.keys()
     for name, declared in own.items():
         declared.check(name, values[name])
-    given = given_flags(build_parser(), words) - own.keys()
+    if values["pretrained_model_name_or_path"] is None:
+        raise ValueError("--pretrained_model_name_or_path is missing: a pipeline or a VAE; or --config with a recipe")
     shared = {name: value for name, value in values.items() if name in SHARED_FLAGS}
     both = {name: values[name] for name in ("pretrained_model_name_or_path", "output_dir", "seed")}
     config = config_of(shared | both | {"report_to": "none"}, given)
@@ -159,13 +176,15 @@ def pipeline_source(config: Config, device: torch.device) -> tuple[Predictions, 
     dataset = load_split(data, data.train_split, config.model.cache_dir, description.num_classes)
     objective, space = description.objective(config.model.objective), LatentSpace(*description.space)
     images = _images(config, dataset, objective, space, description.empty_caption)
-    family = load_family(config.model, config.lora, description, torch.float32)
+    dtype = weight_dtype(config.optimization.mixed_precision)
+    frozen = replace(config.lora, lora=True)  # as the denoiser of a LoRA: it is not trained
+    family = load_family(config.model, frozen, description, dtype)
     for part in (family.vae, family.denoiser, *family.text_encoders):
         cast(Any, part).to(device)
     model = TrainedParts(family, config.lora).requires_grad_(False).eval()
     lpl = config.lpl
     tau = sigma_threshold_at(lpl.lpl_sigma_threshold, *data.size, lpl.lpl_threshold_base_resolution)
-    return Predictions(images, model, tau), config
+    return Predictions(images, model, tau, dtype), config
 
 
 def vae_source(config: Config, device: torch.device) -> tuple[Errors, Config]:
@@ -213,6 +232,8 @@ def source_of(own: Distillation, config: Config, device: torch.device) -> tuple[
     Raises:
         ValueError: where pipeline, VAE, data and flags do not fit one another.
     """
+    if config.optimization.mixed_precision == "fp16" and device.type == "cpu":
+        raise ValueError("--mixed_precision fp16 needs a GPU; give bf16 or no")
     subfolder, _ = find_vae(with_configuration(config.model), config.lpl.lpl_blocks)
     kind = own.pairs_from or ("errors" if subfolder is None else "predictions")
     if kind == "errors":
@@ -231,10 +252,10 @@ def run(own: Distillation, config: Config) -> dict[str, Any]:
     """
     device, folder = usable_device(own.device), Path(own.output_dir)
     source, config = source_of(own, config, device)
-    decoder = feature_vae(source.vae, None, DTYPES[config.lpl.decoder_dtype()])
-    loss = LatentPerceptualLoss(decoder, config.lpl.lpl_blocks, **config.lpl.loss_options())
+    precision = config.lpl.decoder_dtype(config.optimization.mixed_precision or "no")
+    loss = perceptual_loss(source.vae, replace(config.lpl, lpl_vae_dtype=precision), config.model.cache_dir)
     facts = {
-        "model": shown(own.pretrained_model_name_or_path),
+        "model": shown(config.model.source),
         "data": shown(config.data.dataset_name or config.data.folder),
         "images": len(source.images),
         "resolution": config.data.size[0],
@@ -244,8 +265,8 @@ def run(own: Distillation, config: Config) -> dict[str, Any]:
         "loss": loss.options,
     }
     values = config.values()
-    asked = {name: values[name] for name in SHARED_FLAGS if name not in OF_THE_HUB}
-    made = {"model": own.pretrained_model_name_or_path, "decoder": probe(source.vae), "loss": loss.options}
+    asked = {name: values[name] for name in SHARED_FLAGS if name not in OF_THIS_RUN}
+    made = {"model": config.model.source, "decoder": probe(source.vae), "loss": loss.options}
     made |= {"images": len(source.images), "pairs": own.num_pairs, "pairs_from": facts["pairs_from"], "seed": own.seed}
     check_settings(folder, json.loads(json.dumps(asked | made)))
     pairs = prepare(folder / PAIRS, source, loss, own.num_pairs, own.decode_batch_size).usable()

@@ -106,11 +106,13 @@ class Predictions:
 
     Args:
         threshold: tau.
+        dtype: of the denoiser's computation.
     """
 
     images: TrainingImages
     model: TrainedParts
     threshold: float
+    dtype: torch.dtype = torch.float32
 
     @property
     def vae(self) -> ModelMixin:
@@ -124,7 +126,9 @@ class Predictions:
         timesteps, noise = batch["timestep"].to(device), batch["noise"].to(device)
         latents = encode(vae, batch["pixels"].to(device), batch["posterior_noise"].to(device))
         noisy_latents = objective.add_noise(latents, noise, timesteps)
-        output = self.model(noisy_latents, timesteps, self.model.conditions(batch, device)).float()
+        conditions = self.model.conditions(batch, device)
+        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+            output = self.model(noisy_latents, timesteps, conditions).float()
         return latents, objective.clean_latents(output, noisy_latents, timesteps), objective.sigma(batch["timestep"])
 
     def _timestep(self, objective: Objective, epoch: int, index: int) -> Tensor:

@@ -144,7 +144,7 @@ class RunCard:
             classes=plan.images.class_names,
             denoiser=_denoiser_of_revision(plan),
             other_denoiser=_other_denoiser(plan),
-            dtype=str(weight_dtype(run.accelerator)).removeprefix("torch."),
+            dtype=str(weight_dtype(run.accelerator.mixed_precision)).removeprefix("torch."),
             loading_arguments=family.loading_arguments(),
             sampling_arguments=family.sampling_arguments(),
             attributes=family.attributes_for(height, width),

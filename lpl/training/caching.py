@@ -313,7 +313,7 @@ def _tokenizer_files(family: Family, names: Sequence[str]) -> list[tuple[str, st
 
 def _release_text_encoders(config: Config, description: Description, family: Family, accelerator: Accelerator) -> None:
     """Free the text encoders; samples load them again."""
-    dtypes = precisions(config.model, config.lora, type(family), weight_dtype(accelerator))
+    dtypes = precisions(config.model, config.lora, type(family), weight_dtype(accelerator.mixed_precision))
     device = accelerator.device
     offloads = config.optimization.offload_frozen and memory.has_own_memory(device)
 

@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import diffusers
 import torch
-from accelerate import Accelerator
 from diffusers import AutoModel
 from safetensors import SafetensorError
 from torch import nn
@@ -221,6 +220,6 @@ def denoiser_class(description: Description) -> Any:
     return getattr(diffusers, description.denoiser["_class_name"])
 
 
-def weight_dtype(accelerator: Accelerator) -> torch.dtype:
+def weight_dtype(mixed_precision: str | None) -> torch.dtype:
     """The precision of everything that is not trained."""
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision or "no", torch.float32)

@@ -142,7 +142,8 @@ def try_backend(name: str, accelerator: Accelerator) -> None:
     Raises:
         ValueError: with why.
     """
-    query = torch.ones(1, 128, 2, 64, device=accelerator.device, dtype=weight_dtype(accelerator), requires_grad=True)
+    dtype = weight_dtype(accelerator.mixed_precision)
+    query = torch.ones(1, 128, 2, 64, device=accelerator.device, dtype=dtype, requires_grad=True)
     try:
         backend = AttentionBackendName(name)
         _maybe_download_kernel_for_backend(backend)

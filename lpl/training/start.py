@@ -347,7 +347,7 @@ def load_weights(config: Config, description: Description, accelerator: Accelera
     """
     what = f"--pretrained_model_name_or_path {config.model.source}"
     with loading_weights(what, "; look at --variant and --revision"):
-        return load_family(config.model, config.lora, description, weight_dtype(accelerator))
+        return load_family(config.model, config.lora, description, weight_dtype(accelerator.mixed_precision))
 
 
 def trained_parts(family: Family, config: Config, adapters: Adapters | None = None) -> TrainedParts:

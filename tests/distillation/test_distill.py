@@ -116,6 +116,7 @@ def test_other_settings_in_the_same_folder_are_refused(made, sd_pipeline, image_
         (["--max_train_samples", "4"], "4 images, but 8 or more are needed"),
         (["--lpl_blocks", "up_9"], "--lpl_blocks up_9: there is no up_9"),
         (["--train_data_dir", "no/such"], "--train_data_dir no/such: "),
+        (["--mixed_precision", "fp16"], "--mixed_precision fp16 needs a GPU"),
     ],
 )
 def test_wrong_flags_are_refused(more, said, sd_pipeline, image_folder, tmp_path):
@@ -268,6 +269,42 @@ def test_pairs_do_not_depend_on_the_batch(sd_pipeline, image_folder, tmp_path):
         (shard,) = (tmp_path / size / "pairs").glob("*.safetensors")
         found.append(load_file(shard)["predicted"])
     assert torch.allclose(*found, atol=1e-5)
+
+
+def test_a_recipe_has_the_model_the_loss_and_the_precision(sd_pipeline, image_folder, tmp_path):
+    """Its run takes the student; what it says of the run itself, such as where it publishes, is left aside."""
+    recipe, student = tmp_path / "recipe.yaml", tmp_path / "student"
+    said = {"pretrained_model_name_or_path": str(sd_pipeline), "mixed_precision": "bf16", "resolution": 32}
+    said |= {"lpl_blocks": ["mid", "up_0"], "lpl_gradient_checkpointing": True, "push_to_hub": True, "rank": 4}
+    recipe.write_text(json.dumps(said))
+    data = ["--train_data_dir", str(image_folder), "--cache_dir", str(tmp_path / "cache"), *SMALL, "--num_pairs", "16"]
+    command.main(["--config", str(recipe), "--output_dir", str(student), *data])
+    pairs = {}
+    for precision in ("bf16", "no"):
+        own = ["--lpl_blocks", "mid", "up_0", "--num_pairs", "16", "--mixed_precision", precision]
+        command.main(words(sd_pipeline, image_folder, tmp_path / precision, *own))
+    for folder in (student, tmp_path / "bf16", tmp_path / "no"):
+        (shard,) = (folder / "pairs").glob("*.safetensors")
+        pairs[folder.name] = load_file(shard)
+    assert same(pairs["student"], pairs["bf16"])
+    exact, rounded = pairs["no"], pairs["bf16"]
+    for name in ("predicted", "gradient"):
+        assert not torch.equal(exact[name], rounded[name])
+        assert (exact[name] - rounded[name]).norm() < 0.05 * exact[name].norm()
+    train(
+        sd_pipeline,
+        image_folder,
+        tmp_path / "run",
+        lpl_blocks=["mid", "up_0"],
+        lpl_student=str(student),
+        max_train_steps=1,
+    )
+
+
+def test_a_model_is_asked_for(image_folder, tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        command.main(["--train_data_dir", str(image_folder), "--output_dir", str(tmp_path / "s")])
+    assert "--pretrained_model_name_or_path is missing" in str(left.value.code)
 
 
 def test_students_of_several_sizes_share_their_pairs(made, sd_pipeline, image_folder, tmp_path):
