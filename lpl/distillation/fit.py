@@ -92,11 +92,20 @@ def measure(student: Student, pairs: Pairs, batch_size: int, device: torch.devic
 
 
 def fit(
-    student: Student, pairs: Pairs, held_out: Pairs, schedule: Schedule, folder: Path, device: torch.device
+    student: Student,
+    pairs: Pairs,
+    held_out: Pairs,
+    schedule: Schedule,
+    folder: Path,
+    device: torch.device,
+    at_a_time: int,
 ) -> None:
     """Train the student; continues from the folder's state if there is one.
 
     Writes ``fit.jsonl``, the measurements by step, and the state.
+
+    Args:
+        at_a_time: pairs of a batch that are in memory together; the gradient is that of the whole batch.
 
     Raises:
         ValueError: if the state is of another schedule.
@@ -110,7 +119,7 @@ def fit(
         while True:
             if step % schedule.every == 0 or step == schedule.steps:
                 if not log or log[-1]["step"] < step:
-                    log.append({"step": step} | measure(student, held_out, schedule.batch_size, device).summary())
+                    log.append({"step": step} | measure(student, held_out, at_a_time, device).summary())
                     write_text(folder / LOG, lines(log))
                     state = {
                         "step": step,
@@ -127,12 +136,18 @@ def fit(
                 group["lr"] = schedule.rate(step)
             generator = keyed_generator(schedule.seed, step, 0, BATCHES)
             chosen = pairs.select(torch.randint(len(pairs), (schedule.batch_size,), generator=generator))
-            _loss(student, chosen, device).backward()
+            backward(student, chosen, device, at_a_time)
             torch.nn.utils.clip_grad_norm_(student.parameters(), LARGEST_NORM)
             optimizer.step()
             optimizer.zero_grad()
             step += 1
             progress.update()
+
+
+def backward(student: Student, pairs: Pairs, device: torch.device, at_a_time: int) -> None:
+    """Add the gradient of the mean loss of some pairs, of which so many are in memory at a time."""
+    for part in torch.arange(len(pairs)).split(at_a_time):
+        (len(part) / len(pairs) * _loss(student, pairs.select(part), device)).backward()
 
 
 def _loss(student: Student, pairs: Pairs, device: torch.device) -> Tensor:
