@@ -16,9 +16,9 @@ class Foreign:
     """accepted from other scripts"""
 
     enable_xformers_memory_efficient_attention: bool = flag(
-        False, "ignored: PyTorch's memory-efficient attention is always used"
+        False, "ignored: PyTorch's attention is the default; see --attention_backend"
     )
-    enable_npu_flash_attention: bool = flag(False, "ignored: PyTorch's own attention is always used")
+    enable_npu_flash_attention: bool = flag(False, "ignored: --attention_backend _native_npu asks for that kernel")
     local_rank: int = flag(-1, "ignored: the launcher sets the rank in the environment")
     use_lpl: bool = flag(False, "ignored: LPL is on unless --lpl_weight is 0")
     lpl_scale: bool = flag(False, "ignored: see --lpl_weight and --lpl_sigma_threshold")
@@ -44,8 +44,8 @@ class Foreign:
 FOREIGN = frozenset(flags_of(Foreign))
 # Ignored flags, and what replaces them.
 IGNORED = {
-    "enable_xformers_memory_efficient_attention": "PyTorch's own memory-efficient attention is always used",
-    "enable_npu_flash_attention": "PyTorch's own attention is always used",
+    "enable_xformers_memory_efficient_attention": "PyTorch's own attention is the default; --attention_backend xformers takes another",
+    "enable_npu_flash_attention": "PyTorch's own attention is the default; --attention_backend takes another",
     "local_rank": "each process learns its number from the launcher's environment",
     "use_lpl": "LPL is on unless --lpl_weight is 0",
     "lpl_scale": "LPL is weighted by --lpl_weight and applies below --lpl_sigma_threshold",

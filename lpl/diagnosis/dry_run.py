@@ -247,8 +247,8 @@ class Report:
         changed = ", ".join(f"--{name}" for name in names if getattr(given, name) != getattr(lpl, name))
         way = f"leave out {changed}" if changed else "the denoiser may be too far from convergence for LPL"
         return (
-            f"LPL does not pull towards contrast (its pull is below {NO_PULL}); in the study, with one seed, such "
-            f"losses made images no sharper; {way}"
+            f"LPL does not pull towards contrast (its pull is below {NO_PULL}); in the study such losses made "
+            f"images no sharper; {way}"
         )
 
     def _share(self) -> float:
