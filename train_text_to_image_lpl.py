@@ -195,7 +195,7 @@ def train(config: Config, status: Status) -> None:
     card = partial(make_card, plan, inputs, losses, log, validation)
     publication = make_publication(plan, result, card)
     pauses = Pauses(state, order, log, validation, config.output, publication and publication.checkpoint)
-    start_recipe(config, run, images.dataset, plan.hardware, weight.facts())
+    start_recipe(config, run, images.dataset, plan.hardware, weight.facts() | {"max_steps": plan.max_steps})
 
     # The loop
     plan.announce()

@@ -13,7 +13,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from lpl.config.recipes import read_entries, take_measured
 from lpl.tools import layout
 from lpl.tools.files import number_entries
 from lpl.tools.process import SIGNALS
-from lpl.tools.results import lora_entries, pipeline_entries
+from lpl.tools.results import lora_entries, pipeline_entries, training_seconds
 from lpl.tools.words import warn
 from lpl.training.checkpoints import find_checkpoints
 from lpl.training.preemption import EXIT_CODE
@@ -72,6 +72,12 @@ class Run:
         return take_measured(read_entries(self.folder / layout.RECIPE))
 
     @property
+    def shared_facts(self) -> dict[str, Any]:
+        """Facts that runs with and without LPL share."""
+        commits = {name: at for name, at in self.facts.get("commits", {}).items() if not name.startswith("lpl_")}
+        return self.facts | {"commits": commits, PRECISION: self.flag(PRECISION)}
+
+    @property
     def max_steps(self) -> int | None:
         """--max_train_steps of a run that has begun."""
         return self.flag("max_train_steps")
@@ -104,16 +110,6 @@ class Run:
         return True
 
 
-def training_seconds(log: Sequence[Mapping[str, Any]], global_batch: int) -> float:
-    """Time of all optimizer steps by the speed in a run's log."""
-    seconds, step = 0.0, 0
-    for entry in log:
-        if speed := entry.get("images_per_second"):
-            seconds += global_batch * (entry["step"] - step) / speed
-            step = entry["step"]
-    return seconds
-
-
 def steps_for_equal_time(runs: Sequence[Run]) -> int:
     """Steps without LPL that take as long as those with LPL; the mean over the seeds, of finished runs."""
     seconds = {kind: sum(run.seconds for run in runs if run.kind == kind) for kind in (WITH, WITHOUT)}
@@ -129,7 +125,7 @@ def check_alike(runs: Sequence[Run]) -> None:
     first: dict[int, Run] = {}
     for run in runs:
         other = first.setdefault(run.seed, run)
-        ours, others = run.facts | {PRECISION: run.flag(PRECISION)}, other.facts | {PRECISION: other.flag(PRECISION)}
+        ours, others = run.shared_facts, other.shared_facts
         if name := next((name for name in (*FIXED, PRECISION) if ours.get(name) != others.get(name)), None):
             raise ValueError(
                 f"{run.folder} and {other.folder} had unlike {name.replace('_', ' ')}, so they do not compare; "

@@ -350,8 +350,9 @@ def _warn_of_zeros(config: Config) -> None:
         warn("--snr_gamma 0 weighs the diffusion loss by 0; for the plain loss leave it out")
     if optimization.learning_rate == 0:
         warn("--learning_rate 0: the denoiser is not trained")
-    if 0 in (optimization.max_train_steps, optimization.num_train_epochs) and not optimization.max_train_steps:
-        warn("--max_train_steps 0: nothing is trained; the result is what the run starts from")
+    length = "num_train_epochs" if optimization.max_train_steps is None else "max_train_steps"
+    if getattr(optimization, length) == 0:
+        warn(f"--{length} 0: nothing is trained; the result is what the run starts from")
 
 
 def _check_validation(config: Config) -> None:

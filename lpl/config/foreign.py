@@ -44,8 +44,8 @@ class Foreign:
 FOREIGN = frozenset(flags_of(Foreign))
 # Ignored flags, and what replaces them.
 IGNORED = {
-    "enable_xformers_memory_efficient_attention": "PyTorch's own attention is the default; --attention_backend xformers takes another",
-    "enable_npu_flash_attention": "PyTorch's own attention is the default; --attention_backend takes another",
+    "enable_xformers_memory_efficient_attention": "PyTorch's own is the default, --attention_backend xformers another",
+    "enable_npu_flash_attention": "PyTorch's own is the default, --attention_backend takes another",
     "local_rank": "each process learns its number from the launcher's environment",
     "use_lpl": "LPL is on unless --lpl_weight is 0",
     "lpl_scale": "LPL is weighted by --lpl_weight and applies below --lpl_sigma_threshold",

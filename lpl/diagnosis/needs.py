@@ -75,7 +75,8 @@ def result_bytes(trained: TrainedParts) -> int:
 
 def checkpoint_bytes(trained: TrainedParts, optimization: Optimization) -> int:
     """One checkpoint: the trained parts, their EMA, and the optimizer's state."""
-    return _saved_bytes(trained) * (1 + optimization.use_ema) + optimizer_bytes(trained.weights(), optimization)
+    has_average = optimization.use_ema or trained.averaging is not None
+    return _saved_bytes(trained) * (1 + has_average) + optimizer_bytes(trained.weights(), optimization)
 
 
 def _saved_bytes(trained: TrainedParts) -> int:

@@ -26,7 +26,6 @@ import logging
 import os
 import re
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -58,6 +57,7 @@ from lpl.publishing.card_edits import add_results
 from lpl.tools.files import check_writable
 from lpl.tools.layout import CARD, EVALUATION_IMAGES
 from lpl.tools.machine import DTYPES, usable_device
+from lpl.tools.process import settle_group
 from lpl.tools.words import plain_warnings, why_no_folder
 
 
@@ -495,8 +495,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def finish() -> None:
-    """Close the process group, once its thread has dropped the last barrier: a process that leaves before aborts."""
+    """Close the process group."""
     workers = processes()
+    settle_group(workers.num_processes)
     if workers.num_processes > 1:
-        time.sleep(0.2)
         workers.destroy_process_group()

@@ -21,7 +21,7 @@ from huggingface_hub import hf_hub_download
 
 from lpl.config import Config, groups
 from lpl.config.command_line import build_parser, config_of
-from lpl.config.recipes import read_recipe
+from lpl.config.recipes import Recipe, read_recipe
 from lpl.families import Family
 from lpl.families.derived import with_derived
 from lpl.families.description import Description, read_pipeline
@@ -189,7 +189,8 @@ def find_models(source: str, label: str | None = None, **flags: Any) -> list[Mod
 
 def _models_of_run(folder: Path, label: str, flags: Mapping[str, Any]) -> list[Model]:
     flags = {name: value for name, value in flags.items() if name not in ("revision", "variant")}
-    config = config_of(_read_recipe(folder) | flags)
+    values, measured = _read_recipe(folder)
+    config = config_of(values | flags)
     lora = config.lora.lora  # a pipeline beside a LoRA is of another run
     whole = (folder / INDEX).is_file() and not lora
     if whole:  # it has frozen parts and scheduler as well, and needs no base pipeline
@@ -198,6 +199,8 @@ def _models_of_run(folder: Path, label: str, flags: Mapping[str, Any]) -> list[M
         config = config.changed(**dict.fromkeys(absent), pretrained_model_name_or_path=str(folder))
     config, description = _described(config, str(folder))
     last, max_steps = _last_step(folder), config.optimization.max_train_steps
+    if max_steps is None and isinstance(measured.get("max_steps"), int):  # a run by epochs
+        max_steps = measured["max_steps"]
     finished = (has_adapter(folder) if lora else whole) and (last is None or last >= (max_steps or last))
     final = max_steps or last
     models = []
@@ -214,9 +217,9 @@ def _models_of_run(folder: Path, label: str, flags: Mapping[str, Any]) -> list[M
     return models
 
 
-def _read_recipe(folder: Path) -> dict[str, Any]:
+def _read_recipe(folder: Path) -> Recipe:
     try:
-        values = read_recipe(build_parser("lpl"), str(folder / RECIPE), strict=False).values
+        values, measured = read_recipe(build_parser("lpl"), str(folder / RECIPE), strict=False)
         if (folder / INDEX).is_file() and not values.get("lora"):  # a published recipe may not name the base
             values.setdefault("pretrained_model_name_or_path", str(folder))
         values["pretrained_model_name_or_path"]
@@ -224,7 +227,7 @@ def _read_recipe(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"--generated {folder}: its {RECIPE} was not written by the training script ({error})"
         ) from error
-    return values
+    return Recipe(values, measured)
 
 
 def _described(config: Config, source: str) -> tuple[Config, Description]:

@@ -23,6 +23,7 @@ from lpl.publishing.card_edits import address_card
 from lpl.publishing.publication import snapshot_of_result
 from lpl.publishing.uploads import upload
 from lpl.tools import layout
+from lpl.tools.files import LOCK, hold
 from lpl.tools.results import check_one_kind, lora_entries, missing_components, pipeline_entries
 from lpl.tools.words import why_no_folder
 
@@ -75,6 +76,8 @@ def publish(output: Output) -> str:
     """
     folder = Path(output.output_dir)
     check_finished(folder)
+    if (folder / LOCK).is_file():  # of a run, which may go on
+        hold(str(folder), folder)
     repository = hub.prepare_repository(output, bool(lora_entries(folder)))
 
     def fill(snapshot: Path) -> None:

@@ -228,7 +228,6 @@ def last_checkpoints(files: list[str]) -> list[str]:
 
 def api(token: str | None) -> HfApi:
     """A client that gives up a silent connection."""
-    set_client_factory(_client)
     return HfApi(token=(token or "").strip() or None)
 
 
@@ -237,6 +236,9 @@ def _client() -> httpx2.Client:
     client = _http.default_client_factory()
     client.timeout = SILENCE
     return client
+
+
+set_client_factory(_client)  # closes the connections that there are, so once
 
 
 class _Discreet(logging.Filter):

@@ -21,7 +21,7 @@ from lpl.families.derived import origin
 from lpl.options import parse_weight
 from lpl.tools.machine import peak_memory
 from lpl.tools.privacy import hide_paths
-from lpl.tools.results import missing_components
+from lpl.tools.results import missing_components, training_seconds
 from lpl.training.loading import weight_dtype
 from lpl.training.provenance import installed_versions
 
@@ -162,7 +162,7 @@ class RunCard:
             mixed_precision=run.mixed_precision,
             trained=plan.what(),
             seed=run.seed,
-            seconds=training_seconds(records, plan.global_batch),
+            seconds=training_seconds(records, plan.global_batch) or None,
             peak_memory=peak_memory(run.accelerator.device),
             hardware=plan.hardware,
             **_lpl_in(records),
@@ -258,20 +258,3 @@ def _lpl_in(records: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         return {}
     share = sum(record["lpl_share"] for record in with_lpl) / len(with_lpl)
     return {"lpl_weight": with_lpl[-1]["lpl_weight"], "lpl_share": share}
-
-
-def training_seconds(records: Sequence[Mapping[str, float]], batch: int) -> float | None:
-    """Time of the optimizer steps alone, over all runs that wrote to a log, from the steps and speeds of its entries.
-
-    Args:
-        batch: samples per step.
-
-    >>> training_seconds([{"step": 10, "images_per_second": 4.0}, {"step": 15, "images_per_second": 2.0}], 8)
-    40.0
-    """
-    seconds, last_step = 0.0, 0.0
-    for record in records:
-        if speed := record.get("images_per_second"):
-            seconds += (record["step"] - last_step) * batch / speed
-            last_step = record["step"]
-    return seconds or None

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -27,6 +28,14 @@ def leave_after(main: Callable[[], None]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     leave(code)
+
+
+def settle_group(processes: int) -> None:
+    """Wait until Gloo's thread has dropped the last barrier, for which it needs the interpreter once more.
+
+    A process that tears its group down before, as happens when main() is left, aborts or waits for ever.
+    """
+    time.sleep(0.2 if processes > 1 else 0)
 
 
 def exit_code(end: BaseException | None) -> int:

@@ -1,10 +1,13 @@
-"""Which entries of a run's output folder are its result: those of a pipeline, or those of a LoRA."""
+"""What a run's output folder tells: which entries are its result, those of a pipeline or of a LoRA, and how long its
+steps took."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lpl.tools import layout
 from lpl.tools.trust import components_in
@@ -71,3 +74,20 @@ def check_one_kind(what: str, folder: Path) -> None:
             f"{what}: it holds a pipeline and a LoRA, and its card is of one of them; move the other's files away, "
             f"{' '.join(pipeline)} or {' '.join(lora)}"
         )
+
+
+def training_seconds(records: Sequence[Mapping[str, Any]], batch: int) -> float:
+    """Time of the optimizer steps alone, over all runs that wrote to a log, by the steps and speeds of its entries.
+
+    Args:
+        batch: samples per step.
+
+    >>> training_seconds([{"step": 10, "images_per_second": 4.0}, {"step": 15, "images_per_second": 2.0}], 8)
+    40.0
+    """
+    seconds, last_step = 0.0, 0
+    for record in records:
+        if speed := record.get("images_per_second"):
+            seconds += (record["step"] - last_step) * batch / speed
+            last_step = record["step"]
+    return seconds

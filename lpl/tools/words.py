@@ -21,8 +21,10 @@ def warn(message: str) -> None:
 
 
 def plain_warnings(program: str) -> None:
-    """From here on warnings are one line, which begins with the program's name."""
+    """From here on warnings are one line, which begins with the program's name, and the first process alone warns."""
     warnings.formatwarning = lambda message, *_, **__: f"{program}: warning: {message}\n"
+    if os.environ.get("RANK", "0") != "0":
+        warnings.simplefilter("ignore", UserWarning)
 
 
 def first_line(error: BaseException) -> str:

@@ -49,7 +49,7 @@ from lpl.tools.files import (
 )
 from lpl.tools.machine import is_full
 from lpl.tools.words import counted, first_line
-from lpl.training.average import MovingAverage, gathered, load_average, save_average
+from lpl.training.average import MovingAverage, averaged, gathered, load_average, save_average
 from lpl.training.parts import TrainedParts
 from lpl.training.updates import Updates
 from lpl.weighting import LplWeight
@@ -126,6 +126,9 @@ class TrainingState:
         self.trained.save(folder)
         if self.average is not None:
             save_average(self.average, self.trained, folder)
+        elif self.trained.averaging is not None:  # for those who publish or measure it; a resumed run needs it not
+            with averaged(None, self.trained):
+                self.trained.save(folder / layout.EMA)
         state = {"updates": updates, "lpl_weight": self.lpl_weight.state_dict()}
         save_state(state, folder / layout.STATE)
         for process, its_random in enumerate(random):
@@ -301,11 +304,11 @@ def check_recipe(resumable: Path, values: Mapping[str, Any], processes: int, bas
     schedule = values.get("lr_scheduler")
     endless = schedule in ENDLESS_SCHEDULERS or is_path(schedule)  # a class knows nothing of the run's length
     for name in sorted(values.keys() & earlier.keys()):
-        change = FLAGS[name].on_resume
-        if values[name] == earlier[name] or change is SILENT or (change is LENGTH and endless):
+        rule = FLAGS[name].on_resume
+        if values[name] == earlier[name] or rule is SILENT or (rule is LENGTH and endless):
             continue
         change = f"--{name} {_said(values[name])}: the run to resume has {_said(earlier[name])}"
-        if FLAGS[name].on_resume is REFUSED:
+        if rule is REFUSED:
             raise ValueError(
                 f"{change}, and its checkpoints cannot be resumed otherwise; start another run, or change it back"
             )

@@ -151,6 +151,8 @@ def student_of(lpl: Lpl, lpl_loss: LatentPerceptualLoss | None, cache_dir: str |
 def lpl_weight(lpl: Lpl, device: torch.device) -> LplWeight:
     """w of Eq. 3 as the flags ask for it."""
     decides = lpl.loss_options() | {"blocks": lpl.lpl_blocks, "chunk_size": None}
+    if lpl.lpl_vae_name_or_path is not None:
+        decides["vae"] = lpl.lpl_vae_name_or_path
     return LplWeight(
         lpl.lpl_weight,
         lpl.lpl_measuring_steps,

@@ -48,7 +48,7 @@ def installed_versions() -> dict[str, str]:
 
 MODELS = (
     *("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "lpl_vae_name_or_path"),
-    *("single_file_config", "denoiser_model_name_or_path"),
+    *("single_file_config", "denoiser_model_name_or_path", "lpl_student"),
 )
 LORAS = ("merge_lora", "lora_init", "training_adapter")
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -142,7 +142,7 @@ def start_recipe(
     """Write the run's recipe, and warn of what differs from the recipe that it started from; on the main process.
 
     Args:
-        measured: facts that a resumed run knows already.
+        measured: facts that are known already.
     """
     if not run.is_main:
         return

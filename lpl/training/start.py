@@ -6,7 +6,6 @@ import logging
 import math
 import secrets
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -39,6 +38,7 @@ from lpl.families.description import Description
 from lpl.tools import layout
 from lpl.tools.console import AboveBars
 from lpl.tools.files import hold
+from lpl.tools.process import settle_group
 from lpl.tools.results import lora_entries, pipeline_entries
 from lpl.tools.words import warn
 from lpl.training.average import MovingAverage
@@ -404,6 +404,4 @@ def finish(accelerator: Accelerator) -> None:
     """Close trackers and the process group once all processes are done: launchers end those behind the first."""
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    # Gloo's thread needs the interpreter once more, to drop the last barrier. A process that tears its group down
-    # before that, as happens when main() is left, would wait for that thread for ever.
-    time.sleep(0.2 if accelerator.num_processes > 1 else 0)
+    settle_group(accelerator.num_processes)

@@ -436,6 +436,13 @@ def test_runs_of_unlike_batches_are_refused(tmp_path):
     with pytest.warns(match="had unlike libraries"):
         runs.check_alike([Run(WITH, 0, tmp_path / "a"), Run(WITHOUT, 0, tmp_path / "c")])
     runs.check_alike([Run(WITH, 0, tmp_path / "a"), Run(WITHOUT, 1, tmp_path / "b")])
+    base = {"pretrained_model_name_or_path": "user/model@1"}
+    folder_with(tmp_path / "d", [10], 4, commits=base | {"lpl_vae_name_or_path": "user/vae@1"})
+    folder_with(tmp_path / "e", [10], 4, commits=base)
+    runs.check_alike([Run(WITH, 0, tmp_path / "d"), Run(WITHOUT, 0, tmp_path / "e")])
+    folder_with(tmp_path / "f", [10], 4, commits={"pretrained_model_name_or_path": "user/model@2"})
+    with pytest.raises(ValueError, match="had unlike commits"):
+        runs.check_alike([Run(WITH, 0, tmp_path / "d"), Run(WITHOUT, 0, tmp_path / "f")])
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,18 @@ def test_a_run_is_the_series_of_its_moving_averages_and_its_result(run_folder):
     )
 
 
+def test_the_result_of_a_run_by_epochs_that_was_made_longer_is_not_its_newest_step(run_folder, tmp_path):
+    longer = shutil.copytree(run_folder, tmp_path / "longer")
+    recipe = yaml.safe_load((longer / "recipe.yaml").read_text())
+    assert recipe["measured"]["max_steps"] == recipe["max_train_steps"] == 4
+    for steps in (4, 8):
+        recipe |= {"max_train_steps": None, "num_train_epochs": 2, "measured": {"max_steps": steps}}
+        (longer / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        models = find_models(str(longer))
+        assert [model.step for model in models] == [2, 4]
+        assert (models[-1].weights is None) == (steps == 4)  # the result, or the checkpoint of that step
+
+
 def test_a_run_that_is_not_finished_has_its_checkpoints_on_the_base_pipeline(run_folder, sd_pipeline, tmp_path):
     unfinished = tmp_path / "unfinished"
     shutil.copytree(run_folder / "checkpoint-2", unfinished / "checkpoint-2")

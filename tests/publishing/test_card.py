@@ -17,8 +17,9 @@ from PIL import Image
 from trainer import ROOT, train
 
 from lpl.publishing.card import TEMPLATE, write_model_card
-from lpl.publishing.run_card import RunCard, training_seconds
+from lpl.publishing.run_card import RunCard
 from lpl.tools.privacy import local_name
+from lpl.tools.results import training_seconds
 from tests.publishing.conftest import TOKEN
 
 
@@ -307,7 +308,7 @@ def test_the_time_is_that_of_the_steps():
     records = [{"step": 1, "images_per_second": 2.0}, {"step": 1, "validation_loss": 1.0},
                {"step": 4, "images_per_second": 3.0}]  # fmt: skip
     assert training_seconds(records, 6) == 3.0 + 6.0
-    assert training_seconds([], 6) is None
+    assert training_seconds([], 6) == 0
 
 
 def test_a_weight_set_by_hand_and_no_lpl(tmp_path):

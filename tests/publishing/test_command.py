@@ -1,5 +1,8 @@
 """``python -m lpl.publish``: what it refuses, and how it ends where the Hub does; tests/runs has whole runs."""
 
+import subprocess
+import sys
+
 import pytest
 from hub_server import Fault
 
@@ -18,12 +21,29 @@ def result(tmp_path):
     return folder
 
 
+HOLDS = "import sys; from lpl.tools.files import hold; hold('', sys.argv[1]); print('held', flush=True); input()"
+
+
 def test_a_folder_is_published_and_stays_as_it_is(hub, result, capsys):
     before = {path.name: path.read_bytes() for path in result.iterdir()}
     command.main([str(result), "--hub_token", TOKEN])
     assert capsys.readouterr().out == f"published at {hub.url}/user/fox\n"
     assert hub.repos["user/fox"].files == before == {path.name: path.read_bytes() for path in result.iterdir()}
     assert hub.repos["user/fox"].commits == ["Publish a finished training"]
+
+
+def test_a_folder_that_a_run_writes_to_is_refused(hub, result):
+    """The run's own uploads lie in it."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(result)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout.readline() == "held\n"
+        with pytest.raises(SystemExit, match="another run writes to this folder now"):
+            command.main([str(result), "--hub_token", TOKEN])
+        run.communicate("\n")
+    assert "user/fox" not in hub.repos
+    command.main([str(result), "--hub_token", TOKEN])
+    assert "user/fox" in hub.repos
 
 
 def test_an_upload_is_tried_again(hub, result, monkeypatch):

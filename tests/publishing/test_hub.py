@@ -197,9 +197,11 @@ def test_a_failed_upload_changes_nothing_and_says_why(hub, result, failing):
 def test_a_hub_that_says_nothing_is_not_waited_for(hub, result, monkeypatch):
     repo_id = prepare_repository(None, result)
     monkeypatch.setattr("lpl.publishing.hub.SILENCE", 0.1)
+    close_session()  # the next one has that timeout
     hub.faults.append(Fault("preupload", delay=30))
     with pytest.raises(TimeoutException):
         push(result, repo_id, TOKEN)
+    close_session()
 
 
 # Resuming

@@ -100,6 +100,7 @@ def test_going_on_changes_nothing(name, request, image_folder, tmp_path):
     if name == "schedule-free":  # a checkpoint is in between; the result is the optimizer's average
         assert not same(weights(whole / "unet"), weights(whole / "checkpoint-5/unet"))
         assert same(weights(whole / "unet"), weights(folder / "unet"))
+        assert same(weights(whole / "unet"), weights(whole / "checkpoint-5/ema/unet"))
 
 
 @pytest.mark.slow

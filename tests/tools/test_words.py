@@ -1,9 +1,22 @@
 """Numbers in words."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from lpl.config.config import FLAGS
 from lpl.tools.words import close_match, duration, short_count, size, why_no_folder
+
+
+@pytest.mark.parametrize("rank, said", [(None, "here: warning: look\n"), ("0", "here: warning: look\n"), ("3", "")])
+def test_the_first_process_alone_warns(rank, said):
+    program = "from lpl.tools.words import plain_warnings, warn; plain_warnings('here'); (lambda: warn('look'))()"
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
+    environment |= {} if rank is None else {"RANK": rank}
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert ended.returncode == 0 and ended.stderr == said
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,8 @@ def cpu(monkeypatch):
 
 def nothing(accelerator):
     """The state of a run without weights."""
-    empty = SimpleNamespace(not_finite=lambda: None, save=lambda folder: None, state_dict=dict, sharded=False)
+    saves = {"not_finite": lambda: None, "save": lambda folder: None, "state_dict": dict}
+    empty = SimpleNamespace(**saves, sharded=False, averaging=None)
     return TrainingState(accelerator, empty, None, empty, empty)
 
 

@@ -5,7 +5,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lpl.training.losses import BatchLosses
+from lpl.config.groups import Lpl
+from lpl.training.losses import BatchLosses, lpl_weight
+
+
+def test_a_measured_weight_belongs_to_the_loss_and_to_its_decoder():
+    """Another one, of a resumed run, is measured again."""
+    saved = lpl_weight(Lpl(), torch.device("cpu"))
+    for lpl, alike in (
+        (Lpl(lpl_chunk_size=2), True),
+        (Lpl(lpl_vae_name_or_path="user/vae"), False),
+        (Lpl(lpl_blocks=("mid",)), False),
+    ):
+        assert (lpl_weight(lpl, torch.device("cpu")).loss == saved.loss) is alike
 
 
 def compared(of_lpl, of_diffusion, project=False):
