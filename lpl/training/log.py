@@ -27,6 +27,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -76,8 +77,8 @@ class Log:
         self.every = (validation.logging_steps, output.checkpointing_steps)
         self.debug_loss = validation.debug_loss
         self.path, self.samples_path = run.folder / layout.LOG, run.folder / layout.SAMPLE_LOSSES
+        self._sums: dict[str, Tensor] = {}  # on the device
         self._reset()
-        self._student_pulls = torch.zeros(4, device=self.accelerator.device)  # since the last entry that has one
         self._samples: list[tuple[int, Tensor, Tensor]] = []  # step, index, and on the device the loss, both (B,)
         if run.is_main:
             self._continue(run.step, run.progress.looked)
@@ -131,7 +132,7 @@ class Log:
         if not losses.with_lpl:
             counts[1:].zero_()  # counts[1] = 0 would be a copy that waits
         finite = terms.isfinite().all()
-        self._sums += _where(finite, torch.cat([terms, counts]))
+        self._sums["losses"] += _where(finite, torch.cat([terms, counts]))
         self._count += 1
         self._advance(step - 1)
         self._weight = weight
@@ -139,34 +140,34 @@ class Log:
         self._rows += losses.rows
         if losses.by_block is not None:
             parts, kept = losses.by_block
-            self._by_block += torch.stack([_where(finite, parts), kept])
+            self._sums["by_block"] += torch.stack([_where(finite, parts), kept])
         if losses.cosines is not None and losses.levels is not None:
-            self._cosines += summed_by_level(losses.cosines, losses.levels)
+            self._sums["cosines"] += summed_by_level(losses.cosines, losses.levels)
         if losses.pulls is not None:
             known = losses.pulls.isfinite()
-            self._pulls += torch.stack([_where(known, losses.pulls).sum(), known.sum()])
+            self._sums["pulls"] += torch.stack([_where(known, losses.pulls).sum(), known.sum()])
         if losses.squares is not None and any(map(self.is_due, range(step, step + self.lpl_every))):
             squares = torch.stack([weight.square(), torch.ones_like(weight)]) * losses.squares
-            self._squares += _where(squares.isfinite().all(), squares)  # an entry comes before the next step with LPL
+            self._sums["squares"] += _where(squares.isfinite().all(), squares)  # an entry comes before the next LPL
             self._seen = True
         if losses.fidelity is not None:
             fidelity = losses.fidelity.summed()
-            self._fidelity += fidelity
-            self._student_pulls += fidelity[2:]
+            self._sums["fidelity"] += fidelity
+            self._sums["student_pulls"] += fidelity[2:]
         if self.debug_loss:
             self._samples.append((step, batch["index"], losses.errors.detach()))
 
     def write(self, step: int, lr: float) -> None:
         """Log the means since the last call, and show them in the progress bar."""
         # Waits for the device, so that the time is true
-        sums = cast(Tensor, self.accelerator.reduce(self._summed(), "mean")).tolist()
+        sums = cast(Tensor, self.accelerator.reduce(self._summed(), "mean")).cpu()
         now = time.perf_counter()
-        record = {"lpl_weight": float(self._weight)} | self._means(sums)
+        record = {"lpl_weight": float(self._weight)} | self._means(self._apart(sums[:-2]), *sums[-2:].tolist())
         speed = (step - self._last_step) * self.length.global_batch / (now - self._since)
         record |= {"lr": lr, "images_per_second": speed}
         self._reset()
         if "student_pull" in record:
-            self._student_pulls.zero_()
+            self._sums["student_pulls"].zero_()
         if "student_cosine" in record:
             self._check_student(step, **{name: value for name, value in record.items() if name.startswith("student_")})
         self._append(step, record)
@@ -190,13 +191,10 @@ class Log:
                 "lpl.distill, or correct it more often (--lpl_correct_every)"
             )
 
-    def _means(self, sums: Sequence[float]) -> dict[str, float]:
-        """The numbers of an entry from the sums of :meth:`_summed`."""
-        loss, diffusion_loss, lpl, weighted, count, with_lpl, of_lpl, of_diffusion, inside, rows, *rest = sums
-        levels = len(LEVEL_NAMES)
-        cosines, counts, rest = rest[:levels], rest[levels : 2 * levels], rest[2 * levels :]
-        pull, pulled, *rest = rest
-        (cosine, error, *_, corrected), (*pulls, pulled_on), by_block = rest[:6], rest[6:10], rest[10:]
+    def _means(self, tensors: Mapping[str, Tensor], inside: float, rows: float) -> dict[str, float]:
+        """The numbers of an entry from sums over its micro-batches, means over the processes."""
+        sums = {name: value.tolist() for name, value in tensors.items()}
+        loss, diffusion_loss, lpl, weighted, count, with_lpl = sums["losses"]
         record: dict[str, float] = {}
         if count:  # else no loss was finite
             diffusion_loss /= count
@@ -206,21 +204,25 @@ class Log:
             total = diffusion_loss + weighted
             record |= {"lpl": lpl, "lpl_share": weighted / total if total else 0.0}
         if self._seen:
-            norms = math.sqrt(of_lpl), math.sqrt(of_diffusion)
+            norms = [math.sqrt(square) for square in sums["squares"]]  # of LPL and of the diffusion loss
             record["lpl_gradient_share"] = norms[0] / sum(norms) if any(norms) else 0.0
+        cosines, counts = sums["cosines"]
         if sum(counts):
             record["lpl_gradient_cosine"] = sum(cosines) / sum(counts)
             found = zip(LEVEL_NAMES, cosines, counts, strict=True)
             record |= {f"lpl_gradient_cosine/{name}": total / number for name, total, number in found if number}
+        pull, pulled = sums["pulls"]
         if pulled:
             record["lpl_pull"] = pull / pulled
         if rows:
-            parts, kept = by_block[: len(self.blocks)], by_block[len(self.blocks) :]
+            parts, kept = sums["by_block"]
             record |= {f"lpl/{name}": part / max(with_lpl, 1) for name, part in zip(self.blocks, parts, strict=True)}
             if not self.student:  # which looks everywhere
                 record |= {f"kept/{name}": share / rows for name, share in zip(self.blocks, kept, strict=True)}
+        cosine, error, *_, corrected = sums["fidelity"]
         if corrected:
             record |= {"student_cosine": cosine / corrected, "student_error": math.sqrt(error / corrected)}
+            *pulls, pulled_on = sums["student_pulls"]
             enough = pulled_on * self.accelerator.num_processes >= PULLS_OF
             if enough and (pull := relative_pull(*pulls)) is not None:
                 record["student_pull"] = pull
@@ -228,8 +230,7 @@ class Log:
 
     def state(self) -> list[list[float]]:
         """The sums since the last entry, a list for each process. Every process calls it; waits for the device."""
-        sums = torch.cat([self._sums, self._squares, *self._of_samples()])
-        host = [self._count, self._rows, self._inside, self._seen]
+        sums, host = self._flat(), [self._count, self._rows, self._inside, self._seen]
         exact = torch.float32 if sums.device.type == "mps" else torch.float64
         mine = torch.cat([sums.to(exact), torch.tensor(host, dtype=exact, device=sums.device)])
         self._write_samples()
@@ -239,40 +240,42 @@ class Log:
     def _resume(self, state: list[list[float]]) -> None:
         """Continue from what :meth:`state` returned; with another number of processes or blocks, from zero."""
         device = self.accelerator.device
-        sizes = [6, 2, *map(len, self._of_samples())]
-        if len(state) != self.accelerator.num_processes or len(state[0]) != 2 + sum(sizes) + 4:
+        if len(state) != self.accelerator.num_processes or len(state[0]) != 2 + len(self._flat()) + 4:
             return
         step, seconds, *sums, count, rows, inside, seen = state[self.accelerator.process_index]
         self._last_step = int(step)
-        parts = torch.tensor(sums, device=device).split(sizes)
-        self._sums, self._squares, cosines, self._pulls, self._fidelity, self._student_pulls, by_block = parts
-        self._cosines, self._by_block = cosines.view_as(self._cosines), by_block.view_as(self._by_block)
+        self._sums = self._apart(torch.tensor(sums, device=device))
         self._count, self._rows = int(count), int(rows)
         self._inside, self._seen = inside, bool(seen)
         self._since -= seconds
 
     def _reset(self) -> None:
         """Set all sums to zero."""
-        device = self.accelerator.device
-        # Of the micro-batches with finite losses: the losses, their number, the number with LPL.
-        self._sums, self._squares = torch.zeros(6, device=device), torch.zeros(2, device=device)
-        self._by_block = torch.zeros(2, len(self.blocks), device=device)  # as in BatchLosses
-        self._cosines = torch.zeros(2, len(LEVEL_NAMES), device=device)  # as of summed_by_level
-        self._pulls = torch.zeros(2, device=device)  # their sum and number
-        # Of the samples that a student was corrected on, as of Fidelity.summed
-        self._fidelity = torch.zeros(6, device=device)
+        zeros = partial(torch.zeros, device=self.accelerator.device)
+        self._sums = {  # in the order that checkpoints have
+            "losses": zeros(6),  # of the micro-batches with finite ones: four losses, their number, that with LPL
+            "squares": zeros(2),  # of the gradients of LPL and of the diffusion loss
+            "cosines": zeros(2, len(LEVEL_NAMES)),  # as of summed_by_level
+            "pulls": zeros(2),  # their sum and number
+            "fidelity": zeros(6),  # of the samples that a student was corrected on, as of Fidelity.summed
+            "student_pulls": self._sums.get("student_pulls", zeros(4)),  # since the last entry that has one
+            "by_block": zeros(2, len(self.blocks)),  # as in BatchLosses
+        }
         self._count = self._rows = 0  # micro-batches, and samples that LPL has seen
         self._inside, self._seen = 0.0, False
 
     def _summed(self) -> Tensor:
-        """The sums of this process as one vector."""
-        host = self._sums.new_tensor([self._inside, self._rows])
-        return torch.cat([self._sums, self._squares, host, *self._of_samples()])
+        """All sums of this process as one vector; those of the host come last."""
+        return torch.cat([self._flat(), torch.tensor([self._inside, self._rows], device=self.accelerator.device)])
 
-    def _of_samples(self) -> tuple[Tensor, ...]:
-        """The sums over samples, each as a vector."""
-        student = self._fidelity, self._student_pulls
-        return self._cosines.flatten(), self._pulls, *student, self._by_block.flatten()
+    def _flat(self) -> Tensor:
+        """The sums of this process on its device as one vector."""
+        return torch.cat([value.flatten() for value in self._sums.values()])
+
+    def _apart(self, flat: Tensor) -> dict[str, Tensor]:
+        """The sums by name again."""
+        parts = flat.split([value.numel() for value in self._sums.values()])
+        return {name: part.view_as(self._sums[name]) for name, part in zip(self._sums, parts, strict=True)}
 
     def validation(self, step: int, numbers: Mapping[str, float]) -> None:
         """An entry of its own for what a validation has measured after a step."""

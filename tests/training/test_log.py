@@ -198,7 +198,7 @@ def test_what_is_added_carries_no_graph(logging):
     log = logging(debug_loss=True)
     loss = torch.tensor(1.0, requires_grad=True)
     log.observe(1, {"index": torch.tensor([3])}, BatchLosses(loss.expand(1), loss, loss, 1, True), loss, loss)
-    assert not any(kept.requires_grad for kept in (log._sums, log._squares, log._samples[0][-1]))
+    assert not any(kept.requires_grad for kept in (*log._sums.values(), log._samples[0][-1]))
 
 
 def test_a_loss_of_zero_has_no_share(logging):

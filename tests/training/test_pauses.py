@@ -126,7 +126,7 @@ def test_a_signal_during_a_validation_ends_the_run_with_a_checkpoint(pausing, st
 def test_a_checkpoint_holds_all_that_the_run_goes_on_with(pausing):
     run, pauses = pausing(2)
     pauses.state.accelerator.gradient_accumulation_steps = 3
-    pauses.log._sums += torch.arange(6.0)
+    pauses.log._sums["losses"] += torch.arange(6.0)
     expected = [row[2:] for row in pauses.log.state()]  # without the time
     pauses.take(run)
     progress = Progress.load(checkpoint_path(run.folder, 2))
