@@ -113,14 +113,18 @@ ROWS = {
     "mid_up_2": Row("blocks", "mid, up_0 to up_2", LPL | {"lpl_blocks": "mid up_0 up_1 up_2"}, paper="near the best"),
     "rgb": Row("blocks", "pixels", LPL | {"lpl_blocks": "rgb"}, paper="worse than without LPL"),
     # Fig. 7: threshold, as it is at 96 px
-    "tau_1": Row("threshold", "tau = 1", LPL | {"lpl_sigma_threshold": 1, "lpl_threshold_base_resolution": 0}),
+    "tau_1": Row(
+        "threshold", "tau = 1 at 96 px", LPL | {"lpl_sigma_threshold": 1, "lpl_threshold_base_resolution": 0}
+    ),
     "tau_3": Row(
         "threshold",
-        "tau = 3",
+        "tau = 3 at 96 px",
         LPL | {"lpl_sigma_threshold": 3, "lpl_threshold_base_resolution": 0},
         paper="best from 3 to 6",
     ),
-    "tau_12": Row("threshold", "tau = 12", LPL | {"lpl_sigma_threshold": 12, "lpl_threshold_base_resolution": 0}),
+    "tau_12": Row(
+        "threshold", "tau = 12 at 96 px", LPL | {"lpl_sigma_threshold": 12, "lpl_threshold_base_resolution": 0}
+    ),
     # Fig. 11: decay of the EMA. A larger one than ROW's is not reached: it begins at (1 + step) / (10 + step)
     "ema_0": Row("ema", "no EMA", NONE | {"ema_decay": 0}, without="ema_0"),
     "ema_0_lpl": Row("ema", "no EMA, LPL", LPL | {"ema_decay": 0}, without="ema_0"),
