@@ -143,6 +143,7 @@ def draw(
         dtype: of autocast; float32 turns it off.
     """
     family.pipeline.set_progress_bar_config(disable=True)
+    batch_size = 1 if family.guides_by_prompt else batch_size
     sampling = {"num_inference_steps": steps, family.guidance_argument: guidance}
     sampling = {name: value for name, value in sampling.items() if value is not None}
     device = _device(family)

@@ -100,6 +100,10 @@ class AuraFlow(Family):
         return denoiser(noisy_latents, timestep=timesteps, **conditions, return_dict=False)[0]
 
     @classmethod
+    def default_resolution(cls, configs: Configs) -> int:
+        return 1024  # what the pipeline draws, from the middle of the table of positions, whatever sample_size is
+
+    @classmethod
     def architecture(cls, configs: Configs, prediction_type: str | None) -> Architecture:
         return Architecture("auraflow-v1", cls.name, "https://github.com/cloneofsimo/minRF")
 

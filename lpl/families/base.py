@@ -39,6 +39,9 @@ PATCH = 2  # side of a patch in latents, where no configuration has it: that of 
 TIMESTEPS = 1000  # that some pipelines divide by, whatever the scheduler has
 
 
+FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")  # of models of a few steps
+
+
 class Family:
     """One loaded pipeline: frozen text encoders and VAE around the denoiser that is trained.
 
@@ -64,7 +67,10 @@ class Family:
     num_classes: ClassVar[int | None] = None  # captions are class labels from 0; None: captions are text
     class_conditional: ClassVar[bool] = False  # follows from ``num_classes``
     empty_share: ClassVar[float] = 0.0  # default of --proportion_empty_prompts
+    empty_text: ClassVar[str] = ""  # the caption that stands for none
     guidance_argument: ClassVar[str] = "guidance_scale"  # of the pipeline's call, which guides by it
+    no_guidance: ClassVar[float] = 1.0  # the largest scale at which it does not
+    guides_by_prompt: ClassVar[bool] = False  # whether all prompts of a batch decide on its guidance
     draws_videos: ClassVar[bool] = False  # whether the pipeline does, which then draws one frame here
     sequence_length: ClassVar[int | None] = None  # default of --max_sequence_length; None: it has no effect
     max_sequence_length: ClassVar[int | None] = None
@@ -207,7 +213,7 @@ class Family:
     def tokenize(self) -> Callable[[Sequence[Any]], Tokens]:
         """B captions -> their tokens. It holds no models, so that it can be sent to the loader's processes."""
         lengths = self.token_lengths()
-        return Tokenize({name: getattr(self.pipeline, name) for name in lengths}, lengths, self.texts)
+        return Tokenize({name: getattr(self.pipeline, name) for name in lengths}, lengths, self.texts, self.empty_text)
 
     def token_lengths(self) -> dict[str, int | None]:
         """How many tokens ``encode_prompt`` asks each tokenizer for, by its name; those left out run in the step."""
@@ -355,7 +361,10 @@ class Family:
     @classmethod
     def distilled(cls, index: Mapping[str, Any], configs: Configs) -> str | None:
         """By what in its index and configurations a model is one that was distilled to sample in a few steps."""
-        return "by its model_index.json (is_distilled)" if index.get("is_distilled") else None
+        if index.get("is_distilled"):
+            return "by its model_index.json (is_distilled)"
+        scheduler = (index.get("scheduler") or (None, None))[1]
+        return f"by its scheduler ({scheduler})" if scheduler in FEW_STEP_SCHEDULERS else None
 
     @classmethod
     def lora_modules(cls, configs: Configs) -> tuple[str, ...]:
@@ -365,7 +374,7 @@ class Family:
     @classmethod
     def empty_caption(cls, configs: Configs) -> str | int:
         """The caption that stands for none, in training and in classifier-free guidance."""
-        return ""
+        return cls.empty_text
 
     @classmethod
     def class_names(cls, index: Mapping[str, Any]) -> dict[int, str]:

@@ -176,17 +176,21 @@ class TokenizeMessages:
     system: str
 
     def __call__(self, captions: Sequence[str]) -> Tokens:
-        found = self.processor.apply_chat_template(
-            format_input(list(captions), self.system),
-            add_generation_prompt=False,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            padding="max_length",
-            truncation=True,
-            max_length=self.length,
+        found = self.found(
+            captions, return_tensors="pt", padding="max_length", truncation=True, max_length=self.length
         )
         return {"tokenizer": {name: found[name] for name in ("input_ids", "attention_mask")}}
+
+    def found(self, captions: Sequence[str], **options: Any) -> Mapping[str, Any]:
+        """What the processor makes of them.
+
+        Args:
+            options: of its tokenizer.
+        """
+        messages = format_input(list(captions), self.system)
+        return self.processor.apply_chat_template(
+            messages, add_generation_prompt=False, tokenize=True, return_dict=True, **options
+        )
 
 
 class Flux2(_Flux2):
@@ -195,8 +199,12 @@ class Flux2(_Flux2):
     layers = inspect.signature(Flux2Pipeline.encode_prompt).parameters["text_encoder_out_layers"].default
 
     @property
-    def tokenize(self) -> Callable[[Sequence[str]], Tokens]:
+    def tokenize(self) -> TokenizeMessages:
         return TokenizeMessages(self.pipeline.tokenizer, self.tokens, self.pipeline.system_message)
+
+    def caption_lengths(self, captions: Sequence[str]) -> tuple[list[int], int]:
+        """With the system message, which counts too."""
+        return [len(self.tokenize.found([caption])["input_ids"][0]) for caption in captions], self.tokens or 0
 
 
 def _positions(*sizes: int, device: torch.device) -> Tensor:

@@ -7,11 +7,11 @@ Diffusers' experts give gradients in one of their two modes only, and wait for t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import FlowMatchLCMScheduler, HiDreamImagePipeline
+from diffusers import HiDreamImagePipeline
 from diffusers.models.transformers.transformer_hidream_image import (
     HiDreamImageOutEmbed,
     HiDreamImageSingleTransformerBlock,
@@ -127,11 +127,6 @@ class HiDream(InPatches):
     def attributes_for(self, height: int, width: int) -> dict[str, Any]:
         """The pipeline draws as many pixels as a square of its default size has, whatever it is asked for."""
         return {"default_sample_size": math.ceil(math.sqrt(height * width) / self.pipeline.vae_scale_factor)}
-
-    @classmethod
-    def distilled(cls, index: Mapping[str, Any], configs: Configs) -> str | None:
-        scheduler = FlowMatchLCMScheduler.__name__
-        return f"by its scheduler ({scheduler})" if index["scheduler"][1] == scheduler else None
 
     @classmethod
     def architecture(cls, configs: Configs, prediction_type: str | None) -> Architecture:

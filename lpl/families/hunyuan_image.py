@@ -52,6 +52,7 @@ class HunyuanImage(Family):
     objectives = (FlowMatching.name,)  # the pipeline passes sigmas to the scheduler, which DDIM does not take
     sequence_length, max_sequence_length = 1000, 1000
     guidance_argument = "distilled_guidance_scale"
+    guides_by_prompt = True  # it has a guider for prompts with text in quotes, and one for others
     lora_targets = JOINT
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

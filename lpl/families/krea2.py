@@ -91,6 +91,7 @@ class Krea2(InPatches):
     vaes = ("AutoencoderKLQwenImage",)
     objectives = (FlowMatching.name,)  # the pipeline passes sigmas to the scheduler, which DDIM does not take
     sequence_length, max_sequence_length = 512, 512
+    no_guidance = 0.0
     lora_targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
     lora_layout = LoraLayout({"transformer": "lora_unet"}, originals)
 
@@ -106,7 +107,7 @@ class Krea2(InPatches):
     def tokenize(self) -> Callable[[Sequence[str]], Tokens]:
         tokenizer = self.pipeline.tokenizer
         suffix = tuple(tokenizer.encode(self.pipeline.prompt_template_encode_suffix))
-        return TokenizeWithSuffix({"tokenizer": tokenizer}, self.token_lengths(), self.texts, suffix)
+        return TokenizeWithSuffix({"tokenizer": tokenizer}, self.token_lengths(), self.texts, suffix=suffix)
 
     def encode_prompts(self, captions: Sequence[str], device: torch.device, tokens: Tokens | None) -> Conditions:
         """As ``encode_prompt``, which copies the suffix to the device in each step. Padding takes no positions."""

@@ -30,6 +30,7 @@ class QwenImage(InPatches):
     original_state = staticmethod(own_state)
     vaes = ("AutoencoderKLQwenImage",)
     objectives = (FlowMatching.name,)  # the pipeline passes sigmas to the scheduler, which DDIM does not take
+    empty_text = " "  # as the model's authors write it
     sequence_length, max_sequence_length = 512, 1024
     guidance_argument = "true_cfg_scale"
     idle_weights = True  # of the last block's text stream
@@ -75,10 +76,6 @@ class QwenImage(InPatches):
 
     def sampling_arguments(self) -> dict[str, Any]:
         return super().sampling_arguments() | {"negative_prompt": " "}  # without one, the pipeline does not guide
-
-    @classmethod
-    def empty_caption(cls, configs: Configs) -> str:
-        return " "  # as the model's authors write it
 
     @classmethod
     def architecture(cls, configs: Configs, prediction_type: str | None) -> Architecture:

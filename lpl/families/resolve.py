@@ -39,7 +39,8 @@ OF_TEXTS = (  # flags that have no meaning for class labels
     *("shuffle_tags", "tag_dropout"),
     *("cache_text_embeddings", "tag_separator", "keep_tags", "keep_tags_separator", "text_encoder_dropout"),
 )
-FEW_STEPS = ("turbo", "schnell")  # in names of models that sample in a few steps
+FEW_STEPS = ("turbo", "schnell", "lightning", "flash", "lcm", "dmd2")  # in names of models that sample in a few steps
+DISTILLED_STEPS = 8  # default of --validation_inference_steps for them
 
 
 def resolve(config: Config, description: Description) -> Config:
@@ -48,7 +49,7 @@ def resolve(config: Config, description: Description) -> Config:
     Raises:
         ValueError: with what was given, what is accepted, and the flag to change.
     """
-    _warn_of_distillation(config, description)
+    config = _with_distillation(config, description)
     config = _with_objective(config, description)
     config = _with_timesteps(config, description)
     config = _with_captions(config, description)
@@ -80,18 +81,27 @@ def with_decoder_dtype(config: Config, mixed_precision: str) -> Config:
     return config.changed(lpl_vae_dtype=config.lpl.decoder_dtype(mixed_precision))
 
 
-def _warn_of_distillation(config: Config, description: Description) -> None:
-    """Warn of a model that samples in a few steps, by what its files say or else by its name."""
-    path = str(config.model.pretrained_model_name_or_path)
+def _with_distillation(config: Config, description: Description) -> Config:
+    """Warn of a model that samples in a few steps, by what its files say or else by its name; its samples are drawn
+    in a few, without guidance."""
+    path, family, validation = str(config.model.pretrained_model_name_or_path), description.family, config.validation
     names = [word for word in FEW_STEPS if word in Path(path).name.lower()]
     by_name = f"by its name ({names[0]})" if names else None
-    why = description.family.distilled(description.index, description.parts) or by_name
-    if why and not config.model.from_scratch and config.lora.training_adapter is None:
+    why = family.distilled(description.index, description.parts) or by_name
+    if not why or config.model.from_scratch:
+        return config
+    if config.lora.training_adapter is None:
         warn(
             f"--pretrained_model_name_or_path {path}: {why}, the model is distilled to sample in a few steps without "
             "guidance, which this training undoes; train the model that it was made from, or a LoRA with a "
             "--training_adapter"
         )
+    if "validation_inference_steps" not in config.given:
+        config = config.changed(validation_inference_steps=DISTILLED_STEPS)
+    told = family.takes_guidance(description.parts) or family.guides_itself(description.parts)
+    if validation.validation_guidance_scale is None and not told and not family.class_conditional:
+        config = config.changed(validation_guidance_scale=family.no_guidance)
+    return config
 
 
 def _with_objective(config: Config, description: Description) -> Config:
@@ -272,8 +282,11 @@ def _check_prompts(config: Config, description: Description) -> None:
         if not family.takes_negative_prompts():
             raise ValueError(f"{where}: {family.name} takes no {NEGATIVE}; leave it out")
         guidance = own.get("guidance_scale", family.default_guidance() if general is None else general)
-        if guidance <= 1:
-            warn(f"{where}: with guidance_scale {guidance:g} its {NEGATIVE} has no effect; give more than 1")
+        if guidance <= family.no_guidance:
+            warn(
+                f"{where}: with guidance_scale {guidance:g} its {NEGATIVE} has no effect; give more than "
+                f"{family.no_guidance:g}"
+            )
 
 
 def resolved_resolution(data: Data, description: Description) -> int | str:

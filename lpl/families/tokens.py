@@ -38,11 +38,13 @@ class Tokenize:
         tokenizers: by the pipeline's names.
         lengths: how many tokens each of them is asked for; None: as many as it takes.
         texts: what the tokenizers are given for captions.
+        empty: the caption that stands for none.
     """
 
     tokenizers: Mapping[str, Any]
     lengths: Mapping[str, int | None]
     texts: Callable[[Sequence[str]], list[str]] = list
+    empty: str = ""
 
     def __call__(self, captions: Sequence[str], dropped: Tensor | None = None) -> Tokens:
         """The tokens of B captions.
@@ -55,7 +57,8 @@ class Tokenize:
         for number, name in enumerate(self.tokenizers):
             encoded = self._encoded(name, texts)
             if dropped is not None:
-                empty, rows = self._encoded(name, self.texts([""])), dropped[:, number, None]  # (1, tokens), (B, 1)
+                empty = self._encoded(name, self.texts([self.empty]))  # (1, tokens)
+                rows = dropped[:, number, None]  # (B, 1)
                 encoded = {part: torch.where(rows, empty[part], ids) for part, ids in encoded.items()}
             tokens[name] = {"texts": texts, "attention_mask": None} | encoded
         return tokens

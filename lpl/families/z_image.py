@@ -55,6 +55,7 @@ class ZImage(InPatches):
     original_state = staticmethod(transformer_state)
     objectives = (FlowMatching.name,)  # the pipeline passes sigmas to the scheduler, which DDIM does not take
     sequence_length, max_sequence_length = 512, 512
+    no_guidance = 0.0
     lora_targets = (
         *("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"),
         *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),

@@ -165,13 +165,20 @@ def test_families_without_negative_prompts(pipeline, data, request, tmp_path, ca
 
 
 @pytest.mark.parametrize(
-    "own, general, warned",
-    [({}, None, False), ({}, 1, True), ({"guidance_scale": 2}, 1, False), ({"guidance_scale": 1}, None, True)],
+    "own, general, pipeline, warned",
+    [
+        ({}, None, "sd_pipeline", False),
+        ({}, 1, "sd_pipeline", True),
+        ({"guidance_scale": 2}, 1, "sd_pipeline", False),
+        ({"guidance_scale": 1}, None, "sd_pipeline", True),
+        ({"guidance_scale": 0.5}, None, "z_image_pipeline", False),  # which adds half of the difference
+        ({"guidance_scale": 0}, None, "z_image_pipeline", True),
+    ],
 )
-def test_a_negative_prompt_needs_guidance(own, general, warned, sd_pipeline, image_folder, tmp_path):
+def test_a_negative_prompt_needs_guidance(own, general, pipeline, warned, request, image_folder, tmp_path):
     prompt = json.dumps({"prompt": "a cat", "negative_prompt": "blurry"} | own)
     given = {"validation_prompts": [prompt], "validation_guidance_scale": general}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        resolved(words(tmp_path, sd_pipeline, image_folder, **given))
+        resolved(words(tmp_path, request.getfixturevalue(pipeline), image_folder, **given))
     assert any("negative_prompt has no effect" in str(each.message) for each in caught) is warned

@@ -213,6 +213,13 @@ def test_an_instruction_counts_as_the_encoder_sees_it(lumina2_pipeline, planned)
     assert count > alone and limit == family.tokens
 
 
+def test_a_system_message_counts_too(flux2_pipeline, planned):
+    family = planned(pipeline=flux2_pipeline, lpl_weight=0).trained.family
+    (short, long), limit = family.caption_lengths(["cat", " ".join(1000 * ["cat"])])
+    whole = int(family.tokenize(["cat"])["tokenizer"]["attention_mask"].sum())
+    assert limit == family.tokens and short == whole and long > 1000
+
+
 # Learning rates and scheduler ----------------------------------------------------------------------------------------
 
 

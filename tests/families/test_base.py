@@ -261,7 +261,7 @@ REAL_SIZES = [  # the denoiser's and the VAE's configuration in the published mo
     ("flux2-klein", {"patch_size": 1}, 5, (1024, 16, (1, None))),  # 4 levels, and patches of 2 x 2
     ("flux2", {"patch_size": 1}, 5, (1024, 16, (1, None))),
     ("chroma", {"patch_size": 1}, 4, (1024, 16, (1, None))),
-    ("auraflow", {"sample_size": 64, "patch_size": 2, "pos_embed_max_size": 9216}, 4, (512, 16, (1, 1536))),
+    ("auraflow", {"sample_size": 64, "patch_size": 2, "pos_embed_max_size": 9216}, 4, (1024, 16, (1, 1536))),
     ("hidream-i1", {"patch_size": 2, "max_resolution": [128, 128]}, 4, (1024, 16, (1, None))),
     ("wan", {"patch_size": [1, 2, 2]}, 4, (640, 16, (1, None))),
     ("wan", {"patch_size": [1, 2, 2]}, 5, (640, 32, (1, None))),  # Wan 2.2, whose VAE has patches

@@ -1,11 +1,14 @@
 """HunyuanImage: text in quotes, the distilled model, and guidance by a component of the pipeline."""
 
+import numpy as np
 import pytest
 import torch
 from commands import edited
 from tiny import tiny_hunyuan_image
 from tiny_families import CPU, Calls, batch_of, load, sample
 from trainer import parsed
+
+from lpl.evaluation.generation import draw
 
 
 @torch.no_grad()
@@ -55,3 +58,13 @@ def test_a_scale_of_guidance_that_the_guider_has(distilled, hunyuan_image_pipeli
     texts = " ".join(str(warning.message) for warning in caught)
     assert ("--validation_guidance_scale has no effect" in texts) != distilled
     assert ("prompt 1: its guidance_scale has no effect" in texts) != distilled
+
+
+def test_an_image_does_not_depend_on_the_others_of_its_batch(hunyuan_image_pipeline):
+    """One caption with text in quotes would have all images of its batch drawn with the guider for these."""
+    family = load(hunyuan_image_pipeline)
+    family.pipeline.ocr_guider.guidance_scale = 20.0
+    captions, size = ["a cat", 'a sign that says "STOP"'], (64, 64)
+    together = list(draw(family, captions, [0, 1], size, steps=2))
+    alone = [next(draw(family, [caption], [seed], size, steps=2)) for seed, caption in enumerate(captions)]
+    assert all(np.array_equal(one, other) for one, other in zip(together, alone, strict=True))

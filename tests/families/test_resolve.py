@@ -240,6 +240,8 @@ def test_a_flux_without_embedded_guidance(flux_pipeline, image_folder, tmp_path)
         ("flux2_klein", "My-Turbo", None, {}, "turbo"),
         ("flux", "flux", "transformer", {"guidance_embeds": False}, "guidance_embeds"),
         ("hunyuan_image", "hunyuan", "transformer", {"use_meanflow": True}, "use_meanflow"),
+        ("sdxl", "dreamshaper", None, {"scheduler": ["diffusers", "LCMScheduler"]}, "LCMScheduler"),
+        ("chroma", "Chroma1-Flash", None, {}, "flash"),
     ],
 )
 def test_distilled_models_are_warned_of(fixture, folder, part, changes, word, image_folder, tmp_path, request):
@@ -247,6 +249,25 @@ def test_distilled_models_are_warned_of(fixture, folder, part, changes, word, im
     pipeline = edited(request.getfixturevalue(f"{fixture}_pipeline"), tmp_path / folder, part, **changes)
     texts = [text for text in warned(pipeline, image_folder, tmp_path / "out") if "distilled to sample" in text]
     assert len(texts) == bool(word) and all(word in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    "fixture, name, flags, steps, guidance",
+    [
+        ("z_image", "Z-Image", {}, 25, None),
+        ("z_image", "Z-Image-Turbo", {}, 8, 0.0),
+        ("sdxl", "sdxl-turbo", {}, 8, 1.0),
+        ("sdxl", "sdxl-turbo", {"validation_inference_steps": 4, "validation_guidance_scale": 2.0}, 4, 2.0),
+        ("sdxl", "sdxl-turbo", {"validation_inference_steps": 30}, 30, 1.0),
+        ("hunyuan_image", "hunyuan-turbo", {}, 8, None),  # its guider has the scale
+        ("flux", "flux-turbo", {}, 8, None),  # it is told the scale of what it was distilled from
+    ],
+)
+def test_samples_of_distilled_models(fixture, name, flags, steps, guidance, image_folder, tmp_path, request):
+    pipeline = edited(request.getfixturevalue(f"{fixture}_pipeline"), tmp_path / name, None)
+    flags = {"validation_inference_steps": None} | flags  # tests have few otherwise
+    validation = parsed(pipeline, image_folder, tmp_path / "out", **flags)[0].validation
+    assert validation.validation_inference_steps == steps and validation.validation_guidance_scale == guidance
 
 
 def test_every_single_block_of_flux2_is_adapted(flux2_klein_pipeline, image_folder, tmp_path):

@@ -49,7 +49,7 @@ def test_a_text_encoder_that_is_dropped_gets_the_empty_caption(folder, monkeypat
     dropped = torch.tensor([[True] * count, [number == 0 for number in range(count)], [False] * count])
     tokens = pickle.loads(pickle.dumps(family.tokenize))(captions, dropped)
     for column, name in enumerate(names):
-        said = ["" if dropped[row, column] else caption for row, caption in enumerate(captions)]
+        said = [family.empty_text if dropped[row, column] else caption for row, caption in enumerate(captions)]
         expected = family.tokenize(said)[name]
         assert tokens[name]["texts"] == family.texts(captions)
         for part in ("input_ids", "attention_mask"):
@@ -60,7 +60,7 @@ def test_a_text_encoder_that_is_dropped_gets_the_empty_caption(folder, monkeypat
     found = family.conditions(batch_of(family, captions) | {"tokens": tokens}, CPU)
     monkeypatch.undo()
     whole = family.conditions(batch_of(family, captions), CPU)
-    empty = family.conditions(batch_of(family, ["", "", ""]), CPU)
+    empty = family.conditions(batch_of(family, 3 * [family.empty_text]), CPU)
     for part in {"encoder_hidden_states", "text_embeds", "pooled_projections"} & found.keys():
         assert torch.equal(found[part][0], empty[part][0]) and torch.equal(found[part][2], whole[part][2])
         assert torch.equal(found[part][1], empty[part][1]) == (count == 1 or (part, family.name) in OF_ONE_ENCODER)

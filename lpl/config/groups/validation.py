@@ -74,9 +74,11 @@ class Validation:
         "strengths of the LoRA to draw each validation prompt at when the training ends, such as 0 0.5 1",
         used=rules.draws_a_lora,
     )
-    validation_inference_steps: int = silent_flag(25, "number of sampling steps for validation images", range=POSITIVE)
+    validation_inference_steps: int = silent_flag(
+        25, "number of sampling steps for validation images; a distilled model has 8 by default", range=POSITIVE
+    )
     validation_guidance_scale: float | None = silent_flag(
-        None, "guidance scale for validation images; default: the pipeline's", range=FINITE
+        None, "guidance scale for validation images; default: the pipeline's, for a distilled model none", range=FINITE
     )
     report_to: str = own_flag("tensorboard", f"experiment tracker: {', '.join(TRACKERS)}, all or none")
     tracker_project_name: str = own_flag("text2image-fine-tune", "project name in the tracker")
