@@ -99,7 +99,7 @@ class Distillation:
     num_pairs: int = flag(3000, "pairs of latents and estimates", range=POSITIVE)
     steps: int = flag(700, "optimizer steps of the student", range=POSITIVE)
     batch_size: int = flag(32, "pairs in a step", range=POSITIVE)
-    decode_batch_size: int = flag(8, "pairs in memory at a time; fewer take less of it", range=POSITIVE)
+    decode_batch_size: int = flag(8, "pairs whose estimates and LPL are computed at a time", range=POSITIVE)
     learning_rate: float = flag(2e-3, "of the student, at its highest", range=POSITIVE)
     width: int | None = flag(
         None,
@@ -282,8 +282,8 @@ def run(own: Distillation, config: Config) -> dict[str, Any]:
         resolution=config.data.size[0],
     )
     schedule = Schedule(own.steps, own.batch_size, own.learning_rate, own.seed, own.measure_steps, width, own.depth)
-    fit(student, train, held_out, schedule, folder, device, own.decode_batch_size)
-    found = measure(student, held_out, own.decode_batch_size, device)
+    fit(student, train, held_out, schedule, folder, device)
+    found = measure(student, held_out, own.batch_size, device)
     numbers = facts | {"steps": own.steps, "width": width, "depth": own.depth} | found.summary()
     numbers |= {"held_out": len(held_out), "cost": cost(student, loss, held_out, device)}
     student.register_to_config(fidelity=found.summary())

@@ -27,6 +27,8 @@ from lpl.tools.files import lines, load_state, save_state, write_text
 
 VALUE_SHARE = 0.1
 LARGEST_NORM = 1.0  # of the gradient, which is clipped
+ROOM = 2 * 2**30  # bytes
+BYTES = 150  # that the gradient of a gradient takes, for each position and channel of a block (counted)
 BATCHES = 103  # a stream of random numbers, beside those of lpl.data.order
 STATE, LOG = "fit.safetensors", "fit.jsonl"
 
@@ -80,6 +82,7 @@ class Measurement:
 def measure(student: Student, pairs: Pairs, batch_size: int, device: torch.device) -> Measurement:
     """Compare the student with LPL on some pairs."""
     loss, found = StudentLoss(student), []
+    batch_size = min(batch_size, at_once(student, pairs))
     for start in range(0, len(pairs), batch_size):
         chosen = pairs.select(torch.arange(start, min(start + batch_size, len(pairs))))
         predicted = chosen.predicted.to(device).requires_grad_()
@@ -98,14 +101,10 @@ def fit(
     schedule: Schedule,
     folder: Path,
     device: torch.device,
-    at_a_time: int,
 ) -> None:
     """Train the student; continues from the folder's state if there is one.
 
     Writes ``fit.jsonl``, the measurements by step, and the state.
-
-    Args:
-        at_a_time: pairs of a batch that are in memory together; the gradient is that of the whole batch.
 
     Raises:
         ValueError: if the state is of another schedule.
@@ -119,7 +118,7 @@ def fit(
         while True:
             if step % schedule.every == 0 or step == schedule.steps:
                 if not log or log[-1]["step"] < step:
-                    log.append({"step": step} | measure(student, held_out, at_a_time, device).summary())
+                    log.append({"step": step} | measure(student, held_out, schedule.batch_size, device).summary())
                     write_text(folder / LOG, lines(log))
                     state = {
                         "step": step,
@@ -136,7 +135,7 @@ def fit(
                 group["lr"] = schedule.rate(step)
             generator = keyed_generator(schedule.seed, step, 0, BATCHES)
             chosen = pairs.select(torch.randint(len(pairs), (schedule.batch_size,), generator=generator))
-            backward(student, chosen, device, at_a_time)
+            backward(student, chosen, device)
             torch.nn.utils.clip_grad_norm_(student.parameters(), LARGEST_NORM)
             optimizer.step()
             optimizer.zero_grad()
@@ -144,9 +143,15 @@ def fit(
             progress.update()
 
 
-def backward(student: Student, pairs: Pairs, device: torch.device, at_a_time: int) -> None:
-    """Add the gradient of the mean loss of some pairs, of which so many are in memory at a time."""
-    for part in torch.arange(len(pairs)).split(at_a_time):
+def at_once(student: Student, pairs: Pairs) -> int:
+    """As many pairs as take ROOM in :func:`backward`."""
+    config: Any = student.config
+    return max(1, ROOM // (BYTES * config.width * config.depth * pairs.latents[0, 0].numel()))
+
+
+def backward(student: Student, pairs: Pairs, device: torch.device) -> None:
+    """Add the gradient of the mean loss of some pairs, of which a part is in memory at a time."""
+    for part in torch.arange(len(pairs)).split(at_once(student, pairs)):
         (len(part) / len(pairs) * _loss(student, pairs.select(part), device)).backward()
 
 
