@@ -227,6 +227,8 @@ class Plan:
         if accelerator.device.type == "cuda":
             computes = torch.cuda.is_bf16_supported(including_emulation=False)
             return None if computes else "this GPU only emulates bfloat16; give --mixed_precision fp16"
+        if accelerator.device.type != "cpu":
+            return None
         if (times := slowness_of_bfloat16()) < EMULATED:
             return None
         return (

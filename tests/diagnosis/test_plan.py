@@ -174,11 +174,12 @@ def test_a_cpu_that_emulates_bfloat16_is_warned_of(planned, monkeypatch, precisi
     assert planned(lpl_weight=0, mixed_precision=precision).warnings() == said
 
 
-@pytest.mark.parametrize("computes", [True, False])
-def test_a_gpu_that_emulates_bfloat16_is_warned_of(planned, monkeypatch, computes):
+@pytest.mark.parametrize("device, computes", [("cuda", True), ("cuda", False), ("mps", True)])
+def test_a_gpu_that_emulates_bfloat16_is_warned_of(planned, monkeypatch, device, computes):
+    monkeypatch.setattr(plans, "slowness_of_bfloat16", lambda: 17.0)  # of the CPU
     plan = planned(lpl_weight=0, mixed_precision="bf16")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation: computes)
-    gpu = SimpleNamespace(device=torch.device("cuda"), mixed_precision="bf16", num_processes=1)
+    gpu = SimpleNamespace(device=torch.device(device), mixed_precision="bf16", num_processes=1)
     plan = replace(plan, run=replace(plan.run, accelerator=gpu))
     said = "this GPU only emulates bfloat16; give --mixed_precision fp16"
     assert plan.warnings() == ([] if computes else [said])
